@@ -1,0 +1,53 @@
+"""LoRA math and files for Qwen-Image-Edit, without ComfyUI."""
+
+from .adapter import (
+    Adapter,
+    DiffWeights,
+    DoraWeights,
+    LohaWeights,
+    LokrWeights,
+    LoraWeights,
+    ModuleWeights,
+    OftWeights,
+)
+from .delta import compute_delta
+from .errors import (
+    ConfigError,
+    FileError,
+    KeyFormatError,
+    LoraError,
+    NonFiniteWeightsError,
+    ShapeError,
+    TargetError,
+)
+from .files import build_state_dict, read_adapter, read_state_dict, write_adapter
+from .report import DroppedKey, LoadReport
+from .targets import TARGET_PRESETS, count_parameters, parse_block_ranges
+
+__all__ = [
+    "TARGET_PRESETS",
+    "Adapter",
+    "ConfigError",
+    "DiffWeights",
+    "DoraWeights",
+    "DroppedKey",
+    "FileError",
+    "KeyFormatError",
+    "LoadReport",
+    "LohaWeights",
+    "LokrWeights",
+    "LoraError",
+    "LoraWeights",
+    "ModuleWeights",
+    "NonFiniteWeightsError",
+    "OftWeights",
+    "ShapeError",
+    "TargetError",
+    "build_state_dict",
+    "compute_delta",
+    "count_parameters",
+    "parse_block_ranges",
+    "read_adapter",
+    "read_state_dict",
+    "write_adapter",
+]

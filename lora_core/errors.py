@@ -1,0 +1,38 @@
+"""What can go wrong, as one tree. Texts say what was expected, what came, and what to do.
+
+LoraError
++-- FileError              the file cannot be read or written as an adapter
++-- KeyFormatError         keys that belong to no known scheme, or to another model
++-- ShapeError             tensors that do not fit each other or the model
++-- TargetError            a preset, pattern or block range that selects nothing
++-- ConfigError            a setting outside its range
++-- NonFiniteWeightsError  NaN or Inf in the weights
+"""
+
+
+class LoraError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class FileError(LoraError, ValueError):
+    """The file is missing, damaged, of another type, or cannot be written."""
+
+
+class KeyFormatError(LoraError, ValueError):
+    """The keys are not those of a Qwen-Image adapter, or a module is incomplete."""
+
+
+class ShapeError(LoraError, ValueError):
+    """A tensor's shape contradicts its partner's or the model's."""
+
+
+class TargetError(LoraError, ValueError):
+    """A preset, pattern or block range matches nothing."""
+
+
+class ConfigError(LoraError, ValueError):
+    """A setting is unknown or outside its range."""
+
+
+class NonFiniteWeightsError(LoraError, ValueError):
+    """The weights hold NaN or Inf."""

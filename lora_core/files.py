@@ -1,0 +1,138 @@
+"""Adapters on disk: `read_adapter` and `write_adapter`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .adapter import Adapter
+from .errors import ConfigError, FileError
+from .formats.reading import read_modules
+from .formats.schemes import build_lora_config, build_metadata, get_scheme
+from .stored import SafetensorsFile, shorten
+
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Opens an adapter file of any known key format.
+
+    Only the header and the scalar alphas are read; every other tensor stays memory-mapped until
+    it is asked for.
+
+    Args:
+        path: a safetensors file, or a folder that PEFT's `save_pretrained` wrote.
+
+    Raises:
+        FileError: missing, damaged, or not safetensors.
+        KeyFormatError: no key belongs to Qwen-Image, or a module lacks a partner key.
+        ShapeError: tensors of one module do not fit each other.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / PEFT_FILE).is_file():
+        path = path / PEFT_FILE
+    file = SafetensorsFile(path)
+    modules, key_format, report = read_modules(file.tensors, file.metadata, path, path.name)
+    return Adapter(modules, file.metadata, key_format, report, path.name, file)
+
+
+def read_state_dict(
+    state_dict: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    name: str = "state dict",
+) -> Adapter:
+    """Like `read_adapter`, for tensors in memory such as ComfyUI's LORA_MODEL."""
+    metadata = dict(metadata or {})
+    modules, key_format, report = read_modules(state_dict, metadata, None, name)
+    return Adapter(modules, metadata, key_format, report, name)
+
+
+def build_state_dict(adapter: Adapter, key_format: str = "comfyui") -> dict[str, torch.Tensor]:
+    """Every tensor of the adapter under the keys of `key_format`, bits unchanged.
+
+    Raises:
+        ConfigError: unknown format, or one that cannot express the adapter's kinds.
+    """
+    scheme = get_scheme(key_format)
+    state_dict: dict[str, torch.Tensor] = {}
+    for module_path, weights in adapter.modules.items():
+        state_dict.update(scheme.spell(module_path, weights))
+    return state_dict
+
+
+def write_adapter(
+    adapter: Adapter, path: str | os.PathLike[str], key_format: str = "comfyui"
+) -> Path:
+    """Writes an adapter as safetensors, to a temporary name first, then renamed.
+
+    Args:
+        path: the file. For "peft" a file named `adapter_model.safetensors`, or the folder that
+            shall hold it; PEFT's `adapter_config.json` is written beside it.
+        key_format: "comfyui" and "kohya" carry alpha as tensors, "diffusers" in the header and
+            "peft" in the config file.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ConfigError: unknown format, or one that cannot express the adapter's kinds.
+        FileError: the folder or disk does not take the file; nothing is left behind.
+    """
+    path = Path(path)
+    scheme = get_scheme(key_format)
+    if scheme.name == "peft" and path.name != PEFT_FILE:
+        if path.suffix == ".safetensors":
+            raise ConfigError(
+                f"PEFT reads a folder with {PEFT_FILE} and {PEFT_CONFIG}, not {path.name}; "
+                "give the folder's name."
+            )
+        path = path / PEFT_FILE
+    state_dict = build_state_dict(adapter, key_format)
+    title = path.parent.name if scheme.name == "peft" else path.stem
+    metadata = build_metadata(adapter, scheme, title)
+    tensors = {key: tensor.contiguous() for key, tensor in state_dict.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_then_rename(path, lambda temporary: save_file(tensors, temporary, metadata))
+        if scheme.name == "peft":
+            write_peft_config(adapter, path.with_name(PEFT_CONFIG))
+    except (OSError, SafetensorError) as e:
+        raise FileError(f"{shorten(path.name)} cannot be written: {explain(e)}.") from None
+    return path
+
+
+def write_peft_config(adapter: Adapter, path: Path) -> None:
+    config = {"peft_type": "LORA", "task_type": None, **build_lora_config(adapter)}
+    text = json.dumps(config, indent=2, sort_keys=True)
+    write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_then_rename(path: Path, write) -> None:
+    """Calls `write(temporary_path)`, then moves the result into place; a failure leaves nothing."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)  # noqa: PTH105 - Path.replace is the same call
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def explain(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    text = str(error)
+    if number == errno.ENOSPC or "No space left" in text:
+        return "the disk is full; free some space and save again"
+    if number in (errno.EACCES, errno.EROFS, errno.EPERM) or "Permission denied" in text:
+        return "the folder is read-only; choose another one or change its permissions"
+    if number == errno.ENAMETOOLONG or "File name too long" in text:
+        return "the name is too long; choose a shorter one"
+    return getattr(error, "strerror", None) or text

@@ -1,0 +1,1 @@
+"""Key schemes: how adapters spell their tensors, read and written."""

@@ -1,0 +1,171 @@
+"""One state-dict key, parsed once: `lora_unet_..._attn_to_q.lora_down.weight` is part lora_A of
+`transformer_blocks.0.attn.to_q`.
+
+What is known of the schemes in the wild, with each producer: the keys of diffusers, PEFT, kohya
+(musubi-tuner), LyCORIS, ai-toolkit, DiffSynth, OneTrainer, lightx2v and ComfyUI's own trainer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .. import targets
+
+
+@dataclass(frozen=True)
+class ParsedKey:
+    key: str
+    module_path: str
+    part: str
+    """lora_A, lora_B, alpha, magnitude, hada_w1_a, lokr_w1, oft_blocks, diff, diff_b, ..."""
+    prefix: str
+    """As found, e.g. "lora_unet_"; empty for bare keys."""
+    adapter_name: str | None = None
+    """PEFT's name of the adapter where the key carries one."""
+
+
+@dataclass(frozen=True)
+class UnknownKey:
+    """A key that could not be placed. `rest` is what is left of it without known decoration."""
+
+    key: str
+    reason: str
+    rest: str
+
+    @property
+    def nearest(self) -> str | None:
+        return find_nearest(self.rest)
+
+
+#: Prefix -> name of its scheme. Wrappers stack in any order, so they are peeled one by one.
+DOTTED_PREFIXES = {
+    "diffusion_model.": "comfyui",
+    "model.diffusion_model.": "comfyui",
+    "transformer.": "diffusers",
+    "base_model.model.": "peft",
+    "pipe.dit.": "diffsynth",
+    "dit.": "diffsynth",
+    "unet.": "unet",
+    "model.": "wrapped",
+    "module.": "wrapped",
+    "_orig_mod.": "wrapped",
+}
+UNDERSCORED_PREFIXES = {
+    "lora_unet_": "kohya",
+    "lora_transformer_": "onetrainer",
+    "lycoris_": "lycoris",
+    "lora_": "kohya",
+}
+BARE = "bare"
+
+_AB = {"A": "lora_A", "B": "lora_B", "down": "lora_A", "up": "lora_B"}
+_SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
+    (re.compile(pattern + "$"), part)
+    for pattern, part in (
+        # The part is the named group's translation where it is None here.
+        (r"\.lora_(?P<ab>A|B)\.weight", None),
+        (r"\.lora_(?P<ab>A|B)\.(?P<name>[^.]+)\.weight", None),
+        (r"\.lora_(?P<ab>A|B)", None),
+        (r"\.lora_B\.bias", "lora_B_bias"),
+        (r"\.lora_B\.(?P<name>[^.]+)\.bias", "lora_B_bias"),
+        (r"\.lora_(?P<ab>down|up)\.weight", None),
+        (r"\.lora\.(?P<ab>down|up)\.weight", None),
+        (r"_lora\.(?P<ab>down|up)\.weight", None),
+        (r"\.lora_linear_layer\.(?P<ab>down|up)\.weight", None),
+        (r"\.alpha", "alpha"),
+        (r"\.dora_scale", "magnitude"),
+        (r"\.magnitude", "magnitude"),
+        (r"\.lora_magnitude_vector(?:\.weight)?", "magnitude"),
+        (r"\.lora_magnitude_vector\.(?P<name>[^.]+?)(?:\.weight)?", "magnitude"),
+        (r"\.(?P<same>hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|oft_blocks)", None),
+        (r"\.rescale", "oft_rescale"),
+        (r"\.(?P<same>diff|diff_b)", None),
+        (r"\.w_norm", "diff"),
+        (r"\.b_norm", "diff_b"),
+    )
+)
+
+#: Suffixes that are recognised and not supported, with what to tell the user.
+_UNSUPPORTED = (
+    (r"\.lora_mid\.weight|\.hada_t[12]|\.lokr_t2", "a Tucker core, which only convolutions use"),
+    (r"\.[ab][12]\.weight", "GLoRA, which is not supported; use ComfyUI's LoraLoader"),
+    (r"\.set_weight|\.reshape_weight", "a replaced weight, which is no LoRA; not supported"),
+    (r"\.(?:oft|boft|vera|hra)_[A-Za-z]\b.*", "a PEFT adapter type that is not supported"),
+    (r"\.(?:lora_embedding_[AB]|lora_ga)\b.*", "an embedding adapter; Qwen-Image has none"),
+)
+
+
+def parse_key(key: str) -> ParsedKey | UnknownKey:
+    """Places one key, or says why it has no place. Never raises."""
+    for pattern, part in _SUFFIXES:
+        match = pattern.search(key)
+        if match is None:
+            continue
+        groups = match.groupdict()
+        part = part or groups.get("same") or _AB[groups["ab"]]
+        stem = key[: match.start()]
+        prefix, module_path = split_prefix(stem)
+        if targets.is_known(module_path):
+            return ParsedKey(key, module_path, part, prefix, groups.get("name"))
+        return UnknownKey(key, explain_stem(stem), module_path)
+    for pattern, reason in _UNSUPPORTED:
+        match = re.search(f"(?:{pattern})$", key)
+        if match is not None:
+            return UnknownKey(key, reason, split_prefix(key[: match.start()])[1])
+    return UnknownKey(key, "its ending is of no known adapter type", split_prefix(key)[1])
+
+
+def split_prefix(stem: str) -> tuple[str, str]:
+    """`transformer.base_model.model.img_in` -> ("transformer.base_model.model.", "img_in").
+
+    Underscored stems come back dotted where they name a known module.
+    """
+    rest = stem
+    while True:
+        found = next((p for p in DOTTED_PREFIXES if rest.startswith(p)), None)
+        if found is None:
+            break
+        rest = rest[len(found) :]
+    for prefix in UNDERSCORED_PREFIXES:
+        if rest.startswith(prefix):
+            dotted = targets.restore_dots(rest[len(prefix) :])
+            if dotted is not None:
+                return stem[: len(stem) - len(rest)] + prefix, dotted
+    return stem[: len(stem) - len(rest)], rest
+
+
+def name_scheme(prefix: str) -> str:
+    """The scheme a prefix stands for; wrappers such as "module." around it do not count."""
+    if prefix in UNDERSCORED_PREFIXES:
+        return UNDERSCORED_PREFIXES[prefix]
+    if not prefix:
+        return BARE
+    if "base_model.model." in prefix:
+        return "peft"
+    for known, scheme in DOTTED_PREFIXES.items():
+        if known in prefix and scheme != "wrapped":
+            return scheme
+    return BARE
+
+
+def explain_stem(stem: str) -> str:
+    if re.search(r"(^|[._])(lora_te\d?|text_encoders?|text_model|clip_[lg])[._]", stem):
+        return "belongs to a text encoder, which an edit LoRA does not change"
+    return "names no module of the Qwen-Image transformer"
+
+
+@lru_cache(maxsize=256)
+def find_nearest(rest: str) -> str | None:
+    """The known module path that is spelled most like `rest`, or None if nothing is near."""
+    block = re.search(r"transformer_blocks[._](\d+)[._](.+)", rest)
+    known = targets.BLOCK_LINEARS + targets.BLOCK_NORMS if block else tuple(targets.TOP_LINEARS)
+    name = (block[2] if block else rest).replace("_", ".")
+    spelled = {candidate.replace("_", "."): candidate for candidate in known}
+    close = difflib.get_close_matches(name, spelled, n=1, cutoff=0.6)
+    if not close:
+        return None
+    nearest = spelled[close[0]]
+    return f"transformer_blocks.{block[1]}.{nearest}" if block else nearest

@@ -1,0 +1,138 @@
+"""The schemes this package writes: how a module's tensors are spelled, and where alpha goes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..adapter import Adapter, ModuleWeights
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class KeyScheme:
+    """One way to spell an adapter's keys."""
+
+    name: str
+    spell_module: Callable[[str], str]
+    """Module path -> stem of its keys, prefix included."""
+    suffixes: Mapping[str, str]
+    """Part as this package names it -> ending of the key. A part not listed cannot be written."""
+    alpha_in_tensor: bool
+    """False: alpha travels as PEFT's LoraConfig (header or adapter_config.json) instead."""
+
+    def spell(self, module_path: str, weights: ModuleWeights) -> dict[str, torch.Tensor]:
+        """The tensors of one module under their keys, unchanged.
+
+        Raises:
+            ConfigError: this scheme has no spelling for the module's kind.
+        """
+        stem = self.spell_module(module_path)
+        spelled = {}
+        for part in weights.parts:
+            if part not in self.suffixes:
+                raise ConfigError(
+                    f"{module_path} holds {weights.kind} weights ({part}), which the {self.name} "
+                    "format cannot express; expected plain LoRA. Write it as comfyui instead."
+                )
+            spelled[stem + self.suffixes[part]] = weights.part(part)
+        has_scale = weights.kind != "diff"
+        if self.alpha_in_tensor and has_scale:
+            spelled[f"{stem}.alpha"] = store_exactly(weights.alpha)
+        return spelled
+
+
+#: LyCORIS spells its kinds the same way under every prefix.
+_LYCORIS = {
+    **{f"hada_{factor}": f".hada_{factor}" for factor in ("w1_a", "w1_b", "w2_a", "w2_b")},
+    **{f"lokr_{f}{p}": f".lokr_{f}{p}" for f in ("w1", "w2") for p in ("", "_a", "_b")},
+    "blocks": ".oft_blocks",
+    "rescale": ".rescale",
+    "magnitude": ".dora_scale",
+    "diff": ".diff",
+    "bias_delta": ".diff_b",
+}
+_AB = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
+_PEFT = {**_AB, "magnitude": ".lora_magnitude_vector.weight"}
+
+SCHEMES: dict[str, KeyScheme] = {
+    scheme.name: scheme
+    for scheme in (
+        KeyScheme("comfyui", lambda path: f"diffusion_model.{path}", {**_AB, **_LYCORIS}, True),
+        # diffusers 0.42 puts "transformer." before any file that has .alpha keys, so a file that
+        # already carries the prefix must keep alpha out of its tensors.
+        KeyScheme("diffusers", lambda path: f"transformer.{path}", _PEFT, False),
+        KeyScheme(
+            "kohya",
+            lambda path: "lora_unet_" + path.replace(".", "_"),
+            {"lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight", **_LYCORIS},
+            True,
+        ),
+        KeyScheme("peft", lambda path: f"base_model.model.{path}", _PEFT, False),
+    )
+}
+
+
+def get_scheme(name: str) -> KeyScheme:
+    if name not in SCHEMES:
+        raise ConfigError(f"unknown key_format {name!r}; expected one of {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+def build_lora_config(adapter: Adapter) -> dict[str, object]:
+    """The LoraConfig under which PEFT applies every module at its own scale."""
+    modules = adapter.modules
+    rank = Counter(weights.rank for weights in modules.values()).most_common(1)[0][0]
+    alpha = Counter(weights.alpha for weights in modules.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {p: w.rank for p, w in modules.items() if w.rank != rank},
+        "alpha_pattern": {p: w.alpha for p, w in modules.items() if w.alpha != alpha},
+        "target_modules": sorted(modules),
+        "use_rslora": False,
+        "use_dora": "DoRA" in adapter.kinds,
+        "bias": "none",
+    }
+
+
+def build_metadata(adapter: Adapter, scheme: KeyScheme, title: str) -> dict[str, str]:
+    """The old header plus what tells other programs what this is (modelspec 1.0.0, kohya's ss_*).
+
+    Fields that would contradict the new spelling are dropped: diffusers applies
+    `lora_adapter_metadata` on top of alpha tensors.
+    """
+    metadata = {k: v for k, v in adapter.metadata.items() if k != "lora_adapter_metadata"}
+    ranks = Counter(weights.rank for weights in adapter.modules.values())
+    alphas = Counter(weights.alpha for weights in adapter.modules.values())
+    metadata.setdefault("modelspec.sai_model_spec", "1.0.0")
+    metadata.setdefault("modelspec.architecture", "qwen-image-edit/lora")
+    metadata.setdefault("modelspec.title", title)
+    metadata.setdefault("ss_base_model_version", "qwen_image")
+    metadata.update(
+        {
+            "format": "pt",
+            "ss_network_module": "networks.lora_qwen_image",
+            "ss_network_dim": single_or_dynamic(ranks),
+            "ss_network_alpha": single_or_dynamic(alphas),
+        }
+    )
+    if scheme.name == "diffusers":
+        config = {f"transformer.{k}": v for k, v in build_lora_config(adapter).items()}
+        metadata["lora_adapter_metadata"] = json.dumps(config, sort_keys=True)
+    return metadata
+
+
+def store_exactly(number: float) -> torch.Tensor:
+    """float32 where that holds the number (every trainer's alpha), else float64 (rsLoRA's)."""
+    tensor = torch.tensor(number, dtype=torch.float32)
+    return tensor if tensor.item() == number else torch.tensor(number, dtype=torch.float64)
+
+
+def single_or_dynamic(counts: Counter) -> str:
+    """kohya's convention: one value, or the word where modules differ."""
+    return f"{next(iter(counts)):g}" if len(counts) == 1 else "Dynamic"

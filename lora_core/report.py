@@ -1,0 +1,122 @@
+"""What a reader found in an adapter file, as data and as the few lines a node shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DroppedKey:
+    """A key that is not part of what was loaded, and why."""
+
+    key: str
+    reason: str
+    nearest: str | None = None
+    """The known module path that looks most like it."""
+
+    def __str__(self) -> str:
+        hint = f" (nearest known module: {self.nearest})" if self.nearest else ""
+        return f"{self.key}: {self.reason}{hint}"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Facts about a loaded file. Every list is complete; `to_text` shortens."""
+
+    name: str = ""
+    num_keys: int = 0
+    num_matched_keys: int = 0
+    num_modules: int = 0
+    size_bytes: int = 0
+    key_format: str = ""
+    """E.g. "kohya", or "mixed: comfyui, kohya"."""
+    prefixes: Mapping[str, int] = field(default_factory=dict)
+    """Prefix as found in the file -> number of keys."""
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    ranks: Mapping[int, int] = field(default_factory=dict)
+    scales: Mapping[float, int] = field(default_factory=dict)
+    alphas: Mapping[float, int] = field(default_factory=dict)
+    alpha_rules: Mapping[str, int] = field(default_factory=dict)
+    """Rule that gave alpha -> number of modules: "tensor", "metadata", "metadata (rsLoRA)", ..."""
+    preset: str | None = None
+    blocks: str = ""
+    width: int | None = None
+    """Model width the shapes speak of; 3072 for a real Qwen-Image."""
+    unmatched: tuple[DroppedKey, ...] = ()
+    duplicates: tuple[DroppedKey, ...] = ()
+    non_finite: tuple[str, ...] = ()
+    """Modules whose alpha was NaN or Inf and was replaced by the rank."""
+    variants: tuple[str, ...] = ()
+    """Variants the file claims: "original", "2509", "2511", "text-to-image"."""
+    hints: tuple[str, ...] = ()
+    """Where those claims stand, one sentence each."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences for what the user would want to know before going on."""
+        found = []
+        if self.unmatched:
+            found.append(
+                f"{len(self.unmatched)} of {self.num_keys} keys were not loaded: "
+                + shorten_list([str(key) for key in self.unmatched], 3)
+            )
+        if self.duplicates:
+            found.append(
+                f"{len(self.duplicates)} keys name a module a second time and were left out: "
+                + shorten_list([str(key) for key in self.duplicates], 3)
+            )
+        if self.non_finite:
+            found.append(
+                f"alpha is NaN or Inf in {len(self.non_finite)} modules; the rank stands in for "
+                f"it (scale 1): {shorten_list(self.non_finite, 2)}"
+            )
+        if any(alpha == 0 for alpha in self.alphas):
+            found.append("alpha is 0 in some modules, so these do nothing")
+        if self.variants == ("text-to-image",):
+            found.append(
+                "the file says it was trained for text-to-image Qwen-Image, not for an edit model"
+            )
+        if self.width is not None and self.width != 3072:
+            found.append(
+                f"it was made for a model of width {self.width}; a real Qwen-Image has 3072"
+            )
+        return tuple(found)
+
+    def to_text(self) -> str:
+        lines = [
+            f"{self.name}: matched {self.num_modules} modules, "
+            f"{self.num_matched_keys} of {self.num_keys} keys",
+            f"format {self.key_format} ({', '.join(p or 'no prefix' for p in self.prefixes)}), "
+            f"{join_counts(self.kinds)}, {join_counts(self.dtypes)}, "
+            f"{self.size_bytes / 1e6:.1f} MB",
+            f"rank {join_counts(self.ranks)}; scale {join_counts(self.scales)}; "
+            f"alpha {join_counts(self.alphas)} from {join_counts(self.alpha_rules)}",
+            f"targets {self.preset or 'custom'}; blocks {self.blocks or 'none'}",
+            *self.hints,
+            *(f"Warning: {warning}" for warning in self.warnings),
+        ]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "warnings": self.warnings}
+
+
+def join_counts(counts: Mapping[Any, int]) -> str:
+    """{64: 720} -> "64"; {32: 700, 64: 20} -> "32 (700 modules), 64 (20 modules)"."""
+    if len(counts) == 1:
+        return show(next(iter(counts)))
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    shown = [f"{show(value)} ({count})" for value, count in ordered[:4]]
+    return ", ".join([*shown, f"{len(ordered) - 4} more"] if len(ordered) > 4 else shown)
+
+
+def show(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def shorten_list(items: list[str] | tuple[str, ...], limit: int) -> str:
+    rest = len(items) - limit
+    return "; ".join(items[:limit]) + (f"; and {rest} more" if rest > 0 else "")

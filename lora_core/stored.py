@@ -1,0 +1,190 @@
+"""Tensors that stay in their file until somebody asks for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import FileError
+
+# Names of the safetensors format specification, section "Format".
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """One tensor of a `SafetensorsFile`: shape and dtype are known, the data is still on disk."""
+
+    file: SafetensorsFile = field(repr=False)
+    key: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def load(self) -> torch.Tensor:
+        """Maps the data into memory and returns it as stored, without a copy.
+
+        Raises:
+            FileError: the file was deleted or replaced since its header was read.
+        """
+        return self.file.read(self.key)
+
+
+AnyTensor = torch.Tensor | StoredTensor
+
+
+def load(tensor: AnyTensor) -> torch.Tensor:
+    return tensor.load() if isinstance(tensor, StoredTensor) else tensor
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been read and checked.
+
+    The file is memory-mapped when the first tensor is asked for. `release` gives the mapping
+    back, so that a trainer may replace the file on systems which lock mapped files; the next read
+    maps it again, and refuses if it is no longer the same file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._signature = read_signature(self.path)
+        self._handle = open_checked(self.path)
+        self.metadata: dict[str, str] = dict(self._handle.metadata() or {})
+        self.tensors = dict(self._describe())
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def signature(self) -> tuple[int, ...]:
+        """Size in bytes, modification time in ns, and inode at the time the header was read."""
+        return self._signature
+
+    def _describe(self) -> Iterator[tuple[str, StoredTensor]]:
+        for key in self._handle.keys():
+            part = self._handle.get_slice(key)
+            dtype = DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise FileError(
+                    f"{self.name}: {key} is stored as {part.get_dtype()}; expected one of "
+                    f"{', '.join(DTYPES)}. Save it again as bf16, fp16 or fp32."
+                )
+            yield key, StoredTensor(self, key, torch.Size(part.get_shape()), dtype)
+
+    def read(self, key: str) -> torch.Tensor:
+        self.check_unchanged()
+        if self._handle is None:
+            self._handle = open_checked(self.path)
+        return self._handle.get_tensor(key)
+
+    def check_unchanged(self) -> None:
+        """Raises FileError if the file on disk is not the one whose header was read.
+
+        A mapped file that was cut short would otherwise end the whole process with SIGBUS.
+        """
+        if read_signature(self.path) != self._signature:
+            raise FileError(
+                f"{self.name} was changed on disk since it was opened. "
+                "Queue the prompt again to read the new file."
+            )
+
+    def release(self) -> None:
+        self._handle = None
+
+
+@contextmanager
+def released_after(*files: SafetensorsFile) -> Iterator[None]:
+    """Reads inside the block; afterwards no mapping is held open by `files`."""
+    try:
+        yield
+    finally:
+        for file in files:
+            file.release()
+
+
+def read_signature(path: Path) -> tuple[int, ...]:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise FileError(
+            f"{path.name} is not there any more; expected a LoRA file. "
+            "Put it back, or choose another one."
+        ) from None
+    except OSError as e:
+        raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def shorten(name: str, limit: int = 80) -> str:
+    return name if len(name) <= limit else f"{name[: limit - 20]}...{name[-16:]}"
+
+
+def open_checked(path: Path):
+    """Opens a safetensors file, or says in one sentence why it is none."""
+    name = shorten(path.name)
+    if path.is_dir():
+        raise FileError(f"{name} is a folder; expected a .safetensors file.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as e:
+        raise FileError(f"{name} cannot be opened: {e.strerror}.") from None
+    size = path.stat().st_size
+    if size == 0:
+        raise FileError(
+            f"{name} is empty (0 bytes); expected a safetensors file. Download or copy it again."
+        )
+    # The first 8 bytes of safetensors are a size, which may look like a pickle's; then comes "{".
+    if start.startswith(PICKLE_STARTS) and start[8:9] != b"{":
+        raise FileError(
+            f"{name} is a PyTorch pickle, whatever its name says; expected safetensors. "
+            "Pickles can run code when opened and are refused: convert it where you trust it."
+        )
+    if start.startswith(b"GGUF"):
+        raise FileError(f"{name} is a GGUF file; expected a LoRA in safetensors format.")
+    header_size = int.from_bytes(start[:8], "little")
+    if size < 8 or 8 + header_size > size:
+        raise FileError(
+            f"{name} ends early: {size:,} bytes, but its header alone claims "
+            f"{header_size:,}. It is truncated or no safetensors file: download or copy it again."
+        )
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as e:
+        reason = "its header does not match its data"
+        if "InvalidHeader" in str(e):
+            reason = "its header is not readable"
+        raise FileError(
+            f"{name} is damaged: {reason} ({e}). It is truncated or was written wrongly: "
+            "download or copy it again."
+        ) from None
+    except OSError as e:
+        raise FileError(f"{name} cannot be mapped: {e.strerror or e}.") from None

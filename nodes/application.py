@@ -1,0 +1,139 @@
+"""Applying adapters to a MODEL: chooses side path or merge per module, and says which and why."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..lora_core import Adapter, ConfigError, TargetError
+from ..lora_core.report import shorten_list
+from ..lora_core.strengths import Strengths
+from . import host
+from .matching import Match, match_adapter
+from .side_path import Entry, add_to_side_path
+
+AUTO, SIDE_PATH, MERGE = MODES = ("auto", "side path", "merge")
+
+
+@dataclass
+class Application:
+    """A patched clone, and what was done to it in the user's words."""
+
+    model: host.ModelPatcher
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_text(self) -> str:
+        return "\n".join([*self.lines, *(f"Warning: {text}" for text in self.warnings)])
+
+
+def apply_adapters(
+    model: host.ModelPatcher, layers: Iterable[tuple[Adapter, Strengths]], mode: str = AUTO
+) -> Application:
+    """Applies each adapter to a clone of `model`; all of them are checked before the first.
+
+    Raises:
+        LoraError: any adapter does not fit, or `mode` cannot serve it. The model is as before.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    layers = tuple(layers)
+    matches = []
+    for adapter, strengths in layers:
+        match = match_adapter(model, adapter)
+        check_selection(adapter, strengths, match)
+        adapter.check_finite()
+        matches.append(match)
+    application = Application(model.clone())
+    for (adapter, strengths), match in zip(layers, matches, strict=True):
+        apply_one(application, adapter, strengths, match, mode)
+    return application
+
+
+def check_selection(adapter: Adapter, strengths: Strengths, match: Match) -> None:
+    if strengths.blocks is None or strengths.is_zero:
+        return
+    if not any(strengths.resolve(path) for path in match.paths):
+        raise TargetError(
+            f"{strengths} selects none of the {len(match.paths)} modules of {adapter.name}; "
+            "expected block numbers it has, such as '0-19'."
+        )
+
+
+def apply_one(
+    application: Application, adapter: Adapter, strengths: Strengths, match: Match, mode: str
+) -> None:
+    model = application.model
+    reason = ""
+    merged = dict(match.merge_only)
+    if mode == SIDE_PATH and merged:
+        path, why = next(iter(merged.items()))
+        raise ConfigError(
+            f"mode 'side path' cannot serve {len(merged)} modules of {adapter.name}, such as "
+            f"{path}: {why}. Choose mode 'auto' or 'merge'."
+        )
+    if mode == MERGE:
+        merged, reason = dict.fromkeys(match.paths, ""), "as chosen"
+    elif mode == AUTO and host.is_compiled(model):
+        why = "torch.compile is on this MODEL"
+        merged, reason = dict.fromkeys(match.paths, why), why
+    beside = match.paths - frozenset(merged)
+    application.lines.append(
+        f"{adapter.name}: {len(match.paths)} of {len(adapter)} modules matched, {strengths}"
+    )
+    if strengths.is_zero:
+        application.lines.append("strength is 0: nothing is applied")
+    else:
+        if beside:
+            add_to_side_path(model, Entry(adapter, beside, strengths))
+            application.lines.append(
+                f"side path: {len(beside)} modules, no weight is touched"
+                + (" (auto: nothing stands against it)" if mode == AUTO and not merged else "")
+            )
+        if merged:
+            merge(application, adapter, strengths, merged, match.storage, reason)
+    application.warnings += find_warnings(model, adapter, match)
+
+
+def merge(
+    application: Application,
+    adapter: Adapter,
+    strengths: Strengths,
+    merged: dict[str, str],
+    storage: str,
+    reason: str,
+) -> None:
+    by_strength = defaultdict(dict)
+    for path in merged:
+        by_strength[strengths.resolve(path)][path] = adapter.modules[path]
+    by_strength.pop(0.0, None)
+    for strength, modules in by_strength.items():
+        host.add_merge(application.model, modules, strength)
+    whys = reason or "; ".join(
+        f"{count}: {why}" for why, count in Counter(merged.values()).most_common()
+    )
+    application.lines.append(f"merged into the weights: {len(merged)} modules ({whys})")
+    if "8" in storage or "4" in storage.replace("e4m3", ""):
+        application.warnings.append(
+            f"the weights are stored as {storage}; merging rounds a small LoRA away there, the "
+            "side path does not"
+        )
+
+
+def find_warnings(model: host.ModelPatcher, adapter: Adapter, match: Match) -> list[str]:
+    found = []
+    if match.absent:
+        found.append(
+            f"{len(match.absent)} of {len(adapter)} modules are not in this MODEL and were left "
+            f"out: {shorten_list(match.absent, 3)}"
+        )
+    _, variant = host.describe_model(model)
+    claimed = adapter.report.variants
+    if claimed and ((variant == "2511") != ("2511" in claimed)):
+        found.append(
+            f"{adapter.name} says it was made for {', '.join(claimed)}, and this MODEL is "
+            + ("a 2511" if variant == "2511" else "no 2511")
+            + ": it fits by name, the effect may differ"
+        )
+    return found

@@ -1,0 +1,104 @@
+"""MODEL + adapter -> MODEL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..lora_core import parse_block_ranges
+from ..lora_core.strengths import Strengths
+from .application import MODES, apply_adapters
+from .sockets import (
+    CATEGORY,
+    adapter_input,
+    report_output,
+    show_report,
+    strength_input,
+    take_adapter,
+)
+
+MODE_TOOLTIP = (
+    "side path: runs the LoRA beside the weights, exact on fp8 bases, and a new strength costs "
+    "nothing. merge: adds it to the weights as ComfyUI's LoraLoader does, for torch.compile. "
+    "auto: side path wherever it can serve, and the report says what was merged and why."
+)
+
+
+def mode_input() -> io.Combo.Input:
+    return io.Combo.Input("mode", options=list(MODES), default=MODES[0], tooltip=MODE_TOOLTIP)
+
+
+class QwenEditLoraApply(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QwenEditLoraApply",
+            display_name="Apply Edit LoRA",
+            category=CATEGORY,
+            description=(
+                "Applies an adapter to a Qwen-Image-Edit MODEL. By default it runs beside the "
+                "weights, so that fp8 rounding cannot drown it and changing the strength is free. "
+                "Chain several, or use Stack."
+            ),
+            search_aliases=["lora", "apply lora", "lora strength", "block weights"],
+            has_intermediate_output=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model, from UNETLoader."),
+                adapter_input(),
+                strength_input(
+                    tooltip=(
+                        "How strongly to apply it. 0 leaves the model bit-identical; negative "
+                        "values push the other way."
+                    )
+                ),
+                mode_input(),
+                strength_input(
+                    "image_strength",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Further factor on the image stream (to_q, img_mlp, ...).",
+                ),
+                strength_input(
+                    "text_strength",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Further factor on the text stream (add_q_proj, txt_mlp, ...).",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    placeholder="0-19, 40",
+                    tooltip=(
+                        "Only these of the 60 blocks, for example '0-19, 40'. Empty: everything, "
+                        "also what lies outside the blocks."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="The model with the adapter applied."),
+                report_output(),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        adapter: Any,
+        strength: float,
+        mode: str,
+        image_strength: float = 1.0,
+        text_strength: float = 1.0,
+        blocks: str = "",
+    ) -> io.NodeOutput:
+        strengths = Strengths(strength, image_strength, text_strength, parse_block_ranges(blocks))
+        applied = apply_adapters(model, [(take_adapter(adapter), strengths)], mode)
+        text = applied.to_text()
+        ui = show_report(text, warning=bool(applied.warnings))
+        return io.NodeOutput(applied.model, text, ui=ui)
+
+
+NODES = [QwenEditLoraApply]

@@ -1,0 +1,228 @@
+"""Everything this extension asks of ComfyUI. The only module that imports comfy.* and folder_paths.
+
+Written against ComfyUI 0.30.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.weight_adapter
+import folder_paths
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..lora_core import FileError, ModuleWeights, compute_delta
+from ..lora_core.stored import shorten
+
+ModelPatcher = comfy.model_patcher.ModelPatcher
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def list_loras() -> list[str]:
+    return [n for n in folder_paths.get_filename_list("loras") if n.endswith(".safetensors")]
+
+
+def find_lora(lora_name: str | None) -> Path:
+    """Full path of a file below one of the loras folders.
+
+    Raises:
+        FileError: no such file, or a name that points outside these folders.
+    """
+    name = lora_name or ""
+    parts = Path(name.replace("\\", "/")).parts
+    if not name or ".." in parts or Path(name).is_absolute() or ":" in name or "\0" in name:
+        raise FileError(
+            f"{shorten(name)!r} is no name inside the loras folders; expected a file such as "
+            "'my_lora.safetensors', chosen from the list."
+        )
+    try:
+        path = folder_paths.get_full_path("loras", name)
+    except OSError as e:
+        raise FileError(f"{shorten(name)} cannot be opened: {e.strerror}.") from None
+    if path is None:
+        raise FileError(
+            f"{shorten(name)} is not in the loras folders (any more); expected one of the "
+            f"{len(list_loras())} files there. Put it into models/loras, press R, and choose it."
+        )
+    return Path(path)
+
+
+def choose_output_path(filename_prefix: str) -> Path:
+    """A path without suffix, below ComfyUI's output folder, that no file has yet."""
+    output = folder_paths.get_output_directory()
+    folder = Path(output, os.path.dirname(os.path.normpath(filename_prefix)))  # noqa: PTH120
+    if not folder_paths.is_within_directory(output, str(folder)):
+        raise FileError(
+            f"{shorten(filename_prefix)!r} points outside the output folder; expected a name "
+            "such as 'loras/my_lora'."
+        )
+    try:
+        found = folder_paths.get_save_image_path(filename_prefix, output)
+    except OSError as e:
+        raise FileError(f"{shorten(filename_prefix)} cannot be written: {e.strerror}.") from None
+    folder, filename, counter, *_ = found
+    return Path(folder, f"{filename}_{counter:05}_")
+
+
+def name_below_output(path: Path) -> str:
+    return path.relative_to(folder_paths.get_output_directory()).as_posix()
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def get_modules(model: ModelPatcher) -> Mapping[str, torch.nn.Module]:
+    """Module path -> module of the diffusion model, for everything that holds a weight."""
+    return {
+        path: module
+        for path, module in model.model.diffusion_model.named_modules()
+        if getattr(module, "weight", None) is not None
+    }
+
+
+def describe_model(model: ModelPatcher) -> tuple[str, str | None]:
+    """The model's class name in ComfyUI, and for Qwen-Image whether it is a 2511.
+
+    The variant is "2511" where the file carries the marker for zero-timestep references
+    (comfy/model_detection.py); the other variants cannot be told apart by their weights.
+    """
+    method = getattr(model.model.diffusion_model, "default_ref_method", None)
+    variant = "2511" if method == "index_timestep_zero" else None
+    return type(model.model).__name__, variant
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model computes, and where ComfyUI puts it meanwhile."""
+
+    dtype: torch.dtype
+    load_device: torch.device
+    offload_device: torch.device
+
+
+def get_placement(model: ModelPatcher) -> Placement:
+    """The dtype is that of activations: the manual cast's if weights are stored in another."""
+    dtype = getattr(model.model, "manual_cast_dtype", None) or model.model_dtype()
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        dtype = torch.bfloat16
+    return Placement(dtype, model.load_device, model.offload_device)
+
+
+def describe_storage(module: torch.nn.Module) -> str:
+    """How a module's weight is stored: "bfloat16", "float8_e4m3fn", "scaled float8_e4m3fn", ..."""
+    weight = module.weight
+    stored = getattr(weight, "_qdata", None)
+    dtype = str((weight if stored is None else stored).dtype).removeprefix("torch.")
+    return dtype if stored is None else f"scaled {dtype}"
+
+
+def get_options(model: ModelPatcher) -> dict[str, Any]:
+    """This clone's own transformer_options; it reaches every call of the diffusion model."""
+    return model.model_options.setdefault("transformer_options", {})
+
+
+def is_compiled(model: ModelPatcher) -> bool:
+    """Whether ComfyUI's TorchCompileModel node (comfy_api/torch_helpers) is on this clone."""
+    return bool(model.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"))
+
+
+def add_wrapper(model: ModelPatcher, kind: str, key: str, wrapper: Callable) -> None:
+    """Registers `wrapper` once per `key`; `kind` is "diffusion_model" or "prepare_sampling"."""
+    wrapper_type = {
+        "diffusion_model": WrappersMP.DIFFUSION_MODEL,
+        "prepare_sampling": WrappersMP.PREPARE_SAMPLING,
+    }[kind]
+    model.remove_wrappers_with_key(wrapper_type, key)
+    model.add_wrapper_with_key(wrapper_type, key, wrapper)
+
+
+def build_linear(weight: torch.Tensor) -> torch.nn.Module:
+    """A Linear without bias whose weight ComfyUI may offload, page and cast."""
+    linear = comfy.ops.manual_cast.Linear(
+        weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype
+    )
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def get_resident_weight(linear: torch.nn.Module, like: torch.Tensor) -> torch.Tensor | None:
+    """The weight if it can be used as it is beside `like`; None if ComfyUI has to bring it."""
+    weight = linear.weight
+    is_ready = (
+        weight.device == like.device
+        and weight.dtype == like.dtype
+        and not hasattr(linear, "_v")  # paged by dynamic VRAM
+        and not linear.weight_function
+    )
+    return weight if is_ready else None
+
+
+def wrap_in_patcher(module: torch.nn.Module, placement: Placement) -> ModelPatcher:
+    """A patcher of its own, so that ComfyUI loads, offloads and accounts for `module`."""
+    # Looked up at call time: main.py swaps in the dynamic-VRAM class after import.
+    return comfy.model_patcher.CoreModelPatcher(
+        module, placement.load_device, placement.offload_device
+    )
+
+
+# --- merging ------------------------------------------------------------------------------------
+
+
+class MergedWeights(comfy.weight_adapter.WeightAdapterBase):
+    """Lets ComfyUI's patcher add a delta computed here, for kinds it has not or computes otherwise.
+
+    ComfyUI 0.30 divides a DoRA by the wrong norm and squares an OFT's strength
+    (comfy/weight_adapter/base.py and oft.py).
+    """
+
+    name = "qwen_edit_lora"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[ModuleWeights]):
+        self.loaded_keys = loaded_keys
+        self.weights = weights
+
+    def calculate_weight(
+        self,
+        weight,
+        key,
+        strength,
+        strength_model,
+        offset,
+        function,
+        intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):
+        module_weights = self.weights[0].to(weight.device)
+        delta = compute_delta(module_weights, weight).reshape(weight.shape)
+        weight += function((strength * delta).to(weight.dtype))
+        return weight
+
+
+def build_patch(weights: ModuleWeights) -> Any:
+    """ComfyUI's own patch where it computes the same, so that its memory management knows it."""
+    if weights.kind == "LoRA":
+        values = (weights.lora_B, weights.lora_A, weights.alpha, None, None, None)
+        return comfy.weight_adapter.LoRAAdapter(set(), values)
+    if weights.kind == "diff" and weights.shape is not None:
+        return ("diff", (weights.part("diff"),))
+    return MergedWeights(set(), (weights,))
+
+
+def add_merge(model: ModelPatcher, modules: Mapping[str, ModuleWeights], strength: float) -> None:
+    """Adds native patches to this clone: weights and biases of `modules` at `strength`."""
+    patches = {}
+    for path, weights in modules.items():
+        if weights.kind != "diff" or weights.shape is not None:
+            patches[f"diffusion_model.{path}.weight"] = build_patch(weights)
+        if weights.bias_delta is not None:
+            patches[f"diffusion_model.{path}.bias"] = ("diff", (weights.bias_delta,))
+    model.add_patches(patches, strength)

@@ -1,0 +1,84 @@
+"""Adapter -> file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..lora_core import write_adapter
+from ..lora_core.formats.schemes import SCHEMES
+from . import host
+from .sockets import CATEGORY, adapter_input, report_output, show_report, take_adapter
+
+
+class QwenEditLoraSave(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QwenEditLoraSave",
+            display_name="Save Edit LoRA",
+            category=CATEGORY,
+            description=(
+                "Writes an adapter as safetensors in the format you choose: tensors unchanged, "
+                "alpha explicit, metadata kept and completed. Files in output/loras appear in "
+                "every LoRA loader."
+            ),
+            search_aliases=["export lora", "convert lora"],
+            is_output_node=True,
+            inputs=[
+                adapter_input(),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/edit_lora",
+                    tooltip=(
+                        "Folder and name inside ComfyUI's output folder. A number is added, "
+                        "nothing is overwritten."
+                    ),
+                ),
+                io.Combo.Input(
+                    "key_format",
+                    options=list(SCHEMES),
+                    default="comfyui",
+                    tooltip=(
+                        "comfyui: loads everywhere, and in diffusers. kohya: for musubi-tuner and "
+                        "sd-scripts. diffusers, peft: plain LoRA and DoRA only; alpha is in the "
+                        "header or adapter_config.json, which ComfyUI's own loader does not read."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.String.Output("lora_name", tooltip="The written file, below the output folder."),
+                report_output(),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, adapter: Any, filename_prefix: str, key_format: str) -> io.NodeOutput:
+        adapter = take_adapter(adapter)
+        target = host.choose_output_path(filename_prefix)
+        if key_format != "peft":
+            target = target.with_name(target.name + ".safetensors")
+        written = write_adapter(adapter, target, key_format)
+        name = host.name_below_output(written)
+        lines = [
+            f"Wrote {name}: {len(adapter)} modules, {written.stat().st_size / 1e6:.1f} MB, "
+            f"format {key_format}"
+        ]
+        if key_format in ("diffusers", "peft") and any(
+            weights.scale != 1 for weights in adapter.modules.values()
+        ):
+            lines.append(
+                "Warning: alpha is stored outside the tensors, and ComfyUI's own LoraLoader would "
+                "apply scale 1; Load Edit LoRA reads it"
+            )
+        if "DoRA" in adapter.kinds:
+            lines.append(
+                "Warning: ComfyUI's own LoraLoader normalises a DoRA by the base weight alone and "
+                "gives another result; Apply Edit LoRA follows PEFT and LyCORIS"
+            )
+        text = "\n".join(lines)
+        return io.NodeOutput(name, text, ui=show_report(text, warning=len(lines) > 1))
+
+
+NODES = [QwenEditLoraSave]

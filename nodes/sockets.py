@@ -1,0 +1,47 @@
+"""Socket types and pieces of schema that several nodes share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..lora_core import Adapter, ConfigError, read_state_dict
+
+CATEGORY = "Qwen Edit LoRA"
+
+AdapterSocket = io.Custom("QWEN_EDIT_LORA")
+
+
+def adapter_input(id: str = "adapter", **kwargs: Any) -> io.MultiType.Input:
+    """A socket that takes our adapters and ComfyUI's LORA_MODEL alike."""
+    kwargs.setdefault(
+        "tooltip",
+        "The adapter: from Load Edit LoRA, or a LORA_MODEL from ComfyUI's own training node.",
+    )
+    return io.MultiType.Input(id, types=[AdapterSocket, io.LoraModel], **kwargs)
+
+
+def strength_input(id: str = "strength", **kwargs: Any) -> io.Float.Input:
+    return io.Float.Input(id, default=1.0, min=-100.0, max=100.0, step=0.05, round=0.001, **kwargs)
+
+
+def report_output() -> io.String.Output:
+    return io.String.Output("report", display_name="report")
+
+
+def take_adapter(value: Any) -> Adapter:
+    """The adapter behind a socket value; a LORA_MODEL is a plain state dict."""
+    if isinstance(value, Adapter):
+        return value
+    if isinstance(value, dict):
+        return read_state_dict(value, name="the connected LORA_MODEL")
+    raise ConfigError(
+        f"the adapter input got a {type(value).__name__}; expected the output of Load Edit LoRA "
+        "or a LORA_MODEL"
+    )
+
+
+def show_report(text: str, warning: bool = False) -> dict[str, list]:
+    """The `ui` part of a NodeOutput; web/report.js draws it on the node."""
+    return {"qwen_edit_lora_report": [text], "qwen_edit_lora_warning": [warning]}

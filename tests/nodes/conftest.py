@@ -1,0 +1,99 @@
+"""The tiny base in this process, sampled through ComfyUI's own KSampler code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def ours(comfyui: SimpleNamespace) -> SimpleNamespace:
+    """Our own modules that need the host."""
+    from qwen_edit_lora.nodes import application, host, matching, side_path
+
+    return SimpleNamespace(
+        application=application, host=host, matching=matching, side_path=side_path
+    )
+
+
+@pytest.fixture
+def load_base(comfyui: SimpleNamespace, demo_models: Any) -> Callable[[str], Any]:
+    """Loads one of the demo DiTs as the stock UNETLoader does: "2509_fp32", "2509_fp8", ..."""
+
+    def load(name: str) -> Any:
+        with torch.inference_mode():
+            return comfyui.sd.load_diffusion_model(str(demo_models.dit[name]))
+
+    return load
+
+
+@pytest.fixture
+def base(load_base: Callable[[str], Any]) -> Any:
+    return load_base("2509_fp32")
+
+
+@pytest.fixture
+def sample(comfyui: SimpleNamespace) -> Callable[..., torch.Tensor]:
+    """Two Euler steps with one reference: MODEL -> latent (1, 16, 1, 8, 8)."""
+
+    def run(model: Any, seed: int = 3, **options: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(7)
+        reference = torch.randn(1, 16, 1, 8, 8, generator=generator)
+        tokens = torch.randn(1, 12, 64, generator=generator)
+        conditioning = [[tokens, {"reference_latents": [reference]}]]
+        with torch.inference_mode():
+            latent = {"samples": torch.zeros(1, 16, 1, 8, 8)}
+            (result,) = comfyui.nodes.common_ksampler(
+                model, seed, 2, 1.0, "euler", "simple", conditioning, conditioning, latent
+            )
+        return result["samples"].clone()
+
+    return run
+
+
+@pytest.fixture
+def make_lora(demo_models: Any, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a LoRA for the demo base: make_lora("a", seed=1, rank=4, delta_std=0.02)."""
+    from demo_base.adapters import make_adapter
+
+    def make(name: str, **options: Any) -> Path:
+        options.setdefault("delta_std", 0.02)
+        path = tmp_path / f"{name}.safetensors"
+        return make_adapter(path, demo_models.dit["2509_fp32"], **options)
+
+    return make
+
+
+@pytest.fixture
+def apply_native(comfyui: SimpleNamespace) -> Callable[[Any, Path, float], Any]:
+    """ComfyUI's own LoraLoader on a MODEL."""
+
+    def apply(model: Any, path: Path, strength: float) -> Any:
+        state_dict = comfyui.utils.load_torch_file(str(path), safe_load=True)
+        return comfyui.sd.load_lora_for_models(model, None, state_dict, strength, 0)[0]
+
+    return apply
+
+
+@pytest.fixture
+def apply_ours(ours: SimpleNamespace) -> Callable[..., Any]:
+    """Our Apply on a MODEL: apply_ours(model, path, 0.7, mode="side path", blocks=...)."""
+    from qwen_edit_lora.lora_core import Adapter, read_adapter
+    from qwen_edit_lora.lora_core.strengths import Strengths
+
+    def apply(model: Any, adapter: Adapter | Path, strength: float, mode="auto", **more: Any) -> Any:
+        adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+        layers = [(adapter, Strengths(strength, **more))]
+        with torch.inference_mode():
+            return ours.application.apply_adapters(model, layers, mode).model
+
+    return apply
+
+
+def worst(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
