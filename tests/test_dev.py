@@ -1,0 +1,184 @@
+"""dev.py sets up what it should, no more than once, and explains what it cannot do."""
+
+import importlib.util
+import io
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+DEV_PY = Path(__file__).resolve().parent.parent / "dev.py"
+
+
+@pytest.fixture(scope="module")
+def dev():
+    spec = importlib.util.spec_from_file_location("dev", DEV_PY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout and a ComfyUI that have been set up, without the gigabytes."""
+    root, comfyui = tmp_path / "checkout", tmp_path / "ComfyUI"
+    for folder in (root / ".venv", comfyui):
+        folder.mkdir(parents=True)
+    (root / ".venv" / "pyvenv.cfg").write_text("version = 3.11.7\n")
+    (root / "requirements-dev.txt").write_text("pytest==9.2.0\n")
+    (comfyui / "main.py").touch()
+    (comfyui / "requirements.txt").write_text("torch\n")
+    return root, comfyui
+
+
+def write_tar(path, *members):
+    with tarfile.open(path, "w:gz") as tar:
+        for member in members:
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member)
+            info.size = 0 if info.issym() else 2
+            tar.addfile(info, None if info.issym() else io.BytesIO(b"ok"))
+    return path
+
+
+def run_dev(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, DEV_PY, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("changed", ["requirements-dev.txt", "requirements.txt"])
+def test_the_stamp_changes_with_our_requirements(dev, checkout, changed):
+    root, comfyui = checkout
+    before = dev.compute_stamp(root, comfyui)
+    (root / changed).write_text("pytest==9.3.0\n")
+    assert before
+    assert dev.compute_stamp(root, comfyui) != before
+
+
+def test_the_stamp_changes_with_comfyui_and_with_python(dev, checkout):
+    root, comfyui = checkout
+    stamps = {dev.compute_stamp(root, comfyui)}
+    (comfyui / "requirements.txt").write_text("torch\nkornia\n")
+    stamps.add(dev.compute_stamp(root, comfyui))
+    (root / ".venv" / "pyvenv.cfg").write_text("version = 3.12.0\n")
+    stamps.add(dev.compute_stamp(root, comfyui))
+    stamps.add(dev.compute_stamp(root, comfyui.rename(comfyui.with_name("elsewhere"))))
+    assert len(stamps) == 4
+
+
+def test_a_second_setup_does_nothing(dev, checkout, monkeypatch):
+    root, comfyui = checkout
+    calls = []
+    monkeypatch.setattr(dev, "make_venv", lambda root: calls.append("venv"))
+    monkeypatch.setattr(dev, "run_pip", lambda python, arguments, log: calls.append(arguments))
+    environment = {"COMFYUI_PATH": str(comfyui)}
+    assert dev.setup(root, environment) == comfyui
+    assert len(calls) == 2
+    assert dev.setup(root, environment) == comfyui
+    assert len(calls) == 2
+
+
+def test_all_requirement_files_go_into_one_pip_call(dev, checkout, monkeypatch):
+    root, comfyui = checkout
+    (root / "requirements.txt").write_text("safetensors\n")
+    calls = []
+    monkeypatch.setattr(dev, "make_venv", lambda root: None)
+    monkeypatch.setattr(dev, "run_pip", lambda python, arguments, log: calls.append(arguments))
+    dev.setup(root, {"COMFYUI_PATH": str(comfyui)})
+    files = [root / "requirements-dev.txt", root / "requirements.txt", comfyui / "requirements.txt"]
+    assert calls == [["install", *(f"--requirement={path}" for path in files)]]
+
+
+def test_a_comfyui_path_without_main_py_is_refused_in_a_sentence(tmp_path):
+    result = run_dev("setup", COMFYUI_PATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    assert (
+        f"COMFYUI_PATH must be a ComfyUI checkout, but {tmp_path} has no main.py" in result.stdout
+    )
+
+
+def test_an_old_python_is_refused_in_a_sentence(dev):
+    with pytest.raises(dev.DevError, match=r"needs Python 3\.10 or newer, but runs on 3\.8"):
+        dev.check_python((3, 8))
+
+
+def test_a_failing_pip_shows_the_end_of_its_log(dev, tmp_path):
+    with pytest.raises(dev.DevError, match=r"check the network[\s\S]*unknown command"):
+        dev.run_pip(Path(sys.executable), ["no-such-command"], tmp_path / "setup.log")
+
+
+def test_only_the_subtree_is_extracted(dev, tmp_path):
+    members = ("p-1/PKG-INFO", "p-1/vendor/ComfyUI/main.py", "p-1/vendor/ComfyUI/comfy/sd.py")
+    archive = write_tar(tmp_path / "p.tar.gz", *members)
+    dev.extract_subtree(archive, ("vendor", "ComfyUI"), tmp_path / "out")
+    extracted = {
+        path.relative_to(tmp_path / "out").as_posix()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    assert extracted == {"main.py", "comfy/sd.py"}
+
+
+def test_a_member_outside_is_refused(dev, tmp_path):
+    archive = write_tar(tmp_path / "p.tar.gz", "p-1/vendor/ComfyUI/../../../evil.py")
+    with pytest.raises(dev.DevError, match="unsafe member"):
+        dev.extract_subtree(archive, ("vendor", "ComfyUI"), tmp_path / "out" / "deep")
+    assert not list(tmp_path.rglob("evil.py"))
+
+
+def test_a_link_is_refused(dev, tmp_path):
+    link = tarfile.TarInfo("p-1/vendor/ComfyUI/models")
+    link.type, link.linkname = tarfile.SYMTYPE, "/"
+    archive = write_tar(tmp_path / "p.tar.gz", link)
+    with pytest.raises(dev.DevError, match="unsafe member"):
+        dev.extract_subtree(archive, ("vendor", "ComfyUI"), tmp_path / "out")
+
+
+def test_an_archive_without_the_subtree_is_refused(dev, tmp_path):
+    archive = write_tar(tmp_path / "p.tar.gz", "p-1/PKG-INFO")
+    with pytest.raises(dev.DevError, match="must hold vendor/ComfyUI"):
+        dev.extract_subtree(archive, ("vendor", "ComfyUI"), tmp_path / "out")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+def test_an_interrupt_ends_the_child_first(dev, tmp_path):
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = (
+        "import importlib.util, signal, sys\n"
+        f"spec = importlib.util.spec_from_file_location('dev', {str(DEV_PY)!r})\n"
+        "dev = importlib.util.module_from_spec(spec); spec.loader.exec_module(dev)\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        "try:\n"
+        f"    dev.run_child([sys.executable, '-c', {child!r}])\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    with process:
+        child_id = int(process.stdout.readline())
+        process.terminate()
+        assert process.wait(timeout=30) == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(child_id, 0)
+
+
+def test_a_taken_port_is_refused_in_a_sentence():
+    from demo_base.server import ServerError, check_port, find_free_port
+
+    port = find_free_port()
+    check_port(port)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(ServerError, match=f"port {port} must be free"):
+            check_port(port)
