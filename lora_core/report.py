@@ -79,10 +79,6 @@ class LoadReport:
             found.append(
                 "the file says it was trained for text-to-image Qwen-Image, not for an edit model"
             )
-        if self.width is not None and self.width != 3072:
-            found.append(
-                f"it was made for a model of width {self.width}; a real Qwen-Image has 3072"
-            )
         return tuple(found)
 
     def to_text(self) -> str:
@@ -94,7 +90,8 @@ class LoadReport:
             f"{self.size_bytes / 1e6:.1f} MB",
             f"rank {join_counts(self.ranks)}; scale {join_counts(self.scales)}; "
             f"alpha {join_counts(self.alphas)} from {join_counts(self.alpha_rules)}",
-            f"targets {self.preset or 'custom'}; blocks {self.blocks or 'none'}",
+            f"targets {self.preset or 'custom'}; blocks {self.blocks or 'none'}"
+            + (f"; model width {self.width}" if self.width else ""),
             *self.hints,
             *(f"Warning: {warning}" for warning in self.warnings),
         ]

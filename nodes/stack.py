@@ -6,12 +6,23 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..lora_core import ConfigError
+from ..lora_core import Adapter, ConfigError, LoraError
+from ..lora_core.stored import read_signature
 from ..lora_core.strengths import Strengths
+from . import host
 from .application import apply_adapters
 from .apply import mode_input
-from .sockets import CATEGORY, adapter_input, report_output, show_report, take_adapter
+from .load import open_lora
+from .sockets import (
+    CATEGORY,
+    adapter_input,
+    report_output,
+    show_report,
+    strength_input,
+    take_adapter,
+)
 
+MAX_FILES = 10
 MAX_ADAPTERS = 50
 
 
@@ -38,51 +49,111 @@ def parse_strengths(text: str, count: int) -> list[float]:
     return numbers
 
 
+def name_count(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def build_file_rows(count: int) -> list[io.Input]:
+    """Widgets for `count` files: lora_1, strength_1, lora_2, ..."""
+    rows: list[io.Input] = []
+    for number in range(1, count + 1):
+        rows += [
+            io.Combo.Input(
+                f"lora_{number}",
+                options=host.list_loras(),
+                tooltip="A .safetensors file from models/loras.",
+            ),
+            strength_input(
+                f"strength_{number}", tooltip="How strongly to apply it; 0 switches it off."
+            ),
+        ]
+    return rows
+
+
+def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
+    """(lora_name, strength) per row of the DynamicCombo's value."""
+    files = files or {}
+    count = int(files.get("files", "0").split()[0])
+    return [(files[f"lora_{n}"], files[f"strength_{n}"]) for n in range(1, count + 1)]
+
+
 class QwenEditLoraStack(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        options = [
+            # No bare numbers: JavaScript would sort them and lose the default.
+            io.DynamicCombo.Option(name_count(count), build_file_rows(count))
+            for count in range(MAX_FILES + 1)
+        ]
         return io.Schema(
             node_id="QwenEditLoraStack",
             display_name="Stack Edit LoRAs",
             category=CATEGORY,
             description=(
-                "Applies any number of adapters at once. Plain LoRAs that meet on a module run as "
-                "one down and one up product, so ten of them cost little more than one."
+                "Applies any number of LoRA files and adapters at once. Plain LoRAs that meet on "
+                "a module run as one down and one up product, so ten of them cost little more "
+                "than one."
             ),
             search_aliases=["lora stack", "multi lora", "power lora"],
             has_intermediate_output=True,
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, from UNETLoader."),
+                mode_input(),
+                io.DynamicCombo.Input(
+                    "files",
+                    options=[options[2], *options[:2], *options[3:]],  # the first is the default
+                    tooltip="How many files to choose here; each gets its own strength.",
+                ),
                 io.String.Input(
                     "strengths",
+                    display_name="adapter strengths",
                     default="1",
                     tooltip=(
-                        "One strength per adapter in the order of the inputs, such as '1, 0.8, "
-                        "-0.5', or a single number for all. 0 switches one off."
+                        "For the adapters connected below: one strength each in the order of the "
+                        "inputs, such as '1, 0.8, -0.5', or a single number for all."
                     ),
                 ),
-                mode_input(),
                 io.Autogrow.Input(
                     "adapters",
                     template=io.Autogrow.TemplatePrefix(
-                        adapter_input(), prefix="adapter_", min=1, max=MAX_ADAPTERS
+                        adapter_input(), prefix="adapter_", min=0, max=MAX_ADAPTERS
                     ),
-                    tooltip="Connect one and the next socket appears.",
+                    tooltip="Adapters made by other nodes. Connect one and the next appears.",
                 ),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="The model with all adapters applied."),
+                io.Model.Output("model", tooltip="The model with all of them applied."),
                 report_output(),
             ],
         )
 
     @classmethod
+    def fingerprint_inputs(cls, files: dict[str, Any] | None = None, **_: Any) -> Any:
+        try:
+            names = [name for name, _ in read_file_rows(files)]
+            return [read_signature(host.find_lora(name)) for name in names]
+        except (LoraError, KeyError, ValueError):
+            return None  # execute says what is wrong
+
+    @classmethod
     def execute(
-        cls, model: Any, strengths: str, mode: str, adapters: dict[str, Any]
+        cls,
+        model: Any,
+        mode: str,
+        strengths: str,
+        files: dict[str, Any] | None = None,
+        adapters: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
-        connected = [take_adapter(value) for value in adapters.values() if value is not None]
-        numbers = parse_strengths(strengths, len(connected))
-        layers = [(a, Strengths(number)) for a, number in zip(connected, numbers, strict=True)]
+        layers: list[tuple[Adapter, Strengths]] = [
+            (open_lora(name), Strengths(strength)) for name, strength in read_file_rows(files)
+        ]
+        connected = [
+            take_adapter(value) for value in (adapters or {}).values() if value is not None
+        ]
+        numbers = parse_strengths(strengths, len(connected)) if connected else []
+        layers += [(a, Strengths(number)) for a, number in zip(connected, numbers, strict=True)]
+        if not layers:
+            raise ConfigError("the stack is empty; choose a number of files, or connect an adapter")
         applied = apply_adapters(model, layers, mode)
         text = applied.to_text()
         ui = show_report(text, warning=bool(applied.warnings))

@@ -86,7 +86,9 @@ def apply_ours(ours: SimpleNamespace) -> Callable[..., Any]:
     from qwen_edit_lora.lora_core import Adapter, read_adapter
     from qwen_edit_lora.lora_core.strengths import Strengths
 
-    def apply(model: Any, adapter: Adapter | Path, strength: float, mode="auto", **more: Any) -> Any:
+    def apply(
+        model: Any, adapter: Adapter | Path, strength: float, mode="auto", **more: Any
+    ) -> Any:
         adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
         layers = [(adapter, Strengths(strength, **more))]
         with torch.inference_mode():

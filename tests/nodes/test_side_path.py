@@ -132,9 +132,7 @@ def test_an_exception_in_mid_sampling_leaves_the_base_as_it_was(
     assert not any("forward" in m.__dict__ for m in base.model.diffusion_model.modules())
 
 
-def test_clones_with_different_strengths_do_not_see_each_other(
-    base, sample, make_lora, apply_ours
-):
+def test_clones_with_different_strengths_do_not_see_each_other(base, sample, make_lora, apply_ours):
     a, b = make_lora("a", seed=1), make_lora("b", seed=2)
     weak, strong = apply_ours(base, a, 0.2), apply_ours(base, a, 0.9)
     other = apply_ours(base, b, 0.5)
@@ -187,7 +185,9 @@ def test_no_bank_is_built_for_the_steps_of_a_chain_that_nobody_samples(
     assert ours.side_path.get_side_path(second)._bank is not None
 
 
-def test_comfyui_loads_and_accounts_for_the_bank(ours, comfyui, base, sample, make_lora, apply_ours):
+def test_comfyui_loads_and_accounts_for_the_bank(
+    ours, comfyui, base, sample, make_lora, apply_ours
+):
     model = apply_ours(base, make_lora("a"), 1.0)
     sample(model)
     bank = ours.side_path.get_side_path(model).get_bank()

@@ -1,0 +1,90 @@
+"""ComfyUI's real page in a real browser."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+READY = "window.app?.graph && window.app?.extensionManager"
+TIMEOUT_MS = 120_000
+
+
+class Workspace:
+    """One open page: what a user does with it, and what went wrong in our files meanwhile."""
+
+    def __init__(self, page: Any, server: Any, shots: Path) -> None:
+        self.page = page
+        self.server = server
+        self.shots = shots
+        self.errors: list[str] = []
+        page.set_default_timeout(TIMEOUT_MS)
+        page.on("console", self._note_console)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _note_console(self, message: Any) -> None:
+        # The frontend logs errors of its own (404 for empty user folders); ours carry our folder.
+        where = message.location.get("url", "") + message.text
+        if message.type == "error" and "/extensions/qwen-edit-lora/" in where:
+            self.errors.append(message.text)
+
+    def open(self) -> None:
+        self.page.goto(self.server.url)
+        self.page.wait_for_function(READY)
+        self.page.wait_for_timeout(1500)  # the Templates dialog may open by itself on a fresh user
+        self.page.keyboard.press("Escape")
+
+    def set_vue_nodes(self, enabled: bool) -> None:
+        self.page.evaluate(
+            "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", enabled
+        )
+        self.page.wait_for_timeout(500)
+
+    def open_template(self, name: str) -> None:
+        self.page.get_by_role("button", name="Templates").first.click()
+        self.page.get_by_test_id("template-workflows-content").wait_for()
+        self.page.get_by_text("qwen-edit-lora", exact=True).first.click()
+        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.wait_for_function(
+            "() => app.graph._nodes.some(n => n.comfyClass?.startsWith('QwenEditLora'))"
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Presses Run; the history entry of that prompt once it has ended."""
+        before = set(self.server.get("/history"))
+        self.page.get_by_test_id("queue-button").click()
+        deadline = time.monotonic() + TIMEOUT_MS / 1000
+        while not set(history := self.server.get("/history")) - before:
+            assert time.monotonic() < deadline, "the prompt did not end in time"
+            self.page.wait_for_timeout(200)  # keeps the page's own events going
+        (prompt_id,) = set(history) - before
+        return history[prompt_id]
+
+    def read_reports(self) -> dict[str, str]:
+        """Node type -> report as it can be read on the node."""
+        return self.page.evaluate(
+            """() => Object.fromEntries(app.graph._nodes
+                .filter(n => n.showReport)
+                .map(n => [n.comfyClass, n.widgets.find(w => w.name === 'report_view')
+                    .element.innerText]))"""
+        )
+
+    def shoot(self, name: str) -> Path:
+        path = self.shots / f"{name}.png"
+        self.page.screenshot(path=path)
+        return path
+
+
+@pytest.fixture
+def workspace(browser: Any, server: Any, tmp_path: Path) -> Iterator[Workspace]:
+    shots = Path(os.environ.get("QWEN_EDIT_LORA_SCREENSHOTS", tmp_path))
+    shots.mkdir(parents=True, exist_ok=True)
+    context = browser.new_context(viewport={"width": 1800, "height": 1000})
+    workspace = Workspace(context.new_page(), server, shots)
+    workspace.open()
+    yield workspace
+    context.close()

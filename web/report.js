@@ -1,0 +1,72 @@
+// Shows what a node reported (matched keys, side path or merge, warnings) on the node itself.
+// A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
+
+const MIN_HEIGHT = 64; // px, about four lines
+const WAITING = "The report appears here when the node has run.";
+
+export function createReportView() {
+  const element = document.createElement("div");
+  element.className = "qwen-edit-lora-report";
+  element.setAttribute("role", "status");
+  element.setAttribute("aria-label", "Report of this node");
+  element.tabIndex = 0;
+  Object.assign(element.style, {
+    boxSizing: "border-box",
+    width: "100%",
+    height: "100%",
+    overflow: "auto",
+    padding: "6px 8px",
+    borderRadius: "6px",
+    borderLeft: "3px solid transparent",
+    background: "var(--comfy-input-bg, #222)",
+    color: "var(--input-text, #ddd)",
+    font: "11px/1.45 ui-monospace, monospace",
+    whiteSpace: "pre-wrap",
+    overflowWrap: "anywhere",
+    userSelect: "text",
+  });
+  const view = {
+    element,
+    text: "",
+    show(text, isWarning) {
+      view.text = text ?? "";
+      element.replaceChildren();
+      for (const line of (view.text || WAITING).split("\n")) {
+        const row = document.createElement("div");
+        row.textContent = line; // never innerHTML: file names and metadata are not ours
+        if (line.startsWith("Warning:")) row.style.color = "var(--p-amber-400, #f5b942)";
+        if (!view.text) row.style.opacity = "0.6";
+        element.append(row);
+      }
+      element.style.borderLeftColor = isWarning
+        ? "var(--p-amber-400, #f5b942)"
+        : view.text
+          ? "var(--p-green-500, #4caf7d)"
+          : "transparent";
+    },
+  };
+  view.show("", false);
+  return view;
+}
+
+export function addReportWidget(node) {
+  const view = createReportView();
+  const widget = node.addDOMWidget("report_view", "qwen_edit_lora_report", view.element, {
+    serialize: false,
+    hideOnZoom: false,
+    getValue: () => view.text,
+    setValue: () => {},
+    getMinHeight: () => MIN_HEIGHT,
+  });
+  widget.serialize = false; // a report is no setting: keep it out of saved workflows
+  node.showReport = (output) => {
+    const text = output?.qwen_edit_lora_report?.[0];
+    if (text !== undefined) view.show(text, Boolean(output.qwen_edit_lora_warning?.[0]));
+  };
+  const previous = node.onExecuted;
+  node.onExecuted = function (output, ...rest) {
+    previous?.call(this, output, ...rest);
+    this.showReport(output);
+  };
+  return view;
+}
