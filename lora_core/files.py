@@ -17,7 +17,7 @@ from .adapter import Adapter
 from .errors import ConfigError, FileError
 from .formats.reading import read_modules
 from .formats.schemes import build_lora_config, build_metadata, get_scheme
-from .stored import SafetensorsFile, shorten
+from .stored import SafetensorsFile, read_signature, shorten
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -37,12 +37,17 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         KeyFormatError: no key belongs to Qwen-Image, or a module lacks a partner key.
         ShapeError: tensors of one module do not fit each other.
     """
-    path = Path(path)
-    if path.is_dir() and (path / PEFT_FILE).is_file():
-        path = path / PEFT_FILE
+    path = find_file(Path(path))
     file = SafetensorsFile(path)
     modules, key_format, report = read_modules(file.tensors, file.metadata, path, path.name)
     return Adapter(modules, file.metadata, key_format, report, path.name, file)
+
+
+def find_file(path: Path) -> Path:
+    """The path itself, or the adapter inside a folder that PEFT wrote."""
+    read_signature(path)  # says in a sentence why a path cannot be opened
+    inside = path / PEFT_FILE
+    return inside if inside.is_file() else path
 
 
 def read_state_dict(
@@ -60,9 +65,11 @@ def build_state_dict(adapter: Adapter, key_format: str = "comfyui") -> dict[str,
     """Every tensor of the adapter under the keys of `key_format`, bits unchanged.
 
     Raises:
-        ConfigError: unknown format, or one that cannot express the adapter's kinds.
+        ConfigError: unknown format, one that cannot express the adapter's kinds, or no modules.
     """
     scheme = get_scheme(key_format)
+    if not adapter.modules:
+        raise ConfigError(f"{adapter.name} holds no modules, so there is nothing to write")
     state_dict: dict[str, torch.Tensor] = {}
     for module_path, weights in adapter.modules.items():
         state_dict.update(scheme.spell(module_path, weights))
@@ -84,7 +91,7 @@ def write_adapter(
         The file that was written.
 
     Raises:
-        ConfigError: unknown format, or one that cannot express the adapter's kinds.
+        ConfigError: unknown format, one that cannot express the adapter's kinds, or no modules.
         FileError: the folder or disk does not take the file; nothing is left behind.
     """
     path = Path(path)
@@ -99,19 +106,30 @@ def write_adapter(
     state_dict = build_state_dict(adapter, key_format)
     title = path.parent.name if scheme.name == "peft" else path.stem
     metadata = build_metadata(adapter, scheme, title)
-    tensors = {key: tensor.contiguous() for key, tensor in state_dict.items()}
+    lora_config = build_lora_config(adapter) if scheme.name == "peft" else None
+    tensors = separate(state_dict)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_then_rename(path, lambda temporary: save_file(tensors, temporary, metadata))
-        if scheme.name == "peft":
-            write_peft_config(adapter, path.with_name(PEFT_CONFIG))
+        if lora_config is not None:
+            write_peft_config(lora_config, path.with_name(PEFT_CONFIG))
     except (OSError, SafetensorError) as e:
         raise FileError(f"{shorten(path.name)} cannot be written: {explain(e)}.") from None
     return path
 
 
-def write_peft_config(adapter: Adapter, path: Path) -> None:
-    config = {"peft_type": "LORA", "task_type": None, **build_lora_config(adapter)}
+def separate(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors, none of which shares its memory: safetensors refuses the others."""
+    separated, seen = {}, set()
+    for key, tensor in state_dict.items():
+        tensor = tensor.contiguous()
+        separated[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return separated
+
+
+def write_peft_config(lora_config: Mapping[str, object], path: Path) -> None:
+    config = {"peft_type": "LORA", "task_type": None, **lora_config}
     text = json.dumps(config, indent=2, sort_keys=True)
     write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

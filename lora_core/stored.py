@@ -180,7 +180,7 @@ def open_checked(path: Path):
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as e:
         reason = "its header does not match its data"
-        if "InvalidHeader" in str(e):
+        if any(mark in str(e) for mark in ("InvalidHeader", "invalid JSON", "invalid UTF-8")):
             reason = "its header is not readable"
         raise FileError(
             f"{name} is damaged: {reason} ({e}). It is truncated or was written wrongly: "

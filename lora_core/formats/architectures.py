@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 
 # Name -> pattern that no Qwen-Image key matches. The first hit wins, so the more particular one
-# stands first. Names of text encoders contain "text encoder". Sources: the key lists in diffusers' lora_conversion_utils and
-# ComfyUI's comfy/lora.py.
+# stands first. Names of text encoders contain "text encoder". Sources: the key lists in diffusers'
+# lora_conversion_utils and ComfyUI's comfy/lora.py.
 _SIGNS: tuple[tuple[str, str], ...] = (
     ("Flux or HunyuanVideo (diffusers)", r"single_transformer_blocks[._]\d+"),
     ("Flux, HunyuanVideo or Chroma", r"(?<![a-z])(double_blocks|single_blocks)[._]\d+"),
@@ -21,10 +21,7 @@ _SIGNS: tuple[tuple[str, str], ...] = (
         "Stable Diffusion 3 or Flux (diffusers)",
         r"transformer_blocks[._]\d+[._](ff|ff_context|norm1|norm1_context|attn2)[._]",
     ),
-    (
-        "Wan or Cosmos",
-        r"(?<!transformer_)blocks[._]\d+[._](self_attn|cross_attn|ffn|attn[12])[._]",
-    ),
+    ("Wan or Cosmos", r"blocks[._]\d+[._](self_attn|cross_attn|ffn|attn[12])[._]"),
     (
         "Z-Image or Lumina",
         r"(layers|noise_refiner|context_refiner)[._]\d+[._](attention|feed_forward)[._]",

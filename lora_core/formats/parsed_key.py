@@ -88,12 +88,13 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
     )
 )
 
+UNKNOWN_ENDING = "its ending is of no known adapter type"
 #: Suffixes that are recognised and not supported, with what to tell the user.
 _UNSUPPORTED = (
     (r"\.lora_mid\.weight|\.hada_t[12]|\.lokr_t2", "a Tucker core, which only convolutions use"),
     (r"\.[ab][12]\.weight", "GLoRA, which is not supported; use ComfyUI's LoraLoader"),
     (r"\.set_weight|\.reshape_weight", "a replaced weight, which is no LoRA; not supported"),
-    (r"\.(?:oft|boft|vera|hra)_[A-Za-z]\b.*", "a PEFT adapter type that is not supported"),
+    (r"\.(?:oft|boft|vera|hra)_\w.*", "a PEFT adapter type that is not supported"),
     (r"\.(?:lora_embedding_[AB]|lora_ga)\b.*", "an embedding adapter; Qwen-Image has none"),
 )
 
@@ -115,7 +116,7 @@ def parse_key(key: str) -> ParsedKey | UnknownKey:
         match = re.search(f"(?:{pattern})$", key)
         if match is not None:
             return UnknownKey(key, reason, split_prefix(key[: match.start()])[1])
-    return UnknownKey(key, "its ending is of no known adapter type", split_prefix(key)[1])
+    return UnknownKey(key, UNKNOWN_ENDING, split_prefix(key)[1])
 
 
 def split_prefix(stem: str) -> tuple[str, str]:
@@ -164,7 +165,8 @@ def find_nearest(rest: str) -> str | None:
     known = targets.BLOCK_LINEARS + targets.BLOCK_NORMS if block else tuple(targets.TOP_LINEARS)
     name = (block[2] if block else rest).replace("_", ".")
     spelled = {candidate.replace("_", "."): candidate for candidate in known}
-    close = difflib.get_close_matches(name, spelled, n=1, cutoff=0.6)
+    close = [c for c in spelled if name.startswith(c) or c.startswith(f"{name}.")]
+    close = close or difflib.get_close_matches(name, spelled, n=1, cutoff=0.6)
     if not close:
         return None
     nearest = spelled[close[0]]

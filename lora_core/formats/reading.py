@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import targets
 from ..adapter import (
@@ -23,7 +23,7 @@ from ..report import DroppedKey, LoadReport, shorten_list
 from ..stored import AnyTensor, load
 from .alpha import AlphaRules, find_alpha_rules
 from .architectures import detect_architecture, detect_variants
-from .parsed_key import ParsedKey, UnknownKey, name_scheme, parse_key
+from .parsed_key import UNKNOWN_ENDING, ParsedKey, UnknownKey, name_scheme, parse_key
 
 #: Parts that make a module, in the order in which a module's kind is decided.
 _KIND_PARTS = (
@@ -79,13 +79,13 @@ def read_modules(
         num_modules=len(modules),
         size_bytes=sum(t.numel() * t.dtype.itemsize for t in tensors.values()),
         key_format=key_format if len(formats) == 1 else f"mixed: {', '.join(sorted(formats))}",
-        prefixes=Counter(key.prefix for key in parsed),
-        kinds=Counter(weights.kind for weights in modules.values()),
-        dtypes=Counter(str(w.dtype).removeprefix("torch.") for w in modules.values()),
-        ranks=Counter(weights.rank for weights in modules.values() if weights.kind != "diff"),
-        scales=Counter(weights.scale for weights in modules.values()),
-        alphas=Counter(weights.alpha for weights in modules.values() if weights.kind != "diff"),
-        alpha_rules=builder.rules,
+        prefixes=count(key.prefix for key in parsed),
+        kinds=count(weights.kind for weights in modules.values()),
+        dtypes=count(str(w.dtype).removeprefix("torch.") for w in modules.values()),
+        ranks=count(weights.rank for weights in modules.values() if weights.kind != "diff"),
+        scales=count(weights.scale for weights in modules.values()),
+        alphas=count(weights.alpha for weights in modules.values() if weights.kind != "diff"),
+        alpha_rules=dict(builder.rules),
         preset=targets.detect_preset(modules),
         blocks=targets.format_blocks(
             block for block, _ in map(targets.split_path, modules) if block is not None
@@ -101,6 +101,11 @@ def read_modules(
         hints=tuple(hints),
     )
     return modules, key_format, report
+
+
+def count(values: Iterable[Any]) -> dict[Any, int]:
+    """A plain dict, which dataclasses.asdict copies; it breaks a Counter."""
+    return dict(Counter(values))
 
 
 def parse_keys(keys: Iterable[str]) -> tuple[list[ParsedKey], list[UnknownKey]]:
@@ -133,8 +138,8 @@ def check_any_known(parsed: list[ParsedKey], unknown: list[UnknownKey], name: st
 def raise_unrecognised(unknown: list[UnknownKey], total: int, name: str) -> NoReturn:
     near = next((key for key in unknown if key.nearest), None)
     hint = f" The nearest known form is {near.nearest!r}." if near else ""
-    full_model = any(key.key.endswith((".weight", ".bias")) for key in unknown) and not any(
-        "lora" in key.key.lower() for key in unknown
+    full_model = any(key.key.endswith((".weight", ".bias")) for key in unknown) and all(
+        key.reason == UNKNOWN_ENDING and "lora" not in key.key.lower() for key in unknown
     )
     if full_model:
         what = "These look like whole model weights, not an adapter."
@@ -158,7 +163,8 @@ def choose_sources(
     """
     grouped: dict[str, dict[tuple[str, str | None], ModuleParts]] = defaultdict(dict)
     unnamed: list[ParsedKey] = []
-    for key in parsed:
+    # Sorted, a module spelled both ways takes lora_A and lora_B, never one of them and lora_up.
+    for key in sorted(parsed, key=lambda key: key.key):
         if key.adapter_name is None and key.part in ("alpha", "magnitude"):
             unnamed.append(key)
             continue

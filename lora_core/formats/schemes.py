@@ -39,11 +39,26 @@ class KeyScheme:
                     f"{module_path} holds {weights.kind} weights ({part}), which the {self.name} "
                     "format cannot express; expected plain LoRA. Write it as comfyui instead."
                 )
-            spelled[stem + self.suffixes[part]] = weights.part(part)
+            tensor = weights.part(part)
+            if part == "magnitude":
+                tensor = self.shape_magnitude(module_path, tensor)
+            spelled[stem + self.suffixes[part]] = tensor
         has_scale = weights.kind != "diff"
         if self.alpha_in_tensor and has_scale:
             spelled[f"{stem}.alpha"] = store_exactly(weights.alpha)
         return spelled
+
+    def shape_magnitude(self, module_path: str, magnitude: torch.Tensor) -> torch.Tensor:
+        """LyCORIS stores a magnitude per row as (out, 1) and per column as (1, in); PEFT (out,)."""
+        is_lycoris = self.alpha_in_tensor
+        if magnitude.ndim == 1 or magnitude.shape[1] == 1:
+            return magnitude.reshape((-1, 1) if is_lycoris else (-1,))
+        if is_lycoris:
+            return magnitude
+        raise ConfigError(
+            f"{module_path} holds DoRA magnitudes per input column, which the {self.name} format "
+            "cannot express; write it as comfyui instead."
+        )
 
 
 #: LyCORIS spells its kinds the same way under every prefix.
@@ -84,7 +99,16 @@ def get_scheme(name: str) -> KeyScheme:
 
 
 def build_lora_config(adapter: Adapter) -> dict[str, object]:
-    """The LoraConfig under which PEFT applies every module at its own scale."""
+    """The LoraConfig under which PEFT applies every module at its own scale.
+
+    Raises:
+        ConfigError: some modules are DoRA and some are not; PEFT knows one kind per file.
+    """
+    if len(adapter.kinds) > 1:
+        raise ConfigError(
+            f"{adapter.name} mixes {' and '.join(sorted(adapter.kinds))} modules, but PEFT's "
+            "config has one kind for all of them; write it as comfyui instead."
+        )
     modules = adapter.modules
     rank = Counter(weights.rank for weights in modules.values()).most_common(1)[0][0]
     alpha = Counter(weights.alpha for weights in modules.values()).most_common(1)[0][0]
@@ -107,8 +131,9 @@ def build_metadata(adapter: Adapter, scheme: KeyScheme, title: str) -> dict[str,
     `lora_adapter_metadata` on top of alpha tensors.
     """
     metadata = {k: v for k, v in adapter.metadata.items() if k != "lora_adapter_metadata"}
-    ranks = Counter(weights.rank for weights in adapter.modules.values())
-    alphas = Counter(weights.alpha for weights in adapter.modules.values())
+    scaled = [weights for weights in adapter.modules.values() if weights.kind != "diff"]
+    ranks = Counter(weights.rank for weights in scaled)
+    alphas = Counter(weights.alpha for weights in scaled)
     metadata.setdefault("modelspec.sai_model_spec", "1.0.0")
     metadata.setdefault("modelspec.architecture", "qwen-image-edit/lora")
     metadata.setdefault("modelspec.title", title)

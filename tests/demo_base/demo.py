@@ -77,7 +77,7 @@ def run_demo(serve: bool, port: int | None) -> None:
             while True:
                 server.check_alive()
                 time.sleep(1)
-        say("`python dev.py demo --serve` keeps the page open for you.")
+        say(f"The address was {server.url}; `python3 dev.py demo --serve` keeps it open for you.")
 
 
 def convert_workflow(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:

@@ -25,9 +25,14 @@ def ours(comfyui: SimpleNamespace) -> SimpleNamespace:
 def load_base(comfyui: SimpleNamespace, demo_models: Any) -> Callable[[str], Any]:
     """Loads one of the demo DiTs as the stock UNETLoader does: "2509_fp32", "2509_fp8", ..."""
 
+    # Without a GPU ComfyUI widens bf16 and plain fp8 files to float32 unless told otherwise.
+    kept = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+
     def load(name: str) -> Any:
+        dtype = kept.get(name.partition("_")[2])
+        options = {} if dtype is None else {"dtype": dtype}
         with torch.inference_mode():
-            return comfyui.sd.load_diffusion_model(str(demo_models.dit[name]))
+            return comfyui.sd.load_diffusion_model(str(demo_models.dit[name]), options)
 
     return load
 

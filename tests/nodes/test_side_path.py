@@ -232,9 +232,20 @@ def test_stream_strengths_multiply(base, sample, make_lora, apply_native, apply_
     assert worst(sample(half), expected) < ROUNDING
 
 
-@pytest.mark.parametrize("storage", ["2509_bf16", "2509_fp8", "2511_fp8_scaled"])
-def test_every_storage_samples_with_a_side_path(storage, load_base, sample, make_lora, apply_ours):
+@pytest.mark.parametrize(
+    ("storage", "stored"),
+    [
+        ("2509_bf16", "bfloat16"),
+        ("2509_fp8", "float8_e4m3fn"),
+        ("2511_fp8_scaled", "scaled float8_e4m3fn"),
+    ],
+)
+def test_every_storage_samples_with_a_side_path(
+    storage, stored, ours, load_base, sample, make_lora, apply_ours
+):
     model = load_base(storage)
+    attention = model.model.diffusion_model.transformer_blocks[0].attn
+    assert ours.host.describe_storage(attention.to_q) == stored
     before = sample(model)
     with_lora = sample(apply_ours(model, make_lora("a"), 1.0))
     assert torch.isfinite(with_lora).all()

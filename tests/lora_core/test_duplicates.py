@@ -1,0 +1,109 @@
+"""A file that names a module twice: one source wins, the other is reported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from qwen_edit_lora.lora_core import read_state_dict
+
+TO_Q = "transformer_blocks.0.attn.to_q"
+BLOCKS = [f"transformer_blocks.{block}.attn.to_q" for block in range(3)]
+
+
+def shift(state_dict):
+    """Other numbers under the same keys, so that a test sees which source was taken."""
+    return {key: tensor + 1 for key, tensor in state_dict.items()}
+
+
+def test_the_prefix_with_more_modules_wins(make_state_dict):
+    main = make_state_dict("musubi", BLOCKS)
+    state_dict = shift(make_state_dict("ai-toolkit", [TO_Q])) | main
+    adapter = read_state_dict(state_dict)
+    assert torch.equal(
+        adapter.modules[TO_Q].lora_A, main[f"lora_unet_{TO_Q.replace('.', '_')}.lora_down.weight"]
+    )
+    assert [key.key for key in adapter.report.duplicates] == [
+        f"diffusion_model.{TO_Q}.lora_A.weight",
+        f"diffusion_model.{TO_Q}.lora_B.weight",
+    ]
+
+
+def test_a_duplicate_says_which_source_was_kept(make_state_dict):
+    state_dict = make_state_dict("musubi", BLOCKS) | make_state_dict("ai-toolkit", [TO_Q])
+    report = read_state_dict(state_dict).report
+    assert report.duplicates[0].reason == f"also in lora_unet_{TO_Q}"
+
+
+def test_the_adapter_name_with_more_modules_wins(make_state_dict):
+    main = make_state_dict("peft-named", BLOCKS)
+    adapter = read_state_dict(shift(make_state_dict("diffsynth", [TO_Q])) | main)
+    assert torch.equal(adapter.modules[TO_Q].lora_A, main[f"{TO_Q}.lora_A.my_style.weight"])
+    assert len(adapter.report.duplicates) == 2
+
+
+def test_the_default_adapter_wins_a_tie(make_state_dict):
+    main = make_state_dict("diffsynth", BLOCKS)
+    adapter = read_state_dict(shift(make_state_dict("peft-named", BLOCKS)) | main)
+    assert torch.equal(adapter.modules[TO_Q].lora_A, main[f"{TO_Q}.lora_A.default.weight"])
+
+
+@pytest.mark.parametrize("order", ["A up B down", "down B up A", "up down B A"])
+def test_two_spellings_under_one_prefix_are_never_combined(order, make_state_dict):
+    both = make_state_dict("ai-toolkit", [TO_Q])
+    first = dict(both)
+    both |= shift(make_state_dict("comfyui-native", [TO_Q]))
+    keys = {end: f"diffusion_model.{TO_Q}.lora_{end}.weight" for end in order.split()}
+    adapter = read_state_dict({keys[end]: both[keys[end]] for end in order.split()})
+    assert torch.equal(adapter.modules[TO_Q].lora_A, first[keys["A"]])
+    assert torch.equal(adapter.modules[TO_Q].lora_B, first[keys["B"]])
+    assert {key.key for key in adapter.report.duplicates} == {keys["up"], keys["down"]}
+
+
+def test_one_alpha_serves_every_adapter_name(make_state_dict):
+    state_dict = make_state_dict("diffsynth") | make_state_dict("peft-named")
+    state_dict[f"{TO_Q}.alpha"] = torch.tensor(1.0)
+    assert read_state_dict(state_dict).modules[TO_Q].scale == 0.5
+
+
+def test_a_diff_beside_a_lora_is_left_out_and_reported(make_state_dict):
+    key = f"diffusion_model.{TO_Q}.diff"
+    adapter = read_state_dict(make_state_dict() | {key: torch.ones(4, 4)})
+    assert adapter.modules[TO_Q].kind == "LoRA"
+    assert [dropped.key for dropped in adapter.report.unmatched] == [key]
+
+
+def make_messy_files(make_state_dict):
+    lora = make_state_dict("ai-toolkit", BLOCKS, alpha=1.0)
+    named = make_state_dict("diffsynth", BLOCKS, alpha=1.0) | make_state_dict("peft-named", BLOCKS)
+    return {
+        "clean": lora,
+        "two prefixes": lora | make_state_dict("musubi", BLOCKS[:1], alpha=1.0),
+        "two names": named,
+        "two names beside a prefix": named | make_state_dict("ai-toolkit", [*BLOCKS, "img_in"]),
+        "two spellings": lora | make_state_dict("comfyui-native", BLOCKS, alpha=2.0),
+        "unknown": lora | {"img_out.lora_A.weight": torch.ones(2, 4), "x": torch.ones(1)},
+        "orphans": lora | {"img_in.alpha": torch.ones(1), "txt_in.dora_scale": torch.ones(4)},
+        "useless": lora | {f"diffusion_model.{TO_Q}.hada_w1_a": torch.ones(4, 2)},
+        "oft with magnitude": make_state_dict(kind="OFT", alpha=0.0)
+        | {f"diffusion_model.{TO_Q}.dora_scale": torch.ones(4)},
+        "diff with alpha": make_state_dict(kind="diff", alpha=1.0),
+    }
+
+
+MESSY = list(make_messy_files(lambda *args, **kwargs: {}))
+
+
+@pytest.mark.parametrize("case", MESSY)
+def test_every_key_is_counted_once(case, make_state_dict):
+    state_dict = make_messy_files(make_state_dict)[case]
+    report = read_state_dict(state_dict).report
+    dropped = [key.key for key in (*report.unmatched, *report.duplicates)]
+    assert len(set(dropped)) == len(dropped)
+    assert report.num_matched_keys + len(dropped) == report.num_keys == len(state_dict)
+    assert (dropped == []) == (case == "clean")
+
+
+def test_an_alpha_without_its_module_is_reported_and_the_rest_loads(make_state_dict):
+    adapter = read_state_dict(make_state_dict() | {"diffusion_model.img_in.alpha": torch.ones(1)})
+    assert "img_in" not in adapter.modules
+    assert [key.key for key in adapter.report.unmatched] == ["diffusion_model.img_in.alpha"]

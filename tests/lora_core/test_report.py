@@ -1,0 +1,111 @@
+"""What a reader reports, as data and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from qwen_edit_lora.lora_core import LoadReport, read_adapter, read_state_dict
+from qwen_edit_lora.lora_core.report import DroppedKey, join_counts, shorten_list
+
+MLP = "transformer_blocks.0.img_mlp.net.2"
+
+
+@pytest.fixture
+def messy(make_state_dict):
+    """Two blocks of attention, one module of another rank and kind, and keys with no place."""
+    modules = [f"transformer_blocks.{i}.attn.{name}" for i in (0, 1) for name in ("to_q", "to_v")]
+    state_dict = make_state_dict("musubi", modules, rank=2, alpha=1.0, dtype=torch.bfloat16)
+    state_dict |= make_state_dict("musubi", [MLP], kind="LoHa", rank=3, alpha=0.0)
+    state_dict |= {f"nothing.{i}.lora_A.weight": torch.ones(1, 1) for i in range(5)}
+    metadata = {"modelspec.architecture": "Qwen-Image-Edit-2511/lora"}
+    return read_state_dict(state_dict, metadata, "messy.safetensors").report
+
+
+def test_the_report_counts_modules_by_kind_rank_scale_and_dtype(messy):
+    assert messy.kinds == {"LoRA": 4, "LoHa": 1}
+    assert messy.ranks == {2: 4, 3: 1}
+    assert messy.scales == {0.5: 4, 0.0: 1}
+    assert messy.dtypes == {"bfloat16": 4, "float32": 1}
+
+
+def test_the_report_names_blocks_and_width(messy):
+    assert (messy.blocks, messy.width, messy.num_modules) == ("0-1", 4, 5)
+
+
+def test_the_text_has_every_fact_a_user_asks_for(messy):
+    text = messy.to_text()
+    for fact in (
+        "messy.safetensors: matched 5 modules, 17 of 22 keys",
+        "format kohya (lora_unet_)",
+        "rank 2 (4), 3 (1); scale 0.5 (4), 0 (1)",
+        "from tensor",
+        "blocks 0-1; model width 4",
+        "made for 2511, says metadata modelspec.architecture",
+    ):
+        assert fact in text
+
+
+def test_the_warnings_are_in_the_text(messy):
+    warnings = [
+        "5 of 22 keys were not loaded: nothing.0.lora_A.weight: names no module",
+        "alpha is 0 in some modules",
+    ]
+    for warning in warnings:
+        assert f"Warning: {warning}" in messy.to_text()
+    assert len(messy.warnings) == len(warnings)
+
+
+def test_a_clean_adapter_has_no_warnings(make_state_dict):
+    assert read_state_dict(make_state_dict("lightning", alpha=1.0)).report.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("variants", "warns"), [(("text-to-image",), True), (("text-to-image", "2511"), False)]
+)
+def test_a_text_to_image_adapter_is_warned_about(variants, warns):
+    report = LoadReport(variants=variants)
+    assert any("text-to-image" in warning for warning in report.warnings) is warns
+
+
+def test_the_report_becomes_json(messy):
+    plain = json.loads(json.dumps(messy.to_dict()))
+    assert (plain["num_keys"], plain["kinds"]) == (22, {"LoRA": 4, "LoHa": 1})
+    assert plain["unmatched"][0]["key"] == "nothing.0.lora_A.weight"
+    assert plain["warnings"] == list(messy.warnings)
+
+
+def test_the_size_is_that_of_the_tensors(make_state_dict, write_file):
+    state_dict = make_state_dict(rank=5, dtype=torch.float16)
+    report = read_adapter(write_file(state_dict)).report
+    assert report.size_bytes == sum(tensor.nbytes for tensor in state_dict.values())
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ({64: 720}, "64"),
+        ({0.125: 3}, "0.125"),
+        ({64: 20, 32: 700}, "32 (700), 64 (20)"),
+        ({i: 9 - i for i in range(7)}, "0 (9), 1 (8), 2 (7), 3 (6), 3 more"),
+    ],
+)
+def test_counts_are_shown_most_common_first(counts, text):
+    assert join_counts(counts) == text
+
+
+@pytest.mark.parametrize(("num", "text"), [(0, ""), (2, "a; b"), (3, "a; b; and 1 more")])
+def test_long_lists_are_shortened(num, text):
+    assert shorten_list(list("abc")[:num], 2) == text
+
+
+def test_a_dropped_key_tells_its_reason_and_its_nearest_module():
+    dropped = DroppedKey("img_on.alpha", "names no module", "img_in")
+    assert str(dropped) == "img_on.alpha: names no module (nearest known module: img_in)"
+
+
+def test_a_report_never_changes(messy):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        messy.num_keys = 0
