@@ -1,15 +1,6 @@
 """LoRA math and files for Qwen-Image-Edit, without ComfyUI."""
 
-from .adapter import (
-    Adapter,
-    DiffWeights,
-    DoraWeights,
-    LohaWeights,
-    LokrWeights,
-    LoraWeights,
-    ModuleWeights,
-    OftWeights,
-)
+from .adapter import Adapter
 from .delta import compute_delta
 from .errors import (
     ConfigError,
@@ -23,6 +14,15 @@ from .errors import (
 from .files import build_state_dict, read_adapter, read_state_dict, write_adapter
 from .report import DroppedKey, LoadReport
 from .targets import TARGET_PRESETS, count_parameters, parse_block_ranges
+from .weights import (
+    DiffWeights,
+    DoraWeights,
+    LohaWeights,
+    LokrWeights,
+    LoraWeights,
+    ModuleWeights,
+    OftWeights,
+)
 
 __all__ = [
     "TARGET_PRESETS",

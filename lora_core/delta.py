@@ -13,7 +13,7 @@ import torch
 from .errors import ConfigError, ShapeError
 
 if TYPE_CHECKING:
-    from .adapter import ModuleWeights
+    from .weights import ModuleWeights
 
 
 def compute_delta(weights: ModuleWeights, base_weight: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from . import targets
@@ -30,6 +31,17 @@ class Strengths:
     @property
     def is_zero(self) -> bool:
         return self.strength == 0 or (self.image_strength == 0 and self.text_strength == 0)
+
+    @property
+    def selects_all(self) -> bool:
+        """Whether no module gets 0, as long as the strength itself is not 0."""
+        return self.blocks is None and self.image_strength != 0 != self.text_strength
+
+    def select(self, module_paths: Iterable[str]) -> list[str]:
+        """The modules that get anything at all."""
+        if self.is_zero:
+            return []
+        return [path for path in module_paths if self.selects_all or self.resolve(path)]
 
     def resolve(self, module_path: str) -> float:
         """The multiplier of one module. Modules of both streams get the mean of the two factors."""

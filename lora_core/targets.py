@@ -80,6 +80,7 @@ _KNOWN_IN_BLOCK = frozenset(BLOCK_LINEARS + BLOCK_NORMS)
 _KNOWN_ON_TOP = frozenset((*TOP_LINEARS, *TOP_NORMS))
 
 
+@lru_cache(maxsize=4096)
 def split_path(module_path: str) -> tuple[int | None, str]:
     """`transformer_blocks.12.attn.to_q` -> (12, "attn.to_q"); `img_in` -> (None, "img_in")."""
     match = _BLOCK_PATH.fullmatch(module_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -52,9 +52,7 @@ def apply_adapters(
 
 
 def check_selection(adapter: Adapter, strengths: Strengths, match: Match) -> None:
-    if strengths.blocks is None or strengths.is_zero:
-        return
-    if not any(strengths.resolve(path) for path in match.paths):
+    if not strengths.is_zero and not strengths.select(match.paths):
         raise TargetError(
             f"{strengths} selects none of the {len(match.paths)} modules of {adapter.name}; "
             "expected block numbers it has, such as '0-19'."
@@ -65,7 +63,6 @@ def apply_one(
     application: Application, adapter: Adapter, strengths: Strengths, match: Match, mode: str
 ) -> None:
     model = application.model
-    reason = ""
     merged = dict(match.merge_only)
     if mode == SIDE_PATH and merged:
         path, why = next(iter(merged.items()))
@@ -74,50 +71,45 @@ def apply_one(
             f"{path}: {why}. Choose mode 'auto' or 'merge'."
         )
     if mode == MERGE:
-        merged, reason = dict.fromkeys(match.paths, ""), "as chosen"
+        merged = dict.fromkeys(match.paths, "as chosen")
     elif mode == AUTO and host.is_compiled(model):
-        why = "torch.compile is on this MODEL"
-        merged, reason = dict.fromkeys(match.paths, why), why
+        merged = dict.fromkeys(match.paths, "torch.compile is on this MODEL")
     beside = match.paths - frozenset(merged)
     application.lines.append(
         f"{adapter.name}: {len(match.paths)} of {len(adapter)} modules matched, {strengths}"
     )
+    application.warnings += find_warnings(model, adapter, match)
     if strengths.is_zero:
         application.lines.append("strength is 0: nothing is applied")
-    else:
-        if beside:
-            add_to_side_path(model, Entry(adapter, beside, strengths))
-            application.lines.append(
-                f"side path: {len(beside)} modules, no weight is touched"
-                + (" (auto: nothing stands against it)" if mode == AUTO and not merged else "")
-            )
-        if merged:
-            merge(application, adapter, strengths, merged, match.storage, reason)
-    application.warnings += find_warnings(model, adapter, match)
+        return
+    if selected := strengths.select(beside):
+        # The whole set, so that another selection finds the same bank.
+        add_to_side_path(model, Entry(adapter, beside, strengths))
+        application.lines.append(
+            f"side path: {len(selected)} modules, no weight is touched"
+            + (" (auto: nothing stands against it)" if mode == AUTO and not merged else "")
+        )
+    if selected := strengths.select(merged):
+        merge(application, adapter, strengths, {path: merged[path] for path in selected}, match)
 
 
 def merge(
     application: Application,
     adapter: Adapter,
     strengths: Strengths,
-    merged: dict[str, str],
-    storage: str,
-    reason: str,
+    reasons: dict[str, str],
+    match: Match,
 ) -> None:
-    by_strength = defaultdict(dict)
-    for path in merged:
-        by_strength[strengths.resolve(path)][path] = adapter.modules[path]
-    by_strength.pop(0.0, None)
-    for strength, modules in by_strength.items():
-        host.add_merge(application.model, modules, strength)
-    whys = reason or "; ".join(
-        f"{count}: {why}" for why, count in Counter(merged.values()).most_common()
-    )
-    application.lines.append(f"merged into the weights: {len(merged)} modules ({whys})")
-    if "8" in storage or "4" in storage.replace("e4m3", ""):
+    """Adds native patches for the modules in `reasons`, module path -> why it is merged."""
+    modules = {path: adapter.modules[path] for path in reasons}
+    host.add_merge(application.model, modules, strengths)
+    counts = Counter(reasons.values()).most_common()
+    whys = counts[0][0] if len(counts) == 1 else "; ".join(f"{n}: {why}" for why, n in counts)
+    application.lines.append(f"merged into the weights: {len(reasons)} modules ({whys})")
+    if match.is_low_precision:
         application.warnings.append(
-            f"the weights are stored as {storage}; merging rounds a small LoRA away there, the "
-            "side path does not"
+            f"the weights are stored as {match.storage}; merging rounds a small LoRA away there, "
+            "the side path does not"
         )
 
 

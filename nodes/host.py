@@ -6,6 +6,7 @@ Written against ComfyUI 0.30.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..lora_core import FileError, ModuleWeights, compute_delta
 from ..lora_core.stored import shorten
+from ..lora_core.strengths import Strengths
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
 
@@ -117,12 +119,13 @@ def get_placement(model: ModelPatcher) -> Placement:
     return Placement(dtype, model.load_device, model.offload_device)
 
 
-def describe_storage(module: torch.nn.Module) -> str:
-    """How a module's weight is stored: "bfloat16", "float8_e4m3fn", "scaled float8_e4m3fn", ..."""
+def describe_storage(module: torch.nn.Module) -> tuple[str, int]:
+    """How a weight is stored, and the bytes of one element: ("scaled float8_e4m3fn", 1)."""
     weight = module.weight
-    stored = getattr(weight, "_qdata", None)
-    dtype = str((weight if stored is None else stored).dtype).removeprefix("torch.")
-    return dtype if stored is None else f"scaled {dtype}"
+    quantised = getattr(weight, "_qdata", None)  # of comfy-kitchen's QuantizedTensor
+    dtype = (weight if quantised is None else quantised).dtype
+    name = str(dtype).removeprefix("torch.")
+    return (name if quantised is None else f"scaled {name}"), dtype.itemsize
 
 
 def get_options(model: ModelPatcher) -> dict[str, Any]:
@@ -217,12 +220,16 @@ def build_patch(weights: ModuleWeights) -> Any:
     return MergedWeights(set(), (weights,))
 
 
-def add_merge(model: ModelPatcher, modules: Mapping[str, ModuleWeights], strength: float) -> None:
-    """Adds native patches to this clone: weights and biases of `modules` at `strength`."""
-    patches = {}
-    for path, weights in modules.items():
+def add_merge(
+    model: ModelPatcher, modules: Mapping[str, ModuleWeights], strengths: Strengths
+) -> None:
+    """Adds native patches to this clone: the weights and biases of `modules`."""
+    by_strength: dict[float, dict[str, Any]] = defaultdict(dict)
+    for path in strengths.select(modules):
+        weights, patches = modules[path], by_strength[strengths.resolve(path)]
         if weights.kind != "diff" or weights.shape is not None:
             patches[f"diffusion_model.{path}.weight"] = build_patch(weights)
         if weights.bias_delta is not None:
             patches[f"diffusion_model.{path}.bias"] = ("diff", (weights.bias_delta,))
-    model.add_patches(patches, strength)
+    for strength, patches in by_strength.items():
+        model.add_patches(patches, strength)

@@ -16,6 +16,9 @@ from .sockets import CATEGORY, AdapterSocket, report_output, show_report, take_a
 # the memory of its side path.
 _open: WeakValueDictionary[tuple, Adapter] = WeakValueDictionary()
 
+# ComfyUI validates before anything runs: a connected input is None then, a free one is left out.
+NOT_CONNECTED = object()
+
 
 def open_lora(lora_name: str) -> Adapter:
     """The adapter in a file of the loras folders, read once while it stays unchanged on disk."""
@@ -72,7 +75,11 @@ class QwenEditLoraLoad(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls, lora_name: str | None = None, lora_model: Any = NOT_CONNECTED
+    ) -> bool | str:
+        if lora_model is not NOT_CONNECTED:  # then the file does not matter
+            return True
         try:
             host.find_lora(lora_name)
         except LoraError as e:
@@ -80,7 +87,9 @@ class QwenEditLoraLoad(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, lora_model: Any = None) -> Any:
+    def fingerprint_inputs(cls, lora_name: str, lora_model: Any = NOT_CONNECTED) -> Any:
+        if lora_model is not NOT_CONNECTED:
+            return None
         return read_signature(host.find_lora(lora_name))
 
     @classmethod

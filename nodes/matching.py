@@ -23,7 +23,9 @@ class Match:
     absent: tuple[str, ...]
     """In the adapter, not in the model."""
     storage: str
-    """How the model stores the first matched weight."""
+    """How the model stores its weights, e.g. "float8_e4m3fn"."""
+    is_low_precision: bool
+    """Less than 16 bits a weight."""
     paths: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,8 +74,9 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
         else:
             side_path.add(path)
     absent = tuple(path for path in adapter if path not in modules)
-    storage = host.describe_storage(modules[present[0]])
-    return Match(frozenset(side_path), merge_only, absent, storage)
+    linears = [path for path in present if is_linear(modules[path])]
+    storage, num_bytes = host.describe_storage(modules[(linears or present)[0]])
+    return Match(frozenset(side_path), merge_only, absent, storage, num_bytes < 2)
 
 
 def is_linear(module: torch.nn.Module) -> bool:

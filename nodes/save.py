@@ -6,10 +6,32 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..lora_core import write_adapter
+from ..lora_core import Adapter, write_adapter
 from ..lora_core.formats.schemes import SCHEMES
 from . import host
 from .sockets import CATEGORY, adapter_input, report_output, show_report, take_adapter
+
+
+def find_warnings(adapter: Adapter, key_format: str) -> list[str]:
+    """What ComfyUI's own LoraLoader (0.30) will make of the file."""
+    if key_format == "peft":
+        return [
+            "ComfyUI's own LoraLoader matches none of PEFT's keys and applies nothing; Load Edit "
+            "LoRA reads them"
+        ]
+    found = []
+    if key_format == "diffusers" and any(w.scale != 1 for w in adapter.modules.values()):
+        found.append(
+            "alpha is in the header, which ComfyUI's own LoraLoader does not read: it would apply "
+            "scale 1; Load Edit LoRA reads it"
+        )
+    if "DoRA" in adapter.kinds:
+        found.append(
+            "ComfyUI's own LoraLoader gives another result with a DoRA: it drops magnitudes in "
+            "diffusers' keys, and normalises others by the base weight alone; Apply Edit LoRA "
+            "follows PEFT and LyCORIS"
+        )
+    return found
 
 
 class QwenEditLoraSave(io.ComfyNode):
@@ -65,18 +87,7 @@ class QwenEditLoraSave(io.ComfyNode):
             f"Wrote {name}: {len(adapter)} modules, {written.stat().st_size / 1e6:.1f} MB, "
             f"format {key_format}"
         ]
-        if key_format in ("diffusers", "peft") and any(
-            weights.scale != 1 for weights in adapter.modules.values()
-        ):
-            lines.append(
-                "Warning: alpha is stored outside the tensors, and ComfyUI's own LoraLoader would "
-                "apply scale 1; Load Edit LoRA reads it"
-            )
-        if "DoRA" in adapter.kinds:
-            lines.append(
-                "Warning: ComfyUI's own LoraLoader normalises a DoRA by the base weight alone and "
-                "gives another result; Apply Edit LoRA follows PEFT and LyCORIS"
-            )
+        lines += [f"Warning: {text}" for text in find_warnings(adapter, key_format)]
         text = "\n".join(lines)
         return io.NodeOutput(name, text, ui=show_report(text, warning=len(lines) > 1))
 

@@ -15,10 +15,11 @@ extensions and exceptions in mid-sampling cannot meet a stale forward.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from weakref import WeakValueDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 
@@ -26,6 +27,8 @@ from ..lora_core import Adapter
 from ..lora_core.strengths import Strengths
 from . import host
 from .bank import Bank, Site
+
+logger = logging.getLogger(__name__)
 
 KEY = "qwen_edit_lora"
 
@@ -49,6 +52,9 @@ class SidePath:
         self.placement = placement
         self._bank: PlacedBank | None = None
         self._plan: tuple[ref, list[Swap]] | None = None
+        self._merged: tuple[ref, host.ModelPatcher] | None = None
+        #: This sampling runs on merged weights instead; decided anew each time.
+        self.is_merged = False
 
     @property
     def is_active(self) -> bool:
@@ -79,14 +85,22 @@ class SidePath:
             self._bank, self._plan = bank, None
         return self._bank
 
+    def get_merged(self, model: host.ModelPatcher) -> host.ModelPatcher:
+        """A clone of `model` with all entries as native patches; kept, so as to patch only once."""
+        if self._merged is None or self._merged[0]() is not model:
+            merged = model.clone()
+            for entry in self.entries:
+                modules = {path: entry.adapter.modules[path] for path in entry.module_paths}
+                host.add_merge(merged, modules, entry.strengths)
+            self._merged = (ref(model), merged)
+        return self._merged[1]
+
     def get_plan(self, diffusion_model: torch.nn.Module) -> list[Swap]:
         """Which module gets which site at which gains; kept, as it is needed at every step."""
         bank = self.get_bank(self._bank.placement if self._bank else None)
         if self._plan is None or self._plan[0]() is not diffusion_model:
-            swaps = [
-                (diffusion_model.get_submodule(path), bank.module.sites[path], gains)
-                for path, gains in self.compute_gains().items()
-            ]
+            found = bank.find_modules(diffusion_model)
+            swaps = [(*found[path], gains) for path, gains in self.compute_gains().items()]
             self._plan = (ref(diffusion_model), swaps)
         return self._plan[1]
 
@@ -101,6 +115,20 @@ class PlacedBank:
         self.placement = placement
         self.module = Bank(contents, placement.dtype)
         self.patcher = host.wrap_in_patcher(self.module, placement)
+        self._found: WeakKeyDictionary[torch.nn.Module, dict[str, tuple[torch.nn.Module, Site]]] = (
+            WeakKeyDictionary()
+        )
+
+    def find_modules(
+        self, diffusion_model: torch.nn.Module
+    ) -> dict[str, tuple[torch.nn.Module, Site]]:
+        """Module path -> the base's module and its site here; looked up once for all strengths."""
+        if diffusion_model not in self._found:
+            self._found[diffusion_model] = {
+                path: (diffusion_model.get_submodule(path), site)
+                for path, site in self.module.sites.items()
+            }
+        return self._found[diffusion_model]
 
 
 _banks: WeakValueDictionary[tuple, PlacedBank] = WeakValueDictionary()
@@ -112,7 +140,7 @@ def add_to_side_path(model: host.ModelPatcher, entry: Entry) -> None:
     existing = options.get(KEY)
     entries = (*existing.entries, entry) if existing else (entry,)
     options[KEY] = SidePath(entries, host.get_placement(model))
-    host.add_wrapper(model, "prepare_sampling", KEY, attach_bank)
+    host.add_wrapper(model, "prepare_sampling", KEY, prepare_side_path)
     host.add_wrapper(model, "diffusion_model", KEY, run_with_side_path)
 
 
@@ -120,21 +148,32 @@ def get_side_path(model: host.ModelPatcher) -> SidePath | None:
     return host.get_options(model).get(KEY)
 
 
-def attach_bank(executor: Callable, model: host.ModelPatcher, *args, **kwargs):
-    """PREPARE_SAMPLING wrapper: the bank is loaded, and accounted for, with the model."""
+def prepare_side_path(executor: Callable, model: host.ModelPatcher, *args, **kwargs):
+    """PREPARE_SAMPLING wrapper: the bank is loaded, and accounted for, with the model.
+
+    A compiled model would be compiled anew for every change of the swapped forwards. Apply merges
+    where it sees torch.compile; where that node comes after Apply, it is merged here.
+    """
     side_path = get_side_path(model)
-    if side_path is not None and side_path.is_active:
-        bank = side_path.get_bank(host.get_placement(model))
-        model.set_additional_models(KEY, [bank.patcher])
-    else:
+    if side_path is None or not side_path.is_active:
         model.remove_additional_models(KEY)
+        return executor(model, *args, **kwargs)
+    side_path.is_merged = host.is_compiled(model)
+    if side_path.is_merged:
+        logger.warning(
+            "Apply Edit LoRA: torch.compile follows it, so the LoRA is merged into the weights "
+            "for this sampling; choose mode 'merge', or put TorchCompileModel before it"
+        )
+        return executor(side_path.get_merged(model), *args, **kwargs)
+    bank = side_path.get_bank(host.get_placement(model))
+    model.set_additional_models(KEY, [bank.patcher])
     return executor(model, *args, **kwargs)
 
 
 def run_with_side_path(executor: Callable, *args, **kwargs):
     """DIFFUSION_MODEL wrapper: swaps forwards for the length of one model call."""
     args, kwargs, side_path = take_side_path(args, kwargs)
-    if side_path is None or not side_path.is_active:
+    if side_path is None or side_path.is_merged or not side_path.is_active:
         return executor(*args, **kwargs)
     with swapped_forwards(executor.class_obj, side_path):
         return executor(*args, **kwargs)

@@ -26,14 +26,14 @@ SOURCES = sorted(
 HOST = {
     **dict.fromkeys(
         ("comfy", "comfy_extras", "folder_paths", "nodes", "node_helpers", "execution"),
-        ("nodes/host.py", "nodes/side_path.py"),
+        ("nodes/host.py",),
     ),
     **dict.fromkeys(("server", "aiohttp"), ("nodes/routes.py",)),
 }
 #: Modules of the core by tier: each may import its own tier and those before it.
 TIERS = (
     ("errors",),
-    ("delta", "stored", "report", "targets", "adapter"),
+    ("delta", "stored", "report", "targets", "strengths", "weights", "adapter"),
     ("formats", "files"),
 )
 EXTRAS = ("diffusers", "peft", "matplotlib", "accelerate")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 RULE_TENSOR = "tensor"
 RULE_RANK = "rank (the file names none)"
+RULE_REPLACED = "rank (the file names NaN or Inf)"
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,28 @@ class AlphaRules:
         """alpha (None means the rank), the rule that gave it, and whether it had to be replaced."""
         if stored is not None:
             if not math.isfinite(stored):
-                return None, RULE_RANK, True
+                return None, RULE_REPLACED, True
             return stored, RULE_TENSOR, False
         alpha = self.config.resolve(module_path, rank) if self.config else None
         if alpha is None:
             return None, RULE_RANK, False
         if not math.isfinite(alpha):
-            return None, RULE_RANK, True
+            return None, RULE_REPLACED, True
         return alpha, self.config.rule, False
 
 
-def find_alpha_rules(metadata: Mapping[str, str], path: Path | None, is_peft: bool) -> AlphaRules:
-    """Looks in the header, and for PEFT files in the adapter_config.json beside them."""
+def find_alpha_rules(
+    metadata: Mapping[str, str], path: Path | None, key_formats: Collection[str]
+) -> AlphaRules:
+    """Looks in the header, and for PEFT files in the adapter_config.json beside them.
+
+    kohya's header field counts for kohya's own keys alone: musubi-tuner's converter folds alpha
+    into the tensors of its other formats and leaves the field behind.
+    """
     return AlphaRules(
         read_diffusers_metadata(metadata)
-        or (read_peft_config(path) if path is not None and is_peft else None)
-        or read_kohya_metadata(metadata)
+        or (read_peft_config(path) if path is not None and "peft" in key_formats else None)
+        or (read_kohya_metadata(metadata) if "kohya" in key_formats else None)
     )
 
 

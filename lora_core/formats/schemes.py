@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapter import Adapter, ModuleWeights
+from ..adapter import Adapter
 from ..errors import ConfigError
+from ..weights import ModuleWeights
 
 
 @dataclass(frozen=True)

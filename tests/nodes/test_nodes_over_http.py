@@ -200,7 +200,7 @@ def test_a_native_lora_model_passes_through_load_and_apply(run):
     graph = build_graph(
         ["apply", 0],
         load=node("QwenEditLoraLoad", lora_name=LORA),
-        again=node("QwenEditLoraLoad", lora_name=LORA, lora_model=["load", 1]),
+        again=node("QwenEditLoraLoad", lora_name="", lora_model=["load", 1]),
         apply=node(
             "QwenEditLoraApply", model=["unet", 0], adapter=["load", 1], strength=0.7, mode="auto"
         ),
@@ -351,8 +351,5 @@ def test_side_path_mode_refuses_what_it_cannot_serve_and_auto_merges_it(run, lor
     with pytest.raises(PromptError, match=r"cannot serve 1 modules .*DoRA depends on the base"):
         run(apply_graph("dora.safetensors", mode="side path"))
     _, reports = run(apply_graph("dora.safetensors"))
-    assert (
-        "merged into the weights: 1 modules (1: DoRA depends on the base weight)"
-        in (reports["apply"])
-    )
+    assert "merged into the weights: 1 modules (DoRA depends on the base" in reports["apply"]
     assert "side path: 23 modules" in reports["apply"]
