@@ -1,7 +1,6 @@
 """LoRA math and files for Qwen-Image-Edit, without ComfyUI."""
 
 from .adapter import Adapter
-from .delta import compute_delta
 from .errors import (
     ConfigError,
     FileError,
@@ -22,6 +21,7 @@ from .weights import (
     LoraWeights,
     ModuleWeights,
     OftWeights,
+    compute_delta,
 )
 
 __all__ = [

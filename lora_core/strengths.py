@@ -41,7 +41,9 @@ class Strengths:
         """The modules that get anything at all."""
         if self.is_zero:
             return []
-        return [path for path in module_paths if self.selects_all or self.resolve(path)]
+        if self.selects_all:
+            return list(module_paths)
+        return [path for path in module_paths if self.resolve(path)]
 
     def resolve(self, module_path: str) -> float:
         """The multiplier of one module. Modules of both streams get the mean of the two factors."""

@@ -373,6 +373,28 @@ class DiffWeights(ModuleWeights):
         return torch.zeros_like(delta.widen(delta.need_base_weight(base_weight, "bias-only")))
 
 
+def compute_delta(weights: ModuleWeights, base_weight: torch.Tensor | None = None) -> torch.Tensor:
+    """What `weights` add to the base weight at strength 1.
+
+    Args:
+        base_weight: (out_features, in_features), any float dtype. Needed by the kinds whose delta
+            depends on it (DoRA, OFT), ignored by the others.
+
+    Returns:
+        float32 (out_features, in_features).
+
+    Raises:
+        ConfigError: `base_weight` is missing where the kind needs it.
+        ShapeError: `base_weight` has another shape than the delta.
+    """
+    if base_weight is not None and weights.shape not in (None, tuple(base_weight.shape)):
+        raise ShapeError(
+            f"the weights are made for a module of {weights.shape}, but the model's is "
+            f"{tuple(base_weight.shape)}; choose an adapter that was trained for this model"
+        )
+    return weights.delta(base_weight)
+
+
 def check_product(
     left_name: str, left: torch.Size, right_name: str, right: torch.Size
 ) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from qwen_edit_lora.lora_core import compute_delta, read_adapter
+from qwen_edit_lora.lora_core import FileError, compute_delta, read_adapter
 from qwen_edit_lora.lora_core.strengths import Strengths
 from safetensors.torch import load_file, save_file
 
@@ -263,6 +263,22 @@ def test_gradients_flow_through_a_side_path(ours, base, make_lora, apply_ours):
     site.add(x @ base_weight.T, x, (0.7,)).sum().backward()
     tuned = base_weight + 0.7 * compute_delta(adapter.modules[path])
     torch.testing.assert_close(x.grad, tuned.sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["deleted", "replaced"])
+def test_a_file_that_goes_between_load_and_sampling_is_one_sentence(
+    is_replaced, base, sample, make_lora, apply_ours
+):
+    path = make_lora("a", seed=1)
+    before = sample(base)
+    model = apply_ours(base, path, 1.0)
+    path.unlink()
+    if is_replaced:
+        make_lora("a", seed=2, rank=3)
+    expected = "was changed on disk" if is_replaced else "is not there any more"
+    with pytest.raises(FileError, match=rf"a.safetensors {expected}"):
+        sample(model)
+    assert torch.equal(sample(base), before)
 
 
 def test_strengths_refuse_numbers_that_are_none():
