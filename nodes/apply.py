@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..lora_core import parse_block_ranges
 from ..lora_core.strengths import Strengths
-from .application import MODES, apply_adapters
+from .application import AUTO, MODES, apply_adapters
 from .sockets import (
     CATEGORY,
     adapter_input,
@@ -26,7 +26,9 @@ MODE_TOOLTIP = (
 
 
 def mode_input() -> io.Combo.Input:
-    return io.Combo.Input("mode", options=list(MODES), default=MODES[0], tooltip=MODE_TOOLTIP)
+    return io.Combo.Input(
+        "mode", options=list(MODES), default=AUTO, optional=True, tooltip=MODE_TOOLTIP
+    )
 
 
 class QwenEditLoraApply(io.ComfyNode):
@@ -89,7 +91,7 @@ class QwenEditLoraApply(io.ComfyNode):
         model: Any,
         adapter: Any,
         strength: float,
-        mode: str,
+        mode: str = AUTO,
         image_strength: float = 1.0,
         text_strength: float = 1.0,
         blocks: str = "",

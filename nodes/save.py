@@ -53,6 +53,7 @@ class QwenEditLoraSave(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="loras/edit_lora",
+                    optional=True,
                     tooltip=(
                         "Folder and name inside ComfyUI's output folder. A number is added, "
                         "nothing is overwritten."
@@ -62,6 +63,7 @@ class QwenEditLoraSave(io.ComfyNode):
                     "key_format",
                     options=list(SCHEMES),
                     default="comfyui",
+                    optional=True,
                     tooltip=(
                         "comfyui: loads everywhere, and in diffusers. kohya: for musubi-tuner and "
                         "sd-scripts. diffusers, peft: plain LoRA and DoRA only; alpha is in the "
@@ -76,7 +78,9 @@ class QwenEditLoraSave(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, adapter: Any, filename_prefix: str, key_format: str) -> io.NodeOutput:
+    def execute(
+        cls, adapter: Any, filename_prefix: str = "loras/edit_lora", key_format: str = "comfyui"
+    ) -> io.NodeOutput:
         adapter = take_adapter(adapter)
         target = host.choose_output_path(filename_prefix)
         if key_format != "peft":

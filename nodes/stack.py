@@ -10,7 +10,7 @@ from ..lora_core import Adapter, ConfigError, LoraError
 from ..lora_core.stored import read_signature
 from ..lora_core.strengths import Strengths
 from . import host
-from .application import apply_adapters
+from .application import AUTO, apply_adapters
 from .apply import mode_input
 from .load import open_lora
 from .sockets import (
@@ -102,12 +102,14 @@ class QwenEditLoraStack(io.ComfyNode):
                 io.DynamicCombo.Input(
                     "files",
                     options=[options[2], *options[:2], *options[3:]],  # the first is the default
+                    optional=True,
                     tooltip="How many files to choose here; each gets its own strength.",
                 ),
                 io.String.Input(
                     "strengths",
                     display_name="adapter strengths",
                     default="1",
+                    optional=True,
                     tooltip=(
                         "For the adapters connected below: one strength each in the order of the "
                         "inputs, such as '1, 0.8, -0.5', or a single number for all."
@@ -139,8 +141,8 @@ class QwenEditLoraStack(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        mode: str,
-        strengths: str,
+        mode: str = AUTO,
+        strengths: str = "1",
         files: dict[str, Any] | None = None,
         adapters: dict[str, Any] | None = None,
     ) -> io.NodeOutput:

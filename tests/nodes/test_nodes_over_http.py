@@ -165,6 +165,18 @@ def test_files_and_adapters_of_a_stack_add_up(run, loras):
     assert reports["stack"].count("side path: 24 modules") == 2
 
 
+def test_a_script_needs_no_more_than_the_fixed_inputs(run, server):
+    apply = node("QwenEditLoraApply", model=["unet", 0], adapter=["load", 0], strength=0.7)
+    load = node("QwenEditLoraLoad", lora_name=LORA)
+    short, _ = run(build_graph(["apply", 0], load=load, apply=apply))
+    assert torch.equal(read_pixels(short), read_pixels(run(apply_graph(strength=0.7))[0]))
+    stack = node("QwenEditLoraStack", **{"model": ["unet", 0], "adapters.adapter_0": ["load", 0]})
+    stacked, _ = run(build_graph(["stack", 0], load=load, stack=stack))
+    assert torch.equal(read_pixels(stacked), read_pixels(run(apply_graph())[0]))
+    entry = server.run_prompt({"load": load, "save": node("QwenEditLoraSave", adapter=["load", 0])})
+    assert "Wrote loras/edit_lora_" in entry["outputs"]["save"]["qwen_edit_lora_report"][0]
+
+
 def test_an_empty_stack_says_so(run):
     stack = node(
         "QwenEditLoraStack",
