@@ -39,8 +39,10 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """
     path = find_file(Path(path))
     file = SafetensorsFile(path)
-    modules, key_format, report = read_modules(file.tensors, file.metadata, path, path.name)
-    return Adapter(modules, file.metadata, key_format, report, path.name, file)
+    # PEFT names every adapter's file the same; its folder tells them apart.
+    name = path.parent.name if path.name == PEFT_FILE else path.name
+    modules, key_format, report = read_modules(file.tensors, file.metadata, path, name)
+    return Adapter(modules, file.metadata, key_format, report, name, file)
 
 
 def find_file(path: Path) -> Path:

@@ -67,7 +67,7 @@ def detect_variants(metadata: dict[str, str], file_name: str) -> tuple[list[str]
     variants: list[str] = []
     hints: list[str] = []
     for source, text in [*claims, ("the file name", file_name)]:
-        found = read_variant(text)
+        found = read_variant(text, is_specification=source == "metadata modelspec.architecture")
         if found and (not variants or found in variants or source != "the file name"):
             if found not in variants:
                 variants.append(found)
@@ -75,15 +75,35 @@ def detect_variants(metadata: dict[str, str], file_name: str) -> tuple[list[str]
     return variants, hints
 
 
-def read_variant(text: str) -> str | None:
+def read_variant(text: str, is_specification: bool) -> str | None:
+    """The variant a text speaks of.
+
+    "qwen image edit" without a year is said of all variants; only in `modelspec.architecture` does
+    it mean the original, and a plain "qwen-image/lora" the text-to-image model.
+    """
     lowered = text.lower()
-    for marks, variant in (
-        (("2511",), "2511"),
-        (("2509", "edit-plus", "edit_plus"), "2509"),
-        (("qwen-image-edit", "qwen_image_edit", "qwen image edit"), "original"),
-    ):
-        if any(mark in lowered for mark in marks):
-            return variant
-    is_plain = re.search(r"qwen[-_ ]?image", lowered) and "edit" not in lowered
-    # Trainers write "qwen_image" for the edit models too, so only the exact spec name is a claim.
-    return "text-to-image" if is_plain and "/lora" in lowered else None
+    if "2511" in lowered:
+        return "2511"
+    if any(mark in lowered for mark in ("2509", "edit-plus", "edit_plus")):
+        return "2509"
+    if not is_specification or not re.search(r"qwen[-_ ]?image", lowered):
+        return None
+    return "original" if "edit" in lowered else "text-to-image"
+
+
+#: Variant -> modelspec.architecture, as musubi-tuner spells it.
+ARCHITECTURES = {
+    "original": "Qwen-Image-Edit/lora",
+    "2509": "Qwen-Image-Edit-Plus/lora",
+    "2511": "Qwen-Image-Edit-2511/lora",
+    "text-to-image": "Qwen-Image/lora",
+}
+
+FLUX_BLOCKS = 19
+FLUX_WIDTH = 3072
+
+
+def could_be_flux(preset: str | None, blocks: Iterable[int], width: int | None) -> bool:
+    """Flux's double blocks share names, width and nothing else with Qwen-Image's attention."""
+    is_attention = preset in ("attention", "image-attention", "text-attention")
+    return is_attention and width == FLUX_WIDTH and max(blocks, default=0) < FLUX_BLOCKS

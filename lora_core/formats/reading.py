@@ -12,7 +12,7 @@ from ..report import DroppedKey, LoadReport
 from ..stored import AnyTensor
 from ..weights import ModuleWeights
 from .alpha import find_alpha_rules
-from .architectures import detect_variants
+from .architectures import could_be_flux, detect_variants
 from .building import ModuleBuilder
 from .parsed_key import ParsedKey, UnknownKey, name_scheme, parse_key
 from .recognition import check_any_known, raise_unrecognised
@@ -43,6 +43,13 @@ def read_modules(
     dropped_parts = {key.key for key in builder.unused}
     key_format = formats.most_common(1)[0][0]
     variants, hints = detect_variants(dict(metadata), name)
+    preset, width = targets.detect_preset(modules), find_width(modules)
+    blocks = {block for block, _ in map(targets.split_path, modules) if block is not None}
+    if not variants and could_be_flux(preset, blocks, width):
+        hints.append(
+            "names and sizes would fit Flux as well (attention of the first 19 blocks only): check "
+            "what it was trained for"
+        )
     report = LoadReport(
         name=name,
         num_keys=len(tensors),
@@ -57,11 +64,9 @@ def read_modules(
         scales=count(weights.scale for weights in modules.values() if weights.kind != "diff"),
         alphas=count(weights.alpha for weights in modules.values() if weights.kind != "diff"),
         alpha_rules=dict(builder.rules),
-        preset=targets.detect_preset(modules),
-        blocks=targets.format_blocks(
-            block for block, _ in map(targets.split_path, modules) if block is not None
-        ),
-        width=find_width(modules),
+        preset=preset,
+        blocks=targets.format_blocks(blocks),
+        width=width,
         unmatched=tuple(
             [DroppedKey(key.key, key.reason, key.nearest) for key in unknown]
             + [DroppedKey(key.key, "has no use in a module of this kind") for key in builder.unused]

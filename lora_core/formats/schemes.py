@@ -12,6 +12,7 @@ import torch
 from ..adapter import Adapter
 from ..errors import ConfigError
 from ..weights import ModuleWeights
+from .architectures import ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def build_metadata(adapter: Adapter, scheme: KeyScheme, title: str) -> dict[str,
     ranks = Counter(weights.rank for weights in scaled)
     alphas = Counter(weights.alpha for weights in scaled)
     metadata.setdefault("modelspec.sai_model_spec", "1.0.0")
-    metadata.setdefault("modelspec.architecture", "qwen-image-edit/lora")
+    if len(adapter.report.variants) == 1:
+        metadata.setdefault("modelspec.architecture", ARCHITECTURES[adapter.report.variants[0]])
     metadata.setdefault("modelspec.title", title)
     metadata.setdefault("ss_base_model_version", "qwen_image")
     metadata.update(

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from qwen_edit_lora.lora_core import KeyFormatError, read_state_dict, targets
+from qwen_edit_lora.lora_core import (
+    KeyFormatError,
+    read_adapter,
+    read_state_dict,
+    targets,
+    write_adapter,
+)
 from qwen_edit_lora.lora_core.formats.architectures import detect_architecture, detect_variants
 
 #: What the error shall name -> keys as that model's trainers save them, without the ending.
@@ -144,11 +150,12 @@ def test_a_file_of_alphas_alone_matches_nothing():
         ({}, "my_style.safetensors", []),
         ({}, "Qwen-Image-Edit-2511-Lightning-4steps.safetensors", ["2511"]),
         ({}, "Qwen-Image-Edit-2509-style.safetensors", ["2509"]),
-        ({}, "qwen_image_edit_style.safetensors", ["original"]),
+        ({}, "qwen_image_edit_style.safetensors", []),
         ({"modelspec.architecture": "Qwen-Image-Edit-Plus/lora"}, "x.safetensors", ["2509"]),
         ({"modelspec.architecture": "Qwen-Image/lora"}, "x.safetensors", ["text-to-image"]),
         ({"ss_base_model_version": "qwen_image"}, "x.safetensors", []),
-        ({"ss_base_model_version": "qwen_image_edit"}, "edit-2511.safetensors", ["original"]),
+        ({"ss_base_model_version": "qwen_image_edit"}, "edit-2511.safetensors", ["2511"]),
+        ({"modelspec.architecture": "Qwen-Image-Edit/lora"}, "2511.safetensors", ["original"]),
         (
             {"modelspec.architecture": "Qwen-Image-Edit-2511/lora", "modelspec.title": "2509"},
             "x.safetensors",
@@ -166,3 +173,25 @@ def test_every_claim_about_the_variant_says_where_it_stands():
         "made for 2511, says metadata modelspec.title: Style 2511",
         "made for 2511, says the file name: style-2511.safetensors",
     ]
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "preset", "hinted"),
+    [(19, "attention", True), (60, "attention", False), (19, "full", False)],
+)
+def test_a_file_that_would_fit_flux_as_well_says_so(num_blocks, preset, hinted):
+    state_dict = {}
+    for block in range(num_blocks):
+        for name in targets.TARGET_PRESETS[preset]:
+            out, in_ = targets.compute_shape(name)
+            stem = f"transformer.transformer_blocks.{block}.{name}"
+            state_dict[f"{stem}.lora_A.weight"] = torch.zeros(1, in_)
+            state_dict[f"{stem}.lora_B.weight"] = torch.zeros(out, 1)
+    hints = read_state_dict(state_dict).report.hints
+    assert any("would fit Flux as well" in hint for hint in hints) == hinted
+
+
+def test_writing_does_not_invent_a_variant(tmp_path, make_state_dict):
+    adapter = read_state_dict(make_state_dict())
+    path = write_adapter(adapter, tmp_path / "plain.safetensors")
+    assert read_adapter(path).report.variants == ()
