@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +26,7 @@ from qwen_edit_lora.lora_core import (
 from qwen_edit_lora.lora_core.files import write_then_rename
 from safetensors import safe_open
 
+ROOT = Path(__file__).resolve().parents[2]
 TO_Q = "transformer_blocks.0.attn.to_q"
 TO_K = "transformer_blocks.0.attn.to_k"
 FORMATS = ["comfyui", "kohya", "diffusers", "peft"]
@@ -202,25 +205,34 @@ def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path):
     assert torch.equal(again.modules[TO_Q].lora_A, lora_A)
 
 
-@pytest.fixture
-def no_room():
-    """Lets this process write files of 1 KiB at most, as a full disk would."""
-    resource = pytest.importorskip("resource")
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+# In a process of its own: the limit would also cut the log of this one.
+WRITE_WITHOUT_ROOM = """
+import importlib.util, resource, sys
+root, target, key_format = sys.argv[1:]
+spec = importlib.util.spec_from_file_location(
+    "lora_core", root + "/lora_core/__init__.py", submodule_search_locations=[root + "/lora_core"]
+)
+lora_core = sys.modules["lora_core"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(lora_core)
+import torch
+weights = lora_core.LoraWeights(torch.ones(512, 16), torch.ones(16, 512))
+adapter = lora_core.Adapter({"transformer_blocks.0.attn.to_q": weights})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+try:
+    lora_core.write_adapter(adapter, target, key_format)
+except lora_core.FileError as error:
+    print(error)
+"""
 
 
 @pytest.mark.parametrize("key_format", FORMATS)
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    key_format, make_state_dict, tmp_path, request
-):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(key_format, make_state_dict, tmp_path):
+    pytest.importorskip("resource")
     old = write(read_state_dict(make_state_dict()), tmp_path, key_format)
     before = {path: path.read_bytes() for path in old.parent.iterdir()}
-    request.getfixturevalue("no_room")
-    with pytest.raises(FileError, match=f"{old.name} cannot be written: "):
-        write(read_state_dict(make_state_dict(rank=512)), tmp_path, key_format)
+    command = [sys.executable, "-c", WRITE_WITHOUT_ROOM, str(ROOT), str(old), key_format]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{old.name} cannot be written: " in done.stdout
     assert {path: path.read_bytes() for path in old.parent.iterdir()} == before
 
 
