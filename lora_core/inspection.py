@@ -1,0 +1,258 @@
+"""What the deltas of an adapter look like: size, spectrum, distribution and dead parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .adapter import Adapter, is_finite
+from .entries import Entries, scan_dense, scan_factors
+from .factors import get_factors
+from .measures import (
+    Measures,
+    compute_effective_rank,
+    compute_energy_rank,
+    compute_stable_rank,
+    measure_dense,
+    measure_factors,
+    measure_kronecker,
+)
+from .stored import load
+from .weights import DoraWeights, LokrWeights, LoraWeights, ModuleWeights
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ModuleInspection:
+    """Figures of one module's delta. Those of a full scan are None unless it was asked for."""
+
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    alpha: float
+    scale: float
+    dtype: str
+    mean: float
+    std: float
+    """Of the population."""
+    frobenius: float
+    spectral: float
+    singular_values: tuple[float, ...]
+    effective_rank: float
+    stable_rank: float
+    energy_rank_90: int
+    energy_rank_99: int
+    row_norm_min: float
+    row_norm_max: float
+    column_norm_min: float
+    column_norm_max: float
+    num_dead_rows: int
+    """Outputs that the adapter does not change at all."""
+    num_dead_columns: int
+    is_untrained: bool
+    """The factor that starts at zero (lora_B) still is."""
+    is_direction_only: bool = False
+    """A DoRA without its base: these are the figures of scale * B @ A, before the magnitude."""
+    abs_max: float | None = None
+    fraction_below_1e6: float | None = None
+    fraction_below_std: float | None = None
+    quantiles: Mapping[float, float] | None = None
+    histogram: tuple[tuple[float, int], ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Figures of a whole adapter."""
+
+    name: str
+    modules: Mapping[str, ModuleInspection]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Module path -> why it has no figures."""
+    non_finite: tuple[str, ...] = ()
+    """Modules with NaN or Inf; they have no figures either."""
+
+    @property
+    def mean(self) -> float:
+        return sum(m.mean * count(m) for m in self.modules.values()) / max(self.num_entries, 1)
+
+    @property
+    def std(self) -> float:
+        """Of all entries of all deltas together."""
+        squares = sum(m.frobenius**2 for m in self.modules.values())
+        return max(squares / max(self.num_entries, 1) - self.mean**2, 0.0) ** 0.5
+
+    @property
+    def frobenius(self) -> float:
+        return sum(m.frobenius**2 for m in self.modules.values()) ** 0.5
+
+    @property
+    def num_entries(self) -> int:
+        return sum(count(m) for m in self.modules.values())
+
+    @property
+    def abs_max(self) -> float | None:
+        found = [m.abs_max for m in self.modules.values() if m.abs_max is not None]
+        return max(found, default=None)
+
+    @property
+    def fraction_below_1e6(self) -> float | None:
+        if not self.is_exact:
+            return None
+        below = sum(m.fraction_below_1e6 * count(m) for m in self.modules.values())
+        return below / self.num_entries
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every entry was looked at."""
+        return bool(self.modules) and all(m.abs_max is not None for m in self.modules.values())
+
+    @property
+    def verdict(self) -> tuple[str, ...]:
+        """Sentences, each with its figure and threshold; see `lora_core.verdict`."""
+        from .verdict import judge
+
+        return judge(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "verdict": list(self.verdict),
+            "mean": self.mean,
+            "std": self.std,
+            "frobenius": self.frobenius,
+            "abs_max": self.abs_max,
+            "fraction_below_1e6": self.fraction_below_1e6,
+            "skipped": dict(self.skipped),
+            "non_finite": list(self.non_finite),
+            "modules": {path: module.to_dict() for path, module in self.modules.items()},
+        }
+
+
+def count(module: ModuleInspection) -> int:
+    return module.shape[0] * module.shape[1]
+
+
+def inspect_adapter(
+    adapter: Adapter,
+    exact: bool = False,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Inspection:
+    """Inspects every module whose delta needs no base weight.
+
+    Args:
+        exact: also look at every entry: largest value, shares, quantiles, histogram.
+        progress: called with (modules done, modules in all).
+        should_stop: asked between modules and between the chunks of a scan.
+
+    Raises:
+        InterruptedError: `should_stop` returned True.
+        FileError: the file went away or changed meanwhile.
+    """
+    modules: dict[str, ModuleInspection] = {}
+    skipped: dict[str, str] = {}
+    non_finite: list[str] = []
+    for done, (path, weights) in enumerate(adapter.modules.items()):
+        if should_stop is not None and should_stop():
+            raise InterruptedError("the inspection was stopped")
+        if progress is not None:
+            progress(done, len(adapter))
+        reason = find_obstacle(weights)
+        if reason:
+            skipped[path] = reason
+        elif not all(is_finite(load(tensor)) for tensor in weights.parts.values()):
+            non_finite.append(path)
+        else:
+            modules[path] = inspect_module(weights, exact, should_stop)
+    adapter.release()
+    if progress is not None:
+        progress(len(adapter), len(adapter))
+    return Inspection(adapter.name, modules, skipped, tuple(non_finite))
+
+
+def find_obstacle(weights: ModuleWeights) -> str | None:
+    if weights.kind == "OFT":
+        return "an OFT rotates the base weight and has no delta without it"
+    if weights.shape is None or len(weights.shape) != 2:
+        return "a change of a norm or bias, which has no matrix"
+    return None
+
+
+def inspect_module(
+    weights: ModuleWeights, exact: bool, should_stop: Callable[[], bool] | None = None
+) -> ModuleInspection:
+    """The shortest exact route for the kind: factors, Kronecker factors, or the matrix."""
+    direction = weights.direction if isinstance(weights, DoraWeights) else weights
+    factors = get_factors(direction)
+    delta = None
+    if factors is not None:
+        measures = measure_factors(factors)
+    elif isinstance(direction, LokrWeights):
+        measures = measure_kronecker(direction)
+    else:
+        delta = direction.delta()
+        measures = measure_dense(delta)
+    entries = None
+    if exact and factors is not None:
+        entries = scan_factors(factors, measures.std, should_stop)
+    elif exact:
+        delta = direction.delta() if delta is None else delta
+        entries = scan_dense(delta, measures.std, should_stop)
+    return build_inspection(weights, measures, entries)
+
+
+def build_inspection(
+    weights: ModuleWeights, measures: Measures, entries: Entries | None
+) -> ModuleInspection:
+    values = measures.singular_values
+    rows, columns = measures.row_norms, measures.column_norms
+    scanned = {}
+    if entries is not None:
+        scanned = {
+            "abs_max": entries.abs_max,
+            "fraction_below_1e6": entries.fraction_below_1e6,
+            "fraction_below_std": entries.fraction_below_std,
+            "quantiles": entries.quantiles,
+            "histogram": entries.histogram,
+        }
+    return ModuleInspection(
+        kind=weights.kind,
+        shape=(weights.shape[0], weights.shape[1]),
+        rank=weights.rank,
+        alpha=weights.alpha,
+        scale=weights.scale,
+        dtype=str(weights.dtype).removeprefix("torch."),
+        mean=measures.mean,
+        std=measures.std,
+        frobenius=measures.frobenius,
+        spectral=values[0].item() if values.numel() else 0.0,
+        singular_values=tuple(values.tolist()),
+        effective_rank=compute_effective_rank(values),
+        stable_rank=compute_stable_rank(values),
+        energy_rank_90=compute_energy_rank(values, 0.90),
+        energy_rank_99=compute_energy_rank(values, 0.99),
+        row_norm_min=rows.min().item(),
+        row_norm_max=rows.max().item(),
+        column_norm_min=columns.min().item(),
+        column_norm_max=columns.max().item(),
+        num_dead_rows=int((rows == 0).sum()),
+        num_dead_columns=int((columns == 0).sum()),
+        is_untrained=is_untrained(weights),
+        is_direction_only=isinstance(weights, DoraWeights),
+        **scanned,
+    )
+
+
+def is_untrained(weights: ModuleWeights) -> bool:
+    """Training moves lora_B away from zero at its first step, so all zeros means: not one step."""
+    direction = weights.direction if isinstance(weights, DoraWeights) else weights
+    if isinstance(direction, LoraWeights):
+        return not torch.any(direction.lora_B.float()).item()
+    return False

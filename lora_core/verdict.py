@@ -1,0 +1,138 @@
+"""Judging an inspection: sentences, each with the figure and the threshold behind it.
+
+The ranges are those of known-good Qwen-Image-Edit LoRAs (DESIGN.md, section 5): std of the delta
+1e-4 to 1e-3, largest entry 1e-3 to 1e-2, fewer than 1 % of the entries below 1e-6.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import targets
+from .report import shorten_list
+
+if TYPE_CHECKING:
+    from .inspection import Inspection, ModuleInspection
+
+GOOD_STD = (1e-4, 1e-3)
+GOOD_MAX = (1e-3, 1e-2)
+GOOD_FRACTION = 0.01
+#: Ten times the good range: where a delta starts to overwrite the base (whose std is about 2e-2).
+SATURATED_STD = 1e-2
+#: A tenth of it: hardly visible at strength 1.
+FAINT_STD = 1e-5
+#: Share of the rank that carries the spectrum; below it a smaller rank would do.
+COLLAPSED = 0.05
+#: alpha / rank at which people usually train; far from it the strength at use is off.
+USUAL_SCALE = (1 / 64, 8.0)
+
+
+def judge(inspection: Inspection) -> tuple[str, ...]:
+    """The verdict, the gravest first; the last sentence says what kind of adapter this is."""
+    sentences = [*judge_defects(inspection)]
+    if inspection.modules:
+        sentences += judge_scale(inspection)
+        if not (sentences and sentences[0].startswith("untrained")):
+            sentences.append(judge_size(inspection))
+    elif not sentences:
+        sentences.append("nothing to judge: no module of this adapter has a delta of its own")
+    return tuple(sentences)
+
+
+def judge_defects(inspection: Inspection) -> list[str]:
+    modules = inspection.modules
+    found = []
+    if inspection.non_finite:
+        found.append(
+            f"non-finite: {len(inspection.non_finite)} modules hold NaN or Inf "
+            f"({shorten_list(inspection.non_finite, 2)}); training diverged or the file is damaged"
+        )
+    last = find_last_block(modules)
+    zero = [path for path, module in modules.items() if module.frobenius == 0]
+    inert = [path for path in zero if is_inert(path, last)]
+    dead = [path for path in zero if path not in inert]
+    if zero and len(zero) == len(modules):
+        found.append(
+            f"untrained: the delta of all {len(modules)} modules is exactly 0 (lora_B is zero); "
+            "this adapter does nothing at any strength"
+        )
+        return found
+    if dead:
+        kind = "partly trained" if len(dead) > len(modules) / 10 else "dead modules"
+        found.append(
+            f"{kind}: {len(dead)} of {len(modules)} modules have a delta of exactly 0 "
+            f"({shorten_list(dead, 3)})"
+        )
+    if inert:
+        found.append(
+            f"inert, not broken: {len(inert)} modules of block {last} never get a gradient, since "
+            f"the model discards their output ({shorten_list(inert, 4)})"
+        )
+    return found
+
+
+def judge_scale(inspection: Inspection) -> list[str]:
+    found = []
+    low, high = USUAL_SCALE
+    odd = {
+        module.scale
+        for module in inspection.modules.values()
+        if module.kind != "LoKr" and not low <= abs(module.scale) <= high
+    }
+    if odd:
+        shown = ", ".join(f"{scale:g}" for scale in sorted(odd)[:3])
+        found.append(
+            f"scale: alpha / rank is {shown}, outside {low:g} to {high:g}; if alpha is wrong in "
+            "the file, the strength is wrong by the same factor"
+        )
+    collapsed = [
+        path
+        for path, module in inspection.modules.items()
+        if module.kind == "LoRA"
+        and module.rank >= 8
+        and 0 < module.effective_rank < max(1.5, COLLAPSED * module.rank)
+    ]
+    if len(collapsed) > len(inspection.modules) / 2:
+        module = inspection.modules[collapsed[0]]
+        found.append(
+            f"collapsed rank: in {len(collapsed)} of {len(inspection.modules)} modules the "
+            f"effective rank is below {COLLAPSED:.0%} of the rank (for example "
+            f"{module.effective_rank:.1f} of {module.rank}); a smaller rank would hold the same"
+        )
+    return found
+
+
+def judge_size(inspection: Inspection) -> str:
+    """The answer to "my delta is tiny, is that normal?"."""
+    std, largest = inspection.std, inspection.abs_max
+    low, high = GOOD_STD
+    parts = [f"std {std:.2e} (known-good LoRAs: {low:g} to {high:g})"]
+    if largest is not None:
+        parts.append(f"largest entry {largest:.1e} ({GOOD_MAX[0]:g} to {GOOD_MAX[1]:g})")
+        parts.append(
+            f"{inspection.fraction_below_1e6:.2%} of the entries below 1e-6 (under "
+            f"{GOOD_FRACTION:.0%})"
+        )
+    figures = ", ".join(parts)
+    if std >= SATURATED_STD:
+        return f"saturated: {figures}; it overwrites the base, use a strength well below 1"
+    if std > high:
+        return f"strong: {figures}; strengths below 1 may look better"
+    if std < FAINT_STD:
+        return f"very faint: {figures}; expect little at strength 1"
+    if std < low:
+        return f"faint: {figures}; a strength above 1 may be needed"
+    is_dense = largest is None or inspection.fraction_below_1e6 < GOOD_FRACTION
+    dense = "dense, small, healthy" if is_dense else "healthy in size, but sparse"
+    return f"{dense}: {figures}; small entries are what a LoRA is made of"
+
+
+def find_last_block(modules: dict[str, ModuleInspection]) -> int:
+    blocks = [block for block, _ in map(targets.split_path, modules) if block is not None]
+    return max(blocks, default=-1)
+
+
+def is_inert(module_path: str, last_block: int) -> bool:
+    """Modules of the model's last block whose output it discards."""
+    block, name = targets.split_path(module_path)
+    return block == last_block and name in targets.INERT_LAST_BLOCK
