@@ -87,9 +87,12 @@ class ModuleWeights(ABC):
 
     def to(self, device: torch.device) -> ModuleWeights:
         """The same weights with every tensor read and on `device`."""
+        return self.with_parts({name: load(t).to(device) for name, t in self._parts.items()})
+
+    def with_parts(self, parts: Mapping[str, AnyTensor]) -> ModuleWeights:
+        """The same weights in other tensors of the same names and shapes."""
         other = object.__new__(type(self))
-        parts = {name: load(tensor).to(device) for name, tensor in self._parts.items()}
-        other.__dict__.update(self.__dict__, _parts=parts)
+        other.__dict__.update(self.__dict__, _parts=dict(parts))
         return other
 
     def with_alpha(self, alpha: float) -> ModuleWeights:
@@ -281,8 +284,9 @@ class DoraWeights(ModuleWeights):
     def shape(self) -> tuple[int, ...]:
         return self.direction.shape
 
-    def to(self, device: torch.device) -> DoraWeights:
-        return DoraWeights(self.direction.to(device), self.magnitude.to(device))
+    def with_parts(self, parts: Mapping[str, AnyTensor]) -> DoraWeights:
+        direction = {name: tensor for name, tensor in parts.items() if name != "magnitude"}
+        return DoraWeights(self.direction.with_parts(direction), parts["magnitude"])
 
     def with_alpha(self, alpha: float) -> DoraWeights:
         return DoraWeights(self.direction.with_alpha(alpha), self._parts["magnitude"])

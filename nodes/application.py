@@ -72,8 +72,8 @@ def apply_one(
         )
     if mode == MERGE:
         merged = dict.fromkeys(match.paths, "as chosen")
-    elif mode == AUTO and host.is_compiled(model):
-        merged = dict.fromkeys(match.paths, "torch.compile is on this MODEL")
+    elif mode == AUTO and (reason := host.find_merge_reason(model)):
+        merged = dict.fromkeys(match.paths, reason)
     beside = match.paths - frozenset(merged)
     application.lines.append(
         f"{adapter.name}: {len(match.paths)} of {len(adapter)} modules matched, {strengths}"

@@ -21,7 +21,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..lora_core import FileError, ModuleWeights, compute_delta
-from ..lora_core.stored import shorten
+from ..lora_core.stored import load, shorten
 from ..lora_core.strengths import Strengths
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
@@ -133,9 +133,18 @@ def get_options(model: ModelPatcher) -> dict[str, Any]:
     return model.model_options.setdefault("transformer_options", {})
 
 
-def is_compiled(model: ModelPatcher) -> bool:
-    """Whether ComfyUI's TorchCompileModel node (comfy_api/torch_helpers) is on this clone."""
-    return bool(model.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"))
+def find_merge_reason(model: ModelPatcher) -> str | None:
+    """Why forwards of this clone must not be swapped during a call; None if they may."""
+    # A compiled model would be compiled anew for each change of forwards.
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"):  # comfy_api/torch_helpers
+        return "torch.compile is on this MODEL"
+    # One thread per GPU runs a model of its own, and only loaders' models can be copied to them.
+    if model.get_additional_models_with_key("multigpu"):
+        return "this MODEL is split over several GPUs"
+    # Gradient checkpointing runs blocks again after the call, when the forwards are back.
+    if comfy.model_management.in_training:
+        return "a node trains on this MODEL"
+    return None
 
 
 def add_wrapper(model: ModelPatcher, kind: str, key: str, wrapper: Callable) -> None:
@@ -185,13 +194,21 @@ class MergedWeights(comfy.weight_adapter.WeightAdapterBase):
 
     ComfyUI 0.30 divides a DoRA by the wrong norm and squares an OFT's strength
     (comfy/weight_adapter/base.py and oft.py).
+
+    `weights` is the module's weights, then their tensors one by one: ComfyUI finds them there to
+    count, pin and prefetch them, and puts the moved ones into a copy of this object
+    (comfy/lora.py, prefetch_prepared_value). Dynamic VRAM fails on a patch without any tensor.
     """
 
     name = "qwen_edit_lora"
 
-    def __init__(self, loaded_keys: set[str], weights: tuple[ModuleWeights]):
+    def __init__(self, loaded_keys: set[str], weights: tuple[ModuleWeights, ...]):
         self.loaded_keys = loaded_keys
         self.weights = weights
+
+    @classmethod
+    def wrap(cls, weights: ModuleWeights) -> MergedWeights:
+        return cls(set(), (weights, *(load(tensor) for tensor in weights.parts.values())))
 
     def calculate_weight(
         self,
@@ -204,7 +221,9 @@ class MergedWeights(comfy.weight_adapter.WeightAdapterBase):
         intermediate_dtype=torch.float32,
         original_weight=None,
     ):
-        module_weights = self.weights[0].to(weight.device)
+        stored, *tensors = self.weights
+        parts = dict(zip(stored.parts, tensors, strict=True))
+        module_weights = stored.with_parts(parts).to(weight.device)
         delta = compute_delta(module_weights, weight).reshape(weight.shape)
         weight += function((strength * delta).to(weight.dtype))
         return weight
@@ -217,7 +236,7 @@ def build_patch(weights: ModuleWeights) -> Any:
         return comfy.weight_adapter.LoRAAdapter(set(), values)
     if weights.kind == "diff" and weights.shape is not None:
         return ("diff", (weights.part("diff"),))
-    return MergedWeights(set(), (weights,))
+    return MergedWeights.wrap(weights)
 
 
 def add_merge(

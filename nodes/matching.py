@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -33,8 +33,7 @@ class Match:
 
 
 # Matching walks both module lists; a strength change must not pay for it again.
-_known: WeakKeyDictionary[torch.nn.Module, dict[int, Match]] = WeakKeyDictionary()
-_adapters: WeakValueDictionary[int, Adapter] = WeakValueDictionary()
+_known: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[Adapter, Match]] = WeakKeyDictionary()
 
 
 def match_adapter(model: host.ModelPatcher, adapter: Adapter) -> Match:
@@ -44,13 +43,10 @@ def match_adapter(model: host.ModelPatcher, adapter: Adapter) -> Match:
         KeyFormatError: not one module of the adapter exists in the model.
         ShapeError: a module exists but has another shape. Nothing is applied then.
     """
-    matches = _known.setdefault(model.model.diffusion_model, {})
-    if _adapters.get(id(adapter)) is not adapter:  # the id was another, dead adapter's
-        matches.pop(id(adapter), None)
-        _adapters[id(adapter)] = adapter
-    if id(adapter) not in matches:
-        matches[id(adapter)] = compute_match(model, adapter)
-    return matches[id(adapter)]
+    matches = _known.setdefault(model.model.diffusion_model, WeakKeyDictionary())
+    if adapter not in matches:
+        matches[adapter] = compute_match(model, adapter)
+    return matches[adapter]
 
 
 def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:

@@ -5,7 +5,7 @@ Nothing of the base changes. Three pieces work together on a clone of the model:
 - `SidePath`, an immutable value in the clone's transformer_options: which adapters, how strong.
 - `Bank`, a module with the adapters' weights under a ModelPatcher of its own. It is built when a
   sampler prepares the model, so that a chain of Apply nodes never builds its intermediate steps.
-- two wrappers: one attaches the bank before ComfyUI loads models, one swaps the forwards of the
+- two wrappers: one hands the bank to ComfyUI when it loads models, one swaps the forwards of the
   affected modules during a call of the diffusion model and puts them back after it.
 
 Sampling never leaves a trace on the shared model, so clones with other strengths, other
@@ -89,6 +89,10 @@ class SidePath:
         """A clone of `model` with all entries as native patches; kept, so as to patch only once."""
         if self._merged is None or self._merged[0]() is not model:
             merged = model.clone()
+            # Neither its options nor its parents may hold this side path, which holds it.
+            del host.get_options(merged)[KEY]
+            while merged.parent is not None and get_side_path(merged.parent) is not None:
+                merged.parent = merged.parent.parent
             for entry in self.entries:
                 modules = {path: entry.adapter.modules[path] for path in entry.module_paths}
                 host.add_merge(merged, modules, entry.strengths)
@@ -133,6 +137,10 @@ class PlacedBank:
 
 _banks: WeakValueDictionary[tuple, PlacedBank] = WeakValueDictionary()
 
+#: The bank each base sampled with last. ComfyUI drops the old output of Apply before the new one
+#: samples, so that nothing else would hold the bank over a change of strength.
+_latest: WeakKeyDictionary[torch.nn.Module, PlacedBank] = WeakKeyDictionary()
+
 
 def add_to_side_path(model: host.ModelPatcher, entry: Entry) -> None:
     """Puts one more adapter on the side path of `model`, a clone the caller owns."""
@@ -151,23 +159,29 @@ def get_side_path(model: host.ModelPatcher) -> SidePath | None:
 def prepare_side_path(executor: Callable, model: host.ModelPatcher, *args, **kwargs):
     """PREPARE_SAMPLING wrapper: the bank is loaded, and accounted for, with the model.
 
-    A compiled model would be compiled anew for every change of the swapped forwards. Apply merges
-    where it sees torch.compile; where that node comes after Apply, it is merged here.
+    Where swapped forwards cannot work, the entries are merged here. Apply does so where it sees
+    the reason; this is for reasons that come after it.
     """
     side_path = get_side_path(model)
     if side_path is None or not side_path.is_active:
-        model.remove_additional_models(KEY)
         return executor(model, *args, **kwargs)
-    side_path.is_merged = host.is_compiled(model)
-    if side_path.is_merged:
+    reason = host.find_merge_reason(model)
+    side_path.is_merged = reason is not None
+    if reason is not None:
         logger.warning(
-            "Apply Edit LoRA: torch.compile follows it, so the LoRA is merged into the weights "
-            "for this sampling; choose mode 'merge', or put TorchCompileModel before it"
+            "Apply Edit LoRA: %s, so the LoRA is merged into the weights this time, as mode "
+            "'merge' does",
+            reason,
         )
         return executor(side_path.get_merged(model), *args, **kwargs)
     bank = side_path.get_bank(host.get_placement(model))
+    _latest[model.model.diffusion_model] = bank
+    # Attached only meanwhile: `model` is cached by ComfyUI, and clones of it may go elsewhere.
     model.set_additional_models(KEY, [bank.patcher])
-    return executor(model, *args, **kwargs)
+    try:
+        return executor(model, *args, **kwargs)
+    finally:
+        model.remove_additional_models(KEY)
 
 
 def run_with_side_path(executor: Callable, *args, **kwargs):

@@ -9,6 +9,13 @@ const NODES_WITH_REPORT = new Set([
   "QwenEditLoraSave",
 ]);
 
+// "5" is a node of the workflow itself, "<uuid of a subgraph>:5" one inside a subgraph.
+function findNode(locator) {
+  const [id, subgraph] = locator.split(":").reverse();
+  const graph = subgraph ? app.rootGraph.subgraphs.get(subgraph) : app.rootGraph;
+  return graph?.getNodeById(id);
+}
+
 app.registerExtension({
   name: "qwen_edit_lora.report",
 
@@ -18,9 +25,8 @@ app.registerExtension({
 
   // Outputs that come back with a reloaded page or from the history.
   onNodeOutputsUpdated(outputs) {
-    for (const [id, output] of Object.entries(outputs)) {
-      if (output?.qwen_edit_lora_report === undefined) continue;
-      app.graph?.getNodeById?.(Number(id))?.showReport?.(output);
+    for (const [locator, output] of Object.entries(outputs)) {
+      if (output?.qwen_edit_lora_report !== undefined) findNode(locator)?.showReport?.(output);
     }
   },
 });

@@ -1,0 +1,340 @@
+"""What ComfyUI does with a MODEL besides sampling it: paging, offloading, cloning, caching."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import inspect
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from qwen_edit_lora.lora_core import (
+    Adapter,
+    DiffWeights,
+    DoraWeights,
+    LohaWeights,
+    LokrWeights,
+    LoraWeights,
+    ModuleWeights,
+    OftWeights,
+    compute_delta,
+    read_adapter,
+)
+from safetensors.torch import load_file
+
+from .conftest import worst
+
+pytestmark = pytest.mark.comfy
+
+ROUNDING = 1e-5
+PATH = "transformer_blocks.0.img_mlp.net.0.proj"  # 64 -> 256: 64 KiB in float32, so it is paged
+
+
+class FakeHostBuffer:
+    """comfy_aimdo's pinned memory, in plain memory."""
+
+    def __init__(self, size: int, prewarm: int = 0, max_grow_size: int = 0):
+        self.memory, self.size = ctypes.create_string_buffer(64 * 1024**2), 0
+
+    def get_raw_address(self) -> int:
+        return ctypes.addressof(self.memory)
+
+    def extend(self, size: int, reallocate: bool = False, register: bool = True) -> int:
+        self.size += size
+        return self.get_raw_address()
+
+    def truncate(self, size: int, do_unregister: bool = True) -> None:
+        self.size = size
+
+
+class FakePages:
+    """comfy_aimdo's paged VRAM: every module has room, or none has."""
+
+    has_room = True
+
+    def __init__(self, *_: Any):
+        self.faults = 0
+
+    def alloc(self, size: int) -> tuple:
+        return self, torch.empty(size, dtype=torch.uint8), size
+
+    def prioritize(self) -> None: ...
+
+    def loaded_size(self) -> int:
+        return 0
+
+    def free_memory(self, size: int) -> int:
+        return 0
+
+
+def fault(page: tuple) -> bytes | None:
+    page[0].faults += 1
+    return b"resident" if FakePages.has_room else None
+
+
+@pytest.fixture(params=[True, False], ids=["room", "no room"])
+def dynamic_vram(request, comfyui: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's dynamic VRAM as on an NVIDIA GPU, with all its memory on the CPU."""
+    management, patcher, ops = comfyui.model_management, comfyui.model_patcher, comfyui.ops
+    dynamic = patcher.ModelPatcherDynamic
+
+    class DynamicOnCpu(dynamic):
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return object.__new__(cls)
+
+        def _vbar_get(self, create: bool = False) -> Any:
+            if create:
+                self.model.dynamic_vbars.setdefault(self.load_device, FakePages())
+            return self.model.dynamic_vbars.get(self.load_device)
+
+    monkeypatch.setattr(FakePages, "has_room", request.param)
+    monkeypatch.setattr(patcher, "CoreModelPatcher", DynamicOnCpu)
+    monkeypatch.setattr(management.comfy.memory_management, "aimdo_enabled", True)
+    monkeypatch.setattr(comfyui.utils, "load_safetensors", lambda path: (load_file(path), {}))
+    aimdo = ops.comfy_aimdo
+    monkeypatch.setattr(patcher.comfy_aimdo.host_buffer, "HostBuffer", FakeHostBuffer)
+    for name, function in {
+        "vbar_fault": fault,
+        "vbar_unpin": lambda page: None,
+        "vbar_signature_compare": lambda a, b: a is not None and a == b,
+        "vbars_analyze": lambda device=None: 0,
+    }.items():
+        monkeypatch.setattr(aimdo.model_vbar, name, function)
+    monkeypatch.setattr(aimdo.torch, "aimdo_to_tensor", lambda page, device: page[1])
+    cudart = SimpleNamespace(
+        cudaHostRegister=lambda *a: int(a[1] == 0),  # as CUDA refuses an empty range
+        cudaHostUnregister=lambda *a: 0,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(management, "discard_cuda_async_error", lambda: None)
+    monkeypatch.setattr(management, "MAX_PINNED_MEMORY", 1024**3)
+    monkeypatch.setattr(management, "TOTAL_PINNED_MEMORY", 0)
+    # There is no second device here, so paging must not depend on one.
+    source = inspect.getsource(ops.cast_bias_weight)
+    for condition in ("comfy.model_management.is_device_cpu(device)", "s.weight.device != device"):
+        assert f'hasattr(s, "_v") and {condition}' in source
+    source = source.replace("comfy.model_management.is_device_cpu(device)", "False")
+    source = source.replace('hasattr(s, "_v") and s.weight.device != device', 'hasattr(s, "_v")')
+    namespace = dict(vars(ops))
+    exec(source, namespace)  # noqa: S102
+    monkeypatch.setattr(ops, "cast_bias_weight", namespace["cast_bias_weight"])
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def build(kind: str) -> Adapter:
+    """An adapter on one module, large enough to be paged."""
+    lora = LoraWeights(draw(128, 64), draw(256, 128, seed=1), 64.0, draw(256, seed=2))
+    weights = {
+        "LoRA": lora,
+        "LoKr": LokrWeights(w1=draw(4, 1), w2=draw(64, 64, seed=1)),
+        "LoHa": LohaWeights(
+            draw(256, 16), draw(16, 64, seed=1), draw(256, 16, seed=2), draw(16, 64, seed=3)
+        ),
+        "diff": DiffWeights(draw(256, 64), draw(256, seed=1)),
+        "DoRA": DoraWeights(lora, draw(256, 1, seed=2).abs() + 0.5),
+        "OFT": OftWeights(draw(32, 8, 8), draw(256, 1, seed=3) + 1),
+    }[kind]
+    return Adapter({PATH: weights}, name=kind)
+
+
+def add_delta(
+    model: Any, weights: ModuleWeights, strength: float, base_weight: torch.Tensor | None = None
+) -> Any:
+    """A clone with the delta as ComfyUI's simplest patch."""
+    tuned = model.clone()
+    patches = {f"diffusion_model.{PATH}.weight": ("diff", (compute_delta(weights, base_weight),))}
+    if weights.bias_delta is not None:
+        patches[f"diffusion_model.{PATH}.bias"] = ("diff", (weights.bias_delta,))
+    tuned.add_patches(patches, strength)
+    return tuned
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoKr", "LoHa", "diff"])
+def test_a_side_path_under_dynamic_vram(kind, dynamic_vram, load_base, sample, apply_ours, ours):
+    model = load_base("2509_fp32")
+    assert model.is_dynamic()
+    adapter = build(kind)
+    before = sample(model)
+    first = apply_ours(model, adapter, 0.7)
+    result = sample(first)
+    bank = ours.side_path.get_side_path(first).get_bank()
+    assert bank.patcher.is_dynamic()
+    assert worst(result, sample(add_delta(model, adapter.modules[PATH], 0.7))) < ROUNDING
+    assert worst(result, before) > 100 * ROUNDING
+    assert torch.equal(sample(first), result)
+    assert torch.equal(sample(model), before)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "OFT", "LoKr", "LoHa", "LoRA"])
+def test_merging_under_dynamic_vram(kind, dynamic_vram, load_base, sample, apply_ours):
+    model = load_base("2509_fp32")
+    weights = build(kind).modules[PATH]
+    base_weight = model.model.diffusion_model.get_submodule(PATH).weight.detach().clone()
+    before = sample(model)
+    # First of all patches: ComfyUI's pinned memory for patches is still empty then.
+    result = sample(apply_ours(model, build(kind), 0.7, "merge"))
+    assert worst(result, sample(add_delta(model, weights, 0.7, base_weight))) < ROUNDING
+    assert worst(result, before) > 100 * ROUNDING
+    assert torch.equal(sample(model), before)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoKr", "LoHa", "diff"])
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_a_partly_loaded_bank_over_a_partly_loaded_and_patched_base(
+    share, kind, base, sample, make_lora, apply_native, apply_ours, ours, comfyui, monkeypatch
+):
+    adapter = build(kind)
+    patched = apply_native(base, make_lora("native", seed=4), 0.6)
+    expected = sample(apply_ours(patched, adapter, 0.7))
+    comfyui.model_management.unload_all_models()
+    partially_load = comfyui.model_patcher.ModelPatcher.partially_load
+
+    def load_partly(self, device_to, extra_memory=0, force_patch_weights=False):
+        return partially_load(self, device_to, share * self.model_size(), force_patch_weights)
+
+    monkeypatch.setattr(comfyui.model_patcher.ModelPatcher, "partially_load", load_partly)
+    model = apply_ours(patched, adapter, 0.7)
+    assert worst(sample(model), expected) < ROUNDING
+    bank = ours.side_path.get_side_path(model).get_bank().patcher
+    assert model.model.model_lowvram
+    assert bank.model.model_lowvram
+    bank.partially_unload(bank.offload_device, 1e9)
+    assert worst(sample(model), expected) < ROUNDING
+
+
+def test_sampling_leaves_nothing_on_the_model_and_its_later_clones(
+    base, sample, make_lora, apply_ours
+):
+    model = apply_ours(base, make_lora("a"), 1.0)
+    sample(model)
+    assert not model.additional_models
+    assert not model.clone().additional_models
+
+
+def test_a_model_on_several_gpus_is_merged(
+    base, sample, make_lora, apply_native, apply_ours, caplog
+):
+    path = make_lora("a")
+    expected = sample(apply_native(base, path, 0.7))
+    model = apply_ours(base, path, 0.7)
+    sample(model)
+    # What ComfyUI's MultiGPU CFG Split does, with the second GPU on the CPU.
+    split = model.clone()
+    second = split.deepclone_multigpu(new_load_device=torch.device("cpu"))
+    second.is_multigpu_base_clone = True
+    split.set_additional_models("multigpu", [second])
+    split.match_multigpu_clones()
+    assert worst(sample(split), expected) < ROUNDING
+    assert "this MODEL is split over several GPUs, so the LoRA is merged" in caplog.text
+    again = apply_ours(split, path, 0.1)
+    assert len(again.patches) == 24
+
+
+def test_a_changed_strength_finds_the_bank_when_the_old_model_is_gone(
+    ours, base, sample, make_lora, apply_ours
+):
+    """ComfyUI drops what an edited node gave before it runs again, for Stack the adapter too."""
+    adapter = read_adapter(make_lora("a"))
+    model = apply_ours(base, adapter, 0.5)
+    sample(model)
+    bank = weakref.ref(ours.side_path.get_side_path(model).get_bank())
+    del model
+    model = apply_ours(base, adapter, 0.6)
+    sample(model)
+    assert ours.side_path.get_side_path(model).get_bank() is bank()
+
+
+def test_banks_of_earlier_files_are_freed(ours, base, sample, make_lora, apply_ours, comfyui):
+    gc.collect()
+    gc.disable()
+    try:
+        banks, adapters = [], []
+        for seed in range(5):
+            adapter = read_adapter(make_lora(f"lora{seed}", seed=seed))
+            model = apply_ours(base, adapter, 1.0)
+            sample(model)
+            banks.append(weakref.ref(ours.side_path.get_side_path(model).get_bank().module))
+            adapters.append(weakref.ref(adapter))
+            del adapter, model
+        assert [ref() is None for ref in banks] == [True] * 4 + [False]
+        assert [ref() is None for ref in adapters] == [True] * 4 + [False]
+        assert len(ours.matching._known[base.model.diffusion_model]) == 1
+        loaded = comfyui.model_management.loaded_models()
+        assert sum(type(patcher.model).__name__ == "Bank" for patcher in loaded) == 1
+    finally:
+        gc.enable()
+
+
+def test_a_base_is_freed_with_its_bank(ours, load_base, sample, make_lora, apply_ours):
+    from comfy.patcher_extension import WrappersMP
+
+    gc.collect()
+    gc.disable()  # a base waiting for the next collection would lie in memory beside its successor
+    try:
+        base = load_base("2509_fp32")
+        model = apply_ours(base, make_lora("a"), 1.0)
+        sample(model)
+        compiled = model.clone().clone()  # merged, as far as we can see
+        compiled.add_wrapper_with_key(
+            WrappersMP.APPLY_MODEL, "torch.compile", lambda executor, *a, **kw: executor(*a, **kw)
+        )
+        sample(compiled)
+        bank = weakref.ref(ours.side_path.get_side_path(model).get_bank())
+        diffusion_model = weakref.ref(base.model.diffusion_model)
+        assert len(ours.side_path.get_side_path(model).get_merged(compiled).patches) == 24
+        del base, model, compiled
+        assert diffusion_model() is None
+        assert bank() is None
+    finally:
+        gc.enable()
+
+
+def test_comfyui_trains_on_top_of_an_applied_adapter(base, sample, make_lora, apply_ours, caplog):
+    from comfy_extras.nodes_train import TrainLoraNode
+
+    model = apply_ours(base, make_lora("a"), 1.0)
+    before = sample(model)
+    latents = {"samples": torch.randn(1, 16, 1, 8, 8)}
+    options = {
+        "batch_size": 1, "grad_accumulation_steps": 1, "steps": 2, "learning_rate": 1e-3,
+        "rank": 4, "optimizer": "AdamW", "loss_function": "MSE", "seed": 1,
+        "training_dtype": "none", "lora_dtype": "fp32", "quantized_backward": False,
+        "algorithm": "LoRA", "gradient_checkpointing": True, "checkpoint_depth": 2,
+        "offloading": False, "existing_lora": "[None]", "bucket_mode": False,
+        "bypass_mode": False,
+    }  # fmt: skip
+    with torch.inference_mode():
+        trained = TrainLoraNode.execute(
+            [model], [latents], [[[torch.randn(1, 12, 64), {}]]],
+            **{name: [value] for name, value in options.items()},
+        ).args[0]  # fmt: skip
+    assert any(tensor.abs().sum() > 0 for key, tensor in trained.items() if "lora_up" in key)
+    assert "a node trains on this MODEL, so the LoRA is merged" in caplog.text
+    assert torch.equal(sample(model), before)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_comfyuis_bypass_loader_and_a_side_path_add_up(
+    order, base, sample, make_lora, apply_native, apply_ours, comfyui
+):
+    first, second = make_lora("a", seed=1), make_lora("b", seed=2)
+    expected = sample(apply_native(apply_native(base, first, 0.7), second, 0.5))
+
+    def apply_bypass(model, path):
+        state_dict = comfyui.utils.load_torch_file(str(path), safe_load=True)
+        return comfyui.sd.load_bypass_lora_for_models(model, None, state_dict, 0.7, 0)[0]
+
+    before = sample(base)
+    if order == "before":
+        model = apply_ours(apply_bypass(base, first), second, 0.5)
+    else:
+        model = apply_bypass(apply_ours(base, second, 0.5), first)
+    assert worst(sample(model), expected) < ROUNDING
+    assert torch.equal(sample(base), before)
+    assert worst(sample(model), expected) < ROUNDING

@@ -1,0 +1,76 @@
+"""Reports on the nodes, and what they must not disturb, in the real page."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.web, pytest.mark.comfy]
+
+READ_ALL = """() => {
+    const graphs = [app.rootGraph, ...app.rootGraph.subgraphs.values()];
+    const nodes = graphs.flatMap(g => g._nodes).filter(n => n.showReport);
+    return Object.fromEntries(nodes.map(n => [
+        n.comfyClass, n.widgets.find(w => w.name === 'report_view').element.textContent]));
+}"""
+
+
+def test_reports_reach_nodes_inside_a_subgraph_and_come_back(workspace):
+    page = workspace.page
+    workspace.open_template("01_apply_lora")
+    page.evaluate(
+        """() => app.canvas.graph.convertToSubgraph(
+            new Set(app.graph._nodes.filter(n => n.comfyClass === 'QwenEditLoraLoad')))"""
+    )
+    assert workspace.run()["status"]["status_str"] == "success"
+    page.wait_for_timeout(1000)
+    reports = page.evaluate(READ_ALL)
+    assert "matched 24 modules" in reports["QwenEditLoraLoad"]
+    assert "side path: 24 modules" in reports["QwenEditLoraApply"]
+    # As when a reloaded page fetches the outputs of the last run.
+    page.evaluate(
+        """() => {
+            for (const g of [app.rootGraph, ...app.rootGraph.subgraphs.values()])
+                for (const n of g._nodes) n.showReport?.({qwen_edit_lora_report: ['']});
+        }"""
+    )
+    assert page.evaluate(READ_ALL) != reports
+    page.evaluate("() => { app.nodeOutputs = app.nodeOutputs; }")
+    assert page.evaluate(READ_ALL) == reports
+    assert workspace.errors == []
+
+
+@pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", "vue"])
+def test_the_report_keeps_out_of_saved_and_copied_values(workspace, vue_nodes):
+    page = workspace.page
+    workspace.set_vue_nodes(vue_nodes)
+    read = """n => n.widgets.filter(w => w.name !== 'report_view').map(w => [w.name, w.value])"""
+    before, saved, after, copied = page.evaluate(
+        f"""async () => {{
+            const read = {read};
+            app.graph.clear();
+            const node = LiteGraph.createNode('QwenEditLoraStack');
+            app.graph.add(node);
+            const files = node.widgets.find(w => w.name === 'files');
+            files.value = '3 files';
+            files.callback?.('3 files');
+            await new Promise(r => setTimeout(r, 500));
+            node.widgets.filter(w => /strength_\\d/.test(w.name))
+                .forEach((w, i) => {{ w.value = 0.25 * (i + 1); }});
+            node.widgets.find(w => w.name === 'strengths').value = '0.5, 0.75';
+            node.showReport({{qwen_edit_lora_report: ['a report']}});
+            const before = read(node);
+            const saved = JSON.parse(JSON.stringify(app.graph.serialize()));
+            const clone = node.clone();
+            app.graph.add(clone);
+            await new Promise(r => setTimeout(r, 500));
+            const copied = read(clone);
+            await app.loadGraphData(saved);
+            await new Promise(r => setTimeout(r, 500));
+            return [before, saved.nodes[0].widgets_values, read(app.graph._nodes[0]), copied];
+        }}"""
+    )
+    assert len([name for name, _ in before if "strength_" in name]) == 3
+    assert "a report" not in str(saved)
+    assert after == before
+    assert copied == before
+    assert workspace.errors == []
