@@ -1,4 +1,5 @@
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
 import { addReportWidget } from "./report.js";
 
 // ComfyUI imports every .js file of this folder by itself; only this one registers anything.
@@ -15,6 +16,18 @@ function findNode(locator) {
   const graph = subgraph ? app.rootGraph.subgraphs.get(subgraph) : app.rootGraph;
   return graph?.getNodeById(id);
 }
+
+// "5" is a node of the workflow itself, "3:5" node 5 inside the subgraph that node 3 stands for.
+function findExecutedNode(id) {
+  const path = String(id).split(":");
+  const last = path.pop();
+  const graph = path.reduce((g, step) => g?.getNodeById(step)?.subgraph, app.rootGraph);
+  return graph?.getNodeById(last);
+}
+
+api.addEventListener("execution_error", ({ detail }) => {
+  findExecutedNode(detail.node_id)?.showError?.(detail.exception_message.trim());
+});
 
 app.registerExtension({
   name: "qwen_edit_lora.report",

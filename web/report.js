@@ -2,6 +2,11 @@
 // A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
 
 const MIN_HEIGHT = 64; // px, about four lines
+const COLORS = {
+  fine: "var(--p-green-500, #4caf7d)",
+  warning: "var(--p-amber-400, #f5b942)",
+  error: "var(--p-red-500, #e5534b)",
+};
 const WAITING = "The report appears here when the node has run.";
 
 export function createReportView() {
@@ -28,24 +33,20 @@ export function createReportView() {
   const view = {
     element,
     text: "",
-    show(text, isWarning) {
+    show(text, state) {
       view.text = text ?? "";
       element.replaceChildren();
       for (const line of (view.text || WAITING).split("\n")) {
         const row = document.createElement("div");
         row.textContent = line; // never innerHTML: file names and metadata are not ours
-        if (line.startsWith("Warning:")) row.style.color = "var(--p-amber-400, #f5b942)";
+        if (line.startsWith("Warning:")) row.style.color = COLORS.warning;
         if (!view.text) row.style.opacity = "0.6";
         element.append(row);
       }
-      element.style.borderLeftColor = isWarning
-        ? "var(--p-amber-400, #f5b942)"
-        : view.text
-          ? "var(--p-green-500, #4caf7d)"
-          : "transparent";
+      element.style.borderLeftColor = view.text ? COLORS[state] : "transparent";
     },
   };
-  view.show("", false);
+  view.show("", "fine");
   return view;
 }
 
@@ -61,8 +62,12 @@ export function addReportWidget(node) {
   widget.serialize = false; // a report is no setting: keep it out of saved workflows
   node.showReport = (output) => {
     const text = output?.qwen_edit_lora_report?.[0];
-    if (text !== undefined) view.show(text, Boolean(output.qwen_edit_lora_warning?.[0]));
+    if (text !== undefined) {
+      view.show(text, output.qwen_edit_lora_warning?.[0] ? "warning" : "fine");
+    }
   };
+  // ComfyUI's own message says only that the node failed, and hides the reason behind a button.
+  node.showError = (message) => view.show(message, "error");
   const previous = node.onExecuted;
   node.onExecuted = function (output, ...rest) {
     previous?.call(this, output, ...rest);

@@ -74,3 +74,34 @@ def test_the_report_keeps_out_of_saved_and_copied_values(workspace, vue_nodes):
     assert after == before
     assert copied == before
     assert workspace.errors == []
+
+
+@pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", "vue"])
+def test_an_error_is_said_on_the_node_in_one_sentence(workspace, demo_models, vue_nodes):
+    page = workspace.page
+    broken = demo_models.root / "loras" / "broken.safetensors"
+    broken.write_bytes(b"")
+    try:
+        page.reload()
+        page.wait_for_function("window.app?.graph && window.app?.extensionManager")
+        workspace.set_vue_nodes(vue_nodes)
+        page.evaluate(
+            """() => {
+                app.graph.clear();
+                const load = LiteGraph.createNode('QwenEditLoraLoad');
+                const save = LiteGraph.createNode('QwenEditLoraSave');
+                app.graph.add(load);
+                app.graph.add(save);
+                load.widgets[0].value = 'broken.safetensors';
+                load.connect(0, save, 0);
+            }"""
+        )
+        entry = workspace.run()
+        page.wait_for_timeout(500)
+        reports = page.evaluate(READ_ALL)
+    finally:
+        broken.unlink()
+    assert entry["status"]["status_str"] == "error"
+    assert reports["QwenEditLoraLoad"].startswith("broken.safetensors is empty (0 bytes); expected")
+    assert "The report appears here" in reports["QwenEditLoraSave"]
+    workspace.shoot(f"error_{'vue' if vue_nodes else 'classic'}")
