@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, is_finite
+from .against_base import BaseFigures, compare_with_base
+from .base_weights import BaseWeight, BaseWeights, open_base
 from .entries import Entries, scan_dense, scan_factors
 from .factors import get_factors
 from .measures import (
@@ -20,10 +23,13 @@ from .measures import (
     measure_factors,
     measure_kronecker,
 )
-from .stored import load
-from .weights import DoraWeights, LokrWeights, LoraWeights, ModuleWeights
+from .stored import AnyTensor, load
+from .weights import DoraWeights, LokrWeights, LoraWeights, ModuleWeights, OftWeights
 
 Progress = Callable[[int, int], None]
+
+#: About how many modules' merges are rounded for real, to check the prediction.
+NUM_SAMPLED = 24
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class ModuleInspection:
     fraction_below_std: float | None = None
     quantiles: Mapping[float, float] | None = None
     histogram: tuple[tuple[float, int], ...] | None = None
+    base: BaseFigures | None = None
+    """Beside the base weight, where one was given."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -114,6 +122,23 @@ class Inspection:
         return bool(self.modules) and all(m.abs_max is not None for m in self.modules.values())
 
     @property
+    def merge_error(self) -> float | None:
+        """Relative error of the whole adapter if merged into its base as stored; see survival."""
+        squares = [
+            (m.base.merge_error_predicted * m.frobenius) ** 2
+            for m in self.modules.values()
+            if m.base is not None and m.base.merge_error_predicted is not None
+        ]
+        return (sum(squares) ** 0.5 / self.frobenius) if squares and self.frobenius else None
+
+    @property
+    def base_ratio(self) -> float | None:
+        """|delta|_F / |W|_F over all modules that have a base weight."""
+        found = [m for m in self.modules.values() if m.base is not None]
+        base = sum(m.base.frobenius**2 for m in found) ** 0.5
+        return sum(m.frobenius**2 for m in found) ** 0.5 / base if base else None
+
+    @property
     def verdict(self) -> tuple[str, ...]:
         """Sentences, each with its figure and threshold; see `lora_core.verdict`."""
         from .verdict import judge
@@ -129,6 +154,8 @@ class Inspection:
             "frobenius": self.frobenius,
             "abs_max": self.abs_max,
             "fraction_below_1e6": self.fraction_below_1e6,
+            "base_ratio": self.base_ratio,
+            "merge_error": self.merge_error,
             "skipped": dict(self.skipped),
             "non_finite": list(self.non_finite),
             "modules": {path: module.to_dict() for path, module in self.modules.items()},
@@ -141,21 +168,27 @@ def count(module: ModuleInspection) -> int:
 
 def inspect_adapter(
     adapter: Adapter,
+    base: BaseWeights | Mapping[str, AnyTensor] | str | os.PathLike[str] | None = None,
     exact: bool = False,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Inspection:
-    """Inspects every module whose delta needs no base weight.
+    """Inspects every module of an adapter.
 
     Args:
+        base: the model's file, or its tensors by key; read one module at a time. Adds
+            `ModuleInspection.base`, and gives DoRA and OFT their true delta.
         exact: also look at every entry: largest value, shares, quantiles, histogram.
         progress: called with (modules done, modules in all).
         should_stop: asked between modules and between the chunks of a scan.
 
     Raises:
         InterruptedError: `should_stop` returned True.
-        FileError: the file went away or changed meanwhile.
+        FileError: a file is damaged, went away or changed meanwhile.
+        KeyFormatError: the base is no Qwen-Image model.
     """
+    weights_of_base = None if base is None else open_base(base)
+    sampled = choose_sample(list(adapter.modules))
     modules: dict[str, ModuleInspection] = {}
     skipped: dict[str, str] = {}
     non_finite: list[str] = []
@@ -164,52 +197,94 @@ def inspect_adapter(
             raise InterruptedError("the inspection was stopped")
         if progress is not None:
             progress(done, len(adapter))
-        reason = find_obstacle(weights)
+        weight = None if weights_of_base is None else weights_of_base.get(path)
+        reason = find_obstacle(weights, weights_of_base, weight)
         if reason:
             skipped[path] = reason
         elif not all(is_finite(load(tensor)) for tensor in weights.parts.values()):
             non_finite.append(path)
         else:
-            modules[path] = inspect_module(weights, exact, should_stop)
+            modules[path] = inspect_module(weights, exact, weight, path in sampled, should_stop)
     adapter.release()
+    if weights_of_base is not None:
+        weights_of_base.release()
     if progress is not None:
         progress(len(adapter), len(adapter))
     return Inspection(adapter.name, modules, skipped, tuple(non_finite))
 
 
-def find_obstacle(weights: ModuleWeights) -> str | None:
-    if weights.kind == "OFT":
+def choose_sample(paths: list[str]) -> frozenset[str]:
+    """Modules whose merge is rounded for real: a few, spread over the whole adapter."""
+    step = max(1, len(paths) // NUM_SAMPLED)
+    return frozenset(paths[::step])
+
+
+def find_obstacle(
+    weights: ModuleWeights, base: BaseWeights | None, weight: BaseWeight | None
+) -> str | None:
+    """Why a module has no figures, or None."""
+    if weight is not None and not fits(weights, tuple(weight.stored.shape)):
+        return (
+            f"the base's weight is {tuple(weight.stored.shape)}, the adapter was made for "
+            f"{weights.shape}"
+        )
+    if weights.kind == "OFT" and weight is None:
         return "an OFT rotates the base weight and has no delta without it"
-    if weights.shape is None or len(weights.shape) != 2:
+    if weights.kind != "OFT" and (weights.shape is None or len(weights.shape) != 2):
         return "a change of a norm or bias, which has no matrix"
+    if base is not None and weight is None:
+        return f"{base.name} has no such module"
     return None
 
 
+def fits(weights: ModuleWeights, shape: tuple[int, ...]) -> bool:
+    if isinstance(weights, OftWeights):
+        return weights.out_features == shape[0]
+    return weights.shape is None or tuple(weights.shape) == shape
+
+
 def inspect_module(
-    weights: ModuleWeights, exact: bool, should_stop: Callable[[], bool] | None = None
+    weights: ModuleWeights,
+    exact: bool = False,
+    base: BaseWeight | None = None,
+    is_sampled: bool = False,
+    should_stop: Callable[[], bool] | None = None,
 ) -> ModuleInspection:
     """The shortest exact route for the kind: factors, Kronecker factors, or the matrix."""
-    direction = weights.direction if isinstance(weights, DoraWeights) else weights
-    factors = get_factors(direction)
+    is_direction_only = isinstance(weights, DoraWeights) and base is None
+    inspected = weights.direction if is_direction_only else weights
+    factors = get_factors(inspected)
     delta = None
     if factors is not None:
         measures = measure_factors(factors)
-    elif isinstance(direction, LokrWeights):
-        measures = measure_kronecker(direction)
+    elif isinstance(inspected, LokrWeights):
+        measures = measure_kronecker(inspected)
     else:
-        delta = direction.delta()
+        delta = inspected.delta(None if base is None else base.values)
         measures = measure_dense(delta)
+    if delta is None and factors is None and (exact or base is not None):
+        delta = inspected.delta()
     entries = None
     if exact and factors is not None:
         entries = scan_factors(factors, measures.std, should_stop)
     elif exact:
-        delta = direction.delta() if delta is None else delta
         entries = scan_dense(delta, measures.std, should_stop)
-    return build_inspection(weights, measures, entries)
+    beside = None
+    if base is not None:
+        spectral = measures.singular_values[0].item() if measures.singular_values.numel() else 0.0
+        either = delta if factors is None else factors
+        beside = compare_with_base(base, either, measures.frobenius, spectral, is_sampled)
+    shape = (len(measures.row_norms), len(measures.column_norms))
+    return build_inspection(weights, shape, measures, entries, beside, is_direction_only)
 
 
 def build_inspection(
-    weights: ModuleWeights, measures: Measures, entries: Entries | None
+    weights: ModuleWeights,
+    shape: tuple[int, int],
+    measures: Measures,
+    entries: Entries | None,
+    base: BaseFigures | None,
+    is_direction_only: bool,
 ) -> ModuleInspection:
     values = measures.singular_values
     rows, columns = measures.row_norms, measures.column_norms
@@ -224,7 +299,7 @@ def build_inspection(
         }
     return ModuleInspection(
         kind=weights.kind,
-        shape=(weights.shape[0], weights.shape[1]),
+        shape=shape,
         rank=weights.rank,
         alpha=weights.alpha,
         scale=weights.scale,
@@ -245,7 +320,8 @@ def build_inspection(
         num_dead_rows=int((rows == 0).sum()),
         num_dead_columns=int((columns == 0).sum()),
         is_untrained=is_untrained(weights),
-        is_direction_only=isinstance(weights, DoraWeights),
+        is_direction_only=is_direction_only,
+        base=base,
         **scanned,
     )
 

@@ -6,6 +6,7 @@ The ranges are those of known-good Qwen-Image-Edit LoRAs (DESIGN.md, section 5):
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from . import targets
@@ -23,6 +24,8 @@ SATURATED_STD = 1e-2
 FAINT_STD = 1e-5
 #: Share of the rank that carries the spectrum; below it a smaller rank would do.
 COLLAPSED = 0.05
+#: Noise of a merge, relative to the adapter, that still goes unnoticed.
+MERGE_ERROR = 0.25
 #: alpha / rank at which people usually train; far from it the strength at use is off.
 USUAL_SCALE = (1 / 64, 8.0)
 
@@ -32,6 +35,7 @@ def judge(inspection: Inspection) -> tuple[str, ...]:
     sentences = [*judge_defects(inspection)]
     if inspection.modules:
         sentences += judge_scale(inspection)
+        sentences += judge_merge(inspection)
         if not (sentences and sentences[0].startswith("untrained")):
             sentences.append(judge_size(inspection))
     elif not sentences:
@@ -100,6 +104,27 @@ def judge_scale(inspection: Inspection) -> list[str]:
             f"{module.effective_rank:.1f} of {module.rank}); a smaller rank would hold the same"
         )
     return found
+
+
+def judge_merge(inspection: Inspection) -> list[str]:
+    """Whether the adapter survives being merged into its base as stored."""
+    error = inspection.merge_error
+    if error is None:
+        return []
+    with_base = [m for m in inspection.modules.values() if m.base is not None]
+    storage = Counter(m.base.storage for m in with_base).most_common(1)[0][0]
+    measured = [m for m in with_base if m.base.merge_error_measured is not None]
+    checked = ""
+    if measured:
+        squares = sum((m.base.merge_error_measured * m.frobenius) ** 2 for m in measured)
+        total = sum(m.frobenius**2 for m in measured)
+        real = (squares / total) ** 0.5 if total else 0.0
+        checked = f", {real:.2g} by real rounding in {len(measured)} modules"
+    advice = "use the side path" if error > MERGE_ERROR else "merging is safe"
+    return [
+        f"merged into this {storage} base, rounding noise is {error:.2g} times the adapter "
+        f"(predicted{checked}; up to {MERGE_ERROR:g} is fine): {advice}"
+    ]
 
 
 def judge_size(inspection: Inspection) -> str:
