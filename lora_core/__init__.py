@@ -1,6 +1,9 @@
 """LoRA math and files for Qwen-Image-Edit, without ComfyUI."""
 
 from .adapter import Adapter
+from .compare import Comparison, ModuleComparison, compare_adapters
+from .compose import merge_adapters, resize_adapter
+from .composition import Composition
 from .errors import (
     ConfigError,
     FileError,
@@ -10,6 +13,7 @@ from .errors import (
     ShapeError,
     TargetError,
 )
+from .extraction import extract_adapter
 from .files import build_state_dict, read_adapter, read_state_dict, write_adapter
 from .report import DroppedKey, LoadReport
 from .targets import TARGET_PRESETS, count_parameters, parse_block_ranges
@@ -27,6 +31,8 @@ from .weights import (
 __all__ = [
     "TARGET_PRESETS",
     "Adapter",
+    "Comparison",
+    "Composition",
     "ConfigError",
     "DiffWeights",
     "DoraWeights",
@@ -38,16 +44,21 @@ __all__ = [
     "LokrWeights",
     "LoraError",
     "LoraWeights",
+    "ModuleComparison",
     "ModuleWeights",
     "NonFiniteWeightsError",
     "OftWeights",
     "ShapeError",
     "TargetError",
     "build_state_dict",
+    "compare_adapters",
     "compute_delta",
     "count_parameters",
+    "extract_adapter",
+    "merge_adapters",
     "parse_block_ranges",
     "read_adapter",
     "read_state_dict",
+    "resize_adapter",
     "write_adapter",
 ]
