@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import KeyFormatError
+from .errors import FileError, KeyFormatError
 from .stored import AnyTensor, SafetensorsFile, load
 from .targets import is_known
 
@@ -47,13 +47,24 @@ class BaseWeights:
         self._prefix = find_prefix(tensors, name)
 
     def get(self, module_path: str) -> BaseWeight | None:
-        """The weight of a module; None if the base has none of that name."""
+        """The weight of a module; None if the base has none of that name.
+
+        Raises:
+            FileError: stored in a way that is not understood yet (integers, block-wise scales).
+        """
         stem = f"{self._prefix}{module_path}"
         weight = self._tensors.get(f"{stem}.weight")
         if weight is None:
             return None
         scales = (self._tensors.get(f"{stem}.{name}") for name in SCALE_NAMES)
         scale = next((scale for scale in scales if scale is not None), None)
+        if not weight.dtype.is_floating_point or (scale is not None and scale.numel() != 1):
+            raise FileError(
+                f"{self.name} stores {module_path} as {str(weight.dtype).removeprefix('torch.')}"
+                + (f" with {scale.numel()} scales" if scale is not None else "")
+                + ", which cannot be read here yet; expected bf16, fp16, fp32, fp8 or fp8 with one "
+                "scale per weight. Choose such a file of the same model."
+            )
         return BaseWeight(load(weight), None if scale is None else float(load(scale).item()))
 
     def list_matrices(self) -> dict[str, AnyTensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from qwen_edit_lora.lora_core import KeyFormatError
+from qwen_edit_lora.lora_core import FileError, KeyFormatError
 from qwen_edit_lora.lora_core.base_weights import BaseWeight, open_base
 from qwen_edit_lora.lora_core.survival import GRIDS, measure_error, predict_error
 from safetensors.torch import save_file
@@ -79,3 +79,17 @@ def test_another_models_file_is_refused_with_a_sentence(tmp_path):
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}, tmp_path / "f.safetensors")
     with pytest.raises(KeyFormatError, match=r"is no Qwen-Image model: none of its 1"):
         open_base(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stored", "scale", "what"),
+    [
+        (torch.ones(4, 4, dtype=torch.int8), torch.ones(1), "as int8 with 1 scales"),
+        (torch.ones(4, 4).to(torch.float8_e4m3fn), torch.ones(4), "float8_e4m3fn with 4 scales"),
+    ],
+)
+def test_a_storage_that_is_not_understood_is_refused_with_a_sentence(stored, scale, what):
+    stem = "transformer_blocks.0.attn.to_q"
+    base = open_base({f"{stem}.weight": stored, f"{stem}.weight_scale": scale})
+    with pytest.raises(FileError, match=f"{what}, which cannot be read here yet; expected bf16"):
+        base.get(stem)
