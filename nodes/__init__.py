@@ -2,9 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import apply, load, save, stack
+from . import apply, compare, inspect, load, save, stack, toolbox
 
 
 class QwenEditLoraExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*load.NODES, *apply.NODES, *stack.NODES, *save.NODES]
+        files = (load, apply, stack, save, inspect, compare, toolbox)
+        return [node for file in files for node in file.NODES]

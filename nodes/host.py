@@ -15,6 +15,7 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.utils
 import comfy.weight_adapter
 import folder_paths
 import torch
@@ -58,6 +59,28 @@ def find_lora(lora_name: str | None) -> Path:
     return Path(path)
 
 
+def list_diffusion_models() -> list[str]:
+    names = folder_paths.get_filename_list("diffusion_models")
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def find_diffusion_model(model_name: str) -> Path:
+    """Full path of a file below one of the diffusion_models folders.
+
+    Raises:
+        FileError: no such file.
+    """
+    # Only names from the list: those cannot point outside.
+    known = model_name in list_diffusion_models()
+    path = folder_paths.get_full_path("diffusion_models", model_name) if known else None
+    if path is None:
+        raise FileError(
+            f"{shorten(model_name)!r} is not in the diffusion_models folders; expected a "
+            ".safetensors file there. Put it into models/diffusion_models, press R, and choose it."
+        )
+    return Path(path)
+
+
 def choose_output_path(filename_prefix: str) -> Path:
     """A path without suffix, below ComfyUI's output folder, that no file has yet."""
     output = folder_paths.get_output_directory()
@@ -77,6 +100,34 @@ def choose_output_path(filename_prefix: str) -> Path:
 
 def name_below_output(path: Path) -> str:
     return path.relative_to(folder_paths.get_output_directory()).as_posix()
+
+
+def get_cache_folder() -> Path:
+    """Where results may be kept over restarts; no HTTP route serves it. May not exist yet."""
+    return Path(folder_paths.get_system_user_directory("qwen_edit_lora"))
+
+
+# --- long work ----------------------------------------------------------------------------------
+
+
+def build_progress() -> Callable[[int, int], None]:
+    """The progress bar of the running node, as the core wants it: (done, in all)."""
+    bar = comfy.utils.ProgressBar(1)
+    return lambda done, total: bar.update_absolute(done, total)
+
+
+def run_with_progress(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a long function of the core; the user sees how far it is and can interrupt it."""
+    try:
+        return function(
+            *args,
+            progress=build_progress(),
+            should_stop=comfy.model_management.processing_interrupted,
+            **kwargs,
+        )
+    except InterruptedError:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise comfy.model_management.InterruptProcessingException from None
 
 
 # --- models -------------------------------------------------------------------------------------

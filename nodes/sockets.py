@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
 from comfy_api.latest import io
 
 from ..lora_core import Adapter, ConfigError, read_state_dict
@@ -40,6 +42,11 @@ def take_adapter(value: Any) -> Adapter:
         f"the adapter input got a {type(value).__name__}; expected the output of Load Edit LoRA "
         "or a LORA_MODEL"
     )
+
+
+def build_image(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 (height, width, 3) -> an IMAGE of one picture."""
+    return torch.from_numpy(pixels).float().div(255)[None]
 
 
 def show_report(text: str, warning: bool = False) -> dict[str, list]:

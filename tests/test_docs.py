@@ -30,7 +30,7 @@ CORE_NODES = frozenset(
         *("UNETLoader", "CLIPLoader", "VAELoader", "LoadImage", "FluxKontextImageScale"),
         *("ModelSamplingAuraFlow", "CFGNorm", "TextEncodeQwenImageEditPlus", "VAEEncode"),
         *("FluxKontextMultiReferenceLatentMethod", "KSampler", "VAEDecode", "SaveImage"),
-        "MarkdownNote",
+        *("PreviewImage", "PreviewAny", "MarkdownNote"),
     }
 )
 

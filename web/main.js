@@ -8,6 +8,11 @@ const NODES_WITH_REPORT = new Set([
   "QwenEditLoraApply",
   "QwenEditLoraStack",
   "QwenEditLoraSave",
+  "QwenEditLoraInspect",
+  "QwenEditLoraCompare",
+  "QwenEditLoraResize",
+  "QwenEditLoraMerge",
+  "QwenEditLoraExtract",
 ]);
 
 // "5" is a node of the workflow itself, "<uuid of a subgraph>:5" one inside a subgraph.

@@ -1,0 +1,154 @@
+"""The command line: `python -m lora_core inspect FILE`, and compare, resize, merge, ..."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from .compare import compare_adapters
+from .compose import merge_adapters, resize_adapter
+from .composition import Composition
+from .errors import ConfigError, LoraError
+from .extraction import extract_adapter
+from .files import read_adapter, write_adapter
+from .formats.schemes import SCHEMES
+from .inspection import inspect_adapter
+from .statistics import SORT_KEYS
+from .tables import build_comparison_table, build_table, describe_verdict
+
+FAILED = 2  # as argparse exits for a wrong command line
+INTERRUPTED = 130
+INDENT = 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    options = build_parser().parse_args(argv)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except LoraError as error:
+        print(f"{options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lora_core", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("inspect", help="what a LoRA adds, and whether that is normal")
+    command.add_argument("file", help="a LoRA, or a folder that PEFT wrote")
+    command.add_argument("--base", metavar="MODEL", help="also compare with this model file")
+    command.add_argument("--exact", action="store_true", help="look at every entry")
+    command.add_argument("--json", action="store_true", help="every figure of every module")
+    command.add_argument("--sort-by", choices=SORT_KEYS, default="std", help="order of the table")
+    command.set_defaults(run=run_inspect)
+
+    command = commands.add_parser("compare", help="how two LoRAs stand to each other")
+    command.add_argument("a")
+    command.add_argument("b")
+    command.add_argument("--json", action="store_true", help="every figure of every module")
+    command.set_defaults(run=run_compare)
+
+    command = commands.add_parser("resize", help="a smaller rank at the least loss")
+    command.add_argument("file")
+    add_output(command)
+    command.add_argument("--rank", type=int, help="the highest rank of any module")
+    command.add_argument("--energy", type=float, help="share to keep of each module, such as 0.99")
+    command.set_defaults(run=run_resize)
+
+    command = commands.add_parser("merge", help="several LoRAs as one")
+    add_output(command)
+    command.add_argument("files", nargs="+", metavar="FILE[:STRENGTH]", help="strength 1 if absent")
+    command.add_argument("--rank", type=int, help="the highest rank; the exact sum if absent")
+    command.set_defaults(run=run_merge)
+
+    command = commands.add_parser("extract", help="a LoRA from a model and its fine-tune")
+    command.add_argument("base", help="the original model")
+    command.add_argument("tuned", help="the fine-tuned model")
+    add_output(command)
+    command.add_argument("--rank", type=int, required=True)
+    command.set_defaults(run=run_extract)
+
+    command = commands.add_parser("convert", help="the same LoRA in another key format")
+    command.add_argument("file")
+    add_output(command)
+    command.set_defaults(run=run_convert)
+    return parser
+
+
+def add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", help="the file to write; it is replaced if it exists")
+    command.add_argument("--format", choices=list(SCHEMES), default="comfyui", help="key format")
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    inspection = inspect_adapter(read_adapter(options.file), base=options.base, exact=options.exact)
+    if options.json:
+        print(json.dumps(inspection.to_dict(), indent=INDENT))
+    else:
+        table = build_table(inspection, options.sort_by)
+        print(f"{describe_verdict(inspection)}\n\n{table}")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    comparison = compare_adapters(read_adapter(options.a), read_adapter(options.b))
+    if options.json:
+        print(json.dumps(comparison.to_dict(), indent=INDENT))
+    else:
+        print(f"{comparison.to_text()}\n\n{build_comparison_table(comparison)}")
+
+
+def run_resize(options: argparse.Namespace) -> None:
+    write(resize_adapter(read_adapter(options.file), options.rank, options.energy), options)
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    pairs = [split_strength(text) for text in options.files]
+    adapters = [(read_adapter(path), strength) for path, strength in pairs]
+    write(merge_adapters(adapters, options.rank), options)
+
+
+def run_extract(options: argparse.Namespace) -> None:
+    write(extract_adapter(options.base, options.tuned, options.rank), options)
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    adapter = read_adapter(options.file)
+    print(adapter.report.to_text())
+    print(f"Wrote {write_adapter(adapter, options.out, options.format)}")
+
+
+def write(composition: Composition, options: argparse.Namespace) -> None:
+    print(composition.to_text())
+    print(f"Wrote {write_adapter(composition.adapter, options.out, options.format)}")
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """ "a.safetensors:0.8" -> the file and 0.8; a file of the whole text comes first.
+
+    Raises:
+        ConfigError: what follows the colon is no number.
+    """
+    path, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(number)
+    except ValueError:
+        raise ConfigError(
+            f"{text!r} ends in no strength; expected a file, or a file and a number such as "
+            "'my_lora.safetensors:0.8'"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Inspections on disk, named by the content they are about. For speed only: any may be deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from .adapter import Adapter
+from .files import write_then_rename
+from .inspection import Inspection, ModuleInspection
+from .stored import StoredTensor
+
+#: Goes up when the same file would get other figures; the fields are compared anyway.
+VERSION = 1
+HASH_CHUNK_BYTES = 1 << 24
+
+
+def compute_content_hash(adapter: Adapter) -> str | None:
+    """A digest of everything an inspection depends on; None if not all of it is in one file.
+
+    The file's bytes are not enough: alpha may come from a file beside it, and an adapter may hold
+    only some of a file's modules.
+
+    Raises:
+        FileError: the file went away or changed since it was opened.
+    """
+    file = adapter.file
+    tensors = [tensor for weights in adapter.modules.values() for tensor in weights.parts.values()]
+    if file is None or not all(isinstance(t, StoredTensor) and t.file is file for t in tensors):
+        return None
+    file.check_unchanged()
+    digest = hashlib.blake2b(digest_size=20)
+    with file.path.open("rb") as content:
+        while chunk := content.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    for path, weights in adapter.modules.items():
+        digest.update(f"{path} {weights.kind} {weights.alpha!r} {weights.scale!r}\n".encode())
+    file.check_unchanged()
+    return digest.hexdigest()
+
+
+def write_inspection(inspection: Inspection, path: Path) -> None:
+    """Written under another name, then renamed: a reader never sees half a file."""
+    text = json.dumps(
+        {
+            "version": VERSION,
+            "fields": list_fields(),
+            "modules": {path: asdict(module) for path, module in inspection.modules.items()},
+            "skipped": dict(inspection.skipped),
+            "non_finite": list(inspection.non_finite),
+        }
+    )
+    write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_inspection(path: Path, name: str) -> Inspection | None:
+    """What `write_inspection` wrote, for an adapter of this name; None if of another version."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["version"] != VERSION or saved["fields"] != list_fields():
+            return None
+        modules = {path: build_module(figures) for path, figures in saved["modules"].items()}
+        return Inspection(name, modules, saved["skipped"], tuple(saved["non_finite"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def list_fields() -> list[str]:
+    return [field.name for field in fields(ModuleInspection)]
+
+
+def build_module(figures: dict) -> ModuleInspection:
+    """JSON has no tuples, and no numbers as keys."""
+    quantiles, histogram = figures["quantiles"], figures["histogram"]
+    return ModuleInspection(
+        **{
+            **figures,
+            "shape": tuple(figures["shape"]),
+            "singular_values": tuple(figures["singular_values"]),
+            "quantiles": quantiles and {float(key): value for key, value in quantiles.items()},
+            "histogram": histogram and tuple((edge, number) for edge, number in histogram),
+        }
+    )

@@ -1,0 +1,73 @@
+"""Two adapters -> how they stand to each other."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..lora_core import compare_adapters
+from ..lora_core.plots import draw_comparison
+from ..lora_core.tables import build_comparison_table
+from . import host
+from .sockets import (
+    CATEGORY,
+    adapter_input,
+    build_image,
+    report_output,
+    show_report,
+    take_adapter,
+)
+
+
+class QwenEditLoraCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QwenEditLoraCompare",
+            display_name="Compare Edit LoRAs",
+            category=CATEGORY,
+            description=(
+                "Says whether two adapters pull in the same direction, how far apart two "
+                "checkpoints of a run are, and what is lost when both are stacked. Ranks, kinds "
+                "and targets may differ."
+            ),
+            search_aliases=["lora difference", "lora similarity", "cosine", "checkpoint drift"],
+            is_output_node=True,
+            inputs=[
+                adapter_input(
+                    "adapter_a", tooltip="The first adapter; of two checkpoints, the earlier one."
+                ),
+                adapter_input(
+                    "adapter_b", tooltip="The second adapter; of two checkpoints, the later one."
+                ),
+            ],
+            outputs=[
+                report_output(),
+                io.String.Output("json", tooltip="Every figure of every module."),
+                io.Image.Output(
+                    "heat_map", tooltip="The cosine by block (down) and module (across)."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, adapter_a: Any, adapter_b: Any) -> io.NodeOutput:
+        first, second = take_adapter(adapter_a), take_adapter(adapter_b)
+        comparison = host.run_with_progress(compare_adapters, first, second)
+        text = comparison.to_text()
+        heat_map = build_image(draw_comparison(comparison))
+        shown = {
+            **show_report(text, warning=bool(comparison.not_comparable)),
+            "images": ui.PreviewImage(heat_map, cls=cls).values,
+        }
+        return io.NodeOutput(
+            f"{text}\n\n{build_comparison_table(comparison)}",
+            json.dumps(comparison.to_dict(), indent=1),
+            heat_map,
+            ui=shown,
+        )
+
+
+NODES = [QwenEditLoraCompare]

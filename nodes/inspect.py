@@ -1,0 +1,99 @@
+"""Adapter -> what its deltas look like, as text, JSON and pictures."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..lora_core.plots import draw_heat_map, draw_histogram, draw_spectrum
+from ..lora_core.statistics import SORT_KEYS, STATISTICS
+from ..lora_core.tables import build_table, describe_verdict, needs_attention
+from .inspections import get_inspection
+from .sockets import (
+    CATEGORY,
+    adapter_input,
+    build_image,
+    report_output,
+    show_report,
+    take_adapter,
+)
+
+
+class QwenEditLoraInspect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QwenEditLoraInspect",
+            display_name="Inspect Edit LoRA",
+            category=CATEGORY,
+            description=(
+                "Measures what an adapter adds to every module: size, spectrum, effective rank, "
+                "dead parts. Says in sentences whether that is normal. Needs no model."
+            ),
+            search_aliases=["lora analysis", "lora statistics", "heat map", "svd", "rank"],
+            is_output_node=True,
+            inputs=[
+                adapter_input(),
+                io.Combo.Input(
+                    "statistic",
+                    options=list(STATISTICS),
+                    default="std",
+                    optional=True,
+                    tooltip=(
+                        "What the heat map shows. 'abs max' and 'fraction below 1e-6' need exact."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "exact",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Also look at every single entry: the largest one, the share below 1e-6, "
+                        "the histogram. Takes longer; the result is kept for the next time."
+                    ),
+                ),
+                io.Combo.Input(
+                    "sort_by",
+                    options=list(SORT_KEYS),
+                    default="std",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Order of the table, the worst first; 'block' is the model's order.",
+                ),
+            ],
+            outputs=[
+                report_output(),
+                io.String.Output("json", tooltip="Every figure of every module."),
+                io.Image.Output(
+                    "heat_map", tooltip="The statistic by block (down) and module (across)."
+                ),
+                io.Image.Output("histogram", tooltip="Entries by size; needs exact."),
+                io.Image.Output("spectrum", tooltip="Singular values over the largest."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, adapter: Any, statistic: str = "std", exact: bool = False, sort_by: str = "std"
+    ) -> io.NodeOutput:
+        inspection = get_inspection(take_adapter(adapter), exact)
+        verdict = describe_verdict(inspection)
+        table = build_table(inspection, sort_by)
+        heat_map = build_image(draw_heat_map(inspection, statistic))
+        shown = {
+            **show_report(verdict, warning=needs_attention(inspection)),
+            "images": ui.PreviewImage(heat_map, cls=cls).values,
+        }
+        return io.NodeOutput(
+            f"{verdict}\n\n{table}",
+            json.dumps(inspection.to_dict(), indent=1),
+            heat_map,
+            build_image(draw_histogram(inspection)),
+            build_image(draw_spectrum(inspection)),
+            ui=shown,
+        )
+
+
+NODES = [QwenEditLoraInspect]

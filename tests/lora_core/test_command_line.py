@@ -1,0 +1,160 @@
+"""`python -m lora_core`, in a process of its own once, in this one for the rest."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from qwen_edit_lora.lora_core import (
+    Adapter,
+    LoraWeights,
+    compute_delta,
+    read_adapter,
+    write_adapter,
+)
+from qwen_edit_lora.lora_core.__main__ import build_parser, main
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+PATHS = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The working folder, with a.safetensors and b.safetensors of rank 4."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for name in "ab":
+        modules = {
+            path: LoraWeights(torch.randn(4, 32) / 6, torch.randn(32, 4) * 1e-3) for path in PATHS
+        }
+        write_adapter(Adapter(modules, name=name), tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def get_delta(file: str, path: str = PATHS[0]) -> torch.Tensor:
+    return compute_delta(read_adapter(file).modules[path])
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line that must work; what it prints."""
+
+    def run(*argv: str) -> str:
+        assert main(list(argv)) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return run
+
+
+def test_it_starts_as_a_module_and_an_error_is_one_line_with_status_2(folder):
+    def start(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "lora_core", *argv],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    good = start("inspect", str(folder / "a.safetensors"), "--json")
+    assert good.returncode == 0, good.stderr
+    assert set(json.loads(good.stdout)["modules"]) == set(PATHS)
+    bad = start("inspect", str(folder / "gone.safetensors"))
+    assert bad.returncode == 2
+    assert bad.stdout == ""
+    (line,) = bad.stderr.splitlines()
+    assert line.startswith("inspect: gone.safetensors is not there any more")
+
+
+def test_inspect_prints_the_verdict_and_a_table(run):
+    text = run("inspect", "a.safetensors", "--exact", "--sort-by", "abs max")
+    assert text.startswith("a.safetensors: 2 modules\n")
+    assert "2 modules, worst abs max first" in text
+    assert "0.attn.to_k" in text
+    assert run("inspect", "a.safetensors") != text
+
+
+def test_inspect_beside_a_base(run, folder):
+    base = {f"{path}.weight": torch.randn(32, 32) * 0.02 for path in PATHS}
+    save_file({k: t.to(torch.float8_e4m3fn) for k, t in base.items()}, folder / "base.safetensors")
+    found = json.loads(run("inspect", "a.safetensors", "--base", "base.safetensors", "--json"))
+    assert found["modules"][PATHS[0]]["base"]["storage"] == "float8_e4m3fn"
+
+
+def test_compare(run):
+    assert "cosine 1;" in run("compare", "a.safetensors", "a.safetensors")
+    found = json.loads(run("compare", "a.safetensors", "b.safetensors", "--json"))
+    assert abs(found["cosine"]) < 0.5
+
+
+def test_resize(run, capsys):
+    text = run("resize", "a.safetensors", "out/small.safetensors", "--rank", "2")
+    assert "of the energy kept" in text
+    assert "Wrote out/small.safetensors" in text.replace("\\", "/")
+    assert {w.rank for w in read_adapter("out/small.safetensors").modules.values()} == {2}
+    run("resize", "a.safetensors", "half.safetensors", "--energy", "0.5", "--format", "kohya")
+    half = read_adapter("half.safetensors")
+    assert half.key_format == "kohya"
+    assert all(weights.rank < 4 for weights in half.modules.values())
+    assert main(["resize", "a.safetensors", "x.safetensors"]) == 2
+    assert "resize: resize got neither rank nor energy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["c.safetensors", "c:3.safetensors"])
+def test_merge_takes_a_strength_behind_each_file(run, folder, name):
+    (folder / "b.safetensors").rename(folder / name)
+    run("merge", "sum.safetensors", "a.safetensors:-0.5", name)
+    expected = get_delta(name) - 0.5 * get_delta("a.safetensors")
+    torch.testing.assert_close(get_delta("sum.safetensors"), expected, rtol=1e-4, atol=1e-7)
+    run("merge", "sum.safetensors", f"{name}:0.25", "--rank", "2")
+    assert {w.rank for w in read_adapter("sum.safetensors").modules.values()} == {2}
+
+
+def test_merge_says_what_is_wrong_with_a_strength(capsys):
+    assert main(["merge", "sum.safetensors", "a.safetensors:strong"]) == 2
+    assert "ends in no strength; expected a file" in capsys.readouterr().err
+    assert not Path("sum.safetensors").exists()
+
+
+def test_extract_recovers_a_merged_lora(run, folder):
+    base = {f"{path}.weight": torch.randn(32, 32) for path in PATHS}
+    tuned = {f"{path}.weight": base[f"{path}.weight"] + get_delta("a.safetensors", path)
+             for path in PATHS}  # fmt: skip
+    save_file(base, folder / "base.safetensors")
+    save_file(tuned, folder / "tuned.safetensors")
+    run("extract", "base.safetensors", "tuned.safetensors", "found.safetensors", "--rank", "4")
+    found, expected = get_delta("found.safetensors"), get_delta("a.safetensors")
+    assert (found - expected).norm() / expected.norm() < 1e-3
+
+
+@pytest.mark.parametrize("key_format", ["comfyui", "kohya", "diffusers", "peft"])
+def test_convert_changes_the_keys_alone(run, key_format):
+    text = run("convert", "a.safetensors", "converted", "--format", key_format)
+    assert "matched 2 modules" in text
+    assert torch.equal(get_delta("converted"), get_delta("a.safetensors"))
+    assert read_adapter("converted").key_format == key_format
+
+
+def test_a_wrong_command_line_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["explode"])
+    assert stopped.value.code == 2
+    assert "invalid choice: 'explode'" in capsys.readouterr().err
+
+
+def test_every_command_line_in_the_readme_parses():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^python -m lora_core (.*)$", text, re.MULTILINE)
+    assert {line.split()[0] for line in lines} == {
+        *("inspect", "compare", "resize", "merge", "extract", "convert")
+    }
+    for line in lines:
+        assert callable(build_parser().parse_args(line.split()).run)

@@ -1,0 +1,219 @@
+"""Inspect Edit LoRA in a running server, and what it remembers, in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from demo_base.adapters import make_adapter
+from demo_base.server import PromptError
+from PIL import Image
+from qwen_edit_lora.lora_core import read_adapter
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.comfy
+
+LORA = "inspected.safetensors"
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def inspect_graph(lora_name: str = LORA, **options: Any) -> dict[str, Any]:
+    """Every output of Inspect goes into a node that shows it."""
+    graph = {
+        "load": node("QwenEditLoraLoad", lora_name=lora_name),
+        "inspect": node("QwenEditLoraInspect", adapter=["load", 0], **options),
+        "report": node("PreviewAny", source=["inspect", 0]),
+        "json": node("PreviewAny", source=["inspect", 1]),
+    }
+    for number, name in enumerate(("heat_map", "histogram", "spectrum"), start=2):
+        graph[name] = node("SaveImage", images=["inspect", number], filename_prefix=name)
+    return graph
+
+
+@pytest.fixture
+def lora(demo_models: Any) -> Iterator[Path]:
+    path = demo_models.root / "loras" / LORA
+    make_adapter(path, demo_models.dit["2509_fp32"], rank=8, delta_std=3e-4)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture
+def cache(base_directory: Path) -> Iterator[Path]:
+    """The folder of kept inspections, empty before and after."""
+    folder = base_directory / "user" / "__qwen_edit_lora"
+    for path in folder.glob("*"):
+        path.unlink()
+    yield folder
+    for path in folder.glob("*"):
+        path.unlink()
+
+
+def read_pixels(server: Any, entry: dict[str, Any], name: str) -> np.ndarray:
+    (image,) = entry["outputs"][name]["images"]
+    query = {key: image[key] for key in ("filename", "subfolder", "type")}
+    return np.asarray(Image.open(io.BytesIO(server.request("/view", query))).convert("RGB"))
+
+
+def test_the_node_gives_a_verdict_a_table_json_and_three_pictures(server, lora, cache):
+    entry = server.run_prompt(inspect_graph(exact=True))
+    outputs = entry["outputs"]
+    shown = outputs["inspect"]["qwen_edit_lora_report"][0]
+    assert shown.startswith(f"{LORA}: 24 modules\ndense, small, healthy: std ")
+    assert outputs["inspect"]["qwen_edit_lora_warning"] == [False]
+    (report,) = outputs["report"]["text"]
+    assert report.startswith(shown)
+    assert "24 modules, worst std first" in report
+    assert len(report.splitlines()) == len(shown.splitlines()) + 1 + 2 + 24
+    figures = json.loads(outputs["json"]["text"][0])
+    assert figures["verdict"][-1] in shown
+    assert len(figures["modules"]) == 24
+    pictures = [read_pixels(server, entry, n) for n in ("heat_map", "histogram", "spectrum")]
+    for picture in pictures:
+        assert picture.shape == (1024, 1024, 3)
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+    assert (pictures[0] == read_pixels(server, entry, "inspect")).all()  # on the node itself
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_without_exact_the_histogram_says_so_and_a_sort_key_that_needs_it_is_an_error(
+    server, lora, cache
+):
+    graph = inspect_graph(statistic="effective rank", sort_by="block")
+    entry = server.run_prompt(graph)
+    assert "in the model's order" in entry["outputs"]["report"]["text"][0]
+    exact = server.run_prompt(inspect_graph(exact=True))
+    histograms = [read_pixels(server, e, "histogram") for e in (entry, exact)]
+    assert (histograms[0] != histograms[1]).any()
+    with pytest.raises(PromptError, match="needs every entry, but this inspection left them out"):
+        server.run_prompt(inspect_graph(sort_by="abs max") | {"load": graph["load"]})
+
+
+def test_an_untrained_file_and_a_broken_one_are_told_apart(server, lora, cache):
+    tensors = load_file(lora)
+    zero = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in tensors.items()}
+    save_file(zero, lora)
+    shown = server.run_prompt(inspect_graph())["outputs"]["inspect"]
+    assert (
+        "untrained: the delta of all 24 modules is exactly 0" in shown["qwen_edit_lora_report"][0]
+    )
+    assert shown["qwen_edit_lora_warning"] == [True]
+    key = next(key for key in tensors if "lora_B" in key)
+    save_file({**tensors, key: torch.full_like(tensors[key], float("nan"))}, lora)
+    shown = server.run_prompt(inspect_graph())["outputs"]["inspect"]
+    assert "non-finite: 1 modules hold NaN or Inf" in shown["qwen_edit_lora_report"][0]
+
+
+def test_a_wrong_input_is_one_sentence(server):
+    graph = inspect_graph()
+    graph["load"] = node("EmptyLatentImage", width=64, height=64, batch_size=1)
+    with pytest.raises(PromptError, match="Return type mismatch"):
+        server.run_prompt(graph)
+
+
+# --- what is remembered --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inspections(comfyui: SimpleNamespace, cache: Path) -> Any:
+    from qwen_edit_lora.nodes import inspections
+
+    return inspections
+
+
+@pytest.fixture
+def calls(inspections: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """`exact` of every inspection that is really made."""
+    calls: list[bool] = []
+    original = inspections.inspect_adapter
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["exact"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(inspections, "inspect_adapter", count)
+    return calls
+
+
+def test_a_second_look_costs_nothing_not_even_after_a_restart(
+    inspections, calls, make_lora: Callable[..., Path], cache
+):
+    path = make_lora("a")
+    adapter = read_adapter(path)
+    first = inspections.get_inspection(adapter, exact=False)
+    assert inspections.get_inspection(adapter, exact=False) is first
+    assert inspections.get_inspection(read_adapter(path), exact=False) == first  # from disk
+    assert calls == [False]
+    exact = inspections.get_inspection(adapter, exact=True)
+    assert exact.is_exact
+    # An exact one answers both questions, from memory and from disk.
+    for old in cache.glob("*[!t].json"):
+        old.unlink()
+    assert inspections.get_inspection(read_adapter(path), exact=False) == exact
+    assert inspections.get_inspection(read_adapter(path), exact=True) == exact
+    assert calls == [False, True]
+
+
+def test_another_content_under_the_same_name_is_looked_at_again(inspections, calls, make_lora):
+    inspections.get_inspection(read_adapter(make_lora("a", delta_std=1e-4)), exact=False)
+    inspections.get_inspection(read_adapter(make_lora("a", delta_std=2e-4)), exact=False)
+    assert calls == [False, False]
+
+
+def test_an_interrupted_inspection_leaves_nothing_behind(
+    inspections, calls, comfyui, make_lora, cache, monkeypatch
+):
+    management = comfyui.model_management
+    told = []
+
+    def interrupt_at_the_third(done: int, total: int) -> None:
+        told.append(done)
+        if done == 2:
+            management.interrupt_current_processing()
+
+    monkeypatch.setattr(inspections.host, "build_progress", lambda: interrupt_at_the_third)
+    adapter = read_adapter(make_lora("a"))
+    with pytest.raises(management.InterruptProcessingException):
+        inspections.get_inspection(adapter, exact=True)
+    assert told == [0, 1, 2]
+    assert not management.processing_interrupted()  # the next prompt runs
+    assert list(cache.glob("*")) == []
+    monkeypatch.undo()
+    assert inspections.get_inspection(adapter, exact=True).is_exact
+
+
+def test_the_progress_bar_follows_the_modules(inspections, comfyui, make_lora, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        comfyui.utils, "PROGRESS_BAR_HOOK", lambda done, total, *_, **__: told.append((done, total))
+    )
+    inspections.get_inspection(read_adapter(make_lora("a")), exact=False)
+    assert told[0] == (0, 24)
+    assert told[-1] == (24, 24)
+
+
+def test_a_full_cache_loses_the_oldest_and_a_read_only_one_does_not_matter(
+    inspections, make_lora, cache, monkeypatch, caplog
+):
+    monkeypatch.setattr(inspections, "MAX_FILES", 2)
+    for std in (1e-4, 2e-4, 3e-4):
+        inspections.get_inspection(read_adapter(make_lora("a", delta_std=std)), exact=False)
+    assert len(list(cache.glob("*"))) == 2
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(inspections, "write_inspection", refuse)
+    found = inspections.get_inspection(read_adapter(make_lora("a", delta_std=4e-4)), exact=False)
+    assert len(found.modules) == 24
+    assert "is not kept for later: [Errno 13] Permission denied" in caplog.text
