@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .inspection import Inspection, ModuleInspection
 
 #: Beginnings of verdicts that ask for nothing.
-GOOD_NEWS = ("dense, small, healthy", "inert, not broken")
+GOOD_NEWS = ("dense, small, healthy", "inert, not broken", "survives merging")
 
 
 def needs_attention(inspection: Inspection) -> bool:

@@ -120,11 +120,11 @@ def judge_merge(inspection: Inspection) -> list[str]:
         total = sum(m.frobenius**2 for m in measured)
         real = (squares / total) ** 0.5 if total else 0.0
         checked = f", {real:.2g} by real rounding in {len(measured)} modules"
-    advice = "use the side path" if error > MERGE_ERROR else "merging is safe"
-    return [
-        f"merged into this {storage} base, rounding noise is {error:.2g} times the adapter "
-        f"(predicted{checked}; up to {MERGE_ERROR:g} is fine): {advice}"
-    ]
+    noise = f"rounding noise is {error:.2g} times the adapter (predicted{checked}; up to "
+    noise += f"{MERGE_ERROR:g} is fine)"
+    if error > MERGE_ERROR:
+        return [f"merged into this {storage} base, {noise}: use the side path"]
+    return [f"survives merging into this {storage} base: {noise}"]
 
 
 def judge_size(inspection: Inspection) -> str:

@@ -7,9 +7,12 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..lora_core import LoraError
 from ..lora_core.plots import draw_heat_map, draw_histogram, draw_spectrum
 from ..lora_core.statistics import SORT_KEYS, STATISTICS
+from ..lora_core.stored import read_signature
 from ..lora_core.tables import build_table, describe_verdict, needs_attention
+from . import host
 from .inspections import get_inspection
 from .sockets import (
     CATEGORY,
@@ -19,6 +22,8 @@ from .sockets import (
     show_report,
     take_adapter,
 )
+
+NO_BASE = "none"
 
 
 class QwenEditLoraInspect(io.ComfyNode):
@@ -30,7 +35,8 @@ class QwenEditLoraInspect(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Measures what an adapter adds to every module: size, spectrum, effective rank, "
-                "dead parts. Says in sentences whether that is normal. Needs no model."
+                "dead parts. Says in sentences whether that is normal, and beside a base model "
+                "whether it would survive being merged."
             ),
             search_aliases=["lora analysis", "lora statistics", "heat map", "svd", "rank"],
             is_output_node=True,
@@ -43,6 +49,16 @@ class QwenEditLoraInspect(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "What the heat map shows. 'abs max' and 'fraction below 1e-6' need exact."
+                    ),
+                ),
+                io.Combo.Input(
+                    "base_model",
+                    options=[NO_BASE, *host.list_diffusion_models()],
+                    default=NO_BASE,
+                    optional=True,
+                    tooltip=(
+                        "Also compare with this model's weights, read from its file one module at "
+                        "a time: size beside them, and how much would survive a merge."
                     ),
                 ),
                 io.Boolean.Input(
@@ -75,10 +91,27 @@ class QwenEditLoraInspect(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, base_model: str = NO_BASE, **_: Any) -> Any:
+        try:
+            return (
+                None
+                if base_model == NO_BASE
+                else read_signature(host.find_diffusion_model(base_model))
+            )
+        except LoraError:
+            return None  # execute says what is wrong
+
+    @classmethod
     def execute(
-        cls, adapter: Any, statistic: str = "std", exact: bool = False, sort_by: str = "std"
+        cls,
+        adapter: Any,
+        statistic: str = "std",
+        base_model: str = NO_BASE,
+        exact: bool = False,
+        sort_by: str = "std",
     ) -> io.NodeOutput:
-        inspection = get_inspection(take_adapter(adapter), exact)
+        base = None if base_model == NO_BASE else host.find_diffusion_model(base_model)
+        inspection = get_inspection(take_adapter(adapter), exact, base)
         verdict = describe_verdict(inspection)
         table = build_table(inspection, sort_by)
         heat_map = build_image(draw_heat_map(inspection, statistic))

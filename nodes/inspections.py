@@ -19,8 +19,14 @@ logger = logging.getLogger(__name__)
 _known: WeakKeyDictionary[Adapter, dict[bool, Inspection]] = WeakKeyDictionary()
 
 
-def get_inspection(adapter: Adapter, exact: bool) -> Inspection:
-    """The inspection of an adapter; one with `exact` also answers where it was not asked for."""
+def get_inspection(adapter: Adapter, exact: bool, base: Path | None = None) -> Inspection:
+    """The inspection of an adapter; one with `exact` also answers where it was not asked for.
+
+    One beside a base is made anew: its key would be the hash of a file of many gigabytes, and
+    ComfyUI keeps the node's outputs while nothing changes.
+    """
+    if base is not None:
+        return host.run_with_progress(inspect_adapter, adapter, base, exact=exact)
     known = _known.setdefault(adapter, {})
     for is_exact in (True,) if exact else (False, True):
         if is_exact in known:

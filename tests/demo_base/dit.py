@@ -79,7 +79,7 @@ def make_tensor(key: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
     Each key has its own generator, so that adding a key changes no other tensor.
     """
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(key.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
     noise = torch.randn(shape, generator=generator)
     if "gamma" in key or ("norm" in key and key.endswith(".weight") and len(shape) == 1):
         return 1 + 0.05 * noise  # a gain; not all ones, so that a forgotten gain is seen

@@ -217,3 +217,15 @@ def test_a_full_cache_loses_the_oldest_and_a_read_only_one_does_not_matter(
     found = inspections.get_inspection(read_adapter(make_lora("a", delta_std=4e-4)), exact=False)
     assert len(found.modules) == 24
     assert "is not kept for later: [Errno 13] Permission denied" in caplog.text
+
+
+def test_a_base_models_file_adds_what_a_merge_would_leave(server):
+    inputs = {"adapter": ["load", 0], "base_model": "qwen_image_edit_2509_fp8_e4m3fn.safetensors"}
+    graph = {
+        "load": node("QwenEditLoraLoad", lora_name="my_edit_lora.safetensors"),
+        "inspect": node("QwenEditLoraInspect", **inputs),
+    }
+    entry = server.run_prompt(graph)
+    report = entry["outputs"]["inspect"]["qwen_edit_lora_report"][0]
+    assert "into this float8_e4m3fn base" in report
+    assert "by real rounding in 24 modules" in report
