@@ -66,7 +66,7 @@ def resize_adapter(
         notes.append("DoRA: energies are those of the direction; magnitudes are kept")
     adapter.release()
     step = {"did": "resize", "rank": rank, "energy": energy, "of": adapter.name}
-    return build_composition(adapter.name, parts, adapter.metadata, step, notes)
+    return build_composition(f"{adapter.name}, resized", parts, adapter.metadata, step, notes)
 
 
 def resize_weights(weights: ModuleWeights, rank: int | None, energy: float | None) -> Truncated:

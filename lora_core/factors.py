@@ -7,6 +7,7 @@ dimension. Everything here costs O((out + in) r^2), the product would cost O(out
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -31,6 +32,16 @@ class Factors:
     @property
     def inner(self) -> int:
         return self.down.shape[0]
+
+    @cached_property
+    def gram_up(self) -> torch.Tensor:
+        """up^T up, (r, r)."""
+        return self.up.T @ self.up
+
+    @cached_property
+    def gram_down(self) -> torch.Tensor:
+        """down down^T, (r, r)."""
+        return self.down @ self.down.T
 
     def __add__(self, other: Factors) -> Factors:
         """The factors of the sum, by concatenation."""
@@ -110,7 +121,7 @@ def compute_singular_values(factors: Factors) -> torch.Tensor:
     """
     count = min(factors.inner, *factors.shape)
     values = compute_by_gram(factors)
-    bound = (factors.up.norm() * factors.down.norm()).item()
+    bound = (factors.gram_up.trace() * factors.gram_down.trace()).clamp_min(0).sqrt().item()
     smallest = values[:count].min().item()
     if (
         not torch.finfo(torch.float64).eps * bound**2 < GRAM_TOLERANCE * smallest**2
@@ -121,9 +132,7 @@ def compute_singular_values(factors: Factors) -> torch.Tensor:
 
 def compute_by_gram(factors: Factors) -> torch.Tensor:
     """Eigenvalues of L^T (down down^T) L with up^T up = L L^T (by its eigenvectors)."""
-    gram_up = factors.up.T @ factors.up
-    gram_down = factors.down @ factors.down.T
-    eigenvalues, vectors = torch.linalg.eigh(gram_up)
+    eigenvalues, vectors = torch.linalg.eigh(factors.gram_up)
     root = vectors * eigenvalues.clamp_min(0).sqrt()
-    squares = torch.linalg.eigvalsh(root.T @ gram_down @ root)
+    squares = torch.linalg.eigvalsh(root.T @ factors.gram_down @ root)
     return squares.clamp_min(0).sqrt().flip(0)

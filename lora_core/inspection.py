@@ -319,7 +319,7 @@ def build_inspection(
         column_norm_max=columns.max().item(),
         num_dead_rows=int((rows == 0).sum()),
         num_dead_columns=int((columns == 0).sum()),
-        is_untrained=is_untrained(weights),
+        is_untrained=measures.frobenius == 0 and is_untrained(weights),
         is_direction_only=is_direction_only,
         base=base,
         **scanned,

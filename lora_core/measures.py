@@ -30,8 +30,7 @@ class Measures:
 
 def measure_factors(factors: Factors) -> Measures:
     rows, columns = factors.shape
-    gram_down = factors.down @ factors.down.T
-    gram_up = factors.up.T @ factors.up
+    gram_down, gram_up = factors.gram_down, factors.gram_up
     row_squares = ((factors.up @ gram_down) * factors.up).sum(1).clamp_min(0)
     column_squares = ((gram_up @ factors.down) * factors.down).sum(0).clamp_min(0)
     total = (factors.up.sum(0) @ factors.down.sum(1)).item()
