@@ -1,0 +1,272 @@
+"""What applying a LoRA costs beside ComfyUI's own LoraLoader: per strength change, per model call.
+
+usage: .venv/bin/python benchmarks/apply.py [--blocks 1] [--rank 32] [--tokens 256] [--rounds 3]
+
+One process, full layer width (3072), the 14 Linears of a Qwen-Image block times `--blocks`, under
+ComfyUI's own ModelPatcher and ops, per storage: bf16, plain fp8, scaled fp8. Pairs are measured in
+turn and medians are reported, as ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    return parser.parse_args()
+
+
+def import_extension() -> None:
+    """As ComfyUI does: by path, since our `nodes` must not hide ComfyUI's."""
+    spec = importlib.util.spec_from_file_location(
+        "qwen_edit_lora", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+
+
+def import_host(device: str) -> None:
+    comfyui = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
+    sys.path.insert(0, str(comfyui))
+    from comfy.cli_args import args
+
+    args.cpu = device == "cpu"
+
+
+def build_model(storage: str, num_blocks: int, device: str) -> Any:
+    """Blocks of bare Linears with Qwen-Image's names and shapes, run one after the other."""
+    import comfy.model_patcher
+    import comfy.ops
+    import torch
+    from qwen_edit_lora.lora_core.targets import BLOCK_LINEARS, compute_shape
+
+    dtype = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}.get(storage)
+    ops = {"bf16": comfy.ops.disable_weight_init, "fp8": comfy.ops.manual_cast}.get(storage)
+    ops = ops or comfy.ops.mixed_precision_ops({"mixed_ops": True}, torch.bfloat16)
+    root, state_dict = torch.nn.Module(), {}
+    for block in range(num_blocks):
+        for name in BLOCK_LINEARS:
+            out, in_ = compute_shape(name)
+            path = f"transformer_blocks.{block}.{name}"
+            put(root, path, ops.Linear(in_, out, bias=False, device="cpu", dtype=dtype))
+            weight = torch.randn(out, in_) * 0.02
+            if dtype is not None:
+                state_dict[f"{path}.weight"] = weight.to(dtype)
+                continue
+            scale = weight.abs().max() / 448
+            state_dict[f"{path}.weight"] = (weight / scale).to(torch.float8_e4m3fn)
+            state_dict[f"{path}.weight_scale"] = scale
+            config = json.dumps({"format": "float8_e4m3fn"}).encode()
+            state_dict[f"{path}.comfy_quant"] = torch.tensor(list(config), dtype=torch.uint8)
+    root.load_state_dict(state_dict)
+
+    class Model(torch.nn.Module):
+        manual_cast_dtype = torch.bfloat16
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.diffusion_model = root
+
+        def get_dtype(self) -> torch.dtype:
+            return dtype or torch.bfloat16
+
+    where = torch.device(device)
+    return comfy.model_patcher.CoreModelPatcher(Model(), where, torch.device("cpu"))
+
+
+def put(root: Any, path: str, module: Any) -> None:
+    import torch
+
+    *parents, name = path.split(".")
+    for parent in parents:
+        if not hasattr(root, parent):
+            setattr(root, parent, torch.nn.Module())
+        root = getattr(root, parent)
+    setattr(root, name, module)
+
+
+def build_adapter(num_blocks: int, rank: int) -> Any:
+    import torch
+    from qwen_edit_lora.lora_core import Adapter, LoraWeights
+    from qwen_edit_lora.lora_core.targets import BLOCK_LINEARS, compute_shape
+
+    modules = {}
+    for block in range(num_blocks):
+        for name in BLOCK_LINEARS:
+            out, in_ = compute_shape(name)
+            modules[f"transformer_blocks.{block}.{name}"] = LoraWeights(
+                (torch.randn(rank, in_) * 0.02).bfloat16(),
+                (torch.randn(out, rank) * 0.02).bfloat16(),
+            )
+    return Adapter(modules, name="benchmark")
+
+
+def run_model(model: Any, inputs: dict[int, Any]) -> None:
+    """Every Linear once, through the wrappers of a model call."""
+    import comfy.patcher_extension as extension
+    import torch
+
+    linears = [m for m in model.model.diffusion_model.modules() if hasattr(m, "in_features")]
+
+    def forward(x: Any, transformer_options: dict) -> None:
+        for linear in linears:
+            linear(inputs[linear.in_features])
+
+    wrappers = model.get_all_wrappers(extension.WrappersMP.DIFFUSION_MODEL)
+    executor = extension.WrapperExecutor.new_class_executor(
+        forward, model.model.diffusion_model, wrappers
+    )
+    executor.execute(None, transformer_options=model.model_options["transformer_options"])
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def take(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def measure(storage: str, options: argparse.Namespace) -> dict[str, Any]:
+    import comfy.lora
+    import comfy.model_management as mm
+    import torch
+    from qwen_edit_lora.lora_core import build_state_dict
+    from qwen_edit_lora.lora_core.strengths import Strengths
+    from qwen_edit_lora.nodes import application, side_path
+
+    model = build_model(storage, options.blocks, options.device)
+    adapter = build_adapter(options.blocks, options.rank)
+    keys = {f"diffusion_model.{path}": f"diffusion_model.{path}.weight" for path in adapter}
+    inputs = {
+        width: torch.randn(1, options.tokens, width, device=options.device).bfloat16()
+        for width in (3072, 12288)
+    }
+
+    def load(patched: Any) -> None:
+        """What a sampler does before its first step."""
+        side_path.prepare_side_path(
+            lambda model: mm.load_models_gpu([model, *model.get_nested_additional_models()]),
+            patched,
+        )
+
+    def change_ours(strength: float) -> Any:
+        patched = application.apply_adapters(model, [(adapter, Strengths(strength))]).model
+        load(patched)
+        return patched
+
+    state_dict = build_state_dict(adapter)
+
+    def change_native(strength: float) -> Any:
+        patched = model.clone()
+        patched.add_patches(comfy.lora.load_lora(state_dict, keys, log_missing=False), strength)
+        load(patched)
+        return patched
+
+    load(model)
+    change_ours(1.0)  # builds the bank once
+    pairs = {"node": [], "ours": [], "native": []}
+    for round_ in range(options.rounds):
+        strength = 0.5 + round_ / 100
+        pairs["node"].append(
+            take(lambda s=strength: application.apply_adapters(model, [(adapter, Strengths(s))]))
+        )
+        load(model)  # untimed: takes the native patches of the last round out again
+        change_ours(1.0)
+        pairs["ours"].append(take(lambda s=strength: change_ours(s)))
+        pairs["native"].append(take(lambda s=strength: change_native(s)))
+    load(model)
+    calls = {"base": [], "ours": []}
+    patched = change_ours(0.7)
+    for _ in range(options.rounds):
+        calls["base"].append(take(lambda: run_model(model, inputs)))
+        calls["ours"].append(take(lambda: run_model(patched, inputs)))
+    middle = {name: statistics.median(times) for name, times in pairs.items()}
+    ratios = [ours / base for ours, base in zip(calls["ours"], calls["base"], strict=True)]
+    return {
+        "storage": storage,
+        "modules": len(adapter),
+        "apply_ms": middle["node"] * 1e3,
+        "strength_change_ms": middle["ours"] * 1e3,
+        "native_strength_change_ms": middle["native"] * 1e3,
+        "native / ours": middle["native"] / middle["ours"],
+        "call_with_side_path / base_call": statistics.median(ratios),
+    }
+
+
+def measure_840_modules() -> dict[str, float]:
+    """What Apply takes for a whole model's module list (60 blocks), and what each call adds."""
+    import comfy.model_patcher
+    import torch
+    from qwen_edit_lora.lora_core import Adapter, LoraWeights
+    from qwen_edit_lora.lora_core.strengths import Strengths
+    from qwen_edit_lora.lora_core.targets import BLOCK_LINEARS
+    from qwen_edit_lora.nodes import application, side_path
+
+    root, modules = torch.nn.Module(), {}
+    for block in range(60):
+        for name in BLOCK_LINEARS:
+            path = f"transformer_blocks.{block}.{name}"
+            put(root, path, torch.nn.Linear(16, 16, bias=False))
+            modules[path] = LoraWeights(torch.randn(4, 16), torch.randn(16, 4))
+    model = torch.nn.Module()
+    model.diffusion_model, model.get_dtype = root, lambda: torch.float32
+    cpu = torch.device("cpu")
+    patcher = comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+    adapter = Adapter(modules, name="840")
+    apply = lambda s: application.apply_adapters(patcher, [(adapter, Strengths(s))]).model  # noqa: E731
+    patched = apply(1.0)
+    changes = [take(lambda s=s: apply(s / 100)) for s in range(1, 51)]
+    path = side_path.get_side_path(patched)
+    path.get_plan(root)
+
+    def swap() -> None:
+        with side_path.swapped_forwards(root, path):
+            pass
+
+    swaps = [take(swap) for _ in range(50)]
+    others = [side_path.get_side_path(apply(s)) for s in (0.3, 0.4, 0.5)]
+    plans = [take(lambda p=other: p.get_plan(root)) for other in others]
+    return {
+        "modules": len(modules),
+        "apply_ms": statistics.median(changes) * 1e3,
+        "first_call_plan_ms": statistics.median(plans) * 1e3,
+        "swap_and_restore_per_call_ms": statistics.median(swaps) * 1e3,
+    }
+
+
+def main() -> None:
+    options = parse_options()
+    sys.argv = sys.argv[:1]
+    import_host(options.device)
+    import_extension()
+    import torch
+
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        print(json.dumps(measure_840_modules()))
+        for storage in ("bf16", "fp8", "fp8_scaled"):
+            print(json.dumps(measure(storage, options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
