@@ -51,16 +51,6 @@ class QwenEditLoraInspect(io.ComfyNode):
                         "What the heat map shows. 'abs max' and 'fraction below 1e-6' need exact."
                     ),
                 ),
-                io.Combo.Input(
-                    "base_model",
-                    options=[NO_BASE, *host.list_diffusion_models()],
-                    default=NO_BASE,
-                    optional=True,
-                    tooltip=(
-                        "Also compare with this model's weights, read from its file one module at "
-                        "a time: size beside them, and how much would survive a merge."
-                    ),
-                ),
                 io.Boolean.Input(
                     "exact",
                     default=False,
@@ -77,6 +67,17 @@ class QwenEditLoraInspect(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Order of the table, the worst first; 'block' is the model's order.",
+                ),
+                # Last: saved workflows keep their widgets' values by position.
+                io.Combo.Input(
+                    "base_model",
+                    options=[NO_BASE, *host.list_diffusion_models()],
+                    default=NO_BASE,
+                    optional=True,
+                    tooltip=(
+                        "Also compare with this model's weights, read from its file one module at "
+                        "a time: size beside them, and how much would survive a merge."
+                    ),
                 ),
             ],
             outputs=[
