@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,10 +23,9 @@ from .measures import (
     measure_factors,
     measure_kronecker,
 )
+from .progress import Progress, ShouldStop, track
 from .stored import AnyTensor, load
 from .weights import DoraWeights, LokrWeights, LoraWeights, ModuleWeights, OftWeights
-
-Progress = Callable[[int, int], None]
 
 #: About how many modules' merges are rounded for real, to check the prediction.
 NUM_SAMPLED = 24
@@ -171,7 +170,7 @@ def inspect_adapter(
     base: BaseWeights | Mapping[str, AnyTensor] | str | os.PathLike[str] | None = None,
     exact: bool = False,
     progress: Progress | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> Inspection:
     """Inspects every module of an adapter.
 
@@ -192,11 +191,7 @@ def inspect_adapter(
     modules: dict[str, ModuleInspection] = {}
     skipped: dict[str, str] = {}
     non_finite: list[str] = []
-    for done, (path, weights) in enumerate(adapter.modules.items()):
-        if should_stop is not None and should_stop():
-            raise InterruptedError("the inspection was stopped")
-        if progress is not None:
-            progress(done, len(adapter))
+    for path, weights in track(adapter.modules.items(), progress, should_stop, "inspection"):
         weight = None if weights_of_base is None else weights_of_base.get(path)
         reason = find_obstacle(weights, weights_of_base, weight)
         if reason:
@@ -208,8 +203,6 @@ def inspect_adapter(
     adapter.release()
     if weights_of_base is not None:
         weights_of_base.release()
-    if progress is not None:
-        progress(len(adapter), len(adapter))
     return Inspection(adapter.name, modules, skipped, tuple(non_finite))
 
 
@@ -248,7 +241,7 @@ def inspect_module(
     exact: bool = False,
     base: BaseWeight | None = None,
     is_sampled: bool = False,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> ModuleInspection:
     """The shortest exact route for the kind: factors, Kronecker factors, or the matrix."""
     is_direction_only = isinstance(weights, DoraWeights) and base is None
