@@ -14,6 +14,7 @@ from .factors import Factors, compute_inner_product, get_factors
 from .products import compute_square, dot
 from .progress import Progress, ShouldStop, track
 from .stored import load
+from .threads import map_in_threads
 from .truncation import (
     Truncated,
     choose_dtype,
@@ -54,10 +55,13 @@ def resize_adapter(
         raise ConfigError("resize got neither rank nor energy; give one of them, or both")
     check_kinds(adapter)
     adapter.check_finite()
-    parts = {
-        path: resize_weights(weights, rank, energy)
-        for path, weights in track(adapter.modules.items(), progress, should_stop, "resize")
-    }
+
+
+    def resize(weights: ModuleWeights, stop: ShouldStop | None) -> Truncated:
+        return resize_weights(weights, rank, energy)
+
+    found = map_in_threads(resize, adapter.modules.values(), progress, should_stop, "resize")
+    parts = dict(zip(adapter.modules, found, strict=True))
     notes = []
     kept = sum(parts[path].weights is weights for path, weights in adapter.modules.items())
     if kept:

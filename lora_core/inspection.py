@@ -25,6 +25,7 @@ from .measures import (
 )
 from .progress import Progress, ShouldStop, track
 from .stored import AnyTensor, load
+from .threads import map_in_threads
 from .weights import DoraWeights, LokrWeights, LoraWeights, ModuleWeights, OftWeights
 
 #: About how many modules' merges are rounded for real, to check the prediction.
@@ -188,22 +189,34 @@ def inspect_adapter(
     """
     weights_of_base = None if base is None else open_base(base)
     sampled = choose_sample(list(adapter.modules))
-    modules: dict[str, ModuleInspection] = {}
-    skipped: dict[str, str] = {}
-    non_finite: list[str] = []
-    for path, weights in track(adapter.modules.items(), progress, should_stop, "inspection"):
+
+    def inspect(path: str, stop: ShouldStop | None) -> ModuleInspection | str | None:
+        """The figures, or why there are none; None for NaN or Inf."""
+        weights = adapter.modules[path]
         weight = None if weights_of_base is None else weights_of_base.get(path)
         reason = find_obstacle(weights, weights_of_base, weight)
         if reason:
-            skipped[path] = reason
-        elif not all(is_finite(load(tensor)) for tensor in weights.parts.values()):
-            non_finite.append(path)
-        else:
-            modules[path] = inspect_module(weights, exact, weight, path in sampled, should_stop)
+            return reason
+        if not all(is_finite(load(tensor)) for tensor in weights.parts.values()):
+            return None
+        return inspect_module(weights, exact, weight, path in sampled, stop)
+
+    paths = list(adapter.modules)
+    if weights_of_base is None:
+        found = map_in_threads(inspect, paths, progress, should_stop, "inspection")
+    else:  # one after the other, so that one of the base's weights is in memory at a time
+        tracked = track(paths, progress, should_stop, "inspection")
+        found = [inspect(path, should_stop) for path in tracked]
     adapter.release()
     if weights_of_base is not None:
         weights_of_base.release()
-    return Inspection(adapter.name, modules, skipped, tuple(non_finite))
+    results = dict(zip(paths, found, strict=True))
+    return Inspection(
+        adapter.name,
+        {path: one for path, one in results.items() if isinstance(one, ModuleInspection)},
+        {path: one for path, one in results.items() if isinstance(one, str)},
+        tuple(path for path, one in results.items() if one is None),
+    )
 
 
 def choose_sample(paths: list[str]) -> frozenset[str]:
