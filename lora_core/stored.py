@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,16 +117,6 @@ class SafetensorsFile:
 
     def release(self) -> None:
         self._handle = None
-
-
-@contextmanager
-def released_after(*files: SafetensorsFile) -> Iterator[None]:
-    """Reads inside the block; afterwards no mapping is held open by `files`."""
-    try:
-        yield
-    finally:
-        for file in files:
-            file.release()
 
 
 def read_signature(path: Path) -> tuple[int, ...]:

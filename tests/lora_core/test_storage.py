@@ -11,7 +11,7 @@ import pytest
 import torch
 from qwen_edit_lora.lora_core import FileError, NonFiniteWeightsError, read_adapter
 from qwen_edit_lora.lora_core.adapter import is_finite
-from qwen_edit_lora.lora_core.stored import SafetensorsFile, StoredTensor, released_after
+from qwen_edit_lora.lora_core.stored import SafetensorsFile, StoredTensor
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 DTYPES = [
@@ -103,9 +103,9 @@ def test_a_released_file_is_mapped_again_when_needed(make_state_dict, write_file
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_no_mapping_stays_open_after_release(make_state_dict, write_file):
     adapter = read_adapter(write_file(make_state_dict(), name="mapped.safetensors"))
-    with released_after(adapter.file):
-        adapter.modules[TO_Q].delta()
-        assert "mapped.safetensors" in Path("/proc/self/maps").read_text()
+    adapter.modules[TO_Q].delta()
+    assert "mapped.safetensors" in Path("/proc/self/maps").read_text()
+    adapter.release()
     assert "mapped.safetensors" not in Path("/proc/self/maps").read_text()
 
 
