@@ -56,7 +56,6 @@ def resize_adapter(
     check_kinds(adapter)
     adapter.check_finite()
 
-
     def resize(weights: ModuleWeights, stop: ShouldStop | None) -> Truncated:
         return resize_weights(weights, rank, energy)
 

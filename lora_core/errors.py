@@ -7,6 +7,7 @@ LoraError
 +-- TargetError            a preset, pattern or block range that selects nothing
 +-- ConfigError            a setting outside its range
 +-- NonFiniteWeightsError  NaN or Inf in the weights
++-- NonFiniteLossError     NaN or Inf in a training step
 """
 
 
@@ -36,3 +37,7 @@ class ConfigError(LoraError, ValueError):
 
 class NonFiniteWeightsError(LoraError, ValueError):
     """The weights hold NaN or Inf."""
+
+
+class NonFiniteLossError(LoraError, ArithmeticError):
+    """A training step gave NaN or Inf; the optimizer was not stepped."""
