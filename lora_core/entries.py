@@ -7,8 +7,8 @@ exact as the product itself and several times as fast as torch.histc.
 
 Quantiles of up to `MAX_SORTED` entries are those of the entries themselves. Beyond, they are
 interpolated inside a bin of 0.5 %, which leaves about 1e-5 where entries are many and 1e-3 in a
-thin tail; the entries that would settle the rest are gone by then, and a second pass costs as much as the
-first.
+thin tail; the entries that would settle the rest are gone by then, and a second pass costs as much
+as the first.
 """
 
 from __future__ import annotations
