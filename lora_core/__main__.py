@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from .compare import compare_adapters
 from .compose import merge_adapters, resize_adapter
 from .composition import Composition
@@ -76,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("tuned", help="the fine-tuned model")
     add_output(command)
     command.add_argument("--rank", type=int, required=True)
+    command.add_argument("--no-biases", action="store_true", help="leave out biases and norms")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     command.set_defaults(run=run_extract)
 
     command = commands.add_parser("convert", help="the same LoRA in another key format")
@@ -118,7 +122,21 @@ def run_merge(options: argparse.Namespace) -> None:
 
 
 def run_extract(options: argparse.Namespace) -> None:
-    write(extract_adapter(options.base, options.tuned, options.rank), options)
+    composition = extract_adapter(
+        options.base,
+        options.tuned,
+        options.rank,
+        biases=not options.no_biases,
+        device=choose_device(options.device),
+    )
+    write(composition, options)
+
+
+def choose_device(name: str) -> str:
+    """Raises ConfigError where PyTorch has no such device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device is cuda, but PyTorch finds no GPU here; expected cpu")
+    return name
 
 
 def run_convert(options: argparse.Namespace) -> None:

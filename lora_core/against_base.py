@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .base_weights import BaseWeight
 from .factors import Factors
-from .survival import measure_error, predict_error
+from .stored_weight import BaseWeight
+from .survival import choose_rows, find_peak, measure_error, predict_error
 
 SAMPLED_ROWS = 256
 POWER_STEPS = 24
@@ -70,12 +70,15 @@ def compare_with_base(
     u, spectral, v = find_top_direction(values)
     if isinstance(delta, Factors):
         along = ((u.double() @ delta.up) @ (delta.down @ v.double())).item()
-        rows = delta.up[:SAMPLED_ROWS] @ delta.down if is_sampled else None
     else:
         along = (u.double() @ delta.double() @ v.double()).item()
-        rows = delta[:SAMPLED_ROWS] if is_sampled else None
-    part = BaseWeight(weight.stored[:SAMPLED_ROWS], weight.scale)
     std = delta_norm / values.numel() ** 0.5
+    peak = find_peak(weight, values, delta)
+    measured = None
+    if is_sampled:
+        rows = choose_rows(len(values), SAMPLED_ROWS)
+        part = delta.up[rows] @ delta.down if isinstance(delta, Factors) else delta[rows]
+        measured = measure_error(weight.take_rows(rows), part, peak)
     return BaseFigures(
         storage=weight.storage,
         frobenius=norm,
@@ -84,8 +87,8 @@ def compare_with_base(
         spectral_ratio=delta_spectral / spectral if spectral else 0.0,
         cosine=inner / (norm * delta_norm) if norm and delta_norm else 0.0,
         alignment=abs(along) / delta_spectral if delta_spectral else 0.0,
-        merge_error_predicted=predict_error(weight, std),
-        merge_error_measured=None if rows is None else measure_error(part, rows),
+        merge_error_predicted=predict_error(weight, std, peak),
+        merge_error_measured=measured,
     )
 
 

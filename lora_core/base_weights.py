@@ -1,85 +1,160 @@
-"""The weights of a base model, read from its file one module at a time."""
+"""The weights of a base model, read from its file or a loaded MODEL one module at a time."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .errors import FileError, KeyFormatError
 from .stored import AnyTensor, SafetensorsFile, load
+from .stored_weight import MX_BLOCK, BaseWeight, count_factors, untile_scales, widen_exponents
 from .targets import is_known
 
 #: What ComfyUI's and diffusers' single files put in front of the transformer's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
-#: Names of the per-tensor factor of a scaled fp8 weight (comfy/quant_ops.py, and older files).
+#: Names of the factor of a scaled weight (comfy/quant_ops.py, and older files).
 SCALE_NAMES = ("weight_scale", "scale_weight")
-
-
-@dataclass(frozen=True)
-class BaseWeight:
-    """One weight as stored and as it acts: values = stored * scale."""
-
-    stored: torch.Tensor
-    scale: float | None
-
-    @property
-    def values(self) -> torch.Tensor:
-        """float32 (out, in)."""
-        values = self.stored.float()
-        return values if self.scale is None else values * self.scale
-
-    @property
-    def storage(self) -> str:
-        name = str(self.stored.dtype).removeprefix("torch.")
-        return name if self.scale is None else f"scaled {name}"
+#: Where a whole file says how its layers are stored (ComfyUI's QUANTIZATION.md).
+QUANTIZATION_METADATA = "_quantization_metadata"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "mxfp8")
+ROTATION_GROUP = 256  # ComfyUI's default
 
 
 class BaseWeights:
-    """Looks weights up by module path; holds none of them."""
+    """Looks weights up by module path; copies none of them before it is asked for."""
 
     def __init__(self, tensors: Mapping[str, AnyTensor], name: str, file=None):
         self.name = name
         self._tensors = tensors
         self._file = file
         self._prefix = find_prefix(tensors, name)
+        self._layers = read_layers(file.metadata if file is not None else {})
 
     def get(self, module_path: str) -> BaseWeight | None:
-        """The weight of a module; None if the base has none of that name.
+        """The weight of a module, on the CPU; None if the base has none of that name.
 
         Raises:
-            FileError: stored in a way that is not understood yet (integers, block-wise scales).
+            FileError: stored in a way that is not understood (4 bits, other scales).
         """
         stem = f"{self._prefix}{module_path}"
-        weight = self._tensors.get(f"{stem}.weight")
-        if weight is None:
+        stored = self._tensors.get(f"{stem}.weight")
+        if stored is None:
             return None
         scales = (self._tensors.get(f"{stem}.{name}") for name in SCALE_NAMES)
         scale = next((scale for scale in scales if scale is not None), None)
-        if not weight.dtype.is_floating_point or (scale is not None and scale.numel() != 1):
-            raise FileError(
-                f"{self.name} stores {module_path} as {str(weight.dtype).removeprefix('torch.')}"
-                + (f" with {scale.numel()} scales" if scale is not None else "")
-                + ", which cannot be read here yet; expected bf16, fp16, fp32, fp8 or fp8 with one "
-                "scale per weight. Choose such a file of the same model."
-            )
-        return BaseWeight(load(weight), None if scale is None else float(load(scale).item()))
+        note = self._read_note(stem, module_path)
+        if is_readable(stored, scale, note):
+            weight = build_weight(fetch(stored), None if scale is None else fetch(scale), note)
+            if weight is not None:
+                return weight
+        kind = note.get("format") or str(stored.dtype).removeprefix("torch.")
+        raise FileError(
+            f"{self.name} stores {module_path} as {kind}"
+            + (f" with {scale.numel()} scales" if scale is not None else "")
+            + ", which cannot be read here yet; expected bf16, fp16, fp32, or fp8 and int8 with "
+            "one scale per weight or row, or mxfp8. Choose such a file of the same model."
+        )
+
+    def get_tensor(self, key: str) -> torch.Tensor | None:
+        """A bias or norm by its whole name after the prefix, such as "txt_norm.weight"."""
+        tensor = self._tensors.get(f"{self._prefix}{key}")
+        return None if tensor is None else fetch(tensor)
+
+    def _read_note(self, stem: str, module_path: str) -> dict[str, Any]:
+        """What the file says about how this weight is stored."""
+        note = self._tensors.get(f"{stem}.comfy_quant")
+        if note is None:
+            return self._layers.get(stem) or self._layers.get(module_path) or {}
+        return parse_note(bytes(fetch(note).flatten().to(torch.uint8).tolist()))
 
     def list_matrices(self) -> dict[str, AnyTensor]:
         """Module path -> its weight as stored, perhaps still on disk, of every known Linear."""
-        start, end = len(self._prefix), -len(".weight")
         return {
-            key[start:end]: tensor
-            for key, tensor in self._tensors.items()
-            if key.startswith(self._prefix) and key.endswith(".weight")
-            if tensor.ndim == 2 and is_known(key[start:end])
+            key.removesuffix(".weight"): tensor
+            for key, tensor in self._list_known()
+            if key.endswith(".weight") and tensor.ndim == 2
         }
+
+    def list_vectors(self) -> dict[str, AnyTensor]:
+        """Every known bias and norm by its name after the prefix, perhaps still on disk."""
+        return {
+            key: tensor
+            for key, tensor in self._list_known()
+            if key.endswith((".weight", ".bias")) and tensor.ndim == 1
+        }
+
+    def _list_known(self) -> list[tuple[str, AnyTensor]]:
+        start = len(self._prefix)
+        return [
+            (key[start:], tensor)
+            for key, tensor in self._tensors.items()
+            if key.startswith(self._prefix) and is_known(key[start:].rpartition(".")[0])
+        ]
 
     def release(self) -> None:
         if self._file is not None:
             self._file.release()
+
+
+def fetch(tensor: AnyTensor) -> torch.Tensor:
+    """From wherever it is, to the CPU; what it came from stays where it was."""
+    return load(tensor).detach().cpu()
+
+
+def is_readable(stored: AnyTensor, scale: AnyTensor | None, note: Mapping[str, Any]) -> bool:
+    """Whether the dtypes are those of a known format; nothing is read for it."""
+    if note and note.get("format") not in FORMATS:
+        return False
+    if stored.dtype in FLOATS:
+        return not note and (scale is None or scale.numel() == 1)
+    return stored.dtype in EIGHT_BITS and (stored.dtype != torch.int8 or scale is not None)
+
+
+def build_weight(
+    stored: torch.Tensor, scale: torch.Tensor | None, note: Mapping[str, Any]
+) -> BaseWeight | None:
+    """None where the scales are of no known kind."""
+    if note.get("format") == "mxfp8" and scale is not None and stored.ndim == 2:
+        rows, columns = stored.shape
+        exponents = untile_scales(scale, rows, columns // MX_BLOCK)
+        if columns % MX_BLOCK or exponents is None or scale.dtype.itemsize != 1:
+            return None
+        return BaseWeight(stored, widen_exponents(exponents))
+    rotation = read_rotation(note)
+    if rotation and (not count_factors(rotation) or stored.shape[-1] % rotation):
+        return None
+    if scale is None or scale.numel() == 1:
+        return BaseWeight(stored, None if scale is None else scale.float(), rotation)
+    if scale.numel() == len(stored) == scale.shape[0]:
+        return BaseWeight(stored, scale.float().reshape(-1, 1), rotation)
+    return None
+
+
+def read_rotation(note: Mapping[str, Any]) -> int:
+    """As ComfyUI looks it up: in the note itself, or below its "params"."""
+    inner = note.get("params")
+    both = {**(inner if isinstance(inner, dict) else {}), **note}
+    return int(both.get("convrot_groupsize", ROTATION_GROUP)) if both.get("convrot") else 0
+
+
+def read_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
+    layers = parse_note(metadata.get(QUANTIZATION_METADATA, "{}")).get("layers")
+    return layers if isinstance(layers, dict) else {}
+
+
+def parse_note(text: str | bytes) -> dict[str, Any]:
+    """An unreadable note becomes one of an unknown format, which is refused where it matters."""
+    try:
+        note = json.loads(text)
+    except ValueError:
+        note = None
+    return note if isinstance(note, dict) else {"format": "an unreadable note"}
 
 
 def open_base(base: BaseWeights | Mapping[str, AnyTensor] | str | os.PathLike[str]) -> BaseWeights:
@@ -107,6 +182,6 @@ def find_prefix(tensors: Mapping[str, AnyTensor], name: str) -> str:
     example = next(iter(tensors), "none")
     raise KeyFormatError(
         f"{name} is no Qwen-Image model: none of its {len(tensors)} keys is like "
-        f"'transformer_blocks.0.attn.to_q.weight' (the first is {example!r}). Choose the diffusion "
-        "model's file."
+        f"'transformer_blocks.0.attn.to_q.weight' (the first is {example!r}). Choose a diffusion "
+        "model of Qwen-Image or Qwen-Image-Edit."
     )

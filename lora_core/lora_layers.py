@@ -202,13 +202,18 @@ class SharedInput:
 def get_base_weight(base: nn.Module) -> torch.Tensor:
     """The base weight (out, in) in a type that can be multiplied: stored so, or dequantised.
 
-    A quantised module offers it as a method `dequantize()`, a quantised tensor likewise.
+    A quantised module offers it as a method `dequantize()`, a quantised tensor likewise, and
+    bitsandbytes' 4-bit ones carry the state that its own function needs.
 
     Raises:
-        ConfigError: neither does.
+        ConfigError: nothing of the kind.
     """
     if callable(getattr(base, "dequantize", None)):
         return base.dequantize().detach()
+    if getattr(base.weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(base.weight.data, base.weight.quant_state)
     weight = base.weight.detach()
     if type(weight).dequantize is not torch.Tensor.dequantize:  # torchao's, which claim to be bf16
         return weight.dequantize()

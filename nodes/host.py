@@ -5,6 +5,7 @@ Written against ComfyUI 0.30.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -15,11 +16,14 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.sample
+import comfy.samplers
 import comfy.utils
 import comfy.weight_adapter
 import folder_paths
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_execution.graph_utils import ExecutionBlocker, GraphBuilder, is_link
 
 from ..lora_core import FileError, ModuleWeights, compute_delta
 from ..lora_core.stored import load, shorten
@@ -130,6 +134,120 @@ def run_with_progress(function: Callable[..., Any], *args: Any, **kwargs: Any) -
         raise comfy.model_management.InterruptProcessingException from None
 
 
+COMPUTE_DEVICES = ("auto", "cpu")
+#: What one layer of the model takes while it is decomposed: its difference and some products.
+COMPUTE_BYTES = 2 << 30
+
+
+def choose_compute_device(name: str) -> torch.device:
+    """ComfyUI's device for "auto", with room made on it; the CPU otherwise."""
+    if name != "auto":
+        return torch.device("cpu")
+    device = comfy.model_management.get_torch_device()
+    if device.type != "cpu":
+        comfy.model_management.free_memory(COMPUTE_BYTES, device)
+    return device
+
+
+# --- graphs -------------------------------------------------------------------------------------
+
+Link = list
+"""[node id, output index], as in a graph of the API."""
+
+
+def build_graph() -> GraphBuilder:
+    """An empty graph for the running node to expand into."""
+    return GraphBuilder()
+
+
+def get_links(dynprompt: Any, node_id: str) -> dict[str, Link]:
+    """Input -> where it comes from, for the connected inputs of a node of the running graph."""
+    inputs = dynprompt.get_node(node_id)["inputs"]
+    return {name: value for name, value in inputs.items() if is_link(value)}
+
+
+def find_wired_outputs(dynprompt: Any, node_id: str) -> set[int]:
+    """Which outputs of a node another one takes."""
+    return {
+        link[1]
+        for other in dynprompt.all_node_ids()
+        for link in get_links(dynprompt, other).values()
+        if link[0] == node_id
+    }
+
+
+def block_output(message: str) -> ExecutionBlocker:
+    """A value that stops every node it reaches, with this message."""
+    return ExecutionBlocker(message)
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def list_samplers() -> list[str]:
+    return list(comfy.samplers.KSampler.SAMPLERS)
+
+
+def list_schedulers() -> list[str]:
+    return list(comfy.samplers.KSampler.SCHEDULERS)
+
+
+class _PredictionSampler(comfy.samplers.Sampler):
+    """In the place of a sampler: one model call per sigma, each on the latent noised to it."""
+
+    def __init__(self, record: Callable[[int, torch.Tensor, torch.Tensor], None]):
+        self.record = record
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *_, **__):
+        sampling = model_wrap.inner_model.model_sampling
+        for index, sigma in enumerate(sigmas):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            x = sampling.noise_scaling(sigma, noise, latent_image)
+            denoised = model_wrap(x, sigma.expand(len(x)), **extra_args)
+            self.record(index, x, denoised)
+        return noise
+
+
+def predict(
+    model: ModelPatcher,
+    positive: Any,
+    latent: Mapping[str, Any],
+    sigmas: list[float],
+    seed: int,
+    record: Callable[[int, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Calls the model once per sigma as a sampler at cfg 1 does, and samples nothing.
+
+    Args:
+        record: gets (index of the sigma, x, denoised), both float32 on the model's device.
+    """
+    samples = comfy.sample.fix_empty_latent_channels(
+        model,
+        latent["samples"],
+        latent.get("downscale_ratio_spacial"),
+        latent.get("downscale_ratio_temporal"),
+    )
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive})
+    guider.sample(noise, samples, _PredictionSampler(record), torch.tensor(sigmas), seed=seed)
+
+
+def add_block_recorder(model: ModelPatcher, record: Callable[[int, torch.Tensor], None]) -> None:
+    """`record` gets (block, image tokens) after each block of this clone.
+
+    The tokens are (batch, tokens, width), those of the references left out.
+    """
+
+    def watch(values: dict[str, Any]) -> dict[str, Any]:
+        tokens = values["img"]
+        references = values["transformer_options"].get("reference_image_num_tokens", ())
+        record(values["block_index"], tokens[:, : tokens.shape[1] - sum(references)])
+        return values
+
+    model.set_model_double_block_patch(watch)
+
+
 # --- models -------------------------------------------------------------------------------------
 
 
@@ -177,6 +295,19 @@ def describe_storage(module: torch.nn.Module) -> tuple[str, int]:
     dtype = (weight if quantised is None else quantised).dtype
     name = str(dtype).removeprefix("torch.")
     return (name if quantised is None else f"scaled {name}"), dtype.itemsize
+
+
+def measure_weight(model: ModelPatcher, module_path: str) -> float | None:
+    """Frobenius norm of a weight as loaded, without patches; None where it cannot be read."""
+    key = f"diffusion_model.{module_path}.weight"
+    kept = model.backup.get(key)  # the original, while the module holds a patched one
+    weight = model.get_model_object(key) if kept is None else kept.weight
+    if hasattr(weight, "dequantize"):
+        weight = weight.dequantize()
+    if not weight.is_floating_point():
+        return None
+    norm = weight.detach().float().norm(dtype=torch.float64).item()
+    return norm if norm > 0 and math.isfinite(norm) else None
 
 
 def get_options(model: ModelPatcher) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..lora_core import LoraError
+from ..lora_core import ConfigError, LoraError
+from ..lora_core.inspection import Inspection
 from ..lora_core.plots import draw_heat_map, draw_histogram, draw_spectrum
 from ..lora_core.statistics import SORT_KEYS, STATISTICS
 from ..lora_core.stored import read_signature
@@ -24,6 +25,8 @@ from .sockets import (
 )
 
 NO_BASE = "none"
+#: Why a module is skipped beside any base (inspection.find_obstacle); other reasons are misfits.
+NO_MATRIX = "a change of a norm or bias"
 
 
 class QwenEditLoraInspect(io.ComfyNode):
@@ -68,6 +71,14 @@ class QwenEditLoraInspect(io.ComfyNode):
                     advanced=True,
                     tooltip="Order of the table, the worst first; 'block' is the model's order.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip=(
+                        "Also compare with this loaded model's weights, as stored: LoRAs applied "
+                        "to it before are not part of them. Instead of base_model, not beside it."
+                    ),
+                ),
                 # Last: saved workflows keep their widgets' values by position.
                 io.Combo.Input(
                     "base_model",
@@ -110,14 +121,23 @@ class QwenEditLoraInspect(io.ComfyNode):
         base_model: str = NO_BASE,
         exact: bool = False,
         sort_by: str = "std",
+        model: Any = None,
     ) -> io.NodeOutput:
-        base = None if base_model == NO_BASE else host.find_diffusion_model(base_model)
+        if model is not None and base_model != NO_BASE:
+            raise ConfigError(
+                f"both a model and base_model ({base_model}) are given, and only one can be the "
+                f"base; disconnect the model, or set base_model to {NO_BASE!r}"
+            )
+        base = model
+        if base_model != NO_BASE:
+            base = host.find_diffusion_model(base_model)
         inspection = get_inspection(take_adapter(adapter), exact, base)
         verdict = describe_verdict(inspection)
+        warns = needs_attention(inspection) or (base is not None and has_misfits(inspection))
         table = build_table(inspection, sort_by)
         heat_map = build_image(draw_heat_map(inspection, statistic))
         shown = {
-            **show_report(verdict, warning=needs_attention(inspection)),
+            **show_report(verdict, warning=warns),
             "images": ui.PreviewImage(heat_map, cls=cls).values,
         }
         return io.NodeOutput(
@@ -128,6 +148,11 @@ class QwenEditLoraInspect(io.ComfyNode):
             build_image(draw_spectrum(inspection)),
             ui=shown,
         )
+
+
+def has_misfits(inspection: Inspection) -> bool:
+    """Whether the base lacks modules of the adapter, or has them in other shapes."""
+    return any(not reason.startswith(NO_MATRIX) for reason in inspection.skipped.values())
 
 
 NODES = [QwenEditLoraInspect]

@@ -1,55 +1,88 @@
-"""Inspections made before: in memory while the adapter lives, on disk by the file's content."""
+"""Inspections made before: in memory while the adapter lives, on disk by the files' content."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Hashable, MutableMapping
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from ..lora_core import Adapter, LoraError
+from ..lora_core.base_weights import BaseWeights
 from ..lora_core.inspection import Inspection, inspect_adapter
-from ..lora_core.inspection_files import compute_content_hash, read_inspection, write_inspection
+from ..lora_core.inspection_files import (
+    compute_content_hash,
+    compute_file_identity,
+    read_inspection,
+    write_inspection,
+)
 from . import host
+from .model_base import read_model_base
 
 MAX_FILES = 50  # of a few megabytes each
 
 logger = logging.getLogger(__name__)
 
-_known: WeakKeyDictionary[Adapter, dict[bool, Inspection]] = WeakKeyDictionary()
+#: Of an adapter: (beside which base file, whether exact) -> its inspection.
+_known: WeakKeyDictionary[Adapter, dict[Hashable, Inspection]] = WeakKeyDictionary()
+#: The same beside loaded models, by the module that all clones of one share. Never on disk:
+#: another loader, or another day, may put other weights behind the same MODEL.
+_beside: WeakKeyDictionary[Adapter, MutableMapping] = WeakKeyDictionary()
 
 
-def get_inspection(adapter: Adapter, exact: bool, base: Path | None = None) -> Inspection:
+def get_inspection(
+    adapter: Adapter, exact: bool, base: Path | host.ModelPatcher | None = None
+) -> Inspection:
     """The inspection of an adapter; one with `exact` also answers where it was not asked for.
 
-    One beside a base is made anew: its key would be the hash of a file of many gigabytes, and
-    ComfyUI keeps the node's outputs while nothing changes.
+    Raises:
+        KeyFormatError: the base is no Qwen-Image model.
+        FileError: a file is missing, damaged or stored in a way that cannot be read.
     """
-    if base is not None:
-        return host.run_with_progress(inspect_adapter, adapter, base, exact=exact)
+    if isinstance(base, host.ModelPatcher):
+        return get_inspection_beside_model(adapter, exact, base)
+    identity = "" if base is None else compute_file_identity(base)
     known = _known.setdefault(adapter, {})
-    for is_exact in (True,) if exact else (False, True):
-        if is_exact in known:
-            return known[is_exact]
+    kinds = (True,) if exact else (False, True)
+    for is_exact in kinds:
+        if (identity, is_exact) in known:
+            return known[identity, is_exact]
     content_hash = compute_content_hash(adapter)
     inspection = None
-    for path in list_candidates(content_hash, exact):
-        inspection = inspection or read_inspection(path, adapter.name)
+    if content_hash is not None:
+        for is_exact in kinds:
+            path = get_path(content_hash, identity, is_exact)
+            inspection = inspection or read_inspection(path, adapter.name)
     if inspection is None:
-        inspection = host.run_with_progress(inspect_adapter, adapter, exact=exact)
+        inspection = run(adapter, exact, base)
         if content_hash is not None:
-            save(inspection, get_path(content_hash, exact))
-    known[exact] = inspection
+            save(inspection, get_path(content_hash, identity, exact))
+    known[identity, exact] = inspection
     return inspection
 
 
-def list_candidates(content_hash: str | None, exact: bool) -> Iterator[Path]:
-    if content_hash is not None:
-        yield from (get_path(content_hash, kind) for kind in ((True,) if exact else (False, True)))
+def get_inspection_beside_model(
+    adapter: Adapter, exact: bool, model: host.ModelPatcher
+) -> Inspection:
+    """Remembered only while both live; patches are no part of it, so that clones share it."""
+    models = _beside.setdefault(adapter, WeakKeyDictionary())
+    known = models.setdefault(model.model.diffusion_model, {})
+    for is_exact in (True,) if exact else (False, True):
+        if is_exact in known:
+            return known[is_exact]
+    known[exact] = run(adapter, exact, read_model_base(model))
+    return known[exact]
 
 
-def get_path(content_hash: str, exact: bool) -> Path:
-    return host.get_cache_folder() / f"{content_hash}{'-exact' if exact else ''}.json"
+def run(adapter: Adapter, exact: bool, base: Path | BaseWeights | None) -> Inspection:
+    if base is None:
+        return host.run_with_progress(inspect_adapter, adapter, exact=exact)
+    return host.run_with_progress(inspect_adapter, adapter, base, exact=exact)
+
+
+def get_path(content_hash: str, base_identity: str, exact: bool) -> Path:
+    beside = f"-beside-{base_identity}" if base_identity else ""
+    return host.get_cache_folder() / f"{content_hash}{beside}{'-exact' if exact else ''}.json"
 
 
 def save(inspection: Inspection, path: Path) -> None:

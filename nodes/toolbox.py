@@ -179,6 +179,27 @@ class QwenEditLoraExtract(io.ComfyNode):
                     max=MAX_RANK,
                     tooltip="The rank of the LoRA. The report says how much of the change it has.",
                 ),
+                io.Boolean.Input(
+                    "biases",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Also take biases and norms, where they differ, whole. ComfyUI's loader "
+                        "and ours apply them; some other tools know only the low-rank part."
+                    ),
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=list(host.COMPUTE_DEVICES),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Where the differences are decomposed, one layer at a time. 'auto': "
+                        "ComfyUI's device, usually the GPU; 'cpu' leaves the GPU alone."
+                    ),
+                ),
             ],
             outputs=[
                 adapter_output("The difference as an adapter; Save Edit LoRA writes it."),
@@ -187,7 +208,7 @@ class QwenEditLoraExtract(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, base_name: str, tuned_name: str, rank: int) -> Any:
+    def fingerprint_inputs(cls, base_name: str, tuned_name: str, **_: Any) -> Any:
         try:
             names = (base_name, tuned_name)
             return [read_signature(host.find_diffusion_model(name)) for name in names]
@@ -195,9 +216,17 @@ class QwenEditLoraExtract(io.ComfyNode):
             return None  # execute says what is wrong
 
     @classmethod
-    def execute(cls, base_name: str, tuned_name: str, rank: int) -> io.NodeOutput:
+    def execute(
+        cls,
+        base_name: str,
+        tuned_name: str,
+        rank: int,
+        biases: bool = True,
+        device: str = "auto",
+    ) -> io.NodeOutput:
         base, tuned = (host.find_diffusion_model(name) for name in (base_name, tuned_name))
-        return build_output(host.run_with_progress(extract_adapter, base, tuned, rank))
+        options = {"biases": biases, "device": host.choose_compute_device(device)}
+        return build_output(host.run_with_progress(extract_adapter, base, tuned, rank, **options))
 
 
 NODES = [QwenEditLoraResize, QwenEditLoraMerge, QwenEditLoraExtract]

@@ -35,8 +35,13 @@ TIERS = (
     ("errors",),
     ("delta", "stored", "report", "targets", "strengths", "weights", "adapter"),
     ("formats", "files"),
+    ("progress", "factors", "products", "truncation", "file_size"),
+    ("initialization", "lora_layers", "injection_plan", "injection"),
 )
-EXTRAS = ("diffusers", "peft", "matplotlib", "accelerate")
+EXTRAS = (
+    *("diffusers", "peft", "matplotlib", "accelerate", "transformers", "kornia"),
+    *("bitsandbytes", "prodigyopt", "schedulefree"),
+)
 
 
 def list_imports(source: str, file: str) -> Iterator[str]:
@@ -110,6 +115,8 @@ FORBIDDEN = [
     ("lora_core/targets.py", "from .formats import reading"),
     ("lora_core/targets.py", "from . import files"),
     ("lora_core/adapter.py", "from .files import read_adapter"),
+    ("lora_core/truncation.py", "from .injection import inject"),
+    ("lora_core/injection.py", "from .training import trainer"),
     ("lora_core/formats/alpha.py", "from ..training import train"),
     ("lora_core/stored.py", "from . import read_adapter"),
     ("nodes/load.py", "import comfy.utils"),

@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from qwen_edit_lora.lora_core import (
 from qwen_edit_lora.lora_core.adapter import Adapter
 from qwen_edit_lora.lora_core.initialization import compute_principal_factors
 from qwen_edit_lora.lora_core.injection import LoraSettings, inject, plan_injection
-from qwen_edit_lora.lora_core.lora_layers import DoraLinear, LoraLinear
+from qwen_edit_lora.lora_core.lora_layers import DoraLinear, LoraLinear, get_base_weight
 from qwen_edit_lora.lora_core.weights import LoraWeights
 
 FP8 = torch.float8_e4m3fn
@@ -798,6 +799,36 @@ def test_a_quantised_base_takes_every_kind_of_lora(name, model):
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, dense)
     torch.testing.assert_close(run(model), trained, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+@pytest.mark.parametrize("name", ["plain", "dora", "pissa"])
+def test_the_modules_of_the_quantisation_libraries_are_taken_as_they_are(library, name):
+    module = pytest.importorskip(library)
+    torch.manual_seed(0)
+    holder = torch.nn.Module()
+    holder.proj_out = torch.nn.Linear(128, 64).bfloat16()
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(holder, Int8WeightOnlyConfig())
+    else:
+        linear = module.nn.Linear4bit(128, 64, compute_dtype=torch.bfloat16, quant_type="nf4")
+        linear.load_state_dict(holder.proj_out.state_dict())
+        holder.proj_out = linear.to("cpu")
+    x = torch.randn(3, 128).bfloat16().requires_grad_()
+    before = holder.proj_out(x)
+    injection = inject(holder, replace(ALL[name], targets=("proj_out",)))
+    assert torch.equal(holder.proj_out(x), before)
+    randomise(injection)
+    out = holder.proj_out(x)
+    out.float().sum().backward()
+    assert all(p.grad.any() for p in injection.parameters())
+    weight = get_base_weight(injection.layers["proj_out"].base)
+    dense = weight + compute_delta(injection.build_adapter().modules["proj_out"], weight)
+    bias = injection.layers["proj_out"].bias.float()
+    expected = torch.nn.functional.linear(x.float(), dense.float(), bias)
+    assert (out.float() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_a_base_that_cannot_be_read_is_refused_by_dora_and_taken_by_lora(model):

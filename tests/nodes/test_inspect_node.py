@@ -229,3 +229,167 @@ def test_a_base_models_file_adds_what_a_merge_would_leave(server):
     report = entry["outputs"]["inspect"]["qwen_edit_lora_report"][0]
     assert "into this float8_e4m3fn base" in report
     assert "by real rounding in 24 modules" in report
+
+
+# --- beside a base ---------------------------------------------------------------------------------
+
+FP8_BASE = "qwen_image_edit_2509_fp8_e4m3fn.safetensors"
+SCALED_BASE = "qwen_image_edit_2511_fp8_scaled.safetensors"
+
+
+def inspect_beside_model(base: str, lora_name: str = "my_edit_lora.safetensors") -> dict[str, Any]:
+    return {
+        "load": node("QwenEditLoraLoad", lora_name=lora_name),
+        "model": node("UNETLoader", unet_name=base, weight_dtype="fp8_e4m3fn"),
+        "inspect": node("QwenEditLoraInspect", adapter=["load", 0], model=["model", 0]),
+        "json": node("PreviewAny", source=["inspect", 1]),
+    }
+
+
+def read_figures(entry: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(entry["outputs"]["json"]["text"][0])
+
+
+@pytest.mark.parametrize(
+    ("base", "storage"),
+    [(FP8_BASE, "float8_e4m3fn"), (SCALED_BASE, "scaled float8_e4m3fn")],
+)
+def test_a_loaded_model_gives_the_same_figures_as_its_file(server, base, storage, cache):
+    graph = inspect_beside_model(base)
+    from_model = read_figures(server.run_prompt(graph))
+    graph["inspect"] = node("QwenEditLoraInspect", adapter=["load", 0], base_model=base)
+    from_file = read_figures(server.run_prompt(graph))
+    assert from_model["merge_error"] > 0.01  # a large delta; the tiny base's LoRA is no faint one
+    assert {m["base"]["storage"] for m in from_model["modules"].values()} == {storage}
+    assert from_model == from_file
+
+
+def test_loras_merged_before_are_no_part_of_the_base(server, cache):
+    graph = inspect_beside_model(SCALED_BASE)
+    plain = read_figures(server.run_prompt(graph))
+    graph["merged"] = node(
+        "LoraLoaderModelOnly",
+        model=["model", 0],
+        lora_name="my_edit_lora.safetensors",
+        strength_model=2.0,
+    )
+    graph["inspect"]["inputs"]["model"] = ["merged", 0]
+    assert read_figures(server.run_prompt(graph)) == plain
+
+
+def test_two_bases_at_once_are_refused(server):
+    graph = inspect_beside_model(FP8_BASE)
+    graph["inspect"]["inputs"]["base_model"] = SCALED_BASE
+    with pytest.raises(PromptError, match=r"both a model and base_model .* disconnect the model"):
+        server.run_prompt(graph)
+
+
+def test_modules_that_the_base_lacks_are_counted_aloud(server, lora, cache):
+    tensors = load_file(lora)
+    key = next(key for key in tensors if "lora_B" in key)
+    stem = key.partition(".lora_")[0]
+    for name in [name for name in tensors if name.startswith(f"{stem}.")]:
+        moved = name.replace("transformer_blocks.0.", "transformer_blocks.55.")
+        tensors[moved] = tensors.pop(name)
+    save_file(tensors, lora)
+    entry = server.run_prompt(inspect_beside_model(FP8_BASE, LORA))
+    (report,) = entry["outputs"]["inspect"]["qwen_edit_lora_report"]
+    assert "Warning: 1 modules have no figures: transformer_blocks.55." in report
+    assert "has no such module" in report
+    assert entry["outputs"]["inspect"]["qwen_edit_lora_warning"] == [True]
+
+
+def test_a_bf16_model_that_fits_raises_no_warning(server, lora, cache):
+    graph = inspect_beside_model("qwen_image_edit_2509_bf16.safetensors", LORA)
+    graph["model"]["inputs"]["weight_dtype"] = "default"
+    entry = server.run_prompt(graph)
+    assert entry["outputs"]["inspect"]["qwen_edit_lora_warning"] == [False]
+
+
+def test_an_inspection_beside_a_base_file_is_kept_until_the_file_changes(
+    inspections, calls, make_lora, cache, demo_models, tmp_path
+):
+    base = tmp_path / "base.safetensors"
+    base.write_bytes(demo_models.dit["2509_bf16"].read_bytes())
+    path = make_lora("a")
+    first = inspections.get_inspection(read_adapter(path), exact=False, base=base)
+    again = inspections.get_inspection(read_adapter(path), exact=False, base=base)  # from disk
+    assert again == first
+    assert next(iter(again.modules.values())).base is not None
+    assert calls == [False]
+    assert inspections.get_inspection(read_adapter(path), exact=False) != first  # without a base
+    tensors = load_file(base)
+    save_file({key: tensor * 2 for key, tensor in tensors.items()}, base)
+    other = inspections.get_inspection(read_adapter(path), exact=False, base=base)
+    assert other.base_ratio == pytest.approx(first.base_ratio / 2, rel=0.01)
+    assert calls == [False, False, False]
+
+
+def test_a_model_is_remembered_in_memory_alone_while_both_live(
+    inspections, calls, make_lora, cache, load_base
+):
+    import gc
+
+    adapter, model = read_adapter(make_lora("a")), load_base("2509_bf16")
+    first = inspections.get_inspection(adapter, exact=False, base=model)
+    assert inspections.get_inspection(adapter, exact=False, base=model.clone()) is first
+    assert calls == [False]
+    assert list(cache.glob("*")) == []
+    assert len(inspections._beside[adapter]) == 1
+    del model
+    gc.collect()
+    assert len(inspections._beside[adapter]) == 0
+
+
+def test_a_model_that_holds_a_merged_lora_gives_its_original_weights(
+    inspections, comfyui, make_lora, load_base, apply_native
+):
+    from qwen_edit_lora.nodes.model_base import read_model_base
+
+    path = "transformer_blocks.0.attn.to_q"
+    for name in ("2509_bf16", "2511_fp8_scaled"):
+        model = load_base(name)
+        before = read_model_base(model).get(path).values
+        merged = apply_native(model, make_lora("a"), 5.0)
+        with torch.inference_mode():
+            comfyui.model_management.load_models_gpu([merged])
+            for patched in list(merged.patches):
+                merged.patch_weight_to_device(patched)
+        held = model.model.diffusion_model.get_submodule(path).weight
+        held = held.dequantize() if hasattr(held, "_qdata") else held
+        assert not torch.allclose(held.float(), before, atol=1e-3)
+        assert torch.equal(read_model_base(merged).get(path).values, before)
+        assert torch.equal(read_model_base(model).get(path).values, before)
+        comfyui.model_management.unload_all_models()
+
+
+def test_a_model_of_another_kind_is_one_sentence(inspections, comfyui, make_lora):
+    from qwen_edit_lora.lora_core import KeyFormatError
+    from qwen_edit_lora.nodes.model_base import read_model_base
+
+    other = torch.nn.Module()
+    other.diffusion_model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model = comfyui.model_patcher.ModelPatcher(other, torch.device("cpu"), torch.device("cpu"))
+    sentence = r"the connected MODEL \(Module\) is no Qwen-Image model: none of its 2 keys"
+    with pytest.raises(KeyFormatError, match=sentence):
+        read_model_base(model)
+    with pytest.raises(KeyFormatError, match=sentence):
+        inspections.get_inspection(read_adapter(make_lora("a")), exact=False, base=model)
+
+
+def test_an_interrupted_inspection_beside_a_base_leaves_nothing_behind(
+    inspections, calls, comfyui, make_lora, cache, monkeypatch, demo_models
+):
+    management = comfyui.model_management
+
+    def interrupt_at_the_third(done: int, total: int) -> None:
+        if done == 2:
+            management.interrupt_current_processing()
+
+    monkeypatch.setattr(inspections.host, "build_progress", lambda: interrupt_at_the_third)
+    adapter, base = read_adapter(make_lora("a")), demo_models.dit["2509_bf16"]
+    with pytest.raises(management.InterruptProcessingException):
+        inspections.get_inspection(adapter, exact=False, base=base)
+    assert list(cache.glob("*")) == []
+    monkeypatch.undo()
+    assert inspections.get_inspection(adapter, exact=False, base=base).merge_error is not None
