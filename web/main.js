@@ -13,6 +13,9 @@ const NODES_WITH_REPORT = new Set([
   "QwenEditLoraResize",
   "QwenEditLoraMerge",
   "QwenEditLoraExtract",
+  "QwenEditLoraSweep",
+  "QwenEditLoraSweepGrid",
+  "QwenEditLoraEffect",
 ]);
 
 // "5" is a node of the workflow itself, "<uuid of a subgraph>:5" one inside a subgraph.

@@ -1,0 +1,129 @@
+"""MODEL + adapter + one prompt -> how far each strength moves the model's output."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..lora_core import LoraError
+from ..lora_core.effect import Effect, parse_sigmas
+from ..lora_core.effect_plot import draw_effect
+from ..lora_core.strength_grammar import parse_strengths
+from .effect_measure import measure_effect
+from .sockets import (
+    CATEGORY,
+    adapter_input,
+    build_image,
+    report_output,
+    show_report,
+    take_adapter,
+)
+from .strength_choice import resolve_strengths
+
+
+class QwenEditLoraEffect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QwenEditLoraEffect",
+            display_name="Measure Edit LoRA Effect",
+            category=CATEGORY,
+            description=(
+                "Says in seconds how far a LoRA moves the model's output at each strength, and "
+                "through which blocks: one model call per strength and noise level, no rendering."
+            ),
+            search_aliases=["lora effect", "lora strength", "does my lora do anything"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The MODEL below the LoRA; other LoRAs on it stay as they are.",
+                ),
+                adapter_input(),
+                io.Conditioning.Input(
+                    "positive", tooltip="What to do, with the reference images, as for KSampler."
+                ),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="Noised to each sigma: the encoded source image, or an empty latent.",
+                ),
+                io.String.Input(
+                    "strengths",
+                    default="0:2:0.5",
+                    placeholder="0:2:0.5",
+                    tooltip=(
+                        "A list '0, 0.5, 1, 2', ranges '0:2:0.25' (start:stop:step), both mixed, "
+                        "or 'auto, 5 points' to choose them from the LoRA's size."
+                    ),
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="The noise, the same for every strength.",
+                ),
+                io.String.Input(
+                    "sigmas",
+                    default="0.8, 0.4",
+                    optional=True,
+                    advanced=True,
+                    placeholder="0.8, 0.4",
+                    tooltip=(
+                        "Noise levels above 0 and up to 1 to ask the model at: high ones lay out "
+                        "the picture, low ones draw details. One call each per strength."
+                    ),
+                ),
+            ],
+            outputs=[
+                report_output(),
+                io.String.Output("json", tooltip="Every figure, per strength, sigma and block."),
+                io.Image.Output(
+                    "plot", tooltip="Change of the output over strength, and through the blocks."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, strengths: str | None = None) -> bool | str:
+        # Only this input, as ComfyUI repeats the sentence for each.
+        try:
+            parse_strengths("0" if strengths is None else strengths)  # None: connected
+        except LoraError as e:
+            return str(e)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        adapter: Any,
+        positive: Any,
+        latent_image: Any,
+        strengths: str,
+        seed: int,
+        sigmas: str = "0.8, 0.4",
+    ) -> io.NodeOutput:
+        levels = parse_sigmas(sigmas)
+        adapter = take_adapter(adapter)
+        numbers, note = resolve_strengths(strengths, model, [adapter])
+        effect = measure_effect(model, adapter, positive, latent_image, numbers, levels, seed)
+        text = "\n".join(filter(None, [note, effect.to_text()]))
+        plot = build_image(draw_effect(effect))
+        shown = {
+            **show_report(text, warning=needs_attention(effect)),
+            "images": ui.PreviewImage(plot, cls=cls).values,
+        }
+        return io.NodeOutput(text, json.dumps(effect.to_dict(), indent=1), plot, ui=shown)
+
+
+def needs_attention(effect: Effect) -> bool:
+    changes = [found.change for found in effect.strengths if found.strength != 0]
+    return not all(map(math.isfinite, changes)) or not any(changes)
+
+
+NODES = [QwenEditLoraEffect]

@@ -1,0 +1,161 @@
+"""The pictures of a sweep -> contact sheet, differences, curve, figures and a verdict."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..lora_core import ConfigError, FileError
+from ..lora_core.cells import MAX_CELLS
+from ..lora_core.sweep_measures import measure_sweep
+from ..lora_core.sweep_pictures import draw_contact_sheet, draw_curve, draw_differences
+from ..lora_core.sweep_table import build_sweep_table
+from ..lora_core.sweep_verdict import judge_sweep
+from . import host
+from .sockets import CATEGORY, build_image, report_output, show_report
+
+DEFAULT_PREFIX = "qwen_edit_lora/sweep"
+DEFAULT_THUMBNAIL_PX = 256
+
+
+class QwenEditLoraSweepGrid(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QwenEditLoraSweepGrid",
+            display_name="Sweep Grid (Edit LoRA)",
+            category=CATEGORY,
+            description=(
+                "Lays the images of a sweep out as a labelled contact sheet, measures how far each "
+                "is from strength 0, and says whether the LoRA has no effect, acts smoothly, or "
+                "collapses, and which strengths to use. Saves the sheet with the workflow in it."
+            ),
+            search_aliases=["xy plot", "contact sheet", "ssim", "psnr", "compare images"],
+            is_output_node=True,
+            is_input_list=True,
+            inputs=[
+                io.Image.Input(
+                    "images",
+                    tooltip="The images of Sweep Edit LoRA, or a batch with one image per label.",
+                ),
+                io.String.Input(
+                    "labels",
+                    multiline=True,
+                    default="",
+                    placeholder="0\n0.5\n1",
+                    tooltip=(
+                        "The labels of Sweep Edit LoRA. For images of your own, their strengths: "
+                        "one a line, 0 among them."
+                    ),
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default=DEFAULT_PREFIX,
+                    tooltip="Where the sheet is saved, below ComfyUI's output folder.",
+                ),
+                io.Image.Input(
+                    "source",
+                    optional=True,
+                    tooltip=(
+                        "The image that was edited: also measures how well each cell keeps it. "
+                        "Any size; it is cut in the middle and resized to the cells."
+                    ),
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "Where the edit is meant to be: also measures inside and outside it, and "
+                        "the source outside only."
+                    ),
+                ),
+                io.Int.Input(
+                    "thumbnail_px",
+                    default=DEFAULT_THUMBNAIL_PX,
+                    min=64,
+                    max=768,
+                    step=32,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Longer side of each image on the sheet, in pixels.",
+                ),
+            ],
+            outputs=[
+                report_output(),
+                io.Image.Output(
+                    "contact_sheet", tooltip="The cells: strengths across, adapters and seeds down."
+                ),
+                io.Image.Output(
+                    "differences", tooltip="Each cell's distance from strength 0, amplified."
+                ),
+                io.Image.Output("curve", tooltip="Change and structure over the strength."),
+                io.String.Output("table", tooltip="The figures of each cell, one a line."),
+                io.String.Output("json", tooltip="Every figure of every cell, and the verdict."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        images: list[torch.Tensor],
+        labels: list[str],
+        filename_prefix: list[str],
+        source: list[torch.Tensor] | None = None,
+        mask: list[torch.Tensor] | None = None,
+        thumbnail_px: list[int] | None = None,
+    ) -> io.NodeOutput:
+        prefix = filename_prefix[0]
+        host.choose_output_path(prefix)  # a bad name is told before the work, not after it
+        sweep = host.run_with_progress(
+            measure_sweep,
+            images,
+            split_labels(labels),
+            source[0] if source else None,
+            mask[0] if mask else None,
+            (thumbnail_px or [DEFAULT_THUMBNAIL_PX])[0],
+        )
+        verdict = judge_sweep(sweep)
+        report, table = verdict.to_text(), build_sweep_table(sweep, verdict)
+        sheet = build_image(draw_contact_sheet(sweep, verdict))
+        figures = {
+            **verdict.to_dict(),
+            "size": sweep.size,
+            "cells": [
+                {**measures.to_dict(), "damage": verdict.damages.get(cell, "")}
+                for cell, measures in sweep.cells.items()
+            ],
+        }
+        return io.NodeOutput(
+            f"{report}\n\n{table}",
+            sheet,
+            build_image(draw_differences(sweep, verdict)),
+            build_image(draw_curve(verdict)),
+            table,
+            json.dumps(figures, indent=1),
+            ui={**show_report(report, verdict.needs_attention), **cls.save(sheet, prefix)},
+        )
+
+    @classmethod
+    def save(cls, sheet: torch.Tensor, prefix: str) -> dict[str, list]:
+        """Saves as SaveImage does, with the graph in the file unless --disable-metadata."""
+        try:
+            return ui.ImageSaveHelper.get_save_images_ui(sheet, prefix, cls=cls).as_dict()
+        except OSError as e:
+            raise FileError(f"the contact sheet cannot be saved: {e.strerror}.") from None
+
+
+def split_labels(labels: list[str]) -> list[str]:
+    """One label per cell; a single text holds one a line."""
+    if len(labels) == 1:
+        labels = [line.strip() for line in labels[0].splitlines() if line.strip()]
+    if not labels:
+        raise ConfigError(
+            "labels is empty; connect the labels of Sweep Edit LoRA, or write one strength a line, "
+            f"such as '0' and '1', for up to {MAX_CELLS} images"
+        )
+    return labels
+
+
+NODES = [QwenEditLoraSweepGrid]
