@@ -96,7 +96,7 @@ def draw_sheet(title: str, rows: Sequence[Row], footer: Sequence[str] = ()) -> n
     footer_lines = [
         line for text in footer for line in wrap(text, load_font(layout.small), text_width)
     ]
-    title_height = round(1.5 * layout.letter) * len(title_lines) + margin
+    title_height = round(1.5 * layout.letter) * len(title_lines) + margin + layout.letter // 2
     footer_height = round(1.35 * layout.small) * len(footer_lines) + (margin if footer else 0)
     body_height = sum(compute_row_height(row, layout) for row in rows)
     height = title_height + body_height + footer_height + margin

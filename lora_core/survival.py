@@ -10,6 +10,10 @@ scale by comfy/float.py, which is by chance for fp8 alone; those with one by the
 `quantize` with a seed, by chance for all of them, and **with the scale computed anew** from the
 sum's largest value. A new scale moves the whole grid, so that even weights whose delta is 0 are
 rounded again. What follows repeats that: see `compute_merged_scale` and `Grid`.
+
+Not repeated: on most GPUs ComfyUI adds in fp16. Measured, that changes the figures by less than a
+tenth, but for scaled e5m2, whose scale is then kept above 1 / 65504: there a merge is worse than
+predicted here.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ MAX_FACTOR = 64
 #: Share of a difference picture's values that the factor keeps below white.
 UNCLIPPED = 0.99
 CURVE_COLOURS = (BLUE, ORANGE, YELLOW, "#009e73", "#cc79a7", FOREGROUND)
-CURVE_STYLES = ("-", "--", ":")
+CURVE_STYLES = ("-", "--", "-.", (0, (1, 1.5)))  # curves that coincide show both
 MISSING = "no picture"
 
 
@@ -51,7 +51,7 @@ def draw_contact_sheet(sweep: SweepMeasures, verdict: SweepVerdict) -> np.ndarra
     ]
     width, height = sweep.size
     frames = f", the first of {sweep.num_frames}" if sweep.num_frames > 1 else ""
-    title = f"strength sweep, {width} x {height}{frames}; change from strength 0 (RMS of 255)"
+    title = f"strength sweep, {width} x {height}{frames}; RMS of 255 and SSIM are to strength 0"
     return draw_sheet(title, rows, verdict.to_text().splitlines())
 
 
@@ -158,7 +158,7 @@ def draw_curve(verdict: SweepVerdict) -> np.ndarray:
     upper.set_title("change from strength 0", color=FOREGROUND, fontsize=LARGE, pad=14)
     for number, (name, adapter) in enumerate(adapters.items()):
         colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
-        style = CURVE_STYLES[number // len(CURVE_COLOURS) % len(CURVE_STYLES)]
+        style = CURVE_STYLES[number % len(CURVE_STYLES)]
         draw_adapter(upper, lower, adapter, shorten_name(name, 24), colour, style)
     if len(adapters) == 1:
         adapter = next(iter(adapters.values()))
@@ -185,7 +185,7 @@ def draw_curve(verdict: SweepVerdict) -> np.ndarray:
 
 
 def draw_adapter(
-    upper: Any, lower: Any, adapter: AdapterVerdict, name: str, colour: str, style: str
+    upper: Any, lower: Any, adapter: AdapterVerdict, name: str, colour: str, style: Any
 ) -> None:
     points = [point for point in adapter.curve if point.rms is not None]
     x = [point.strength for point in points]

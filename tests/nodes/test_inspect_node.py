@@ -231,7 +231,7 @@ def test_a_base_models_file_adds_what_a_merge_would_leave(server):
     assert "by real rounding in 24 modules" in report
 
 
-# --- beside a base ---------------------------------------------------------------------------------
+# --- beside a base --------------------------------------------------------------------------------
 
 FP8_BASE = "qwen_image_edit_2509_fp8_e4m3fn.safetensors"
 SCALED_BASE = "qwen_image_edit_2511_fp8_scaled.safetensors"

@@ -117,6 +117,16 @@ def test_the_prediction_is_within_15_percent_of_a_merge_by_comfyui(storage, std,
     assert measure_error(weight, delta, peak) == pytest.approx(done, rel=0.1)
 
 
+@pytest.mark.parametrize("storage", ["fp8", "mxfp8"])
+def test_a_delta_below_the_coins_resolution_is_lost_and_not_noise(storage, comfyui):
+    """fp8 goes through fp16 and a chance of 8 bits: what is finer never gets a coin."""
+    entries, delta = store(storage, draw(0.02, 0)), draw(3e-6, 1)
+    weight = open_weight(entries)
+    exact = weight.values.double() + delta.double()
+    done = (merge(comfyui, entries, delta).double() - exact).norm() / delta.double().norm()
+    assert predict_error(weight, 3e-6) == pytest.approx(done.item(), rel=0.15)
+
+
 def test_an_int8_scale_of_one_dimension_becomes_one_per_row(comfyui):
     entries, delta = store("int8", draw(0.02, 0)), draw(3e-4, 1)
     entries["weight_scale"] = entries["weight_scale"].reshape(1)
@@ -138,6 +148,12 @@ def test_a_delta_of_zero_on_one_weight_moves_the_whole_grid_of_a_scaled_one(comf
     merged = merge(comfyui, entries, delta)
     changed = (merged - weight.values).abs() > 1e-6
     assert changed.float().mean() > 0.8
+    delta += draw(1e-4, 1)
+    exact = weight.values.double() + delta.double()
+    done = (merge(comfyui, entries, delta).double() - exact).norm() / delta.double().norm()
+    peak, std = find_peak(weight, weight.values, delta), delta.std().item()
+    assert measure_error(weight, delta, peak) == pytest.approx(done.item(), rel=0.05)
+    assert predict_error(weight, std, peak) == pytest.approx(done.item(), rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "convrot_w4a4"])
