@@ -1,0 +1,196 @@
+"""Checkpoints: folders that are complete or absent, whenever the process dies.
+
+`step_00000250/` holds one safetensors file per group of tensors, and `state.json` with the numbers
+and every file's size. A folder is filled under a temporary name, brought to the disk (fsync) and
+renamed; an old one is renamed away before its files are deleted. So whatever carries a
+checkpoint's name was complete when it got it. No pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..errors import FileError
+from ..files import explain, separate
+from ..stored import SafetensorsFile
+
+VERSION = 1
+STATE_FILE = "state.json"
+_NAME = re.compile(r"step_(\d{8,})")
+#: What a killed process may leave behind: half-written files (`write_then_rename`), half-filled and
+#: half-deleted checkpoints, and the trial of a folder.
+_LEFTOVER = re.compile(r"\.(step_\d{8,}\.)?[0-9a-f]{16}\.tmp")
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A complete checkpoint, read into memory."""
+
+    path: Path
+    step: int
+    tensors: Mapping[str, Tensors]
+    """Group ("adapter", "optimizer", ...) -> its tensors."""
+    state: Mapping[str, Any]
+    """What JSON can hold."""
+
+
+@dataclass
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    folder: Path
+    keep: int = 2
+    passed_over: list[str] = field(default_factory=list)
+    """A sentence for each damaged checkpoint that `read_latest` met."""
+
+    def prepare(self) -> None:
+        """Makes the folder, tries to write to it, and clears away what a killed process left.
+
+        Raises:
+            FileError: the folder is read-only or its disk is full.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            trial = self.folder / f".{secrets.token_hex(8)}.tmp"
+            trial.write_bytes(b"\0" * 4096)
+            trial.unlink()
+        except OSError as e:
+            raise FileError(
+                f"{self.folder.parent.name} cannot take checkpoints: {explain(e)}."
+            ) from None
+        remove_leftovers(self.folder)
+        self._rotate()
+
+    def list_steps(self) -> list[int]:
+        """Steps of which there is a checkpoint, ascending."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def get_path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def write(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
+        """Writes a checkpoint, then deletes all but the newest `keep`.
+
+        Raises:
+            FileError: the disk is full or the folder read-only. Older checkpoints are untouched.
+        """
+        path = self.get_path(step)
+        temporary = self._name_temporary(step)
+        try:
+            temporary.mkdir(parents=True)
+            for group, named in tensors.items():
+                save_file(separate(named), temporary / f"{group}.safetensors")
+            sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
+            record = {"version": VERSION, "step": step, "files": sizes, "state": dict(state)}
+            (temporary / STATE_FILE).write_text(json.dumps(record), encoding="utf-8")
+            for file in temporary.iterdir():
+                synchronize(file)
+            synchronize(temporary)
+            self._move_away(path)
+            temporary.rename(path)
+            synchronize(self.folder)
+        except (OSError, SafetensorError) as e:
+            shutil.rmtree(temporary, ignore_errors=True)
+            kept = self.list_steps()
+            last = f"the last good one is of step {kept[-1]}" if kept else "there is none yet"
+            raise FileError(
+                f"the checkpoint of step {step} cannot be written: {explain(e)}; {last}."
+            ) from None
+        self._rotate()
+        return path
+
+    def read_latest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; `passed_over` says why newer ones were not taken."""
+        for step in reversed(self.list_steps()):
+            try:
+                return read_checkpoint(self.get_path(step))
+            except FileError as e:
+                self.passed_over.append(str(e))
+        return None
+
+    def _name_temporary(self, step: int) -> Path:
+        return self.folder / f".step_{step:08d}.{secrets.token_hex(8)}.tmp"
+
+    def _rotate(self) -> None:
+        for step in self.list_steps()[: -self.keep]:
+            self._move_away(self.get_path(step))
+
+    def _move_away(self, path: Path) -> None:
+        """Deletes a checkpoint so that its name goes first."""
+        if path.exists():
+            step = int(_NAME.fullmatch(path.name)[1])  # type: ignore[index]
+            condemned = path.rename(self._name_temporary(step))
+            shutil.rmtree(condemned, ignore_errors=True)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint's folder into memory.
+
+    Raises:
+        FileError: files are missing or cut short, or another version wrote it.
+    """
+    try:
+        record = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        if record["version"] != VERSION:
+            raise FileError(
+                f"{path.name} was written by another version of this package (format "
+                f"{record['version']}, this is {VERSION}); start the run anew."
+            )
+        files = {path / name: size for name, size in record["files"].items()}
+        for file, size in files.items():
+            if not file.is_file() or file.stat().st_size != size:
+                raise FileError(f"{path.name} is damaged: {file.name} is missing or cut short.")
+        tensors = {file.stem: dict(read_tensors(file)) for file in files}
+        return Checkpoint(path, record["step"], tensors, record["state"])
+    except OSError as e:
+        raise FileError(f"{path.name} cannot be read: {e.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        if isinstance(e, FileError):
+            raise
+        raise FileError(f"{path.name} is damaged: its {STATE_FILE} is not readable.") from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what a killed process left half done; nothing that has a name of its own."""
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Copies, so that no mapping of the file outlives this."""
+    file = SafetensorsFile(path)
+    for key, tensor in file.tensors.items():
+        yield key, tensor.load().clone()
+    file.release()
+
+
+def synchronize(path: Path) -> None:
+    """Brings a file's or folder's contents to the disk; Windows cannot open folders for that."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

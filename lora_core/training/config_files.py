@@ -1,0 +1,161 @@
+"""TrainConfig to and from plain dictionaries and TOML or JSON files."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import ConfigError, FileError
+from .config import TrainConfig
+
+T = TypeVar("T")
+
+#: Paths that a file gives relative to its own folder.
+PATHS = (("output",), ("model", "source"), ("model", "vae"), ("data", "folder"), ("data", "prior"))
+
+
+def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of a plain tree of dictionaries.
+
+    Raises:
+        ConfigError: an unknown key (the text names the nearest known one), a missing one, a value
+            of another type or outside its range.
+    """
+    return build(TrainConfig, values, "")
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `config_from_dict`; every value is one that JSON has."""
+    return {
+        field.name: to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)
+    }
+
+
+def read_config(path: str | os.PathLike[str]) -> TrainConfig:
+    """Reads a .toml or .json file; relative paths in it are relative to its folder.
+
+    Raises:
+        FileError: the file is missing or no TOML or JSON.
+        ConfigError: as `config_from_dict`, with the file's name in front.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise FileError(f"{path.name} cannot be opened: {e.strerror}.") from None
+    except UnicodeDecodeError:
+        raise FileError(f"{path.name} is no text file; expected TOML or JSON.") from None
+    values = parse(text, path)
+    for section, *names in PATHS:
+        table = values.get(section) if names else values
+        name = names[0] if names else section
+        if isinstance(table, dict) and isinstance(table.get(name), str) and table[name]:
+            table[name] = os.path.normpath(path.parent.absolute() / table[name])
+    try:
+        return config_from_dict(values)
+    except ConfigError as e:
+        raise ConfigError(f"{path.name}: {e}") from None
+
+
+def parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            try:
+                import tomllib
+            except ImportError:  # Python 3.10
+                raise ConfigError(
+                    f"{path.name}: TOML needs Python 3.11 or newer; give the same settings as a "
+                    ".json file."
+                ) from None
+            values = tomllib.loads(text)
+    except ValueError as e:
+        if isinstance(e, ConfigError):
+            raise
+        raise FileError(
+            f"{path.name} cannot be read as {path.suffix[1:] or 'TOML'}: {e}."
+        ) from None
+    if not isinstance(values, dict):
+        raise FileError(f"{path.name} holds no table of settings.")
+    return values
+
+
+def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
+    """One dataclass of the tree from a dictionary of its fields."""
+    place = f"[{where}]" if where else "the configuration"
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{place} is {values!r}; expected a table of settings")
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0)
+            elsewhere = find_section(key) if not where else None
+            hint = f"[{elsewhere}] {key}" if elsewhere else near[0]
+            raise ConfigError(f"{place} has no setting {key!r}; did you mean {hint}?")
+    types_of = typing.get_type_hints(section)
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = convert(values[name], types_of[name], f"{where}.{name}".strip("."))
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{place} lacks {name}; add it")
+    try:
+        return section(**arguments)
+    except ConfigError as e:
+        raise ConfigError(f"[{where}] {e}" if where else str(e)) from None
+
+
+def find_section(key: str) -> str | None:
+    """The table in which a key that was put on top belongs."""
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        if dataclasses.is_dataclass(hint) and key in {f.name for f in dataclasses.fields(hint)}:
+            return name
+    return None
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """A value as its field's type says; whole numbers stand for floats, lists for tuples."""
+    if hint is typing.Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return convert(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(convert(item, arguments[0], where) for item in value)
+    if origin is tuple and isinstance(value, arguments[0]):
+        return (value,)
+    if origin is not None and isinstance(value, Mapping) and len(arguments) == 2:
+        return {str(k): convert(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where} is {value!r}; expected {describe_type(hint)}")
+
+
+def describe_type(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        return "a list of texts"
+    return "a table" if origin is not None else names.get(hint, str(hint))
+
+
+def to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return config_to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, tuple | list) else value

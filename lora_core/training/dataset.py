@@ -1,0 +1,332 @@
+"""The cached training set on disk: what a training step needs, encoded once.
+
+A folder with `index.json`, one safetensors file per item under `items/`, and perhaps
+`empty.safetensors`. Tensors of an item, D being the width of the text embedding (3584):
+
+    target           (16, H, W)   latents as the VAE gives them, not normalised
+    reference_<i>    (16, h, w)   likewise, i = 0, 1, ...; sizes may differ from the target's
+    text             (T, D)       embedding of the caption and of the references it was made with
+    text_empty       (T', D)      the same with an empty caption; optional
+    mask             (H, W)       loss weights >= 0; optional
+
+`empty.safetensors` holds `text_empty` for the items without one of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..errors import ConfigError, FileError, ShapeError
+from ..files import explain, write_then_rename
+from ..stored import SafetensorsFile
+from .flow import count_target_tokens
+from .latents import NUM_CHANNELS
+
+VERSION = 1
+INDEX_FILE = "index.json"
+EMPTY_FILE = "empty.safetensors"
+ITEMS_FOLDER = "items"
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ItemInfo:
+    """One line of the index: all that batches are made from."""
+
+    key: str
+    """File name without `.safetensors`; letters, digits, `.`, `_` and `-`."""
+    target: Size
+    """(H, W) in latent pixels."""
+    references: tuple[Size, ...]
+    num_text_tokens: int
+    caption: str = ""
+    has_mask: bool = False
+    has_empty_text: bool = False
+
+    @property
+    def bucket(self) -> tuple[Size, ...]:
+        """Items of one bucket can share a batch: RoPE is computed once for all of it."""
+        return (self.target, *self.references)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the joint sequence: target, references and text."""
+        return sum(count_target_tokens(*size) for size in self.bucket) + self.num_text_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class CachedItem:
+    """One item's tensors as stored; see the module's docstring."""
+
+    target: torch.Tensor
+    references: tuple[torch.Tensor, ...]
+    text: torch.Tensor
+    text_empty: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {"target": self.target, "text": self.text}
+        named.update({f"reference_{i}": r for i, r in enumerate(self.references)})
+        optional = {"text_empty": self.text_empty, "mask": self.mask}
+        return named | {name: t for name, t in optional.items() if t is not None}
+
+
+class DatasetWriter:
+    """Writes a training set; nothing is one before `finish` has written the index.
+
+    Adding a key again replaces its item. An existing set is replaced at `finish`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self._items: dict[str, ItemInfo] = {}
+        self._text_width: int | None = None
+        self._has_empty_text = False
+
+    def add(self, key: str, item: CachedItem, caption: str = "") -> ItemInfo:
+        """Checks and writes one item.
+
+        Raises:
+            ConfigError: a key that cannot be a file name.
+            ShapeError: tensors of other shapes than the module's docstring gives.
+            FileError: non-finite values, or the file cannot be written.
+        """
+        if not re.fullmatch(r"[\w.-]{1,200}", key, re.ASCII) or key.startswith("."):
+            raise ConfigError(
+                f"{key!r} cannot name a cached item; expected letters, digits, '.', '_' and '-'"
+            )
+        self._check(key, item)
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in item.tensors.items()
+        }
+        self._save(self.folder / ITEMS_FOLDER / f"{key}.safetensors", tensors)
+        info = ItemInfo(
+            key=key,
+            target=get_size(item.target),
+            references=tuple(map(get_size, item.references)),
+            num_text_tokens=item.text.shape[0],
+            caption=caption,
+            has_mask=item.mask is not None,
+            has_empty_text=item.text_empty is not None,
+        )
+        self._items[key] = info
+        return info
+
+    def set_empty_text(self, text_empty: torch.Tensor) -> None:
+        """(T, D): the embedding of an empty caption for every item without one of its own."""
+        self._check_text("the empty caption", text_empty)
+        tensors = {"text_empty": text_empty.detach().cpu().contiguous()}
+        self._save(self.folder / EMPTY_FILE, tensors)
+        self._has_empty_text = True
+
+    def finish(self, metadata: Mapping[str, object] | None = None) -> Path:
+        """Writes the index, in the order in which items were added.
+
+        Args:
+            metadata: what the caches were made with, such as the VAE's name; kept as it is.
+        """
+        if not self._items:
+            raise ConfigError("the training set holds no items; expected at least one")
+        index = {
+            "version": VERSION,
+            "latents": "raw",
+            "text_width": self._text_width,
+            "has_empty_text": self._has_empty_text,
+            "metadata": dict(metadata or {}),
+            "items": [vars(info) for info in self._items.values()],
+        }
+        path = self.folder / INDEX_FILE
+        text = json.dumps(index, indent=1)
+        try:
+            write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        except OSError as e:
+            raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
+        return self.folder
+
+    def _check(self, key: str, item: CachedItem) -> None:
+        for name, latents in (("target", item.target), *enumerate(item.references)):
+            if latents.ndim != 3 or latents.shape[0] != NUM_CHANNELS or not latents.numel():
+                what = name if name == "target" else f"reference_{name}"
+                raise ShapeError(
+                    f"{key}: {what} is {tuple(latents.shape)}; expected ({NUM_CHANNELS}, height, "
+                    "width), the VAE's latents of one picture"
+                )
+        self._check_text(key, item.text)
+        if item.text_empty is not None:
+            self._check_text(key, item.text_empty)
+        mask = item.mask
+        if mask is not None and (mask.shape != item.target.shape[1:] or not mask.sum() > 0):
+            raise ShapeError(
+                f"{key}: the mask is {tuple(mask.shape)} with a sum of {mask.sum().item():g}; "
+                f"expected {tuple(item.target.shape[1:])} like the target, not all of it 0"
+            )
+        if mask is not None and mask.min() < 0:
+            raise ShapeError(f"{key}: the mask holds negative weights; expected 0 or more")
+        for name, tensor in item.tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise FileError(
+                    f"{key}: {name} holds NaN or Inf; expected finite numbers. Encode it again, "
+                    "in float32 if it was half precision."
+                )
+
+    def _check_text(self, key: str, text: torch.Tensor) -> None:
+        if text.ndim != 2 or not text.numel() or self._text_width not in (None, text.shape[1]):
+            width = self._text_width or "width"
+            raise ShapeError(
+                f"{key}: the text embedding is {tuple(text.shape)}; expected (tokens, {width})"
+            )
+        self._text_width = text.shape[1]
+
+    def _save(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_then_rename(path, lambda temporary: save_file(tensors, temporary))
+        except (OSError, SafetensorError) as e:
+            raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
+
+
+@dataclass(frozen=True)
+class CachedDataset:
+    """A training set that `DatasetWriter` wrote; items are read when asked for."""
+
+    folder: Path
+    items: tuple[ItemInfo, ...]
+    text_width: int
+    has_empty_text: bool
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when items come, go or change their sizes: data order would not be the same."""
+        import hashlib
+
+        text = json.dumps([vars(info) for info in self.items])
+        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+    def load(self, index: int) -> CachedItem:
+        """Reads one item.
+
+        Raises:
+            FileError: the file is gone, damaged, or does not fit the index.
+        """
+        info = self.items[index]
+        tensors = self._read(f"{ITEMS_FOLDER}/{info.key}.safetensors")
+        try:
+            item = CachedItem(
+                target=tensors["target"],
+                references=tuple(tensors[f"reference_{i}"] for i in range(len(info.references))),
+                text=tensors["text"],
+                text_empty=tensors["text_empty"] if info.has_empty_text else None,
+                mask=tensors["mask"] if info.has_mask else None,
+            )
+        except KeyError as e:
+            raise FileError(
+                f"{info.key}.safetensors lacks {e.args[0]}, which {INDEX_FILE} promises; "
+                "make the training set again."
+            ) from None
+        if (get_size(item.target), *map(get_size, item.references)) != info.bucket:
+            raise FileError(
+                f"{info.key}.safetensors holds other sizes than {INDEX_FILE} says; "
+                "make the training set again."
+            )
+        return item
+
+    def load_empty_text(self) -> torch.Tensor:
+        """(T, D), shared by the items without one of their own."""
+        return self._read(EMPTY_FILE)["text_empty"]
+
+    def check_captions_can_drop(self) -> None:
+        """ConfigError unless every item has the embedding of an empty caption."""
+        lacking = [info.key for info in self.items if not info.has_empty_text]
+        if lacking and not self.has_empty_text:
+            raise ConfigError(
+                f"caption_dropout needs the embedding of an empty caption, which {lacking[0]} and "
+                f"{len(lacking) - 1} more items lack; cache it with the training set, or set "
+                "caption_dropout to 0"
+            )
+
+    def _read(self, name: str) -> dict[str, torch.Tensor]:
+        file = SafetensorsFile(self.folder / name)
+        tensors = {key: tensor.load() for key, tensor in file.tensors.items()}
+        file.release()
+        return tensors
+
+
+def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
+    """Opens a cached training set.
+
+    Raises:
+        FileError: no index, one of another version, or files missing that it names.
+    """
+    folder = Path(folder)
+    path = folder / INDEX_FILE
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise FileError(
+            f"{folder.name} is no cached training set: its {INDEX_FILE} cannot be read "
+            f"({e.strerror}). Make one first, or correct the folder's name."
+        ) from None
+    except ValueError as e:
+        raise FileError(f"{path.name} is damaged ({e}); make the training set again.") from None
+    try:
+        if index["version"] != VERSION:
+            raise FileError(
+                f"{folder.name} was cached by another version of this package (format "
+                f"{index['version']}, this is {VERSION}); make the training set again."
+            )
+        items = tuple(map(build_info, index["items"]))
+        dataset = CachedDataset(
+            folder, items, index["text_width"], index["has_empty_text"], index["metadata"]
+        )
+    except (KeyError, TypeError) as e:
+        raise FileError(f"{path.name} is damaged ({e!r}); make the training set again.") from None
+    check_files(dataset)
+    return dataset
+
+
+def check_files(dataset: CachedDataset) -> None:
+    folder = dataset.folder / ITEMS_FOLDER
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    lacking = [info.key for info in dataset.items if f"{info.key}.safetensors" not in there]
+    if lacking or not dataset.items:
+        raise FileError(
+            f"{dataset.folder.name} lacks {len(lacking)} of the {len(dataset)} items its "
+            f"{INDEX_FILE} names, such as {(lacking or ['any'])[0]}; make the training set again."
+        )
+
+
+def build_info(line: Mapping[str, object]) -> ItemInfo:
+    """JSON has no tuples."""
+    references = tuple(map(tuple, line["references"]))
+    return ItemInfo(**{**line, "target": tuple(line["target"]), "references": references})
+
+
+def get_size(latents: torch.Tensor) -> Size:
+    return latents.shape[-2], latents.shape[-1]
+
+
+def collect_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings (T_i, D) -> (B, T, D) padded with 0, and which tokens are real, (B, T).
+
+    No mask where all are as long: an all-true mask makes attention take a slower kernel.
+    """
+    lengths = [text.shape[0] for text in texts]
+    padded = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+    if min(lengths) == max(lengths):
+        return padded, None
+    return padded, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

@@ -1,0 +1,286 @@
+"""How a base weight is kept in memory: built row by row, so that it is never there twice.
+
+| storage | a block's Linears | bytes a weight | error of a normal weight |
+|---|---|---|---|
+| fp32, bf16 | as such | 4, 2 | 0, 0.2 % |
+| fp8 | e4m3 with a scale per row; a file's own fp8 as it is | 1 | 2.7 % |
+| int8 | with a scale per row; a file's own int8 as it is | 1 | 0.8 % |
+| nf4 | NormalFloat4, blocks of 64, double quantisation; modulation as int8 | 0.516 | 9.2 % |
+| as stored | what the file holds | | 0 |
+
+Everything outside the blocks (0.3 % of the weights) is kept in the compute dtype. nf4 is
+bitsandbytes' (Dettmers et al. 2023, arXiv 2305.14314), GGUF's codes diffusers'; a scale per row
+needs no library, and ComfyUI's own fp8 and int8 files are of the same kind.
+
+Modulation is a third of all weights (6.8 of 20.4 billion) and scales whole streams, so nf4 keeps it
+in 8 bits: 3.3 GB more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, FileError, NonFiniteWeightsError
+from ..stored_weight import BaseWeight
+from ..targets import MODULATION_IMAGE, MODULATION_TEXT, split_path
+from .base_files import BaseFile
+from .frozen_linear import FrozenLinear, build_scaled_linear
+from .gguf_file import GgufFile
+
+AS_STORED = "as stored"
+STORAGES = ("bf16", "fp32", "fp8", "int8", "nf4", AS_STORED)
+PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EIGHT_BITS = {"fp8": (torch.float8_e4m3fn, torch.float8_e5m2), "int8": (torch.int8,)}
+NF4_BLOCK = 64
+NF4_NESTED_BLOCK = 256
+#: Entries that are widened to float32 at a time, 16 MB.
+CHUNK = 2**22
+
+
+def check_storage(storage: str) -> None:
+    """Raises ConfigError for an unknown one, or one whose library is missing."""
+    if storage not in STORAGES:
+        raise ConfigError(f"unknown storage {storage!r}; expected one of {', '.join(STORAGES)}")
+    if storage == "nf4":
+        import_bitsandbytes()
+
+
+def choose_storage(module_path: str, storage: str) -> str:
+    """The storage of one module of a model that is kept in `storage`; "compute" outside blocks."""
+    block, name = split_path(module_path)
+    if block is None:
+        return "compute"
+    is_modulation = name in MODULATION_IMAGE or name in MODULATION_TEXT
+    return "int8" if storage == "nf4" and is_modulation else storage
+
+
+def build_linear(
+    base: BaseFile,
+    module_path: str,
+    storage: str,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    """One Linear of the base on `device`: nn.Linear where no conversion is needed on use.
+
+    Raises:
+        FileError: the file stores it in a way that is not understood.
+        NonFiniteWeightsError: NaN or Inf.
+    """
+    bias = build_parameter(base, f"{module_path}.bias", compute_dtype, device)
+    storage = choose_storage(module_path, storage)
+    if storage == AS_STORED and isinstance(base.file, GgufFile):
+        linear = build_gguf_linear(base, module_path, bias, device)
+        if linear is not None:
+            return linear
+    weight = base.read_weight(module_path)
+    chunks = partial(read_rows, weight, device, f"{module_path}.weight in {base.name}")
+    if storage == "nf4":
+        return build_nf4_linear(weight.stored.shape, chunks(), bias)
+    if is_kept(weight, storage):
+        for _ in chunks():  # for its check
+            pass
+        copy = weight.to(device)
+        stored = weight.stored.clone() if copy.stored is weight.stored else copy.stored
+        return build_scaled_linear(BaseWeight(stored, copy.scale, weight.rotation), bias)
+    if storage in EIGHT_BITS:
+        return build_scaled_linear(
+            quantize_rows(weight, chunks(), EIGHT_BITS[storage][0], device), bias
+        )
+    dtype = weight.stored.dtype if weight.scaling == "none" else compute_dtype
+    dtype = {"compute": compute_dtype, **PLAIN}.get(storage, dtype)
+    values = gather_rows(weight, chunks(), dtype, device)
+    if dtype != compute_dtype:
+        return build_scaled_linear(BaseWeight(values, None), bias)
+    return build_plain_linear(values, bias)
+
+
+def is_kept(weight: BaseWeight, storage: str) -> bool:
+    """Whether the file's own codes are what is asked for."""
+    if storage == AS_STORED:
+        return weight.stored.dtype.itemsize == 1
+    return weight.stored.dtype in EIGHT_BITS.get(storage, ())
+
+
+def read_rows(
+    weight: BaseWeight, device: torch.device, what: str
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The weight's values in float32 on `device`, some rows at a time.
+
+    Raises:
+        NonFiniteWeightsError: NaN or Inf among them.
+    """
+    num_rows, width = weight.stored.shape
+    step = max(1, CHUNK // width // NF4_BLOCK) * NF4_BLOCK  # no block of nf4 is cut
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        values = weight.take_rows(rows).to(device).values
+        check_finite(values, what)
+        yield rows, values
+
+
+def check_finite(values: torch.Tensor, what: str) -> None:
+    if values.numel() and not all(map(torch.isfinite, torch.aminmax(values))):
+        raise NonFiniteWeightsError(
+            f"{what} holds NaN or Inf; expected finite numbers. Download or convert it again."
+        )
+
+
+def gather_rows(
+    weight: BaseWeight,
+    chunks: Iterator[tuple[slice, torch.Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    values = torch.empty(weight.stored.shape, dtype=dtype, device=device)
+    for rows, chunk in chunks:
+        values[rows] = chunk
+    return values
+
+
+def quantize_rows(
+    weight: BaseWeight,
+    chunks: Iterator[tuple[slice, torch.Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> BaseWeight:
+    """Symmetric, one scale per row that maps its largest entry to the largest code."""
+    is_float = dtype.is_floating_point
+    limit = torch.finfo(dtype).max if is_float else torch.iinfo(dtype).max
+    stored = torch.empty(weight.stored.shape, dtype=dtype, device=device)
+    scale = torch.empty(len(stored), 1, device=device)
+    for rows, chunk in chunks:
+        scale[rows] = chunk.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / limit
+        codes = (chunk / scale[rows]).clamp_(-limit, limit)
+        stored[rows] = (codes if is_float else codes.round_()).to(dtype)
+    return BaseWeight(stored, scale)
+
+
+def build_plain_linear(values: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(1, 1, device="meta")
+    linear.out_features, linear.in_features = values.shape
+    linear.weight = nn.Parameter(values, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def build_parameter(
+    base: BaseFile, key: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
+    """A bias or norm on `device`; None where the file has none of that name."""
+    tensor = base.read_tensor(key)
+    if tensor is None:
+        return None
+    values = tensor.to(device, torch.float32)
+    check_finite(values, f"{key} in {base.name}")
+    return values.to(dtype, copy=True)
+
+
+@dataclass(frozen=True)
+class Nf4Codes:
+    """Two 4-bit codes a byte, a scale a block, the scales in 8 bits themselves."""
+
+    shape: tuple[int, int]
+
+    def __call__(
+        self,
+        dtype: torch.dtype,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        code: torch.Tensor,
+        offset: torch.Tensor,
+        nested_absmax: torch.Tensor,
+        nested_code: torch.Tensor,
+    ) -> torch.Tensor:
+        functional = import_bitsandbytes().functional
+        nested = functional.QuantState(
+            nested_absmax, code=nested_code, blocksize=NF4_NESTED_BLOCK, dtype=torch.float32
+        )
+        state = functional.QuantState(
+            *(absmax, torch.Size(self.shape), code, NF4_BLOCK, "nf4", dtype, offset, nested)
+        )
+        return functional.dequantize_4bit(packed, state)
+
+
+def build_nf4_linear(
+    shape: torch.Size, chunks: Iterator[tuple[slice, torch.Tensor]], bias: torch.Tensor | None
+) -> FrozenLinear:
+    """What `quantize_4bit` makes of the whole weight, which would take it 16 bytes an entry."""
+    functional = import_bitsandbytes().functional
+    parts = [
+        functional.quantize_4bit(chunk, blocksize=NF4_BLOCK, quant_type="nf4")
+        for _, chunk in chunks
+    ]
+    absmax = torch.cat([state.absmax for _, state in parts])
+    offset = absmax.mean()
+    nested, nested_state = functional.quantize_blockwise(
+        absmax - offset, blocksize=NF4_NESTED_BLOCK
+    )
+    codes = {
+        "weight": torch.cat([packed for packed, _ in parts]),
+        "absmax": nested,
+        "code": parts[0][1].code,
+        "offset": offset,
+        "nested_absmax": nested_state.absmax,
+        "nested_code": nested_state.code,
+    }
+    return FrozenLinear(*shape, Nf4Codes(tuple(shape)), codes, bias)
+
+
+def import_bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ConfigError(
+            "nf4 needs the bitsandbytes package, which is not installed; run pip install "
+            "bitsandbytes, or choose fp8 or int8."
+        ) from None
+    return bitsandbytes
+
+
+@dataclass(frozen=True)
+class GgufCodes:
+    """A GGUF's own blocks of codes and scales, (out, bytes of a row)."""
+
+    kind: int
+
+    def __call__(self, dtype: torch.dtype, codes: torch.Tensor) -> torch.Tensor:
+        gguf_utils = import_gguf_kernels()
+        block, num_bytes = gguf_utils.GGML_QUANT_SIZES[self.kind]
+        decode = gguf_utils.dequantize_functions[self.kind]
+        # In its scales' own float16 it would round each value to that.
+        values = decode(codes.reshape(-1, num_bytes), block, num_bytes, dtype=torch.float32)
+        return values.reshape(len(codes), -1).to(dtype)
+
+
+def build_gguf_linear(
+    base: BaseFile, module_path: str, bias: torch.Tensor | None, device: torch.device
+) -> FrozenLinear | None:
+    """None for a tensor that is not quantised."""
+    key = f"{base.prefix}{module_path}.weight"
+    entry = base.file.entries[key]
+    gguf_utils = import_gguf_kernels()
+    kind = gguf_utils.gguf.GGMLQuantizationType(entry.kind)
+    if kind in gguf_utils.UNQUANTIZED_TYPES:
+        return None
+    if kind not in gguf_utils.dequantize_functions:
+        raise FileError(
+            f"{base.name} stores {module_path} as {kind.name}, which diffusers cannot compute "
+            "with; choose bf16, fp8, int8 or nf4 as storage, or a file with another quantisation."
+        )
+    codes = base.file.read_codes(key).to(device)
+    linear = FrozenLinear(*entry.shape, GgufCodes(entry.kind), {"weight": codes}, bias)
+    check_finite(linear.dequantize(), f"{module_path}.weight in {base.name}")
+    return linear
+
+
+def import_gguf_kernels() -> Any:
+    from diffusers.quantizers.gguf import utils
+
+    return utils
