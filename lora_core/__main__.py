@@ -1,4 +1,4 @@
-"""The command line: `python -m lora_core inspect FILE`, and compare, resize, merge, ..."""
+"""The command line: `python -m lora_core inspect FILE`, and compare, resize, train, ..."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .formats.schemes import SCHEMES
 from .inspection import inspect_adapter
 from .statistics import SORT_KEYS
 from .tables import build_comparison_table, build_table, describe_verdict
+from .training.command_line import add_commands
 
 FAILED = 2  # as argparse exits for a wrong command line
 INTERRUPTED = 130
@@ -86,6 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("file")
     add_output(command)
     command.set_defaults(run=run_convert)
+
+    add_commands(commands)
     return parser
 
 

@@ -1,0 +1,162 @@
+"""`python -m lora_core train | sample | estimate`: training on a machine without a screen."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from ..errors import ConfigError
+
+
+def add_commands(commands) -> None:
+    """Adds the training commands to an argparse sub-parsers object."""
+    command = commands.add_parser("train", help="a LoRA from a cached training set")
+    command.add_argument("config", metavar="CONFIG.toml", help="see lora_core/training/config.py")
+    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    command.add_argument("--json", action="store_true", help="one JSON object for each step")
+    command.add_argument("--log-every", type=int, default=10, metavar="STEPS")
+    command.set_defaults(run=run_train)
+
+    command = commands.add_parser("sample", help="pictures with a LoRA, of cached prompts")
+    command.add_argument("config", metavar="CONFIG.toml", help="as for train")
+    command.add_argument("out", help="the folder to write to")
+    command.add_argument("--adapter", metavar="FILE", help="without one: the base model alone")
+    command.add_argument("--strength", type=float, default=1.0)
+    command.add_argument("--items", metavar="KEY,...", help="all items if absent")
+    command.add_argument("--steps", type=int, default=20)
+    command.add_argument("--schedule", choices=("comfyui", "diffusers"), default="comfyui")
+    command.add_argument("--guidance", type=float, default=1.0)
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=run_sample)
+
+    command = commands.add_parser("estimate", help="memory and time of a run before it starts")
+    command.add_argument("config", metavar="CONFIG.toml", help="as for train")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=run_estimate)
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Trains; Ctrl-C writes a checkpoint after the step under way."""
+    from .config_files import read_config
+    from .interruption import stop_on_signals
+    from .session import choose_device, open_session
+    from .trainer import train
+
+    config = read_config(options.config)
+    accelerator = find_accelerator(on_cpu=config.model.device == "cpu")
+    is_main = accelerator is None or accelerator.is_main_process
+    device = choose_device(config.model) if accelerator is None else accelerator.device
+    session = open_session(config, device)
+    with stop_on_signals() as should_stop:
+        reports = train(
+            config,
+            session.model,
+            session.injection,
+            session.dataset,
+            prior=session.prior,
+            decode=session.decode,
+            variant=session.variant,
+            accelerator=accelerator,
+            resume=options.resume,
+            should_stop=should_stop,
+            notify=tell if is_main else None,
+        )
+        step = None
+        for report in reports:
+            step = report.step
+            if not is_main:
+                continue
+            if options.json:
+                print(json.dumps(report.to_dict()), flush=True)
+            elif step == 1 or step % options.log_every == 0 or step == config.steps:
+                print(describe_report(report), flush=True)
+    if is_main:
+        is_finished = step in (None, config.steps)
+        path = f"{config.output}/{config.name}.safetensors"
+        tell(f"wrote {path}" if is_finished else f"stopped after step {step}; --resume goes on")
+
+
+def describe_report(report) -> str:
+    return (
+        f"step {report.step}/{report.num_steps}  loss {report.loss:.4f} "
+        f"({report.smoothed_loss:.4f})  lr {report.learning_rate:.2e}  "
+        f"grad {report.grad_norm:.3g}  {report.seconds:.2f} s  "
+        f"{report.tokens_per_s:.0f} tokens/s  {report.memory_bytes / 2**30:.1f} GiB"
+    )
+
+
+def find_accelerator(on_cpu: bool):
+    """The Accelerator of `accelerate launch`; None for a process on its own."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise ConfigError(
+            "several processes need Hugging Face Accelerate; run pip install accelerate"
+        ) from None
+    return Accelerator(cpu=on_cpu)
+
+
+def run_sample(options: argparse.Namespace) -> None:
+    """Writes each item's latents, and its picture where the configuration names a VAE."""
+    from ..files import read_adapter
+    from .config_files import read_config
+    from .dataset import read_dataset
+    from .image_decoder import load_decoder
+    from .pictures import write_latents, write_picture
+    from .sampling import applied, sample
+    from .session import choose_device, load_model
+
+    if options.steps < 1:
+        raise ConfigError(f"--steps is {options.steps}; expected 1 or more")
+    config = read_config(options.config)
+    device = choose_device(config.model)
+    dataset = read_dataset(config.data.folder)
+    indices = choose_items(dataset, options.items)
+    adapter = read_adapter(options.adapter) if options.adapter else None
+    model = load_model(config.model, device)
+    decode = load_decoder(config.model.vae, device) if config.model.vae else None
+    with applied(model.transformer, adapter, options.strength):
+        for index in indices:
+            latents = sample(
+                *(model, dataset, index),
+                num_steps=options.steps,
+                schedule=options.schedule,
+                guidance=options.guidance,
+                seed=options.seed,
+                device=device,
+            )
+            stem = Path(options.out) / dataset.items[index].key
+            print(f"Wrote {write_latents(latents, stem)}")
+            if decode is not None:
+                print(f"Wrote {write_picture(decode(latents)[0], stem)}")
+
+
+def choose_items(dataset, keys: str | None) -> list[int]:
+    """Indices of the items a list of keys names; all without one."""
+    known = {info.key: index for index, info in enumerate(dataset.items)}
+    chosen = list(known) if keys is None else [key.strip() for key in keys.split(",")]
+    for key in chosen:
+        if key not in known:
+            raise ConfigError(
+                f"the training set has no item {key!r}; it has {next(iter(known))}, …"
+            )
+    return [known[key] for key in chosen]
+
+
+def run_estimate(options: argparse.Namespace) -> None:
+    from .config_files import read_config
+    from .dataset import read_dataset
+    from .estimate import estimate_run
+
+    config = read_config(options.config)
+    estimate = estimate_run(config, read_dataset(config.data.folder))
+    print(json.dumps(estimate.to_dict(), indent=1) if options.json else estimate.to_text())
+
+
+def tell(sentence: str) -> None:
+    print(f"train: {sentence}", file=sys.stderr, flush=True)

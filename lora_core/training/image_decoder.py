@@ -1,0 +1,61 @@
+"""Latents -> pictures, by diffusers' VAE, from ComfyUI's single file or a diffusers folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..errors import ConfigError, FileError
+from ..stored import SafetensorsFile
+from .latents import NUM_CHANNELS, denormalize
+
+
+class ImageDecoder:
+    """A frozen AutoencoderKLQwenImage; call it with normalised latents. Gradients flow through."""
+
+    def __init__(self, vae: torch.nn.Module):
+        self.vae = vae.requires_grad_(False).eval()
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, 16, H, W), normalised -> (B, 3, 8H, 8W) in [0, 1], float32."""
+        raw = denormalize(latents).to(next(self.vae.parameters()).dtype)
+        image = self.vae.decode(raw[:, :, None], return_dict=False)[0][:, :, 0]
+        return (image.float() / 2 + 0.5).clamp(0, 1)
+
+
+def load_decoder(path: str | Path, device: torch.device | str = "cpu") -> ImageDecoder:
+    """Reads a VAE.
+
+    Raises:
+        FileError: missing, damaged, or no VAE of Qwen-Image or Wan 2.1.
+        ConfigError: diffusers is not installed.
+    """
+    path = Path(path)
+    try:
+        from diffusers import AutoencoderKLQwenImage
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+    except ImportError:
+        raise ConfigError(
+            'decoding pictures needs diffusers, which is not installed; run pip install "diffusers"'
+        ) from None
+    if path.is_dir():
+        try:
+            vae = AutoencoderKLQwenImage.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as e:
+            raise FileError(f"{path.name} is no folder of Qwen-Image's VAE ({e}).") from None
+        return ImageDecoder(vae.to(device))
+    file = SafetensorsFile(path)
+    tensors = {key: tensor.load().clone() for key, tensor in file.tensors.items()}
+    file.release()
+    try:
+        if "decoder.conv1.weight" in tensors:  # Wan's names, which ComfyUI keeps
+            tensors = convert_wan_vae_to_diffusers(tensors)
+        vae = AutoencoderKLQwenImage(tensors["encoder.conv_in.weight"].shape[0], NUM_CHANNELS)
+        vae.load_state_dict(tensors)
+    except (KeyError, RuntimeError):
+        raise FileError(
+            f"{path.name} is no VAE of Qwen-Image; expected qwen_image_vae.safetensors or "
+            "diffusers' folder of it."
+        ) from None
+    return ImageDecoder(vae.to(device, next(iter(tensors.values())).dtype))

@@ -1,0 +1,144 @@
+"""From a file to a model that can be trained on, one tensor at a time.
+
+The base is never in memory twice: the model is built without data, and each tensor is read, brought
+into its storage on its device and put in place before the next one is read. Beside the model itself
+host memory holds no more than the largest tensor, once as the file has it and once as it is kept,
+some chunks of 16 MB, and `RELEASE_EVERY` of the file's pages (DESIGN section 8).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from ..errors import KeyFormatError, ShapeError
+from ..progress import Progress, ShouldStop, track
+from ..report import shorten_list
+from .architecture import read_architecture
+from .base_files import BaseFile, open_base_file
+from .quantization import build_linear, build_parameter, check_storage
+from .transformer import EditTransformer
+
+#: Bytes read from a mapped file after which its pages are given back.
+RELEASE_EVERY = 2**27
+
+
+def load_transformer(
+    source: str | os.PathLike[str],
+    storage: str = "bf16",
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.bfloat16,
+    *,
+    zero_cond_t: bool | None = None,
+    num_offloaded: int = 0,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> EditTransformer:
+    """A frozen base model of any size.
+
+    Args:
+        source: ComfyUI's single file (bf16, fp16, fp32, plain or scaled fp8, int8, mxfp8), a GGUF,
+            or a diffusers folder.
+        storage: one of `quantization.STORAGES`; what each is, is told there.
+        zero_cond_t: whether references are shown at noise level 0, as 2511 does; None: as the file
+            is marked.
+        num_offloaded: so many of the last blocks stay on the CPU; see `offload.offload_blocks`.
+
+    Raises:
+        FileError: the source is missing, damaged, or stored in a way that is not understood.
+        KeyFormatError: it is another model, or tensors are missing.
+        ShapeError: a tensor's shape contradicts the others.
+        NonFiniteWeightsError: NaN or Inf in a tensor.
+        ConfigError: an unknown storage, or a package that it needs is missing.
+        InterruptedError: `should_stop` returned True.
+    """
+    check_storage(storage)
+    base = open_base_file(source)
+    try:
+        architecture = read_architecture(
+            base.shapes,
+            base.name,
+            base.axes,
+            base.zero_cond_t if zero_cond_t is None else zero_cond_t,
+        )
+        transformer = architecture.build_empty()
+        check_keys(transformer, base)
+        device = torch.device(device)
+        first_offloaded = architecture.num_layers - num_offloaded
+        num_read = 0
+        for path in track(list_leaves(transformer), progress, should_stop, "loading"):
+            is_offloaded = find_block(path) >= first_offloaded
+            place = torch.device("cpu") if is_offloaded else device
+            load_leaf(transformer, path, base, storage, compute_dtype, device, place)
+            num_read += base.count_bytes(path)
+            if num_read > RELEASE_EVERY:
+                base.release()
+                num_read = 0
+    finally:
+        base.release()
+    transformer.requires_grad_(False)
+    return EditTransformer(transformer.eval(), compute_dtype)
+
+
+def list_leaves(transformer: nn.Module) -> list[str]:
+    """Paths of the modules that have parameters of their own."""
+    return [
+        path
+        for path, module in transformer.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def find_block(path: str) -> int:
+    """The number of the block a module is in; -1 outside."""
+    first, _, rest = path.partition(".")
+    return int(rest.partition(".")[0]) if first == "transformer_blocks" else -1
+
+
+def check_keys(transformer: nn.Module, base: BaseFile) -> None:
+    """Raises KeyFormatError or ShapeError unless the file holds this model, whole and alone."""
+    expected = {name: tuple(p.shape) for name, p in transformer.named_parameters()}
+    missing = [key for key in expected if key not in base.shapes]
+    if missing:
+        raise KeyFormatError(
+            f"{base.name} lacks {len(missing)} of {len(expected)} tensors of a Qwen-Image model "
+            f"({shorten_list(missing, 3)}): it is another model or incomplete. Choose a whole "
+            "diffusion model of Qwen-Image-Edit."
+        )
+    unknown = [key for key in base.shapes if key not in expected]
+    if unknown:
+        raise KeyFormatError(
+            f"{base.name} holds {len(unknown)} tensors that a Qwen-Image-Edit model has not "
+            f"({shorten_list(unknown, 3)}); it is another model, or already changed by one. Choose "
+            "a diffusion model of Qwen-Image-Edit."
+        )
+    for key, shape in expected.items():
+        found = tuple(base.shapes[key])
+        if found != shape and not base.is_packed(key):
+            raise ShapeError(
+                f"{base.name}: {key} is {found}, but {shape} follows from the other tensors. The "
+                "file is damaged or of another model: choose a diffusion model of Qwen-Image-Edit."
+            )
+
+
+def load_leaf(
+    transformer: nn.Module,
+    path: str,
+    base: BaseFile,
+    storage: str,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    place: torch.device,
+) -> None:
+    """Gives one module its data: computed on `device`, kept on `place`."""
+    module = transformer.get_submodule(path)
+    if isinstance(module, nn.Linear):
+        linear = build_linear(base, path, storage, compute_dtype, device)
+        parent, _, name = path.rpartition(".")
+        setattr(transformer.get_submodule(parent), name, linear.to(place))
+        return
+    for name, _ in list(module.named_parameters(recurse=False)):
+        tensor = build_parameter(base, f"{path}.{name}", compute_dtype, device)
+        setattr(module, name, nn.Parameter(tensor.to(place), requires_grad=False))

@@ -1,0 +1,95 @@
+"""Opening what a configuration names: base model, LoRAs, training sets, VAE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import ConfigError
+from ..formats.architectures import read_variant
+from ..injection import Injection, inject
+from .config import ModelConfig, TrainConfig
+from .dataset import CachedDataset, read_dataset
+from .image_decoder import load_decoder
+from .loading import load_transformer
+from .losses import Decode
+from .transformer import EditTransformer
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Session:
+    """Everything `train` takes besides the configuration."""
+
+    model: EditTransformer
+    injection: Injection
+    dataset: CachedDataset
+    prior: CachedDataset | None
+    decode: Decode | None
+    variant: str | None
+
+
+def open_session(config: TrainConfig, device: torch.device | None = None) -> Session:
+    """Loads and injects; training sets first, since they are quick to be found wrong.
+
+    Raises:
+        FileError, KeyFormatError, ShapeError, ConfigError, TargetError: as what it opens.
+    """
+    device = device or choose_device(config.model)
+    dataset = read_dataset(config.data.folder)
+    prior = read_dataset(config.data.prior) if config.data.prior else None
+    model = load_model(config.model, device)
+    width = model.transformer.config.joint_attention_dim
+    if dataset.text_width != width:
+        raise ConfigError(
+            f"the training set's text embeddings are {dataset.text_width} wide, but the model "
+            f"takes {width}; cache it with this model's text encoder"
+        )
+    injection = inject(model.transformer, config.lora, seed=config.seed)
+    if config.model.compile:
+        for block in model.blocks:  # after the LoRAs are in; one block's code serves all
+            block.compile()
+    decode = load_decoder(config.model.vae, device) if config.model.vae else None
+    return Session(model, injection, dataset, prior, decode, find_variant(config.model, model))
+
+
+def load_model(config: ModelConfig, device: torch.device) -> EditTransformer:
+    model = load_transformer(
+        config.source,
+        config.storage,
+        device,
+        COMPUTE_DTYPES[config.compute_dtype],
+        zero_cond_t=None if config.variant == "auto" else config.variant == "2511",
+        num_offloaded=config.offload_blocks,
+    )
+    model.enable_gradient_checkpointing(config.gradient_checkpointing)
+    return model
+
+
+def choose_device(config: ModelConfig) -> torch.device:
+    """The one asked for, or the GPU where there is one.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ConfigError(
+            f"the device {config.device!r} is not there; expected cpu, cuda or auto"
+        ) from None
+    return device
+
+
+def find_variant(config: ModelConfig, model: EditTransformer) -> str | None:
+    """What the adapter's metadata will say it is made for; None where nothing tells."""
+    if config.variant != "auto":
+        return config.variant
+    if model.zero_cond_t:
+        return "2511"
+    return read_variant(config.source.replace("\\", "/").rpartition("/")[2], False)
