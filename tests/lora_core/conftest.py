@@ -6,6 +6,8 @@ the part alone, so two spellings of an adapter hold the same numbers.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +17,13 @@ import pytest
 import torch
 from qwen_edit_lora.lora_core import targets
 from safetensors.torch import save_file
+
+if "dense_algebra" not in sys.modules:  # importable by the tests beside it
+    spec = importlib.util.spec_from_file_location(
+        "dense_algebra", Path(__file__).with_name("dense_algebra.py")
+    )
+    sys.modules["dense_algebra"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
 WIDTH = 4
 TO_Q = "transformer_blocks.0.attn.to_q"

@@ -7,6 +7,16 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from dense_algebra import (
+    COLUMNS,
+    ROWS,
+    TO_K,
+    TO_Q,
+    TO_V,
+    LargestTensor,
+    compute_dense,
+    make_adapter,
+)
 from qwen_edit_lora.lora_core import (
     Adapter,
     Comparison,
@@ -20,12 +30,6 @@ from qwen_edit_lora.lora_core import (
     OftWeights,
     compare_adapters,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-
-ROWS, COLUMNS = 96, 80
-TO_Q = "transformer_blocks.0.attn.to_q"
-TO_K = "transformer_blocks.0.attn.to_k"
-TO_V = "transformer_blocks.0.attn.to_v"
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +40,6 @@ def seed():
 def make_lora(rank: int = 4, alpha: float | None = None, dtype=torch.float32) -> LoraWeights:
     lora_A, lora_B = torch.randn(rank, COLUMNS), torch.randn(ROWS, rank) / 10
     return LoraWeights(lora_A.to(dtype), lora_B.to(dtype), alpha)
-
-
-def make_adapter(modules: dict[str, ModuleWeights], name: str = "adapter") -> Adapter:
-    return Adapter(modules, name=name)
-
-
-def compute_dense(weights: LoraWeights) -> torch.Tensor:
-    return weights.scale * weights.lora_B.double() @ weights.lora_A.double()
 
 
 def concatenate(adapter: Adapter, paths: Iterable[str]) -> torch.Tensor:
@@ -326,19 +322,6 @@ def test_the_text_states_the_same_figures():
     assert "1 modules compared, 1 only in a, 1 only in b" in text
     assert f"cosine {found.cosine:.4g}" in text
     assert f"only in b: {TO_V}" in text
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any operation inside returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple) else (result,):
-            if isinstance(value, torch.Tensor):
-                self.largest = max(self.largest, value.numel())
-        return result
 
 
 def test_plain_loras_are_compared_without_a_tensor_of_the_modules_size():
