@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,6 +85,8 @@ class Inspection:
     """Module path -> why it has no figures."""
     non_finite: tuple[str, ...] = ()
     """Modules with NaN or Inf; they have no figures either."""
+    misfits: tuple[str, ...] = ()
+    """Those of the skipped that the base lacks, or has in another shape."""
 
     @property
     def mean(self) -> float:
@@ -158,8 +160,17 @@ class Inspection:
             "merge_error": self.merge_error,
             "skipped": dict(self.skipped),
             "non_finite": list(self.non_finite),
+            "misfits": list(self.misfits),
             "modules": {path: module.to_dict() for path, module in self.modules.items()},
         }
+
+
+class Obstacle(NamedTuple):
+    """Why a module has no figures."""
+
+    reason: str
+    is_misfit: bool = False
+    """The base is at fault: it lacks the module or has it in another shape."""
 
 
 def count(module: ModuleInspection) -> int:
@@ -190,13 +201,13 @@ def inspect_adapter(
     weights_of_base = None if base is None else open_base(base)
     sampled = choose_sample(list(adapter.modules))
 
-    def inspect(path: str, stop: ShouldStop | None) -> ModuleInspection | str | None:
+    def inspect(path: str, stop: ShouldStop | None) -> ModuleInspection | Obstacle | None:
         """The figures, or why there are none; None for NaN or Inf."""
         weights = adapter.modules[path]
         weight = None if weights_of_base is None else weights_of_base.get(path)
-        reason = find_obstacle(weights, weights_of_base, weight)
-        if reason:
-            return reason
+        obstacle = find_obstacle(weights, weights_of_base, weight)
+        if obstacle is not None:
+            return obstacle
         if not all(is_finite(load(tensor)) for tensor in weights.parts.values()):
             return None
         return inspect_module(weights, exact, weight, path in sampled, stop)
@@ -214,8 +225,9 @@ def inspect_adapter(
     return Inspection(
         adapter.name,
         {path: one for path, one in results.items() if isinstance(one, ModuleInspection)},
-        {path: one for path, one in results.items() if isinstance(one, str)},
+        {path: one.reason for path, one in results.items() if isinstance(one, Obstacle)},
         tuple(path for path, one in results.items() if one is None),
+        tuple(path for path, one in results.items() if isinstance(one, Obstacle) and one.is_misfit),
     )
 
 
@@ -227,19 +239,20 @@ def choose_sample(paths: list[str]) -> frozenset[str]:
 
 def find_obstacle(
     weights: ModuleWeights, base: BaseWeights | None, weight: BaseWeight | None
-) -> str | None:
+) -> Obstacle | None:
     """Why a module has no figures, or None."""
     if weight is not None and not fits(weights, tuple(weight.stored.shape)):
-        return (
+        return Obstacle(
             f"the base's weight is {tuple(weight.stored.shape)}, the adapter was made for "
-            f"{weights.shape}"
+            f"{weights.shape}",
+            is_misfit=True,
         )
-    if weights.kind == "OFT" and weight is None:
-        return "an OFT rotates the base weight and has no delta without it"
+    if weights.kind == "OFT" and base is None:
+        return Obstacle("an OFT rotates the base weight and has no delta without it")
     if weights.kind != "OFT" and (weights.shape is None or len(weights.shape) != 2):
-        return "a change of a norm or bias, which has no matrix"
+        return Obstacle("a change of a norm or bias, which has no matrix")
     if base is not None and weight is None:
-        return f"{base.name} has no such module"
+        return Obstacle(f"{base.name} has no such module", is_misfit=True)
     return None
 
 

@@ -15,7 +15,7 @@ from .inspection import Inspection, ModuleInspection
 from .stored import StoredTensor, read_signature, shorten
 
 #: Goes up when the same file would get other figures; the fields are compared anyway.
-VERSION = 2
+VERSION = 3
 HASH_CHUNK_BYTES = 1 << 24
 MAX_HEADER_BYTES = 100_000_000  # as safetensors limits it
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -78,6 +78,7 @@ def write_inspection(inspection: Inspection, path: Path) -> None:
             "modules": {path: asdict(module) for path, module in inspection.modules.items()},
             "skipped": dict(inspection.skipped),
             "non_finite": list(inspection.non_finite),
+            "misfits": list(inspection.misfits),
         }
     )
     write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -90,7 +91,8 @@ def read_inspection(path: Path, name: str) -> Inspection | None:
         if saved["version"] != VERSION or saved["fields"] != list_fields():
             return None
         modules = {path: build_module(figures) for path, figures in saved["modules"].items()}
-        return Inspection(name, modules, saved["skipped"], tuple(saved["non_finite"]))
+        lists = (tuple(saved[field]) for field in ("non_finite", "misfits"))
+        return Inspection(name, modules, saved["skipped"], *lists)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

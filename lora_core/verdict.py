@@ -38,6 +38,12 @@ def judge(inspection: Inspection) -> tuple[str, ...]:
         sentences += judge_merge(inspection)
         if not (sentences and sentences[0].startswith("untrained")):
             sentences.append(judge_size(inspection))
+    elif inspection.misfits and not sentences:
+        first = inspection.misfits[0]
+        sentences.append(
+            f"nothing to judge: none of {len(inspection.misfits)} modules fits this base "
+            f"({first}: {inspection.skipped[first]}); choose the base it was trained on"
+        )
     elif not sentences:
         sentences.append("nothing to judge: no module of this adapter has a delta of its own")
     return tuple(sentences)

@@ -8,7 +8,6 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..lora_core import ConfigError, LoraError
-from ..lora_core.inspection import Inspection
 from ..lora_core.plots import draw_heat_map, draw_histogram, draw_spectrum
 from ..lora_core.statistics import SORT_KEYS, STATISTICS
 from ..lora_core.stored import read_signature
@@ -25,8 +24,6 @@ from .sockets import (
 )
 
 NO_BASE = "none"
-#: Why a module is skipped beside any base (inspection.find_obstacle); other reasons are misfits.
-NO_MATRIX = "a change of a norm or bias"
 
 
 class QwenEditLoraInspect(io.ComfyNode):
@@ -133,7 +130,7 @@ class QwenEditLoraInspect(io.ComfyNode):
             base = host.find_diffusion_model(base_model)
         inspection = get_inspection(take_adapter(adapter), exact, base)
         verdict = describe_verdict(inspection)
-        warns = needs_attention(inspection) or (base is not None and has_misfits(inspection))
+        warns = needs_attention(inspection) or bool(inspection.misfits)
         table = build_table(inspection, sort_by)
         heat_map = build_image(draw_heat_map(inspection, statistic))
         shown = {
@@ -148,11 +145,6 @@ class QwenEditLoraInspect(io.ComfyNode):
             build_image(draw_spectrum(inspection)),
             ui=shown,
         )
-
-
-def has_misfits(inspection: Inspection) -> bool:
-    """Whether the base lacks modules of the adapter, or has them in other shapes."""
-    return any(not reason.startswith(NO_MATRIX) for reason in inspection.skipped.values())
 
 
 NODES = [QwenEditLoraInspect]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from qwen_edit_lora.lora_core import (
     Adapter,
+    DiffWeights,
     DoraWeights,
     LohaWeights,
     LokrWeights,
@@ -116,7 +117,26 @@ def test_modules_that_do_not_match_the_base_say_so_one_by_one():
     assert found.skipped[second] == (
         "the base's weight is (64, 64), the adapter was made for (256, 128)"
     )
+    assert found.misfits == (first, second)
     assert list(found.modules) == [third]
+
+
+def test_the_wrong_base_is_named_instead_of_the_adapter():
+    adapter, base = make_small_adapter(3e-4)
+    (first, *_) = adapter.modules
+    found = inspect_adapter(adapter, {key: torch.randn(64, 64) for key in base})
+    (sentence,) = found.verdict
+    assert sentence.startswith("nothing to judge: none of 3 modules fits this base")
+    assert f"{first}: the base's weight is (64, 64)" in sentence
+    assert "choose the base it was trained on" in sentence
+
+
+def test_a_change_of_a_norm_is_no_misfit():
+    adapter, base = make_small_adapter(3e-4)
+    norm = DiffWeights(torch.ones(64))
+    found = inspect_adapter(Adapter({**adapter.modules, "txt_norm": norm}, name="a"), base)
+    assert list(found.skipped) == ["txt_norm"]
+    assert found.misfits == ()
 
 
 def test_the_base_file_is_read_one_module_at_a_time(tmp_path, monkeypatch):
