@@ -1,0 +1,130 @@
+"""Configurations: what is refused, in which words, and that files come back as they were."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from qwen_edit_lora.lora_core import ConfigError, FileError, LoraError
+from qwen_edit_lora.lora_core.training.config_files import (
+    config_from_dict,
+    config_to_dict,
+    read_config,
+)
+
+SMALLEST = {
+    "name": "my edit",
+    "output": "run",
+    "model": {"source": "m.safetensors"},
+    "data": {"folder": "d"},
+}
+
+
+def change(path: str, value: object) -> dict:
+    values = json.loads(json.dumps(SMALLEST))
+    *sections, key = path.split(".")
+    table = values
+    for section in sections:
+        table = table.setdefault(section, {})
+    table[key] = value
+    return values
+
+
+def test_the_defaults_are_those_of_a_qwen_image_edit_lora():
+    config = config_from_dict(SMALLEST)
+    assert (config.lora.rank, config.lora.targets) == (16, ("full",))
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("adamw", 1e-4)
+    assert (config.data.batch_size, config.objective.sampling) == (1, "shift")
+
+
+def test_a_configuration_survives_a_dictionary_and_json():
+    values = change("lora.rank_pattern", {"attn.to_q": 32})
+    values["objective"] = {"auxiliary": {"contrastive": 0.1}, "sigma_min": 0.1}
+    values["optimizer"] = {"options": {"weight_decay": 0.1, "betas": [0.9, 0.95]}}
+    config = config_from_dict(values)
+    again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
+    assert config_to_dict(again) == config_to_dict(config)
+    assert again.lora.rank_pattern["attn.to_q"] == 32
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("optimizer.learningrate", 1, r"\[optimizer\] has no .*; did you mean learning_rate\?"),
+        ("rank", 8, r"the configuration has no setting 'rank'; did you mean \[lora\] rank\?"),
+        ("modle", {}, r"no setting 'modle'; did you mean model\?"),
+        ("model", "m", r"\[model\] is 'm'; expected a table"),
+        ("lora.rank", 0, r"\[lora\] rank is 0; expected a whole number from 1"),
+        ("lora.rank", 4.5, r"lora\.rank is 4\.5; expected a whole number"),
+        ("lora.rank", True, r"lora\.rank is True; expected a whole number"),
+        ("lora.targets", 3, r"lora\.targets is 3; expected a list of texts"),
+        ("model.compile", 1, r"model\.compile is 1; expected true or false"),
+        ("model.storage", "fp4", r"\[model\] storage is 'fp4'; expected one of bf16, "),
+        ("model.source", " ", r"source is empty; expected a path"),
+        ("data.caption_dropout", 1.5, r"\[data\] caption_dropout is 1\.5; expected 0 to 1"),
+        ("data.batch_size", 0, r"batch_size is 0; expected 1 or more"),
+        ("optimizer.learning_rate", 0, r"learning_rate is 0\.0; expected a number above 0"),
+        ("optimizer.learning_rate", float("inf"), r"learning_rate is inf; expected a number above"),
+        ("optimizer.ema_decay", 1, "ema_decay is 1, which would never"),
+        ("optimizer.name", "adam", r"name is 'adam'; expected one of adamw, "),
+        ("optimizer.warmup_steps", 3000, "warmup_steps is 3000 of 2000 steps"),
+        ("objective.sigma_min", 1, "sigma_min is 1 and sigma_max 1; expected the first"),
+        ("objective.auxiliary", {"face": 1}, "unknown auxiliary loss 'face'; expected one of"),
+        ("objective.auxiliary", {"contrastive": -1}, "weight of the auxiliary loss 'contrastive'"),
+        ("steps", 0, "^steps is 0; expected 1 or more"),
+        ("name", "a/b", "name is 'a/b'; expected up to 120"),
+        ("name", "", "name is ''; expected up to 120"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_one_sentence_with_its_place(path, value, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config_from_dict(change(path, value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["name", "model.source", "data.folder", "model"])
+def test_what_has_no_default_must_be_given(path):
+    values = json.loads(json.dumps(SMALLEST))
+    *sections, key = path.split(".")
+    table = values[sections[0]] if sections else values
+    del table[key]
+    with pytest.raises(ConfigError, match=f"lacks {key}; add it"):
+        config_from_dict(values)
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".json"])
+def test_relative_paths_are_relative_to_the_file(tmp_path, suffix):
+    folder = tmp_path / "somewhere"
+    folder.mkdir()
+    path = folder / f"config{suffix}"
+    values = SMALLEST | {"steps": 7, "model": {"source": "../m.gguf"}}
+    toml = (
+        'name = "a"\noutput = "run"\nsteps = 7\n'
+        '[model]\nsource = "../m.gguf"\n[data]\nfolder = "d"\n'
+    )
+    path.write_text(toml if suffix == ".toml" else json.dumps(values))
+    config = read_config(path)
+    assert config.steps == 7
+    assert config.output == str(folder / "run")
+    assert config.model.source == str(tmp_path / "m.gguf")
+    assert config.model.vae == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name = ", r"config\.toml cannot be read as toml: "),
+        (b"\xff\xfe\x00", r"config\.toml is no text file"),
+        (b"name = 'a'", r"config\.toml: the configuration lacks output; add it"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_a_sentence_with_its_name(tmp_path, content, message):
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(LoraError, match=message):
+        read_config(path)
+
+
+def test_a_missing_file_is_a_sentence(tmp_path):
+    with pytest.raises(FileError, match=r"nothing\.toml cannot be opened: No such file"):
+        read_config(tmp_path / "nothing.toml")

@@ -1,0 +1,136 @@
+"""`python -m lora_core train`, `sample` and `estimate` on the demo base's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from qwen_edit_lora.lora_core import read_adapter
+from qwen_edit_lora.lora_core.__main__ import main
+from qwen_edit_lora.lora_core.training.metrics import read_metrics
+from safetensors.torch import load_file
+from tiny import make_dataset, make_item
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def write_config(tmp_path, demo_models):
+    """Writes config.toml for the demo base beside a training set of two items."""
+    make_dataset(tmp_path / "data", {k: make_item(i, (8, 8)) for i, k in enumerate("ab")})
+
+    def write(steps: int = 4, variant: str = "2511_bf16", **model: str) -> str:
+        model = {"source": demo_models.dit[variant].as_posix(), "device": "cpu", **model}
+        lines = [f"{name} = {json.dumps(value)}" for name, value in model.items()]
+        path = tmp_path / "config.toml"
+        path.write_text(
+            f'name = "demo"\noutput = "run"\nsteps = {steps}\n[model]\n'
+            + "\n".join(lines)
+            + '\n[data]\nfolder = "data"\n[lora]\nrank = 4\n'
+            + "[saving]\ncheckpoint_every = 2\n[optimizer]\nema_decay = 0.9\n"
+        )
+        return str(path)
+
+    return write
+
+
+def test_train_writes_an_adapter_that_says_what_it_is(write_config, tmp_path, capsys):
+    assert main(["train", write_config()]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("step 1/4  loss ")
+    assert err.splitlines()[-1].startswith("train: wrote ")
+    adapter = read_adapter(tmp_path / "run" / "demo.safetensors")
+    assert adapter.metadata["modelspec.architecture"] == "Qwen-Image-Edit-2511/lora"
+    assert {weights.rank for weights in adapter.modules.values()} == {4}
+
+
+def test_train_again_is_refused_in_one_line_and_with_resume_goes_on(write_config, capsys):
+    assert main(["train", write_config(2), "--json"]) == 0
+    reports = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [report["step"] for report in reports] == [1, 2]
+    assert main(["train", write_config(4)]) == 2
+    assert capsys.readouterr().err == (
+        "train: run already holds a run up to step 2; resume it, or choose another output folder\n"
+    )
+    assert main(["train", write_config(4), "--resume", "--json"]) == 0
+    reports = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [report["step"] for report in reports] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"source": "nothing.safetensors"}, "nothing.safetensors is not there"),
+        ({"device": "cuda:77"}, "the device 'cuda:77' is not there"),
+        ({"storage": "fp4"}, "config.toml: [model] storage is 'fp4'; expected one of"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_line(write_config, capsys, model, message):
+    assert main(["train", write_config(**model)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+
+
+def test_sample_follows_the_adapter_and_its_strength(write_config, tmp_path, capsys):
+    config = write_config(variant="2509_fp32")
+    assert main(["train", config]) == 0
+    adapter = str(tmp_path / "run" / "demo.safetensors")
+    samples = {}
+    for name, options in {
+        "base": [],
+        "zero": ["--adapter", adapter, "--strength", "0"],
+        "trained": ["--adapter", adapter],
+    }.items():
+        folder = tmp_path / name
+        command = ["sample", config, str(folder), "--steps", "3", "--items", "b", *options]
+        assert main(command) == 0
+        assert [path.name for path in folder.iterdir()] == ["b.safetensors"]
+        samples[name] = load_file(folder / "b.safetensors")["samples"]
+    assert samples["base"].shape == (1, 16, 1, 8, 8)
+    assert torch.equal(samples["zero"], samples["base"])
+    assert not torch.allclose(samples["trained"], samples["base"], atol=1e-6)
+
+
+def test_sample_decodes_with_the_vae_of_comfyuis_file(write_config, demo_models, tmp_path):
+    from PIL import Image
+
+    config = write_config(vae=demo_models.vae.as_posix())
+    assert main(["sample", config, str(tmp_path / "out"), "--steps", "2"]) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["a.png", "a.safetensors", "b.png", "b.safetensors"]
+    assert Image.open(tmp_path / "out" / "a.png").size == (64, 64)
+
+
+def test_an_unknown_item_is_one_line(write_config, tmp_path, capsys):
+    assert main(["sample", write_config(), str(tmp_path / "out"), "--items", "c"]) == 2
+    assert "the training set has no item 'c'; it has a" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a signal")
+def test_a_terminated_run_saves_its_step_and_says_how_to_go_on(write_config, tmp_path):
+    command = [sys.executable, "-m", "lora_core", "train", write_config(100_000), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    last = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))[-1]["step"]
+    assert err.splitlines()[-1] == f"train: stopped after step {last}; --resume goes on"
+    assert (tmp_path / "run" / "checkpoints" / f"step_{last:08d}").is_dir()
