@@ -140,7 +140,10 @@ def write_then_rename(path: Path, write) -> None:
     """Calls `write(temporary_path)`, then moves the result into place; a failure leaves nothing."""
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors lets nobody but the owner read
         os.replace(temporary, path)  # noqa: PTH105 - Path.replace is the same call
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from pathlib import Path
 
 from ..errors import ConfigError
 
+#: They note on import which of their own optional parts are missing; nothing a user can use.
+TALKATIVE = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
+
 
 def add_commands(commands) -> None:
     """Adds the training commands to an argparse sub-parsers object."""
     command = commands.add_parser("train", help="a LoRA from a cached training set")
-    command.add_argument("config", metavar="CONFIG.toml", help="see lora_core/training/config.py")
+    command.add_argument("config", metavar="CONFIG.toml", help="see training/example.toml")
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     command.add_argument("--json", action="store_true", help="one JSON object for each step")
     command.add_argument("--log-every", type=int, default=10, metavar="STEPS")
@@ -42,14 +46,19 @@ def run_train(options: argparse.Namespace) -> None:
     """Trains; Ctrl-C writes a checkpoint after the step under way."""
     from .config_files import read_config
     from .interruption import stop_on_signals
-    from .session import choose_device, open_session
-    from .trainer import train
+    from .session import choose_device, describe_session, open_session
+    from .trainer import check_output, train
 
+    quiet_libraries()
     config = read_config(options.config)
     accelerator = find_accelerator(on_cpu=config.model.device == "cpu")
     is_main = accelerator is None or accelerator.is_main_process
     device = choose_device(config.model) if accelerator is None else accelerator.device
+    if is_main:
+        check_output(config, options.resume)
     session = open_session(config, device)
+    for sentence in describe_session(session, config) if is_main else ():
+        tell(sentence)
     with stop_on_signals() as should_stop:
         reports = train(
             config,
@@ -80,12 +89,23 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def describe_report(report) -> str:
+    parts = ", ".join(f"{name} {loss:.4f}" for name, loss in (report.parts or {}).items())
+    remaining_s = round(report.seconds * (report.num_steps - report.step))
     return (
         f"step {report.step}/{report.num_steps}  loss {report.loss:.4f} "
-        f"({report.smoothed_loss:.4f})  lr {report.learning_rate:.2e}  "
-        f"grad {report.grad_norm:.3g}  {report.seconds:.2f} s  "
-        f"{report.tokens_per_s:.0f} tokens/s  {report.memory_bytes / 2**30:.1f} GiB"
+        f"({report.smoothed_loss:.4f}){f' = {parts}' if parts else ''}  "
+        f"lr {report.learning_rate:.2e}  grad {report.grad_norm:.3g}  {report.seconds:.2f} s  "
+        f"{report.tokens_per_s:.0f} tokens/s  {report.memory_bytes / 2**30:.1f} GiB  "
+        f"{remaining_s // 3600}:{remaining_s // 60 % 60:02}:{remaining_s % 60:02} left"
     )
+
+
+def quiet_libraries() -> None:
+    """Errors of the libraries only: a terminal shall show the run."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def find_accelerator(on_cpu: bool):
@@ -113,6 +133,7 @@ def run_sample(options: argparse.Namespace) -> None:
 
     if options.steps < 1:
         raise ConfigError(f"--steps is {options.steps}; expected 1 or more")
+    quiet_libraries()
     config = read_config(options.config)
     device = choose_device(config.model)
     dataset = read_dataset(config.data.folder)
@@ -153,6 +174,7 @@ def run_estimate(options: argparse.Namespace) -> None:
     from .dataset import read_dataset
     from .estimate import estimate_run
 
+    quiet_libraries()
     config = read_config(options.config)
     estimate = estimate_run(config, read_dataset(config.data.folder))
     print(json.dumps(estimate.to_dict(), indent=1) if options.json else estimate.to_text())

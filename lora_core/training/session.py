@@ -9,6 +9,8 @@ import torch
 from ..errors import ConfigError
 from ..formats.architectures import read_variant
 from ..injection import Injection, inject
+from ..report import shorten_list
+from .adapter_files import DTYPES, build_run_metadata
 from .config import ModelConfig, TrainConfig
 from .dataset import CachedDataset, read_dataset
 from .image_decoder import load_decoder
@@ -53,6 +55,23 @@ def open_session(config: TrainConfig, device: torch.device | None = None) -> Ses
             block.compile()
     decode = load_decoder(config.model.vae, device) if config.model.vae else None
     return Session(model, injection, dataset, prior, decode, find_variant(config.model, model))
+
+
+def describe_session(session: Session, config: TrainConfig) -> list[str]:
+    """What will be trained and how large its file will be, a sentence each."""
+    plan = session.injection.plan
+    metadata = build_run_metadata(config, session.dataset, config.steps, session.variant, False)
+    size_bytes = plan.compute_file_size(
+        DTYPES[config.saving.dtype], metadata=metadata, title=config.name
+    )
+    said = [
+        f"{len(plan.targets)} modules, {plan.num_parameters:,} parameters; the adapter's file will "
+        f"take {size_bytes:,} bytes"
+    ]
+    for reason in dict.fromkeys(plan.skipped.values()):
+        paths = [path for path, why in plan.skipped.items() if why == reason]
+        said.append(f"left out {shorten_list(paths, 4)}: {reason}")
+    return said
 
 
 def load_model(config: ModelConfig, device: torch.device) -> EditTransformer:

@@ -99,6 +99,31 @@ def train(
     ).take_steps(should_stop or (lambda: False))
 
 
+def check_output(config: TrainConfig, resume: bool) -> None:
+    """What `train` says of the output folder, for who wants to know before a model is loaded.
+
+    Raises:
+        ConfigError: it already holds a run that is not to be resumed.
+        FileError: it cannot be written.
+    """
+    checkpoints = open_checkpoints(config)
+    check_is_free(checkpoints, resume)
+    checkpoints.prepare()
+
+
+def open_checkpoints(config: TrainConfig) -> CheckpointFolder:
+    return CheckpointFolder(Path(config.output) / CHECKPOINTS, config.saving.keep_checkpoints)
+
+
+def check_is_free(checkpoints: CheckpointFolder, resume: bool) -> None:
+    steps = checkpoints.list_steps()
+    if steps and not resume:
+        raise ConfigError(
+            f"{checkpoints.folder.parent.name} already holds a run up to step {steps[-1]}; resume "
+            "it, or choose another output folder"
+        )
+
+
 class Run:
     """Everything a run has while it lives; made by `train`."""
 
@@ -124,9 +149,7 @@ class Run:
         self.processes = processes
         self.notify = notify
         self.folder = Path(config.output)
-        self.checkpoints = CheckpointFolder(
-            self.folder / CHECKPOINTS, config.saving.keep_checkpoints
-        )
+        self.checkpoints = open_checkpoints(config)
         self.metrics = MetricsFile(self.folder)
         self.check_data()
         batch_size = config.data.batch_size * processes.count
@@ -170,12 +193,7 @@ class Run:
 
     def start(self, resume: bool) -> None:
         """Takes up the newest checkpoint, or makes sure that this is a new run."""
-        steps = self.checkpoints.list_steps()
-        if steps and not resume:
-            raise ConfigError(
-                f"{self.folder.name} already holds a run up to step {steps[-1]}; resume it, or "
-                "choose another output folder"
-            )
+        check_is_free(self.checkpoints, resume)
         self.processes.wait()  # nobody writes before everybody has looked
         if self.processes.is_main:
             self.checkpoints.prepare()

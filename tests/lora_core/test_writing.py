@@ -249,6 +249,16 @@ def test_a_write_that_stops_half_way_leaves_the_old_file_and_nothing_else(tmp_pa
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {path.name: b"old"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_a_file_can_be_read_by_whom_the_umask_lets(make_state_dict, tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = write_adapter(read_state_dict(make_state_dict()), tmp_path / "ours.safetensors")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
 @pytest.fixture
 def read_only_folder():
     """A folder this process may not write to; root gives up its rights for the while."""

@@ -46,7 +46,13 @@ def test_train_writes_an_adapter_that_says_what_it_is(write_config, tmp_path, ca
     out, err = capsys.readouterr()
     assert out.startswith("step 1/4  loss ")
     assert err.splitlines()[-1].startswith("train: wrote ")
-    adapter = read_adapter(tmp_path / "run" / "demo.safetensors")
+    path = tmp_path / "run" / "demo.safetensors"
+    assert (
+        f"20 modules, 14,848 parameters; the adapter's file will take {path.stat().st_size:,} bytes"
+        in err
+    )
+    assert "left out transformer_blocks.1.attn.to_add_out; " in err
+    adapter = read_adapter(path)
     assert adapter.metadata["modelspec.architecture"] == "Qwen-Image-Edit-2511/lora"
     assert {weights.rank for weights in adapter.modules.values()} == {4}
 
