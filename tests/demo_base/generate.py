@@ -32,6 +32,12 @@ DIT_FILES = {
 TEXT_ENCODER_FILE = "qwen_2.5_vl_7b_fp8_scaled.safetensors"
 VAE_FILE = "qwen_image_vae.safetensors"
 LORA_FILE = "my_edit_lora.safetensors"
+#: Checkpoints of one run that ends in LORA_FILE -> how much of its delta they have.
+RUN_FILES = {
+    "my_run/my_run-000100.safetensors": 0.25,
+    "my_run/my_run-000200.safetensors": 0.6,
+    "my_run/my_run-000300.safetensors": 1.0,
+}
 
 VOCABULARY = 151665  # the bundled tokenizer's last id is 151664
 VAE_WIDTH = 8  # the least that crafted.py needs
@@ -109,6 +115,14 @@ def generate_models(models: Path) -> None:
     lora = models / "loras" / LORA_FILE
     make_adapter(lora, list_lora_targets(), delta_std=STYLE_DELTA_STD)
     save_bf16(craft_adapter(load_file(lora)), lora)
+    write_run(load_file(lora), models / "loras")
+
+
+def write_run(finished: dict[str, torch.Tensor], loras: Path) -> None:
+    """Writes the checkpoints of a run whose delta grows in proportion, up to the finished LoRA."""
+    for name, share in RUN_FILES.items():
+        factors = {key: share if "lora_B" in key else 1.0 for key in finished}
+        save_bf16({key: tensor * factors[key] for key, tensor in finished.items()}, loras / name)
 
 
 if __name__ == "__main__":
