@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError, KeyFormatError
+from ..errors import KeyFormatError
+from .libraries import import_from_diffusers
 from .transformer import PATCH
 
 #: ComfyUI's marker of 2511 (comfy/model_detection.py); a tensor without content.
@@ -35,15 +36,9 @@ class Architecture:
         """The model without any data, on torch's meta device.
 
         Raises:
-            ConfigError: diffusers is missing.
+            ConfigError: diffusers is missing or broken.
         """
-        try:
-            from diffusers import QwenImageTransformer2DModel
-        except ImportError:
-            raise ConfigError(
-                "training needs diffusers 0.35 or newer, which is not installed; "
-                'run pip install "diffusers>=0.35".'
-            ) from None
+        (QwenImageTransformer2DModel,) = import_from_diffusers("QwenImageTransformer2DModel")
         arguments = asdict(self)
         zero_cond_t = arguments.pop("zero_cond_t")
         with torch.device("meta"):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError, FileError
+from ..errors import FileError
 from ..stored import SafetensorsFile
 from .latents import NUM_CHANNELS, denormalize
+from .libraries import import_from_diffusers
 
 
 class ImageDecoder:
@@ -29,16 +30,13 @@ def load_decoder(path: str | Path, device: torch.device | str = "cpu") -> ImageD
 
     Raises:
         FileError: missing, damaged, or no VAE of Qwen-Image or Wan 2.1.
-        ConfigError: diffusers is not installed.
+        ConfigError: diffusers is missing or broken.
     """
     path = Path(path)
-    try:
-        from diffusers import AutoencoderKLQwenImage
-        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-    except ImportError:
-        raise ConfigError(
-            'decoding pictures needs diffusers, which is not installed; run pip install "diffusers"'
-        ) from None
+    (AutoencoderKLQwenImage,) = import_from_diffusers("AutoencoderKLQwenImage")
+    (convert_wan_vae_to_diffusers,) = import_from_diffusers(
+        "convert_wan_vae_to_diffusers", module="diffusers.loaders.single_file_utils"
+    )
     if path.is_dir():
         try:
             vae = AutoencoderKLQwenImage.from_pretrained(path, local_files_only=True)
