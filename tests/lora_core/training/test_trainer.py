@@ -18,16 +18,13 @@ from qwen_edit_lora.lora_core import (
     read_adapter,
 )
 from qwen_edit_lora.lora_core.training import flow
-from qwen_edit_lora.lora_core.training.batches import DataOrder, Slot, load_batch
+from qwen_edit_lora.lora_core.training.batches import DataOrder, load_batch
 from qwen_edit_lora.lora_core.training.checkpoint import CheckpointFolder
 from qwen_edit_lora.lora_core.training.dataset import DatasetWriter, read_dataset
 from qwen_edit_lora.lora_core.training.objective import Objective
 from qwen_edit_lora.lora_core.training.trainer import train
 from safetensors.torch import load_file
 from tiny import make_config, make_dataset, make_injected, make_item
-
-#: With these the base's fixed ends move too; inner blocks of random weights cannot fit a picture.
-WIDE_TARGETS = ["full + modulation", "img_in", "proj_out", "norm_out.linear"]
 
 
 def run(folder: Path, dataset=None, **changes):
@@ -43,52 +40,6 @@ def set_lora_B(injection) -> None:
         if name.endswith("lora_B"):
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.data = noise / 10
-
-
-def test_one_pair_overfits_to_less_than_a_tenth_of_its_first_loss(tmp_path):
-    dataset = make_dataset(tmp_path / "data", {"a": make_item(0, (4, 4), ((4, 4),), 3)})
-    reports = run(
-        tmp_path,
-        dataset,
-        **{
-            "steps": 700,
-            "data.batch_size": 4,
-            "lora.rank": 32,
-            "lora.targets": WIDE_TARGETS,
-            "optimizer.learning_rate": 5e-3,
-            "optimizer.schedule": "cosine",
-            "saving.checkpoint_every": 1000,
-        },
-    )
-    last = sum(report.loss for report in reports[-50:]) / 50
-    assert last < 0.1 * reports[0].loss
-
-
-def test_a_batch_of_two_different_samples_is_the_mean_of_the_two_alone(tmp_path):
-    config = make_config(tmp_path)
-    model, injection = make_injected(config, torch.float64)
-    set_lora_B(injection)
-    items = {k: make_item(i, num_text_tokens=3 + 4 * i) for i, k in enumerate("ab")}
-    dataset = make_dataset(tmp_path / "data", items)
-    objective = Objective(config.objective)
-    slots = (Slot(0, 0, 0), Slot(1, 0, 1))
-
-    def compute(*slots: Slot) -> tuple[float, list[torch.Tensor]]:
-        batch = load_batch(dataset, slots, 0)
-        for name in ("x_0", "noise", "text"):
-            object.__setattr__(batch, name, getattr(batch, name).double())
-        batch.references[0] = batch.references[0].double()
-        injection.model.zero_grad()
-        loss = objective.compute_losses(model, batch)["velocity"].mean()
-        loss.backward()
-        return loss.item(), [parameter.grad.clone() for parameter in injection.parameters()]
-
-    together, gradients = compute(*slots)
-    alone = [compute(slot) for slot in slots]
-    assert alone[0][0] != pytest.approx(alone[1][0], rel=1e-3)
-    assert together == pytest.approx(sum(loss for loss, _ in alone) / 2, rel=1e-6)
-    for gradient, one, other in zip(gradients, alone[0][1], alone[1][1], strict=True):
-        torch.testing.assert_close(gradient, (one + other) / 2, rtol=1e-4, atol=1e-7)
 
 
 def test_a_step_is_that_of_a_dense_float64_reference(tmp_path):
@@ -151,19 +102,6 @@ def test_a_step_is_that_of_a_dense_float64_reference(tmp_path):
     for name, factor in factors.items():
         moved = (factor - start[name]).norm()
         assert (trained[name] - factor).norm() < 2e-3 * moved, name
-
-
-def test_the_base_is_bit_equal_after_training(tmp_path):
-    config = make_config(tmp_path)
-    model, injection = make_injected(config)
-    injection.eject()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model, injection = make_injected(config)
-    list(train(config, model, injection, make_dataset(tmp_path / "data")))
-    injection.eject()
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_accumulating_two_is_the_mean_of_two_micro_batches(tmp_path):
