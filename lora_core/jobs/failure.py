@@ -1,0 +1,137 @@
+"""Why a job ended badly, in a sentence, with what to do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+
+from ..errors import LoraError
+from ..training.config import TrainConfig
+from .folder import JobFolder
+from .job import JobFailure, JobSettings, JobState, JobStatus
+
+LOG_TAIL_LINES = 20
+LOG_TAIL_BYTES = 16384
+#: Signals that a process gives itself by doing something it must not.
+OWN_SIGNALS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP", "SIGSYS")
+
+LOOK_AT_LOG = "look at the end of the log"
+RESUME = "resume the job: it goes on from its last checkpoint"
+
+
+def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
+    """For an exception that a worker caught."""
+    if is_out_of_memory(error):
+        from ..training.estimate import advise
+
+        where = "the computer" if isinstance(error, MemoryError) else "the device"
+        return JobFailure(
+            sentence=f"{where} ran out of memory; lower what the run needs and clone the job",
+            advice=advise(config),
+        )
+    if isinstance(error, LoraError):
+        return JobFailure(sentence=" ".join(str(error).split()))
+    text = " ".join(str(error).split())[:500]
+    return JobFailure(
+        sentence=f"training stopped with {type(error).__name__}: {text or 'no further text'}",
+        advice=(LOOK_AT_LOG,),
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also for libraries that raise a RuntimeError of their own."""
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (
+            isinstance(error, RuntimeError)
+            and ("out of memory" in text or "can't allocate" in text)
+        )
+    )
+
+
+def explain_death(exit_code: int | None, folder: JobFolder, restarts: int = 0) -> JobFailure:
+    """For a worker that is gone without a word.
+
+    Args:
+        exit_code: negative for a signal; None where nobody saw it.
+        restarts: how often it was killed before, in a row.
+    """
+    tail = read_log_tail(folder)
+    again = f" {restarts + 1} times in a row" if restarts else ""
+    advice: tuple[str, ...] = (RESUME, LOOK_AT_LOG)
+    if exit_code is None:
+        sentence = (
+            f"the worker vanished{again} without a word: it was killed or the computer went down"
+        )
+    elif exit_code < 0:
+        name = name_signal(-exit_code)
+        sentence = f"the worker was ended{again} by {name}"
+        if name in OWN_SIGNALS:
+            sentence = f"the worker crashed with {name}"
+            advice = ("update the GPU's driver and PyTorch", LOOK_AT_LOG)
+        elif name == "SIGKILL":
+            sentence += ", by hand or because the computer ran out of memory"
+            advice = ("free main memory, or choose a smaller model.storage", *advice)
+    else:
+        sentence = f"the worker ended with exit code {exit_code} before it could say why"
+        advice = (LOOK_AT_LOG,)
+    return JobFailure(sentence=sentence, advice=advice, exit_code=exit_code, log_tail=tail)
+
+
+def is_from_outside(exit_code: int | None) -> bool:
+    """Whether somebody else ended the worker, so that trying again makes sense."""
+    return exit_code is None or (exit_code < 0 and name_signal(-exit_code) not in OWN_SIGNALS)
+
+
+def name_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def read_log_tail(folder: JobFolder) -> str:
+    try:
+        with folder.log.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - LOG_TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
+
+
+def restart_or_fail(
+    state: JobState, settings: JobSettings, reached: int, failure: JobFailure
+) -> JobState:
+    """The state of a job whose worker was ended from outside: waiting for another, or failed.
+
+    Args:
+        reached: step of the last checkpoint.
+    """
+    restarts = 0 if reached > state.restarted_at_step else state.restarts
+    if restarts >= settings.max_restarts:
+        return fail(state, failure)
+    return dataclasses.replace(
+        state,
+        status=JobStatus.PENDING,  # at the place in the queue that it had
+        phase=None,
+        worker=None,
+        checkpoint_step=reached,
+        restarts=restarts + 1,
+        restarted_at_step=reached,
+        notes=(*state.notes, f"{failure.sentence}; it goes on after step {reached}")[-20:],
+    )
+
+
+def fail(state: JobState, failure: JobFailure) -> JobState:
+    return dataclasses.replace(
+        state,
+        status=JobStatus.FAILED,
+        phase=None,
+        worker=None,
+        failure=failure,
+        ended_at=time.time(),
+    )

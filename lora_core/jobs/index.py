@@ -1,0 +1,171 @@
+"""The SQLite index over the job folders: a copy that can be made again at any time.
+
+It saves reading every folder to list the jobs, and holds the claims by which several servers on one
+folder agree who starts the next job. Nothing is lost with it: the folders are what counts, and
+their locks are what keeps a job from running twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+BUSY_TIMEOUT = 5.0  # seconds to wait for another process that writes
+VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (id TEXT PRIMARY KEY, stamp TEXT NOT NULL, job TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS claims (
+    job TEXT PRIMARY KEY, device TEXT UNIQUE NOT NULL, owner TEXT NOT NULL, until REAL NOT NULL);
+"""
+
+logger = logging.getLogger(__name__)
+
+
+class JobIndex:
+    """Rows of what the folders say, each with the stamp of the state.json it was read from.
+
+    A broken file is put aside and made anew. Where SQLite cannot be used at all (a read-only or
+    full disk), every call gives what an empty index would: slower, but right.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[int, int] | None = None
+        self._told = ""
+
+    def read(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Job id -> stamp and what was kept of the job."""
+
+        def query(connection: sqlite3.Connection):
+            rows = connection.execute("SELECT id, stamp, job FROM jobs").fetchall()
+            return {id_: (stamp, json.loads(job)) for id_, stamp, job in rows}
+
+        return self._use(query, {})
+
+    def update(
+        self, changed: Iterable[tuple[str, str, dict[str, Any]]], gone: Iterable[str] = ()
+    ) -> None:
+        """Puts in (id, stamp, job) and takes out ids."""
+        rows = [(id_, stamp, json.dumps(job)) for id_, stamp, job in changed]
+        gone = [(id_,) for id_ in gone]
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany("REPLACE INTO jobs VALUES (?, ?, ?)", rows)
+            connection.executemany("DELETE FROM jobs WHERE id = ?", gone)
+            connection.executemany("DELETE FROM claims WHERE job = ?", gone)
+            connection.commit()
+
+        if rows or gone:
+            self._use(write, None)
+
+    def claim(self, job: str, device: str, owner: str, now: float, until: float) -> bool:
+        """Whether `owner` may start this job on this device, until the time given.
+
+        A claim of one's own is renewed. True where there is no index: the locks decide then.
+        """
+
+        def write(connection: sqlite3.Connection) -> bool:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(
+                "DELETE FROM claims WHERE until < ? OR (owner = ? AND (job = ? OR device = ?))",
+                (now, owner, job, device),
+            )
+            row = (job, device, owner, until)
+            try:
+                connection.execute("INSERT INTO claims VALUES (?, ?, ?, ?)", row)
+            except sqlite3.IntegrityError:
+                connection.rollback()
+                return False
+            connection.commit()
+            return True
+
+        return self._use(write, True)
+
+    def release(self, job: str, owner: str) -> None:
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("DELETE FROM claims WHERE job = ? AND owner = ?", (job, owner))
+            connection.commit()
+
+        self._use(write, None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _use(self, action: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+        with self._lock:
+            for _ in range(2):
+                try:
+                    result = action(self._open())
+                    self._told = ""
+                    return result
+                except sqlite3.OperationalError as e:  # locked, read-only, disk full
+                    self._close()
+                    self._tell(
+                        f"the job index cannot be used ({e}); the jobs are read from their "
+                        "folders instead"
+                    )
+                    return otherwise
+                except (sqlite3.DatabaseError, ValueError) as e:
+                    self._close()
+                    self._tell(f"the job index was broken ({e}) and is made anew from the folders")
+                    self._put_aside()
+            return otherwise
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is not None and self._opened == self._stat():
+            return self._connection
+        self._close()  # somebody deleted or replaced the file
+        connection = sqlite3.connect(
+            self.path, timeout=BUSY_TIMEOUT, check_same_thread=False, isolation_level=None
+        )
+        self._connection = connection
+        if connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in _SCHEMA.split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+            connection.commit()
+        connection.execute("PRAGMA synchronous = NORMAL")
+        self._opened = self._stat()
+        return connection
+
+    def _stat(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            try:
+                self._connection.close()
+            except sqlite3.Error:
+                pass
+        self._connection = self._opened = None
+
+    def _put_aside(self) -> None:
+        for suffix in ("", "-wal", "-shm"):
+            path = self.path.with_name(self.path.name + suffix)
+            try:
+                path.replace(path.with_name(f"{path.name}.broken"))
+            except OSError:
+                path.unlink(missing_ok=True)
+
+    def _tell(self, sentence: str) -> None:
+        if sentence != self._told:
+            logger.warning("Qwen Edit LoRA: %s.", sentence)
+            self._told = sentence

@@ -1,0 +1,208 @@
+"""A job: what was asked for, how far it is, and what went wrong."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+from ..errors import ConfigError, LoraError
+from ..training.config import TrainConfig, check_number
+
+_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
+
+
+class UnknownJobError(LoraError, LookupError):
+    """There is no job of this id."""
+
+
+class JobStateError(LoraError):
+    """A job's state does not allow what was asked."""
+
+
+class JobStatus(str, Enum):  # StrEnum needs Python 3.11
+    PENDING = "pending"  #: waits for its turn
+    IN_PROGRESS = "in_progress"  #: a worker has it
+    PAUSED = "paused"  #: has a checkpoint and no process
+    COMPLETED = "completed"  #: the adapter is written
+    FAILED = "failed"  #: see `JobState.error`
+    CANCELLED = "cancelled"  #: stopped on request; checkpoint and adapter are kept
+
+    @property
+    def is_finished(self) -> bool:
+        return self in (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+class Phase(str, Enum):
+    """What a worker is doing."""
+
+    LOADING = "loading"
+    TRAINING = "training"
+    SAMPLING = "sampling"
+    SAVING = "saving"
+
+
+class Request(str, Enum):
+    """What a user wants of a running job."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Pictures on the way."""
+
+    every: int = 0
+    """Steps between samples; 0 makes none."""
+    items: tuple[str, ...] = ()
+    """Keys of the training set; the first item if empty."""
+    steps: int = 20
+    guidance: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number(self, "every", 0)
+        check_number(self, "steps", 1)
+        check_number(self, "guidance", 0)
+        check_number(self, "seed", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Everything a worker needs, and nothing that it would have to ask somebody for."""
+
+    train: TrainConfig
+    """`output` is the job's own folder, whatever was given."""
+    loras: str = ""
+    """Folder that gets a copy of the finished adapter; "" leaves it in the job's folder."""
+    samples: SampleSettings = field(default_factory=SampleSettings)
+    niceness: int = 10
+    """How much the worker gives way to others on the CPU: 0 not at all, 19 the most."""
+    max_restarts: int = 3
+    """How often a job that was killed is started again without a new checkpoint in between."""
+    key: str = ""
+    """What makes two submissions the same; see `JobStore.submit`."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever the one who submits wants to find again, such as a training set's id."""
+
+    def __post_init__(self) -> None:
+        check_number(self, "niceness", 0, 19)
+        check_number(self, "max_restarts", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerIdentity:
+    """A process that no other one can be taken for."""
+
+    host: str
+    """Machine, boot and process namespace: where `pid` means something."""
+    pid: int
+    started: float
+    """The system's own figure for when the process began; pids are used again, this is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFailure:
+    """Why a job ended badly, and what to do."""
+
+    sentence: str
+    advice: tuple[str, ...] = ()
+    """What to change, what costs least first."""
+    exit_code: int | None = None
+    """Of the worker, negative for a signal; None where it told its error itself."""
+    log_tail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """How far a job is. Times are seconds since 1970."""
+
+    status: JobStatus = JobStatus.PENDING
+    created_at: float = 0.0
+    queued_at: float = 0.0
+    """Place in the queue: the smallest runs first."""
+    started_at: float | None = None
+    ended_at: float | None = None
+    phase: Phase | None = None
+    device: str = ""
+    worker: WorkerIdentity | None = None
+    parent: WorkerIdentity | None = None
+    """Who started the worker, and will see its exit status."""
+    heartbeat_at: float | None = None
+    step: int = 0
+    num_steps: int = 0
+    loss: float | None = None
+    smoothed_loss: float | None = None
+    seconds_per_step: float | None = None
+    memory_bytes: int | None = None
+    restarts: int = 0
+    """In a row, without a new checkpoint in between."""
+    restarted_at_step: int = 0
+    checkpoint_step: int = 0
+    adapters: tuple[str, ...] = ()
+    """Files of the latest weights, relative to the job's folder."""
+    published: tuple[str, ...] = ()
+    """Their copies' names in `JobSettings.loras`."""
+    failure: JobFailure | None = None
+    notes: tuple[str, ...] = ()
+    """What happened to it, a sentence each."""
+
+    @property
+    def remaining_s(self) -> float | None:
+        if self.status is not JobStatus.IN_PROGRESS or self.seconds_per_step is None:
+            return None
+        return self.seconds_per_step * (self.num_steps - self.step)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it was a moment ago."""
+
+    id: str
+    settings: JobSettings
+    state: JobState
+    request: Request | None = None
+    """What was asked of it and is not done yet."""
+
+    @property
+    def name(self) -> str:
+        return self.settings.train.name
+
+    @property
+    def status(self) -> JobStatus:
+        return self.state.status
+
+    def to_dict(self) -> dict[str, Any]:
+        """What may be shown to anybody: no path of this machine."""
+        state = {k: v for k, v in asdict(self.state).items() if k not in ("worker", "parent")}
+        return {
+            "id": self.id,
+            "name": self.name,
+            **state,
+            "remaining_s": self.state.remaining_s,
+            "request": self.request,
+        }
+
+
+def make_id() -> str:
+    """Sorts by time, cannot be guessed, and is a folder's name everywhere."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+
+
+def check_id(job_id: object) -> str:
+    """The id itself.
+
+    Raises:
+        ConfigError: it is none, so that no path is ever built from it.
+    """
+    if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
+        raise ConfigError(
+            f"{str(job_id)[:40]!r} is no job id; expected one such as 20260131-120000-0123abcd"
+        )
+    return job_id

@@ -1,0 +1,119 @@
+"""Locks between processes that the system takes back when their holder dies, however it dies."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import FileError
+from ..files import explain
+
+POLL_INTERVAL = 0.02  # seconds
+
+#: Errors that say "somebody has it".
+_TAKEN = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
+
+
+class FileLock:
+    """A lock on a file, between processes and between threads."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._handle: int | None = None
+
+    def try_acquire(self) -> bool:
+        """Takes the lock unless somebody has it.
+
+        Raises:
+            FileError: the file cannot be made, or its file system has no locks.
+        """
+        try:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as e:
+            raise FileError(f"{self.path.parent.name} cannot be locked: {explain(e)}.") from None
+        try:
+            lock(handle)
+        except OSError as e:
+            os.close(handle)
+            if e.errno in _TAKEN:
+                return False
+            raise FileError(
+                f"the file system of {self.path.parent.name} has no file locks "
+                f"({e.strerror}); choose a folder on a local disk"
+            ) from None
+        self._handle = handle
+        _held.add(self)
+        return True
+
+    def acquire(self, timeout_s: float) -> bool:
+        """Takes the lock, waiting for it if need be; False if it was not to be had."""
+        deadline = time.monotonic() + timeout_s
+        while not self.try_acquire():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_INTERVAL)
+        return True
+
+    def release(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+        _held.discard(self)
+
+    def is_held(self) -> bool:
+        """Whether anybody has it."""
+        if not self.path.exists():
+            return False
+        probe = FileLock(self.path)
+        if probe.try_acquire():
+            probe.release()
+            return False
+        return True
+
+    @contextmanager
+    def held(self, timeout_s: float) -> Iterator[None]:
+        """Holds the lock inside the block.
+
+        Raises:
+            FileError: somebody else kept it all the time.
+        """
+        if not self.acquire(timeout_s):
+            raise FileError(f"{self.path.parent.name} is in use by another process; try again")
+        try:
+            yield
+        finally:
+            self.release()
+
+
+_held: weakref.WeakSet[FileLock] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A forked child shares its parent's locks, and would keep them after the parent's death."""
+    for held in list(_held):
+        if held._handle is not None:
+            os.close(held._handle)
+            held._handle = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+if os.name == "nt":
+    import msvcrt
+
+    def lock(handle: int) -> None:
+        """OSError where somebody has the lock; closing the handle gives it back."""
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def lock(handle: int) -> None:
+        """OSError where somebody has the lock; closing the handle gives it back."""
+        # flock and not lockf: it also holds between two handles of one process
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,546 @@
+"""`JobStore`: what a program does with training jobs. Several processes may use one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, FileError
+from ..files import explain
+from ..training.config import TrainConfig
+from ..training.config_files import build, config_from_dict, config_to_dict
+from ..training.metrics import read_metrics
+from .folder import STATE_FILE, JobFolder, convert, restore
+from .index import JobIndex
+from .job import (
+    Job,
+    JobFailure,
+    JobSettings,
+    JobState,
+    JobStateError,
+    JobStatus,
+    Request,
+    UnknownJobError,
+    check_id,
+    make_id,
+)
+from .locks import POLL_INTERVAL, FileLock
+from .publication import publish, remove_published
+
+JOBS = "jobs"
+DEVICES = "devices"
+INDEX_FILE = "jobs.sqlite"
+LOCK_TIMEOUT = 5.0  # seconds; everybody but workers holds a job's lock for milliseconds
+LOG_TAIL_BYTES = 65536
+LOG_MAX_BYTES = 1 << 20
+WAIT_INTERVAL = 0.2  # seconds
+
+
+class JobStore:
+    """The jobs below one folder, for any number of threads and processes at once.
+
+    Every method that takes a job id raises ConfigError for what is no id and UnknownJobError where
+    there is no such job; those that change something raise JobStateError where its state forbids
+    it, and FileError where the disk is full or read-only.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]):
+        """Makes the folder where it is missing.
+
+        Raises:
+            FileError: it cannot be made or written, or its file system has no locks.
+        """
+        self.root = Path(root).absolute()
+        try:
+            (self.root / JOBS).mkdir(parents=True, exist_ok=True)
+            (self.root / DEVICES).mkdir(exist_ok=True)
+        except OSError as e:
+            raise FileError(f"the jobs' folder cannot be made: {explain(e)}") from None
+        self._submissions = FileLock(self.root / "submissions.lock")
+        self.index = JobIndex(self.root / INDEX_FILE)
+        self._submissions.is_held()
+        self._settings: dict[str, JobSettings] = {}
+
+    # --- asking ---
+
+    def get(self, job_id: str) -> Job:
+        """The job as it is now."""
+        return self._read(self._find(job_id))
+
+    def list(self) -> list[Job]:
+        """All jobs, the oldest first; those whose files are damaged are failed ones."""
+        known = self.index.read()
+        jobs, changed, seen = [], [], set()
+        for folder in self._list_folders():
+            seen.add(folder.id)
+            stamp = read_stamp(folder)
+            if folder.id in known and known[folder.id][0] == stamp and stamp:
+                try:
+                    jobs.append(from_row(folder, known[folder.id][1]))
+                    continue
+                except (LookupError, TypeError, ValueError):
+                    pass  # of an older version: read the folder
+            try:
+                job = self._read(folder)
+            except FileError as e:
+                if not folder.path.exists():
+                    continue
+                job = build_broken(folder, str(e))
+                stamp = ""
+            if stamp:
+                changed.append((folder.id, stamp, to_row(job)))
+            jobs.append(job)
+        self.index.update(changed, known.keys() - seen)
+        return sorted(jobs, key=lambda job: (job.state.created_at, job.id))
+
+    def wait(
+        self,
+        job_id: str,
+        should_stop: Callable[[], bool] | None = None,
+        notify: Callable[[Job], None] | None = None,
+        timeout_s: float | None = None,
+    ) -> Job:
+        """Waits until the job is finished or paused.
+
+        Args:
+            should_stop: asked a few times a second; True ends the waiting, not the job.
+            notify: told the job whenever it changed.
+
+        Returns:
+            The job as it was last: finished, paused, or whatever it was when the time was over.
+
+        Raises:
+            InterruptedError: `should_stop` returned True.
+        """
+        folder = self._find(job_id)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        last = None
+        while True:
+            if should_stop is not None and should_stop():
+                raise InterruptedError(f"waiting for job {job_id} was stopped; the job goes on")
+            job = self._read(folder)
+            if job != last and notify is not None:
+                notify(job)
+            last = job
+            is_over = job.status.is_finished or job.status is JobStatus.PAUSED
+            if is_over or (deadline is not None and time.monotonic() > deadline):
+                return job
+            time.sleep(WAIT_INTERVAL)
+
+    def read_log(
+        self, job_id: str, offset: int | None = None, limit: int = LOG_TAIL_BYTES
+    ) -> dict[str, Any]:
+        """A piece of the worker's log.
+
+        Args:
+            offset: first byte; None gives the last `limit` bytes.
+
+        Returns:
+            `text`, `offset` (of its first byte), `next_offset` (to ask on from), `size`.
+        """
+        folder = self._find(job_id)
+        limit = max(1, min(limit, LOG_MAX_BYTES))
+        try:
+            with folder.log.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                start = max(0, size - limit) if offset is None else min(max(0, offset), size)
+                file.seek(start)
+                data = file.read(limit)
+        except FileNotFoundError:
+            return {"text": "", "offset": 0, "next_offset": 0, "size": 0}
+        except OSError as e:
+            raise FileError(f"the log of job {job_id} cannot be read: {e.strerror}") from None
+        text = data.decode("utf-8", "replace")
+        return {"text": text, "offset": start, "next_offset": start + len(data), "size": size}
+
+    def read_metrics(self, job_id: str) -> list[dict[str, Any]]:
+        """One dictionary per step; see `lora_core.training.metrics.StepReport`."""
+        folder = self._find(job_id)
+        if not folder.metrics.exists():
+            return []
+        try:
+            return list(read_metrics(folder.metrics))
+        except (OSError, ValueError) as e:
+            raise FileError(f"the metrics of job {job_id} cannot be read: {e}") from None
+
+    def list_samples(self, job_id: str) -> list[Path]:
+        """Pictures and latents made on the way, in the order of their steps."""
+        folder = self._find(job_id)
+        if not folder.samples.is_dir():
+            return []
+        return sorted(p for p in folder.samples.iterdir() if not p.name.startswith("."))
+
+    def list_adapters(self, job_id: str) -> list[Path]:
+        """Every adapter file of the job that is there, the finished ones last."""
+        folder = self._find(job_id)
+        found = [*folder.path.glob("adapters/*.safetensors"), *folder.path.glob("*.safetensors")]
+        finished = [path for path in found if path.parent == folder.path]
+        return sorted(set(found) - set(finished)) + sorted(finished)
+
+    # --- changing ---
+
+    def submit(
+        self,
+        train: TrainConfig,
+        *,
+        key: str = "",
+        **settings: Any,
+    ) -> str:
+        """Puts a job at the end of the queue; takes milliseconds.
+
+        Args:
+            train: `output` is replaced by the job's own folder.
+            key: where there is a job of the same key that did not fail and was not cancelled, its
+                id is returned and nothing is submitted.
+            settings: further fields of `JobSettings`: loras, samples, niceness, max_restarts,
+                origin.
+
+        Returns:
+            The job's id.
+
+        Raises:
+            ConfigError: the settings are no good.
+            FileError: the model, the training set or the loras folder is missing, or the disk does
+                not take the job.
+        """
+        job_id = make_id()
+        path = self.root / JOBS / job_id
+        train = dataclasses.replace(train, output=str(path))
+        values = {name: to_plain(value) for name, value in settings.items()}
+        wanted = build(JobSettings, {"train": config_to_dict(train), "key": key, **values}, "")
+        check_files(wanted)
+        with self._submissions.held(LOCK_TIMEOUT):
+            if key:
+                for job in reversed(self.list()):
+                    if job.settings.key == key and job.status not in (
+                        JobStatus.FAILED,
+                        JobStatus.CANCELLED,
+                    ):
+                        return job.id
+            now = time.time()
+            state = JobState(created_at=now, queued_at=now, num_steps=train.steps)
+            self._create(path, wanted, state)
+        return job_id
+
+    def pause(self, job_id: str) -> Job:
+        """A checkpoint after the step under way, then the process ends; at once if it only waits.
+
+        Raises:
+            JobStateError: the job is finished.
+        """
+        return self._ask(job_id, Request.PAUSE)
+
+    def cancel(self, job_id: str) -> Job:
+        """A checkpoint and an adapter after the step under way, then the process ends.
+
+        Raises:
+            JobStateError: the job is completed or failed.
+        """
+        return self._ask(job_id, Request.CANCEL)
+
+    def resume(self, job_id: str) -> Job:
+        """Back into the queue, at its end: paused, failed and cancelled jobs. Goes on where it was.
+
+        A pause or cancellation that the worker has not got to yet is taken back.
+
+        Raises:
+            JobStateError: the job is completed, or runs or waits anyway.
+        """
+        return self._ask(job_id, Request.RUN)
+
+    def clone(self, job_id: str, changes: Mapping[str, Any] | None = None) -> str:
+        """A new job with the settings of this one but for `changes`, from the start.
+
+        Args:
+            changes: by dotted name, `{"steps": 500, "lora.rank": 8, "samples.every": 100}`: those
+                of `TrainConfig`, and of `JobSettings` beside `train`.
+
+        Returns:
+            The new job's id.
+
+        Raises:
+            ConfigError: an unknown setting or a value outside its range.
+        """
+        values = config_to_dict(self.get(job_id).settings)
+        values["key"] = ""
+        values["origin"] = {**values["origin"], "clone_of": job_id}
+        own = {name for name in values if name not in ("train", "key")}
+        for name, value in (changes or {}).items():
+            *sections, last = name.split(".")
+            table = values if (sections or [last])[0] in own else values["train"]
+            for section in sections:
+                if not isinstance(table.get(section), dict):
+                    raise ConfigError(f"there is no setting {name!r}")
+                table = table[section]
+            table[last] = value
+        train = config_from_dict(values.pop("train"))
+        return self.submit(train, **values)
+
+    def publish(self, job_id: str, adapter: str | None = None) -> tuple[str, ...]:
+        """Copies an adapter of the job into its loras folder, under a name that is free there.
+
+        Args:
+            adapter: a file of `list_adapters`, by name; the latest weights if None.
+
+        Returns:
+            Names in the loras folder.
+
+        Raises:
+            ConfigError: there is no such adapter, or the job has no loras folder.
+        """
+        folder = self._find(job_id)
+        job = self._read(folder)
+        files = {path.name: path for path in self.list_adapters(job_id)}
+        names = [Path(name).name for name in job.state.adapters] if adapter is None else [adapter]
+        if not job.settings.loras:
+            raise ConfigError(f"job {job_id} has no loras folder; submit it with one")
+        if not names or any(name not in files for name in names):
+            raise ConfigError(
+                f"job {job_id} has no adapter {adapter or ''!r}; "
+                f"it has {', '.join(files) or 'none yet'}"
+            )
+        return publish([files[name] for name in names], Path(job.settings.loras), job_id)
+
+    def delete(self, job_id: str, with_adapter: bool = False) -> None:
+        """Deletes the job's folder; a running job has to be paused or cancelled before.
+
+        Args:
+            with_adapter: also its copies in the loras folder, if they still are this job's.
+
+        Raises:
+            JobStateError: a worker has it.
+        """
+        folder = self._find(job_id)
+        if not self._acquire(folder):
+            raise JobStateError(f"job {job_id} is running; pause or cancel it first")
+        try:
+            try:
+                settings, state = folder.read_settings(), folder.read_state()
+            except FileError:
+                settings = state = None  # damaged: all the more reason to delete it
+            condemned = folder.path.with_name(f".{job_id}.{secrets.token_hex(4)}.deleted")
+            try:
+                folder.path.rename(condemned)
+            except OSError as e:
+                raise FileError(f"job {job_id} cannot be deleted: {explain(e)}") from None
+        finally:
+            folder.lock.release()
+        if with_adapter and settings is not None and settings.loras:
+            remove_published(state.published, Path(settings.loras), job_id)
+        shutil.rmtree(condemned, ignore_errors=True)
+        self.index.update([], [job_id])
+
+    # --- for the supervisor ---
+
+    def open_folder(self, job_id: str) -> JobFolder:
+        return self._find(job_id)
+
+    def get_device_lock(self, device_key: str) -> FileLock:
+        return get_device_lock(self.root, device_key)
+
+    def remove_leftovers(self) -> None:
+        """Deletes half-submitted and half-deleted jobs of processes that were killed."""
+        if not self._submissions.try_acquire():
+            return
+        try:
+            for path in (self.root / JOBS).glob(".*"):
+                if path.suffix in (".new", ".deleted"):
+                    shutil.rmtree(path, ignore_errors=True)
+        finally:
+            self._submissions.release()
+
+    def apply_request(self, job: Job) -> Job:
+        """What a request comes to where no worker is there to follow it; the lock is held."""
+        folder = self._find(job.id)
+        state = apply(job.state, job.request)
+        if state != job.state:
+            folder.write_state(state)
+        folder.clear_request()
+        return dataclasses.replace(job, state=state, request=None)
+
+    # --- inside ---
+
+    def _find(self, job_id: str) -> JobFolder:
+        path = self.root / JOBS / check_id(job_id)
+        if not path.is_dir() or path.is_symlink():
+            raise UnknownJobError(f"there is no job {job_id}; it may have been deleted")
+        return JobFolder(path)
+
+    def _list_folders(self) -> list[JobFolder]:
+        folders = []
+        for path in (self.root / JOBS).iterdir():
+            try:
+                folders.append(self._find(path.name))
+            except (ConfigError, UnknownJobError):
+                continue
+        return folders
+
+    def _read(self, folder: JobFolder) -> Job:
+        settings = self._settings.get(folder.id)
+        try:
+            if settings is None:
+                settings = self._settings[folder.id] = folder.read_settings()
+            return Job(folder.id, settings, folder.read_state(), folder.read_request())
+        except FileError:
+            if not folder.path.exists():
+                raise UnknownJobError(
+                    f"there is no job {folder.id}; it may have been deleted"
+                ) from None
+            raise
+
+    def _create(self, path: Path, settings: JobSettings, state: JobState) -> None:
+        temporary = path.with_name(f".{path.name}.new")
+        try:
+            temporary.mkdir()
+            folder = JobFolder(temporary)
+            folder.write_settings(settings)
+            folder.write_state(state)
+            temporary.rename(path)
+        except (OSError, FileError) as e:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(e, FileError):
+                raise
+            raise FileError(f"the job cannot be written: {explain(e)}") from None
+
+    def _acquire(self, folder: JobFolder) -> bool:
+        """False where a worker has the job."""
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while not folder.lock.try_acquire():
+            in_progress = folder.read_state().status is JobStatus.IN_PROGRESS
+            if in_progress or time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_INTERVAL)
+        return True
+
+    def _ask(self, job_id: str, request: Request) -> Job:
+        folder = self._find(job_id)
+        job = self._read(folder)
+        check_allowed(job, request)
+        if self._acquire(folder):
+            try:
+                # what was asked before and nobody followed is answered by this
+                job = self._read(folder)
+                check_allowed(job, request)
+                return self.apply_request(dataclasses.replace(job, request=request))
+            finally:
+                folder.lock.release()
+        folder.write_request(request)
+        return self._read(folder)
+
+
+def get_device_lock(root: Path, device_key: str) -> FileLock:
+    """Held by the worker that uses the device."""
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in device_key)
+    return FileLock(root / DEVICES / f"{name}.lock")
+
+
+def check_allowed(job: Job, request: Request) -> None:
+    """Raises JobStateError where the request makes no sense."""
+    status = job.status
+    what = {Request.RUN: "resumed", Request.PAUSE: "paused", Request.CANCEL: "cancelled"}[request]
+    if request is Request.RUN:
+        runs = status is JobStatus.IN_PROGRESS and job.request in (None, Request.RUN)
+        refused = status in (JobStatus.COMPLETED, JobStatus.PENDING) or runs
+    elif request is Request.PAUSE:
+        refused = status.is_finished
+    else:
+        refused = status in (JobStatus.COMPLETED, JobStatus.FAILED)
+    if refused:
+        raise JobStateError(
+            f"job {job.id} is {status.value.replace('_', ' ')} and cannot be {what}"
+        )
+
+
+def apply(state: JobState, request: Request | None) -> JobState:
+    """The state of a job without a worker after a request."""
+    now = time.time()
+    status = state.status
+    if request is Request.RUN and (status.is_finished or status is JobStatus.PAUSED):
+        if status is not JobStatus.COMPLETED:
+            return dataclasses.replace(
+                state,
+                status=JobStatus.PENDING,
+                queued_at=now,
+                ended_at=None,
+                failure=None,
+                restarts=0,
+            )
+    if request is Request.PAUSE and status is JobStatus.PENDING:
+        return dataclasses.replace(state, status=JobStatus.PAUSED, failure=None)
+    if request is Request.CANCEL and status in (JobStatus.PENDING, JobStatus.PAUSED):
+        return dataclasses.replace(state, status=JobStatus.CANCELLED, ended_at=now, failure=None)
+    return state
+
+
+def check_files(settings: JobSettings) -> None:
+    """Raises FileError for what a worker would stumble over minutes later."""
+    train = settings.train
+    places = (
+        ("the model", train.model.source),
+        ("the training set", train.data.folder),
+        ("the prior's training set", train.data.prior),
+        ("the VAE", train.model.vae),
+    )
+    for what, place in places:
+        if place and not Path(place).exists():
+            raise FileError(
+                f"{what}, {Path(place).name}, is not there (any more); choose another one"
+            )
+    if settings.loras:
+        trial = Path(settings.loras) / f".{secrets.token_hex(8)}.tmp"
+        try:
+            trial.touch()
+            trial.unlink()
+        except OSError as e:
+            reason = "it is not there" if isinstance(e, FileNotFoundError) else explain(e)
+            raise FileError(f"the loras folder cannot take the adapter: {reason}") from None
+
+
+def to_plain(value: Any) -> Any:
+    return config_to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+def read_stamp(folder: JobFolder) -> str:
+    """Changes with state.json."""
+    try:
+        found = (folder.path / STATE_FILE).stat()
+    except OSError:
+        return ""
+    return f"{found.st_mtime_ns} {found.st_ino} {found.st_size}"
+
+
+def to_row(job: Job) -> dict[str, Any]:
+    settings = config_to_dict(job.settings)
+    return {"settings": settings, "state": dataclasses.asdict(job.state)}
+
+
+def from_row(folder: JobFolder, row: Mapping[str, Any]) -> Job:
+    state = restore(JobState, row["state"])
+    settings = build(JobSettings, row["settings"], "")
+    request = None if state.status.is_finished else folder.read_request()
+    return Job(folder.id, settings, state, convert(Request, request))
+
+
+def build_broken(folder: JobFolder, sentence: str) -> Job:
+    """In the place of a job whose files cannot be read."""
+    created = folder.path.stat().st_mtime if folder.path.exists() else 0.0
+    train = config_from_dict(
+        {
+            "name": folder.id,
+            "output": str(folder.path),
+            "model": {"source": "unknown"},
+            "data": {"folder": "unknown"},
+        }
+    )
+    state = JobState(
+        status=JobStatus.FAILED,
+        created_at=created,
+        failure=JobFailure(sentence=sentence, advice=("delete the job",)),
+    )
+    return Job(folder.id, JobSettings(train=train), state)

@@ -1,0 +1,270 @@
+"""Who starts workers, and notices when one dies: a thread in ComfyUI, or a program of its own.
+
+Any number of supervisors may look after one store. Nothing is kept only here, so one that is
+killed is replaced by the next, which finds running workers by the locks they hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..errors import FileError, LoraError
+from ..training.checkpoint import CheckpointFolder
+from ..training.trainer import CHECKPOINTS
+from .devices import Device, fits, list_devices
+from .failure import explain_death, fail, is_from_outside, restart_or_fail
+from .folder import JobFolder
+from .identity import identify, is_running, kill
+from .job import Job, JobState, JobStatus, UnknownJobError
+from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN, start_worker
+from .store import JobStore
+
+TICK_INTERVAL = 0.5  # seconds
+CLAIM_TIMEOUT = 60.0  # seconds from the claim to the worker's first sign of life
+#: Seconds that the one who started a worker has to tell its exit status before others settle it.
+PARENT_TIMEOUT = 3.0
+#: Seconds without a heartbeat after which a worker that lives is said not to respond.
+SILENCE_TIMEOUT = 60.0
+
+Listener = Callable[[Job], None]
+Prepare = Callable[[Job, Device], bool]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Child:
+    """A worker that this supervisor started."""
+
+    process: subprocess.Popen[bytes]
+    job_id: str
+    device: Device
+
+
+class Supervisor:
+    """Looks after a store: `start` a thread, or call `tick` oneself.
+
+    Args:
+        devices: those this supervisor uses; all of the machine if None.
+        prepare: asked before a worker is started on a device until it says True; frees memory.
+        listener: told each job that changed, in the supervisor's thread.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        devices: Sequence[Device] | None = None,
+        prepare: Prepare | None = None,
+        listener: Listener | None = None,
+    ):
+        self.store = store
+        self.devices = list(list_devices() if devices is None else devices)
+        self.prepare = prepare
+        self.listener = listener
+        self.identity = identify()
+        self.owner = f"{self.identity}" if self.identity else f"{id(self)}"
+        self._children: dict[str, Child] = {}
+        self._exit_codes: dict[str, int] = {}
+        self._first_seen_dead: dict[str, float] = {}
+        self._told: dict[str, Job] = {}
+        self._problem = ""
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Ticks in a thread that ends with the process; running workers do not."""
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(
+                target=self.run, name="qwen_edit_lora_jobs", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; workers go on."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def run(self) -> None:
+        """Ticks until `stop`."""
+        self.store.remove_leftovers()
+        while not self._stop.is_set():
+            try:
+                self.tick()
+                self._problem = ""
+            except Exception as e:
+                # Whatever it is, jobs that run must not be left alone for the rest of the session.
+                if str(e) != self._problem:
+                    self._problem = str(e)
+                    logger.exception("Qwen Edit LoRA: the training jobs could not be looked after")
+            self._stop.wait(TICK_INTERVAL)
+
+    def tick(self) -> None:
+        """Looks once at everything: ended workers, requests, free devices, changes."""
+        self._collect()
+        jobs = self.store.list()
+        jobs = [self._look_at(job) for job in jobs]
+        self._start_next(jobs)
+        self._tell(jobs)
+
+    # --- the dead ---
+
+    def _collect(self) -> None:
+        """Exit statuses of workers started here; this is also what makes the system forget them."""
+        for job_id, child in list(self._children.items()):
+            code = child.process.poll()
+            if code is not None:
+                del self._children[job_id]
+                self._exit_codes[job_id] = code
+                self.store.index.release(job_id, self.owner)
+
+    def _look_at(self, job: Job) -> Job:
+        """The job after what had to be done about it."""
+        started_badly = (
+            job.status is JobStatus.PENDING
+            and job.id not in self._children
+            and self._exit_codes.get(job.id, EXIT_NOTHING_TO_DO)
+            not in (EXIT_NOTHING_TO_DO, EXIT_TAKEN)
+        )
+        if not (job.status is JobStatus.IN_PROGRESS or job.request or started_badly):
+            self._exit_codes.pop(job.id, None)
+            return job
+        try:
+            folder = self.store.open_folder(job.id)
+            if job.status is JobStatus.IN_PROGRESS and folder.lock.is_held():
+                self._first_seen_dead.pop(job.id, None)
+                return job
+            if not self._may_settle(job) or not folder.lock.try_acquire():
+                return job
+        except FileError as e:
+            self._say_once(str(e))
+            return job
+        except UnknownJobError:
+            return job
+        try:
+            return self._settle(self.store.get(job.id), folder)
+        except FileError as e:
+            self._say_once(str(e))  # a full disk: again at the next tick
+            return job
+        finally:
+            folder.lock.release()
+
+    def _may_settle(self, job: Job) -> bool:
+        """Leaves a dead worker to who started it, for a while: only he knows its exit status."""
+        seen = self._first_seen_dead.setdefault(job.id, time.monotonic())
+        if job.id in self._children and job.status is not JobStatus.IN_PROGRESS:
+            return True
+        if job.id in self._children:
+            return time.monotonic() - seen > PARENT_TIMEOUT
+        is_other = job.state.parent != self.identity and is_running(job.state.parent)
+        return not is_other or time.monotonic() - seen > PARENT_TIMEOUT
+
+    def _settle(self, job: Job, folder: JobFolder) -> Job:
+        """Writes down what became of a job without a worker; its lock is held."""
+        self._first_seen_dead.pop(job.id, None)
+        code = self._exit_codes.pop(job.id, None)
+        state = job.state
+        if state.status is JobStatus.IN_PROGRESS:
+            state = self._judge(job, folder, code)
+        elif state.status is JobStatus.PENDING and code not in (None, 0, EXIT_TAKEN):
+            failure = explain_death(code, folder, state.restarts)
+            if is_from_outside(code):
+                state = restart_or_fail(state, job.settings, state.checkpoint_step, failure)
+            else:
+                state = fail(state, failure)
+        if state != job.state:
+            folder.write_state(state)
+            job = dataclasses.replace(job, state=state)
+        return self.store.apply_request(job) if job.request else job
+
+    def _judge(self, job: Job, folder: JobFolder, code: int | None) -> JobState:
+        """A job whose worker died: again, or failed."""
+        steps = CheckpointFolder(folder.path / CHECKPOINTS).list_steps()
+        reached = steps[-1] if steps else 0
+        restarts = 0 if reached > job.state.restarted_at_step else job.state.restarts
+        failure = explain_death(code, folder, restarts)
+        logger.warning("Qwen Edit LoRA: job %s: %s.", job.id, failure.sentence)
+        if not is_from_outside(code):
+            return fail(dataclasses.replace(job.state, checkpoint_step=reached), failure)
+        return restart_or_fail(job.state, job.settings, reached, failure)
+
+    # --- the next ---
+
+    def _start_next(self, jobs: Sequence[Job]) -> None:
+        waiting = sorted(
+            (job for job in jobs if job.status is JobStatus.PENDING and job.request is None),
+            key=lambda job: (job.state.queued_at, job.id),
+        )
+        self._renew_claims()
+        has_gpu = any(device.is_gpu for device in self.devices)
+        used = {child.device for child in self._children.values()}
+        for device in self.devices:
+            fitting = [
+                job
+                for job in waiting
+                if job.id not in self._children
+                and fits(device, job.settings.train.model.device, has_gpu)
+            ]
+            if not fitting or device in used or self.store.get_device_lock(device.key).is_held():
+                continue
+            job = fitting[0]
+            waiting.remove(job)
+            if self.prepare is not None and not self.prepare(job, device):
+                continue  # asked again at the next tick
+            self._start(job, device)
+
+    def _renew_claims(self) -> None:
+        now = time.time()
+        for job_id, child in self._children.items():
+            self.store.index.claim(job_id, child.device.key, self.owner, now, now + CLAIM_TIMEOUT)
+
+    def _start(self, job: Job, device: Device) -> None:
+        now = time.time()
+        if not self.store.index.claim(job.id, device.key, self.owner, now, now + CLAIM_TIMEOUT):
+            return
+        try:
+            folder = self.store.open_folder(job.id)
+            process = start_worker(self.store.root, folder, device)
+        except LoraError as e:
+            self.store.index.release(job.id, self.owner)
+            self._say_once(str(e))
+            return
+        self._children[job.id] = Child(process, job.id, device)
+
+    # --- telling ---
+
+    def _tell(self, jobs: Sequence[Job]) -> None:
+        told = {}
+        for job in jobs:
+            if self.listener is not None and self._told.get(job.id) != job:
+                self.listener(job)
+            told[job.id] = job
+        self._told = told
+
+    def _say_once(self, sentence: str) -> None:
+        if sentence != self._problem:
+            self._problem = sentence
+            logger.warning("Qwen Edit LoRA: %s", sentence)
+
+
+def kill_worker(store: JobStore, job_id: str) -> bool:
+    """Ends a worker that no longer answers, at once; its job is settled as any that was killed."""
+    return kill(store.get(job_id).state.worker)
+
+
+def is_silent(job: Job) -> bool:
+    """Whether a running job gave no sign of life for long."""
+    beat = job.state.heartbeat_at
+    return (
+        job.status is JobStatus.IN_PROGRESS
+        and beat is not None
+        and time.time() - beat > SILENCE_TIMEOUT
+    )

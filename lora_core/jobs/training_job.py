@@ -1,0 +1,112 @@
+"""What a worker does with its job: loads, trains from the last checkpoint on, publishes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..training.adapter_files import EMA_SUFFIX
+from ..training.command_line import describe_report, quiet_libraries
+from ..training.config import TrainConfig
+from ..training.objective import Objective
+from ..training.processes import Processes
+from ..training.session import Session, choose_device, describe_session, open_session
+from ..training.trainer import Run, open_checkpoints
+from .failure import is_out_of_memory
+from .folder import JobFolder
+from .job import JobSettings, Phase
+from .publication import publish
+from .pulse import Pulse, say
+from .samples import Sampler
+
+LOG_EVERY = 10  # steps
+
+
+def run_job(settings: JobSettings, folder: JobFolder, device_name: str, pulse: Pulse) -> bool:
+    """Trains until the end or until the pulse says stop; either way everything is saved.
+
+    Returns:
+        Whether it got to the end, and the adapter is where it was wanted.
+
+    Raises:
+        LoraError: what is wrong with the job.
+    """
+    quiet_libraries()
+    config = place(settings.train, folder, device_name)
+    say(f"loading {Path(config.model.source).name}")
+    session = open_session(config, choose_device(config.model))
+    for sentence in describe_session(session, config):
+        say(sentence)
+    run = open_run(config, session, pulse)
+    sampler = Sampler(settings.samples, session, run, folder.samples)
+    pulse.update(phase=Phase.TRAINING, step=run.step, num_steps=config.steps)
+    take_sample(sampler, run.step, pulse)
+    for report in run.take_steps(pulse.should_stop):
+        pulse.report(report)
+        if report.step == 1 or report.step % LOG_EVERY == 0 or report.step == config.steps:
+            say(describe_report(report))
+        take_sample(sampler, report.step, pulse)
+    pulse.update(phase=Phase.SAVING)
+    if run.step < config.steps:
+        adapters = run.save_adapters(run.step) if run.step else ()
+        pulse.update(adapters=adapters, checkpoint_step=run.step)
+        say(f"stopped after step {run.step}")
+        return False
+    suffixes = ("", EMA_SUFFIX) if run.ema is not None else ("",)
+    adapters = tuple(f"{config.name}{suffix}.safetensors" for suffix in suffixes)
+    pulse.update(adapters=adapters, checkpoint_step=run.step)
+    if settings.loras:
+        paths = [folder.path / name for name in adapters]
+        published = publish(paths, Path(settings.loras), folder.id)
+        pulse.update(published=published)
+        say(f"the adapter is in the loras folder as {', '.join(published)}")
+    return True
+
+
+def place(config: TrainConfig, folder: JobFolder, device_name: str) -> TrainConfig:
+    """The configuration for the one device that this process sees."""
+    device = "cpu" if device_name == "cpu" else "cuda"
+    wanted = config.model.device
+    if device == "cpu" and wanted not in ("auto", "cpu"):
+        device = wanted  # there is no such GPU; opening it says so
+    model = replace(config.model, device=device)
+    return replace(config, output=str(folder.path), model=model)
+
+
+def open_run(config: TrainConfig, session: Session, pulse: Pulse) -> Run:
+    """What `train` opens, kept at hand since a run that is stopped shall also leave an adapter."""
+    return Run(
+        config,
+        session.model,
+        session.injection,
+        session.dataset,
+        session.prior,
+        Objective(config.objective, None, session.decode),
+        session.variant,
+        Processes(),
+        pulse.note,
+        resume=bool(open_checkpoints(config).list_steps()),
+    )
+
+
+def take_sample(sampler: Sampler, step: int, pulse: Pulse) -> None:
+    """Makes the step's pictures; where they do not fit into memory, training goes on without."""
+    if not sampler.is_due(step) or pulse.should_stop():
+        return
+    pulse.update(phase=Phase.SAMPLING)
+    try:
+        seconds = sampler.make(step, pulse.should_stop)
+        say(f"sampled {len(sampler.indices)} pictures after step {step} in {seconds:.1f} s")
+    except InterruptedError:
+        return  # the loop sees the same request
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        sampler.indices = []
+        pulse.note("samples did not fit into memory; training goes on without them")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    finally:
+        pulse.update(phase=Phase.TRAINING)

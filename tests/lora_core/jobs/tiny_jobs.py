@@ -1,0 +1,116 @@
+"""Jobs that train a real file of two blocks in a real worker, and looking at their processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_base.dit import write_dit
+from qwen_edit_lora.lora_core.jobs.job import Job, JobStatus
+from qwen_edit_lora.lora_core.jobs.store import JobStore
+from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
+from safetensors.torch import load_file
+from tiny import make_config, make_dataset, make_item
+
+TIMEOUT = 90.0  # seconds for what takes a few on an idle machine
+
+
+def make_material(folder: Path) -> Path:
+    torch.manual_seed(0)
+    write_dit(folder / "tiny_fp32_2509.safetensors", "2509", "fp32")
+    items = {f"item_{i}": make_item(i, num_text_tokens=4 + i) for i in range(3)}
+    make_dataset(folder / "data", items)
+    return folder
+
+
+def make_train(material: Path, **changes: Any):
+    """A run of 6 steps with everything in it that has a state."""
+    changes = {
+        "model.source": str(material / "tiny_fp32_2509.safetensors"),
+        "model.storage": "fp32",
+        "model.gradient_checkpointing": False,
+        "lora.dropout": 0.1,
+        "optimizer.ema_decay": 0.9,
+        "saving.checkpoint_every": 1,
+        "saving.dtype": "fp32",
+        **changes,
+    }
+    return make_config(material, **changes)
+
+
+def run_until(
+    supervisor: Supervisor, condition: Callable[[], Any], timeout: float = TIMEOUT
+) -> Any:
+    """Ticks until the condition gives something; fails with every job's log otherwise."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        supervisor.tick()
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    said = "\n".join(
+        f"{job.id} {job.state}\n{supervisor.store.read_log(job.id)['text'][-3000:]}"
+        for job in supervisor.store.list()
+    )
+    raise AssertionError(f"not within {timeout:.0f} s\n{said}")
+
+
+def run_to_end(supervisor: Supervisor, job_id: str) -> Job:
+    def is_over() -> Job | None:
+        job = supervisor.store.get(job_id)
+        return job if job.status.is_finished or job.status is JobStatus.PAUSED else None
+
+    return run_until(supervisor, is_over)
+
+
+def wait_for_step(supervisor: Supervisor, job_id: str, step: int) -> Job:
+    def has_come() -> Job | None:
+        job = supervisor.store.get(job_id)
+        assert not job.status.is_finished, job.state
+        return job if count_steps(supervisor.store, job_id) >= step else None
+
+    return run_until(supervisor, has_come)
+
+
+def count_steps(store: JobStore, job_id: str) -> int:
+    """From the metrics, which are written after every step; the state only now and then."""
+    metrics = store.read_metrics(job_id)
+    return metrics[-1]["step"] if metrics else 0
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+def assert_equal_weights(ours: Path, theirs: Path) -> None:
+    a, b = load_file(ours), load_file(theirs)
+    assert a.keys() == b.keys()
+    assert len(a) > 0
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def list_processes(root: Path) -> list[int]:
+    """Pids of workers of this store, from the system's own list."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            state = (path.parent / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if str(root) in words and state not in "ZX":
+            found.append(int(path.parent.name))
+    return found
+
+
+def kill_workers(root: Path) -> None:
+    for pid in list_processes(root):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
