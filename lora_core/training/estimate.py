@@ -7,6 +7,7 @@ storage, with LoRAs, checkpointing, optimizer and the training set's own sizes.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ import torch
 
 from ..errors import ConfigError
 from ..injection import inject
+from ..injection_plan import LoraSettings, plan_injection
 from .architecture import read_architecture
 from .base_files import BaseFile, open_base_file
 from .batches import Slot, load_batch
@@ -152,9 +154,9 @@ def measure(
     num_blocks: int,
 ) -> Measurement:
     """One micro-step and one optimizer step on so many blocks."""
-    before = start_measuring(device)
+    before = count_allocated(device)
     model = load_blocks(config, base, device, num_blocks)
-    injection = inject(model.transformer, config.lora, seed=config.seed)
+    injection = inject(model.transformer, choose_settings(config.lora), seed=config.seed)
     options = config.optimizer
     parameters = injection.parameters()
     optimizer = build_optimizer(options.name, parameters, options.learning_rate, **options.options)
@@ -163,6 +165,8 @@ def measure(
     batch = load_batch(dataset, slots, config.seed).to(device)
     objective = Objective(replace(config.objective, auxiliary={}))
     seconds = []
+    if device.type == "cuda":  # what loading needed does not count
+        torch.cuda.reset_peak_memory_stats(device)
     for _ in range(1 + TIMED_STEPS):
         synchronize(device)
         started = time.perf_counter()
@@ -171,8 +175,10 @@ def measure(
         seconds.append(time.perf_counter() - started)
         optimizer.step()
         optimizer.zero_grad()
-    memory = stop_measuring(device, before)
-    del averages
+    del averages  # alive until here, as in training
+    memory = None
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) - before
     return Measurement(min(seconds[1:]), memory)
 
 
@@ -181,20 +187,20 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def start_measuring(device: torch.device) -> int:
-    """Bytes in use now; from here on the most in use counts."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    return 0
+def count_allocated(device: torch.device) -> int:
+    """Bytes of tensors that are alive; 0 on a CPU, where nobody counts them."""
+    gc.collect()
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
 
 
-def stop_measuring(device: torch.device, before: int) -> int | None:
-    """Most bytes in use since `start_measuring`; None on a CPU, where nobody counts them."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) - before
-    return None
+def choose_settings(lora: LoraSettings) -> LoraSettings:
+    """The same on two blocks; patterns that name blocks by number become the full preset."""
+    if any("transformer_blocks" in p for p in (*lora.targets, *lora.exclude, *lora.rank_pattern)):
+        return replace(lora, targets=("full",), exclude=(), rank_pattern={})
+    return lora
 
 
 def find_available(device: torch.device) -> int | None:
@@ -203,8 +209,6 @@ def find_available(device: torch.device) -> int | None:
 
 def count_parameters(config: TrainConfig, base: BaseFile) -> int:
     """Of the LoRA on the whole model."""
-    from ..injection_plan import plan_injection
-
     transformer = read_architecture(base.shapes, base.name, base.axes).build_empty()
     return plan_injection(transformer, config.lora).num_parameters
 

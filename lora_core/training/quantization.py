@@ -202,10 +202,12 @@ class Nf4Codes:
         nested = functional.QuantState(
             nested_absmax, code=nested_code, blocksize=NF4_NESTED_BLOCK, dtype=torch.float32
         )
+        # As one row: on the CPU bitsandbytes 0.50 misreads widths that are no multiple of a block.
+        size = torch.Size([self.shape[0] * self.shape[1]])
         state = functional.QuantState(
-            *(absmax, torch.Size(self.shape), code, NF4_BLOCK, "nf4", dtype, offset, nested)
+            *(absmax, size, code, NF4_BLOCK, "nf4", dtype, offset, nested)
         )
-        return functional.dequantize_4bit(packed, state)
+        return functional.dequantize_4bit(packed, state).view(self.shape)
 
 
 def build_nf4_linear(
@@ -214,7 +216,7 @@ def build_nf4_linear(
     """What `quantize_4bit` makes of the whole weight, which would take it 16 bytes an entry."""
     functional = import_bitsandbytes().functional
     parts = [
-        functional.quantize_4bit(chunk, blocksize=NF4_BLOCK, quant_type="nf4")
+        functional.quantize_4bit(chunk.flatten(), blocksize=NF4_BLOCK, quant_type="nf4")
         for _, chunk in chunks
     ]
     absmax = torch.cat([state.absmax for _, state in parts])
