@@ -29,9 +29,10 @@ from ..stored import SafetensorsFile
 VERSION = 1
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
-#: What a killed process may leave behind: half-written files (`write_then_rename`), half-filled and
-#: half-deleted checkpoints, and the trial of a folder.
-_LEFTOVER = re.compile(r"\.(step_\d{8,}\.)?[0-9a-f]{16}\.tmp")
+#: What a killed process may leave behind: half-written files (`write_then_rename`, and the names
+#: under which safetensors itself writes), half-filled and half-deleted checkpoints, and the trial
+#: of a folder.
+_LEFTOVER = re.compile(r"\.(step_\d{8,}\.)?[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -165,10 +166,16 @@ def main(folder: Path, num_kills: int) -> None:
     duration_s = time.monotonic() - started
     num_operations = count_operations(folder, data)
     moments = random.Random(0)
-    outcome = {"operations": num_operations, "killed": 0, "half_written": []}
+    outcome: dict[str, Any] = {
+        "killed_at_operations": 0,
+        "killed_after_times": 0,
+        "runs": [],
+        "half_written": [],
+    }
 
-    def note(place: Path, state: str) -> None:
-        outcome["killed"] += state == "killed"
+    def note(place: Path, state: str, kind: str) -> None:
+        assert state != "failed", place
+        outcome[kind] += state == "killed"
         outcome["half_written"] += find_half_written(place / "run")
 
     # Runs killed at one of their disk operations, each resumed to its end.
@@ -180,17 +187,22 @@ def main(folder: Path, num_kills: int) -> None:
             kill_at_call(number)
             run(place, data)
 
-        note(place, wait(fork(work)))
+        note(place, wait(fork(work)), "killed_at_operations")
         assert wait(fork(lambda place=place: run(place, data))) == "done"
+        outcome["runs"].append(place.name)
 
-    # One run, killed again and again after random times.
-    place = folder / "torn"
-    for _ in range(num_kills):
-        child = fork(lambda: run(place, data))
-        time.sleep(moments.uniform(0, duration_s / 2))
-        os.kill(child, signal.SIGKILL)
-        note(place, wait(child))
-    assert wait(fork(lambda: run(place, data))) == "done"
+    # Runs killed again and again after random times, until that happened often enough.
+    while outcome["killed_after_times"] < num_kills:
+        place = folder / f"torn_{len(outcome['runs'])}"
+        state = "killed"
+        while state == "killed" and outcome["killed_after_times"] < num_kills:
+            child = fork(lambda place=place: run(place, data))
+            time.sleep(moments.uniform(0, duration_s * 2 / 3))
+            os.kill(child, signal.SIGKILL)
+            state = wait(child)
+            note(place, state, "killed_after_times")
+        assert wait(fork(lambda place=place: run(place, data))) == "done"
+        outcome["runs"].append(place.name)
     sys.stdout.write(json.dumps(outcome) + "\n")
 
 
