@@ -8,6 +8,7 @@ checkpoint's name was complete when it got it. No pickles.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -131,7 +132,8 @@ class CheckpointFolder:
 
     def _rotate(self) -> None:
         for step in self.list_steps()[: -self.keep]:
-            self._move_away(self.get_path(step))
+            with contextlib.suppress(OSError):  # one too many is no reason to end a run
+                self._move_away(self.get_path(step))
 
     def _move_away(self, path: Path) -> None:
         """Deletes a checkpoint so that its name goes first."""

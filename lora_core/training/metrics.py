@@ -86,10 +86,17 @@ class MetricsFile:
             raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
 
     def synchronize(self) -> None:
-        """Brings the lines to the disk, so that no checkpoint is newer than they are."""
-        if self.path.exists():
-            with self.path.open("rb+") as file:
-                os.fsync(file.fileno())
+        """Brings the lines to the disk, so that no checkpoint is newer than they are.
+
+        Raises:
+            FileError: the disk does not take them.
+        """
+        try:
+            if self.path.exists():
+                with self.path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        except OSError as e:
+            raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
 
     def cut(self, step: int) -> None:
         """Drops what a killed run wrote after its last checkpoint, of `step`, or half wrote."""

@@ -15,6 +15,7 @@ from qwen_edit_lora.lora_core import ConfigError
 from qwen_edit_lora.lora_core.training.checkpoint import CheckpointFolder
 from qwen_edit_lora.lora_core.training.dataset import read_dataset
 from qwen_edit_lora.lora_core.training.metrics import StepReport, read_metrics
+from qwen_edit_lora.lora_core.training.optimization import OPTIMIZERS
 from qwen_edit_lora.lora_core.training.trainer import train
 from safetensors.torch import load_file
 from tiny import make_config, make_dataset, make_injected
@@ -84,13 +85,16 @@ def run(folder: Path, should_stop=None, resume=False, notify=None, **changes):
         {"optimizer.name": "prodigy", "optimizer.learning_rate": 1.0},
         {"optimizer.name": "schedule-free"},
         {"optimizer.name": "adafactor"},
+        {"optimizer.name": "adamw8bit", "lora.rank": 32},  # 8 bits from 4096 entries on
         {"lora.use_dora": True, "lora.dropout": 0.2},
         {"lora.init": "pissa", "optimizer.ema_decay": 0.9},
     ],
-    ids=["prodigy", "schedule-free", "adafactor", "DoRA", "PiSSA and EMA"],
+    ids=["prodigy", "schedule-free", "adafactor", "8-bit AdamW", "DoRA", "PiSSA and EMA"],
 )
 def test_a_stopped_run_goes_on_to_the_bit(tmp_path, changes):
-    changes |= {"saving.checkpoint_every": 100, "saving.dtype": "fp32"}
+    if "optimizer.name" in changes:
+        pytest.importorskip(OPTIMIZERS[changes["optimizer.name"]].module)
+    changes = changes | {"saving.checkpoint_every": 100, "saving.dtype": "fp32"}
     whole = run(tmp_path / "whole", **changes)
     asked = iter([False, False, False, True])
     first = run(tmp_path / "cut", lambda: next(asked), **changes)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo_base import dit
 from qwen_edit_lora.lora_core import read_adapter
 from qwen_edit_lora.lora_core.__main__ import main
 from qwen_edit_lora.lora_core.training.metrics import read_metrics
@@ -22,12 +23,15 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def write_config(tmp_path, demo_models):
-    """Writes config.toml for the demo base beside a training set of two items."""
+def write_config(tmp_path):
+    """Writes config.toml for a tiny file of that variant and storage and a set of two items."""
     make_dataset(tmp_path / "data", {k: make_item(i, (8, 8)) for i, k in enumerate("ab")})
 
     def write(steps: int = 4, variant: str = "2511_bf16", **model: str) -> str:
-        model = {"source": demo_models.dit[variant].as_posix(), "device": "cpu", **model}
+        source = tmp_path / f"{variant}.safetensors"
+        if not source.exists():
+            dit.write_dit(source, *variant.split("_", 1))
+        model = {"source": source.as_posix(), "device": "cpu", **model}
         lines = [f"{name} = {json.dumps(value)}" for name, value in model.items()]
         path = tmp_path / "config.toml"
         path.write_text(
@@ -47,14 +51,15 @@ def test_train_writes_an_adapter_that_says_what_it_is(write_config, tmp_path, ca
     assert out.startswith("step 1/4  loss ")
     assert err.splitlines()[-1].startswith("train: wrote ")
     path = tmp_path / "run" / "demo.safetensors"
-    assert (
-        f"20 modules, 14,848 parameters; the adapter's file will take {path.stat().st_size:,} bytes"
-        in err
-    )
     assert "left out transformer_blocks.1.attn.to_add_out; " in err
     adapter = read_adapter(path)
     assert adapter.metadata["modelspec.architecture"] == "Qwen-Image-Edit-2511/lora"
     assert {weights.rank for weights in adapter.modules.values()} == {4}
+    num_parameters = sum(4 * sum(weights.shape) for weights in adapter.modules.values())
+    assert (
+        f"train: {len(adapter.modules)} modules, {num_parameters:,} parameters; the adapter's file "
+        f"will take {path.stat().st_size:,} bytes"
+    ) in err
 
 
 def test_train_again_is_refused_in_one_line_and_with_resume_goes_on(write_config, capsys):
@@ -140,3 +145,65 @@ def test_a_terminated_run_saves_its_step_and_says_how_to_go_on(write_config, tmp
     last = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))[-1]["step"]
     assert err.splitlines()[-1] == f"train: stopped after step {last}; --resume goes on"
     assert (tmp_path / "run" / "checkpoints" / f"step_{last:08d}").is_dir()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell's ulimit")
+def test_a_disk_that_takes_no_more_is_one_line_and_resume_mends_the_run(
+    write_config, tmp_path, capsys
+):
+    assert main(["train", write_config(2)]) == 0
+    limited = ["bash", "-c", 'ulimit -f 16 && exec "$@"', "bash", sys.executable]
+    result = subprocess.run(
+        [*limited, "-m", "lora_core", "train", write_config(4), "--resume"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("train: the checkpoint of step 4 cannot be written: ")
+    assert last.endswith("File too large (os error 27); the last good one is of step 2.")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000002"]
+
+    assert main(["train", write_config(4), "--resume"]) == 0
+    mended = load_file(tmp_path / "run" / "demo.safetensors")
+    (tmp_path / "run").rename(tmp_path / "mended")
+    assert main(["train", write_config(4)]) == 0
+    whole = load_file(tmp_path / "run" / "demo.safetensors")
+    assert all(torch.equal(mended[key], tensor) for key, tensor in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: d.pop("transformer_blocks.1.attn.to_q.weight"), "lacks 1 of "),
+        (lambda d: d.update({"extra.weight": torch.zeros(2)}), "holds 1 tensors that a "),
+        (lambda d: d["proj_out.bias"].fill_(torch.nan), "proj_out.bias"),
+        (lambda d: d.update({"proj_out.weight": torch.zeros(64, 3)}), "proj_out.weight is (64, 3)"),
+    ],
+    ids=["missing tensor", "another architecture", "NaN", "another shape"],
+)
+def test_a_wrong_model_is_one_line_and_the_output_folder_stays_usable(
+    write_config, tmp_path, capsys, spoil, message
+):
+    state_dict = dit.make_dit("2511")
+    spoil(state_dict)
+    dit.write_dit(tmp_path / "wrong.safetensors", "2511", "fp32", state_dict)
+    config = write_config(source=(tmp_path / "wrong.safetensors").as_posix())
+    assert main(["train", config]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+    assert main(["train", write_config()]) == 0
+
+
+def test_a_broken_training_set_is_one_line(write_config, tmp_path, capsys):
+    config = write_config()
+    item = tmp_path / "data" / "items" / "a.safetensors"
+    item.write_bytes(item.read_bytes()[:200])
+    assert main(["train", config]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("\n") <= 1  # the other item may have come first
+    assert "train: a.safetensors " in err.splitlines()[-1]
