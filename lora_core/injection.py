@@ -203,11 +203,12 @@ def inject(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     *,
+    device: torch.device | None = None,
     share_inputs: bool = True,
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> Injection:
-    """Puts a trainable LoRA beside every target, on the target's device, and freezes the rest.
+    """Puts a trainable LoRA beside every target, and freezes the rest.
 
     The model is changed only once every layer is made. Optimizers, DDP and torch.compile come
     after this, hooks and quantisation of the base before.
@@ -216,6 +217,7 @@ def inject(
         plan: of this model, or the settings to plan with.
         dtype: of the trainable parameters; float32 keeps steps that bfloat16 would round away.
         seed: of the random starts; each module's depends on the seed and its path alone.
+        device: of the LoRAs; None: each target's own.
         share_inputs: one down-product for q, k and v; never with dropout, which draws for each.
 
     Raises:
@@ -229,7 +231,7 @@ def inject(
     layers = {}
     for target in track(plan.targets, progress, should_stop, "injection"):
         layers[target.module_path] = build_layer(
-            model.get_submodule(target.module_path), target, plan.settings, dtype, seed
+            model.get_submodule(target.module_path), target, plan.settings, dtype, seed, device
         )
     if share_inputs and not plan.settings.dropout:
         join_shared_inputs(layers)
@@ -237,9 +239,14 @@ def inject(
 
 
 def build_layer(
-    base: nn.Module, target: Target, settings: LoraSettings, dtype: torch.dtype, seed: int
+    base: nn.Module,
+    target: Target,
+    settings: LoraSettings,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device | None = None,
 ) -> LoraLinear:
-    device = find_device(base)
+    device = device or find_device(base)
     alpha = settings.compute_alpha(target.rank)
     lora_B = torch.zeros(target.out_features, target.rank, dtype=dtype, device=device)
     principal = None

@@ -18,6 +18,7 @@ from ..progress import Progress, ShouldStop, track
 from ..report import shorten_list
 from .architecture import read_architecture
 from .base_files import BaseFile, open_base_file
+from .offload import choose_offloaded
 from .quantization import build_linear, build_parameter, check_storage
 from .transformer import EditTransformer
 
@@ -44,14 +45,15 @@ def load_transformer(
         storage: one of `quantization.STORAGES`; what each is, is told there.
         zero_cond_t: whether references are shown at noise level 0, as 2511 does; None: as the file
             is marked.
-        num_offloaded: so many of the last blocks stay on the CPU; see `offload.offload_blocks`.
+        num_offloaded: so many of the blocks stay in host memory; see `offload`.
 
     Raises:
         FileError: the source is missing, damaged, or stored in a way that is not understood.
         KeyFormatError: it is another model, or tensors are missing.
         ShapeError: a tensor's shape contradicts the others.
         NonFiniteWeightsError: NaN or Inf in a tensor.
-        ConfigError: an unknown storage, or a package that it needs is missing.
+        ConfigError: an unknown storage, a package that it needs is missing, or more blocks to
+            offload than there are.
         InterruptedError: `should_stop` returned True.
     """
     check_storage(storage)
@@ -66,11 +68,10 @@ def load_transformer(
         transformer = architecture.build_empty()
         check_keys(transformer, base)
         device = torch.device(device)
-        first_offloaded = architecture.num_layers - num_offloaded
+        offloaded = choose_offloaded(architecture.num_layers, num_offloaded)
         num_read = 0
         for path in track(list_leaves(transformer), progress, should_stop, "loading"):
-            is_offloaded = find_block(path) >= first_offloaded
-            place = torch.device("cpu") if is_offloaded else device
+            place = torch.device("cpu") if find_block(path) in offloaded else device
             load_leaf(transformer, path, base, storage, compute_dtype, device, place)
             num_read += base.count_bytes(path)
             if num_read > RELEASE_EVERY:
@@ -79,7 +80,10 @@ def load_transformer(
     finally:
         base.release()
     transformer.requires_grad_(False)
-    return EditTransformer(transformer.eval(), compute_dtype)
+    model = EditTransformer(transformer.eval(), compute_dtype)
+    if offloaded:
+        model.offload_blocks(offloaded, device)
+    return model
 
 
 def list_leaves(transformer: nn.Module) -> list[str]:

@@ -49,7 +49,7 @@ def open_session(config: TrainConfig, device: torch.device | None = None) -> Ses
             f"the training set's text embeddings are {dataset.text_width} wide, but the model "
             f"takes {width}; cache it with this model's text encoder"
         )
-    injection = inject(model.transformer, config.lora, seed=config.seed)
+    injection = inject(model.transformer, config.lora, seed=config.seed, device=device)
     if config.model.compile:
         for block in model.blocks:  # after the LoRAs are in; one block's code serves all
             block.compile()

@@ -9,12 +9,17 @@ positions (see `rope`), sides that are no multiple of the patch, the noise level
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import ConfigError
 from .edit_block import EditBlock
+from .offload import BlockOffload
 from .rope import Grid, compute_rotation
 
 PATCH = 2
@@ -31,7 +36,7 @@ class EditTransformer(nn.Module):
     Attributes:
         transformer: the modules by their paths, such as `transformer_blocks.0.attn.to_q`.
         zero_cond_t: whether references are shown at noise level 0, as 2511 does.
-        offload: None, or what moves the blocks in and out; see `offload.offload_blocks`.
+        offload: None, or what lets some blocks' weights wait in host memory.
     """
 
     def __init__(self, transformer: nn.Module, compute_dtype: torch.dtype = torch.bfloat16):
@@ -43,6 +48,7 @@ class EditTransformer(nn.Module):
         self.zero_cond_t = bool(getattr(config, "zero_cond_t", False))
         for index, block in enumerate(transformer.transformer_blocks):
             transformer.transformer_blocks[index] = EditBlock(block)
+        self.offload: BlockOffload | None = None
         transformer.pos_embed = nn.Identity()  # its tables are of no use here
         # For what wraps or compiles a model block by block (Accelerate's FSDP, diffusers).
         transformer._no_split_modules = transformer._repeated_blocks = [EditBlock.__name__]
@@ -56,8 +62,33 @@ class EditTransformer(nn.Module):
         return self.transformer.transformer_blocks
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only each block's input for the backward pass, and compute the rest again there."""
+        """Keep only each block's input for the backward pass, and compute the rest again there.
+
+        Raises:
+            ConfigError: it is to be without, but blocks wait in host memory.
+        """
+        if self.offload is not None and not enabled:
+            raise ConfigError(
+                "offload_blocks needs gradient_checkpointing: without it every block's weights "
+                "stay on the device for the backward pass; set gradient_checkpointing to true"
+            )
         self.transformer.gradient_checkpointing = enabled
+
+    def offload_blocks(self, indices: Sequence[int], device: torch.device) -> None:
+        """Lets these blocks' weights, which lie in host memory, stay there; see `offload`.
+
+        Comes before LoRAs are injected.
+        """
+        self.offload = BlockOffload(self.blocks, indices, device)
+        self.enable_gradient_checkpointing()
+
+    def _apply(self, *arguments, **options):
+        if self.offload is not None:
+            raise ConfigError(
+                "a model with offload_blocks cannot be moved to another device or type, as it "
+                "would be for several processes; set offload_blocks to 0"
+            )
+        return super()._apply(*arguments, **options)
 
     def forward(
         self,
@@ -92,12 +123,13 @@ class EditTransformer(nn.Module):
         time = model.time_text_embed(levels, image)
         rotation = compute_rotation(self.axes, grids, text.shape[1], dtype, image.device)
         mask = build_mask(text_mask, image.shape[1])
-        for block in model.transformer_blocks:
+        for index, block in enumerate(self.blocks):
+            run = block if self.offload is None else partial(self.offload.run, index)
             inputs = (image, text, time, rotation, mask, split)
             if model.gradient_checkpointing and torch.is_grad_enabled():
-                image, text = checkpoint(block, *inputs, use_reentrant=False)
+                image, text = checkpoint(run, *inputs, use_reentrant=False)
             else:
-                image, text = block(*inputs)
+                image, text = run(*inputs)
         time = time if split is None else time.chunk(2)[0]
         out = model.proj_out(model.norm_out(image[:, :num_target_tokens], time))
         return unpack(out, grids[0])[..., : latents.shape[-2], : latents.shape[-1]]

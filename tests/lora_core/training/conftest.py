@@ -1,4 +1,4 @@
-"""Makes `tiny` importable, and keeps torch from spreading tiny products over all cores."""
+"""Makes `tiny` and `small_bases` importable, and keeps tiny products on one core."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-if "tiny" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
-    sys.modules["tiny"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+for name in ("tiny", "small_bases"):
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 @pytest.fixture(autouse=True)

@@ -8,26 +8,11 @@ import pytest
 import torch
 from qwen_edit_lora.lora_core import ConfigError
 from qwen_edit_lora.lora_core.training import estimate
-from qwen_edit_lora.lora_core.training.architecture import Architecture
 from qwen_edit_lora.lora_core.training.estimate import Measurement, estimate_run
 from qwen_edit_lora.lora_core.training.session import open_session
 from qwen_edit_lora.lora_core.training.trainer import train
-from safetensors.torch import save_file
+from small_bases import TINY, write_base
 from tiny import make_config, make_dataset, make_item
-
-
-def write_base(path, num_layers: int, **sizes: int) -> str:
-    """A base model of random weights in ComfyUI's naming."""
-    model = Architecture(num_layers=num_layers, **sizes).build_empty().to_empty(device="cpu")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
-    save_file({k: v.bfloat16() for k, v in model.state_dict().items()}, path)
-    return str(path)
-
-
-TINY = {"attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 64}
 
 
 @pytest.fixture
