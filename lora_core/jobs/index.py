@@ -68,10 +68,21 @@ class JobIndex:
         if rows or gone:
             self._use(write, None)
 
-    def claim(self, job: str, device: str, owner: str, now: float, until: float) -> bool:
+    def claim(
+        self,
+        job: str,
+        device: str,
+        owner: str,
+        now: float,
+        until: float,
+        is_gone: Callable[[str], bool],
+    ) -> bool:
         """Whether `owner` may start this job on this device, until the time given.
 
         A claim of one's own is renewed. True where there is no index: the locks decide then.
+
+        Args:
+            is_gone: whether an owner is known to have ended, and his claims with him.
         """
 
         def write(connection: sqlite3.Connection) -> bool:
@@ -80,6 +91,9 @@ class JobIndex:
                 "DELETE FROM claims WHERE until < ? OR (owner = ? AND (job = ? OR device = ?))",
                 (now, owner, job, device),
             )
+            for (other,) in connection.execute("SELECT DISTINCT owner FROM claims").fetchall():
+                if is_gone(other):
+                    connection.execute("DELETE FROM claims WHERE owner = ?", (other,))
             row = (job, device, owner, until)
             try:
                 connection.execute("INSERT INTO claims VALUES (?, ?, ?, ?)", row)

@@ -7,12 +7,15 @@ killed is replaced by the next, which finds running workers by the locks they ho
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
-import subprocess
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ..errors import FileError, LoraError
 from ..training.checkpoint import CheckpointFolder
@@ -20,8 +23,8 @@ from ..training.trainer import CHECKPOINTS
 from .devices import Device, fits, list_devices
 from .failure import explain_death, fail, is_from_outside, restart_or_fail
 from .folder import JobFolder
-from .identity import identify, is_running, kill
-from .job import Job, JobState, JobStatus, UnknownJobError
+from .identity import describe_host, identify, is_running, kill
+from .job import Job, JobState, JobStatus, UnknownJobError, WorkerIdentity
 from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN, start_worker
 from .store import JobStore
 
@@ -33,6 +36,7 @@ PARENT_TIMEOUT = 3.0
 SILENCE_TIMEOUT = 60.0
 
 Listener = Callable[[Job], None]
+Launch = Callable[[Path, JobFolder, Device], Any]
 Prepare = Callable[[Job, Device], bool]
 
 logger = logging.getLogger(__name__)
@@ -42,7 +46,7 @@ logger = logging.getLogger(__name__)
 class Child:
     """A worker that this supervisor started."""
 
-    process: subprocess.Popen[bytes]
+    process: Any
     job_id: str
     device: Device
 
@@ -54,6 +58,7 @@ class Supervisor:
         devices: those this supervisor uses; all of the machine if None.
         prepare: asked before a worker is started on a device until it says True; frees memory.
         listener: told each job that changed, in the supervisor's thread.
+        launch: starts a worker and gives something with `poll`, as `launch.start_worker` does.
     """
 
     def __init__(
@@ -62,13 +67,15 @@ class Supervisor:
         devices: Sequence[Device] | None = None,
         prepare: Prepare | None = None,
         listener: Listener | None = None,
+        launch: Launch = start_worker,
     ):
         self.store = store
         self.devices = list(list_devices() if devices is None else devices)
         self.prepare = prepare
         self.listener = listener
+        self.launch = launch
         self.identity = identify()
-        self.owner = f"{self.identity}" if self.identity else f"{id(self)}"
+        self.owner = to_owner(self.identity)
         self._children: dict[str, Child] = {}
         self._exit_codes: dict[str, int] = {}
         self._first_seen_dead: dict[str, float] = {}
@@ -222,17 +229,20 @@ class Supervisor:
             self._start(job, device)
 
     def _renew_claims(self) -> None:
-        now = time.time()
         for job_id, child in self._children.items():
-            self.store.index.claim(job_id, child.device.key, self.owner, now, now + CLAIM_TIMEOUT)
+            self._claim(job_id, child.device)
+
+    def _claim(self, job_id: str, device: Device) -> bool:
+        now = time.time()
+        until = now + CLAIM_TIMEOUT
+        return self.store.index.claim(job_id, device.key, self.owner, now, until, is_gone)
 
     def _start(self, job: Job, device: Device) -> None:
-        now = time.time()
-        if not self.store.index.claim(job.id, device.key, self.owner, now, now + CLAIM_TIMEOUT):
+        if not self._claim(job.id, device):
             return
         try:
             folder = self.store.open_folder(job.id)
-            process = start_worker(self.store.root, folder, device)
+            process = self.launch(self.store.root, folder, device)
         except LoraError as e:
             self.store.index.release(job.id, self.owner)
             self._say_once(str(e))
@@ -253,6 +263,20 @@ class Supervisor:
         if sentence != self._problem:
             self._problem = sentence
             logger.warning("Qwen Edit LoRA: %s", sentence)
+
+
+def to_owner(identity: WorkerIdentity | None) -> str:
+    """A supervisor's name in the index, from which others see whether it lives."""
+    return json.dumps(dataclasses.asdict(identity)) if identity else secrets.token_hex(8)
+
+
+def is_gone(owner: str) -> bool:
+    """Whether a supervisor of this machine has ended; False where that cannot be known."""
+    try:
+        identity = WorkerIdentity(**json.loads(owner))
+    except (ValueError, TypeError):
+        return False
+    return identity.host == describe_host() and not is_running(identity)
 
 
 def kill_worker(store: JobStore, job_id: str) -> bool:
