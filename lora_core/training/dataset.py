@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from ..errors import ConfigError, FileError, ShapeError
 from ..files import explain, write_then_rename
-from ..stored import SafetensorsFile
+from ..stored import AnyTensor, SafetensorsFile
 from .flow import count_target_tokens
 from .latents import NUM_CHANNELS
 
@@ -111,14 +111,34 @@ class DatasetWriter:
             name: tensor.detach().cpu().contiguous() for name, tensor in item.tensors.items()
         }
         self._save(self.folder / ITEMS_FOLDER / f"{key}.safetensors", tensors)
+        return self._record(key, tensors, caption)
+
+    def add_file(self, key: str, caption: str = "") -> ItemInfo:
+        """Takes an item as it is that lies in `items/` already, from `add` of another writer.
+
+        Raises:
+            FileError: no such file, or no item.
+            ShapeError: its text embedding is as wide as no other.
+        """
+        file = SafetensorsFile(self.folder / ITEMS_FOLDER / f"{key}.safetensors")
+        try:
+            self._check_text(key, file.tensors["text"])
+            return self._record(key, file.tensors, caption)
+        except KeyError as e:
+            raise FileError(f"{key}.safetensors is no item: it lacks {e.args[0]}.") from None
+        finally:
+            file.release()
+
+    def _record(self, key: str, tensors: Mapping[str, AnyTensor], caption: str) -> ItemInfo:
+        num_references = sum(name.startswith("reference_") for name in tensors)
         info = ItemInfo(
             key=key,
-            target=get_size(item.target),
-            references=tuple(map(get_size, item.references)),
-            num_text_tokens=item.text.shape[0],
+            target=get_size(tensors["target"]),
+            references=tuple(get_size(tensors[f"reference_{i}"]) for i in range(num_references)),
+            num_text_tokens=tensors["text"].shape[0],
             caption=caption,
-            has_mask=item.mask is not None,
-            has_empty_text=item.text_empty is not None,
+            has_mask="mask" in tensors,
+            has_empty_text="text_empty" in tensors,
         )
         self._items[key] = info
         return info
@@ -180,7 +200,7 @@ class DatasetWriter:
                     "in float32 if it was half precision."
                 )
 
-    def _check_text(self, key: str, text: torch.Tensor) -> None:
+    def _check_text(self, key: str, text: AnyTensor) -> None:
         if text.ndim != 2 or not text.numel() or self._text_width not in (None, text.shape[1]):
             width = self._text_width or "width"
             raise ShapeError(
@@ -316,7 +336,7 @@ def build_info(line: Mapping[str, object]) -> ItemInfo:
     return ItemInfo(**{**line, "target": tuple(line["target"]), "references": references})
 
 
-def get_size(latents: torch.Tensor) -> Size:
+def get_size(latents: AnyTensor) -> Size:
     return latents.shape[-2], latents.shape[-1]
 
 
