@@ -13,6 +13,8 @@ from ..lora_core import Adapter, ConfigError, read_state_dict
 CATEGORY = "Qwen Edit LoRA"
 
 AdapterSocket = io.Custom("QWEN_EDIT_LORA")
+#: An `EditDataset` of lora_core/pairs/cache.py.
+DatasetSocket = io.Custom("QWEN_EDIT_DATASET")
 
 
 def adapter_input(id: str = "adapter", **kwargs: Any) -> io.MultiType.Input:
