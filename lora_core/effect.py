@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 
 from .errors import ConfigError
+from .strength_choice import TOP_CHANGE, choose_by_change, interpolate
 from .strength_grammar import parse_numbers
 
 SIGMAS_EXAMPLE = "'0.8, 0.4' or '0.2:1:0.2'"
 MAX_SIGMAS = 16
 #: Changes that the report names the strength of: hardly to be overlooked, and another picture.
-VISIBLE, LARGE = 0.05, 0.5
+VISIBLE, LARGE = 0.05, TOP_CHANGE
+DEFAULT_POINTS = 5
 
 
 def parse_sigmas(text: str) -> tuple[float, ...]:
@@ -67,10 +68,13 @@ class Effect:
         Interpolated between measured strengths; None where it is not reached.
         """
         points = sorted((e.strength, e.change) for e in self.strengths if e.strength >= 0)
-        for (s0, c0), (s1, c1) in pairwise(points):
-            if c0 < change <= c1:
-                return s0 + (s1 - s0) * (change - c0) / (c1 - c0)
-        return None
+        return interpolate(points, change)
+
+    def choose_strengths(self, count: int = DEFAULT_POINTS) -> tuple[float, ...]:
+        """Strengths for a sweep, by equal steps of change; those measured where none is above 0."""
+        if all(effect.strength <= 0 for effect in self.strengths):
+            return tuple(effect.strength for effect in self.strengths)
+        return choose_by_change([(e.strength, e.change) for e in self.strengths], count)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: None stands for it."""

@@ -61,14 +61,18 @@ def draw_outputs(axes: Any, effect: Effect) -> None:
         values = [100 * e.outputs[index] for e in found]
         label = f"sigma {sigma:g}"
         axes.plot(strengths, values, style, color=colour, linewidth=3, marker="o", label=label)
-    for strength in (e.strength for e in found if not math.isfinite(e.change)):
-        axes.axvline(strength, color=VERMILLION, linewidth=3, label=f"NaN at {strength:g}")
+    broken = [e.strength for e in found if not math.isfinite(e.change)]
+    for number, strength in enumerate(broken):
+        label = "NaN" if number == 0 else None
+        axes.axvline(strength, color=VERMILLION, linewidth=3, label=label)
     axes.axvline(0, color=DIM, linewidth=1)
     axes.set_xlabel("strength", color=FOREGROUND, fontsize=SMALL)
-    show_legend(axes, "upper left")
+    show_legend_beside(axes)
 
 
 def draw_blocks(axes: Any, effect: Effect) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     shown = [e for e in effect.strengths if e.blocks and math.isfinite(sum(e.blocks))]
     shown = [e for e in shown if e.strength != 0]
     if len(shown) > MAX_BLOCK_CURVES:
@@ -80,6 +84,13 @@ def draw_blocks(axes: Any, effect: Effect) -> None:
         label = f"strength {e.strength:g}"
         axes.plot(values, style, color=colour, linewidth=3, label=label)
     axes.set_xlabel("block: image tokens after it", color=FOREGROUND, fontsize=SMALL)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
     if shown:
-        show_legend(axes, "upper left")
+        show_legend_beside(axes)
+
+
+def show_legend_beside(axes: Any) -> None:
+    """Not on the axes: curves of blocks are often level, one above the other."""
+    show_legend(axes, "center left")
+    axes.get_legend().set_bbox_to_anchor((1.0, 0.5))

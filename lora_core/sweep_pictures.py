@@ -51,7 +51,7 @@ def draw_contact_sheet(sweep: SweepMeasures, verdict: SweepVerdict) -> np.ndarra
     ]
     width, height = sweep.size
     frames = f", the first of {sweep.num_frames}" if sweep.num_frames > 1 else ""
-    title = f"strength sweep, {width} x {height}{frames}; RMS of 255 and SSIM are to strength 0"
+    title = f"strength sweep, {width} x {height}{frames}; RMS (of 255), SSIM: to strength 0"
     return draw_sheet(title, rows, verdict.to_text().splitlines())
 
 

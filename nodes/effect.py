@@ -8,8 +8,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..lora_core import LoraError
-from ..lora_core.effect import Effect, parse_sigmas
+from ..lora_core.cells import MAX_CELLS
+from ..lora_core.effect import DEFAULT_POINTS, Effect, parse_sigmas
 from ..lora_core.effect_plot import draw_effect
 from ..lora_core.strength_grammar import parse_strengths
 from .effect_measure import measure_effect
@@ -78,6 +78,15 @@ class QwenEditLoraEffect(io.ComfyNode):
                         "the picture, low ones draw details. One call each per strength."
                     ),
                 ),
+                io.Int.Input(
+                    "points",
+                    default=DEFAULT_POINTS,
+                    min=2,
+                    max=MAX_CELLS,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many strengths to choose for a sweep, 0 included.",
+                ),
             ],
             outputs=[
                 report_output(),
@@ -85,16 +94,21 @@ class QwenEditLoraEffect(io.ComfyNode):
                 io.Image.Output(
                     "plot", tooltip="Change of the output over strength, and through the blocks."
                 ),
+                io.String.Output(
+                    "strengths",
+                    tooltip=(
+                        "Strengths chosen from what was measured, for the strengths of Sweep Edit "
+                        "LoRA: the change grows in equal steps from one to the next."
+                    ),
+                ),
             ],
         )
 
     @classmethod
-    def validate_inputs(cls, strengths: str | None = None) -> bool | str:
-        # Only this input, as ComfyUI repeats the sentence for each.
-        try:
-            parse_strengths("0" if strengths is None else strengths)  # None: connected
-        except LoraError as e:
-            return str(e)
+    def validate_inputs(cls, strengths: str | None = None, sigmas: str | None = None) -> bool:
+        # None: connected. Raised, as ComfyUI would repeat a returned sentence for every input.
+        parse_strengths("0" if strengths is None else strengths)
+        parse_sigmas("1" if sigmas is None else sigmas)
         return True
 
     @classmethod
@@ -107,18 +121,20 @@ class QwenEditLoraEffect(io.ComfyNode):
         strengths: str,
         seed: int,
         sigmas: str = "0.8, 0.4",
+        points: int = DEFAULT_POINTS,
     ) -> io.NodeOutput:
         levels = parse_sigmas(sigmas)
         adapter = take_adapter(adapter)
         numbers, note = resolve_strengths(strengths, model, [adapter])
         effect = measure_effect(model, adapter, positive, latent_image, numbers, levels, seed)
-        text = "\n".join(filter(None, [note, effect.to_text()]))
+        chosen = ", ".join(f"{strength:g}" for strength in effect.choose_strengths(points))
+        text = "\n".join(filter(None, [note, effect.to_text(), f"\nfor a sweep: {chosen}"]))
         plot = build_image(draw_effect(effect))
         shown = {
             **show_report(text, warning=needs_attention(effect)),
             "images": ui.PreviewImage(plot, cls=cls).values,
         }
-        return io.NodeOutput(text, json.dumps(effect.to_dict(), indent=1), plot, ui=shown)
+        return io.NodeOutput(text, json.dumps(effect.to_dict(), indent=1), plot, chosen, ui=shown)
 
 
 def needs_attention(effect: Effect) -> bool:

@@ -127,7 +127,6 @@ class QwenEditLoraSweep(io.ComfyNode):
                     "seeds",
                     default="",
                     optional=True,
-                    advanced=True,
                     placeholder="1, 2, 3",
                     tooltip=(
                         "Several seeds instead of the one above: '1, 2, 3' or '1:4:1'. Every "
@@ -138,7 +137,6 @@ class QwenEditLoraSweep(io.ComfyNode):
                     "loras",
                     default="",
                     optional=True,
-                    advanced=True,
                     multiline=True,
                     placeholder="my_run/*",
                     tooltip=(
@@ -162,6 +160,7 @@ class QwenEditLoraSweep(io.ComfyNode):
                     template=io.Autogrow.TemplatePrefix(
                         adapter_input(), prefix="adapter_", min=0, max=MAX_ADAPTERS
                     ),
+                    optional=True,  # else it comes before adapter
                     tooltip="Further adapters; each is swept over the same strengths.",
                 ),
             ],
@@ -187,12 +186,14 @@ class QwenEditLoraSweep(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, strengths: Any, adapters: Any = None) -> bool | str:
-        # Only this input, as ComfyUI repeats the sentence for each; adapters comes in any case.
-        try:
-            parse_strengths("0" if strengths[0] is None else strengths[0])  # None: connected
-        except LoraError as e:
-            return str(e)
+    def validate_inputs(
+        cls, strengths: Any, seeds: Any = None, loras: Any = None, adapters: Any = None
+    ) -> bool:
+        # None: connected. Raised, as ComfyUI would repeat a returned sentence for every input.
+        # adapters is not looked at, but comes in any case.
+        parse_strengths("0" if strengths[0] is None else strengths[0])
+        parse_seeds((seeds or [None])[0] or "", 0)
+        find_loras((loras or [None])[0] or "", host.list_loras())
         return True
 
     @classmethod

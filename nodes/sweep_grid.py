@@ -42,12 +42,11 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
                 ),
                 io.String.Input(
                     "labels",
-                    multiline=True,
                     default="",
-                    placeholder="0\n0.5\n1",
+                    placeholder="0, 0.5, 1",
                     tooltip=(
-                        "The labels of Sweep Edit LoRA. For images of your own, their strengths: "
-                        "one a line, 0 among them."
+                        "The labels of Sweep Edit LoRA. For images of your own, their strengths, "
+                        "0 among them: '0, 0.5, 1', or one a line."
                     ),
                 ),
                 io.String.Input(
@@ -147,13 +146,15 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
 
 
 def split_labels(labels: list[str]) -> list[str]:
-    """One label per cell; a single text holds one a line."""
+    """One label per cell; a single text holds one a line, or numbers with commas between them."""
     if len(labels) == 1:
-        labels = [line.strip() for line in labels[0].splitlines() if line.strip()]
+        # Commas stay in the labels of a sweep, where names of files may have them.
+        text = labels[0] if "strength=" in labels[0] else labels[0].replace(",", "\n")
+        labels = [line.strip() for line in text.splitlines() if line.strip()]
     if not labels:
         raise ConfigError(
-            "labels is empty; connect the labels of Sweep Edit LoRA, or write one strength a line, "
-            f"such as '0' and '1', for up to {MAX_CELLS} images"
+            "labels is empty; connect the labels of Sweep Edit LoRA, or write the strengths, such "
+            f"as '0, 0.5, 1', for up to {MAX_CELLS} images"
         )
     return labels
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,30 @@ def ours(comfyui: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(
         application=application, host=host, matching=matching, side_path=side_path
     )
+
+
+@pytest.fixture(scope="module")
+def executor(comfyui: SimpleNamespace) -> Iterator[Any]:
+    """ComfyUI's PromptExecutor with our nodes beside the stock ones."""
+    import execution
+    import server
+    from comfy_extras import nodes_custom_sampler
+    from qwen_edit_lora.nodes import QwenEditLoraExtension
+
+    async def register() -> None:
+        custom_sampling = await nodes_custom_sampler.comfy_entrypoint()
+        for extension in (QwenEditLoraExtension(), custom_sampling):
+            for node in await extension.get_node_list():
+                node.GET_SCHEMA()
+                comfyui.nodes.NODE_CLASS_MAPPINGS[node.SCHEMA.node_id] = node
+
+    asyncio.run(register())
+    cache_args = {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
+    loop = asyncio.new_event_loop()
+    yield execution.PromptExecutor(
+        server.PromptServer(loop), execution.CacheType.CLASSIC, cache_args
+    )
+    loop.close()
 
 
 @pytest.fixture

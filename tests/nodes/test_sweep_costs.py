@@ -19,27 +19,6 @@ STRENGTHS = "0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2"
 
 
 @pytest.fixture(scope="module")
-def executor(comfyui: SimpleNamespace) -> Iterator[Any]:
-    """ComfyUI's PromptExecutor with our nodes beside the stock ones."""
-    import execution
-    import server
-    from qwen_edit_lora.nodes import QwenEditLoraExtension
-
-    async def register() -> None:
-        for node in await QwenEditLoraExtension().get_node_list():
-            node.GET_SCHEMA()
-            comfyui.nodes.NODE_CLASS_MAPPINGS[node.SCHEMA.node_id] = node
-
-    asyncio.run(register())
-    cache_args = {"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
-    loop = asyncio.new_event_loop()
-    yield execution.PromptExecutor(
-        server.PromptServer(loop), execution.CacheType.CLASSIC, cache_args
-    )
-    loop.close()
-
-
-@pytest.fixture(scope="module")
 def lora(demo_models: Any) -> Iterator[str]:
     from demo_base.adapters import make_adapter
 

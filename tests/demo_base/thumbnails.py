@@ -1,0 +1,185 @@
+"""Renders the pictures of the Templates dialog, workflows/*.jpg, from real runs on the demo base.
+
+    cd tests; COMFYUI_PATH=... python -m demo_base.thumbnails [NAME ...] [--steps N]
+
+Each workflow runs as a user opens it, but for what is named here. Run it again when the weights of
+the demo base change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .demo import DEMO, PROMPT_TIMEOUT, ROOT, convert_workflow, set_strength
+from .layout import make_base_directory, make_models
+from .server import ComfyServer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SIZE_PX = 400
+GAP_PX = 2
+QUALITY = 88  # of the JPEG
+DEEP_LORA = "thumbnail_deep.safetensors"
+WORKFLOWS = ROOT / "workflows"
+
+Graph = dict[str, Any]
+Render = Callable[[Graph], "list[Image.Image]"]
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo_base.thumbnails")
+    names = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
+    parser.add_argument("--steps", type=int, help="sampling steps, instead of the workflow's")
+    parser.add_argument("--megapixels", type=float, help="likewise, where a workflow has it")
+    options = parser.parse_args(argv)
+    unknown = sorted(set(options.names) - set(names))
+    if unknown:
+        parser.error(f"no workflow {unknown[0]}; expected some of {', '.join(names)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the server too
+    comfyui_path = os.environ["COMFYUI_PATH"]
+    make_base_directory(DEMO, ROOT)
+    make_models(DEMO / "models", sys.executable, comfyui_path)
+    write_deep_lora(DEMO / "models" / "loras" / DEEP_LORA)
+    overrides = {"steps": options.steps, "megapixels": options.megapixels}
+    with ComfyServer.start(DEMO, sys.executable, comfyui_path) as server:
+        object_info = server.wait_ready().get("/object_info")
+        for name in options.names or names:
+            workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+            graph = convert_workflow(workflow, object_info)
+            override(graph, overrides)
+            thumbnail = DRAW.get(name, draw_first)(graph, lambda graph: run(server, graph))
+            thumbnail.save(WORKFLOWS / f"{name}.jpg", quality=QUALITY)
+            sys.stdout.write(f"{name}.jpg\n")
+
+
+def override(graph: Graph, values: dict[str, Any]) -> None:
+    for node in graph.values():
+        inputs = node["inputs"]
+        inputs |= {k: v for k, v in values.items() if v is not None and k in inputs}
+
+
+def run(server: ComfyServer, graph: Graph) -> list[Image.Image]:
+    """The pictures a graph saves, then those it shows."""
+    from PIL import Image
+
+    found = server.images(server.run_prompt(graph, PROMPT_TIMEOUT))
+    return [Image.open(io.BytesIO(data)).convert("RGB") for data in found]
+
+
+def draw_first(graph: Graph, render: Render) -> Image.Image:
+    return fit(render(graph)[0])
+
+
+def draw_before_and_after(graph: Graph, render: Render) -> Image.Image:
+    return draw_bands([render(set_strength(graph, 0.0))[0], render(graph)[0]])
+
+
+def draw_deep(graph: Graph, render: Render) -> Image.Image:
+    """Of a LoRA with all 60 blocks: the demo's two would leave the map of the blocks empty."""
+    override(graph, {"lora_name": DEEP_LORA})
+    return draw_first(graph, render)
+
+
+def draw_strengths(graph: Graph, render: Render) -> Image.Image:
+    graph, sweep = keep_sweep(graph)
+    strengths = [f"{float(text):g}" for text in sweep["strengths"].split(",")]
+    return draw_bands(render(graph), strengths)
+
+
+def draw_checkpoints(graph: Graph, render: Render) -> Image.Image:
+    """The source, and each checkpoint at strength 1."""
+    graph, sweep = keep_sweep(graph)
+    sweep["strengths"] = "1"
+    files = sorted((DEMO / "models" / "loras").glob(f"{sweep['loras'].strip()}.safetensors"))
+    steps = [path.stem.rpartition("-")[2].lstrip("0") for path in files]
+    return draw_bands(render(graph), ["0", *steps])
+
+
+#: workflow -> how its picture is made; of any other it is the first picture that comes out.
+DRAW: dict[str, Callable[[Graph, Render], Image.Image]] = {
+    "01_apply_lora": draw_before_and_after,
+    "02_inspect_lora": draw_deep,
+    "03_compare_and_resize": draw_deep,
+    "04_strength_sweep": draw_strengths,
+    "05_checkpoint_sweep": draw_checkpoints,
+}
+
+
+def keep_sweep(graph: Graph) -> tuple[Graph, dict[str, Any]]:
+    """The graph up to its sweep, whose pictures are saved one by one; and the sweep's inputs."""
+    ((sweep_id, sweep),) = (
+        (id, node) for id, node in graph.items() if node["class_type"] == "QwenEditLoraSweep"
+    )
+    save = {"images": [sweep_id, 0], "filename_prefix": "thumbnail"}
+    kept = find_ancestors(graph, sweep_id) | {sweep_id}
+    shown = {id: node for id, node in graph.items() if id in kept}
+    return {**shown, "save": {"class_type": "SaveImage", "inputs": save}}, sweep["inputs"]
+
+
+def find_ancestors(graph: Graph, node_id: str) -> set[str]:
+    links = (v for v in graph[node_id]["inputs"].values() if isinstance(v, list))
+    return {id for link in links for id in {link[0], *find_ancestors(graph, link[0])}}
+
+
+def draw_bands(pictures: Sequence[Image.Image], labels: Sequence[str] = ()) -> Image.Image:
+    """The same square cut into upright bands, each from another picture, with its label below."""
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+
+    if labels and len(labels) != len(pictures):
+        raise ValueError(f"expected a label for each of {len(pictures)} pictures, got {labels}")
+    edges = [round(SIZE_PX * index / len(pictures)) for index in range(len(pictures) + 1)]
+    thumbnail = Image.new("RGB", (SIZE_PX, SIZE_PX), "white")
+    draw = ImageDraw.Draw(thumbnail, "RGBA")
+    font = ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf"), 26)
+    for index, picture in enumerate(pictures):
+        left, right = edges[index] + (GAP_PX if index else 0), edges[index + 1]
+        thumbnail.paste(fit(picture).crop((left, 0, right, SIZE_PX)), (left, 0))
+        if labels:
+            center = ((left + right) // 2, SIZE_PX - 28)
+            box = draw.textbbox(center, labels[index], font, anchor="mm")
+            draw.rounded_rectangle((box[0] - 8, box[1] - 6, box[2] + 8, box[3] + 6), 6, "#000000a0")
+            draw.text(center, labels[index], font=font, fill="white", anchor="mm")
+    return thumbnail
+
+
+def fit(picture: Image.Image) -> Image.Image:
+    """The middle square of a picture."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(picture, (SIZE_PX, SIZE_PX), Image.Resampling.LANCZOS)
+
+
+def write_deep_lora(path: Path) -> None:
+    """A LoRA of 60 blocks, stronger towards the back and with a falling spectrum."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from .adapters import make_adapter
+    from .dit import METADATA, list_lora_targets
+
+    shapes = {path.split(".", 2)[2]: shape for path, shape in list_lora_targets().items()}
+    targets = {f"transformer_blocks.{b}.{n}": s for b in range(60) for n, s in shapes.items()}
+    state_dict = load_file(make_adapter(path, targets, rank=16, dtype=torch.float32))
+    falling = 0.75 ** torch.arange(16.0)
+    for key, tensor in state_dict.items():
+        block, name = key.split(".", 3)[2:]
+        if key.endswith("lora_B.weight"):
+            wave = math.sin(len(name) + int(block) / 9)
+            state_dict[key] = tensor * falling * 2 ** (int(block) / 30 + wave)
+    save_file({key: t.bfloat16() for key, t in state_dict.items()}, path, METADATA)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
