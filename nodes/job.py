@@ -1,0 +1,167 @@
+"""Job id -> how the training is going, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..lora_core import ConfigError, read_adapter
+from ..lora_core.contact_sheet import Row, Tile, draw_sheet
+from ..lora_core.jobs.job import Job, JobStatus
+from ..lora_core.plots import draw_message
+from ..lora_core.stored import SafetensorsFile
+from ..lora_core.training_plot import draw_training
+from . import host, job_host
+from .sockets import CATEGORY, AdapterSocket, build_image, report_output, show_report
+
+#: Sides of a picture on the sheet of samples, in pixels.
+TILE_SIDE = 512
+
+
+class QwenEditLoraJob(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QwenEditLoraJob",
+            display_name="Training Job (Edit LoRA)",
+            category=CATEGORY,
+            description=(
+                "Shows a training: state, loss, sample pictures; and gives its LoRA, the newest "
+                "that was saved. With wait on, what follows runs when the training is over."
+            ),
+            search_aliases=["training status", "loss plot", "training progress"],
+            is_output_node=True,
+            inputs=[
+                io.String.Input(
+                    "job_id",
+                    default="",
+                    placeholder="20260131-120000-0123abcd",
+                    tooltip="From Train Edit LoRA, or pasted; empty: the newest job.",
+                ),
+                io.Boolean.Input(
+                    "wait",
+                    default=False,
+                    tooltip=(
+                        "Wait until the training is over, with its progress on this node. "
+                        "Stopping the prompt stops the waiting, not the training."
+                    ),
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Decodes the sample pictures, which the job keeps as latents.",
+                ),
+            ],
+            outputs=[
+                AdapterSocket.Output("adapter", tooltip="The newest LoRA of the job."),
+                report_output(),
+                io.Image.Output("loss_plot", tooltip="Loss, gradients and size of the deltas."),
+                io.Image.Output("samples", tooltip="Items by steps, as one picture."),
+                io.String.Output("json", tooltip="The job's state and its last step's figures."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> Any:
+        return job_host.describe_states(with_steps=True)
+
+    @classmethod
+    def execute(cls, job_id: str = "", wait: bool = False, vae: Any = None) -> io.NodeOutput:
+        store = job_host.get_store()
+        job = job_host.find(job_id)
+        if wait:
+            job = wait_for(job.id)
+        metrics = store.read_metrics(job.id)
+        plot = build_image(draw_training(job.name, metrics, job.state.num_steps))
+        sheet = build_image(draw_samples(job, vae))
+        text = "\n".join(describe(job, bool(store.list_samples(job.id)), vae is not None))
+        figures = {**job.to_dict(), "last_step": metrics[-1] if metrics else None}
+        warning = job.status in (JobStatus.FAILED, JobStatus.CANCELLED)
+        shown = {
+            **show_report(text, warning=warning),
+            "images": ui.PreviewImage(plot, cls=cls).values,
+        }
+        return io.NodeOutput(
+            take_adapter(job), text, plot, sheet, json.dumps(figures, indent=1), ui=shown
+        )
+
+
+def wait_for(job_id: str) -> Job:
+    """Waits with a progress bar; the prompt's interrupt ends the waiting alone."""
+    progress = host.build_progress()
+    job = job_host.wait(job_id, lambda job: progress(job.state.step, max(job.state.num_steps, 1)))
+    if job.status is JobStatus.FAILED and job.state.failure is not None:
+        advice = "".join(f"\n- {sentence}" for sentence in job.state.failure.advice)
+        raise ConfigError(f"job {job.id} failed: {job.state.failure.sentence}{advice}")
+    return job
+
+
+def take_adapter(job: Job) -> Any:
+    """The newest adapter, or what stops the nodes behind with a sentence."""
+    files = job_host.get_store().list_adapters(job.id)
+    if not files:
+        return host.block_output(
+            f"job {job.id} has no LoRA yet (step {job.state.step} of {job.state.num_steps}); turn "
+            "on wait, or run this again later"
+        )
+    raw = [path for path in files if not path.stem.endswith("_ema")]
+    return read_adapter((raw or files)[-1])
+
+
+def describe(job: Job, has_samples: bool, has_vae: bool) -> list[str]:
+    """The job in lines."""
+    state = job.state
+    lines = [f"{job.name} ({job.id}): {job_host.describe(job)}"]
+    if state.published:
+        lines.append(f"LoRA: {', '.join(state.published)} in models/loras (press R to see it)")
+    if state.smoothed_loss is not None:
+        lines.append(f"loss {state.smoothed_loss:.4f} (smoothed)")
+    if state.failure is not None:
+        lines.append(f"failed: {state.failure.sentence}")
+        lines += [f"- {sentence}" for sentence in state.failure.advice]
+        lines += ["the log's end:", state.failure.log_tail] if state.failure.log_tail else []
+    lines += state.notes
+    if has_samples and not has_vae:
+        lines.append("there are samples: connect the VAE to see them")
+    return lines
+
+
+def draw_samples(job: Job, vae: Any) -> np.ndarray:
+    """Rows of items, columns of steps; uint8 (height, width, 3)."""
+    files = [p for p in job_host.get_store().list_samples(job.id) if p.suffix == ".safetensors"]
+    if not files or vae is None:
+        return draw_message(
+            "No sample was taken yet." if not files else "Connect the VAE to see the samples."
+        )
+    rows: dict[str, list[Tile]] = {}
+    for path in files:
+        _, step, item = path.stem.split("_", 2)
+        picture = decode(path, vae)
+        rows.setdefault(item, []).append(Tile(picture, f"step {int(step)}"))
+    return draw_sheet(
+        f"samples of {job.name}",
+        [Row(item, tuple(tiles)) for item, tiles in rows.items()],
+        [f"{job.settings.samples.steps} steps, strength 1"],
+    )
+
+
+def decode(path: Path, vae: Any) -> np.ndarray:
+    """A sample's latents as a small picture, uint8 (height, width, 3)."""
+    file = SafetensorsFile(path)
+    latents = file.tensors["samples"].load().clone()
+    file.release()
+    images = host.decode_latents(vae, latents)
+    picture = images[0].movedim(-1, 0)[None]
+    factor = min(1.0, TILE_SIDE / max(picture.shape[2:]))
+    size = [max(1, math.floor(side * factor)) for side in picture.shape[2:]]
+    small = torch.nn.functional.interpolate(picture, size=size, mode="area")
+    return (small[0].movedim(0, -1).clamp(0, 1) * 255).round().byte().cpu().numpy()
+
+
+NODES = [QwenEditLoraJob]

@@ -1,0 +1,313 @@
+"""Model file + dataset + settings -> a training job in the background."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..lora_core import ConfigError, LoraError
+from ..lora_core.jobs.devices import list_devices
+from ..lora_core.jobs.forecast import estimate_in_process
+from ..lora_core.targets import TARGET_PRESETS
+from ..lora_core.training.base_files import open_base_file
+from ..lora_core.training.config import VARIANTS, TrainConfig
+from ..lora_core.training.estimate import Estimate
+from ..lora_core.training.optimization import OPTIMIZERS
+from ..lora_core.training.presets import PRESETS, choose_storage
+from ..lora_core.training.quantization import STORAGES
+from . import host, job_host
+from .sockets import CATEGORY, DatasetSocket, report_output, show_report
+from .train_settings import AS_PRESET, AS_PRESET_CHOICE, AUTO, build_config, compute_key
+
+MEASURE, SKIP = "measure first", "skip"
+REFUSE, START_ANYWAY = "refuse", "start anyway"
+#: Input of the node -> setting of the engine.
+SETTINGS = {
+    "rank": "lora.rank",
+    "learning_rate": "optimizer.learning_rate",
+    "optimizer": "optimizer.name",
+    "batch_size": "data.batch_size",
+    "accumulation": "optimizer.accumulation",
+    "caption_dropout": "data.caption_dropout",
+    "save_every": "saving.adapter_every",
+    "seed": "seed",
+    "variant": "model.variant",
+}
+
+
+class QwenEditLoraTrain(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QwenEditLoraTrain",
+            display_name="Train Edit LoRA",
+            category=CATEGORY,
+            description=(
+                "Puts a training into the queue of the background worker and returns at once: "
+                "ComfyUI stays usable, and the training survives its restart. The same graph does "
+                "not start it twice. Watch it with Training Job."
+            ),
+            search_aliases=["train lora", "fine-tune", "finetune", "training"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=host.list_diffusion_models(),
+                    tooltip=(
+                        "The base model's file in models/diffusion_models: bf16, fp8, scaled fp8 "
+                        "or int8. It is read by the worker, never changed."
+                    ),
+                ),
+                DatasetSocket.Input("dataset", tooltip="From Edit Dataset: encoded once, cached."),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    tooltip=" ".join(f"{name}: {p.about}" for name, p in PRESETS.items()),
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=1500,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Optimizer updates. 50 to 100 for each picture are a usual start.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="my_edit",
+                    tooltip="Of the LoRA's file in models/loras; a taken name gets a number.",
+                ),
+                *list_advanced_inputs(),
+            ],
+            outputs=[
+                io.String.Output(
+                    "job_id", tooltip="For Training Job, which shows it and gives its LoRA."
+                ),
+                report_output(),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> Any:
+        # Also after a job failed or was deleted: then the same graph starts another one.
+        return job_host.describe_states()
+
+    @classmethod
+    def execute(
+        cls,
+        model_name: str,
+        dataset: Any,
+        preset: str,
+        steps: int,
+        name: str,
+        targets: str = AS_PRESET_CHOICE,
+        storage: str = AUTO,
+        sample_every: int = 250,
+        samples: int = 2,
+        while_training: str = job_host.POLICIES[0],
+        estimate: str = MEASURE,
+        if_too_large: str = REFUSE,
+        more_settings: str = "",
+        **settings: Any,
+    ) -> io.NodeOutput:
+        model = host.find_diffusion_model(model_name)
+        chosen = {SETTINGS[key]: value for key, value in settings.items()}
+        if targets != AS_PRESET_CHOICE:
+            chosen["lora.targets"] = (targets,)
+        config = build_config(
+            *(model, Path(dataset.folder), name, preset, steps),
+            choose_storages(model, storage),
+            chosen=chosen,
+            more_settings=more_settings,
+        )
+        key = compute_key(config)
+        known = job_host.find_same(key)
+        if known is not None:
+            text = f"job {known.id} is this training already: {known.describe()}"
+            return io.NodeOutput(known.id, text, ui=show_report(text))
+        lines = []
+        if estimate == MEASURE:
+            found, note = measure(config)
+            lines += [note] if found is None else [found.to_text()]
+            if found is not None and not found.fits and if_too_large == REFUSE:
+                raise ConfigError(
+                    f"this training does not fit into the device's memory.\n{found.to_text()}\n"
+                    "Lower what the list names, or set if_too_large to 'start anyway'."
+                )
+        job_id = job_host.submit(
+            config,
+            key=key,
+            sample_every=sample_every,
+            sample_items=choose_items(dataset, samples),
+            policy=while_training,
+        )
+        text = "\n".join([f"job {job_id}: {job_host.get(job_id).describe()}", *lines])
+        return io.NodeOutput(job_id, text, ui=show_report(text))
+
+
+def list_advanced_inputs() -> list[Any]:
+    """Everything that the engine has a default for."""
+    extra = {"optional": True, "advanced": True}
+    return [
+        io.Int.Input(
+            "rank",
+            default=AS_PRESET,
+            min=0,
+            max=1024,
+            tooltip="Size of the LoRA; 0: as the preset.",
+            **extra,
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=AS_PRESET,
+            min=0.0,
+            max=10.0,
+            step=1e-6,
+            round=1e-8,
+            tooltip="0: as the preset. For prodigy a factor on the rate it finds, usually 1.",
+            **extra,
+        ),
+        io.Combo.Input(
+            "targets",
+            options=[AS_PRESET_CHOICE, *TARGET_PRESETS],
+            tooltip="Which layers learn. Other patterns: more_settings, [lora] targets.",
+            **extra,
+        ),
+        io.Combo.Input(
+            "optimizer",
+            options=list(OPTIMIZERS),
+            tooltip="adamw8bit takes a quarter of adamw's memory; prodigy finds its own rate.",
+            **extra,
+        ),
+        io.Int.Input(
+            "batch_size",
+            default=1,
+            min=1,
+            max=64,
+            tooltip="Samples of one size in one forward pass.",
+            **extra,
+        ),
+        io.Int.Input(
+            "accumulation",
+            default=1,
+            min=1,
+            max=256,
+            tooltip="Batches whose gradients make one step: a larger batch without its memory.",
+            **extra,
+        ),
+        io.Combo.Input(
+            "storage",
+            options=[AUTO, *STORAGES],
+            tooltip=(
+                "How the base is kept on the GPU. auto: the most exact that leaves room to train "
+                "(bf16 41 GB, fp8 20 GB, nf4 14 GB); on a CPU fp32."
+            ),
+            **extra,
+        ),
+        io.Float.Input(
+            "caption_dropout",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Share of samples shown with an empty caption.",
+            **extra,
+        ),
+        io.Int.Input(
+            "save_every",
+            default=250,
+            min=0,
+            max=1_000_000,
+            tooltip="Steps between LoRA files to try out; 0 keeps the engine's 250.",
+            **extra,
+        ),
+        io.Int.Input(
+            "sample_every",
+            default=250,
+            min=0,
+            max=1_000_000,
+            tooltip="Steps between sample pictures of the dataset's first items; 0 makes none.",
+            **extra,
+        ),
+        io.Int.Input(
+            "samples", default=2, min=1, max=16, tooltip="How many items are sampled.", **extra
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFF,
+            control_after_generate=io.ControlAfterGenerate.fixed,
+            tooltip="Of the LoRA's start, the noise and the order of the data.",
+            **extra,
+        ),
+        io.Combo.Input(
+            "variant",
+            options=list(VARIANTS),
+            tooltip="What the LoRA says it is made for; auto asks the file.",
+            **extra,
+        ),
+        io.Combo.Input(
+            "while_training",
+            options=list(job_host.POLICIES),
+            tooltip=job_host.POLICY_TOOLTIP,
+            **extra,
+        ),
+        io.Combo.Input(
+            "estimate",
+            options=[MEASURE, SKIP],
+            tooltip="Run a few steps on two blocks first, to tell memory and time of the whole.",
+            **extra,
+        ),
+        io.Combo.Input(
+            "if_too_large",
+            options=[REFUSE, START_ANYWAY],
+            tooltip="What to do where the estimate says that the memory will not do.",
+            **extra,
+        ),
+        io.String.Input(
+            "more_settings",
+            default="",
+            multiline=True,
+            placeholder='[objective]\nsampling = "uniform"',
+            tooltip="Any setting of a configuration file, as TOML; it wins over the rest.",
+            **extra,
+        ),
+    ]
+
+
+def choose_storages(model: Path, storage: str) -> tuple[str, str]:
+    """Storage and compute dtype; for "auto" by the memory of the device that the job will get."""
+    available = job_host.find_device_memory()
+    if storage != AUTO:
+        return storage, "fp32" if available is None else "bf16"
+    base = open_base_file(model)
+    try:
+        num_weights = sum(map(math.prod, base.shapes.values()))
+    finally:
+        base.release()
+    return choose_storage(num_weights, available)
+
+
+def measure(config: TrainConfig) -> tuple[Estimate | None, str]:
+    """The estimate, or None and why there is none."""
+    place, obstacle = job_host.prepare_measuring()
+    if obstacle:
+        return None, f"not estimated: {obstacle}"
+    device = next(device for device in list_devices() if device.name == str(place))
+    try:
+        return host.run_interruptible(estimate_in_process, config, device), ""
+    except LoraError as e:
+        if "the estimate does not know" in str(e):
+            return None, f"not estimated: {e}"
+        raise
+
+
+def choose_items(dataset: Any, count: int) -> tuple[str, ...]:
+    """Keys of the items to sample."""
+    return tuple(dataset.keys[:count])
+
+
+NODES = [QwenEditLoraTrain]
