@@ -16,6 +16,9 @@ const NODES_WITH_REPORT = new Set([
   "QwenEditLoraSweep",
   "QwenEditLoraSweepGrid",
   "QwenEditLoraEffect",
+  "QwenEditDataset",
+  "QwenEditLoraTrain",
+  "QwenEditLoraJob",
 ]);
 
 // "5" is a node of the workflow itself, "<uuid of a subgraph>:5" one inside a subgraph.
