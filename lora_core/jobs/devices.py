@@ -43,6 +43,11 @@ def describe_gpu(index: int, host: str) -> Device:
     return Device(f"cuda:{index}", f"{host}-{uuid or visible}", visible)
 
 
+def measure_memory(device: Device) -> int:
+    """Bytes of a GPU's memory, whoever uses it."""
+    return torch.cuda.mem_get_info(torch.device(device.name))[1]
+
+
 def fits(device: Device, wanted: str, has_gpu: bool) -> bool:
     """Whether a job that asks for `wanted` ("auto", "cpu", "cuda", "cuda:1") may run here.
 

@@ -178,6 +178,21 @@ class Job:
     def status(self) -> JobStatus:
         return self.state.status
 
+    def describe(self) -> str:
+        """State and progress in a line."""
+        state = self.state
+        words = self.status.value.replace("_", " ")
+        if self.status is JobStatus.IN_PROGRESS and state.phase is not None:
+            words = state.phase.value
+        asked = self.request if self.status is JobStatus.IN_PROGRESS else None
+        if asked in (Request.PAUSE, Request.CANCEL):
+            words += f", to be {'paused' if asked is Request.PAUSE else 'cancelled'}"
+        text = f"{words}, step {state.step} of {state.num_steps}"
+        if state.remaining_s is not None:
+            minutes = round(state.remaining_s / 60)
+            text += f", {minutes // 60}:{minutes % 60:02} h left"
+        return text
+
     def to_dict(self) -> dict[str, Any]:
         """What may be shown to anybody: no path of this machine."""
         state = {k: v for k, v in asdict(self.state).items() if k not in ("worker", "parent")}

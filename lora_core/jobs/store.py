@@ -99,6 +99,16 @@ class JobStore:
         self.index.update(changed, known.keys() - seen)
         return sorted(jobs, key=lambda job: (job.state.created_at, job.id))
 
+    def find_same(self, key: str) -> Job | None:
+        """The newest job of this key that did not fail and was not cancelled."""
+        for job in reversed(self.list()):
+            if job.settings.key == key and job.status not in (
+                JobStatus.FAILED,
+                JobStatus.CANCELLED,
+            ):
+                return job
+        return None
+
     def wait(
         self,
         job_id: str,
@@ -216,13 +226,8 @@ class JobStore:
         wanted = build(JobSettings, {"train": config_to_dict(train), "key": key, **values}, "")
         check_files(wanted)
         with self._submissions.held(LOCK_TIMEOUT):
-            if key:
-                for job in reversed(self.list()):
-                    if job.settings.key == key and job.status not in (
-                        JobStatus.FAILED,
-                        JobStatus.CANCELLED,
-                    ):
-                        return job.id
+            if key and (same := self.find_same(key)) is not None:
+                return same.id
             now = time.time()
             state = JobState(created_at=now, queued_at=now, num_steps=train.steps)
             self._create(path, wanted, state)

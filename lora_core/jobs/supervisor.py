@@ -35,7 +35,7 @@ PARENT_TIMEOUT = 3.0
 #: Seconds without a heartbeat after which a worker that lives is said not to respond.
 SILENCE_TIMEOUT = 60.0
 
-Listener = Callable[[Job], None]
+Listener = Callable[[str, Job | None], None]
 Launch = Callable[[Path, JobFolder, Device], Any]
 Prepare = Callable[[Job, Device], bool]
 
@@ -57,7 +57,8 @@ class Supervisor:
     Args:
         devices: those this supervisor uses; all of the machine if None.
         prepare: asked before a worker is started on a device until it says True; frees memory.
-        listener: told each job that changed, in the supervisor's thread.
+        listener: told (id, job) for each job that changed and (id, None) for one that was
+            deleted, in the supervisor's thread.
         launch: starts a worker and gives something with `poll`, as `launch.start_worker` does.
     """
 
@@ -255,8 +256,11 @@ class Supervisor:
         told = {}
         for job in jobs:
             if self.listener is not None and self._told.get(job.id) != job:
-                self.listener(job)
+                self.listener(job.id, job)
             told[job.id] = job
+        if self.listener is not None:
+            for job_id in self._told.keys() - told.keys():
+                self.listener(job_id, None)
         self._told = told
 
     def _say_once(self, sentence: str) -> None:

@@ -54,7 +54,9 @@ def test_a_paused_and_resumed_job_ends_as_one_that_ran_through(
     assert time.monotonic() - started < 1
     wait_for_step(supervisor, paused, 3)
     (pid,) = list_processes(store.root)
-    assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16] == "7"
+    assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16] == str(
+        os.nice(0) + 7
+    )
     environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
     assert "CUDA_VISIBLE_DEVICES=" in environment
     assert not any(line.startswith("PYTORCH_CUDA_ALLOC_CONF") for line in environment)

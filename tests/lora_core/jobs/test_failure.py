@@ -1,0 +1,134 @@
+"""Why a job ended badly, and on which devices it may run."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from qwen_edit_lora.lora_core import FileError
+from qwen_edit_lora.lora_core.jobs.devices import Device, fits, list_devices
+from qwen_edit_lora.lora_core.jobs.failure import (
+    explain_death,
+    explain_error,
+    is_from_outside,
+    restart_or_fail,
+)
+from qwen_edit_lora.lora_core.jobs.folder import JobFolder
+from qwen_edit_lora.lora_core.jobs.job import JobFailure, JobSettings, JobState, JobStatus
+from qwen_edit_lora.lora_core.jobs.launch import build_command, build_environment
+from tiny_jobs import make_train
+
+CPU = Device("cpu", "here-cpu", "")
+FIRST, SECOND = Device("cuda:0", "here-a", "2"), Device("cuda:1", "here-b", "GPU-b")
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence", "again"),
+    [
+        (-signal.SIGKILL, "ended by SIGKILL, by hand or because the computer ran out of", True),
+        (-signal.SIGTERM, "ended by SIGTERM", True),
+        (None, "vanished without a word", True),
+        (-signal.SIGSEGV, "crashed with SIGSEGV", False),
+        (-signal.SIGABRT, "crashed with SIGABRT", False),
+        (3, "ended with exit code 3 before it could say why", False),
+    ],
+)
+def test_a_death_is_explained_and_only_those_from_outside_are_tried_again(
+    code, sentence, again, tmp_path
+):
+    folder = JobFolder(tmp_path)
+    folder.log.write_text("".join(f"line {i}\n" for i in range(100)))
+    failure = explain_death(code, folder)
+    assert sentence in failure.sentence
+    assert failure.exit_code == code
+    assert failure.log_tail.splitlines() == [f"line {i}" for i in range(80, 100)]
+    assert failure.advice
+    assert is_from_outside(code) is again
+
+
+def test_restarts_are_counted_without_progress_only(material):
+    settings = JobSettings(train=make_train(material), max_restarts=2)
+    failure = JobFailure(sentence="killed")
+    state = JobState(status=JobStatus.IN_PROGRESS)
+    statuses, counts = [], []
+    for reached in (0, 0, 5, 5, 5):
+        state = restart_or_fail(state, settings, reached, failure)
+        statuses.append(state.status)
+        counts.append(state.restarts)
+    assert counts == [1, 2, 1, 2, 2]
+    assert statuses == [JobStatus.PENDING] * 4 + [JobStatus.FAILED]
+    assert state.failure == failure
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(error, material):
+    config = make_train(material, **{"data.batch_size": 4, "lora.rank": 64})
+    failure = explain_error(error, config)
+    assert "ran out of memory" in failure.sentence
+    assert failure.advice[0] == "set model.gradient_checkpointing to true"
+    assert "set data.batch_size to 1 and raise optimizer.accumulation" in failure.advice
+    assert "lower lora.rank" in failure.advice
+
+
+def test_other_errors_are_one_sentence(material):
+    config = make_train(material)
+    assert explain_error(FileError("a\n b"), config) == JobFailure(sentence="a b")
+    failure = explain_error(ZeroDivisionError("division by zero"), config)
+    assert failure.sentence == "training stopped with ZeroDivisionError: division by zero"
+    assert failure.advice == ("look at the end of the log",)
+
+
+def test_jobs_go_to_the_devices_that_they_ask_for():
+    devices = [FIRST, SECOND, CPU]
+
+    def choose(wanted: str) -> list[str]:
+        return [device.name for device in devices if fits(device, wanted, has_gpu=True)]
+
+    assert choose("auto") == choose("cuda") == ["cuda:0", "cuda:1"]
+    assert choose("cuda:1") == ["cuda:1"]
+    assert choose("cpu") == ["cpu"]
+    assert fits(CPU, "auto", has_gpu=False)
+    assert fits(CPU, "cuda:1", has_gpu=False)  # whose worker says that there is none
+    assert [d.name for d in list_devices()][-1] == "cpu"
+    assert len({d.key for d in list_devices()}) == len(list_devices())
+
+
+def test_a_worker_sees_one_gpu_and_none_of_comfyuis_own_settings(monkeypatch):
+    inherited = {
+        "PATH": "/bin",
+        "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync",
+        "CUDA_VISIBLE_DEVICES": "2,GPU-b",
+        "WORLD_SIZE": "2",
+    }
+    environment = build_environment(SECOND, inherited)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-b"
+    assert environment.get("PYTORCH_CUDA_ALLOC_CONF") in (None, "expandable_segments:True")
+    assert environment["PATH"] == "/bin"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert "WORLD_SIZE" not in environment
+    on_cpu = build_environment(CPU, inherited)
+    assert on_cpu["CUDA_VISIBLE_DEVICES"] == ""
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in on_cpu
+
+
+def test_the_command_is_a_list_of_ids_and_never_a_shell_line(tmp_path):
+    command = build_command(tmp_path, "20260131-120000-0123abcd", FIRST)
+    assert command[-4:] == [str(tmp_path), "20260131-120000-0123abcd", "here-a", "cuda:0"]
+    assert Path(command[-5], "lora_core", "jobs", "worker.py").is_file()
+
+
+def test_a_state_says_how_long_it_will_take():
+    state = JobState(status=JobStatus.IN_PROGRESS, step=4, num_steps=10, seconds_per_step=2.0)
+    assert state.remaining_s == 12.0
+    assert dataclasses.replace(state, status=JobStatus.PAUSED).remaining_s is None

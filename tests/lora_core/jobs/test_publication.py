@@ -1,0 +1,103 @@
+"""The finished adapter in a loras folder: whole, under a free name, once."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from qwen_edit_lora.lora_core import FileError
+from qwen_edit_lora.lora_core.jobs import publication
+from qwen_edit_lora.lora_core.jobs.publication import publish, read_job_id, remove_published
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+JOB, OTHER = "20260131-120000-0123abcd", "20260131-120000-4567abcd"
+
+
+@pytest.fixture
+def loras(tmp_path: Path) -> Path:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> list[Path]:
+    """Raw and averaged weights, as a run leaves them."""
+    return [write(tmp_path / "a.safetensors", 1), write(tmp_path / "a_ema.safetensors", 2)]
+
+
+def write(path: Path, seed: int, date: str = "2026-01-31") -> Path:
+    tensor = torch.randn(7, 5, generator=torch.Generator().manual_seed(seed))
+    save_file({"x": tensor, "alpha": torch.tensor(4.0)}, path, {"modelspec.date": date})
+    return path
+
+
+def list_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_copy_has_the_same_tensors_and_names_its_job(adapters, loras):
+    assert publish(adapters, loras, JOB) == ("a.safetensors", "a_ema.safetensors")
+    for path in adapters:
+        ours, theirs = load_file(loras / path.name), load_file(path)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        with safe_open(loras / path.name, "pt") as file:
+            assert file.metadata() == {"modelspec.date": "2026-01-31", publication.JOB_KEY: JOB}
+    assert read_job_id(adapters[0]) is None
+
+
+def test_no_other_file_is_overwritten_and_a_run_keeps_one_number(adapters, loras):
+    (loras / "a_ema.safetensors").write_bytes(b"mine")
+    assert publish(adapters, loras, JOB) == ("a_2.safetensors", "a_2_ema.safetensors")
+    assert publish(adapters, loras, OTHER) == ("a_3.safetensors", "a_3_ema.safetensors")
+    assert (loras / "a_ema.safetensors").read_bytes() == b"mine"
+    assert read_job_id(loras / "a_3.safetensors") == OTHER
+    assert len(list_names(loras)) == 5
+
+
+def test_what_a_killed_worker_published_is_found_again(adapters, loras):
+    names = publish(adapters, loras, JOB)
+    (loras / names[1]).unlink()  # killed between the two
+    write(adapters[0], 1, date="2026-02-01")  # written again by the resumed run
+    assert publish(adapters, loras, JOB) == names
+    assert list_names(loras) == sorted(names)
+    write(adapters[0], 3)  # the same job trained on: other weights
+    assert publish(adapters, loras, JOB) == ("a_2.safetensors", "a_2_ema.safetensors")
+
+
+def test_a_file_system_without_hard_links_will_do(adapters, loras, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(publication.os, "link", refuse)
+    (loras / "a.safetensors").write_bytes(b"mine")
+    assert publish(adapters, loras, JOB) == ("a_2.safetensors", "a_2_ema.safetensors")
+    assert (loras / "a.safetensors").read_bytes() == b"mine"
+    assert len(list_names(loras)) == 3
+
+
+def test_a_folder_that_takes_nothing_is_a_sentence_and_leaves_nothing(adapters, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="the adapter cannot be put into loras"):
+        publish(adapters, tmp_path / "file" / "loras", JOB)
+
+
+def test_only_the_jobs_own_copies_are_removed(adapters, loras):
+    publish(adapters, loras, JOB)
+    write(loras / "a_ema.safetensors", 5)  # replaced by the user
+    outside = write(loras.parent / "outside.safetensors", 6)
+    remove_published(["a.safetensors", "a_ema.safetensors", f"../{outside.name}"], loras, JOB)
+    assert list_names(loras) == ["a_ema.safetensors"]
+    assert outside.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 4, b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]"])
+def test_damaged_files_belong_to_no_job(content, loras):
+    path = loras / "x.safetensors"
+    path.write_bytes(content)
+    assert read_job_id(path) is None
+    assert json.dumps(list_names(loras)) == '["x.safetensors"]'
