@@ -1,8 +1,9 @@
 """Measures an Effect on a MODEL: a few model calls per strength, nothing is sampled.
 
-The strengths run one after the other on the same noise. One batch over all of them would need a
-gain per batch item in every kind of the side path, and an edit has thousands of tokens an item:
-the products are as fast for one item as for a batch of them.
+The strengths run one after the other on the same noise, not as one batch. An edit has thousands of
+tokens an item, so a batch saves no arithmetic, and it multiplies the memory for activations. It
+would need a gain per batch item in every kind of the side path. And equal items of a batch may be
+rounded differently, while here a change of exactly 0 means that nothing was applied.
 """
 
 from __future__ import annotations

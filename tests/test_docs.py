@@ -28,6 +28,7 @@ MAX_HELP_LINES = 80
 CORE_NODES = frozenset(
     {
         *("UNETLoader", "CLIPLoader", "VAELoader", "LoadImage", "FluxKontextImageScale"),
+        "ImageScaleToTotalPixels",
         *("ModelSamplingAuraFlow", "CFGNorm", "TextEncodeQwenImageEditPlus", "VAEEncode"),
         *("FluxKontextMultiReferenceLatentMethod", "KSampler", "VAEDecode", "SaveImage"),
         *("PreviewImage", "PreviewAny", "MarkdownNote"),

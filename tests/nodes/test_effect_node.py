@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +96,23 @@ def test_the_change_is_that_of_a_one_step_sampling(measure, base, make_lora, app
     for found in effect.strengths[1:]:
         expected = [(square / len(SIGMAS)) ** 0.5 for square in blocks[found.strength]]
         assert found.blocks == pytest.approx(expected, rel=1e-3)
+
+
+def test_it_costs_one_model_call_per_strength_and_sigma(measure, base, make_lora, monkeypatch):
+    model_class, sizes = type(base.model), []
+    original = model_class.apply_model
+
+    def counted(self, x, *args, **kwargs):
+        sizes.append(len(x))
+        return original(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(model_class, "apply_model", counted)
+    path = make_lora("a", delta_std=0.2)
+    measure(base, path, (0.0, 0.5, 1.0))
+    assert sizes == [1] * 3 * len(SIGMAS)
+    sizes.clear()
+    measure(base, path, (0.5, 1.0))  # the reference at 0 is measured in any case
+    assert sizes == [1] * 3 * len(SIGMAS)
 
 
 def test_strength_0_is_exactly_0_and_another_seed_is_another_answer(measure, base, make_lora):
@@ -224,15 +242,39 @@ def test_the_node_gives_report_json_and_plot(server, demo_models):
     assert server.images(entry)[0].startswith(b"\x89PNG")
 
 
+def test_the_strengths_it_chooses_are_those_of_the_sweep(server, demo_models):
+    graph = build_graph(demo_models.lora.name, sigmas="0.7", points=4)
+    sampling = {"steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    graph["sweep"] = node(
+        "QwenEditLoraSweep",
+        **{name: graph["effect"]["inputs"][name] for name in ("model", "adapter", "positive")},
+        **{"negative": ["prompt", 0], "latent_image": ["latent", 0], "strengths": ["effect", 3]},
+        **{"seed": 3, "denoise": 1.0, **sampling},
+    )
+    graph["swept"] = node("PreviewAny", source=["sweep", 2])
+    graph["chosen"] = node("PreviewAny", source=["effect", 3])
+    outputs = server.run_prompt(graph)["outputs"]
+    (chosen,) = outputs["chosen"]["text"]
+    assert outputs["effect"]["qwen_edit_lora_report"][0].endswith(f"for a sweep: {chosen}")
+    assert outputs["swept"]["text"] == [f"strength={text} seed=3" for text in chosen.split(", ")]
+    curve = [
+        (e["strength"], e["change"]) for e in json.loads(outputs["json"]["text"][0])["strengths"]
+    ]
+    from qwen_edit_lora.lora_core.strength_choice import choose_by_change
+
+    assert [float(text) for text in chosen.split(", ")] == list(choose_by_change(curve, 4))
+
+
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
-        ({"strengths": "0..2"}, r"strengths is '0\.\.2'; expected finite numbers"),
+        ({"strengths": "0..2"}, "strengths is '0..2'; expected finite numbers"),
         ({"sigmas": "0, 0.5"}, "sigmas holds 0; expected up to 16 numbers above 0"),
+        ({"sigmas": "", "strengths": "1"}, "sigmas is empty; expected finite numbers"),
     ],
 )
-def test_bad_texts_are_one_sentence(inputs, sentence, server, demo_models):
-    from demo_base.server import PromptError
-
-    with pytest.raises(PromptError, match=sentence):
-        server.run_prompt(build_graph(demo_models.lora.name, **inputs))
+def test_bad_texts_are_refused_before_anything_runs(inputs, sentence, server, demo_models):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.post("/prompt", {"prompt": build_graph(demo_models.lora.name, **inputs)})
+    (error,) = json.loads(refused.value.read())["node_errors"]["effect"]["errors"]
+    assert sentence in error["details"]
