@@ -14,11 +14,16 @@ from ..errors import ConfigError
 #: They note on import which of their own optional parts are missing; nothing a user can use.
 TALKATIVE = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
 
+#: Ways of Accelerate to spread one model over several devices.
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
 
 def add_commands(commands) -> None:
     """Adds the training commands to an argparse sub-parsers object."""
     command = commands.add_parser("train", help="a LoRA from a cached training set")
-    command.add_argument("config", metavar="CONFIG.toml", help="see training/example.toml")
+    command.add_argument(
+        "config", metavar="CONFIG.toml", help="such as lora_core/training/example.toml"
+    )
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     command.add_argument("--json", action="store_true", help="one JSON object for each step")
     command.add_argument("--log-every", type=int, default=10, metavar="STEPS")
@@ -109,9 +114,19 @@ def quiet_libraries() -> None:
 
 
 def find_accelerator(on_cpu: bool):
-    """The Accelerator of `accelerate launch`; None for a process on its own."""
+    """The Accelerator of `accelerate launch`; None for a process on its own.
+
+    Raises:
+        ConfigError: it is not installed, or was told to shard the model.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
+    for name in SHARDING:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ConfigError(
+                f"{name} shards the LoRAs, which checkpoints need whole; launch with --multi_gpu "
+                "instead, and fit the base into each GPU by model.storage or model.offload_blocks"
+            )
     try:
         from accelerate import Accelerator
     except ImportError:

@@ -125,6 +125,13 @@ def test_an_unknown_item_is_one_line(write_config, tmp_path, capsys):
     assert "the training set has no item 'c'; it has a" in capsys.readouterr().err
 
 
+def test_sharding_by_accelerate_is_refused_in_one_line(write_config, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # what `accelerate launch --use_fsdp` sets
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["train", write_config()]) == 2
+    assert "train: FSDP shards the LoRAs, which checkpoints need whole" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal")
 def test_a_terminated_run_saves_its_step_and_says_how_to_go_on(write_config, tmp_path):
     command = [sys.executable, "-m", "lora_core", "train", write_config(100_000), "--json"]
