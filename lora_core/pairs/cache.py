@@ -1,0 +1,228 @@
+"""Encoded pairs on disk: items by what they were made of, and a folder for each training set.
+
+    items/<digest>.safetensors   one pair, named by everything that matters
+    sets/<name>-<digest>/        a training set as `training.dataset` reads it; its items are
+                                 hard links to those above, copies where a disk has none
+
+A set never changes: with another caption it becomes another folder, so that a paused run finds
+what it was trained on. Nothing is ever deleted here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FileError, LoraError
+from ..files import explain
+from ..progress import Progress, ShouldStop, track
+from ..stored import shorten
+from ..training.dataset import ITEMS_FOLDER, CachedItem, DatasetWriter, read_dataset
+from .preflight import CheckedPair
+
+#: Goes up when the same pair would be encoded otherwise.
+VERSION = 1
+SETS_FOLDER = "sets"
+FLOAT_BYTES = 4
+TEXT_TOKENS_PER_REFERENCE = 200  # of a 384 x 384 picture; the original's 1024 x 1024 has 1370
+TEMPLATE_TOKENS = 64
+LATENT_CHANNELS, PIXELS_PER_LATENT = 16, 8
+
+Encode = Callable[[CheckedPair], CachedItem]
+
+
+@dataclass(frozen=True)
+class EditDataset:
+    """What travels from the dataset node to the trainer."""
+
+    folder: Path
+    """As `training.dataset.read_dataset` takes it."""
+    name: str
+    keys: tuple[str, ...]
+    """Of its items, in their order."""
+    variant: str
+    """"2509 / 2511" or "original"."""
+    summary: str
+    """One line for reports."""
+
+
+@dataclass(frozen=True)
+class CachedPairs:
+    """What `cache_pairs` did."""
+
+    folder: Path
+    num_encoded: int
+    num_reused: int
+
+
+def compute_key(checked: CheckedPair, settings: Mapping[str, object]) -> str:
+    """A digest of all that an item depends on.
+
+    Args:
+        settings: template, sizes, the identities of CLIP and VAE; anything JSON can hold.
+    """
+    facts = checked.facts
+    parts = {
+        "version": VERSION,
+        "target": facts.target.digest,
+        "references": [reference.digest for reference in facts.references],
+        "mask": facts.mask.digest if facts.mask else None,
+        "caption": checked.pair.caption,
+        "size": checked.size,
+        **settings,
+    }
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def cache_pairs(
+    store: Path,
+    name: str,
+    pairs: Sequence[CheckedPair],
+    encode: Encode,
+    settings: Mapping[str, object],
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> CachedPairs:
+    """Encodes what is not there yet, one pair at a time; what is done stays after an interruption.
+
+    Raises:
+        FileError: the disk does not take it.
+        InterruptedError: `should_stop` returned True.
+    """
+    keys = [compute_key(one, settings) for one in pairs]
+    items = DatasetWriter(store)
+    encoded = 0
+    for one, key in track(
+        list(zip(pairs, keys, strict=True)), progress, should_stop, "encoding of the pairs"
+    ):
+        if not is_readable(get_path(store, key)):
+            items.add(key, encode(one), one.pair.caption or "")
+            encoded += 1
+    folder = write_set(store, name, pairs, keys, settings)
+    return CachedPairs(folder, encoded, len(pairs) - encoded)
+
+
+def count_missing(
+    store: Path, pairs: Sequence[CheckedPair], settings: Mapping[str, object]
+) -> list[CheckedPair]:
+    """Those that would have to be encoded."""
+    return [one for one in pairs if not get_path(store, compute_key(one, settings)).is_file()]
+
+
+def get_path(store: Path, key: str) -> Path:
+    return store / ITEMS_FOLDER / f"{key}.safetensors"
+
+
+def is_readable(path: Path) -> bool:
+    """Whether an item is there and whole, by its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "target" in file.keys()
+    except (OSError, SafetensorError):
+        return False
+
+
+def write_set(
+    store: Path,
+    name: str,
+    pairs: Sequence[CheckedPair],
+    keys: Sequence[str],
+    settings: Mapping[str, object],
+) -> Path:
+    """The folder of this very set; one that is there and whole is taken as it is."""
+    named = [f"{slug(one.pair.name)}-{key[:12]}" for one, key in zip(pairs, keys, strict=True)]
+    digest = hashlib.blake2b("\n".join([*named, *keys]).encode(), digest_size=6).hexdigest()
+    folder = store / SETS_FOLDER / f"{slug(name)}-{digest}"
+    if is_set(folder):
+        return folder
+    writer = DatasetWriter(folder)
+    for item_name, one, key in zip(named, pairs, keys, strict=True):
+        link(get_path(store, key), folder / ITEMS_FOLDER / f"{item_name}.safetensors")
+        writer.add_file(item_name, one.pair.caption or "")
+    return writer.finish({"name": name, **settings})
+
+
+def is_set(folder: Path) -> bool:
+    try:
+        read_dataset(folder)
+    except LoraError:
+        return False
+    return True
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy; FileError where the disk takes neither."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            target.hardlink_to(source)
+        except OSError:  # another disk, or one without links
+            temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+            try:
+                shutil.copyfile(source, temporary)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as e:
+        raise FileError(f"{shorten(target.name)} cannot be written: {explain(e)}.") from None
+
+
+def slug(name: str) -> str:
+    """A file name of ASCII letters that a person recognises; digests make it unique."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.-")
+    return plain[:60] or "pair"
+
+
+# --- before the work ------------------------------------------------------------------------------
+
+
+def check_disk(
+    store: Path, missing: Sequence[CheckedPair], text_width: int, reference_megapixels: float
+) -> None:
+    """Whether the cache's folder can be written and has room.
+
+    Raises:
+        FileError: it cannot, or has not.
+    """
+    probe = store / f".{secrets.token_hex(8)}.tmp"
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"\0")
+        finally:
+            probe.unlink(missing_ok=True)
+        free = shutil.disk_usage(store).free
+    except OSError as e:
+        raise FileError(f"the cache folder {store} cannot be written: {explain(e)}.") from None
+    needed = sum(estimate_bytes(one, text_width, reference_megapixels) for one in missing)
+    if needed > free:
+        raise FileError(
+            f"{len(missing)} pairs to encode need about {needed / 1e9:.1f} GB, but the disk of "
+            f"{store} has {free / 1e9:.1f} GB free; free some space, or lower megapixels."
+        )
+
+
+def estimate_bytes(checked: CheckedPair, text_width: int, reference_megapixels: float) -> int:
+    """Of one item in float32: latents, and two embeddings."""
+    references = len(checked.pair.references)
+    pixels = checked.size[0] * checked.size[1] + references * reference_megapixels * 1024**2
+    latents = LATENT_CHANNELS * pixels / PIXELS_PER_LATENT**2
+    tokens = references * TEXT_TOKENS_PER_REFERENCE + TEMPLATE_TOKENS
+    tokens += len(checked.pair.caption or "") / 3
+    return round(FLOAT_BYTES * (latents + 2 * tokens * text_width))
+
+
+def measure_store(store: Path) -> tuple[int, int]:
+    """(items, bytes) of the whole cache, those of other sets included."""
+    sizes = [path.stat().st_size for path in (store / ITEMS_FOLDER).glob("*.safetensors")]
+    return len(sizes), sum(sizes)

@@ -1,0 +1,90 @@
+"""What the checks and the cache know about a picture after one look at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .pair import Pair
+from .pictures import Picture
+
+SIGNATURE_PX = 32
+LOOK_PX = 256  # at which colours and details are measured
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """Small enough to keep for thousands of pictures."""
+
+    width: int
+    height: int
+    traits: tuple[str, ...]
+    digest: str
+    """Of the file's bytes, or of the pixels from the graph."""
+    signature: np.ndarray
+    """uint8 (32, 32, 3): the picture squeezed."""
+    saturation: float
+    """Mean of max - min over the channels, 0 to 1; 0 is grey."""
+    detail: float
+    """Mean step from pixel to pixel of the brightness, 0 to 1, at 256 px."""
+
+    @property
+    def aspect(self) -> float:
+        return self.width / self.height
+
+    def looks_like(self, other: PictureFacts, tolerance: int = 2) -> bool:
+        """Whether no cell of the signatures differs by more than this many of 255."""
+        difference = self.signature.astype(int) - other.signature.astype(int)
+        return int(np.abs(difference).max()) <= tolerance
+
+
+@dataclass(frozen=True)
+class PairFacts:
+    """A pair's pictures in the order of `Pair.pictures`."""
+
+    target: PictureFacts
+    references: tuple[PictureFacts, ...]
+    mask: PictureFacts | None = None
+
+
+def measure_picture(picture: Picture) -> PictureFacts:
+    """Decodes it once, small; a damaged one is a FileError."""
+    header = picture.read_header()
+    look = picture.read_small(LOOK_PX)
+    squeezed = Image.fromarray(look).resize((SIGNATURE_PX, SIGNATURE_PX), Image.Resampling.BOX)
+    values = look.astype(np.float32) / 255
+    grey = values.mean(axis=2)
+    steps = [np.abs(np.diff(grey, axis=axis)).mean() for axis in (0, 1) if grey.shape[axis] > 1]
+    return PictureFacts(
+        width=header.width,
+        height=header.height,
+        traits=header.traits,
+        digest=picture.compute_digest(),
+        signature=np.asarray(squeezed).copy(),
+        saturation=float((values.max(axis=2) - values.min(axis=2)).mean()),
+        detail=float(np.mean(steps)) if steps else 0.0,
+    )
+
+
+def measure_pair(pair: Pair, known: dict[int | str, PictureFacts]) -> PairFacts:
+    """Facts of all pictures; `known` remembers those that several pairs share."""
+
+    def measure(picture: Picture) -> PictureFacts:
+        key = str(picture.path) if hasattr(picture, "path") else id(picture)
+        if key not in known:
+            known[key] = measure_picture(picture)
+        return known[key]
+
+    return PairFacts(
+        target=measure(pair.target),
+        references=tuple(map(measure, pair.references)),
+        mask=None if pair.mask is None else measure(pair.mask),
+    )
+
+
+def have_same_pixels(a: Picture, b: Picture) -> bool:
+    """Exactly, at full size."""
+    first, second = a.read(), b.read()
+    return first.shape == second.shape and bool(np.array_equal(first, second))

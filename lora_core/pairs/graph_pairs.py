@@ -1,0 +1,70 @@
+"""Pairs from pictures of a graph: batches of targets and references, and captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import ConfigError
+from .pair import FoundPairs, Pair
+from .pictures import ArrayPicture
+
+
+def build_graph_pairs(
+    targets: Sequence[np.ndarray],
+    references: Sequence[Sequence[np.ndarray]],
+    captions: Sequence[str],
+) -> FoundPairs:
+    """Target i with picture i of each reference input; one picture or caption serves all.
+
+    Args:
+        targets, references: float32 (height, width, 3) in [0, 1].
+        captions: one text of a line per target, or a text per target.
+
+    Raises:
+        ConfigError: no references, or numbers that do not fit.
+    """
+    number = len(targets)
+    if not references:
+        raise ConfigError(
+            "targets are connected but no references; connect the pictures they are made from to "
+            "reference_1"
+        )
+    for slot, pictures in enumerate(references, 1):
+        if len(pictures) not in (1, number):
+            raise ConfigError(
+                f"reference_{slot} holds {len(pictures)} pictures and targets {number}; expected "
+                "as many, or one for all"
+            )
+    texts = split_captions(captions, number)
+    shared = [
+        [ArrayPicture(f"reference {slot}.{i + 1}", picture) for i, picture in enumerate(pictures)]
+        for slot, pictures in enumerate(references, 1)
+    ]
+    pairs = [
+        Pair(
+            name=f"pair_{i + 1:03}",
+            target=ArrayPicture(f"target {i + 1}", target),
+            references=tuple(p[i if len(p) == number else 0] for p in shared),
+            caption=texts[i],
+        )
+        for i, target in enumerate(targets)
+    ]
+    return FoundPairs("pictures from the graph", tuple(pairs))
+
+
+def split_captions(captions: Sequence[str], number: int) -> list[str | None]:
+    """A caption per target; None where there are none at all."""
+    texts = [text.strip() for text in captions]
+    if len(texts) == 1 and number > 1:
+        lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
+        texts = lines or [""]
+    if not any(texts):
+        return [None] * number
+    if len(texts) not in (1, number):
+        raise ConfigError(
+            f"captions holds {len(texts)} lines and targets {number} pictures; expected as many, "
+            "or one for all"
+        )
+    return [*texts] * (number if len(texts) == 1 else 1)

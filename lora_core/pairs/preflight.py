@@ -1,0 +1,312 @@
+"""A look at every pair before any is encoded: what would ruin a run, what may be a mistake."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import ConfigError, FileError
+from ..progress import Progress, ShouldStop, track
+from ..stored import shorten
+from .facts import PairFacts, PictureFacts, have_same_pixels, measure_pair
+from .pair import FoundPairs, Level, Pair, Problem
+from .sizes import Size, choose_target_size
+from .swapping import find_swaps
+
+STOP, LEAVE_OUT = "stop", "leave the pair out"
+ON_PROBLEM = (STOP, LEAVE_OUT)
+
+MAX_ASPECT_DIFFERENCE = 0.02  # between a target and its first reference
+MAX_ASPECT = 4.0
+MIN_SHARE_OF_AREA = 0.5  # of the trained size a target should have
+MIN_MASK_SHARE = 1e-6
+MAX_LINES = 12  # of problems in an error
+#: Would be read as part of the prompt's template.
+TEMPLATE_TOKEN = re.compile(r"<\|[a-z_]+\|>")
+PLACEHOLDER = re.compile(r"\[(trigger|name)\]")
+
+
+@dataclass(frozen=True)
+class CheckedPair:
+    """A pair that can be encoded."""
+
+    pair: Pair
+    facts: PairFacts
+    size: Size
+    """(width, height) its target is encoded at."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """All that was found out."""
+
+    name: str
+    layout: str
+    pairs: tuple[CheckedPair, ...]
+    """Those that can be used."""
+    problems: tuple[Problem, ...]
+    num_found: int
+    """Pairs, the unusable ones included."""
+
+    @property
+    def stops(self) -> tuple[Problem, ...]:
+        return tuple(problem for problem in self.problems if problem.level == Level.STOP)
+
+    @property
+    def needs_attention(self) -> bool:
+        return any(problem.level >= Level.WARNING for problem in self.problems)
+
+    def raise_stops(self) -> None:
+        """ConfigError with one sentence, then the other problems a line each."""
+        stops = self.stops
+        if not stops:
+            return
+        first, *others = [problem.text for problem in stops]
+        lines = [first]
+        if others:
+            lines.append(f"{len(others)} more problems stop the run:")
+            lines += others[:MAX_LINES]
+            lines += ["..."] if len(others) > MAX_LINES else []
+        raise ConfigError("\n".join(lines))
+
+
+def check_pairs(
+    found: FoundPairs,
+    *,
+    name: str,
+    megapixels: float,
+    max_references: int,
+    default_caption: str = "",
+    on_problem: str = STOP,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Preflight:
+    """Decodes every picture once, one at a time.
+
+    Args:
+        megapixels: area the targets are trained at, in units of 1024 x 1024.
+        max_references: as many as the model variant takes.
+        default_caption: for pairs without a caption.
+        on_problem: LEAVE_OUT turns a pair that cannot be used into a warning.
+    """
+    problems = list(found.problems)
+    known: dict[int | str, PictureFacts] = {}
+    checked: list[CheckedPair] = []
+    for pair in track(found.pairs, progress, should_stop, "check of the pairs"):
+        try:
+            pair = complete_pair(pair, default_caption, max_references)
+            facts = measure_pair(pair, known)
+            check_mask(pair)
+        except FileError as e:
+            problems.append(Problem(Level.STOP, str(e), pair.name))
+            continue
+        size = choose_target_size(facts.target.width, facts.target.height, megapixels)
+        checked.append(CheckedPair(pair, facts, size))
+        problems += inspect_pair(pair, facts, size)
+    checked, repeats = drop_repeats(checked)
+    problems += repeats
+    problems += inspect_set(checked, name)
+    num_found = len(found.pairs) + sum(p.level == Level.STOP for p in found.problems)
+    if on_problem == LEAVE_OUT:
+        problems = [leave_out(problem) for problem in problems]
+        lost = {problem.pair for problem in problems if problem.text.startswith(LEFT_OUT)}
+        checked = [one for one in checked if one.pair.name not in lost]
+        if not checked:
+            problems.append(Problem(Level.STOP, f"no pair of {name} can be used"))
+    elif not checked and not any(problem.level == Level.STOP for problem in problems):
+        problems.append(Problem(Level.STOP, f"{name} holds no pairs"))
+    problems.sort(key=lambda problem: -problem.level)
+    return Preflight(name, found.layout, tuple(checked), tuple(problems), num_found)
+
+
+LEFT_OUT = "Left out: "
+
+
+def leave_out(problem: Problem) -> Problem:
+    if problem.level != Level.STOP or problem.pair is None:
+        return problem
+    return replace(problem, level=Level.WARNING, text=f"{LEFT_OUT}{problem.text}")
+
+
+def complete_pair(pair: Pair, default_caption: str, max_references: int) -> Pair:
+    """FileError for a pair without a caption, or with more references than the model takes."""
+    target = shorten(pair.target.name)
+    if len(pair.references) > max_references:
+        raise FileError(
+            f"{target} has {len(pair.references)} references, but the original Qwen-Image-Edit "
+            "takes one; choose the variant 2509 / 2511, or remove the others."
+        )
+    if pair.caption is not None:
+        return pair
+    if not default_caption.strip():
+        raise FileError(
+            f"{target} has no caption; write the instruction into a .txt file of that name, or one "
+            "for all into captions."
+        )
+    return replace(pair, caption=default_caption.strip())
+
+
+def check_mask(pair: Pair) -> None:
+    if pair.mask is not None and pair.mask.read().mean() < MIN_MASK_SHARE:
+        raise FileError(
+            f"{shorten(pair.mask.name)} is black all over, so that nothing of "
+            f"{shorten(pair.target.name)} would count; paint white what shall, or remove the mask."
+        )
+
+
+# --- one pair -------------------------------------------------------------------------------------
+
+
+def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
+    found: list[Problem] = []
+    add = make_adder(found, pair.name)
+    pictures = [facts.target, *facts.references, *([facts.mask] if facts.mask else [])]
+    for picture, known in zip(pair.pictures, pictures, strict=True):
+        if known.traits:
+            add(Level.NOTE, f"{shorten(picture.name)} is {', '.join(known.traits)}")
+        if max(known.aspect, 1 / known.aspect) > MAX_ASPECT:
+            add(
+                Level.WARNING,
+                f"{shorten(picture.name)} is {known.width} x {known.height} px, a strip; crop it",
+                "a strip",
+            )
+    for picture, known in zip(pair.references, facts.references, strict=True):
+        if known.digest == facts.target.digest or (
+            (known.width, known.height) == (facts.target.width, facts.target.height)
+            and known.looks_like(facts.target)
+            and have_same_pixels(picture, pair.target)
+        ):
+            add(
+                Level.WARNING,
+                f"{shorten(pair.target.name)} and its reference {shorten(picture.name)} are the "
+                "same picture; this pair teaches to change nothing",
+                "target = reference",
+            )
+    target, first = facts.target, facts.references[0]
+    if abs(target.aspect / first.aspect - 1) > MAX_ASPECT_DIFFERENCE:
+        add(
+            Level.WARNING,
+            f"{shorten(pair.target.name)} is {target.width} x {target.height} px and its reference "
+            f"{first.width} x {first.height}: other proportions teach a shift or zoom",
+            "other proportions",
+        )
+    if target.width * target.height < MIN_SHARE_OF_AREA * size[0] * size[1]:
+        add(
+            Level.WARNING,
+            f"{shorten(pair.target.name)} is {target.width} x {target.height} px and "
+            f"would be enlarged to {size[0]} x {size[1]}; lower megapixels or use larger pictures",
+            "small: enlarged",
+        )
+    found += inspect_caption(pair)
+    return found
+
+
+def inspect_caption(pair: Pair) -> list[Problem]:
+    found: list[Problem] = []
+    add = make_adder(found, pair.name)
+    caption = pair.caption or ""
+    if not caption:
+        add(Level.WARNING, f"the caption of {shorten(pair.target.name)} is empty", "empty caption")
+    token = TEMPLATE_TOKEN.search(caption)
+    if token:
+        add(
+            Level.STOP,
+            f"the caption of {shorten(pair.target.name)} holds {token[0]}, which belongs to the "
+            "prompt's template; remove it",
+            "template token in caption",
+        )
+    placeholder = PLACEHOLDER.search(caption)
+    if placeholder:
+        add(
+            Level.WARNING,
+            f"the caption of {shorten(pair.target.name)} holds {placeholder[0]}, which is used as "
+            "it stands; put the trigger word there",
+            "placeholder in caption",
+        )
+    return found
+
+
+Adder = Callable[..., None]
+"""Takes (level, text, the same in a few words)."""
+
+
+def make_adder(problems: list[Problem], pair: str | None) -> Adder:
+    return lambda level, text, short="": problems.append(Problem(level, text, pair, short))
+
+
+# --- the whole set --------------------------------------------------------------------------------
+
+
+def drop_repeats(checked: Sequence[CheckedPair]) -> tuple[list[CheckedPair], list[Problem]]:
+    """Pairs with the same pictures and caption as one before are used once."""
+    kept: dict[tuple, CheckedPair] = {}
+    repeats: list[Problem] = []
+    for one in checked:
+        facts = one.facts
+        masks = facts.mask.digest if facts.mask else None
+        key = (
+            facts.target.digest,
+            tuple(reference.digest for reference in facts.references),
+            masks,
+            one.pair.caption,
+        )
+        first = kept.setdefault(key, one)
+        if first is not one:
+            text = f"{one.pair.name} repeats {first.pair.name} and is used once"
+            repeats.append(Problem(Level.WARNING, text, one.pair.name, "repeated"))
+    return list(kept.values()), repeats
+
+
+def inspect_set(checked: Sequence[CheckedPair], name: str) -> list[Problem]:
+    found: list[Problem] = []
+    add = make_adder(found, None)
+    if not checked:
+        return found
+    facts = [one.facts for one in checked]
+    same = [
+        one
+        for one in checked
+        if any(reference.digest == one.facts.target.digest for reference in one.facts.references)
+    ]
+    if len(same) > len(checked) / 2:
+        add(
+            Level.STOP,
+            f"in {len(same)} of {len(checked)} pairs of {name} target and reference are the same "
+            "file; expected the edited picture as the target",
+        )
+    found += find_swaps([one.pair for one in checked], facts)
+    for group in group_same_targets(checked):
+        add(
+            Level.WARNING,
+            f"{len(group)} pairs have the same target: {', '.join(group[:3])}"
+            + (", ..." if len(group) > 3 else ""),
+        )
+    if len(checked) == 1:
+        add(Level.WARNING, "one pair only: a LoRA will learn it by heart")
+    return found
+
+
+def group_same_targets(checked: Sequence[CheckedPair]) -> list[list[str]]:
+    """Names of pairs whose targets have the same bytes or the same pixels."""
+    by_look: dict[tuple, list[CheckedPair]] = defaultdict(list)
+    for one in checked:
+        target = one.facts.target
+        by_look[target.width, target.height, target.signature.tobytes()].append(one)
+    groups = []
+    for alike in by_look.values():
+        first = alike[0]
+        same = [
+            one.pair.name
+            for one in alike[1:]
+            if one.facts.target.digest == first.facts.target.digest
+            or have_same_pixels(one.pair.target, first.pair.target)
+        ]
+        if same:
+            groups.append([first.pair.name, *same])
+    return groups
+
+
+def count_sizes(checked: Sequence[CheckedPair]) -> Counter[Size]:
+    return Counter(one.size for one in checked)

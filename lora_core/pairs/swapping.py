@@ -1,0 +1,101 @@
+"""Signs that targets and references are swapped. Signs only: each becomes a question."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .facts import PairFacts
+from .pair import Level, Pair, Problem
+from .roles import REFERENCE, TARGET, parse_ending, parse_name
+
+MIN_SHARE = 0.5  # of the pairs a sign speaks about
+MIN_PAIRS_SHARED = 3  # one picture with several others
+MIN_RATIO = 1.5  # of saturation or detail, to call one side the stronger
+
+#: Words of an instruction -> what a target should have more of than its reference.
+MORE_COLOUR = re.compile(r"\b(colou?ri[sz]e|add colou?rs?|make it colou?rful)\b", re.IGNORECASE)
+LESS_COLOUR = re.compile(
+    r"\b(black[- ]and[- ]white|gr[ea]yscale|monochrome|desaturate|b&w)\b", re.IGNORECASE
+)
+MORE_DETAIL = re.compile(
+    r"\b(deblur|sharpen|upscale|super[- ]resolution|denoise|restore|enhance the details?)\b",
+    re.IGNORECASE,
+)
+LESS_DETAIL = re.compile(r"\b(blur|smooth out|make it blurry|soften)\b", re.IGNORECASE)
+
+
+def find_swaps(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> list[Problem]:
+    """At most one question per kind of sign."""
+    found = [ask_about_names(pairs), ask_about_sharing(facts), ask_about_captions(pairs, facts)]
+    return [Problem(Level.QUESTION, text) for text in found if text]
+
+
+def ask_about_names(pairs: Sequence[Pair]) -> str | None:
+    """Targets that are called source, and references that are called target."""
+    wrong = [
+        pair
+        for pair in pairs
+        if read_role(pair.target) == REFERENCE
+        or any(read_role(reference) == TARGET for reference in pair.references)
+    ]
+    if len(wrong) <= MIN_SHARE * len(pairs):
+        return None
+    pair = wrong[0]
+    return (
+        f"Are targets and references swapped? {pair.target.name} is taken as the target and "
+        f"{pair.references[0].name} as what it is made from, in {len(wrong)} of {len(pairs)} pairs"
+    )
+
+
+def read_role(picture) -> str | None:
+    """What the file's own name says, else that of its folder."""
+    path = getattr(picture, "path", None)
+    if path is None:
+        return None
+    role = parse_ending(path.stem) or parse_name(path.stem) or parse_name(path.parent.name)
+    return None if role is None else role.kind
+
+
+def ask_about_sharing(facts: Sequence[PairFacts]) -> str | None:
+    """One reference often has several targets; one target with several references is rare."""
+    targets = {pair.target.digest for pair in facts}
+    references = {pair.references[0].digest for pair in facts}
+    if len(facts) < MIN_PAIRS_SHARED or len(targets) > MIN_SHARE * len(facts):
+        return None
+    if len(references) <= len(targets):
+        return None
+    return (
+        f"Are targets and references swapped? {len(facts)} pairs have only {len(targets)} "
+        f"different targets but {len(references)} different references, so different pictures "
+        "shall become the same one"
+    )
+
+
+def ask_about_captions(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> str | None:
+    """Captions that ask for colour while the colour is in the reference, and the like."""
+    rules = (
+        ("colour", MORE_COLOUR, LESS_COLOUR, "saturation"),
+        ("detail", MORE_DETAIL, LESS_DETAIL, "detail"),
+    )
+    for what, more, less, figure in rules:
+        asked, against = 0, []
+        for pair, known in zip(pairs, facts, strict=True):
+            caption = pair.caption or ""
+            wants_more, wants_less = bool(more.search(caption)), bool(less.search(caption))
+            if wants_more == wants_less:
+                continue
+            asked += 1
+            target = getattr(known.target, figure) + 1e-4
+            reference = getattr(known.references[0], figure) + 1e-4
+            ratio = reference / target if wants_more else target / reference
+            if ratio > MIN_RATIO:
+                against.append(pair)
+        if asked and len(against) > MIN_SHARE * asked:
+            pair = against[0]
+            return (
+                f"Are targets and references swapped? Captions such as {pair.caption!r} do not "
+                f"fit the {what} of {pair.target.name} and {pair.references[0].name}, in "
+                f"{len(against)} of {asked} pairs"
+            )
+    return None
