@@ -2,10 +2,15 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import apply, compare, effect, inspect, load, save, stack, sweep, sweep_grid, toolbox
+from . import apply, compare, effect, hold, inspect, load, save, stack, sweep, sweep_grid, toolbox
 
 
 class QwenEditLoraExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        from . import routes  # here, so that the nodes can be imported without a server
+
+        routes.start()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         files = (load, apply, stack, save, inspect, compare, toolbox, sweep, sweep_grid, effect)
-        return [node for file in files for node in file.NODES]
+        return [node for file in (*files, hold) for node in file.NODES]

@@ -5,10 +5,11 @@ Written against ComfyUI 0.30.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,58 @@ def name_below_output(path: Path) -> str:
     return path.relative_to(folder_paths.get_output_directory()).as_posix()
 
 
+def list_dataset_roots() -> dict[str, list[str]]:
+    """Name -> folders that training pictures may lie in."""
+    return {
+        "datasets": folder_paths.get_folder_paths("datasets"),
+        "input": [folder_paths.get_input_directory()],
+        "output": [folder_paths.get_output_directory()],
+    }
+
+
+def is_within_directory(directory: str, path: Path) -> bool:
+    """Whether a path, links followed, is inside."""
+    return folder_paths.is_within_directory(directory, str(path))
+
+
 def get_cache_folder() -> Path:
     """Where results may be kept over restarts; no HTTP route serves it. May not exist yet."""
     return Path(folder_paths.get_system_user_directory("qwen_edit_lora"))
+
+
+def get_jobs_folder() -> Path:
+    """Where training jobs live over restarts; no HTTP route serves it. May not exist yet."""
+    return get_cache_folder() / "training"
+
+
+def get_loras_folder() -> Path:
+    """Where a new LoRA goes: the first of the folders that every loader lists."""
+    return Path(folder_paths.get_folder_paths("loras")[0])
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def get_device_name() -> str:
+    """The device ComfyUI computes on: "cpu", "cuda:0", ..."""
+    device = comfy.model_management.get_torch_device()
+    return device.type if device.index is None and device.type == "cpu" else str(device)
+
+
+def release_models() -> None:
+    """Takes every model off ComfyUI's device. Only while a node runs, so that none is in use."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def raise_if_interrupted() -> None:
+    """Raises what ComfyUI expects of a node that the user interrupted."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def is_interrupted() -> bool:
+    return comfy.model_management.processing_interrupted()
 
 
 # --- long work ----------------------------------------------------------------------------------
@@ -129,6 +179,15 @@ def run_with_progress(function: Callable[..., Any], *args: Any, **kwargs: Any) -
             should_stop=comfy.model_management.processing_interrupted,
             **kwargs,
         )
+    except InterruptedError:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise comfy.model_management.InterruptProcessingException from None
+
+
+def run_interruptible(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls function(*args, should_stop); an InterruptedError ends the prompt as a user's stop."""
+    try:
+        return function(*args, comfy.model_management.processing_interrupted)
     except InterruptedError:
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise comfy.model_management.InterruptProcessingException from None
@@ -246,6 +305,35 @@ def add_block_recorder(model: ModelPatcher, record: Callable[[int, torch.Tensor]
         return values
 
     model.set_model_double_block_patch(watch)
+
+
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (1, 16, 1, H, W) as the VAE gave them -> images (n, height, width, 3) in [0, 1]."""
+    images = vae.decode(latents)
+    return images.reshape(-1, *images.shape[-3:])
+
+
+# --- encoding -----------------------------------------------------------------------------------
+
+
+def get_stock_encoder(class_name: str) -> Any:
+    """The class of ComfyUI's own node that encodes a prompt with its pictures."""
+    from comfy_extras import nodes_qwen
+
+    return getattr(nodes_qwen, class_name)
+
+
+def scale_area(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """(1, h, w, 3) -> (1, height, width, 3) as the stock encoders scale."""
+    scaled = comfy.utils.common_upscale(image.movedim(-1, 1), width, height, "area", "disabled")
+    return scaled.movedim(1, -1)
+
+
+def list_weights(patcher: ModelPatcher) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of all weights as loaded, without patches."""
+    for key, tensor in patcher.model.state_dict().items():
+        kept = patcher.backup.get(key)  # the original, while the module holds a patched one
+        yield key, tensor if kept is None else kept.weight
 
 
 # --- models -------------------------------------------------------------------------------------

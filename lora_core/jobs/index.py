@@ -42,6 +42,11 @@ class JobIndex:
         self._opened: tuple[int, int] | None = None
         self._told = ""
 
+    def is_open(self) -> bool:
+        """Whether the file in use is still the one that lies there."""
+        with self._lock:
+            return self._connection is not None and self._opened == self._stat()
+
     def read(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Job id -> stamp and what was kept of the job."""
 

@@ -13,6 +13,9 @@ from typing import Any
 from ..errors import ConfigError, LoraError
 from ..training.config import TrainConfig, check_number
 
+#: Seconds without a heartbeat after which a worker that lives is said not to answer.
+SILENCE_TIMEOUT = 60.0
+
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 
 
@@ -178,6 +181,16 @@ class Job:
     def status(self) -> JobStatus:
         return self.state.status
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether its worker lives but gave no sign of it for long: it hangs, or was stopped."""
+        beat = self.state.heartbeat_at
+        return (
+            self.status is JobStatus.IN_PROGRESS
+            and beat is not None
+            and time.time() - beat > SILENCE_TIMEOUT
+        )
+
     def describe(self) -> str:
         """State and progress in a line."""
         state = self.state
@@ -187,6 +200,8 @@ class Job:
         asked = self.request if self.status is JobStatus.IN_PROGRESS else None
         if asked in (Request.PAUSE, Request.CANCEL):
             words += f", to be {'paused' if asked is Request.PAUSE else 'cancelled'}"
+        if self.is_silent:
+            words += ", but its worker does not answer; cancel it twice to end it"
         text = f"{words}, step {state.step} of {state.num_steps}"
         if state.remaining_s is not None:
             minutes = round(state.remaining_s / 60)
@@ -202,6 +217,7 @@ class Job:
             **state,
             "remaining_s": self.state.remaining_s,
             "request": self.request,
+            "is_silent": self.is_silent,
         }
 
 

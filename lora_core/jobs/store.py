@@ -17,6 +17,7 @@ from ..training.config import TrainConfig
 from ..training.config_files import build, config_from_dict, config_to_dict
 from ..training.metrics import read_metrics
 from .folder import STATE_FILE, JobFolder, convert, restore
+from .identity import kill
 from .index import JobIndex
 from .job import (
     Job,
@@ -66,6 +67,7 @@ class JobStore:
         self.index = JobIndex(self.root / INDEX_FILE)
         self._submissions.is_held()
         self._settings: dict[str, JobSettings] = {}
+        self._read_jobs: dict[str, tuple[str, Job]] = {}
 
     # --- asking ---
 
@@ -75,28 +77,30 @@ class JobStore:
 
     def list(self) -> list[Job]:
         """All jobs, the oldest first; those whose files are damaged are failed ones."""
-        known = self.index.read()
-        jobs, changed, seen = [], [], set()
-        for folder in self._list_folders():
-            seen.add(folder.id)
-            stamp = read_stamp(folder)
-            if folder.id in known and known[folder.id][0] == stamp and stamp:
-                try:
-                    jobs.append(from_row(folder, known[folder.id][1]))
-                    continue
-                except (LookupError, TypeError, ValueError):
-                    pass  # of an older version: read the folder
+        folders = self._list_folders()
+        stamps = {folder.id: read_stamp(folder) for folder in folders}
+        known: dict[str, tuple[str, dict[str, Any]]] | None = None
+        is_stale = any(stamps[id_] != self._read_jobs.get(id_, ("",))[0] for id_ in stamps)
+        if is_stale or not self.index.is_open():
+            known = self.index.read()
+        jobs, changed = [], []
+        for folder in folders:
+            stamp = stamps[folder.id]
             try:
-                job = self._read(folder)
+                job = self._recall(folder, stamp, (known or {}).get(folder.id))
             except FileError as e:
                 if not folder.path.exists():
                     continue
-                job = build_broken(folder, str(e))
-                stamp = ""
-            if stamp:
+                job, stamp = build_broken(folder, str(e)), ""
+            else:
+                self._read_jobs[folder.id] = (stamp, job)
+            if stamp and known is not None and known.get(folder.id, ("",))[0] != stamp:
                 changed.append((folder.id, stamp, to_row(job)))
             jobs.append(job)
-        self.index.update(changed, known.keys() - seen)
+        gone = (self._read_jobs.keys() | (known or {}).keys()) - stamps.keys()
+        for job_id in gone:
+            self._read_jobs.pop(job_id, None)
+        self.index.update(changed, gone)
         return sorted(jobs, key=lambda job: (job.state.created_at, job.id))
 
     def find_same(self, key: str) -> Job | None:
@@ -244,10 +248,17 @@ class JobStore:
     def cancel(self, job_id: str) -> Job:
         """A checkpoint and an adapter after the step under way, then the process ends.
 
+        Asked a second time of a worker that gives no sign of life, it ends the process at once;
+        what was saved before is kept.
+
         Raises:
             JobStateError: the job is completed or failed.
         """
-        return self._ask(job_id, Request.CANCEL)
+        before = self.get(job_id)
+        job = self._ask(job_id, Request.CANCEL)
+        if before.request is Request.CANCEL and job.is_silent:
+            kill(job.state.worker)
+        return job
 
     def resume(self, job_id: str) -> Job:
         """Back into the queue, at its end: paused, failed and cancelled jobs. Goes on where it was.
@@ -385,6 +396,19 @@ class JobStore:
             except (ConfigError, UnknownJobError):
                 continue
         return folders
+
+    def _recall(self, folder: JobFolder, stamp: str, row: tuple[str, dict[str, Any]] | None) -> Job:
+        """A job from memory, the index or its folder: whatever is as new as its state.json."""
+        read_at, job = self._read_jobs.get(folder.id, ("", None))
+        if stamp and read_at == stamp and job is not None:
+            request = None if job.status.is_finished else folder.read_request()
+            return dataclasses.replace(job, request=request)
+        if stamp and row is not None and row[0] == stamp:
+            try:
+                return from_row(folder, row[1])
+            except (LookupError, TypeError, ValueError):
+                pass  # of an older version
+        return self._read(folder)
 
     def _read(self, folder: JobFolder) -> Job:
         settings = self._settings.get(folder.id)

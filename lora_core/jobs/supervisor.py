@@ -23,7 +23,7 @@ from ..training.trainer import CHECKPOINTS
 from .devices import Device, fits, list_devices
 from .failure import explain_death, fail, is_from_outside, restart_or_fail
 from .folder import JobFolder
-from .identity import describe_host, identify, is_running, kill
+from .identity import describe_host, identify, is_running
 from .job import Job, JobState, JobStatus, UnknownJobError, WorkerIdentity
 from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN, start_worker
 from .store import JobStore
@@ -32,8 +32,6 @@ TICK_INTERVAL = 0.5  # seconds
 CLAIM_TIMEOUT = 60.0  # seconds from the claim to the worker's first sign of life
 #: Seconds that the one who started a worker has to tell its exit status before others settle it.
 PARENT_TIMEOUT = 3.0
-#: Seconds without a heartbeat after which a worker that lives is said not to respond.
-SILENCE_TIMEOUT = 60.0
 
 Listener = Callable[[str, Job | None], None]
 Launch = Callable[[Path, JobFolder, Device], Any]
@@ -281,18 +279,3 @@ def is_gone(owner: str) -> bool:
     except (ValueError, TypeError):
         return False
     return identity.host == describe_host() and not is_running(identity)
-
-
-def kill_worker(store: JobStore, job_id: str) -> bool:
-    """Ends a worker that no longer answers, at once; its job is settled as any that was killed."""
-    return kill(store.get(job_id).state.worker)
-
-
-def is_silent(job: Job) -> bool:
-    """Whether a running job gave no sign of life for long."""
-    beat = job.state.heartbeat_at
-    return (
-        job.status is JobStatus.IN_PROGRESS
-        and beat is not None
-        and time.time() - beat > SILENCE_TIMEOUT
-    )

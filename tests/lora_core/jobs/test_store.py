@@ -223,6 +223,10 @@ def test_an_index_lost_or_broken_is_made_anew(harm, is_open, store, submit, capl
     assert [job.id for job in store.list()] == jobs
     assert submit(key="k") == jobs[0]
     store.index.close()
+    if is_open:  # the next to open it
+        store = JobStore(store.root)
+        assert store.list() == before
+        store.index.close()
     connection = sqlite3.connect(store.root / "jobs.sqlite")
     assert connection.execute("SELECT COUNT(*) FROM jobs").fetchone() == (2,)
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)

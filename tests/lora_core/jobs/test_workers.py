@@ -188,7 +188,9 @@ def test_two_servers_on_one_folder_run_each_job_once_and_a_worker_outlives_its_s
             server.wait()
 
 
-def test_a_dead_worker_is_noticed_and_tried_again_so_often_and_no_more(store, supervisor, material):
+def test_a_dead_worker_is_noticed_and_tried_again_so_often_and_no_more(
+    store, supervisor, material, monkeypatch
+):
     job_id = store.submit(make_train(material, steps=MANY), max_restarts=1)
     for attempt in range(2):
         run_until(supervisor, lambda: store.get(job_id).state.worker)
@@ -210,6 +212,19 @@ def test_a_dead_worker_is_noticed_and_tried_again_so_often_and_no_more(store, su
     assert list_processes(store.root) == []
     store.resume(job_id)
     assert store.get(job_id).state.restarts == 0
+
+    # one that hangs is ended by asking twice
+    run_until(supervisor, lambda: store.get(job_id).state.worker)
+    (pid,) = list_processes(store.root)
+    os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr("qwen_edit_lora.lora_core.jobs.job.SILENCE_TIMEOUT", 0.5)
+    store.cancel(job_id)
+    time.sleep(1)
+    supervisor.tick()
+    assert store.get(job_id).status is JobStatus.IN_PROGRESS
+    assert "does not answer; cancel it twice" in store.get(job_id).describe()
+    store.cancel(job_id)
+    assert run_to_end(supervisor, job_id).status is JobStatus.CANCELLED
 
 
 def test_a_job_that_fails_by_itself_says_why_and_what_to_do_and_is_not_tried_again(

@@ -1,0 +1,37 @@
+"""The prompt that waits while a training job has ComfyUI's device."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import job_host
+from .sockets import CATEGORY
+
+HOLD_ID = "QwenEditLoraHold"
+
+
+class QwenEditLoraHold(io.ComfyNode):
+    """Queued by `routes`, before all other prompts, for jobs with the policy "pause"."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=HOLD_ID,
+            display_name="Hold Prompts (internal)",
+            category=CATEGORY,
+            description="Queued while a training job has the GPU and prompts shall wait. Not for "
+            "graphs.",
+            is_dev_only=True,
+            is_output_node=True,
+            not_idempotent=True,
+            inputs=[],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        job_host.get_jobs().hold_prompts()
+        return io.NodeOutput()
+
+
+NODES = [QwenEditLoraHold]

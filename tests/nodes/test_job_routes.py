@@ -1,0 +1,355 @@
+"""Training jobs in a real ComfyUI: routes, events, prompts beside them, and kills."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from demo_base.server import ComfyServer
+from qwen_edit_lora.lora_core.jobs.job import JobStatus
+from qwen_edit_lora.lora_core.jobs.publication import read_job_id
+from qwen_edit_lora.lora_core.jobs.store import JobStore
+
+CORE_TESTS = Path(__file__).resolve().parents[1] / "lora_core"
+for name, path in (
+    ("tiny", CORE_TESTS / "training" / "tiny.py"),
+    ("tiny_jobs", CORE_TESTS / "jobs" / "tiny_jobs.py"),
+):
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+from tiny_jobs import count_steps, kill_workers, list_processes, make_train  # noqa: E402
+
+pytestmark = [
+    pytest.mark.comfy,
+    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes in /proc"),
+]
+
+JOBS = "/qwen_edit_lora/jobs"
+UNKNOWN = "20260131-120000-0123abcd"
+MANY = 20000  # steps; a job of so many ends only because it is stopped
+TIMEOUT = 90.0  # seconds
+
+
+class Host:
+    """A ComfyUI of our own that can be killed, and its store."""
+
+    def __init__(self, base: Path, comfyui: Path, user: Path, material: Path):
+        self.base, self.comfyui, self.user, self.material = base, comfyui, user, material
+        user.mkdir()
+        self.root = user / "__qwen_edit_lora" / "training"
+        self.start()
+        self.store = JobStore(self.root)
+
+    def start(self) -> None:
+        extra = ("--user-directory", str(self.user))
+        self.server = ComfyServer.start(self.base, sys.executable, self.comfyui, extra_args=extra)
+        self.server.wait_ready()
+
+    def kill(self) -> None:
+        self.server.process.kill()
+        self.server.process.wait()
+
+    def submit(self, policy: str = "share", **changes: Any) -> str:
+        """As the Train node does, through the store that the server looks after."""
+        settings = {k: changes.pop(k) for k in ("samples", "loras") if k in changes}
+        train = make_train(self.material, **changes)
+        return self.store.submit(train, origin={"prompts": policy}, **settings)
+
+    def get(self, path: str, **query: str) -> Any:
+        return self.server.get(path, **query)
+
+    def post(self, job_id: str, action: str, body: Any = None) -> Any:
+        return self.server.post(f"{JOBS}/{job_id}/{action}", body)
+
+    def refuse(self, call: Callable[[], Any]) -> tuple[int, str]:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            call()
+        return refused.value.code, json.loads(refused.value.read())["error"]
+
+    def wait_for(self, condition: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if found := condition():
+                return found
+            time.sleep(0.05)
+        jobs = "\n".join(f"{job.id} {job.state}" for job in self.store.list())
+        raise AssertionError(f"not within {timeout:.0f} s\n{jobs}\n{self.server.read_log_tail()}")
+
+    def wait_for_steps(self, job_id: str, steps: int = 1) -> None:
+        self.wait_for(lambda: count_steps(self.store, job_id) >= steps)
+
+
+@pytest.fixture(scope="module")
+def comfy(base_directory, demo_models, comfyui_path, tmp_path_factory) -> Iterator[Host]:
+    from tiny_jobs import make_material
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # tiny products spread over busy cores take minutes
+    folder = tmp_path_factory.mktemp("jobs")
+    comfy = Host(base_directory, comfyui_path, folder / "user", make_material(folder))
+    yield comfy
+    del os.environ["OMP_NUM_THREADS"]
+    comfy.server.stop()
+    kill_workers(comfy.root)
+    comfy.store.index.close()
+
+
+@pytest.fixture(autouse=True)
+def no_jobs(comfy: Host) -> Iterator[None]:
+    """Each test begins and ends without any."""
+    yield
+    for job in comfy.store.list():
+        if job.status in (JobStatus.IN_PROGRESS, JobStatus.PENDING, JobStatus.PAUSED):
+            comfy.store.cancel(job.id)
+        comfy.store.wait(job.id, timeout_s=TIMEOUT)
+        comfy.wait_for(lambda: not list_processes(comfy.root))
+        comfy.store.delete(job.id)
+
+
+class Listener:
+    """Keeps the job events that a page would get."""
+
+    def __init__(self, url: str):
+        self.url, self.events = url, []
+        self.ready, self.done = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.listen()))
+
+    async def listen(self) -> None:
+        async with aiohttp.ClientSession() as session:
+            async with session.ws_connect(f"{self.url}/ws?clientId=jobs") as socket:
+                self.ready.set()
+                while not self.done.is_set():
+                    try:
+                        message = await socket.receive(timeout=0.1)
+                    except asyncio.TimeoutError:
+                        continue
+                    if message.type is aiohttp.WSMsgType.TEXT:
+                        event = json.loads(message.data)
+                        if event["type"] == "qwen_edit_lora.job":
+                            self.events.append(event["data"])
+
+    def __enter__(self) -> Listener:
+        self.thread.start()
+        assert self.ready.wait(10)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+def sampler_graph(seed: int) -> dict[str, Any]:
+    """A prompt of core nodes that has something to do, and never what it did before."""
+
+    def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": class_type, "inputs": inputs}
+
+    return {
+        "empty": node("EmptyImage", width=64, height=64, batch_size=1, color=seed),
+        "shown": node("PreviewImage", images=["empty", 0]),
+    }
+
+
+def test_a_job_trains_while_prompts_run_and_its_adapter_is_listed_without_a_restart(
+    comfy, demo_models
+):
+    loras = demo_models.root / "loras"
+    with Listener(comfy.server.url) as listener:
+        assert comfy.get(JOBS) == {"jobs": []}
+        job_id = comfy.submit(
+            loras=str(loras), steps=200, name="of_a_job", samples={"every": 100, "steps": 2}
+        )
+        (listed,) = comfy.get(JOBS)["jobs"]
+        assert (listed["id"], listed["status"]) == (job_id, "pending")
+        comfy.wait_for_steps(job_id)
+        for seed in range(3):
+            comfy.server.run_prompt(sampler_graph(seed))
+        comfy.wait_for(lambda: comfy.get(f"{JOBS}/{job_id}")["status"] == "completed")
+        comfy.wait_for(lambda: any(e.get("status") == "completed" for e in listener.events))
+    shown = comfy.get(f"{JOBS}/{job_id}")
+    assert (shown["step"], shown["num_steps"]) == (200, 200)
+    assert shown["published"] == ["of_a_job.safetensors", "of_a_job_ema.safetensors"]
+    assert "of_a_job.safetensors" in comfy.get("/models/loras")
+    assert read_job_id(loras / "of_a_job.safetensors") == job_id
+    assert shown["metrics"]["step"] == list(range(1, 201))
+    assert len(shown["metrics"]["loss"]) == 200
+    samples = [f"step_{step:08d}_item_0.safetensors" for step in (0, 100, 200)]
+    assert shown["samples"] == samples
+    assert shown["files"][-1] == "of_a_job_ema.safetensors"
+    assert str(comfy.user) not in json.dumps(shown)
+
+    statuses = [event["status"] for event in listener.events if event["id"] == job_id]
+    assert list(dict.fromkeys(statuses)) == ["pending", "in_progress", "completed"]
+    steps = [event["step"] for event in listener.events]
+    assert steps == sorted(steps)
+    assert 3 <= len(steps) < 100  # throttled
+    assert str(comfy.user) not in json.dumps(listener.events)
+    for path in loras.glob("of_a_job*"):
+        path.unlink()
+
+
+def test_the_log_is_served_from_its_end_and_on_from_there(comfy):
+    job_id = comfy.submit(steps=MANY)
+    comfy.wait_for_steps(job_id)
+    path = f"{JOBS}/{job_id}/log"
+    whole = comfy.get(path, offset="0")
+    assert whole["text"].splitlines()[0].endswith(f"takes job {job_id} on cpu")
+    assert comfy.get(path, limit="10")["text"] == comfy.store.read_log(job_id, limit=10)["text"]
+    more = comfy.wait_for(lambda: comfy.get(path, offset=str(whole["next_offset"]))["text"])
+    assert comfy.get(path, offset="0")["text"].startswith(whole["text"] + more[:10])
+    code, sentence = comfy.refuse(lambda: comfy.get(path, offset="-1"))
+    assert (code, sentence) == (400, "offset is '-1'; expected a whole number from 0")
+
+
+def test_pause_resume_cancel_and_delete(comfy):
+    job_id = comfy.submit(steps=MANY)
+    comfy.wait_for_steps(job_id)
+    code, sentence = comfy.refuse(lambda: comfy.post(job_id, "delete"))
+    assert (code, sentence) == (409, f"job {job_id} is running; pause or cancel it first")
+    code, sentence = comfy.refuse(lambda: comfy.post(job_id, "resume"))
+    assert (code, sentence) == (409, f"job {job_id} is in progress and cannot be resumed")
+
+    assert comfy.post(job_id, "pause")["request"] == "pause"
+    paused = comfy.wait_for(
+        lambda: (j := comfy.get(f"{JOBS}/{job_id}"))["status"] == "paused" and j
+    )
+    assert paused["checkpoint_step"] == paused["step"] > 0
+    comfy.wait_for(lambda: not list_processes(comfy.root))
+    assert comfy.post(job_id, "resume")["status"] == "pending"
+    comfy.wait_for_steps(job_id, paused["step"] + 1)
+    comfy.post(job_id, "cancel")
+    cancelled = comfy.wait_for(
+        lambda: (j := comfy.get(f"{JOBS}/{job_id}"))["status"] == "cancelled" and j
+    )
+    assert len(cancelled["adapters"]) == 2
+    comfy.wait_for(lambda: not list_processes(comfy.root))
+    assert comfy.post(job_id, "delete") == {"id": job_id, "deleted": True}
+    assert comfy.refuse(lambda: comfy.get(f"{JOBS}/{job_id}"))[0] == 404
+    assert comfy.get(JOBS) == {"jobs": []}
+
+
+def test_unknown_jobs_and_bad_requests_are_one_sentence(comfy):
+    expected = f"there is no job {UNKNOWN}; it may have been deleted"
+    for path in (f"{JOBS}/{UNKNOWN}", f"{JOBS}/{UNKNOWN}/log"):
+        assert comfy.refuse(lambda path=path: comfy.get(path)) == (404, expected)
+    for action in ("pause", "resume", "cancel", "delete"):
+        assert comfy.refuse(lambda action=action: comfy.post(UNKNOWN, action)) == (404, expected)
+        for bad in ("x", "%2e%2e", "..%2F..%2Fuser", "%00", UNKNOWN.upper()):
+            code, sentence = comfy.refuse(lambda action=action, bad=bad: comfy.post(bad, action))
+            assert code == 400
+            assert "is no job id; expected one such as" in sentence
+    code, sentence = comfy.refuse(lambda: comfy.post(UNKNOWN, "delete", {"with_adapter": "yes"}))
+    assert (code, sentence) == (400, "with_adapter is 'yes'; expected true or false")
+    assert comfy.refuse(lambda: comfy.post(UNKNOWN, "delete", [1]))[0] == 400
+
+    def post_form() -> None:
+        request = urllib.request.Request(f"{comfy.server.url}{JOBS}/{UNKNOWN}/delete", b"a=b")
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request)
+
+    code, sentence = comfy.refuse(post_form)
+    assert code == 400
+    assert "application/json" in sentence
+
+
+def test_a_slow_answer_keeps_nobody_waiting(comfy):
+    job_id = comfy.submit(steps=MANY)
+    lock = comfy.store.open_folder(job_id).lock
+    # taken by who does not let go: the route waits some seconds for it
+    comfy.wait_for(lock.try_acquire)
+    answers: list[Any] = []
+
+    def ask() -> None:
+        answers.append(comfy.refuse(lambda: comfy.post(job_id, "delete")))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    comfy.get("/system_stats")
+    assert time.monotonic() - started < 2
+    assert answers == []
+    thread.join()
+    lock.release()
+    assert answers[0][0] == 409
+
+
+def test_a_prompt_beside_a_job_is_warned_of(comfy):
+    job_id = comfy.submit("warn", steps=MANY)
+    comfy.wait_for_steps(job_id)
+    comfy.wait_for(lambda: comfy.store.get(job_id).state.device == "cpu")
+    time.sleep(1)  # for the server's next look
+    with Listener(comfy.server.url) as listener:
+        comfy.server.run_prompt(sampler_graph(50))
+        comfy.wait_for(lambda: any("warning" in event for event in listener.events))
+    (warning,) = (event["warning"] for event in listener.events if "warning" in event)
+    assert warning.startswith(f"training job {job_id} (tiny) uses cpu too")
+
+
+def list_queue(comfy: Host) -> tuple[list[str], list[str]]:
+    """Class of the first node of each prompt: running, waiting."""
+    queue = comfy.get("/queue")
+    return tuple(
+        [next(iter(item[2].values()))["class_type"] for item in queue[f"queue_{state}"]]
+        for state in ("running", "pending")
+    )
+
+
+def test_prompts_wait_for_a_job_that_wants_it_until_it_ends_or_the_user_does_not(comfy):
+    job_id = comfy.submit("pause prompts", steps=MANY)
+    comfy.wait_for_steps(job_id)
+    first = comfy.server.queue_prompt(sampler_graph(60))
+    time.sleep(1)
+    assert list_queue(comfy) == (["QwenEditLoraHold"], ["EmptyImage"])
+    comfy.post(job_id, "pause")  # gives the device back, so prompts go on
+    comfy.server.wait_for_prompt(first)
+    assert comfy.store.get(job_id).status is JobStatus.PAUSED
+
+    comfy.post(job_id, "resume")
+    comfy.wait_for(lambda: list_queue(comfy)[0] == ["QwenEditLoraHold"])
+    second = comfy.server.queue_prompt(sampler_graph(61))
+    comfy.wait_for(lambda: comfy.store.get(job_id).status is JobStatus.IN_PROGRESS)
+    comfy.server.post("/interrupt")
+    comfy.server.wait_for_prompt(second)
+    time.sleep(1.5)
+    assert list_queue(comfy) == ([], [])  # it is not asked again
+    assert comfy.store.get(job_id).status is JobStatus.IN_PROGRESS
+
+
+def test_a_killed_comfyui_finds_its_running_job_again_and_a_killed_job_too(comfy):
+    job_id = comfy.submit("pause prompts", steps=MANY)
+    waiting = comfy.submit(steps=3)
+    comfy.wait_for_steps(job_id)
+    (worker,) = list_processes(comfy.root)
+    comfy.kill()
+    at = count_steps(comfy.store, job_id)
+    comfy.start()
+    assert list_processes(comfy.root) == [worker]
+    assert count_steps(comfy.store, job_id) > at
+    found = comfy.get(f"{JOBS}/{job_id}")
+    assert (found["status"], found["restarts"]) == ("in_progress", 0)
+    comfy.wait_for(lambda: list_queue(comfy)[0] == ["QwenEditLoraHold"])  # the policy holds on
+
+    # both at once
+    os.kill(worker, signal.SIGKILL)
+    comfy.kill()
+    comfy.start()
+    comfy.wait_for(lambda: "resumed after step" in comfy.store.read_log(job_id)["text"])
+    comfy.wait_for(lambda: comfy.get(f"{JOBS}/{job_id}")["status"] == "in_progress")
+    assert "it goes on after step" in comfy.get(f"{JOBS}/{job_id}")["notes"][-2]
+    comfy.post(job_id, "cancel")
+    comfy.wait_for(lambda: comfy.get(f"{JOBS}/{waiting}")["status"] == "completed")
