@@ -133,7 +133,8 @@ def find_accelerator(on_cpu: bool):
         raise ConfigError(
             "several processes need Hugging Face Accelerate; run pip install accelerate"
         ) from None
-    return Accelerator(cpu=on_cpu)
+    # Types are the configuration's; a user's Accelerate settings shall not cast on top of them.
+    return Accelerator(cpu=on_cpu, mixed_precision="no")
 
 
 def run_sample(options: argparse.Namespace) -> None:

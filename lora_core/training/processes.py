@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,7 +30,11 @@ class Processes:
 
     def prepare(self, model: Any) -> Any:
         """The model as it has to be called, so that its gradients are averaged over processes."""
-        return model if self.count == 1 else self.accelerator.prepare(model)
+        if self.count == 1:
+            return model
+        leave_frozen_alone(model)
+        # It lies where it shall lie; moving it would bring offloaded blocks back.
+        return self.accelerator.prepare(model, device_placement=[False])
 
     def without_sync(self, model: Any) -> AbstractContextManager:
         """Backward passes inside leave the gradients where they are; the next one averages all."""
@@ -56,3 +61,14 @@ class Processes:
     def wait(self) -> None:
         if self.count > 1:
             self.accelerator.wait_for_everyone()
+
+
+def leave_frozen_alone(model: torch.nn.Module) -> None:
+    """Keeps DDP from sending the base around: at the start, and its buffers before every forward.
+
+    Every process read the same file, so that it would be tens of gigabytes for nothing; and types
+    like fp8 cannot be sent everywhere.
+    """
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    frozen += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
