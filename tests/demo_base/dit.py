@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 NUM_BLOCKS = 2
-NUM_HEADS = 2
+NUM_HEADS = 5
 HEAD_WIDTH = 32
+WIDTH = NUM_HEADS * HEAD_WIDTH
+ROPE_AXES = (4, 14, 14)  # of a head: image number, row, column; the shim's split
 TEXT_WIDTH = 64
 IN_CHANNELS = 64  # 16 latent channels x 2 x 2 patch
 TIME_CHANNELS = 256

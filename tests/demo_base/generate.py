@@ -2,13 +2,15 @@
 
     cd tests; COMFYUI_PATH=... python -m demo_base.generate MODELS_DIRECTORY
 
-The text encoder and the VAE take their shapes from ComfyUI's own classes, built small. The names
-are the official ones, so that a workflow made for the real weights runs unchanged.
+The VAE, the DiT and the LoRAs come out of `weights`, where training put them. The text encoder
+takes its shapes from ComfyUI's own classes, built small, and is random. The names are the official
+ones, so that a workflow made for the real weights runs unchanged.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from .adapters import make_adapter
-from .crafted import STYLE_DELTA_STD, craft_adapter, craft_dit, craft_vae
-from .dit import METADATA, TEXT_WIDTH, list_lora_targets, make_dit, make_tensor, write_dit
+from .dit import METADATA, TEXT_WIDTH, VARIANT_MARKERS, make_dit, make_tensor, write_dit
 
-#: file name -> variant and storage. The fp32 files hold random weights, the others crafted ones.
+#: made by train_base.py (the VAE, the DiT) and train_edit.py (the LoRAs)
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+VAE_WEIGHTS = WEIGHTS / "vae.safetensors"
+DIT_WEIGHTS = WEIGHTS / "dit.safetensors"
+
+#: file name -> variant and storage. The fp32 files hold random weights, the others trained ones.
 DIT_FILES = {
     "qwen_image_edit_2511_bf16.safetensors": ("2511", "bf16"),
     "qwen_image_edit_2509_bf16.safetensors": ("2509", "bf16"),
@@ -32,15 +37,10 @@ DIT_FILES = {
 TEXT_ENCODER_FILE = "qwen_2.5_vl_7b_fp8_scaled.safetensors"
 VAE_FILE = "qwen_image_vae.safetensors"
 LORA_FILE = "my_edit_lora.safetensors"
-#: Checkpoints of one run that ends in LORA_FILE -> how much of its delta they have.
-RUN_FILES = {
-    "my_run/my_run-000100.safetensors": 0.25,
-    "my_run/my_run-000200.safetensors": 0.6,
-    "my_run/my_run-000300.safetensors": 1.0,
-}
+#: Checkpoints of the run that LORA_FILE is the last of, and their steps.
+RUN_FILES = {f"my_run/my_run-{step:06}.safetensors": step for step in (100, 200, 300)}
 
 VOCABULARY = 151665  # the bundled tokenizer's last id is 151664
-VAE_WIDTH = 8  # the least that crafted.py needs
 
 
 def make_text_encoder() -> torch.nn.Module:
@@ -77,21 +77,6 @@ def make_text_encoder() -> torch.nn.Module:
     return encoder
 
 
-def make_vae() -> torch.nn.Module:
-    """The Wan VAE that Qwen-Image uses, VAE_WIDTH instead of 96 channels wide (comfy/sd.py)."""
-    from comfy.ldm.wan.vae import WanVAE
-
-    with torch.device("meta"):
-        return WanVAE(
-            dim=VAE_WIDTH,
-            z_dim=16,
-            dim_mult=[1, 2, 4, 4],
-            num_res_blocks=2,
-            attn_scales=[],
-            temperal_downsample=[False, True, True],
-        )
-
-
 def fill_state_dict(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """Random weights for every entry of a module's state dict."""
     shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
@@ -106,23 +91,23 @@ def save_bf16(state_dict: dict[str, torch.Tensor], path: Path) -> None:
 
 def generate_models(models: Path) -> None:
     """Writes every file of the demo base below ComfyUI's `models` folder."""
+    generate_base(models)
+    (models / "loras" / "my_run").mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        shutil.copyfile(WEIGHTS / Path(name).name, models / "loras" / name)
+    shutil.copyfile(WEIGHTS / Path(name).name, models / "loras" / LORA_FILE)
+
+
+def generate_base(models: Path) -> None:
+    """Writes all but the LoRAs, which are trained on it."""
+    trained = {key: tensor.float() for key, tensor in load_file(DIT_WEIGHTS).items()}
     for name, (variant, storage) in DIT_FILES.items():
-        weights = make_dit(variant) if storage == "fp32" else craft_dit(make_dit(variant))
+        markers = {key: torch.tensor([]) for key in VARIANT_MARKERS[variant]}
+        weights = make_dit(variant) if storage == "fp32" else trained | markers
         write_dit(models / "diffusion_models" / name, variant, storage, weights)
     text_encoder = fill_state_dict(make_text_encoder(), seed=1)
     save_bf16(text_encoder, models / "text_encoders" / TEXT_ENCODER_FILE)
-    save_bf16(craft_vae(fill_state_dict(make_vae(), seed=2)), models / "vae" / VAE_FILE)
-    lora = models / "loras" / LORA_FILE
-    make_adapter(lora, list_lora_targets(), delta_std=STYLE_DELTA_STD)
-    save_bf16(craft_adapter(load_file(lora)), lora)
-    write_run(load_file(lora), models / "loras")
-
-
-def write_run(finished: dict[str, torch.Tensor], loras: Path) -> None:
-    """Writes the checkpoints of a run whose delta grows in proportion, up to the finished LoRA."""
-    for name, share in RUN_FILES.items():
-        factors = {key: share if "lora_B" in key else 1.0 for key in finished}
-        save_bf16({key: tensor * factors[key] for key, tensor in finished.items()}, loras / name)
+    save_bf16(load_file(VAE_WEIGHTS), models / "vae" / VAE_FILE)
 
 
 if __name__ == "__main__":

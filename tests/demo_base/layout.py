@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ SHIM_NAME = "zz_tiny_qwen"  # after ours in the alphabet: ours must not need the
 IMAGE_NAME = "example.png"
 NOT_SHIPPED = ("tests", "benchmarks")
 FOLDERS = ("custom_nodes", "models", "input", "output", "temp", "user")
-GENERATOR_SOURCES = ("dit.py", "crafted.py", "adapters.py", "generate.py")
+GENERATOR_SOURCES = ("dit.py", "generate.py")
 
 
 def make_base_directory(target: Path | str, repo_root: Path | str) -> Path:
@@ -81,7 +82,7 @@ def make_models(models: Path | str, python: Path | str, comfyui_path: Path | str
     """
     models = Path(models)
     stamp = models / "demo_base.stamp"
-    sources = "".join((HERE / name).read_text() for name in GENERATOR_SOURCES)
+    sources = describe_sources()
     if stamp.is_file() and stamp.read_text() == sources:
         return models
     subprocess.run(
@@ -92,3 +93,10 @@ def make_models(models: Path | str, python: Path | str, comfyui_path: Path | str
     )
     stamp.write_text(sources)
     return models
+
+
+def describe_sources() -> str:
+    """What the demo base is made from: a line of name and hash a file."""
+    files = [HERE / name for name in GENERATOR_SOURCES]
+    files += sorted((HERE / "weights").glob("*.safetensors"))
+    return "".join(f"{hashlib.sha256(f.read_bytes()).hexdigest()} {f.name}\n" for f in files)
