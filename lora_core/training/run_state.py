@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 #: Settings that a resumed run may change without becoming another run.
 FREE = (
     *("name", "output", "saving", "model.device", "model.gradient_checkpointing"),
-    *("model.compile", "model.offload_blocks", "model.vae", "model.source", "model.variant"),
+    *("model.compile", "model.offload_blocks", "model.vae", "model.variant"),
     *("data.folder", "data.prior"),
 )
 #: Settings that change what comes, but not what the state means; the user is told.
 SOFT = ("steps", "objective", "optimizer", "data.caption_dropout", "data.use_masks")
-SOFT += ("data.prior_weight", "model.storage", "model.compute_dtype")
+SOFT += ("data.prior_weight", "model.source", "model.storage", "model.compute_dtype")
 #: Those of SOFT that do change what the state means.
 HARD = ("optimizer.name", "optimizer.accumulation", "optimizer.options")
 
@@ -92,6 +92,10 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
     old, new = (dict(flatten(values["config"])) for values in (then, now))
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
+        if name == "model.source":  # a file may move, but not become another unnoticed
+            before, after = (
+                str(path).replace("\\", "/").rpartition("/")[2] for path in (before, after)
+            )
         if before == after or matches(name, FREE):
             continue
         if matches(name, SOFT) and not matches(name, HARD):

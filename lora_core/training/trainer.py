@@ -83,7 +83,7 @@ def train(
         ConfigError: settings that do not fit each other or the run to be resumed, or a folder that
             already holds a run.
         FileError: the output folder cannot be written.
-        NonFiniteLossError: while reports are taken; the step was not applied.
+        NonFiniteLossError: while reports are taken; the step was not applied, or not saved.
     """
     return Run(
         config,
@@ -236,7 +236,8 @@ class Run:
         """One optimizer update.
 
         Raises:
-            NonFiniteLossError: the loss or the gradients are NaN or Inf; nothing was changed.
+            NonFiniteLossError: the loss or the gradients are NaN or Inf, and nothing was changed;
+                or the new weights are, and nothing of them is saved.
         """
         started = time.perf_counter()
         options = self.config.optimizer
@@ -256,6 +257,8 @@ class Run:
         learning_rate = options.learning_rate * self.schedule(self.step)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
+        if not are_finite(self.parameters):
+            raise NonFiniteLossError(self.explain_non_finite_weights())
         self.step += 1
         if self.ema is not None:
             self.ema.update()
@@ -317,13 +320,22 @@ class Run:
         what = f"the gradients are {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
         slots = [slot for number in micro_steps for slot in self.order.get_slots(number)]
         keys = dict.fromkeys(self.dataset.items[slot.item].key for slot in slots)
-        kept = self.checkpoints.list_steps()
-        last = f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
         return (
             f"{what} at step {self.step + 1} ({shorten_list(list(keys), 3)}); expected finite "
-            f"numbers. The step was not applied and {last}. Lower the learning rate, look at these "
-            "items, or compute in a wider type."
+            f"numbers. The step was not applied and {self.describe_last_checkpoint()}. Lower the "
+            "learning rate, look at these items, or compute in a wider type."
         )
+
+    def explain_non_finite_weights(self) -> str:
+        return (
+            f"the optimizer made NaN or Inf of finite gradients at step {self.step + 1}, so that "
+            f"nothing of it was saved and {self.describe_last_checkpoint()}; lower the learning "
+            "rate."
+        )
+
+    def describe_last_checkpoint(self) -> str:
+        kept = self.checkpoints.list_steps()
+        return f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
 
     def measure_health(self) -> dict[str, float] | None:
         every = self.config.saving.health_every
@@ -365,6 +377,12 @@ class Run:
                     name, metadata, DTYPES[saving.dtype], tensors
                 )
         return write_adapters(adapters, self.folder, name, step, saving.keep_adapters)
+
+
+def are_finite(parameters: Sequence[torch.nn.Parameter]) -> bool:
+    """By their norms, which are NaN or Inf if any entry is."""
+    norms = torch._foreach_norm([p.detach() for p in parameters])
+    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
 
 
 def compute_grad_norm(parameters: Sequence[torch.nn.Parameter]) -> float:

@@ -117,6 +117,15 @@ def test_a_finished_run_can_be_given_more_steps(tmp_path):
     assert "resumed after step 4 of 6" in said
 
 
+def test_another_base_is_told_and_a_moved_one_is_not(tmp_path):
+    run(tmp_path, steps=2)
+    said = []
+    run(tmp_path, resume=True, steps=2, notify=said.append, **{"model.source": "moved/tiny"})
+    assert said == ["resumed after step 2 of 2"]
+    run(tmp_path, resume=True, steps=2, notify=said.append, **{"model.source": "tiny_2511"})
+    assert "model.source was 'tiny' and is 'tiny_2511' from now on" in said
+
+
 def test_a_finished_run_resumed_takes_no_step_and_gives_its_adapter_again(tmp_path):
     run(tmp_path)
     adapter = tmp_path / "run" / "tiny.safetensors"

@@ -227,6 +227,17 @@ def test_a_non_finite_step_is_not_applied_and_names_item_and_checkpoint(tmp_path
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").read_latest().step == 2
 
 
+def test_weights_that_a_step_makes_infinite_are_never_saved(tmp_path):
+    options = {"weight_decay": 1e300}
+    changes = {"optimizer.options": options, "saving.checkpoint_every": 1}
+    changes["saving.adapter_every"] = 1
+    message = "made NaN or Inf of finite gradients at step 1, .* there is no checkpoint; lower the"
+    with pytest.raises(NonFiniteLossError, match=message):
+        run(tmp_path, **changes)
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").list_steps() == []
+    assert list((tmp_path / "run").rglob("*.safetensors")) == []
+
+
 def test_stopping_writes_a_checkpoint_of_the_last_step_and_no_finished_adapter(tmp_path):
     asked = iter([False] * 3 + [True])
     config = make_config(tmp_path)
