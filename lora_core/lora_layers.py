@@ -97,9 +97,18 @@ class LoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.strength == 0:
             return self.base(x)
+        return self.add_to_base(x, self.project(x))
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is base(x) + something of `project(x)`, so that both can be made apart."""
+        return type(self) is LoraLinear and self.strength != 0
+
+    def add_to_base(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The result, with the down-product already there."""
         # Rows, so that the base's output is no view: adding in place to one would copy gradients.
         out = self.base(x.reshape(-1, x.shape[-1]))
-        return self.add_lora(out, self.project(x).flatten(0, -2)).view(*x.shape[:-1], -1)
+        return self.add_lora(out, hidden.flatten(0, -2)).view(*x.shape[:-1], -1)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """(..., k): the down-product, of the modules that share x together where there are any."""

@@ -71,6 +71,8 @@ class FrozenLinear(nn.Module):
         return tuple(getattr(self, name) for name in self.code_names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return functional.linear(x, self.decode(x.dtype, *self.codes), self.bias)
         return FrozenProduct.apply(x, self.bias, self.decode, *self.codes)
 
     @torch.no_grad()

@@ -123,13 +123,17 @@ class EditTransformer(nn.Module):
         time = model.time_text_embed(levels, image)
         rotation = compute_rotation(self.axes, grids, text.shape[1], dtype, image.device)
         mask = build_mask(text_mask, image.shape[1])
+        checkpointed = model.gradient_checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
-            run = block if self.offload is None else partial(self.offload.run, index)
             inputs = (image, text, time, rotation, mask, split)
-            if model.gradient_checkpointing and torch.is_grad_enabled():
-                image, text = checkpoint(run, *inputs, use_reentrant=False)
-            else:
-                image, text = run(*inputs)
+            if self.offload is None:
+                image, text = block(*inputs, checkpointed)
+                continue
+            run = partial(self.offload.run, index)
+            # The whole block: what lies outside a checkpoint would keep its weights on the device.
+            image, text = (
+                checkpoint(run, *inputs, use_reentrant=False) if checkpointed else run(*inputs)
+            )
         time = time if split is None else time.chunk(2)[0]
         out = model.proj_out(model.norm_out(image[:, :num_target_tokens], time))
         return unpack(out, grids[0])[..., : latents.shape[-2], : latents.shape[-1]]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from demo_base import dit
+from qwen_edit_lora.lora_core.injection import LoraSettings, inject
 from qwen_edit_lora.lora_core.training import rope
 from qwen_edit_lora.lora_core.training.architecture import choose_axes
 from qwen_edit_lora.lora_core.training.loading import load_transformer
 from qwen_edit_lora.lora_core.training.transformer import pack, unpack
+from small_bases import TINY, write_base
 
 TEXT_WIDTH = dit.TEXT_WIDTH
 #: Rounding in float32; the other ways of computing differ by more.
@@ -119,14 +121,16 @@ def test_gradient_checkpointing_changes_no_bit(model):
 
 
 def test_checkpointing_keeps_one_tensor_a_block_and_stream(model):
+    weights = {p.data_ptr() for p in model.parameters()}  # lie there anyway
+
     def count_saved() -> int:
-        saved = []
+        saved = {}
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: saved.append(x.numel()) or x, lambda x: x
+            lambda x: saved.setdefault((x.data_ptr(), x.shape), x), lambda x: x
         ):
             latents, references, text, _, sigma = make_batch(1)
             model(latents.requires_grad_(), references, text, None, sigma)
-        return sum(saved)
+        return sum(x.numel() for (place, _), x in saved.items() if place not in weights)
 
     everything = count_saved()
     model.enable_gradient_checkpointing()
@@ -211,13 +215,106 @@ def test_a_rotation_first_computed_in_inference_mode_can_be_trained_with(model):
     assert latents.grad is not None
 
 
-def test_a_compiled_block_computes_the_same(model):
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("storage", ["fp32", "fp8"])
+def test_compiled_blocks_give_the_same_loss_and_gradients(storage, checkpointed, tmp_path):
+    path = dit.write_dit(tmp_path / "dit.safetensors", "2511", "fp32")
+    batch = make_batch(2)
+    found = []
+    for is_compiled in (False, True):
+        model = load_transformer(path, storage, compute_dtype=torch.float32)
+        model.enable_gradient_checkpointing(checkpointed)
+        injection = inject(model.transformer, LoraSettings(rank=4))
+        fill(injection)
+        if is_compiled:
+            for block in model.blocks:
+                block.compile(backend="aot_eager", fullgraph=True)
+        loss = model(*batch).square().mean()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in injection.parameters())])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+
+
+def fill(injection):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in injection.layers.values():
+            layer.lora_B.normal_(std=0.05)
+
+
+def test_blocks_share_their_compiled_code(tmp_path):
+    path = write_base(tmp_path / "base.safetensors", 6, **TINY)
+    model = load_transformer(path, compute_dtype=torch.float32)
+    model.enable_gradient_checkpointing()
+    inject(model.transformer, LoraSettings(rank=4))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for block in model.blocks:
+        block.compile(backend=count, fullgraph=True)
+    model(*make_batch(1)).sum().backward()
+    # Of the part that is computed again the first block's (its inputs want no gradient), the
+    # middle ones' and the last one's (it has fewer LoRAs); of the rest the last one's and others'.
+    assert len(graphs) == 5
+
+
+def test_the_last_product_of_a_checkpointed_block_is_not_computed_again(model):
+    last = model.blocks[0].img_mlp.net[2]
+    calls = []
+    hook = last.register_forward_hook(lambda *_: calls.append(1))
+    latents, *rest = make_batch(1)
+    model.enable_gradient_checkpointing()
+    model(latents.requires_grad_(), *rest).sum().backward()
+    model.enable_gradient_checkpointing(False)
+    hook.remove()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LoraSettings(rank=4),
+        LoraSettings(rank=4, targets=("attention",)),
+        LoraSettings(rank=4, use_dora=True),
+        LoraSettings(rank=4, init="pissa"),
+        LoraSettings(rank=4, dropout=0.4),
+    ],
+    ids=["lora", "attention", "dora", "pissa", "dropout"],
+)
+@pytest.mark.parametrize("storage", ["fp32", "nf4"])
+def test_checkpointing_changes_no_bit_of_any_loras_gradients(storage, settings, tmp_path):
+    path = dit.write_dit(tmp_path / "dit.safetensors", "2511", "fp32")
+    model = load_transformer(path, storage, compute_dtype=torch.float32)
+    injection = inject(model.transformer, settings)
+    fill(injection)
+    for layer in injection.layers.values():
+        layer.train()
+    gradients = []
+    for enabled in (False, True):
+        model.enable_gradient_checkpointing(enabled)
+        torch.manual_seed(1)
+        model(*make_batch(2)).square().mean().backward()
+        gradients.append([p.grad for p in injection.parameters()])
+        for parameter in injection.parameters():
+            parameter.grad = None
+    assert all(map(torch.equal, *gradients))
+    assert any(grad.abs().max() > 0 for grad in gradients[0])
+
+
+def test_strength_0_is_the_base_to_the_bit_under_checkpointing(model, tmp_path):
     batch = make_batch(1)
     with torch.no_grad():
         expected = model(*batch)
-        for block in model.blocks:
-            block.compile(backend="eager", fullgraph=True)
-        found = model(*batch)
-        for block in model.blocks:
-            block._compiled_call_impl = None
-    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    injection = inject(model.transformer, LoraSettings(rank=4))
+    fill(injection)
+    injection.set_strength(0.0)
+    model.enable_gradient_checkpointing()
+    try:
+        assert torch.equal(model(*batch).detach(), expected)
+    finally:
+        injection.eject()
+        model.enable_gradient_checkpointing(False)

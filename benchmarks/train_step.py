@@ -1,0 +1,263 @@
+"""Seconds and memory of one training step: ours, a plain diffusers + PEFT loop, ComfyUI's node.
+
+usage: .venv/bin/python benchmarks/train_step.py [--blocks 2] [--dtype fp32] [--rounds 5]
+       .venv/bin/python benchmarks/train_step.py --text-only          (with ComfyUI's TrainLoraNode)
+       python benchmarks/train_step.py --device cuda --full           (60 blocks)
+
+One process, random weights at full layer width (3072), batch of one, gradient checkpointing, AdamW,
+clipping, LoRA on attention and MLP of both streams. The variants share the weights and take their
+steps in turn, so that each round gives ratios; medians are reported.
+
+    ours              a step of `lora_core.training.trainer.train`, all of it
+    plain, script     diffusers' model and PEFT as diffusers' own scripts train (LoRA in the base's
+                      type, under autocast in bf16)
+    plain, fp32 LoRA  the same with a LoRA in float32, as ours, and without autocast
+    comfyui           TrainLoraNode: --text-only, since it fails with references
+
+Memory is the most that a step takes beyond what lies there before it: on a GPU by torch's
+allocator, on a CPU by the process's resident size. `--full` also gives the model FLOP utilisation
+(forward and backward of the products and of attention, nothing counted twice for checkpointing)
+against the bf16 matrix product measured in the same run, and the peak memory of fp8 and nf4 at
+rank 16. `--quick` only shows that everything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import train_loops as loops
+from apply import import_host
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--side", type=int, default=32, help="of the latents; a picture's / 8")
+    parser.add_argument("--references", type=int, default=1)
+    parser.add_argument("--text-tokens", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--variant", default="2509", choices=["2509", "2511"])
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--compile", action="store_true", help="ours only: regional torch.compile")
+    parser.add_argument("--text-only", action="store_true", help="beside ComfyUI's TrainLoraNode")
+    parser.add_argument("--full", action="store_true", help="60 blocks, 1024 x 1024, a reference")
+    parser.add_argument("--quick", action="store_true", help="narrow blocks, few tokens")
+    options = parser.parse_args()
+    if options.full:
+        options.blocks, options.side, options.references = 60, 128, 1
+        options.rank, options.dtype, options.text_tokens = 64, "bf16", 256
+    if options.text_only:
+        options.references = 0
+    if options.quick:
+        options.side, options.text_tokens, options.rounds = 8, 8, 2
+    return options
+
+
+OPTIONS = parse_options()
+if OPTIONS.text_only:
+    import_host(OPTIONS.device)
+
+import torch  # noqa: E402
+
+PLAIN = ("script", "fp32 LoRA")
+
+
+def read_status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def synchronize() -> None:
+    if OPTIONS.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(step: Callable[[], object]) -> tuple[float, int]:
+    """Seconds, and bytes above what was in use before."""
+    synchronize()
+    if OPTIONS.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+        before = read_status("VmRSS")
+    started = time.perf_counter()
+    step()
+    synchronize()
+    seconds = time.perf_counter() - started
+    if OPTIONS.device == "cuda":
+        return seconds, torch.cuda.max_memory_allocated() - before
+    return seconds, read_status("VmHWM") - before
+
+
+class Table:
+    """Measurements by variant, round by round."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self.peaks: dict[str, list[int]] = {}
+
+    def add(self, name: str, seconds: float, peak: int) -> None:
+        self.seconds.setdefault(name, []).append(seconds)
+        self.peaks.setdefault(name, []).append(peak)
+
+    def compare(self, name: str, other: str = "ours") -> float:
+        """Median of the rounds' ratios."""
+        pairs = zip(self.seconds[name], self.seconds[other], strict=False)
+        return statistics.median(a / b for a, b in pairs)
+
+    def print(self) -> None:
+        for name, seconds in self.seconds.items():
+            row = {
+                "variant": name,
+                "seconds": round(statistics.median(seconds), 4),
+                "time / ours": round(self.compare(name), 3),
+                "step's memory_mb": round(statistics.median(self.peaks[name]) / 1e6, 1),
+            }
+            print(json.dumps(row), flush=True)
+
+
+def compare_with_plain(folder: Path) -> None:
+    """Ours and the plain loops, a step each in turn."""
+    model = loops.build_transformer(OPTIONS, OPTIONS.dtype)
+    steps = {"ours": loops.build_ours(model, OPTIONS, OPTIONS.rank, folder)}
+    for kind in PLAIN:
+        if kind == "script" or OPTIONS.dtype == "bf16":
+            steps[f"plain, {kind}"] = loops.build_plain(model, OPTIONS, OPTIONS.rank, kind)
+    for step in steps.values():
+        for _ in range(3 if OPTIONS.compile else 1):
+            step()
+    table = Table()
+    for round_ in range(OPTIONS.rounds):
+        names = list(steps)
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            table.add(name, *measure(steps[name]))
+    table.print()
+
+
+def compare_with_comfyui(folder: Path) -> None:
+    """ComfyUI's steps and ours in turn: ours are taken inside its loop, after each of its own."""
+    model = loops.build_transformer(OPTIONS, OPTIONS.dtype)
+    ours = loops.build_ours(model, OPTIONS, OPTIONS.rank, folder)
+    ours()
+    table = Table()
+    started: list[float] = []
+
+    def between() -> None:
+        synchronize()
+        if started:  # the node's first step also made its model ready
+            table.add("comfyui", time.perf_counter() - started[-1], read_peak() - before[-1])
+            with torch.inference_mode(False), torch.enable_grad():
+                table.add("ours", *measure(ours))
+        reset()
+
+    before: list[int] = []
+
+    def reset() -> None:
+        if OPTIONS.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before.append(torch.cuda.memory_allocated())
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+            before.append(read_status("VmRSS"))
+        started.append(time.perf_counter())
+
+    loops.run_comfyui(model, OPTIONS, OPTIONS.rank, folder, between, OPTIONS.rounds + 1)
+    table.print()
+
+
+def read_peak() -> int:
+    if OPTIONS.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return read_status("VmHWM")
+
+
+def count_flops(tokens: int, text_tokens: int, width: int, blocks: int, rank: int) -> float:
+    """Of one step, forward and backward, each counted once.
+
+    A frozen product costs 2 in the forward and 2 in the backward pass (no gradient of the weight),
+    a LoRA's 2 and 4; attention's two products 4 and 8 w per pair of tokens. The 12 w^2 of a token
+    are q, k, v, out and both products of the MLP.
+    """
+    total = tokens + text_tokens
+    products = 4 * 12 * width**2 * total
+    lora = 6 * rank * (4 * 2 + 2 * 5) * width * total
+    attention = 12 * width * total**2
+    return float(blocks * (products + lora + attention))
+
+
+def measure_matrix_rate() -> float:
+    """FLOP per second of a bf16 product of the model's own size, the best of several."""
+    device = OPTIONS.device
+    a = torch.randn(8192, 3072, device=device, dtype=torch.bfloat16)
+    b = torch.randn(12288, 3072, device=device, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(20):
+        synchronize()
+        started = time.perf_counter()
+        for _ in range(10):
+            torch.nn.functional.linear(a, b)
+        synchronize()
+        seconds.append((time.perf_counter() - started) / 10)
+    return 2 * 8192 * 3072 * 12288 / min(seconds)
+
+
+def measure_full(folder: Path) -> None:
+    """Utilisation and memory of the whole model, then memory of quantised bases."""
+    rate = measure_matrix_rate()
+    tokens = (OPTIONS.side // 2) ** 2 * (1 + OPTIONS.references)
+    for storage, rank in (("bf16", OPTIONS.rank), ("fp8", 16), ("nf4", 16)):
+        loops.free(OPTIONS.device)
+        torch.cuda.reset_peak_memory_stats()
+        model = loops.build_transformer(OPTIONS, storage)
+        weights = sum(loops.count_frozen(model))
+        place = folder / storage
+        place.mkdir()
+        step = loops.build_ours(model, OPTIONS, rank, place)
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = [measure(step)[0] for _ in range(OPTIONS.rounds)]
+        flops = count_flops(tokens, OPTIONS.text_tokens, 3072, OPTIONS.blocks, rank)
+        median = statistics.median(seconds)
+        row = {
+            "storage": storage,
+            "rank": rank,
+            "seconds": round(median, 3),
+            "model_tflops_per_step": round(flops / 1e12, 1),
+            "bf16_matrix_tflops_per_s": round(rate / 1e12, 1),
+            "utilisation": round(flops / median / rate, 3),
+            "weights_gb": round(weights / 1e9, 2),
+            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        }
+        print(json.dumps(row), flush=True)
+        del model, step
+
+
+def main() -> None:
+    if OPTIONS.threads:
+        torch.set_num_threads(OPTIONS.threads)
+    print(json.dumps(vars(OPTIONS)), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if OPTIONS.text_only:
+            compare_with_comfyui(Path(folder))
+        elif OPTIONS.full:
+            measure_full(Path(folder))
+            # bf16 once more, beside the plain loops over the same weights
+            compare_with_plain(Path(folder))
+        else:
+            compare_with_plain(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
