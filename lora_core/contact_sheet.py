@@ -64,15 +64,10 @@ class Layout:
     width: int
     letter: int
     """Height of a letter of headings and captions; notes are SMALL of it."""
-    num_notes: int
 
     @property
     def small(self) -> int:
         return round(self.letter * SMALL)
-
-    @property
-    def caption_height(self) -> int:
-        return round(1.35 * self.letter + 1.3 * self.small * self.num_notes + 0.3 * self.letter)
 
     @property
     def left(self) -> int:
@@ -120,7 +115,6 @@ def draw_sheet(title: str, rows: Sequence[Row], footer: Sequence[str] = ()) -> n
 
 def choose_layout(rows: Sequence[Row]) -> Layout:
     tiles = [tile for row in rows for tile in row.tiles]
-    num_notes = max((len(tile.notes) for tile in tiles), default=0)
     pictures = [tile.picture for tile in tiles if tile.picture is not None]
     height, width = pictures[0].shape[:2] if pictures else (256, 256)
     longest = max((len(row.tiles) for row in rows), default=1)
@@ -132,7 +126,7 @@ def choose_layout(rows: Sequence[Row]) -> Layout:
     tile = (round(width * scale), round(height * scale))
     sheet_width = max(MIN_WIDTH_PX, columns * (tile[0] + gap) + gap)
     letter = round(sheet_width / LETTERS_PER_WIDTH)
-    return Layout(columns, tile, gap, sheet_width, letter, num_notes)
+    return Layout(columns, tile, gap, sheet_width, letter)
 
 
 def choose_columns(longest: int, num_rows: int, aspect: float) -> int:
@@ -149,7 +143,14 @@ def choose_columns(longest: int, num_rows: int, aspect: float) -> int:
 def compute_row_height(row: Row, layout: Layout) -> int:
     lines = math.ceil(len(row.tiles) / layout.columns)
     heading = round(1.6 * layout.letter) if row.heading else 0
-    return heading + lines * (layout.tile[1] + layout.caption_height + layout.gap)
+    return heading + lines * compute_line_height(row, layout)
+
+
+def compute_line_height(row: Row, layout: Layout) -> int:
+    """Of a picture with its caption and as many notes as the row has at most, and a gap."""
+    num_notes = max((len(tile.notes) for tile in row.tiles), default=0)
+    caption = round(1.65 * layout.letter + 1.3 * layout.small * num_notes)
+    return layout.tile[1] + caption + layout.gap
 
 
 def draw_row(sheet: Any, draw: ImageDraw.ImageDraw, row: Row, layout: Layout, y: int) -> None:
@@ -162,7 +163,7 @@ def draw_row(sheet: Any, draw: ImageDraw.ImageDraw, row: Row, layout: Layout, y:
     for number, tile in enumerate(row.tiles):
         line, column = divmod(number, layout.columns)
         x = margin + column * (layout.tile[0] + layout.gap)
-        top = y + line * (layout.tile[1] + layout.caption_height + layout.gap)
+        top = y + line * compute_line_height(row, layout)
         draw_tile(sheet, draw, tile, layout, x, top)
 
 

@@ -10,6 +10,7 @@ from qwen_edit_lora.lora_core.contact_sheet import (
     Tile,
     choose_columns,
     choose_layout,
+    compute_line_height,
     draw_sheet,
     load_font,
     shorten,
@@ -68,7 +69,7 @@ def test_every_cell_has_a_place_of_its_own_and_its_words_stay_in_it(columns, row
             changed[row] = Row(changed[row].heading, tuple(tiles))
             left, top, right, bottom = find_changes(sheet, draw_sheet("title", changed))
             assert right - left < layout.tile[0] + layout.gap
-            assert bottom - top < layout.tile[1] + layout.caption_height + layout.gap
+            assert bottom - top < compute_line_height(sheet_rows[row], layout)
             assert layout.gap // 2 <= left
             assert right < sheet.shape[1] - layout.gap // 2
             seen.append((left, top, right, bottom))
