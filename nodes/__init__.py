@@ -2,7 +2,22 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import apply, compare, effect, hold, inspect, load, save, stack, sweep, sweep_grid, toolbox
+from . import (
+    apply,
+    compare,
+    dataset,
+    effect,
+    hold,
+    inspect,
+    job,
+    load,
+    save,
+    stack,
+    sweep,
+    sweep_grid,
+    toolbox,
+    train,
+)
 
 
 class QwenEditLoraExtension(ComfyExtension):
@@ -13,4 +28,4 @@ class QwenEditLoraExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         files = (load, apply, stack, save, inspect, compare, toolbox, sweep, sweep_grid, effect)
-        return [node for file in (*files, hold) for node in file.NODES]
+        return [node for file in (*files, dataset, train, job, hold) for node in file.NODES]
