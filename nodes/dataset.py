@@ -32,6 +32,9 @@ from .sockets import CATEGORY, DatasetSocket, build_image, report_output, show_r
 
 GRAPH_NAME = "graph"
 
+#: Training sets made since ComfyUI started; a node whose set somebody deleted has to run again.
+_made: set[Path] = set()
+
 
 class QwenEditDataset(io.ComfyNode):
     @classmethod
@@ -301,7 +304,8 @@ def encode(preflight: Preflight, encoder: PairEncoder, variant: str) -> tuple[Ed
         cache_pairs, store, preflight.name, preflight.pairs, encoder.encode, settings
     )
     keys = tuple(info.key for info in read_dataset(cached.folder).items)
-    done = f"encoded {cached.num_encoded} pairs, {cached.num_reused} were there already"
+    _made.add(cached.folder)
+    done = f"pairs encoded: {cached.num_encoded}, there already: {cached.num_reused}"
     num_items, size_bytes = measure_store(store)
     lines = [
         f"{done}: {cached.folder.name}",

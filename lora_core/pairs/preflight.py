@@ -66,7 +66,7 @@ class Preflight:
         first, *others = [problem.text for problem in stops]
         lines = [first]
         if others:
-            lines.append(f"{len(others)} more problems stop the run:")
+            lines.append(f"More that stops the run: {len(others)}")
             lines += others[:MAX_LINES]
             lines += ["..."] if len(others) > MAX_LINES else []
         raise ConfigError("\n".join(lines))

@@ -192,7 +192,7 @@ def test_what_would_ruin_the_run_stops_it_with_one_sentence_first(tmp_path):
     assert lines[0].startswith(
         "target/photo_1.png has no caption; write the instruction into a .txt"
     )
-    assert lines[1] == "1 more problems stop the run:"
+    assert lines[1] == "More that stops the run: 1"
     assert lines[2].startswith("control/photo_2.png is an empty file")
     assert "Stop: control/photo_2.png is an empty file" in describe_preflight(preflight)
     assert "control/photo_2.png is an empty file" in build_table(preflight)
