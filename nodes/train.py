@@ -9,7 +9,6 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core import ConfigError, LoraError
-from ..lora_core.jobs.devices import list_devices
 from ..lora_core.jobs.forecast import estimate_in_process
 from ..lora_core.targets import TARGET_PRESETS
 from ..lora_core.training.base_files import open_base_file
@@ -95,6 +94,19 @@ class QwenEditLoraTrain(io.ComfyNode):
         return job_host.describe_states()
 
     @classmethod
+    def validate_inputs(cls, name: str | None = None, more_settings: str | None = None) -> bool:
+        # Before the dataset is encoded. None: connected. Raised, as ComfyUI would repeat a returned
+        # sentence for every input.
+        build_config(
+            *(Path("model"), Path("dataset"), "a" if name is None else name, next(iter(PRESETS))),
+            steps=1,
+            storage=("fp32", "fp32"),
+            chosen={},
+            more_settings=more_settings or "",
+        )
+        return True
+
+    @classmethod
     def execute(
         cls,
         model_name: str,
@@ -117,8 +129,9 @@ class QwenEditLoraTrain(io.ComfyNode):
         if targets != AS_PRESET_CHOICE:
             chosen["lora.targets"] = (targets,)
         config = build_config(
-            *(model, Path(dataset.folder), name, preset, steps),
-            choose_storages(model, storage),
+            *(model, Path(dataset.folder), name, preset),
+            steps=steps,
+            storage=choose_storages(model, storage),
             chosen=chosen,
             more_settings=more_settings,
         )
@@ -293,10 +306,9 @@ def choose_storages(model: Path, storage: str) -> tuple[str, str]:
 
 def measure(config: TrainConfig) -> tuple[Estimate | None, str]:
     """The estimate, or None and why there is none."""
-    place, obstacle = job_host.prepare_measuring()
+    device, obstacle = job_host.prepare_measuring()
     if obstacle:
         return None, f"not estimated: {obstacle}"
-    device = next(device for device in list_devices() if device.name == str(place))
     try:
         return host.run_interruptible(estimate_in_process, config, device), ""
     except LoraError as e:

@@ -29,9 +29,9 @@ def build_config(
     dataset_folder: Path,
     name: str,
     preset: str,
+    *,
     steps: int,
     storage: tuple[str, str],
-    *,
     chosen: Mapping[str, Any],
     more_settings: str,
 ) -> TrainConfig:
