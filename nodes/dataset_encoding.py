@@ -22,7 +22,8 @@ from . import host
 STOCK_REFERENCE_MEGAPIXELS = 1.0  # 1024 x 1024, in the stock nodes
 TEXT_ENCODER = "qwen25_7b"  # the tokens' name in comfy/text_encoders/qwen_image.py
 FALLBACK_TEXT_WIDTH = 3584
-NUM_SAMPLES = 16  # bytes of each weight that tell one file from another
+NUM_SAMPLES = 16  # numbers of each weight that tell one file from another
+SMALL_BYTES = 4096  # up to which a weight is read whole
 
 
 @dataclass(frozen=True)
@@ -200,15 +201,15 @@ def compute_identity(patcher: host.ModelPatcher, *more: object) -> str:
 
 
 def sample_bytes(tensor: torch.Tensor) -> bytes:
-    """Bytes spread over a tensor; none of one that has no data."""
+    """Numbers spread over a tensor, as bytes; none of one that has no data."""
     tensor = getattr(tensor, "_qdata", tensor).detach()  # of comfy-kitchen's QuantizedTensor
     if tensor.device.type == "meta" or not tensor.numel():
         return b""
     flat = tensor if tensor.is_contiguous() else tensor.contiguous()
-    flat = flat.reshape(-1).view(torch.uint8)
-    # Odd, so that not every sample is the same byte of its number: bf16 as float32 ends in zeros.
-    step = (len(flat) // NUM_SAMPLES) | 1
-    return flat[::step].cpu().numpy().tobytes()
+    numbers = flat.reshape(-1).view(torch.uint8).reshape(tensor.numel(), -1)
+    # Odd, so that the samples do not all lie in one column of a matrix.
+    step = 1 if tensor.nbytes <= SMALL_BYTES else (len(numbers) // NUM_SAMPLES) | 1
+    return numbers[::step].cpu().numpy().tobytes()
 
 
 def list_pieces(value: Any) -> Iterator[bytes]:

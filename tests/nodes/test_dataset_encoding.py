@@ -123,7 +123,7 @@ def test_smaller_references_keep_the_prompts_embedding(variant, models, encoding
         small.reference_megapixels = 1.0
         again = small._encode_reference(image)
     assert torch.equal(a.text, b.text)
-    assert a.references[0].shape == (16, 104, 157) or variant == PLUS
+    assert a.references[0].shape == (16, *((105, 157) if variant == PLUS else (104, 156)))
     assert b.references[0].shape == (16, 15, 22)
     if variant == PLUS:
         assert torch.equal(again, a.references[0])
@@ -176,7 +176,7 @@ def test_models_are_told_apart_by_weights_dtypes_and_patches(
             return comfyui.sd.VAE(sd=state_dict, **options)
 
     def scale(state_dict: dict) -> None:
-        state_dict["decoder.middle.0.residual.0.gamma"] *= 1.001
+        state_dict["decoder.middle.0.residual.0.gamma"] *= 1.1
 
     known = identify(models.vae)
     assert identify(load()) == known
