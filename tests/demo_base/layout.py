@@ -8,10 +8,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from .pairs import write_pairs
+
 HERE = Path(__file__).resolve().parent
 EXTENSION_NAME = "qwen-edit-lora"
 SHIM_NAME = "zz_tiny_qwen"  # after ours in the alphabet: ours must not need the shim to import
 IMAGE_NAME = "example.png"
+PAIRS_NAME = "my_pairs"  # a folder to train on
 NOT_SHIPPED = ("tests", "benchmarks")
 FOLDERS = ("custom_nodes", "models", "input", "output", "temp", "user")
 GENERATOR_SOURCES = ("dit.py", "generate.py")
@@ -25,6 +28,7 @@ def make_base_directory(target: Path | str, repo_root: Path | str) -> Path:
     install_extension(target / "custom_nodes" / EXTENSION_NAME, repo_root)
     install(HERE / "shim", target / "custom_nodes" / SHIM_NAME)
     write_example_image(target / "input" / IMAGE_NAME)
+    write_pairs(target / "input" / PAIRS_NAME, HERE / "photo.jpg")
     return target
 
 
