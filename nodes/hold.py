@@ -16,7 +16,7 @@ class QwenEditLoraHold(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id=HOLD_ID,
+            node_id="QwenEditLoraHold",
             display_name="Hold Prompts (internal)",
             category=CATEGORY,
             description="Queued while a training job has the GPU and prompts shall wait. Not for "

@@ -179,11 +179,12 @@ class JobHost:
                 elif not self._is_hold_queued():
                     self._dismissed.add(job.id)  # the user took it out of the queue
                 return False
-            if job.id not in self._asked_to_release:
+            # Again and again: ComfyUI misses a wish that comes just before it starts to wait.
+            if job.id not in self._asked_to_release or self.prompts.is_release_pending():
                 self._asked_to_release.add(job.id)
                 self.prompts.request_release()
                 return False
-            return not self.prompts.is_release_pending()
+            return True
 
     def _queue_hold(self) -> None:
         if not self._is_hold_queued():

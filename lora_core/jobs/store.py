@@ -16,7 +16,7 @@ from ..files import explain
 from ..training.config import TrainConfig
 from ..training.config_files import build, config_from_dict, config_to_dict
 from ..training.metrics import read_metrics
-from .folder import STATE_FILE, JobFolder, convert, restore
+from .folder import STATE_FILE, JobFolder, restore
 from .identity import kill
 from .index import JobIndex
 from .job import (
@@ -401,8 +401,7 @@ class JobStore:
         """A job from memory, the index or its folder: whatever is as new as its state.json."""
         read_at, job = self._read_jobs.get(folder.id, ("", None))
         if stamp and read_at == stamp and job is not None:
-            request = None if job.status.is_finished else folder.read_request()
-            return dataclasses.replace(job, request=request)
+            return dataclasses.replace(job, request=folder.read_request())
         if stamp and row is not None and row[0] == stamp:
             try:
                 return from_row(folder, row[1])
@@ -552,8 +551,7 @@ def to_row(job: Job) -> dict[str, Any]:
 def from_row(folder: JobFolder, row: Mapping[str, Any]) -> Job:
     state = restore(JobState, row["state"])
     settings = build(JobSettings, row["settings"], "")
-    request = None if state.status.is_finished else folder.read_request()
-    return Job(folder.id, settings, state, convert(Request, request))
+    return Job(folder.id, settings, state, folder.read_request())
 
 
 def build_broken(folder: JobFolder, sentence: str) -> Job:

@@ -108,8 +108,8 @@ class Supervisor:
                 self._problem = ""
             except Exception as e:
                 # Whatever it is, jobs that run must not be left alone for the rest of the session.
-                if str(e) != self._problem:
-                    self._problem = str(e)
+                if repr(e) != self._problem:
+                    self._problem = repr(e)
                     logger.exception("Qwen Edit LoRA: the training jobs could not be looked after")
             self._stop.wait(TICK_INTERVAL)
 
