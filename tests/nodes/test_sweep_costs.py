@@ -124,15 +124,16 @@ def test_the_counters_see_the_native_loader(run, count, lora):
     assert count["weights patched"] > 0
 
 
-def test_all_images_lie_where_comfyui_keeps_what_is_between_nodes(run, comfyui, lora):
-    images, latents, *_ = run(build_graph("0:2:0.25"))
+def test_all_64_images_lie_where_comfyui_keeps_what_is_between_nodes(run, comfyui, lora):
+    images, latents, *_ = run(build_graph("0:6.3:0.1"))
     place = comfyui.model_management.intermediate_device()
     assert place.type == "cpu"
     assert {image.device for image in images} == {place}
     assert {latent["samples"].device for latent in latents} == {place}
     # One image each, not a batch that grows.
     assert {tuple(image.shape) for image in images} == {(1, 64, 64, 3)}
-    assert len({image.data_ptr() for image in images}) == 9
+    assert len({image.data_ptr() for image in images}) == 64
+    assert {image.untyped_storage().nbytes() for image in images} == {64 * 64 * 3 * 4}
 
 
 def test_the_shared_model_is_as_before_the_sweep(run, executor, lora):
