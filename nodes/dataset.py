@@ -166,9 +166,9 @@ class QwenEditDataset(io.ComfyNode):
     ) -> str | None:
         names = [take_one(folder), *take_one(reference_folders).splitlines()]
         try:
-            return compute_fingerprint(
-                [find_dataset_folder(name) for name in names if name.strip()]
-            )
+            folders = [find_dataset_folder(name) for name in names if name.strip()]
+            num_gone = sum(not folder.exists() for folder in _made)
+            return f"{compute_fingerprint(folders)} {num_gone}"
         except (LoraError, OSError):
             return None  # execute says what is wrong
 
