@@ -1,7 +1,7 @@
 """`dev.py demo`: a real ComfyUI edits a photograph without and with a LoRA, on the tiny base.
 
-The base is tiny and its weights are made by hand (crafted.py): the pictures show that the LoRA
-acts, not what a trained one does. The same workflow runs on the official files of these names.
+The base is tiny: it gives the photograph back, and a LoRA trained by our engine grades its colours
+(see README.md). The same workflow runs on the official files of these names.
 """
 
 from __future__ import annotations
