@@ -8,6 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,29 @@ from ..files import explain
 from ..training.config import TrainConfig
 from ..training.config_files import build, config_from_dict, config_to_dict
 from ..training.metrics import read_metrics
-from .folder import STATE_FILE, JobFolder, restore
+from .catalog import Catalog
+from .folder import JobFolder
 from .identity import kill
 from .index import JobIndex
 from .job import (
     Job,
-    JobFailure,
     JobSettings,
     JobState,
     JobStateError,
     JobStatus,
     Request,
-    UnknownJobError,
-    check_id,
     make_id,
 )
 from .locks import POLL_INTERVAL, FileLock
 from .publication import publish, remove_published
+from .requests import apply, check_allowed
 
 JOBS = "jobs"
 DEVICES = "devices"
 INDEX_FILE = "jobs.sqlite"
 LOCK_TIMEOUT = 5.0  # seconds; everybody but workers holds a job's lock for milliseconds
+KEY_TIMEOUT = 30.0  # seconds
+LEFTOVER_AGE = 600.0  # seconds after which a submission is not under way any more
 LOG_TAIL_BYTES = 65536
 LOG_MAX_BYTES = 1 << 20
 WAIT_INTERVAL = 0.2  # seconds
@@ -64,44 +66,19 @@ class JobStore:
         except OSError as e:
             raise FileError(f"the jobs' folder cannot be made: {explain(e)}") from None
         self._submissions = FileLock(self.root / "submissions.lock")
+        self._submissions.is_held()  # says where there are no locks
         self.index = JobIndex(self.root / INDEX_FILE)
-        self._submissions.is_held()
-        self._settings: dict[str, JobSettings] = {}
-        self._read_jobs: dict[str, tuple[str, Job]] = {}
+        self.catalog = Catalog(self.root / JOBS, self.index)
 
     # --- asking ---
 
     def get(self, job_id: str) -> Job:
         """The job as it is now."""
-        return self._read(self._find(job_id))
+        return self.catalog.read(self.catalog.find(job_id))
 
     def list(self) -> list[Job]:
         """All jobs, the oldest first; those whose files are damaged are failed ones."""
-        folders = self._list_folders()
-        stamps = {folder.id: read_stamp(folder) for folder in folders}
-        known: dict[str, tuple[str, dict[str, Any]]] | None = None
-        is_stale = any(stamps[id_] != self._read_jobs.get(id_, ("",))[0] for id_ in stamps)
-        if is_stale or not self.index.is_open():
-            known = self.index.read()
-        jobs, changed = [], []
-        for folder in folders:
-            stamp = stamps[folder.id]
-            try:
-                job = self._recall(folder, stamp, (known or {}).get(folder.id))
-            except FileError as e:
-                if not folder.path.exists():
-                    continue
-                job, stamp = build_broken(folder, str(e)), ""
-            else:
-                self._read_jobs[folder.id] = (stamp, job)
-            if stamp and known is not None and known.get(folder.id, ("",))[0] != stamp:
-                changed.append((folder.id, stamp, to_row(job)))
-            jobs.append(job)
-        gone = (self._read_jobs.keys() | (known or {}).keys()) - stamps.keys()
-        for job_id in gone:
-            self._read_jobs.pop(job_id, None)
-        self.index.update(changed, gone)
-        return sorted(jobs, key=lambda job: (job.state.created_at, job.id))
+        return self.catalog.list()
 
     def find_same(self, key: str) -> Job | None:
         """The newest job of this key that did not fail and was not cancelled."""
@@ -132,13 +109,13 @@ class JobStore:
         Raises:
             InterruptedError: `should_stop` returned True.
         """
-        folder = self._find(job_id)
+        folder = self.catalog.find(job_id)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         last = None
         while True:
             if should_stop is not None and should_stop():
                 raise InterruptedError(f"waiting for job {job_id} was stopped; the job goes on")
-            job = self._read(folder)
+            job = self.catalog.read(folder)
             if job != last and notify is not None:
                 notify(job)
             last = job
@@ -158,7 +135,7 @@ class JobStore:
         Returns:
             `text`, `offset` (of its first byte), `next_offset` (to ask on from), `size`.
         """
-        folder = self._find(job_id)
+        folder = self.catalog.find(job_id)
         limit = max(1, min(limit, LOG_MAX_BYTES))
         try:
             with folder.log.open("rb") as file:
@@ -175,7 +152,7 @@ class JobStore:
 
     def read_metrics(self, job_id: str) -> list[dict[str, Any]]:
         """One dictionary per step; see `lora_core.training.metrics.StepReport`."""
-        folder = self._find(job_id)
+        folder = self.catalog.find(job_id)
         if not folder.metrics.exists():
             return []
         try:
@@ -185,14 +162,14 @@ class JobStore:
 
     def list_samples(self, job_id: str) -> list[Path]:
         """Pictures and latents made on the way, in the order of their steps."""
-        folder = self._find(job_id)
+        folder = self.catalog.find(job_id)
         if not folder.samples.is_dir():
             return []
         return sorted(p for p in folder.samples.iterdir() if not p.name.startswith("."))
 
     def list_adapters(self, job_id: str) -> list[Path]:
         """Every adapter file of the job that is there, the finished ones last."""
-        folder = self._find(job_id)
+        folder = self.catalog.find(job_id)
         found = [*folder.path.glob("adapters/*.safetensors"), *folder.path.glob("*.safetensors")]
         finished = [path for path in found if path.parent == folder.path]
         return sorted(set(found) - set(finished)) + sorted(finished)
@@ -229,7 +206,8 @@ class JobStore:
         values = {name: to_plain(value) for name, value in settings.items()}
         wanted = build(JobSettings, {"train": config_to_dict(train), "key": key, **values}, "")
         check_files(wanted)
-        with self._submissions.held(LOCK_TIMEOUT):
+        # Only those with a key have to know of each other.
+        with self._submissions.held(KEY_TIMEOUT) if key else nullcontext():
             if key and (same := self.find_same(key)) is not None:
                 return same.id
             now = time.time()
@@ -310,8 +288,8 @@ class JobStore:
         Raises:
             ConfigError: there is no such adapter, or the job has no loras folder.
         """
-        folder = self._find(job_id)
-        job = self._read(folder)
+        folder = self.catalog.find(job_id)
+        job = self.catalog.read(folder)
         files = {path.name: path for path in self.list_adapters(job_id)}
         names = [Path(name).name for name in job.state.adapters] if adapter is None else [adapter]
         if not job.settings.loras:
@@ -332,7 +310,7 @@ class JobStore:
         Raises:
             JobStateError: a worker has it.
         """
-        folder = self._find(job_id)
+        folder = self.catalog.find(job_id)
         if not self._acquire(folder):
             raise JobStateError(f"job {job_id} is running; pause or cancel it first")
         try:
@@ -355,25 +333,24 @@ class JobStore:
     # --- for the supervisor ---
 
     def open_folder(self, job_id: str) -> JobFolder:
-        return self._find(job_id)
+        return self.catalog.find(job_id)
 
     def get_device_lock(self, device_key: str) -> FileLock:
         return get_device_lock(self.root, device_key)
 
     def remove_leftovers(self) -> None:
         """Deletes half-submitted and half-deleted jobs of processes that were killed."""
-        if not self._submissions.try_acquire():
-            return
-        try:
-            for path in (self.root / JOBS).glob(".*"):
-                if path.suffix in (".new", ".deleted"):
-                    shutil.rmtree(path, ignore_errors=True)
-        finally:
-            self._submissions.release()
+        for path in (self.root / JOBS).glob(".*"):
+            try:
+                age_s = time.time() - path.stat().st_mtime
+            except OSError:
+                continue  # somebody else deletes it
+            if path.suffix == ".deleted" or (path.suffix == ".new" and age_s > LEFTOVER_AGE):
+                shutil.rmtree(path, ignore_errors=True)
 
     def apply_request(self, job: Job) -> Job:
         """What a request comes to where no worker is there to follow it; the lock is held."""
-        folder = self._find(job.id)
+        folder = self.catalog.find(job.id)
         state = apply(job.state, job.request)
         if state != job.state:
             folder.write_state(state)
@@ -381,46 +358,6 @@ class JobStore:
         return dataclasses.replace(job, state=state, request=None)
 
     # --- inside ---
-
-    def _find(self, job_id: str) -> JobFolder:
-        path = self.root / JOBS / check_id(job_id)
-        if not path.is_dir() or path.is_symlink():
-            raise UnknownJobError(f"there is no job {job_id}; it may have been deleted")
-        return JobFolder(path)
-
-    def _list_folders(self) -> list[JobFolder]:
-        folders = []
-        for path in (self.root / JOBS).iterdir():
-            try:
-                folders.append(self._find(path.name))
-            except (ConfigError, UnknownJobError):
-                continue
-        return folders
-
-    def _recall(self, folder: JobFolder, stamp: str, row: tuple[str, dict[str, Any]] | None) -> Job:
-        """A job from memory, the index or its folder: whatever is as new as its state.json."""
-        read_at, job = self._read_jobs.get(folder.id, ("", None))
-        if stamp and read_at == stamp and job is not None:
-            return dataclasses.replace(job, request=folder.read_request())
-        if stamp and row is not None and row[0] == stamp:
-            try:
-                return from_row(folder, row[1])
-            except (LookupError, TypeError, ValueError):
-                pass  # of an older version
-        return self._read(folder)
-
-    def _read(self, folder: JobFolder) -> Job:
-        settings = self._settings.get(folder.id)
-        try:
-            if settings is None:
-                settings = self._settings[folder.id] = folder.read_settings()
-            return Job(folder.id, settings, folder.read_state(), folder.read_request())
-        except FileError:
-            if not folder.path.exists():
-                raise UnknownJobError(
-                    f"there is no job {folder.id}; it may have been deleted"
-                ) from None
-            raise
 
     def _create(self, path: Path, settings: JobSettings, state: JobState) -> None:
         temporary = path.with_name(f".{path.name}.new")
@@ -447,63 +384,25 @@ class JobStore:
         return True
 
     def _ask(self, job_id: str, request: Request) -> Job:
-        folder = self._find(job_id)
-        job = self._read(folder)
+        folder = self.catalog.find(job_id)
+        job = self.catalog.read(folder)
         check_allowed(job, request)
         if self._acquire(folder):
             try:
                 # what was asked before and nobody followed is answered by this
-                job = self._read(folder)
+                job = self.catalog.read(folder)
                 check_allowed(job, request)
                 return self.apply_request(dataclasses.replace(job, request=request))
             finally:
                 folder.lock.release()
         folder.write_request(request)
-        return self._read(folder)
+        return self.catalog.read(folder)
 
 
 def get_device_lock(root: Path, device_key: str) -> FileLock:
     """Held by the worker that uses the device."""
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in device_key)
     return FileLock(root / DEVICES / f"{name}.lock")
-
-
-def check_allowed(job: Job, request: Request) -> None:
-    """Raises JobStateError where the request makes no sense."""
-    status = job.status
-    what = {Request.RUN: "resumed", Request.PAUSE: "paused", Request.CANCEL: "cancelled"}[request]
-    if request is Request.RUN:
-        runs = status is JobStatus.IN_PROGRESS and job.request in (None, Request.RUN)
-        refused = status in (JobStatus.COMPLETED, JobStatus.PENDING) or runs
-    elif request is Request.PAUSE:
-        refused = status.is_finished
-    else:
-        refused = status in (JobStatus.COMPLETED, JobStatus.FAILED)
-    if refused:
-        raise JobStateError(
-            f"job {job.id} is {status.value.replace('_', ' ')} and cannot be {what}"
-        )
-
-
-def apply(state: JobState, request: Request | None) -> JobState:
-    """The state of a job without a worker after a request."""
-    now = time.time()
-    status = state.status
-    if request is Request.RUN and (status.is_finished or status is JobStatus.PAUSED):
-        if status is not JobStatus.COMPLETED:
-            return dataclasses.replace(
-                state,
-                status=JobStatus.PENDING,
-                queued_at=now,
-                ended_at=None,
-                failure=None,
-                restarts=0,
-            )
-    if request is Request.PAUSE and status is JobStatus.PENDING:
-        return dataclasses.replace(state, status=JobStatus.PAUSED, failure=None)
-    if request is Request.CANCEL and status in (JobStatus.PENDING, JobStatus.PAUSED):
-        return dataclasses.replace(state, status=JobStatus.CANCELLED, ended_at=now, failure=None)
-    return state
 
 
 def check_files(settings: JobSettings) -> None:
@@ -532,42 +431,3 @@ def check_files(settings: JobSettings) -> None:
 
 def to_plain(value: Any) -> Any:
     return config_to_dict(value) if dataclasses.is_dataclass(value) else value
-
-
-def read_stamp(folder: JobFolder) -> str:
-    """Changes with state.json."""
-    try:
-        found = (folder.path / STATE_FILE).stat()
-    except OSError:
-        return ""
-    return f"{found.st_mtime_ns} {found.st_ino} {found.st_size}"
-
-
-def to_row(job: Job) -> dict[str, Any]:
-    settings = config_to_dict(job.settings)
-    return {"settings": settings, "state": dataclasses.asdict(job.state)}
-
-
-def from_row(folder: JobFolder, row: Mapping[str, Any]) -> Job:
-    state = restore(JobState, row["state"])
-    settings = build(JobSettings, row["settings"], "")
-    return Job(folder.id, settings, state, folder.read_request())
-
-
-def build_broken(folder: JobFolder, sentence: str) -> Job:
-    """In the place of a job whose files cannot be read."""
-    created = folder.path.stat().st_mtime if folder.path.exists() else 0.0
-    train = config_from_dict(
-        {
-            "name": folder.id,
-            "output": str(folder.path),
-            "model": {"source": "unknown"},
-            "data": {"folder": "unknown"},
-        }
-    )
-    state = JobState(
-        status=JobStatus.FAILED,
-        created_at=created,
-        failure=JobFailure(sentence=sentence, advice=("delete the job",)),
-    )
-    return Job(folder.id, JobSettings(train=train), state)

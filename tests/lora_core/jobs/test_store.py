@@ -102,6 +102,30 @@ def test_the_same_key_gives_the_same_job_until_it_failed_or_was_cancelled(store,
     assert len(store.list()) == 5
 
 
+def test_the_same_key_from_several_threads_is_one_job(store, material):
+    train, ids = make_train(material), []
+    threads = [
+        threading.Thread(target=lambda: ids.append(store.submit(train, key="k"))) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ids) == 6
+    assert len(set(ids)) == len(store.list()) == 1
+
+
+def test_what_killed_processes_left_half_done_is_cleared_and_nothing_else(store, submit):
+    job_id = submit()
+    folder = store.root / "jobs"
+    for name in (".a.new", ".b.new", ".c.deleted"):
+        (folder / name).mkdir()
+    long_ago = time.time() - 3600
+    os.utime(folder / ".a.new", (long_ago, long_ago))
+    store.remove_leftovers()
+    assert sorted(p.name for p in folder.iterdir()) == [".b.new", job_id]
+
+
 def test_a_clone_has_the_changes_and_nothing_of_the_progress(store, submit, tmp_path):
     original = submit(key="k", loras=str(tmp_path), niceness=3)
     store.cancel(original)
@@ -134,6 +158,28 @@ def test_deleting_takes_the_jobs_folder_and_nothing_else(store, submit, tmp_path
     # it does not say that it is this job's
     assert (loras / "tiny.safetensors").read_bytes() == b"mine"
     assert [p.name for p in (store.root / "jobs").iterdir()] == [keep]
+
+
+def test_jobs_are_deleted_while_others_list_them(store, submit):
+    jobs = [submit() for _ in range(30)]
+    other = JobStore(store.root)
+    errors: list[Exception] = []
+
+    def delete_all() -> None:
+        try:
+            for job_id in jobs:
+                other.delete(job_id)
+        except Exception as e:  # noqa: BLE001 - whatever it is, the test fails with it
+            errors.append(e)
+
+    thread = threading.Thread(target=delete_all)
+    thread.start()
+    while thread.is_alive():
+        assert {job.status for job in JobStore(store.root).list()} <= {JobStatus.PENDING}
+    thread.join()
+    assert errors == []
+    assert store.list() == []
+    other.index.close()
 
 
 def test_a_link_among_the_jobs_is_no_job(store, submit, tmp_path):

@@ -1,0 +1,141 @@
+"""Which jobs there are: read from memory, the index or the folders, whatever is new enough."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, FileError
+from ..training.config_files import build, config_from_dict, config_to_dict
+from .folder import STATE_FILE, JobFolder, restore
+from .index import JobIndex
+from .job import (
+    Job,
+    JobFailure,
+    JobSettings,
+    JobState,
+    JobStatus,
+    UnknownJobError,
+    check_id,
+)
+
+
+class Catalog:
+    """The jobs in a folder; nothing here changes one."""
+
+    def __init__(self, folder: Path, index: JobIndex):
+        self.folder = folder
+        self.index = index
+        self._settings: dict[str, JobSettings] = {}
+        self._read_jobs: dict[str, tuple[str, Job]] = {}
+
+    def list(self) -> list[Job]:
+        """All jobs, the oldest first; those whose files are damaged are failed ones."""
+        folders = self._list_folders()
+        stamps = {folder.id: read_stamp(folder) for folder in folders}
+        known: dict[str, tuple[str, dict[str, Any]]] | None = None
+        is_stale = any(stamps[id_] != self._read_jobs.get(id_, ("",))[0] for id_ in stamps)
+        if is_stale or not self.index.is_open():
+            known = self.index.read()
+        jobs, changed = [], []
+        for folder in folders:
+            stamp = stamps[folder.id]
+            try:
+                job = self._recall(folder, stamp, (known or {}).get(folder.id))
+            except UnknownJobError:
+                continue  # deleted meanwhile
+            except FileError as e:
+                job, stamp = build_broken(folder, str(e)), ""
+            else:
+                self._read_jobs[folder.id] = (stamp, job)
+            if stamp and known is not None and known.get(folder.id, ("",))[0] != stamp:
+                changed.append((folder.id, stamp, to_row(job)))
+            jobs.append(job)
+        gone = (self._read_jobs.keys() | (known or {}).keys()) - stamps.keys()
+        for job_id in gone:
+            self._read_jobs.pop(job_id, None)
+        self.index.update(changed, gone)
+        return sorted(jobs, key=lambda job: (job.state.created_at, job.id))
+
+    def find(self, job_id: str) -> JobFolder:
+        """Raises ConfigError for what is no id, and UnknownJobError where there is no such job."""
+        path = self.folder / check_id(job_id)
+        if not path.is_dir() or path.is_symlink():
+            raise UnknownJobError(f"there is no job {job_id}; it may have been deleted")
+        return JobFolder(path)
+
+    def _list_folders(self) -> list[JobFolder]:
+        folders = []
+        for path in (self.folder).iterdir():
+            try:
+                folders.append(self.find(path.name))
+            except (ConfigError, UnknownJobError):
+                continue
+        return folders
+
+    def _recall(self, folder: JobFolder, stamp: str, row: tuple[str, dict[str, Any]] | None) -> Job:
+        """A job from memory, the index or its folder: whatever is as new as its state.json."""
+        read_at, job = self._read_jobs.get(folder.id, ("", None))
+        if stamp and read_at == stamp and job is not None:
+            return dataclasses.replace(job, request=folder.read_request())
+        if stamp and row is not None and row[0] == stamp:
+            try:
+                return from_row(folder, row[1])
+            except (LookupError, TypeError, ValueError):
+                pass  # of an older version
+        return self.read(folder)
+
+    def read(self, folder: JobFolder) -> Job:
+        """The job as it is now."""
+        settings = self._settings.get(folder.id)
+        try:
+            if settings is None:
+                settings = self._settings[folder.id] = folder.read_settings()
+            return Job(folder.id, settings, folder.read_state(), folder.read_request())
+        except FileError:
+            if not folder.path.exists():
+                raise UnknownJobError(
+                    f"there is no job {folder.id}; it may have been deleted"
+                ) from None
+            raise
+
+
+def read_stamp(folder: JobFolder) -> str:
+    """Changes with state.json."""
+    try:
+        found = (folder.path / STATE_FILE).stat()
+    except OSError:
+        return ""
+    return f"{found.st_mtime_ns} {found.st_ino} {found.st_size}"
+
+
+def to_row(job: Job) -> dict[str, Any]:
+    settings = config_to_dict(job.settings)
+    return {"settings": settings, "state": dataclasses.asdict(job.state)}
+
+
+def from_row(folder: JobFolder, row: Mapping[str, Any]) -> Job:
+    state = restore(JobState, row["state"])
+    settings = build(JobSettings, row["settings"], "")
+    return Job(folder.id, settings, state, folder.read_request())
+
+
+def build_broken(folder: JobFolder, sentence: str) -> Job:
+    """In the place of a job whose files cannot be read."""
+    created = folder.path.stat().st_mtime if folder.path.exists() else 0.0
+    train = config_from_dict(
+        {
+            "name": folder.id,
+            "output": str(folder.path),
+            "model": {"source": "unknown"},
+            "data": {"folder": "unknown"},
+        }
+    )
+    state = JobState(
+        status=JobStatus.FAILED,
+        created_at=created,
+        failure=JobFailure(sentence=sentence, advice=("delete the job",)),
+    )
+    return Job(folder.id, JobSettings(train=train), state)
