@@ -287,7 +287,7 @@ BAD_FILES = {
     "sdxl": (sdxl, "matches 0 modules .*SDXL UNet"),
     "nan": (rewrite(poison), "holds NaN or Inf in transformer_blocks.*use an earlier checkpoint"),
     "no partner": (rewrite(drop_a_partner), "is incomplete: .* without the partner keys"),
-    "wrong width": (rewrite(widen), r"does not fit this MODEL in 24 of 24 modules: .*\(64, 64\)"),
+    "wrong width": (rewrite(widen), r"does not fit this MODEL in 24 of 24 modules: .*\(160, 160\)"),
     "wrong rank": (rewrite(cut_rank), "do not fit; expected .* with one rank"),
 }
 

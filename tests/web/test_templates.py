@@ -24,19 +24,19 @@ def test_the_apply_workflow_opens_from_templates_and_runs(workspace, server, vue
     workspace.page.wait_for_timeout(1000)
     reports = workspace.read_reports()
     workspace.shoot(f"01_apply_lora_{'vue' if vue_nodes else 'classic'}")
-    assert "matched 24 modules, 48 of 48 keys" in reports["QwenEditLoraLoad"]
-    assert "side path: 24 modules" in reports["QwenEditLoraApply"]
+    assert "matched 20 modules, 60 of 60 keys" in reports["QwenEditLoraLoad"]
+    assert "side path: 20 modules" in reports["QwenEditLoraApply"]
     assert workspace.errors == []
 
 
 WORKFLOWS_WITHOUT_A_MODEL = {
     "02_inspect_lora": {
-        "QwenEditLoraLoad": "matched 24 modules, 48 of 48 keys",
-        "QwenEditLoraInspect": "saturated: std",  # so that its effect is seen
+        "QwenEditLoraLoad": "matched 20 modules, 60 of 60 keys",
+        "QwenEditLoraInspect": "strong: std",  # so that its effect is seen
     },
     "03_compare_and_resize": {
         "QwenEditLoraResize": "of the energy kept; least in",
-        "QwenEditLoraCompare": "24 modules compared, 0 only in a, 0 only in b",
+        "QwenEditLoraCompare": "20 modules compared, 0 only in a, 0 only in b",
         "QwenEditLoraSave": "Wrote loras/my_edit_lora_resized_",
     },
 }
