@@ -100,7 +100,7 @@ class QwenEditLoraApply(io.ComfyNode):
         strengths = Strengths(strength, image_strength, text_strength, parse_block_ranges(blocks))
         applied = apply_adapters(model, [(take_adapter(adapter), strengths)], mode)
         text = applied.to_text()
-        ui = show_report(text, warning=bool(applied.warnings))
+        ui = show_report(text, warning=bool(applied.warnings), node_id="QwenEditLoraApply")
         return io.NodeOutput(applied.model, text, ui=ui)
 
 

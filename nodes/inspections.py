@@ -82,7 +82,11 @@ def run(adapter: Adapter, exact: bool, base: Path | BaseWeights | None) -> Inspe
 
 def get_path(content_hash: str, base_identity: str, exact: bool) -> Path:
     beside = f"-beside-{base_identity}" if base_identity else ""
-    return host.get_cache_folder() / f"{content_hash}{beside}{'-exact' if exact else ''}.json"
+    return (
+        host.get_cache_folder()
+        / "inspections"
+        / f"{content_hash}{beside}{'-exact' if exact else ''}.json"
+    )
 
 
 def save(inspection: Inspection, path: Path) -> None:

@@ -96,7 +96,7 @@ class QwenEditLoraLoad(io.ComfyNode):
     def execute(cls, lora_name: str, lora_model: Any = None) -> io.NodeOutput:
         adapter = open_lora(lora_name) if lora_model is None else take_adapter(lora_model)
         text = adapter.report.to_text()
-        ui = show_report(text, warning=bool(adapter.report.warnings))
+        ui = show_report(text, warning=bool(adapter.report.warnings), node_id="QwenEditLoraLoad")
         return io.NodeOutput(adapter, build_state_dict(adapter), text, ui=ui)
 
 

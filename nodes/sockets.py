@@ -51,6 +51,12 @@ def build_image(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).float().div(255)[None]
 
 
-def show_report(text: str, warning: bool = False) -> dict[str, list]:
-    """The `ui` part of a NodeOutput; web/report.js draws it on the node."""
-    return {"qwen_edit_lora_report": [text], "qwen_edit_lora_warning": [warning]}
+def show_report(text: str, warning: bool = False, node_id: str = "") -> dict[str, list]:
+    """The `ui` part of a NodeOutput; web/report.js draws it on the node.
+
+    Args:
+        node_id: of a node that also runs inside others, which then do not show its report as
+            theirs.
+    """
+    shown = {"qwen_edit_lora_report": [text], "qwen_edit_lora_warning": [warning]}
+    return {**shown, "qwen_edit_lora_node": [node_id]} if node_id else shown

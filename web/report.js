@@ -62,9 +62,12 @@ export function addReportWidget(node) {
   widget.serialize = false; // a report is no setting: keep it out of saved workflows
   node.showReport = (output) => {
     const text = output?.qwen_edit_lora_report?.[0];
-    if (text !== undefined) {
-      view.show(text, output.qwen_edit_lora_warning?.[0] ? "warning" : "fine");
-    }
+    // Nodes that a sweep expands into report under its id; their reports are not the sweep's.
+    const source = output?.qwen_edit_lora_node?.[0];
+    if (text === undefined || (source && source !== node.comfyClass)) return;
+    // A sweep that is cached as a whole sends the first lines of its report only.
+    if (view.text !== text && view.text.startsWith(`${text}\n`)) return;
+    view.show(text, output.qwen_edit_lora_warning?.[0] ? "warning" : "fine");
   };
   // ComfyUI's own message says only that the node failed, and hides the reason behind a button.
   node.showError = (message) => view.show(message, "error");

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SIZE_PX = 400
 GAP_PX = 2
+TRAINING_STEPS = 240
 QUALITY = 88  # of the JPEG
 DEEP_LORA = "thumbnail_deep.safetensors"
 WORKFLOWS = ROOT / "workflows"
@@ -106,6 +107,33 @@ def draw_checkpoints(graph: Graph, render: Render) -> Image.Image:
     return draw_bands(render(graph), ["0", *steps])
 
 
+def draw_loss(graph: Graph, render: Render) -> Image.Image:
+    """The loss plot of a short training."""
+    shorten_training(graph)
+    kept = {id: n for id, n in graph.items() if n["class_type"] != "PreviewImage"}
+    return fit(render(kept)[-1])
+
+
+def draw_trained_strengths(graph: Graph, render: Render) -> Image.Image:
+    shorten_training(graph)
+    return draw_strengths(graph, render)
+
+
+def shorten_training(graph: Graph) -> None:
+    """As many steps as tell something, on small pictures, and waited for."""
+    from .edit import BATCH, RANK
+
+    size = {"megapixels": 0.0625, "reference_megapixels": 0.0625}
+    settings = {"batch_size": BATCH, "rank": RANK, "learning_rate": 2e-3, "sample_every": 0}
+    for node in graph.values():
+        if node["class_type"] == "QwenEditDataset":
+            node["inputs"] |= size
+        elif node["class_type"] == "QwenEditLoraTrain":
+            node["inputs"] |= {**settings, "steps": TRAINING_STEPS, "name": "thumbnail"}
+        elif node["class_type"] == "QwenEditLoraJob":
+            node["inputs"]["wait"] = True
+
+
 #: workflow -> how its picture is made; of any other it is the first picture that comes out.
 DRAW: dict[str, Callable[[Graph, Render], Image.Image]] = {
     "01_apply_lora": draw_before_and_after,
@@ -113,6 +141,8 @@ DRAW: dict[str, Callable[[Graph, Render], Image.Image]] = {
     "03_compare_and_resize": draw_deep,
     "04_strength_sweep": draw_strengths,
     "05_checkpoint_sweep": draw_checkpoints,
+    "06_train_lora": draw_loss,
+    "07_train_then_sweep": draw_trained_strengths,
 }
 
 

@@ -21,6 +21,8 @@ from .checkout import open_checkout
 #: on 2511 too; the reverse fails at few steps
 LORA_BASE = "qwen_image_edit_2509_bf16.safetensors"
 TIMES = ("modelspec.date", "modelspec.hash_sha256")  # differ from run to run, or with what does
+#: Say 2509 only; the demo DiT has the same weights under both names.
+CLAIMS = ("modelspec.architecture", "ss_sd_model_name")
 
 
 def train_demo_lora() -> None:
@@ -41,7 +43,7 @@ def train_demo_lora() -> None:
 def keep(trained: Path, name: str) -> None:
     """Copies a LoRA into weights/ without what would differ if it were trained again."""
     with safe_open(trained, framework="pt") as file:
-        metadata = {k: v for k, v in file.metadata().items() if k not in TIMES}
+        metadata = {k: v for k, v in file.metadata().items() if k not in TIMES + CLAIMS}
     save_file(load_file(trained), generate.WEIGHTS / name, metadata)
 
 

@@ -51,7 +51,7 @@ def lora(demo_models: Any) -> Iterator[Path]:
 @pytest.fixture
 def cache(base_directory: Path) -> Iterator[Path]:
     """The folder of kept inspections, empty before and after."""
-    folder = base_directory / "user" / "__qwen_edit_lora"
+    folder = base_directory / "user" / "__qwen_edit_lora" / "inspections"
     for path in folder.glob("*"):
         path.unlink()
     yield folder

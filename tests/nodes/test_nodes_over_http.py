@@ -358,7 +358,7 @@ def test_blocks_that_select_nothing_are_an_error(run):
 def test_side_path_mode_refuses_what_it_cannot_serve_and_auto_merges_it(run, loras):
     tensors = load_file(loras / LORA)
     stem = "diffusion_model.transformer_blocks.0.attn.to_q"
-    tensors[f"{stem}.dora_scale"] = torch.ones(64, 1)
+    tensors[f"{stem}.dora_scale"] = torch.ones(len(tensors[f"{stem}.lora_B.weight"]), 1)
     save_file(tensors, loras / "dora.safetensors")
     with pytest.raises(PromptError, match=r"cannot serve 1 modules .*DoRA depends on the base"):
         run(apply_graph("dora.safetensors", mode="side path"))

@@ -1,0 +1,82 @@
+"""The training workflows, used as a user does: opened from Templates, run, looked at again."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.web, pytest.mark.comfy]
+
+RENDERERS = pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", "vue"])
+#: Smaller and shorter than in the workflow, which is for a GPU and a night.
+QUICK = {"megapixels": 0.02, "reference_megapixels": 0.02, "batch_size": 2, "sample_every": 10}
+TRAINING_STEPS = 20
+RENDER_STEPS = 2
+TRAINING_TIMEOUT = 240.0  # seconds
+
+SET_WIDGETS = """([values, trainingSteps, renderSteps]) => {
+    for (const node of app.graph._nodes)
+        for (const widget of node.widgets ?? []) {
+            if (widget.name in values) widget.value = values[widget.name];
+            const trains = node.comfyClass === 'QwenEditLoraTrain';
+            if (widget.name === 'steps') widget.value = trains ? trainingSteps : renderSteps;
+        }
+}"""
+
+
+def open_quickly(workspace: Any, name: str, vue_nodes: bool) -> None:
+    workspace.set_vue_nodes(vue_nodes)
+    workspace.open_template(name)
+    run_name = f"{name}_{'vue' if vue_nodes else 'classic'}"
+    values = {**QUICK, "name": run_name, "seed": 1 + vue_nodes}
+    workspace.page.evaluate(SET_WIDGETS, [values, TRAINING_STEPS, RENDER_STEPS])
+
+
+def run(workspace: Any) -> dict[str, str]:
+    """The reports on the nodes after a run."""
+    entry = workspace.run()
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    workspace.page.wait_for_timeout(1000)
+    return workspace.read_reports()
+
+
+def wait_for_completion(server: Any, name: str) -> None:
+    deadline = time.monotonic() + TRAINING_TIMEOUT
+    while time.monotonic() < deadline:
+        jobs = [j for j in server.get("/qwen_edit_lora/jobs")["jobs"] if j["name"] == name]
+        if any(job["status"] == "completed" for job in jobs):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"{name} was not trained in time: {jobs}")
+
+
+@RENDERERS
+def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(
+    workspace, server, vue_nodes
+):
+    open_quickly(workspace, "06_train_lora", vue_nodes)
+    reports = run(workspace)
+    assert "12 of 12 pairs can be used" in reports["QwenEditDataset"]
+    assert "trainable parameters" in reports["QwenEditLoraTrain"]
+    assert f"of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
+    name = f"06_train_lora_{'vue' if vue_nodes else 'classic'}"
+    wait_for_completion(server, name)
+    reports = run(workspace)
+    workspace.shoot(name)
+    assert "is this training already: completed" in reports["QwenEditLoraTrain"]
+    assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
+    assert f"LoRA: {name}.safetensors in models/loras" in reports["QwenEditLoraJob"]
+    assert workspace.errors == []
+
+
+def test_one_graph_trains_waits_inspects_and_sweeps(workspace):
+    open_quickly(workspace, "07_train_then_sweep", vue_nodes=False)
+    reports = run(workspace)
+    workspace.shoot("07_train_then_sweep")
+    assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
+    assert "20 modules" in reports["QwenEditLoraInspect"]
+    assert "3 pictures: strengths 0, 0.5, 1" in reports["QwenEditLoraSweep"]
+    assert "suggested range" in reports["QwenEditLoraSweepGrid"]
+    assert workspace.errors == []
