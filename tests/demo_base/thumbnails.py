@@ -95,7 +95,7 @@ def draw_deep(graph: Graph, render: Render) -> Image.Image:
 def draw_strengths(graph: Graph, render: Render) -> Image.Image:
     graph, sweep = keep_sweep(graph)
     strengths = [f"{float(text):g}" for text in sweep["strengths"].split(",")]
-    return draw_bands(render(graph), strengths)
+    return draw_bands(render(graph)[: len(strengths)], strengths)  # saved ones come first
 
 
 def draw_checkpoints(graph: Graph, render: Render) -> Image.Image:
