@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from demo_base.dit import WIDTH
 
 pytestmark = pytest.mark.comfy
 
@@ -150,7 +151,7 @@ def test_what_the_adapter_cannot_do_beside_the_weights_is_merged(measure, base, 
     path = make_lora("dora", delta_std=0.2)
     tensors = load_file(path)
     stem = "diffusion_model.transformer_blocks.0.attn.to_q"
-    tensors[f"{stem}.dora_scale"] = torch.full((64, 1), 0.5)
+    tensors[f"{stem}.dora_scale"] = torch.full((WIDTH, 1), 0.5)
     save_file(tensors, path)
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     effect = measure(base, path, (0.0, 1.0))

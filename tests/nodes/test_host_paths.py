@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from demo_base.dit import WIDTH
 from qwen_edit_lora.lora_core import (
     Adapter,
     DiffWeights,
@@ -30,7 +31,7 @@ from .conftest import worst
 pytestmark = pytest.mark.comfy
 
 ROUNDING = 1e-5
-PATH = "transformer_blocks.0.img_mlp.net.0.proj"  # 64 -> 256: 64 KiB in float32, so it is paged
+PATH = "transformer_blocks.0.img_mlp.net.0.proj"  # large enough to be paged
 
 
 class FakeHostBuffer:
@@ -129,16 +130,18 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def build(kind: str) -> Adapter:
     """An adapter on one module, large enough to be paged."""
-    lora = LoraWeights(draw(128, 64), draw(256, 128, seed=1), 64.0, draw(256, seed=2))
+    columns, rows = WIDTH, 4 * WIDTH
+    lora = LoraWeights(draw(128, columns), draw(rows, 128, seed=1), 64.0, draw(rows, seed=2))
     weights = {
         "LoRA": lora,
-        "LoKr": LokrWeights(w1=draw(4, 1), w2=draw(64, 64, seed=1)),
+        "LoKr": LokrWeights(w1=draw(4, 1), w2=draw(columns, columns, seed=1)),
         "LoHa": LohaWeights(
-            draw(256, 16), draw(16, 64, seed=1), draw(256, 16, seed=2), draw(16, 64, seed=3)
+            *(draw(rows, 16), draw(16, columns, seed=1)),
+            *(draw(rows, 16, seed=2), draw(16, columns, seed=3)),
         ),
-        "diff": DiffWeights(draw(256, 64), draw(256, seed=1)),
-        "DoRA": DoraWeights(lora, draw(256, 1, seed=2).abs() + 0.5),
-        "OFT": OftWeights(draw(32, 8, 8), draw(256, 1, seed=3) + 1),
+        "diff": DiffWeights(draw(rows, columns), draw(rows, seed=1)),
+        "DoRA": DoraWeights(lora, draw(rows, 1, seed=2).abs() + 0.5),
+        "OFT": OftWeights(draw(rows // 8, 8, 8), draw(rows, 1, seed=3) + 1),
     }[kind]
     return Adapter({PATH: weights}, name=kind)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from demo_base.dit import WIDTH
 from qwen_edit_lora.lora_core import (
     Adapter,
     DoraWeights,
@@ -26,11 +27,11 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def build(kind: str) -> Adapter:
-    direction = LoraWeights(draw(4, 64), draw(64, 4, seed=1), 2.0)
+    direction = LoraWeights(draw(4, WIDTH), draw(WIDTH, 4, seed=1), 2.0)
     weights = {
-        "DoRA by rows": DoraWeights(direction, draw(64, 1, seed=2).abs() + 0.5),
-        "DoRA by columns": DoraWeights(direction, draw(1, 64, seed=2).abs() + 0.5),
-        "OFT": OftWeights(draw(8, 8, 8), draw(64, 1, seed=3) + 1, 1.5),
+        "DoRA by rows": DoraWeights(direction, draw(WIDTH, 1, seed=2).abs() + 0.5),
+        "DoRA by columns": DoraWeights(direction, draw(1, WIDTH, seed=2).abs() + 0.5),
+        "OFT": OftWeights(draw(WIDTH // 8, 8, 8), draw(WIDTH, 1, seed=3) + 1, 1.5),
     }[kind]
     return Adapter({PATH: weights}, name=kind)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from demo_base.dit import WIDTH
 from qwen_edit_lora.lora_core import FileError, compute_delta, read_adapter
 from qwen_edit_lora.lora_core.strengths import Strengths
 from safetensors.torch import load_file, save_file
@@ -257,8 +258,8 @@ def test_gradients_flow_through_a_side_path(ours, base, make_lora, apply_ours):
     adapter = read_adapter(make_lora("a"))
     side_path = ours.side_path.get_side_path(apply_ours(base, adapter, 0.7))
     path = "transformer_blocks.0.attn.to_q"
-    x = torch.randn(2, 5, 64, requires_grad=True)
-    base_weight = torch.randn(64, 64)
+    x = torch.randn(2, 5, WIDTH, requires_grad=True)
+    base_weight = torch.randn(WIDTH, WIDTH)
     site = side_path.get_bank().module.sites[path]
     site.add(x @ base_weight.T, x, (0.7,)).sum().backward()
     tuned = base_weight + 0.7 * compute_delta(adapter.modules[path])
