@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -154,7 +155,8 @@ def test_every_command_line_in_the_readme_parses():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^python -m lora_core (.*)$", text, re.MULTILINE)
     assert {line.split()[0] for line in lines} == {
-        *("inspect", "compare", "resize", "merge", "extract", "convert")
+        *("inspect", "compare", "resize", "merge", "extract", "convert"),
+        *("train", "estimate", "sample"),
     }
     for line in lines:
-        assert callable(build_parser().parse_args(line.split()).run)
+        assert callable(build_parser().parse_args(shlex.split(line)).run)
