@@ -161,6 +161,13 @@ def is_interrupted() -> bool:
     return comfy.model_management.processing_interrupted()
 
 
+def get_cors_origin() -> str | None:
+    """The origin that may ask beside ComfyUI's own page, as the user started it."""
+    from comfy.cli_args import args
+
+    return args.enable_cors_header
+
+
 # --- long work ----------------------------------------------------------------------------------
 
 

@@ -1,37 +1,48 @@
 """HTTP routes and events of training jobs. The only module that imports server and aiohttp.
 
     GET  /qwen_edit_lora/jobs                {"jobs": [...]}
-    GET  /qwen_edit_lora/jobs/{id}           the job, with its losses, samples and adapters
+    GET  /qwen_edit_lora/jobs/{id}           the job, with its curves, settings, adapters
     GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536; without offset the end of it
-    POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete      with a JSON object
+    POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete | clone | publish
+                                             with a JSON object, see job_views.ACTIONS
 
-Errors are {"error": one sentence} with 400 for a bad request, 404 for an unknown job, 409 for what
-its state forbids, 500 for what the disk refuses. Paths of this machine are neither taken nor told.
+Errors are {"error": one sentence} with 400 for a bad request, 403 for another site's page, 404 for
+an unknown job, 409 for what its state forbids, 413 for a body too large, 500 for what the disk
+refuses. Paths of this machine are neither taken nor told.
 The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"}.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import web
 from server import PromptServer
 
 from ..lora_core.errors import ConfigError, LoraError
 from ..lora_core.jobs.job import JobStateError, UnknownJobError, check_id
-from . import job_host
+from . import host, job_host, job_views
 from .hold import HOLD_ID
 
 PREFIX = "/qwen_edit_lora/jobs"
 EVENT = "qwen_edit_lora.job"
-#: Points of the loss curve that a job is shown with.
-MAX_POINTS = 500
-CURVES = ("step", "loss", "smoothed_loss", "learning_rate", "grad_norm")
+MAX_BODY_BYTES = 65536
+USUAL_PORTS = (80, 443)
 
 logger = logging.getLogger(__name__)
+
+
+class ForeignPageError(LoraError):
+    """A page of another site asks for a change."""
+
+
+class BodySizeError(LoraError):
+    """The request's body is larger than any that makes sense."""
 
 
 class PromptQueue:
@@ -67,10 +78,10 @@ def start() -> None:
     server = PromptServer.instance
     job_host.start_jobs(PromptQueue(server), lambda data: server.send_sync(EVENT, data))
     server.add_on_prompt_handler(warn_of_conflict)
-    server.routes.get(PREFIX)(answer(lambda request: list_jobs))
-    server.routes.get(PREFIX + "/{id}")(answer(with_id(show_job)))
-    server.routes.get(PREFIX + "/{id}/log")(answer(with_id(show_log)))
-    for action in ACTIONS:
+    server.routes.get(PREFIX)(answer(lambda request: job_views.list_jobs))
+    server.routes.get(PREFIX + "/{id}")(answer(with_id(job_views.show_job)))
+    server.routes.get(PREFIX + "/{id}/log")(answer(with_id(job_views.show_log)))
+    for action in job_views.ACTIONS:
         server.routes.post(f"{PREFIX}/{{id}}/{action}")(act(action))
 
 
@@ -86,59 +97,10 @@ def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
     return prompt
 
 
-# --- what is answered ---
-
-
-def list_jobs() -> dict[str, Any]:
-    return {"jobs": [job.to_dict() for job in job_host.get_jobs().store.list()]}
-
-
-def show_job(job_id: str, query: dict[str, str]) -> dict[str, Any]:
-    store = job_host.get_jobs().store
-    job = store.get(job_id).to_dict()
-    metrics = store.read_metrics(job_id)
-    every = -(-len(metrics) // MAX_POINTS) or 1
-    points = metrics[::-every][::-1]  # always with the last one
-    return {
-        **job,
-        "metrics": {name: [point.get(name) for point in points] for name in CURVES},
-        "samples": [path.name for path in store.list_samples(job_id)],
-        "files": [path.name for path in store.list_adapters(job_id)],
-    }
-
-
-def show_log(job_id: str, query: dict[str, str]) -> dict[str, Any]:
-    numbers = {name: parse_number(query, name) for name in ("offset", "limit") if name in query}
-    return job_host.get_jobs().store.read_log(job_id, **numbers)
-
-
-def parse_number(query: dict[str, str], name: str) -> int:
-    text = query[name]
-    if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise ConfigError(f"{name} is {text[:20]!r}; expected a whole number from 0")
-    return int(text)
-
-
-def delete(job_id: str, options: dict[str, Any]) -> dict[str, Any]:
-    with_adapter = options.get("with_adapter", False)
-    if not isinstance(with_adapter, bool):
-        raise ConfigError(f"with_adapter is {with_adapter!r}; expected true or false")
-    job_host.get_jobs().store.delete(job_id, with_adapter)
-    return {"id": job_id, "deleted": True}
-
-
-ACTIONS: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {
-    "pause": lambda job_id, options: job_host.get_jobs().store.pause(job_id).to_dict(),
-    "resume": lambda job_id, options: job_host.get_jobs().store.resume(job_id).to_dict(),
-    "cancel": lambda job_id, options: job_host.get_jobs().store.cancel(job_id).to_dict(),
-    "delete": delete,
-}
-
-
 # --- how ---
 
 
-def with_id(show: Callable[[str, dict[str, str]], dict[str, Any]]):
+def with_id(show: Callable[[str, Mapping[str, str]], dict[str, Any]]):
     def prepare(request: web.Request) -> Callable[[], dict[str, Any]]:
         job_id, query = check_id(request.match_info["id"]), dict(request.query)
         return lambda: show(job_id, query)
@@ -161,22 +123,66 @@ def answer(prepare: Callable[[web.Request], Callable[[], dict[str, Any]]]):
 def act(action: str):
     async def handle(request: web.Request) -> web.Response:
         try:
+            check_origin(request.headers, request.host, host.get_cors_origin())
             job_id = check_id(request.match_info["id"])
             options = await read_options(request)
-            return await respond(lambda: ACTIONS[action](job_id, options))
+            return await respond(lambda: job_views.ACTIONS[action](job_id, options))
         except LoraError as e:
             return refuse(e)
 
     return handle
 
 
+def check_origin(headers: Mapping[str, str], own_host: str, allowed: str | None) -> None:
+    """Raises ForeignPageError where the browser says that another site's page asks.
+
+    ComfyUI's own check ends where the Host is no loopback address, as with --listen. What is not a
+    browser sends neither header.
+
+    Args:
+        headers: Sec-Fetch-Site is the browser's own word; it is missing on plain http, where Origin
+            is compared with the Host.
+        allowed: the origin that --enable-cors-header names; "*" names none.
+    """
+    site, origin = headers.get("Sec-Fetch-Site"), headers.get("Origin")
+    if origin is not None and origin == allowed:
+        return
+    if site is not None:
+        is_own = site in ("same-origin", "none")
+    else:
+        is_own = origin is None or split_origin(origin) == split_origin(f"http://{own_host}")
+    if not is_own:
+        raise ForeignPageError(
+            "this request comes from a page of another site; only ComfyUI's own page may change "
+            "trainings, or the one that --enable-cors-header names"
+        )
+
+
+def split_origin(origin: str) -> tuple[str, int | None] | None:
+    """Host and port, None for a usual one; None for "null" and other texts without a host."""
+    try:
+        parts = urlsplit(origin)
+        port = parts.port
+    except ValueError:
+        return None
+    # A proxy may speak https to the browser and http to us.
+    return (parts.hostname, None if port in USUAL_PORTS else port) if parts.hostname else None
+
+
 async def read_options(request: web.Request) -> dict[str, Any]:
     """The body. Only JSON: a form of another site's page cannot send that unasked."""
     if request.content_type != "application/json":
         raise ConfigError("expected a JSON object with Content-Type: application/json")
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
+    body = bytearray()
+    async for chunk in request.content.iter_any():  # the length may be left unsaid
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
     try:
-        options = await request.json()
-    except ValueError:
+        options = json.loads(body)
+    except (ValueError, RecursionError):
         options = None
     if not isinstance(options, dict):
         raise ConfigError('the body is no JSON object; expected {} or {"with_adapter": true}')
@@ -188,11 +194,17 @@ async def respond(work: Callable[[], dict[str, Any]]) -> web.Response:
     return web.json_response(result)
 
 
+#: The first that fits; a LoraError of another kind is the disk's.
+STATUSES: tuple[tuple[type[LoraError], int], ...] = (
+    (ForeignPageError, 403),
+    (UnknownJobError, 404),
+    (JobStateError, 409),
+    (BodySizeError, 413),
+    (ConfigError, 400),
+    (LoraError, 500),
+)
+
+
 def refuse(error: LoraError) -> web.Response:
-    if isinstance(error, UnknownJobError):
-        status = 404
-    elif isinstance(error, JobStateError):
-        status = 409
-    else:
-        status = 400 if isinstance(error, ConfigError) else 500
+    status = next(status for kind, status in STATUSES if isinstance(error, kind))
     return web.json_response({"error": " ".join(str(error).split())}, status=status)
