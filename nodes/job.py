@@ -18,7 +18,14 @@ from ..lora_core.plots import draw_message
 from ..lora_core.stored import SafetensorsFile
 from ..lora_core.training_plot import draw_training
 from . import host, job_host
-from .sockets import CATEGORY, AdapterSocket, build_image, report_output, show_report
+from .sockets import (
+    CATEGORY,
+    AdapterSocket,
+    build_image,
+    report_output,
+    show_job,
+    show_report,
+)
 
 #: Sides of a picture on the sheet of samples, in pixels.
 TILE_SIDE = 512
@@ -85,6 +92,7 @@ class QwenEditLoraJob(io.ComfyNode):
         warning = job.status in (JobStatus.FAILED, JobStatus.CANCELLED)
         shown = {
             **show_report(text, warning=warning),
+            **show_job(job.id),
             "images": ui.PreviewImage(plot, cls=cls).values,
         }
         return io.NodeOutput(

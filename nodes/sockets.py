@@ -60,3 +60,8 @@ def show_report(text: str, warning: bool = False, node_id: str = "") -> dict[str
     """
     shown = {"qwen_edit_lora_report": [text], "qwen_edit_lora_warning": [warning]}
     return {**shown, "qwen_edit_lora_node": [node_id]} if node_id else shown
+
+
+def show_job(job_id: str) -> dict[str, list]:
+    """The `ui` part that has web/job_view.js show a training on the node, live."""
+    return {"qwen_edit_lora_job": [job_id]}

@@ -18,7 +18,7 @@ from ..lora_core.training.optimization import OPTIMIZERS
 from ..lora_core.training.presets import PRESETS, choose_storage
 from ..lora_core.training.quantization import STORAGES
 from . import host, job_host
-from .sockets import CATEGORY, DatasetSocket, report_output, show_report
+from .sockets import CATEGORY, DatasetSocket, report_output, show_job, show_report
 from .train_settings import AS_PRESET, AS_PRESET_CHOICE, AUTO, build_config, compute_key
 
 MEASURE, SKIP = "measure first", "skip"
@@ -139,7 +139,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         known = job_host.find_same(key)
         if known is not None:
             text = f"job {known.id} is this training already: {known.describe()}"
-            return io.NodeOutput(known.id, text, ui=show_report(text))
+            return io.NodeOutput(known.id, text, ui=show_report(text) | show_job(known.id))
         lines = []
         if estimate == MEASURE:
             found, note = measure(config)
@@ -157,7 +157,7 @@ class QwenEditLoraTrain(io.ComfyNode):
             policy=while_training,
         )
         text = "\n".join([f"job {job_id}: {job_host.get(job_id).describe()}", *lines])
-        return io.NodeOutput(job_id, text, ui=show_report(text))
+        return io.NodeOutput(job_id, text, ui=show_report(text) | show_job(job_id))
 
 
 def list_advanced_inputs() -> list[Any]:

@@ -1,6 +1,11 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { addJobWidget } from "./job_view.js";
+import { Jobs } from "./panel/jobs.js";
+import { announce } from "./panel/notifications.js";
+import { registerSidebar } from "./panel/sidebar.js";
 import { addReportWidget } from "./report.js";
+import { createTranslator } from "./translation.js";
 
 // ComfyUI imports every .js file of this folder by itself; only this one registers anything.
 const NODES_WITH_REPORT = new Set([
@@ -20,6 +25,12 @@ const NODES_WITH_REPORT = new Set([
   "QwenEditLoraTrain",
   "QwenEditLoraJob",
 ]);
+
+const NODES_WITH_JOB = new Set(["QwenEditLoraTrain", "QwenEditLoraJob"]);
+
+// Listens from now on: an event that nobody has asked for is an error in ComfyUI's console.
+const jobs = new Jobs(api);
+let sidebar = null;
 
 // "5" is a node of the workflow itself, "<uuid of a subgraph>:5" one inside a subgraph.
 function findNode(locator) {
@@ -45,12 +56,26 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (NODES_WITH_REPORT.has(node.comfyClass)) addReportWidget(node);
+    if (NODES_WITH_JOB.has(node.comfyClass)) {
+      addJobWidget(node, { app, jobs, showJob: (id) => sidebar?.showJob(id) });
+    }
   },
 
   // Outputs that come back with a reloaded page or from the history.
   onNodeOutputsUpdated(outputs) {
     for (const [locator, output] of Object.entries(outputs)) {
       if (output?.qwen_edit_lora_report !== undefined) findNode(locator)?.showReport?.(output);
+      if (output?.qwen_edit_lora_job !== undefined) findNode(locator)?.showJob?.(output);
     }
+  },
+});
+
+app.registerExtension({
+  name: "qwen_edit_lora.panel",
+
+  setup() {
+    sidebar = registerSidebar({ app, api, jobs });
+    announce(app, jobs, createTranslator(app));
+    jobs.refresh();
   },
 });

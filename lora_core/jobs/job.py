@@ -155,6 +155,8 @@ class JobState:
     failure: JobFailure | None = None
     notes: tuple[str, ...] = ()
     """What happened to it, a sentence each."""
+    alarms: tuple[str, ...] = ()
+    """What a user should look at before the training is over; see `alarms.Alarms`."""
 
     @property
     def remaining_s(self) -> float | None:

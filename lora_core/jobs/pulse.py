@@ -50,13 +50,20 @@ class Pulse:
         with self._lock:
             before, self.state = self.state, dataclasses.replace(self.state, **changes)
             is_due = time.monotonic() - self._written_at > WRITE_INTERVAL
-            if is_due or before.phase is not self.state.phase:
+            is_news = before.phase is not self.state.phase or before.alarms != self.state.alarms
+            if is_due or is_news:
                 self._write(durable=False)
 
     def note(self, sentence: str) -> None:
         """Into the log and the job's notes."""
         say(sentence)
         self.update(notes=(*self.state.notes, sentence)[-20:])
+
+    def alarm(self, sentence: str) -> None:
+        """Into the log and the job's alarms, each once."""
+        if sentence not in self.state.alarms:
+            say(f"alarm: {sentence}")
+            self.update(alarms=(*self.state.alarms, sentence)[-20:])
 
     def report(self, report: StepReport) -> None:
         """Takes over a step's figures."""

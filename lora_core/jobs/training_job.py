@@ -14,6 +14,7 @@ from ..training.objective import Objective
 from ..training.processes import Processes
 from ..training.session import Session, choose_device, describe_session, open_session
 from ..training.trainer import Run, open_checkpoints
+from .alarms import Alarms
 from .failure import is_out_of_memory
 from .folder import JobFolder
 from .job import JobSettings, Phase
@@ -41,10 +42,13 @@ def run_job(settings: JobSettings, folder: JobFolder, device_name: str, pulse: P
         say(sentence)
     run = open_run(config, session, pulse)
     sampler = Sampler(settings.samples, session, run, folder.samples)
+    alarms = Alarms(config)
     pulse.update(phase=Phase.TRAINING, step=run.step, num_steps=config.steps)
     take_sample(sampler, run.step, pulse)
     for report in run.take_steps(pulse.should_stop):
         pulse.report(report)
+        for sentence in alarms.look(report):
+            pulse.alarm(sentence)
         if report.step == 1 or report.step % LOG_EVERY == 0 or report.step == config.steps:
             say(describe_report(report))
         take_sample(sampler, report.step, pulse)

@@ -1,0 +1,129 @@
+// A training on the node that started or shows it: state, loss curve, newest picture, live.
+// A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
+
+import { CurveChart } from "./panel/curve_chart.js";
+import { h, setAttribute, setHidden, setText } from "./panel/dom.js";
+import { describeStatus } from "./panel/job_list.js";
+import { createTranslator } from "./translation.js";
+
+const HEIGHT = 132; // px
+const CHART_HEIGHT = 84; // px
+const MIN_INTERVAL = 3000; // ms between questions for the curve
+
+export class JobView {
+  constructor({ app, jobs, showJob }) {
+    const t = createTranslator(app);
+    Object.assign(this, { jobs, t, id: null, shown: null, askedAt: 0, timer: null });
+    this.chip = h("span", { class: "qel-chip", role: "status" });
+    this.text = h("span", { class: "qel-faint" });
+    this.bar = h("span", { class: "qel-progress-fill" });
+    this.chart = new CurveChart({
+      label: t("chart.loss"),
+      height: CHART_HEIGHT,
+      series: [{ name: "smoothed_loss", label: t("chart.loss"), color: "--qel-accent" }],
+    });
+    this.image = h("img", { class: "qel-thumbnail", alt: "" });
+    const open = h(
+      "button",
+      { type: "button", class: "qel-button", onclick: () => showJob(this.id) },
+      t("job.open")
+    );
+    this.element = h(
+      "div",
+      { class: "qel-job-view" },
+      h("div", { class: "qel-job-line" }, this.chip, this.text, open),
+      h("span", { class: "qel-progress" }, this.bar),
+      h("div", { class: "qel-job-line" }, this.chart.element, this.image)
+    );
+    setHidden(this.element, true);
+    setHidden(this.image, true);
+    this.listen = () => this.update();
+    jobs.addEventListener("change", this.listen);
+  }
+
+  getMinHeight() {
+    return this.id === null ? 0 : HEIGHT;
+  }
+
+  showJob(id) {
+    this.id = id;
+    this.shown = null;
+    if (!this.jobs.jobs.has(id)) this.jobs.refresh();
+    this.update();
+  }
+
+  update() {
+    const job = this.jobs.jobs.get(this.id);
+    setHidden(this.element, this.id === null);
+    if (!job) {
+      setText(this.text, this.id !== null && this.jobs.isKnown ? this.t("job.gone") : "");
+      return;
+    }
+    setText(this.chip, describeStatus(job, this.t));
+    setAttribute(this.chip, "data-status", job.is_silent ? "failed" : job.status);
+    setText(this.text, this.t("job.steps", { step: job.step, steps: job.num_steps }));
+    this.bar.style.width = `${Math.min(100, (100 * job.step) / (job.num_steps || 1))}%`;
+    if (job !== this.shown && this.timer === null) {
+      const wait = Math.max(0, this.askedAt + MIN_INTERVAL - Date.now());
+      this.timer = setTimeout(() => this.ask(), wait);
+    }
+  }
+
+  async ask() {
+    this.askedAt = Date.now();
+    this.shown = this.jobs.jobs.get(this.id);
+    try {
+      const { metrics, pictures = [] } = await this.jobs.show(this.id);
+      this.chart.show(metrics.step, metrics);
+      const newest = pictures
+        .filter((picture) => picture.kind === "sample")
+        .reduce((a, b) => (a && a.step >= b.step ? a : b), null);
+      setHidden(this.image, !newest);
+      if (newest) {
+        setAttribute(this.image, "src", this.jobs.getPictureUrl(this.id, newest.name));
+        setAttribute(this.image, "alt", this.t("samples.step", { step: newest.step }));
+      }
+    } catch (error) {
+      setText(this.text, error.message);
+    } finally {
+      this.timer = null;
+    }
+    if (this.jobs.jobs.get(this.id) !== this.shown) this.update();
+  }
+
+  destroy() {
+    this.jobs.removeEventListener("change", this.listen);
+    clearTimeout(this.timer);
+    this.chart.destroy();
+  }
+}
+
+export function addJobWidget(node, context) {
+  const view = new JobView(context);
+  const widget = node.addDOMWidget("job_view", "qwen_edit_lora_job", view.element, {
+    serialize: false,
+    hideOnZoom: false,
+    getValue: () => view.id ?? "",
+    setValue: () => {},
+    getMinHeight: () => view.getMinHeight(),
+    getMaxHeight: () => view.getMinHeight(),
+  });
+  widget.serialize = false;
+  node.showJob = (output) => {
+    const id = output?.qwen_edit_lora_job?.[0];
+    if (!id || id === view.id) return;
+    const isFirst = view.id === null;
+    view.showJob(id);
+    if (isFirst) node.setSize?.([node.size[0], Math.max(node.size[1] + HEIGHT, node.computeSize()[1])]);
+  };
+  const executed = node.onExecuted;
+  node.onExecuted = function (output, ...rest) {
+    executed?.call(this, output, ...rest);
+    this.showJob(output);
+  };
+  const removed = node.onRemoved;
+  node.onRemoved = function (...rest) {
+    removed?.apply(this, rest);
+    view.destroy();
+  };
+}

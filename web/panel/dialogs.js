@@ -1,0 +1,88 @@
+// Questions before something is done: deleting, and cloning with other settings.
+
+import { h } from "./dom.js";
+
+// What a clone is usually made for; everything else stays as it is.
+const CLONE_FIELDS = [
+  ["name", "text"],
+  ["steps", "number"],
+  ["lora.rank", "number"],
+  ["optimizer.learning_rate", "number"],
+  ["data.batch_size", "number"],
+  ["seed", "number"],
+];
+
+// {with_adapter: boolean}, or null.
+export function askToDelete(parent, job, t) {
+  const withAdapter = h("input", { type: "checkbox", name: "with_adapter" });
+  const published = job.published ?? [];
+  const content = [
+    h("p", {}, t("delete.text", { name: job.name })),
+    published.length
+      ? h("label", { class: "qel-check" }, withAdapter, t("delete.withAdapter", { files: published.join(", ") }))
+      : null,
+  ];
+  return ask(parent, t("delete.title"), content, t("action.delete"), t, () => ({
+    with_adapter: withAdapter.checked,
+  }));
+}
+
+export function askToCancel(parent, job, t) {
+  const content = [h("p", {}, t("cancel.text", { name: job.name }))];
+  return ask(parent, t("cancel.title"), content, t("action.cancel"), t, () => ({}));
+}
+
+// {"optimizer.learning_rate": 1e-4, …}: what was changed, perhaps nothing; null if not wanted.
+export function askToClone(parent, job, t) {
+  const inputs = CLONE_FIELDS.map(([name, type]) => {
+    const value = String(job.settings[name] ?? "");
+    const input = h("input", {
+      ...{ type, name, value, class: "qel-input", required: true },
+      step: type === "number" ? "any" : undefined,
+    });
+    return { name, type, value, input };
+  });
+  const content = [
+    h("p", { class: "qel-faint" }, t("clone.text")),
+    ...inputs.map(({ name, input }) =>
+      h("label", { class: "qel-field" }, h("span", {}, t(`setting.${name}`)), input)
+    ),
+  ];
+  return ask(parent, t("clone.title", { name: job.name }), content, t("action.clone"), t, () =>
+    Object.fromEntries(
+      inputs
+        .filter(({ input, value }) => input.value !== value)
+        .map(({ name, type, input }) => [
+          name,
+          type === "number" ? Number(input.value) : input.value,
+        ])
+    )
+  );
+}
+
+function ask(parent, title, content, confirm, t, read) {
+  return new Promise((resolve) => {
+    const dialog = h("dialog", { class: "qel-dialog", "aria-label": title });
+    const form = h(
+      "form",
+      { method: "dialog" },
+      h("h3", {}, title),
+      content,
+      h(
+        "div",
+        { class: "qel-bar qel-end" },
+        h("button", { class: "qel-button", type: "button", onclick: () => dialog.close() }, t("dialog.keep")),
+        h("button", { class: "qel-button qel-primary", type: "submit", value: "yes" }, confirm)
+      )
+    );
+    dialog.append(form);
+    dialog.addEventListener("keydown", (event) => event.stopPropagation()); // of the graph
+    dialog.addEventListener("close", () => {
+      const answer = dialog.returnValue === "yes" ? read() : null;
+      dialog.remove();
+      resolve(answer);
+    });
+    parent.append(dialog);
+    dialog.showModal();
+  });
+}

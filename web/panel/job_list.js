@@ -1,0 +1,133 @@
+// The list of trainings: what runs on top, then what waits, then the rest, the newest first.
+
+import { ACTIVE } from "./jobs.js";
+import { formatDuration, formatNumber, formatTime, h, KeyedRows, setAttribute, setHidden, setText } from "./dom.js";
+
+const RANKS = { in_progress: 0, pending: 1, paused: 2 };
+const OTHERS = 3;
+
+export class JobList {
+  constructor({ jobs, t, open }) {
+    this.jobs = jobs;
+    this.t = t;
+    this.open = open;
+    this.filter = "all";
+    this.message = h("p", { class: "qel-empty" });
+    this.items = h("ul", { class: "qel-jobs", "aria-label": t("list.label") });
+    this.rows = new KeyedRows(this.items, (job) => this.buildRow(job));
+    this.summary = h("span", { class: "qel-summary", role: "status" });
+    this.select = h(
+      "select",
+      { class: "qel-select", "aria-label": t("list.filter"), onchange: () => this.choose() },
+      ["all", "active", "paused", "completed", "failed", "cancelled"].map((value) =>
+        h("option", { value }, t(`filter.${value}`))
+      )
+    );
+    this.element = h(
+      "div",
+      { class: "qel-view" },
+      h("div", { class: "qel-bar" }, this.summary, this.select),
+      this.message,
+      this.items
+    );
+    this.items.addEventListener("keydown", (event) => this.press(event));
+  }
+
+  choose() {
+    this.filter = this.select.value;
+    this.update();
+  }
+
+  update() {
+    const { t } = this;
+    const all = this.jobs.list();
+    const shown = all.filter(
+      (job) =>
+        this.filter === "all" ||
+        (this.filter === "active" ? ACTIVE.has(job.status) : job.status === this.filter)
+    );
+    shown.sort((a, b) => getRank(a) - getRank(b) || compareInside(a, b));
+    this.rows.show(shown, (job) => job.id);
+    const active = this.jobs.countActive();
+    setText(this.summary, t("list.summary", { n: all.length, active }));
+    setHidden(this.message, shown.length > 0 && !this.jobs.problem);
+    const empty = !this.jobs.isKnown ? "list.loading" : all.length ? "list.none" : "list.empty";
+    setText(this.message, this.jobs.problem ?? t(empty));
+    setAttribute(this.message, "data-tone", this.jobs.problem ? "bad" : "");
+  }
+
+  buildRow(first) {
+    const { t } = this;
+    const name = h("span", { class: "qel-job-name" });
+    const chip = h("span", { class: "qel-chip" });
+    const bar = h("span", { class: "qel-progress-fill" });
+    const progress = h("span", { class: "qel-progress", role: "progressbar", "aria-valuemin": 0 }, bar);
+    const left = h("span");
+    const right = h("span", { class: "qel-job-right" });
+    const button = h(
+      "button",
+      { class: "qel-job", type: "button", onclick: () => this.open(first.id) },
+      h("span", { class: "qel-job-line" }, name, chip),
+      progress,
+      h("span", { class: "qel-job-line qel-faint" }, left, right)
+    );
+    return {
+      element: h("li", {}, button),
+      update: (job) => {
+        setText(name, job.name);
+        setText(chip, describeStatus(job, t));
+        setAttribute(chip, "data-status", job.is_silent ? "failed" : job.status);
+        const share = job.num_steps ? job.step / job.num_steps : 0;
+        bar.style.width = `${Math.min(100, 100 * share)}%`;
+        setAttribute(progress, "aria-valuemax", job.num_steps);
+        setAttribute(progress, "aria-valuenow", job.step);
+        setAttribute(progress, "aria-label", t("job.progress"));
+        setHidden(progress, job.status === "completed");
+        setText(left, t("job.steps", { step: job.step, steps: job.num_steps }));
+        setText(right, describeRight(job, t));
+      },
+    };
+  }
+
+  press(event) {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (!step) return;
+    const buttons = [...this.items.querySelectorAll("button.qel-job")];
+    const next = buttons[buttons.indexOf(document.activeElement) + step];
+    next?.focus();
+    event.preventDefault();
+    event.stopPropagation();
+  }
+}
+
+function getRank(job) {
+  return RANKS[job.status] ?? OTHERS;
+}
+
+// The queue in the order in which it will run, everything else the newest first.
+function compareInside(a, b) {
+  if (a.status === "pending") return a.queued_at - b.queued_at;
+  return b.created_at - a.created_at || (a.id < b.id ? 1 : -1);
+}
+
+export function describeStatus(job, t) {
+  if (job.is_silent) return t("status.silent");
+  if (job.status === "in_progress") {
+    if (job.request === "pause") return t("status.pausing");
+    if (job.request === "cancel") return t("status.cancelling");
+    return t(`phase.${job.phase ?? "training"}`);
+  }
+  return t(`status.${job.status}`);
+}
+
+function describeRight(job, t) {
+  if (job.status === "in_progress") {
+    const rest = Number.isFinite(job.remaining_s)
+      ? t("job.left", { time: formatDuration(job.remaining_s) })
+      : "";
+    const loss = Number.isFinite(job.smoothed_loss) ? formatNumber(job.smoothed_loss) : "";
+    return [loss && t("job.loss", { loss }), rest].filter(Boolean).join(" · ");
+  }
+  if (job.status === "pending") return t("job.queued");
+  return formatTime(job.ended_at ?? job.created_at);
+}

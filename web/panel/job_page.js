@@ -1,0 +1,217 @@
+// One training: how far it is, its curves, pictures, LoRA files, log and settings.
+
+import { describeStatus } from "./job_list.js";
+import { JobActions } from "./job_actions.js";
+import { JobCharts } from "./job_charts.js";
+import { LogView } from "./log_view.js";
+import { SampleStrip } from "./sample_strip.js";
+import { formatDuration, formatTime, h, KeyedRows, setAttribute, setHidden, setText } from "./dom.js";
+
+// While a job runs, the page asks for its curves at most so often.
+const MIN_INTERVAL = 1500; // ms
+
+export class JobPage {
+  constructor({ jobs, t, id, open, leave, loadIntoGraph }) {
+    Object.assign(this, { jobs, t, id, leave });
+    this.shown = null; // the job as the list has it, when the detail was asked for last
+    this.isAsking = false;
+    this.askedAt = 0;
+    this.timer = null;
+    this.problem = h("p", { class: "qel-problem", role: "alert" });
+    const fail = (text) => this.fail(text);
+    this.actions = new JobActions({ jobs, t, fail, open, leave, loadIntoGraph });
+    this.charts = new JobCharts(t);
+    this.samples = new SampleStrip({ t, getUrl: (name) => jobs.getPictureUrl(id, name) });
+    this.log = new LogView({ t, fail, read: (offset) => jobs.readLog(id, offset) });
+    this.buildHead();
+    this.buildLists(loadIntoGraph);
+    this.element = h(
+      "div",
+      { class: "qel-view qel-page" },
+      this.head,
+      this.problem,
+      this.actions.element,
+      this.failure,
+      this.alarms,
+      this.charts.element,
+      this.samples.element,
+      this.files,
+      this.notes,
+      this.log.element,
+      this.settings
+    );
+    setHidden(this.problem, true);
+  }
+
+  buildHead() {
+    const { t } = this;
+    this.name = h("h2", { tabindex: "-1" });
+    this.chip = h("span", { class: "qel-chip", role: "status" });
+    this.bar = h("span", { class: "qel-progress-fill" });
+    this.progress = h(
+      "span",
+      { class: "qel-progress", role: "progressbar", "aria-valuemin": 0, "aria-label": t("job.progress") },
+      this.bar
+    );
+    this.figures = h("div", { class: "qel-faint" });
+    const back = h(
+      "button",
+      { type: "button", class: "qel-button qel-back", "aria-label": t("job.back"), onclick: () => this.leave() },
+      "←"
+    );
+    this.head = h(
+      "header",
+      {},
+      h("div", { class: "qel-job-line" }, back, this.name, this.chip),
+      this.progress,
+      this.figures
+    );
+  }
+
+  buildLists(loadIntoGraph) {
+    const { t } = this;
+    const buildLine = () => {
+      const element = h("li", {});
+      return { element, update: (text) => setText(element, text) };
+    };
+    const list = (title, kind) => {
+      const items = h("ul", {});
+      const section = h("section", { class: "qel-notes", "data-kind": kind }, h("h3", {}, title), items);
+      section.rows = new KeyedRows(items, buildLine);
+      return section;
+    };
+    this.failureSentence = h("p", {});
+    this.failure = h("section", { class: "qel-failure", role: "alert" }, this.failureSentence);
+    const advice = h("ul", {});
+    this.failure.append(advice);
+    this.adviceRows = new KeyedRows(advice, buildLine);
+    this.alarms = list(t("job.alarms"), "alarm");
+    this.notes = list(t("job.notes"), "note");
+    const fileList = h("ul", { class: "qel-files" });
+    this.files = h("section", {}, h("h3", {}, t("files.title")), fileList);
+    this.fileRows = new KeyedRows(fileList, (name) => {
+      const load = async () => {
+        try {
+          const { published } = await this.jobs.act(this.id, "publish", { adapter: name });
+          await loadIntoGraph(published[0]);
+        } catch (error) {
+          this.fail(error.message);
+        }
+      };
+      const button = h("button", { type: "button", class: "qel-button", onclick: load }, t("action.load"));
+      return { element: h("li", {}, h("span", {}, name), button), update() {} };
+    });
+    const table = h("tbody");
+    this.settings = h(
+      "details",
+      { class: "qel-details" },
+      h("summary", {}, t("settings.title")),
+      h("table", {}, table)
+    );
+    this.settingRows = new KeyedRows(table, ([name]) => {
+      const cell = h("td", {});
+      return {
+        element: h("tr", {}, h("th", { scope: "row" }, name), cell),
+        update: ([, value]) => setText(cell, describeSetting(value)),
+      };
+    });
+  }
+
+  fail(text) {
+    setText(this.problem, text);
+    setHidden(this.problem, !text);
+  }
+
+  // What the list knows is shown at once; curves, pictures and log are asked for.
+  update() {
+    const job = this.jobs.jobs.get(this.id);
+    if (!job) {
+      if (this.jobs.isKnown) this.fail(this.jobs.problem ?? this.t("job.gone"));
+      return;
+    }
+    this.updateHead(job);
+    if (job !== this.shown) this.schedule();
+  }
+
+  schedule() {
+    if (this.timer !== null || this.isAsking) return;
+    const wait = Math.max(0, this.askedAt + MIN_INTERVAL - Date.now());
+    this.timer = setTimeout(() => this.ask(), wait);
+  }
+
+  async ask() {
+    this.timer = null;
+    this.isAsking = true;
+    this.askedAt = Date.now();
+    this.shown = this.jobs.jobs.get(this.id);
+    try {
+      const detail = await this.jobs.show(this.id);
+      if (this.isDestroyed) return;
+      this.updateDetail(detail);
+      this.fail("");
+    } catch (error) {
+      this.fail(error.message);
+    } finally {
+      this.isAsking = false;
+    }
+    await this.log.update();
+    if (!this.isDestroyed && this.jobs.jobs.get(this.id) !== this.shown) this.schedule();
+  }
+
+  updateHead(job) {
+    const { t } = this;
+    setText(this.name, job.name);
+    setText(this.chip, describeStatus(job, t));
+    setAttribute(this.chip, "data-status", job.is_silent ? "failed" : job.status);
+    const share = job.num_steps ? job.step / job.num_steps : 0;
+    this.bar.style.width = `${Math.min(100, 100 * share)}%`;
+    setAttribute(this.progress, "aria-valuemax", job.num_steps);
+    setAttribute(this.progress, "aria-valuenow", job.step);
+    setText(this.figures, describeFigures(job, t));
+    this.actions.update(job);
+    setHidden(this.failure, !job.failure);
+    setText(this.failureSentence, job.failure?.sentence ?? "");
+    this.adviceRows.show(job.failure?.advice ?? [], (text) => text);
+    for (const [section, texts] of [
+      [this.alarms, job.alarms ?? []],
+      [this.notes, job.notes ?? []],
+    ]) {
+      setHidden(section, !texts.length);
+      section.rows.show([...new Set(texts)], (text) => text);
+    }
+  }
+
+  updateDetail(detail) {
+    const started = performance.now();
+    this.charts.update(detail);
+    this.samples.update(detail.pictures);
+    setHidden(this.files, !detail.files.length);
+    this.fileRows.show([...detail.files].reverse(), (name) => name);
+    this.settingRows.show(Object.entries(detail.settings), ([name]) => name);
+    performance.measure("qwen_edit_lora.page", { start: started });
+  }
+
+  destroy() {
+    this.isDestroyed = true;
+    clearTimeout(this.timer);
+    this.charts.destroy();
+  }
+}
+
+function describeFigures(job, t) {
+  const parts = [t("job.steps", { step: job.step, steps: job.num_steps })];
+  if (job.status === "in_progress" && Number.isFinite(job.remaining_s)) {
+    parts.push(t("job.left", { time: formatDuration(job.remaining_s) }));
+  }
+  if (job.seconds_per_step) {
+    parts.push(t("job.speed", { seconds: job.seconds_per_step.toPrecision(3) }));
+  }
+  if (job.device) parts.push(job.device);
+  if (job.started_at) parts.push(t("job.started", { time: formatTime(job.started_at) }));
+  return parts.join(" · ");
+}
+
+function describeSetting(value) {
+  if (value === null || value === "") return "–";
+  return Array.isArray(value) ? value.join(", ") : String(value);
+}

@@ -1,0 +1,46 @@
+// The worker's log, followed from its end as it grows.
+
+import { h } from "./dom.js";
+
+const MAX_CHARACTERS = 200_000; // what is kept in the page
+
+export class LogView {
+  constructor({ t, read, fail }) {
+    this.read = read; // (offset or undefined) -> {text, next_offset}
+    this.fail = fail;
+    this.offset = undefined;
+    this.isReading = false;
+    this.text = h("pre", { class: "qel-log", tabindex: "0", "aria-label": t("log.title") });
+    this.element = h(
+      "details",
+      { class: "qel-details" },
+      h("summary", {}, t("log.title")),
+      this.text
+    );
+    this.element.addEventListener("toggle", () => this.update());
+  }
+
+  async update() {
+    if (!this.element.open || this.isReading) return;
+    this.isReading = true;
+    try {
+      const { text, next_offset } = await this.read(this.offset);
+      const follows =
+        this.text.scrollTop + this.text.clientHeight >= this.text.scrollHeight - 8;
+      this.offset = next_offset;
+      if (text) {
+        // Appended, so that a selection above stays.
+        this.text.append(text);
+        const length = this.text.textContent.length;
+        if (length > MAX_CHARACTERS) {
+          this.text.textContent = this.text.textContent.slice(length - MAX_CHARACTERS / 2);
+        }
+      }
+      if (follows) this.text.scrollTop = this.text.scrollHeight;
+    } catch (error) {
+      this.fail(error.message);
+    } finally {
+      this.isReading = false;
+    }
+  }
+}

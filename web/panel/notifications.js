@@ -1,0 +1,60 @@
+// Toasts: a training ended or failed, an alarm, a prompt that runs beside a training.
+
+import { FINISHED } from "./jobs.js";
+
+const SEEN_KEY = "qwen_edit_lora.seen_until"; // in localStorage: end of the last training shown
+const LIFE = { info: 6000, success: 10_000, warn: 15_000, error: undefined }; // ms; an error stays
+
+export function announce(app, jobs, t) {
+  const add = (severity, summary, detail) =>
+    app.extensionManager.toast.add({ severity, summary, detail, life: LIFE[severity] });
+
+  jobs.addEventListener("warning", ({ detail }) => add("warn", t("toast.beside"), detail));
+
+  jobs.addEventListener("job", ({ detail: { before, job, isNews } }) => {
+    if (!isNews) return; // as the page found it; announceAbsence tells of these
+    const alarms = (job.alarms ?? []).slice(before?.alarms?.length ?? 0);
+    for (const alarm of alarms) add("warn", t("toast.alarm", { name: job.name }), alarm);
+    if (!FINISHED.has(job.status) || before?.status === job.status) return;
+    markSeen(job);
+    if (job.status === "completed") {
+      const files = (job.published ?? []).join(", ");
+      add("success", t("toast.completed", { name: job.name }), files || t("toast.noFile"));
+    } else if (job.status === "failed") {
+      add("error", t("toast.failed", { name: job.name }), job.failure?.sentence ?? "");
+    }
+  });
+
+  const tellOnce = () => {
+    if (!jobs.isKnown) return;
+    jobs.removeEventListener("change", tellOnce);
+    announceAbsence(jobs, add, t);
+  };
+  jobs.addEventListener("change", tellOnce);
+}
+
+// What ended while no page was open.
+function announceAbsence(jobs, add, t) {
+  const seen = readSeen();
+  const ended = jobs.list().filter((job) => FINISHED.has(job.status) && job.ended_at);
+  const unseen = seen === null ? [] : ended.filter((job) => job.ended_at > seen);
+  ended.forEach(markSeen);
+  if (seen === null && !ended.length) writeSeen(0); // from now on everything is news
+  const names = (status) => unseen.filter((job) => job.status === status).map((job) => job.name);
+  const [completed, failed] = [names("completed"), names("failed")];
+  if (completed.length) add("success", t("toast.completedMeanwhile"), completed.join(", "));
+  if (failed.length) add("error", t("toast.failedMeanwhile"), failed.join(", "));
+}
+
+function markSeen(job) {
+  if (job.ended_at > (readSeen() ?? 0)) writeSeen(job.ended_at);
+}
+
+function readSeen() {
+  const text = localStorage.getItem(SEEN_KEY);
+  return text === null ? null : Number(text);
+}
+
+function writeSeen(time) {
+  localStorage.setItem(SEEN_KEY, String(time));
+}

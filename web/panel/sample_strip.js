@@ -1,0 +1,119 @@
+// Sample pictures: a row for each item, its source and target first, then step by step.
+
+import { h, KeyedRows, setHidden } from "./dom.js";
+
+export class SampleStrip {
+  constructor({ t, getUrl }) {
+    this.t = t;
+    this.getUrl = getUrl; // name -> address
+    this.pictures = [];
+    this.list = h("div", { class: "qel-samples" });
+    this.rows = new KeyedRows(this.list, () => this.buildRow());
+    this.none = h("p", { class: "qel-empty" }, t("samples.none"));
+    this.image = h("img", { class: "qel-large" });
+    this.caption = h("figcaption", {});
+    this.dialog = h(
+      "dialog",
+      { class: "qel-dialog qel-viewer", "aria-label": t("samples.title") },
+      h("figure", {}, this.image, this.caption),
+      h(
+        "div",
+        { class: "qel-bar" },
+        this.button("samples.previous", () => this.move(-1)),
+        this.button("samples.next", () => this.move(1)),
+        this.button("dialog.close", () => this.dialog.close())
+      )
+    );
+    this.dialog.addEventListener("keydown", (event) => {
+      event.stopPropagation();
+      if (event.key === "ArrowLeft") this.move(-1);
+      if (event.key === "ArrowRight") this.move(1);
+    });
+    this.element = h(
+      "section",
+      {},
+      h("h3", {}, t("samples.title")),
+      this.none,
+      this.list,
+      this.dialog
+    );
+  }
+
+  button(key, onclick) {
+    return h("button", { type: "button", class: "qel-button", onclick }, this.t(key));
+  }
+
+  update(pictures = []) {
+    this.pictures = pictures;
+    setHidden(this.none, pictures.length > 0);
+    const items = new Map();
+    for (const picture of pictures) {
+      if (!items.has(picture.item)) items.set(picture.item, []);
+      items.get(picture.item).push(picture);
+    }
+    this.rows.show([...items], ([item]) => item);
+  }
+
+  buildRow() {
+    const strip = h("div", { class: "qel-strip" });
+    const title = h("div", { class: "qel-faint" });
+    const tiles = new KeyedRows(strip, (picture) => this.buildTile(picture));
+    return {
+      element: h("div", { class: "qel-sample-row" }, title, strip),
+      update: ([item, pictures]) => {
+        title.textContent = item;
+        const before = strip.childElementCount;
+        const order = { source: 0, target: 1, sample: 2 };
+        const sorted = [...pictures].sort(
+          (a, b) => order[a.kind] - order[b.kind] || (a.step ?? a.index ?? 0) - (b.step ?? b.index ?? 0)
+        );
+        tiles.show(sorted, (picture) => picture.name);
+        if (strip.childElementCount > before) strip.scrollLeft = strip.scrollWidth; // the newest
+      },
+    };
+  }
+
+  buildTile(picture) {
+    const text = this.describe(picture);
+    const image = h("img", { src: this.getUrl(picture.name), alt: text, loading: "lazy" });
+    const open = () => this.view(picture.name);
+    return {
+      element: h(
+        "button",
+        {
+          type: "button",
+          class: "qel-tile",
+          "data-name": picture.name,
+          "data-kind": picture.kind,
+          onclick: open,
+        },
+        image,
+        h("span", {}, text)
+      ),
+      update() {},
+    };
+  }
+
+  describe({ kind, step }) {
+    return kind === "sample" ? this.t("samples.step", { step }) : this.t(`samples.${kind}`);
+  }
+
+  view(name) {
+    const picture = this.pictures.find((one) => one.name === name);
+    if (!picture) return;
+    this.viewed = name;
+    this.image.src = this.getUrl(name);
+    this.image.alt = this.describe(picture);
+    this.caption.textContent = `${picture.item} · ${this.describe(picture)}`;
+    if (!this.dialog.open) this.dialog.showModal();
+  }
+
+  // Along the row of the picture that is seen.
+  move(by) {
+    const names = [...this.list.querySelectorAll(".qel-strip")]
+      .map((strip) => [...strip.children].map((tile) => tile.dataset.name))
+      .find((row) => row.includes(this.viewed));
+    const next = names?.[names.indexOf(this.viewed) + by];
+    if (next) this.view(next);
+  }
+}

@@ -1,0 +1,162 @@
+// The sidebar tab: what is open in it, kept outside of its elements since ComfyUI may render anew.
+
+import { h, setAttribute } from "./dom.js";
+import { JobList } from "./job_list.js";
+import { JobPage } from "./job_page.js";
+import { createAdapterBrowser } from "../adapters/browser.js";
+import { addLoadAndApply } from "../graph.js";
+import { createTranslator } from "../translation.js";
+
+export const TAB_ID = "qwen_edit_lora";
+const ICON = "pi pi-chart-line";
+
+// Returns {showJob(id)}: opens the tab at a training.
+export function registerSidebar({ app, api, jobs }) {
+  addStyles(new URL("./panel.css", import.meta.url));
+  const panel = new Panel({ app, api, jobs });
+  const t = createTranslator(app);
+  app.extensionManager.registerSidebarTab({
+    id: TAB_ID,
+    icon: ICON,
+    title: t("tab.title"),
+    tooltip: t("tab.tooltip"),
+    type: "custom",
+    render: (element) => panel.mount(element),
+    destroy: () => panel.unmount(),
+  });
+  jobs.addEventListener("change", () => updateBadge(app, jobs));
+  return { showJob: (id) => showJob(app, panel, id) };
+}
+
+function addStyles(url) {
+  document.head.append(h("link", { rel: "stylesheet", href: url.href }));
+}
+
+// The frontend asks a function for its badge once; a tab's own field is watched.
+function updateBadge(app, jobs) {
+  const tab = app.extensionManager.sidebarTab?.sidebarTabs?.find((one) => one.id === TAB_ID);
+  const text = String(jobs.countActive() || "");
+  if (tab && tab.iconBadge !== text) tab.iconBadge = text;
+}
+
+async function showJob(app, panel, id) {
+  panel.place = { section: "jobs", id };
+  const { activeSidebarTabId } = app.extensionManager.sidebarTab ?? {};
+  if (activeSidebarTabId === TAB_ID) panel.show();
+  else await app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB_ID}`);
+}
+
+class Panel {
+  constructor({ app, api, jobs }) {
+    Object.assign(this, { app, api, jobs });
+    this.place = { section: "jobs", id: null };
+    this.root = null;
+    this.view = null;
+    this.isUpdateDue = false;
+    jobs.addEventListener("change", () => this.requestUpdate());
+  }
+
+  mount(element) {
+    if (this.root?.parentElement === element) return;
+    this.unmount();
+    this.t = createTranslator(this.app);
+    this.tabs = ["jobs", "adapters"].map((section) =>
+      h(
+        "button",
+        {
+          type: "button",
+          class: "qel-tab",
+          role: "tab",
+          "data-section": section,
+          onclick: () => this.go({ section, id: null }),
+        },
+        this.t(`tab.${section}`)
+      )
+    );
+    this.body = h("div", { class: "qel-body", role: "tabpanel" });
+    const nav = h(
+      "div",
+      { class: "qel-tabs", role: "tablist", "aria-label": this.t("tab.sections") },
+      this.tabs
+    );
+    nav.addEventListener("keydown", (event) => this.press(event));
+    this.root = h("div", { class: "qel-panel" }, nav, this.body);
+    element.replaceChildren(this.root);
+    this.show();
+    this.jobs.refresh();
+  }
+
+  unmount() {
+    this.view?.destroy?.();
+    this.view = null;
+    this.root?.remove();
+    this.root = null;
+  }
+
+  go(place) {
+    const wasOnJob = this.place.id;
+    this.place = place;
+    this.show();
+    if (place.id) this.view.name?.focus();
+    else if (wasOnJob) this.body.querySelector("button.qel-job")?.focus();
+  }
+
+  show() {
+    if (!this.root) return;
+    const { app, api, jobs, t, place } = this;
+    this.view?.destroy?.();
+    for (const tab of this.tabs) {
+      const isOpen = tab.dataset.section === place.section;
+      setAttribute(tab, "aria-selected", isOpen);
+      tab.tabIndex = isOpen ? 0 : -1;
+    }
+    const open = (id) => this.go({ section: "jobs", id });
+    if (place.section === "adapters") {
+      this.view = createAdapterBrowser({ app, api, t });
+    } else if (place.id) {
+      const leave = () => this.go({ section: "jobs", id: null });
+      const loadIntoGraph = (name) => this.loadIntoGraph(name);
+      this.view = new JobPage({ jobs, t, id: place.id, open, leave, loadIntoGraph });
+    } else {
+      this.view = new JobList({ jobs, t, open });
+    }
+    this.body.replaceChildren(this.view.element);
+    this.update();
+  }
+
+  async loadIntoGraph(name) {
+    await addLoadAndApply(this.app, name);
+    this.app.extensionManager.toast.add({
+      severity: "success",
+      summary: this.t("toast.loaded", { name }),
+      detail: this.t("toast.loadedDetail"),
+      life: 6000,
+    });
+  }
+
+  // However many events come, one update a frame.
+  requestUpdate() {
+    if (this.isUpdateDue || !this.root) return;
+    this.isUpdateDue = true;
+    requestAnimationFrame(() => {
+      this.isUpdateDue = false;
+      this.update();
+    });
+  }
+
+  update() {
+    if (!this.root || !this.view?.update) return;
+    const started = performance.now();
+    this.view.update();
+    performance.measure("qwen_edit_lora.update", { start: started });
+  }
+
+  press(event) {
+    if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
+    const index = this.tabs.indexOf(document.activeElement);
+    const next = this.tabs[(index + 1) % this.tabs.length];
+    this.go({ section: next.dataset.section, id: null });
+    next.focus();
+    event.stopPropagation();
+  }
+}

@@ -1,0 +1,14 @@
+// The panel's words in the language ComfyUI is set to; English where there are no others.
+
+import { EN } from "./words/en.js";
+import { ZH } from "./words/zh.js";
+
+const LANGUAGES = { en: EN, zh: ZH };
+
+// t("list.count", { n: 3 }) fills {n}. Made anew when the panel opens, so a change is seen then.
+export function createTranslator(app) {
+  const locale = app.extensionManager?.setting?.get?.("Comfy.Locale") ?? "en";
+  const words = LANGUAGES[locale] ?? LANGUAGES[locale.split("-")[0]] ?? EN;
+  return (key, values = {}) =>
+    (words[key] ?? EN[key] ?? key).replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
+}
