@@ -192,10 +192,8 @@ def test_the_worker_shows_the_way_from_the_reference_to_the_target(base_director
     ]
     source, target, *samples = [picture for _, _, picture in shown]
     name = pictures[0].item.split("-")[0]
-    for picture, original in (
-        (source, "control"),
-        (target, "target"),
-    ):  # as the VAE gives them back
+    # as the VAE gives them back
+    for picture, original in ((source, "control"), (target, "target")):
         wanted = read_picture((pairs / original / f"{name}.png").read_bytes())
         assert np.square(picture - wanted).mean() < 0.2 * np.square(source - target).mean()
     errors = [float(np.square(sample - target).mean()) for sample in samples]
