@@ -312,6 +312,8 @@ def encode(preflight: Preflight, encoder: PairEncoder, variant: str) -> tuple[Ed
         f"the cache holds {num_items} pairs of all sets, {size_bytes / 1e6:.0f} MB, in {store}; "
         "nothing there is ever deleted, so remove what no training needs by hand",
     ]
+    if problem := encoder.keep_vae(store, str(settings["vae"])):
+        lines.append(problem)
     summary = f"{preflight.name}: {len(keys)} pairs for {variant}"
     return EditDataset(cached.folder, preflight.name, keys, variant, summary), "\n".join(lines)
 

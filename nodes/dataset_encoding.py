@@ -6,15 +6,17 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..lora_core import ConfigError
+from ..lora_core import ConfigError, LoraError
 from ..lora_core.pairs.preflight import CheckedPair
 from ..lora_core.pairs.sizes import Size, choose_reference_size
+from ..lora_core.pairs.vae_copy import keep_vae
 from ..lora_core.training.dataset import CachedItem
 from ..lora_core.training.latents import NUM_CHANNELS, PIXELS_PER_LATENT
 from . import host
@@ -69,6 +71,23 @@ class PairEncoder:
             ),
             "vae": compute_identity(self.vae.patcher, str(self.vae.vae_dtype)),
         }
+
+    def keep_vae(self, store: Path, identity: str) -> str:
+        """Copies the VAE's decoder beside the sets for the pictures of trainings.
+
+        Args:
+            identity: as `settings` has it.
+
+        Returns:
+            Why that was not possible, for the report; "" where it was.
+        """
+        try:
+            if self.vae.patcher.patches:
+                raise ConfigError("it is patched")
+            keep_vae(store, identity, host.list_weights(self.vae.patcher))
+        except LoraError as e:
+            return f"trainings will show no pictures on the way, since the VAE is not kept: {e}"
+        return ""
 
     @property
     def text_width(self) -> int:

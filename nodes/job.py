@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
+from PIL import Image
 
 from ..lora_core import ConfigError, read_adapter
 from ..lora_core.contact_sheet import Row, Tile, draw_sheet
 from ..lora_core.jobs.job import Job, JobStatus
+from ..lora_core.jobs.pictures import Picture, order, parse_name
 from ..lora_core.plots import draw_message
 from ..lora_core.stored import SafetensorsFile
 from ..lora_core.training_plot import draw_training
@@ -62,14 +65,20 @@ class QwenEditLoraJob(io.ComfyNode):
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="Decodes the sample pictures, which the job keeps as latents.",
+                    tooltip=(
+                        "Decodes samples that the job keeps as latents only: those of trainings "
+                        "whose dataset was encoded by an older version, or with another VAE."
+                    ),
                 ),
             ],
             outputs=[
                 AdapterSocket.Output("adapter", tooltip="The newest LoRA of the job."),
                 report_output(),
                 io.Image.Output("loss_plot", tooltip="Loss, gradients and size of the deltas."),
-                io.Image.Output("samples", tooltip="Items by steps, as one picture."),
+                io.Image.Output(
+                    "samples",
+                    tooltip="As one picture: each item's references, target, and samples by step.",
+                ),
                 io.String.Output("json", tooltip="The job's state and its last step's figures."),
             ],
         )
@@ -87,7 +96,7 @@ class QwenEditLoraJob(io.ComfyNode):
         metrics = store.read_metrics(job.id)
         plot = build_image(draw_training(job.name, metrics, job.state.num_steps))
         sheet = build_image(draw_samples(job, vae))
-        text = "\n".join(describe(job, bool(store.list_samples(job.id)), vae is not None))
+        text = "\n".join(describe(job, needs_vae(job) and vae is None))
         figures = {**job.to_dict(), "last_step": metrics[-1] if metrics else None}
         warning = job.status in (JobStatus.FAILED, JobStatus.CANCELLED)
         shown = {
@@ -122,7 +131,7 @@ def take_adapter(job: Job) -> Any:
     return read_adapter((raw or files)[-1])
 
 
-def describe(job: Job, has_samples: bool, has_vae: bool) -> list[str]:
+def describe(job: Job, lacks_vae: bool) -> list[str]:
     """The job in lines."""
     state = job.state
     lines = [f"{job.name} ({job.id}): {job_host.describe(job)}"]
@@ -135,28 +144,60 @@ def describe(job: Job, has_samples: bool, has_vae: bool) -> list[str]:
         lines += [f"- {sentence}" for sentence in state.failure.advice]
         lines += ["the log's end:", state.failure.log_tail] if state.failure.log_tail else []
     lines += state.notes
-    if has_samples and not has_vae:
-        lines.append("there are samples: connect the VAE to see them")
+    if lacks_vae:
+        lines.append("there are samples without pictures: connect the VAE to see them")
     return lines
 
 
+def list_latents(job: Job) -> list[Path]:
+    """Files of samples that have no picture beside them."""
+    files = job_host.get_store().list_samples(job.id)
+    names = {path.name for path in files}
+    return [p for p in files if p.suffix == ".safetensors" and f"{p.stem}.png" not in names]
+
+
+def needs_vae(job: Job) -> bool:
+    return bool(list_latents(job))
+
+
 def draw_samples(job: Job, vae: Any) -> np.ndarray:
-    """Rows of items, columns of steps; uint8 (height, width, 3)."""
-    files = [p for p in job_host.get_store().list_samples(job.id) if p.suffix == ".safetensors"]
-    if not files or vae is None:
+    """Rows of items: references, target and steps; uint8 (height, width, 3)."""
+    store = job_host.get_store()
+    found = [
+        (picture, read_picture(store.read_picture(job.id, picture.name)))
+        for picture in store.list_pictures(job.id)
+    ]
+    latents = list_latents(job)
+    for path in latents if vae is not None else ():
+        # by the name that its picture would have
+        if picture := parse_name(f"{path.stem}.png"):
+            found.append((picture, decode(path, vae)))
+    if not any(picture.kind == "sample" for picture, _ in found):
         return draw_message(
-            "No sample was taken yet." if not files else "Connect the VAE to see the samples."
+            "Connect the VAE to see the samples." if latents else "No sample was taken yet."
         )
     rows: dict[str, list[Tile]] = {}
-    for path in files:
-        _, step, item = path.stem.split("_", 2)
-        picture = decode(path, vae)
-        rows.setdefault(item, []).append(Tile(picture, f"step {int(step)}"))
+    for picture, pixels in sorted(found, key=lambda one: order(one[0])):
+        rows.setdefault(picture.item, []).append(Tile(pixels, name_tile(picture)))
     return draw_sheet(
         f"samples of {job.name}",
         [Row(item, tuple(tiles)) for item, tiles in rows.items()],
         [f"{job.settings.samples.steps} steps, strength 1"],
     )
+
+
+def name_tile(picture: Picture) -> str:
+    if picture.kind == "sample":
+        return f"step {picture.step}"
+    return "target" if picture.kind == "target" else f"reference {(picture.index or 0) + 1}"
+
+
+def read_picture(data: bytes) -> np.ndarray:
+    """A PNG as a small picture, uint8 (height, width, 3)."""
+    with Image.open(BytesIO(data)) as image:
+        small = image.convert("RGB")
+    small.thumbnail((TILE_SIDE, TILE_SIDE))
+    return np.asarray(small)
 
 
 def decode(path: Path, vae: Any) -> np.ndarray:

@@ -269,10 +269,16 @@ def submit(
     policy: str = WARN,
     sample_every: int = 0,
     sample_items: Sequence[str] = (),
+    sample_vae: Path | None = None,
     **settings: Any,
 ) -> str:
-    """As `JobHost.submit`, with the samples' two settings by name."""
-    settings.setdefault("samples", {"every": sample_every, "items": list(sample_items)})
+    """As `JobHost.submit`, with the samples' settings by name."""
+    samples = {
+        "every": sample_every,
+        "items": list(sample_items),
+        "vae": "" if sample_vae is None else str(sample_vae),
+    }
+    settings.setdefault("samples", samples)
     return get_jobs().submit(train, policy=policy, key=key, **settings)
 
 

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..lora_core import ConfigError, LoraError
 from ..lora_core.jobs.forecast import estimate_in_process
+from ..lora_core.pairs.vae_copy import find_vae
 from ..lora_core.targets import TARGET_PRESETS
 from ..lora_core.training.base_files import open_base_file
 from ..lora_core.training.config import VARIANTS, TrainConfig
@@ -149,11 +150,18 @@ class QwenEditLoraTrain(io.ComfyNode):
                     f"this training does not fit into the device's memory.\n{found.to_text()}\n"
                     "Lower what the list names, or set if_too_large to 'start anyway'."
                 )
+        vae = find_vae(Path(dataset.folder)) if sample_every else None
+        if sample_every and vae is None:
+            lines.append(
+                "the dataset's VAE was not kept, so that samples come without pictures; run Edit "
+                "Dataset again to keep it"
+            )
         job_id = job_host.submit(
             config,
             key=key,
             sample_every=sample_every,
             sample_items=choose_items(dataset, samples),
+            sample_vae=vae,
             policy=while_training,
         )
         text = "\n".join([f"job {job_id}: {job_host.get(job_id).describe()}", *lines])

@@ -23,6 +23,10 @@ class UnknownJobError(LoraError, LookupError):
     """There is no job of this id."""
 
 
+class UnknownPictureError(LoraError, LookupError):
+    """The job has no picture of this name."""
+
+
 class JobStateError(LoraError):
     """A job's state does not allow what was asked."""
 
@@ -68,6 +72,8 @@ class SampleSettings:
     steps: int = 20
     guidance: float = 1.0
     seed: int = 0
+    vae: str = ""
+    """A VAE's file, to keep pictures beside the latents; only latents are kept without one."""
 
     def __post_init__(self) -> None:
         check_number(self, "every", 0)

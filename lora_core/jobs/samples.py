@@ -1,39 +1,58 @@
-"""Pictures on the way, from the training set's own cached prompts and references."""
+"""Samples on the way, from the training set's own cached prompts and references."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..errors import ConfigError
-from ..progress import ShouldStop
-from ..training.pictures import write_latents, write_picture
+from ..progress import ShouldStop, track
+from ..training.latents import normalize
+from ..training.pictures import write_latents
 from ..training.sampling import sample
 from ..training.session import Session
 from ..training.trainer import Run
 from .job import SampleSettings
+from .picture_writer import PictureWriter
+from .pictures import SUFFIX, name_sample, name_source, name_target
+
+LATENTS_SUFFIX = ".safetensors"
 
 
 class Sampler:
-    """Makes an item's picture with the weights as they are."""
+    """Makes an item's sample with the weights as they are; the run stays as it is to the bit.
 
-    def __init__(self, settings: SampleSettings, session: Session, run: Run, folder: Path):
+    Args:
+        notify: told in sentences what about the pictures is not as it was asked for.
+    """
+
+    def __init__(
+        self,
+        settings: SampleSettings,
+        session: Session,
+        run: Run,
+        folder: Path,
+        notify: Callable[[str], None],
+    ):
         """Raises ConfigError where an item is not in the training set, or guidance impossible."""
         self.settings = settings
         self.session = session
         self.run = run
         self.folder = folder
         self.indices = self._choose() if settings.every else []
+        self.writer = PictureWriter(settings.vae, session.decode, run.device, notify)
 
     def is_due(self, step: int) -> bool:
-        """Also before the first step, to compare with; no picture is made twice."""
+        """Also before the first step, to compare with; no sample is made twice."""
         due = bool(self.indices) and step % self.settings.every == 0
-        return due and not all(self._name(step, i).exists() for i in self.indices)
+        return due and not all(self._get_stem(step, i, True).exists() for i in self.indices)
 
     def make(self, step: int, should_stop: ShouldStop) -> float:
-        """Writes latents, and pictures where there is a VAE; the run stays as it is to the bit.
+        """Writes latents, and pictures where there is a VAE.
 
         Returns:
             Seconds it took.
@@ -42,21 +61,39 @@ class Sampler:
             InterruptedError: `should_stop` said yes.
         """
         started = time.monotonic()
-        layers = self.run.injection.layers.values()
-        device = self.run.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for layer in layers:
-                layer.eval()  # no dropout in pictures
-            try:
-                for index in self.indices:
-                    self._make_one(step, index, should_stop)
-            finally:
-                for layer in layers:
-                    layer.train()
+        with self._leaving_the_run_alone():
+            for index in self.indices:
+                self._make_one(step, index, should_stop)
         return time.monotonic() - started
 
+    def list_missing_examples(self) -> list[tuple[int, str, Path]]:
+        """Index, tensor and path without a suffix of what samples are compared with."""
+        if not self.writer.is_able:
+            return []
+        wanted = []
+        for index in self.indices:
+            info = self.session.dataset.items[index]
+            names = {
+                f"reference_{i}": name_source(info.key, i) for i in range(len(info.references))
+            }
+            names["target"] = name_target(info.key)
+            wanted += [(index, tensor, self.folder / name) for tensor, name in names.items()]
+        return [one for one in wanted if not one[2].with_name(one[2].name + SUFFIX).exists()]
+
+    def make_examples(self, should_stop: ShouldStop) -> None:
+        """Writes the pictures of the chosen items' references and targets, from the cached latents.
+
+        Raises:
+            InterruptedError: `should_stop` said yes.
+        """
+        missing = self.list_missing_examples()
+        with self._leaving_the_run_alone():
+            for index, tensor, stem in track(missing, None, should_stop, "decoding of the pairs"):
+                item = self.session.dataset.load(index)
+                self.writer.write(normalize(item.tensors[tensor])[None], stem)
+
     def _make_one(self, step: int, index: int, should_stop: ShouldStop) -> None:
-        settings, path = self.settings, self._name(step, index)
+        settings, stem = self.settings, self._get_stem(step, index)
         latents = sample(
             *(self.session.model, self.session.dataset, index),
             num_steps=settings.steps,
@@ -65,14 +102,26 @@ class Sampler:
             device=self.run.device,
             should_stop=should_stop,
         )
-        stem = path.with_name(path.name.removesuffix(".safetensors"))
-        if self.session.decode is not None:
-            with torch.no_grad():
-                write_picture(self.session.decode(latents)[0], stem)
+        self.writer.write(latents, stem)
         write_latents(latents, stem)  # last: it is what says that the sample is there
 
-    def _name(self, step: int, index: int) -> Path:
-        return self.folder / f"step_{step:08d}_{self.session.dataset.items[index].key}.safetensors"
+    @contextmanager
+    def _leaving_the_run_alone(self) -> Iterator[None]:
+        layers = self.run.injection.layers.values()
+        device = self.run.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for layer in layers:
+                layer.eval()  # no dropout in pictures
+            try:
+                with self.writer.ready():
+                    yield
+            finally:
+                for layer in layers:
+                    layer.train()
+
+    def _get_stem(self, step: int, index: int, is_file: bool = False) -> Path:
+        name = name_sample(self.session.dataset.items[index].key, step)
+        return self.folder / (name + LATENTS_SUFFIX if is_file else name)
 
     def _choose(self) -> list[int]:
         dataset = self.session.dataset

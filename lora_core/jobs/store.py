@@ -31,6 +31,7 @@ from .job import (
     make_id,
 )
 from .locks import POLL_INTERVAL, FileLock
+from .pictures import Picture, list_pictures, read_picture
 from .publication import publish, remove_published
 from .requests import apply, check_allowed
 
@@ -166,6 +167,24 @@ class JobStore:
         if not folder.samples.is_dir():
             return []
         return sorted(p for p in folder.samples.iterdir() if not p.name.startswith("."))
+
+    def list_pictures(self, job_id: str) -> list[Picture]:
+        """Samples, and sources and targets to compare them with; empty until there are some.
+
+        By item, then sources, target and samples, by step.
+        """
+        return list_pictures(self.catalog.find(job_id).samples)
+
+    def read_picture(self, job_id: str, name: str) -> bytes:
+        """A PNG file.
+
+        Args:
+            name: one of those that `list_pictures` gives.
+
+        Raises:
+            UnknownPictureError: it is none of them.
+        """
+        return read_picture(self.catalog.find(job_id).samples, name)
 
     def list_adapters(self, job_id: str) -> list[Path]:
         """Every adapter file of the job that is there, the finished ones last."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,9 +43,12 @@ def run_job(settings: JobSettings, folder: JobFolder, device_name: str, pulse: P
     for sentence in describe_session(session, config):
         say(sentence)
     run = open_run(config, session, pulse)
-    sampler = Sampler(settings.samples, session, run, folder.samples)
+    sampler = Sampler(settings.samples, session, run, folder.samples, pulse.note)
     alarms = Alarms(config)
     pulse.update(phase=Phase.TRAINING, step=run.step, num_steps=config.steps)
+    if sampler.list_missing_examples():
+        with sampling(sampler, pulse):
+            sampler.make_examples(pulse.should_stop)
     take_sample(sampler, run.step, pulse)
     for report in run.take_steps(pulse.should_stop):
         pulse.report(report)
@@ -96,13 +101,20 @@ def open_run(config: TrainConfig, session: Session, pulse: Pulse) -> Run:
 
 
 def take_sample(sampler: Sampler, step: int, pulse: Pulse) -> None:
-    """Makes the step's pictures; where they do not fit into memory, training goes on without."""
+    """Makes the step's samples where they are due."""
     if not sampler.is_due(step) or pulse.should_stop():
         return
-    pulse.update(phase=Phase.SAMPLING)
-    try:
+    with sampling(sampler, pulse):
         seconds = sampler.make(step, pulse.should_stop)
         say(f"sampled {len(sampler.indices)} pictures after step {step} in {seconds:.1f} s")
+
+
+@contextmanager
+def sampling(sampler: Sampler, pulse: Pulse) -> Iterator[None]:
+    """Where samples do not fit into memory, training goes on without them."""
+    pulse.update(phase=Phase.SAMPLING)
+    try:
+        yield
     except InterruptedError:
         return  # the loop sees the same request
     except Exception as e:

@@ -25,8 +25,19 @@ class ImageDecoder:
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
 
-def load_decoder(path: str | Path, device: torch.device | str = "cpu") -> ImageDecoder:
-    """Reads a VAE.
+#: What decoding takes of a VAE's file: ComfyUI's names and diffusers'.
+PARTS = ("decoder.", "conv2.", "post_quant_conv.")
+
+
+def load_decoder(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> ImageDecoder:
+    """Reads a VAE, or the decoding part of one; draws no random number.
+
+    Args:
+        dtype: to decode in; as stored if None.
 
     Raises:
         FileError: missing, damaged, or no VAE of Qwen-Image or Wan 2.1.
@@ -42,18 +53,23 @@ def load_decoder(path: str | Path, device: torch.device | str = "cpu") -> ImageD
             vae = AutoencoderKLQwenImage.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as e:
             raise FileError(f"{path.name} is no folder of Qwen-Image's VAE ({e}).") from None
-        return ImageDecoder(vae.to(device))
+        return ImageDecoder(vae.to(device, dtype))
     file = SafetensorsFile(path)
-    tensors = {key: tensor.load().clone() for key, tensor in file.tensors.items()}
+    tensors = {
+        key: tensor.load().clone() for key, tensor in file.tensors.items() if key.startswith(PARTS)
+    }
     file.release()
     try:
         if "decoder.conv1.weight" in tensors:  # Wan's names, which ComfyUI keeps
             tensors = convert_wan_vae_to_diffusers(tensors)
-        vae = AutoencoderKLQwenImage(tensors["encoder.conv_in.weight"].shape[0], NUM_CHANNELS)
-        vae.load_state_dict(tensors)
+        width = tensors["decoder.norm_out.gamma"].shape[0]
+        with torch.device("meta"):  # weights of its own would be drawn at random
+            vae = AutoencoderKLQwenImage(width, NUM_CHANNELS)
+        vae.encoder = vae.quant_conv = torch.nn.Identity()
+        vae.load_state_dict(tensors, assign=True)
     except (KeyError, RuntimeError):
         raise FileError(
             f"{path.name} is no VAE of Qwen-Image; expected qwen_image_vae.safetensors or "
             "diffusers' folder of it."
         ) from None
-    return ImageDecoder(vae.to(device, next(iter(tensors.values())).dtype))
+    return ImageDecoder(vae.to(device, dtype or next(iter(tensors.values())).dtype))

@@ -22,6 +22,7 @@ from demo_base.pair_folders import (
 )
 from demo_base.server import PromptError
 from PIL import Image
+from qwen_edit_lora.lora_core.pairs.vae_copy import find_vae
 from qwen_edit_lora.lora_core.training.dataset import CachedDataset, read_dataset
 
 pytestmark = pytest.mark.comfy
@@ -96,6 +97,7 @@ def test_photographs_become_a_set_that_trains_a_step(server, roots, demo_models)
     from qwen_edit_lora.lora_core.injection_plan import LoraSettings
     from qwen_edit_lora.lora_core.training.batches import Slot, load_batch
     from qwen_edit_lora.lora_core.training.config import ObjectiveConfig
+    from qwen_edit_lora.lora_core.training.image_decoder import load_decoder
     from qwen_edit_lora.lora_core.training.loading import load_transformer
     from qwen_edit_lora.lora_core.training.objective import Objective
 
@@ -110,6 +112,13 @@ def test_photographs_become_a_set_that_trains_a_step(server, roots, demo_models)
     assert sheet.startswith(b"\x89PNG")
 
     dataset = read_set(roots, report)
+    vae = find_vae(dataset.folder)
+    latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, file = (
+            load_decoder(path, dtype=torch.float32)(latents) for path in (vae, demo_models.vae)
+        )
+    torch.testing.assert_close(ours, file)
     assert [info.caption for info in dataset.items] == [
         f"exchange red and blue, number {i}" for i in range(4)
     ]

@@ -16,6 +16,7 @@ from demo_base import edit
 from demo_base.photographs import HELD_OUT_CROPS, TRAINING_CROPS, read_crops
 from demo_base.server import PromptError
 from PIL import Image
+from qwen_edit_lora.lora_core.jobs.store import JobStore
 
 pytestmark = pytest.mark.comfy
 
@@ -178,6 +179,26 @@ def test_the_job_shows_itself_and_its_lora_is_in_the_loras_folder(server, story,
         (image,) = story[name]["images"]
         assert fetch(server, image).std() > 5, name
     assert "untrained" not in story["inspect"]["qwen_edit_lora_report"][0]
+
+
+def test_the_worker_shows_the_way_from_the_reference_to_the_target(base_directory, story, pairs):
+    store = JobStore(base_directory / "user" / "__qwen_edit_lora" / "training")
+    (job,) = [job for job in store.list() if job.name == NAME]
+    pictures = store.list_pictures(job.id)
+    shown = [(p.kind, p.step, read_picture(store.read_picture(job.id, p.name))) for p in pictures]
+    assert [(kind, step) for kind, step, _ in shown] == [
+        *(("source", None), ("target", None)),
+        *(("sample", step) for step in (0, STEPS // 2, STEPS)),
+    ]
+    source, target, *samples = [picture for _, _, picture in shown]
+    name = pictures[0].item.split("-")[0]
+    # as the VAE gives them back
+    for picture, original in ((source, "control"), (target, "target")):
+        wanted = read_picture((pairs / original / f"{name}.png").read_bytes())
+        assert np.square(picture - wanted).mean() < 0.2 * np.square(source - target).mean()
+    errors = [float(np.square(sample - target).mean()) for sample in samples]
+    assert errors[-1] < 0.5 * errors[0], errors
+    assert job.state.notes == ()
 
 
 def test_the_same_graph_does_not_train_twice(server, story):

@@ -1,0 +1,112 @@
+"""Latents -> PNG files, by a VAE that has the device's memory only while it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..errors import LoraError
+from ..training.image_decoder import ImageDecoder, load_decoder
+from ..training.losses import Decode
+from ..training.pictures import write_picture
+from .failure import is_out_of_memory
+
+ON_CPU = "the pictures do not fit into the device's memory and are decoded on the CPU"
+
+
+class PictureWriter:
+    """Decodes and writes; what goes wrong with decoding is noted once and ends nothing.
+
+    Args:
+        path: the VAE's file; "" where there is none.
+        decode: what the run has already for its losses; used where there is no path.
+        notify: told in a sentence why there are no pictures, or why they take longer.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        decode: Decode | None,
+        device: torch.device,
+        notify: Callable[[str], None],
+    ):
+        self.path = path
+        self.decode = None if path else decode
+        self.device = device
+        self.notify = notify
+        self._decoder: ImageDecoder | None = None
+
+    @property
+    def is_able(self) -> bool:
+        """Whether there is a VAE, and nothing has failed yet."""
+        return bool(self.path) or self.decode is not None
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Inside the block `write` works; outside, the VAE waits in main memory.
+
+        Only where the random state is kept: libraries may draw from it.
+        """
+        try:
+            yield
+        finally:
+            if self._decoder is not None:
+                self._decoder.vae.to("cpu")
+            free(self.device)
+
+    def write(self, latents: torch.Tensor, stem: Path) -> None:
+        """Normalised latents (1, 16, H, W) -> STEM.png, where that is possible.
+
+        Raises:
+            FileError: the disk does not take it.
+        """
+        image = self._try_decode(latents)
+        if image is not None:
+            write_picture(image, stem)
+
+    def _try_decode(self, latents: torch.Tensor) -> torch.Tensor | None:
+        if not self.is_able:
+            return None
+        sentence = ""
+        try:
+            return self._decode(latents)
+        except LoraError as e:  # the file is gone or damaged
+            sentence = f"no pictures are made, latents only: {e}"
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+        # Outside of the handler, whose exception holds the tensors that took the memory.
+        if not sentence and self.path and self.device.type != "cpu":
+            self._drop()
+            self.device = torch.device("cpu")
+            self.notify(ON_CPU)
+            return self._try_decode(latents)
+        self._drop()
+        self.path, self.decode = "", None
+        self.notify(sentence or "pictures do not fit into memory; latents only are kept")
+        return None
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(3, 8H, 8W) in [0, 1]."""
+        if self.decode is not None:
+            return self.decode(latents.to(self.device))[0]
+        if self._decoder is None:
+            # A CPU computes half precision slowly, and has the memory.
+            dtype = torch.float32 if self.device.type == "cpu" else None
+            self._decoder = load_decoder(self.path, "cpu", dtype)
+        self._decoder.vae.to(self.device)
+        return self._decoder(latents.to(self.device))[0].cpu()
+
+    def _drop(self) -> None:
+        device, self._decoder = self.device, None
+        free(device)
+
+
+def free(device: torch.device) -> None:
+    """Gives back what PyTorch keeps of memory that nobody uses any more."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

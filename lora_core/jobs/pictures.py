@@ -1,0 +1,93 @@
+"""A job's pictures by their names: samples, and beside them what they are made from and for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import FileError
+from ..files import explain
+from .job import UnknownPictureError
+
+Kind = Literal["source", "target", "sample"]
+#: As they stand beside each other.
+KINDS: tuple[Kind, ...] = ("source", "target", "sample")
+SUFFIX = ".png"
+
+_ITEM = r"(?P<item>[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199})"
+_NAMES: dict[Kind, re.Pattern[str]] = {
+    "source": re.compile(rf"source_{_ITEM}_(?P<index>[0-9]{{1,3}})\.png"),
+    "target": re.compile(rf"target_{_ITEM}\.png"),
+    "sample": re.compile(rf"step_(?P<step>[0-9]{{8,12}})_{_ITEM}\.png"),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One PNG file of a job."""
+
+    name: str
+    """Its file's."""
+    kind: Kind
+    item: str
+    """Key in the training set."""
+    step: int | None
+    """Of a sample: after how many steps; 0 is before the first."""
+    index: int | None
+    """Of a source: which reference, from 0."""
+
+
+def name_source(item: str, index: int) -> str:
+    """File name without a suffix, as the others here."""
+    return f"source_{item}_{index}"
+
+
+def name_target(item: str) -> str:
+    return f"target_{item}"
+
+
+def name_sample(item: str, step: int) -> str:
+    return f"step_{step:08d}_{item}"
+
+
+def parse_name(name: str) -> Picture | None:
+    """None for what is no picture's name."""
+    for kind, pattern in _NAMES.items():
+        if match := pattern.fullmatch(name):
+            item = match["item"]
+            step = int(match["step"]) if kind == "sample" else None
+            index = int(match["index"]) if kind == "source" else None
+            return Picture(name, kind, item, step, index)
+    return None
+
+
+def order(picture: Picture) -> tuple[str, int, int, int, str]:
+    """For sorting."""
+    p = picture
+    return p.item, KINDS.index(p.kind), p.step or 0, p.index or 0, p.name
+
+
+def list_pictures(folder: Path) -> list[Picture]:
+    """Those in a folder by item, kind (sources, target, samples), step and index."""
+    if not folder.is_dir():
+        return []
+    names = (path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+    pictures = [picture for name in names if (picture := parse_name(name)) is not None]
+    return sorted(pictures, key=order)
+
+
+def read_picture(folder: Path, name: str) -> bytes:
+    """A PNG's bytes.
+
+    Raises:
+        UnknownPictureError: none of the listed names.
+        FileError: it cannot be read.
+    """
+    if name not in {picture.name for picture in list_pictures(folder)}:
+        raise UnknownPictureError(f"there is no picture {str(name)[:80]!r}; ask for the list again")
+    try:
+        return (folder / name).read_bytes()
+    except OSError as e:
+        raise FileError(f"{name} cannot be read: {explain(e)}") from None

@@ -1,0 +1,89 @@
+"""The decoding part of the VAE that a training set was made with, kept once beside the sets.
+
+    vaes/<identity>.safetensors   `decoder.*` and `conv2.*` under ComfyUI's names
+
+A job's worker decodes its sample pictures with it, also when no ComfyUI runs any more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import ConfigError, FileError
+from ..files import explain, write_then_rename
+from ..training.dataset import INDEX_FILE
+from ..training.latents import NUM_CHANNELS
+
+VAES_FOLDER = "vaes"
+PARTS = ("decoder.", "conv2.")
+#: Key -> (axis, size): what tells Qwen-Image's and Wan 2.1's VAE from others of 16 channels.
+MARKS = {
+    "decoder.conv1.weight": (1, NUM_CHANNELS),
+    "decoder.middle.0.residual.0.gamma": (1, 1),
+    "decoder.head.2.weight": (0, 3),
+    "conv2.weight": (0, NUM_CHANNELS),
+}
+
+
+def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tensor]]) -> Path:
+    """Writes the decoding part of a VAE unless it is there.
+
+    Args:
+        store: the cache of training sets.
+        identity: what tells it from every other VAE; hexadecimal.
+        weights: key and tensor, by ComfyUI's names.
+
+    Raises:
+        ConfigError: it is no VAE of Qwen-Image or Wan 2.1, or not held in plain numbers.
+        FileError: the disk does not take it.
+    """
+    path = get_path(store, identity)
+    if is_readable(path):
+        return path
+    tensors = {key: tensor.detach() for key, tensor in weights if key.startswith(PARTS)}
+    for key, (axis, size) in MARKS.items():
+        tensor = tensors.get(key)
+        if tensor is None or tensor.ndim <= axis or tensor.shape[axis] != size:
+            raise ConfigError("it is no VAE of Qwen-Image or Wan 2.1")
+    for tensor in tensors.values():
+        if hasattr(tensor, "_qdata") or tensor.is_meta or not tensor.is_floating_point():
+            raise ConfigError("its weights are not held in plain numbers")
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_then_rename(path, lambda temporary: save_file(tensors, temporary))
+    except (OSError, SafetensorError) as e:
+        raise FileError(f"its copy cannot be written: {explain(e)}") from None
+    return path
+
+
+def find_vae(dataset_folder: Path) -> Path | None:
+    """The copy of the VAE that a training set of this cache was made with, where there is one."""
+    try:
+        index = json.loads((dataset_folder / INDEX_FILE).read_text(encoding="utf-8"))
+        path = get_path(dataset_folder.parents[1], index["metadata"]["vae"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, ConfigError):
+        return None  # of another program, or of an older version
+    return path if is_readable(path) else None
+
+
+def get_path(store: Path, identity: object) -> Path:
+    """Raises ConfigError for what is no identity, so that no other path is ever built from it."""
+    if not isinstance(identity, str) or not re.fullmatch(r"[0-9a-f]{8,128}", identity):
+        raise ConfigError(f"{str(identity)[:40]!r} does not tell a VAE")
+    return store / VAES_FOLDER / f"{identity}.safetensors"
+
+
+def is_readable(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return MARKS.keys() <= set(file.keys())
+    except (OSError, SafetensorError):
+        return False
