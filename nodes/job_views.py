@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..lora_core.errors import ConfigError
@@ -16,7 +18,9 @@ from . import job_host
 #: Points of a curve that a job is shown with.
 MAX_POINTS = 1000
 #: Settings that a page must not choose: where files are read and written.
-PLACES = frozenset((*(".".join(path) for path in PATHS), "loras", "origin", "key", "train"))
+PLACES = frozenset(
+    (*(".".join(path) for path in PATHS), "loras", "origin", "key", "train", "samples.vae")
+)
 
 Options = Mapping[str, Any]
 
@@ -41,6 +45,7 @@ def show_job(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
         "health": build_health(rows, MAX_POINTS),
         "settings": flatten(describe_settings(job)),
         "samples": [path.name for path in store.list_samples(job_id)],
+        "pictures": [dataclasses.asdict(picture) for picture in store.list_pictures(job_id)],
         "files": [path.name for path in store.list_adapters(job_id)],
     }
 
@@ -57,7 +62,7 @@ def describe_settings(job: Job) -> dict[str, Any]:
     del train["output"]
     return {
         **train,
-        "samples": settings["samples"],
+        "samples": {**settings["samples"], "vae": Path(settings["samples"]["vae"]).name},
         "niceness": settings["niceness"],
         "prompts": job_host.get_policy(job),
     }

@@ -3,6 +3,7 @@
     GET  /qwen_edit_lora/jobs                {"jobs": [...]}
     GET  /qwen_edit_lora/jobs/{id}           the job, with its curves, settings, adapters
     GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536; without offset the end of it
+    GET  /qwen_edit_lora/jobs/{id}/pictures/{name}                     a PNG, by its listed name
     POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete | clone | publish
                                              with a JSON object, see job_views.ACTIONS
 
@@ -25,7 +26,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ..lora_core.errors import ConfigError, LoraError
-from ..lora_core.jobs.job import JobStateError, UnknownJobError, check_id
+from ..lora_core.jobs.job import JobStateError, UnknownJobError, UnknownPictureError, check_id
 from . import host, job_host, job_views
 from .hold import HOLD_ID
 
@@ -81,6 +82,7 @@ def start() -> None:
     server.routes.get(PREFIX)(answer(lambda request: job_views.list_jobs))
     server.routes.get(PREFIX + "/{id}")(answer(with_id(job_views.show_job)))
     server.routes.get(PREFIX + "/{id}/log")(answer(with_id(job_views.show_log)))
+    server.routes.get(PREFIX + "/{id}/pictures/{name}")(send_picture)
     for action in job_views.ACTIONS:
         server.routes.post(f"{PREFIX}/{{id}}/{action}")(act(action))
 
@@ -118,6 +120,19 @@ def answer(prepare: Callable[[web.Request], Callable[[], dict[str, Any]]]):
             return refuse(e)
 
     return handle
+
+
+async def send_picture(request: web.Request) -> web.Response:
+    try:
+        job_id, name = check_id(request.match_info["id"]), request.match_info["name"]
+        store = job_host.get_store()
+        loop = asyncio.get_running_loop()
+        body = await loop.run_in_executor(None, store.read_picture, job_id, name)
+    except LoraError as e:
+        return refuse(e)
+    # A picture never changes: its name has the step.
+    headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
+    return web.Response(body=body, content_type="image/png", headers=headers)
 
 
 def act(action: str):
@@ -198,6 +213,7 @@ async def respond(work: Callable[[], dict[str, Any]]) -> web.Response:
 STATUSES: tuple[tuple[type[LoraError], int], ...] = (
     (ForeignPageError, 403),
     (UnknownJobError, 404),
+    (UnknownPictureError, 404),
     (JobStateError, 409),
     (BodySizeError, 413),
     (ConfigError, 400),
