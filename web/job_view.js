@@ -8,12 +8,14 @@ import { createTranslator } from "./translation.js";
 
 const HEIGHT = 132; // px
 const CHART_HEIGHT = 84; // px
+const PROPERTY = "qwen_edit_lora_job"; // of the node
 const MIN_INTERVAL = 3000; // ms between questions for the curve
 
 export class JobView {
   constructor({ app, jobs, showJob }) {
     const t = createTranslator(app);
-    Object.assign(this, { jobs, t, id: null, shown: null, askedAt: 0, timer: null });
+    Object.assign(this, { jobs, t, id: null, isRecalled: false });
+    Object.assign(this, { shown: null, askedAt: 0, timer: null });
     this.chip = h("span", { class: "qel-chip", role: "status" });
     this.text = h("span", { class: "qel-faint" });
     this.bar = h("span", { class: "qel-progress-fill" });
@@ -42,7 +44,13 @@ export class JobView {
   }
 
   getMinHeight() {
-    return this.id === null ? 0 : HEIGHT;
+    return this.element.hidden ? 0 : HEIGHT;
+  }
+
+  // From a saved workflow: perhaps of another machine, or deleted since; then nothing is shown.
+  recall(id) {
+    this.isRecalled = true;
+    this.showJob(id);
   }
 
   showJob(id) {
@@ -54,7 +62,7 @@ export class JobView {
 
   update() {
     const job = this.jobs.jobs.get(this.id);
-    setHidden(this.element, this.id === null);
+    setHidden(this.element, this.id === null || (!job && this.isRecalled));
     if (!job) {
       setText(this.text, this.id !== null && this.jobs.isKnown ? this.t("job.gone") : "");
       return;
@@ -112,9 +120,16 @@ export function addJobWidget(node, context) {
   node.showJob = (output) => {
     const id = output?.qwen_edit_lora_job?.[0];
     if (!id || id === view.id) return;
-    const isFirst = view.id === null;
+    const isFirst = view.element.hidden;
+    view.isRecalled = false;
     view.showJob(id);
+    // Kept in the workflow, so that the training is seen again when it is opened tomorrow.
+    node.setProperty?.(PROPERTY, id);
     if (isFirst) node.setSize?.([node.size[0], Math.max(node.size[1] + HEIGHT, node.computeSize()[1])]);
+  };
+  node.recallJob = () => {
+    const id = node.properties?.[PROPERTY];
+    if (typeof id === "string") view.recall(id);
   };
   const executed = node.onExecuted;
   node.onExecuted = function (output, ...rest) {

@@ -61,6 +61,10 @@ app.registerExtension({
     }
   },
 
+  loadedGraphNode(node) {
+    node.recallJob?.();
+  },
+
   // Outputs that come back with a reloaded page or from the history.
   onNodeOutputsUpdated(outputs) {
     for (const [locator, output] of Object.entries(outputs)) {

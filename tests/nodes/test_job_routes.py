@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import importlib.util
 import json
 import os
@@ -267,6 +269,115 @@ def test_unknown_jobs_and_bad_requests_are_one_sentence(comfy):
     code, sentence = comfy.refuse(post_form)
     assert code == 400
     assert "application/json" in sentence
+
+
+class Answer:
+    """What comes back for a request as it stands, headers and all."""
+
+    def __init__(self, comfy: Host, method: str, path: str, body: bytes = b"", **headers: str):
+        connection = http.client.HTTPConnection("127.0.0.1", comfy.server.port, timeout=30)
+        connection.putrequest(method, path, skip_host="Host" in headers)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            connection.putheader(name.replace("_", "-"), value)
+        connection.endheaders()
+        with contextlib.suppress(OSError):  # the server need not read what it refuses
+            connection.send(body)
+        response = connection.getresponse()
+        self.status, self.text = response.status, response.read().decode()
+        connection.close()
+
+    @property
+    def sentence(self) -> str:
+        return json.loads(self.text)["error"]
+
+
+JSON = {"Content_Type": "application/json"}
+#: A page of another site, by the browser's word or by its address; ComfyUI's own check passes
+#: where the Host is no loopback address.
+FOREIGN = [
+    {"Host": "comfy.lan:8188", "Origin": "http://evil.example"},
+    {"Host": "comfy.lan:8188", "Origin": "http://comfy.lan:9999"},
+    {"Host": "comfy.lan:8188", "Origin": "null"},
+    {"Host": "comfy.lan:8188", "Sec_Fetch_Site": "same-site"},
+]
+OWN = [
+    {"Host": "comfy.lan:8188", "Origin": "http://comfy.lan:8188"},
+    {"Host": "comfy.lan", "Origin": "https://comfy.lan", "Sec_Fetch_Site": "same-origin"},
+    {"Host": "comfy.lan", "Origin": "https://comfy.lan"},
+    {},
+]
+
+
+def test_pages_of_other_sites_change_nothing(comfy):
+    job_id = comfy.submit(steps=MANY)
+    comfy.store.pause(job_id)
+    path = f"{JOBS}/{job_id}/resume"
+    for headers in FOREIGN:
+        for action in ("resume", "cancel", "delete", "clone", "publish"):
+            answer = Answer(comfy, "POST", f"{JOBS}/{job_id}/{action}", b"{}", **JSON, **headers)
+            assert (answer.status, "page of another site" in answer.sentence) == (403, True)
+    assert comfy.store.get(job_id).status is JobStatus.PAUSED
+    for headers in OWN:
+        comfy.wait_for(lambda: comfy.store.get(job_id).status is JobStatus.PAUSED)
+        assert Answer(comfy, "POST", path, b"{}", **JSON, **headers).status == 200
+        comfy.store.pause(job_id)
+    assert len(comfy.store.list()) == 1
+
+
+def test_wrong_methods_large_bodies_and_paths_are_refused_and_the_server_lives(comfy):
+    job_id = comfy.submit(steps=MANY)
+    comfy.store.pause(job_id)
+    for action in ("pause", "delete", "clone"):
+        assert Answer(comfy, "GET", f"{JOBS}/{job_id}/{action}").status == 405
+    assert Answer(comfy, "POST", f"{JOBS}/{job_id}").status == 405
+    large = json.dumps({"x": "y" * 10_000_000}).encode()
+    answer = Answer(comfy, "POST", f"{JOBS}/{job_id}/resume", large, **JSON)
+    assert (answer.status, answer.sentence[:25]) == (413, "the body is too large; ex")
+    chunked = b"186a0\r\n" + b"x" * 100_000 + b"\r\n0\r\n\r\n"  # of no said length
+    answer = Answer(
+        *(comfy, "POST", f"{JOBS}/{job_id}/resume", chunked),
+        **{**JSON, "Transfer_Encoding": "chunked", "Content_Length": "0"},
+    )
+    assert answer.status in (400, 413)
+    answer = Answer(comfy, "POST", f"{JOBS}/{job_id}/resume", b"[" * 60_000, **JSON)
+    assert answer.status == 400
+    # a job's settings hold paths; a request's must not reach the disk
+    for name in ("model.source", "model", "data.folder", "loras", "output", "samples.vae", "train"):
+        body = json.dumps({"changes": {name: "/etc/passwd"}}).encode()
+        answer = Answer(comfy, "POST", f"{JOBS}/{job_id}/clone", body, **JSON)
+        assert (answer.status, "cannot be changed here" in answer.sentence) == (400, True)
+    for name in ("..%2Fconfig.json", "%2Fetc%2Fpasswd", "config.json", "..", "%00", "x" * 3000):
+        answer = Answer(comfy, "GET", f"{JOBS}/{job_id}/pictures/{name}")
+        assert answer.status in (400, 404)
+        assert "root:" not in answer.text
+    for adapter in ("../config.json", "/etc/passwd", "nothing.safetensors"):
+        body = json.dumps({"adapter": adapter}).encode()
+        answer = Answer(comfy, "POST", f"{JOBS}/{job_id}/publish", body, **JSON)
+        assert answer.status == 400
+    assert len(comfy.store.list()) == 1
+    assert comfy.store.get(job_id).status is JobStatus.PAUSED
+
+
+def test_a_clone_is_a_new_job_with_the_changes_and_shows_no_paths(comfy, demo_models):
+    loras = str(demo_models.root / "loras")
+    job_id = comfy.submit(steps=MANY, loras=loras)
+    comfy.store.pause(job_id)
+    changes = {"steps": 7, "lora.rank": 2, "optimizer.learning_rate": 3e-4, "name": "again"}
+    made = comfy.post(job_id, "clone", {"changes": changes})
+    comfy.store.pause(made["id"])
+    shown = comfy.get(f"{JOBS}/{made['id']}")
+    assert {name: shown["settings"][name] for name in changes} == changes
+    theirs = comfy.get(f"{JOBS}/{job_id}")["settings"]
+    same = theirs.keys() - changes.keys()
+    assert {n: theirs[n] for n in same} == {n: shown["settings"][n] for n in same}
+    assert str(comfy.material) not in json.dumps(shown)
+    assert shown["settings"]["data.folder"] == "data"
+    code, sentence = comfy.refuse(
+        lambda: comfy.post(job_id, "clone", {"changes": {"lora.rank": 0}})
+    )
+    assert (code, "rank is 0; expected a whole number from 1" in sentence) == (400, True)
+    assert comfy.refuse(lambda: comfy.post(job_id, "clone", {"changes": 3}))[0] == 400
+    assert len(comfy.store.list()) == 2
 
 
 def test_a_slow_answer_keeps_nobody_waiting(comfy):

@@ -256,6 +256,34 @@ def test_hostile_names_and_lines_are_text_and_failures_say_what_to_do(workspace,
     assert workspace.errors == []
 
 
+def read_toasts(page: Any) -> str:
+    return " ".join(page.locator(".p-toast-message").all_inner_texts())
+
+
+def test_a_failure_is_told_at_once_and_what_ended_meanwhile_at_the_next_visit(workspace, host):
+    page = workspace.page
+    broken = host.material / "broken.safetensors"
+    broken.write_bytes(b"no safetensors at all")
+    wait_for(lambda: page.evaluate("localStorage.getItem('qwen_edit_lora.seen_until')"), page)
+    job_id = host.store.submit(make_train(host.material, **{"model.source": str(broken)}))
+    wait_for(lambda: "tiny failed" in read_toasts(page), page, timeout=120)
+    sentence = host.store.get(job_id).state.failure.sentence
+    assert "broken.safetensors" in sentence
+    assert sentence in read_toasts(page)
+
+    page.goto("about:blank")
+    later = time.time() + 60
+    state = JobState(status=JobStatus.COMPLETED, created_at=later, queued_at=later, ended_at=later)
+    made = host.add_job(state, name="overnight")
+    workspace.open()
+    wait_for(lambda: "Trained since you were last here" in read_toasts(page), page)
+    assert "overnight" in read_toasts(page)
+    assert "Failed since" not in read_toasts(page)  # that was seen
+    for one in (job_id, made):
+        host.store.delete(one)
+    assert workspace.errors == []
+
+
 def test_ten_thousand_steps_and_two_hundred_jobs_update_within_a_tenth_of_a_second(workspace, host):
     page, now = workspace.page, time.time()
     ended = {"status": JobStatus.COMPLETED, "num_steps": 10_000, "step": 10_000}

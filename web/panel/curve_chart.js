@@ -137,13 +137,16 @@ export class CurveChart {
     context.fillStyle = style.getPropertyValue("--qel-faint");
     context.lineWidth = 1;
     const count = Math.max(2, Math.floor(frame.height / (3 * LINE_HEIGHT)));
+    let last = "";
     for (const tick of listTicks(range, this.isLog, count)) {
       const y = Math.round(toY(tick)) + 0.5;
+      const text = this.format(tick);
       context.beginPath();
       context.moveTo(frame.x, y);
       context.lineTo(frame.x + frame.width, y);
       context.stroke();
-      context.fillText(this.format(tick), frame.x - 5, y);
+      if (text !== last) context.fillText(text, frame.x - 5, y); // too near to be told apart
+      last = text;
     }
     const bottom = frame.y + frame.height + LINE_HEIGHT / 2 + 2;
     context.textAlign = "left";
