@@ -301,6 +301,16 @@ def test_a_workflow_has_a_picture_and_only_known_nodes(name):
     assert picture.read_bytes().startswith(b"\xff\xd8\xff")
 
 
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_the_first_note_of_a_workflow_explains_it_in_three_sentences(name):
+    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    notes = [n["widgets_values"][0] for n in workflow["nodes"] if n["type"] == "MarkdownNote"]
+    heading, _, text = notes[0].partition("\n")
+    assert heading.startswith("## ")
+    plain = re.sub(r"\*\*\d\.\*\*|[*\"]", "", text)
+    assert len(re.findall(r"[.?!](?=\s|$)", plain)) == 3
+
+
 def test_every_workflow_is_in_the_changelog_and_every_picture_has_one():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert [name for name in WORKFLOWS if f"`{name}`" not in changelog] == []
