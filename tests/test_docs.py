@@ -173,11 +173,29 @@ def test_every_help_page_belongs_to_a_node():
 
 
 def list_quotes(page: str) -> list[str]:
-    """The messages a page quotes: "..." in the first column of a table, cut at each ellipsis."""
-    cells = re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE)
-    quotes = [quote for cell in cells for quote in re.findall(r'"([^"]+)"', cell)]
+    """The messages a page quotes: "..." in the first column of a table, cut at each ellipsis.
+
+    Where the first column says what to look at, they are in the second.
+    """
+    quotes, column = [], 0
+    for line in page.splitlines():
+        cells = line.split("|")[1:-1]
+        if not cells:
+            column = 0
+        elif cells[0].strip() == "Look at":
+            column = 1
+        if len(cells) > column:
+            quotes += re.findall(r'"([^"]+)"', cells[column])
     pieces = [piece.strip(" ,") for quote in quotes for piece in quote.split("...")]
     return [piece for piece in pieces if len(piece) > 3]
+
+
+def test_messages_are_found_in_the_column_where_they_stand():
+    plain = '| You see | Do |\n|---|---|\n| "once ... and two" | "no" |\n'
+    looked_at = '| Look at | If | Do |\n|---|---|---|\n| "this" | "three, " | "no" |\n'
+    assert list_quotes(f"{plain}\n{looked_at}\n{plain}") == [
+        *("once", "and two", "three", "once", "and two")
+    ]
 
 
 def list_strings(tree: ast.AST) -> Iterator[str]:
