@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,11 +174,29 @@ def test_every_help_page_belongs_to_a_node():
 
 
 def list_quotes(page: str) -> list[str]:
-    """The messages a page quotes: "..." in the first column of a table, cut at each ellipsis."""
-    cells = re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE)
-    quotes = [quote for cell in cells for quote in re.findall(r'"([^"]+)"', cell)]
+    """The messages a page quotes: "..." in the first column of a table, cut at each ellipsis.
+
+    Where the first column says what to look at, they are in the second.
+    """
+    quotes, column = [], 0
+    for line in page.splitlines():
+        cells = line.split("|")[1:-1]
+        if not cells:
+            column = 0
+        elif cells[0].strip() == "Look at":
+            column = 1
+        if len(cells) > column:
+            quotes += re.findall(r'"([^"]+)"', cells[column])
     pieces = [piece.strip(" ,") for quote in quotes for piece in quote.split("...")]
     return [piece for piece in pieces if len(piece) > 3]
+
+
+def test_messages_are_found_in_the_column_where_they_stand():
+    plain = '| You see | Do |\n|---|---|\n| "once ... and two" | "no" |\n'
+    looked_at = '| Look at | If | Do |\n|---|---|---|\n| "this" | "three, " | "no" |\n'
+    assert list_quotes(f"{plain}\n{looked_at}\n{plain}") == [
+        *("once", "and two", "three", "once", "and two")
+    ]
 
 
 def list_strings(tree: ast.AST) -> Iterator[str]:
@@ -187,11 +206,16 @@ def list_strings(tree: ast.AST) -> Iterator[str]:
             yield node.value
 
 
+@cache
+def list_said() -> str:
+    """All that the nodes and the core can say; parsing them takes seconds."""
+    core = [ast.parse(p.read_text(encoding="utf-8")) for p in ROOT.glob("lora_core/**/*.py")]
+    return "\n".join(text for tree in [*TREES.values(), *core] for text in list_strings(tree))
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"web/docs/{node_id}.md" for node_id in NODES)])
 def test_the_messages_a_page_quotes_exist(page):
-    core = [ast.parse(p.read_text(encoding="utf-8")) for p in ROOT.glob("lora_core/**/*.py")]
-    said = "\n".join(text for tree in [*TREES.values(), *core] for text in list_strings(tree))
-    known_elsewhere = {"lora key not loaded"}  # ComfyUI's console
+    said, known_elsewhere = list_said(), {"lora key not loaded"}  # ComfyUI's console
     text = (ROOT / page).read_text(encoding="utf-8")
     assert [q for q in list_quotes(text) if q not in said and q not in known_elsewhere] == []
 
@@ -299,6 +323,16 @@ def test_a_workflow_has_a_picture_and_only_known_nodes(name):
     assert {node["type"] for node in workflow["nodes"]} - CORE_NODES - set(NODES) == set()
     picture = ROOT / "workflows" / f"{name}.jpg"
     assert picture.read_bytes().startswith(b"\xff\xd8\xff")
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_the_first_note_of_a_workflow_explains_it_in_three_sentences(name):
+    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    notes = [n["widgets_values"][0] for n in workflow["nodes"] if n["type"] == "MarkdownNote"]
+    heading, _, text = notes[0].partition("\n")
+    assert heading.startswith("## ")
+    plain = re.sub(r"\*\*\d\.\*\*|[*\"]", "", text)
+    assert len(re.findall(r"[.?!](?=\s|$)", plain)) == 3
 
 
 def test_every_workflow_is_in_the_changelog_and_every_picture_has_one():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,18 @@ def test_comfyuis_own_parser_reads_every_field_of_our_configuration(comfyui):
 def test_what_users_do_not_need_stays_out_of_the_archive():
     ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
     assert {"tests/", "benchmarks/", "dev.py", "requirements-dev.txt", ".ci/"} <= set(ignored)
+
+
+def test_what_comfyui_reads_is_in_the_archive():
+    """The archive holds what git tracks, less .comfyignore; new files are to be tracked."""
+    try:
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs git and a checkout")
+    ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    kept = {name for name in result.stdout.split("\0") if not name.startswith(tuple(ignored))}
+    read = [*(ROOT / "locales").glob("*/*.json"), *(ROOT / "web").rglob("*.md")]
+    read += [*(ROOT / "web").glob("*.js"), *(ROOT / "workflows").glob("*.*")]
+    assert {path.relative_to(ROOT).as_posix() for path in read} - kept == set()
+    assert {"README.md", "LICENSE", "pyproject.toml", "requirements.txt", "__init__.py"} <= kept

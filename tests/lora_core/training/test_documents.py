@@ -6,9 +6,19 @@ import re
 from pathlib import Path
 
 import pytest
+from qwen_edit_lora.lora_core import count_parameters, targets
 from qwen_edit_lora.lora_core.training import dataset
 from qwen_edit_lora.lora_core.training.config_files import config_from_dict, config_to_dict
 from qwen_edit_lora.lora_core.training.dataset import read_dataset
+from qwen_edit_lora.lora_core.training.estimate import USABLE
+from qwen_edit_lora.lora_core.training.offload import MOST_BLOCKS
+from qwen_edit_lora.lora_core.training.presets import (
+    BYTES_PER_WEIGHT,
+    GIB,
+    HEADROOM,
+    PRESETS,
+    choose_storage,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "lora_core" / "training" / "example.toml"
@@ -59,3 +69,53 @@ def test_the_readme_names_only_commands_there_are():
     assert {command for command, _ in lines} == {"train", "sample", "estimate"}
     for command, rest in lines:
         parser.parse_args([command, *re.findall(r'"[^"]*"|\S+', rest.partition("`")[0])])
+
+
+# --- which file, which setting, which GPU ---------------------------------------------------------
+
+NUM_WEIGHTS = sum(
+    out_features * (in_features + 1)  # and the bias
+    for out_features, in_features in [
+        *(targets.compute_shape(name) for name in targets.BLOCK_LINEARS * targets.NUM_BLOCKS),
+        *targets.TOP_LINEARS.values(),
+    ]
+)
+#: float32 weight, gradient and two moments of AdamW; one more for an average.
+ADAMW_BYTES, AVERAGE_BYTES = 16, 4
+ROW = re.compile(
+    r"^\| (\d+) GB[^|]*\|[^|]*\| (\w+) \| (\w+)( \(auto\))? \| (\d+) \| ([\d.]+) GiB \| "
+    r"([\d.]+)(?: GiB)? \|$",
+    re.MULTILINE,
+)
+
+
+def compute_lora_bytes(preset: str) -> int:
+    settings = PRESETS[preset].settings
+    (name,) = settings["lora"]["targets"]
+    num_bytes = ADAMW_BYTES + (AVERAGE_BYTES if settings["optimizer"].get("ema_decay") else 0)
+    return count_parameters(name, settings["lora"]["rank"]) * num_bytes
+
+
+def test_the_gpu_table_of_the_readme_is_what_the_engine_reckons_with():
+    rows = ROW.findall(README)
+    assert {int(row[0]) for row in rows} == {12, 16, 24, 32, 48, 80}
+    for gpu, preset, storage, auto, offloaded, on_gpu, in_ram in rows:
+        base = NUM_WEIGHTS * BYTES_PER_WEIGHT[storage]
+        waiting = base * int(offloaded) / targets.NUM_BLOCKS
+        copies = base * MOST_BLOCKS / targets.NUM_BLOCKS if int(offloaded) else 0
+        larger_lora = compute_lora_bytes(preset) - compute_lora_bytes("standard")
+        total = base - waiting + copies + HEADROOM + larger_lora
+        assert (float(on_gpu), float(in_ram)) == (round(total / GIB, 1), round(waiting / GIB, 1))
+        assert total <= USABLE * int(gpu) * GIB
+        chosen, _ = choose_storage(NUM_WEIGHTS, int(gpu) * GIB)
+        assert storage == chosen or not auto
+
+
+def test_the_sizes_of_base_files_in_the_readme_follow_from_their_weights():
+    (bf16,) = re.findall(r"^\| bf16: [^|]*\| ([\d.]+) GB \|", README, re.MULTILINE)
+    (eight_bits,) = re.findall(r"^\| fp8, [^|]*\| ([\d.]+) GB \|", README, re.MULTILINE)
+    (gguf,) = re.findall(r"^\| GGUF, ([^|]*)\|([^|]*)GB \|", README, re.MULTILINE)
+    bits, sizes = (list(map(float, re.findall(r"[\d.]+", text))) for text in gguf)
+    assert float(bf16) == round(NUM_WEIGHTS * 2 / 1e9, 1)
+    assert float(eight_bits) == round(NUM_WEIGHTS / 1e9, 1)
+    assert sizes == [round(NUM_WEIGHTS * bit / 8e9, 1) for bit in bits]
