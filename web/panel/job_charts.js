@@ -50,6 +50,7 @@ export class JobCharts {
       h("label", { class: "qel-check" }, log, t("chart.log"))
     );
     this.element = h("section", {}, this.head, this.none, this.loss.element, this.grid);
+    for (const element of [this.none, this.loss.element, this.grid]) setHidden(element, true);
   }
 
   update({ metrics, health }) {

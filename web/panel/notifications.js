@@ -3,6 +3,7 @@
 import { FINISHED } from "./jobs.js";
 
 const SEEN_KEY = "qwen_edit_lora.seen_until"; // in localStorage: end of the last training shown
+const MAX_NAMES = 5;
 const LIFE = { info: 6000, success: 10_000, warn: 15_000, error: undefined }; // ms; an error stays
 
 export function announce(app, jobs, t) {
@@ -42,8 +43,14 @@ function announceAbsence(jobs, add, t) {
   if (seen === null && !ended.length) writeSeen(0); // from now on everything is news
   const names = (status) => unseen.filter((job) => job.status === status).map((job) => job.name);
   const [completed, failed] = [names("completed"), names("failed")];
-  if (completed.length) add("success", t("toast.completedMeanwhile"), completed.join(", "));
-  if (failed.length) add("error", t("toast.failedMeanwhile"), failed.join(", "));
+  if (completed.length) add("success", t("toast.completedMeanwhile"), shorten(completed, t));
+  if (failed.length) add("error", t("toast.failedMeanwhile"), shorten(failed, t));
+}
+
+function shorten(names, t) {
+  const shown = names.slice(0, MAX_NAMES).join(", ");
+  const rest = names.length - MAX_NAMES;
+  return rest > 0 ? t("toast.more", { names: shown, n: rest }) : shown;
 }
 
 function markSeen(job) {

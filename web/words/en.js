@@ -111,6 +111,7 @@ export const EN = {
   "toast.beside": "A training runs beside this prompt",
   "toast.completedMeanwhile": "Trained since you were last here",
   "toast.failedMeanwhile": "Failed since you were last here",
+  "toast.more": "{names} and {n} more",
   "toast.loaded": "{name} is in the graph",
   "toast.loadedDetail": "Connect your MODEL to Apply Edit LoRA, and its output to the sampler.",
   "toast.refused": "That was not done",

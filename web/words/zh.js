@@ -110,6 +110,7 @@ export const ZH = {
   "toast.beside": "此次执行与训练同时进行",
   "toast.completedMeanwhile": "您离开期间完成的训练",
   "toast.failedMeanwhile": "您离开期间失败的训练",
+  "toast.more": "{names} 等，另有 {n} 个",
   "toast.loaded": "{name} 已放入工作流",
   "toast.loadedDetail": "请把 MODEL 连到“应用编辑 LoRA”，再把其输出连到采样器。",
   "toast.refused": "操作未执行",
