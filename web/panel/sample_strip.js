@@ -68,7 +68,9 @@ export class SampleStrip {
           (a, b) => order[a.kind] - order[b.kind] || (a.step ?? a.index ?? 0) - (b.step ?? b.index ?? 0)
         );
         tiles.show(sorted, (picture) => picture.name);
-        if (strip.childElementCount > before) strip.scrollLeft = strip.scrollWidth; // the newest
+        if (strip.childElementCount > before) {
+          requestAnimationFrame(() => (strip.scrollLeft = strip.scrollWidth)); // to the newest
+        }
       },
     };
   }
