@@ -86,6 +86,13 @@ def find_diffusion_model(model_name: str) -> Path:
     return Path(path)
 
 
+def find_vaes(name: str) -> list[Path]:
+    """VAEs of a file name, in whatever subfolder of the vae folders."""
+    names = folder_paths.get_filename_list("vae")
+    same = [n for n in names if Path(n.replace("\\", "/")).name == name]
+    return [Path(folder_paths.get_full_path_or_raise("vae", n)) for n in same]
+
+
 def choose_output_path(filename_prefix: str) -> Path:
     """A path without suffix, below ComfyUI's output folder, that no file has yet."""
     output = folder_paths.get_output_directory()
