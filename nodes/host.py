@@ -86,6 +86,44 @@ def find_diffusion_model(model_name: str) -> Path:
     return Path(path)
 
 
+def list_training_bases() -> list[str]:
+    """What can be trained on: the diffusion models' files, and GGUF files beside them."""
+    return [*list_diffusion_models(), *sorted(map_gguf_files())]
+
+
+def find_training_base(model_name: str) -> Path:
+    """Full path of one of `list_training_bases`.
+
+    Raises:
+        FileError: no such file.
+    """
+    if model_name.lower().endswith(".gguf"):
+        path = map_gguf_files().get(model_name)
+        if path is None:
+            raise FileError(
+                f"{shorten(model_name)!r} is not in the diffusion_models folders (any more); put "
+                "it into models/diffusion_models or models/unet, press R, and choose it."
+            )
+        return path
+    return find_diffusion_model(model_name)
+
+
+def map_gguf_files() -> dict[str, Path]:
+    """Name -> path of the GGUF files in the folders of diffusion models.
+
+    ComfyUI itself lists none; the extension ComfyUI-GGUF registers a list of folders of its own.
+    """
+    kinds = ("diffusion_models", "unet_gguf")
+    known = [kind for kind in kinds if kind in folder_paths.folder_names_and_paths]
+    folders = dict.fromkeys(path for kind in known for path in folder_paths.get_folder_paths(kind))
+    found: dict[str, Path] = {}
+    for folder in folders:
+        names, _ = folder_paths.recursive_search(folder, excluded_dir_names=[".git"])
+        for name in folder_paths.filter_files_extensions(names, [".gguf"]):
+            found.setdefault(name, Path(folder, name))
+    return found
+
+
 def find_vaes(name: str) -> list[Path]:
     """VAEs of a file name, in whatever subfolder of the vae folders."""
     names = folder_paths.get_filename_list("vae")

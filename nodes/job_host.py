@@ -327,8 +327,8 @@ def train_again(adapter_path: Path) -> str:
 
 def find_models(name: str) -> list[Path]:
     """Base models of a file name, in whatever subfolder."""
-    names = [n for n in host.list_diffusion_models() if Path(n.replace("\\", "/")).name == name]
-    return [host.find_diffusion_model(n) for n in names]
+    names = [n for n in host.list_training_bases() if Path(n.replace("\\", "/")).name == name]
+    return [host.find_training_base(n) for n in names]
 
 
 def find_datasets(name: str) -> list[Path]:
