@@ -48,8 +48,8 @@ def lora(dataset: Any, demo_models: Any) -> Path:
             "name": "my edit",
             "output": "elsewhere/run",
             "steps": 7,
-            "model": {"source": f"/home/somebody/models/{BASE}", "compute_dtype": "fp32"},
-            "data": {"folder": f"/home/somebody/sets/{dataset.folder.name}"},
+            "model": {"source": f"models_of_another/{BASE}", "compute_dtype": "fp32"},
+            "data": {"folder": f"sets_of_another/{dataset.folder.name}"},
         }
     )
     path = demo_models.root / "loras" / "to_train_again.safetensors"
