@@ -5,6 +5,7 @@ For nodes: `submit`, `get`, `find`, `find_same`, `wait`, and `get_store()` for a
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import secrets
 import threading
@@ -16,10 +17,16 @@ from typing import Any, Protocol
 
 from ..lora_core.errors import ConfigError, FileError
 from ..lora_core.jobs.devices import Device, list_devices, measure_memory
-from ..lora_core.jobs.job import Job, JobStatus, UnknownJobError
+from ..lora_core.jobs.job import Job, JobStatus, SampleSettings, UnknownJobError
+from ..lora_core.jobs.publication import JOB_KEY
+from ..lora_core.jobs.repetition import build_again
 from ..lora_core.jobs.store import JobStore
 from ..lora_core.jobs.supervisor import Supervisor
+from ..lora_core.pairs.cache import SETS_FOLDER
+from ..lora_core.pairs.vae_copy import find_vae
+from ..lora_core.stored import SafetensorsFile
 from ..lora_core.training.config import TrainConfig
+from ..lora_core.training.dataset import read_dataset
 from . import host
 
 #: What ComfyUI's prompts do while a job uses the same device; the first is the default.
@@ -280,6 +287,54 @@ def submit(
     }
     settings.setdefault("samples", samples)
     return get_jobs().submit(train, policy=policy, key=key, **settings)
+
+
+def train_again(adapter_path: Path) -> str:
+    """Submits the training that made a LoRA once more, from the file's own metadata.
+
+    With its job's further settings (samples, policy) where that job is still there, and the
+    defaults otherwise. The new LoRA gets a free name.
+
+    Args:
+        adapter_path: of a file in a loras folder; see `host.find_lora`.
+
+    Returns:
+        The new job's id.
+
+    Raises:
+        ConfigError: in a sentence what is missing: the settings, the base model, the training set.
+        FileError: the LoRA or the training set cannot be read, or the job not be written.
+    """
+    file = SafetensorsFile(adapter_path)
+    train = build_again(file.metadata, find_models, find_datasets, host.find_vaes)
+    dataset = read_dataset(train.data.folder)
+    try:
+        old = get(file.metadata.get(JOB_KEY, ""))
+    except (ConfigError, UnknownJobError, FileError):
+        old = None
+    if old is None:
+        keys = tuple(info.key for info in dataset.items)
+        samples, policy, more = SampleSettings(every=250, items=keys[:2]), WARN, {}
+    else:
+        settings, policy = old.settings, get_policy(old)
+        samples = settings.samples
+        more = {"niceness": settings.niceness, "max_restarts": settings.max_restarts}
+    vae = find_vae(Path(train.data.folder))
+    samples = dataclasses.replace(samples, vae="" if vae is None else str(vae))
+    origin = {"again": adapter_path.name}
+    return get_jobs().submit(train, policy=policy, samples=samples, origin=origin, **more)
+
+
+def find_models(name: str) -> list[Path]:
+    """Base models of a file name, in whatever subfolder."""
+    names = [n for n in host.list_training_bases() if Path(n.replace("\\", "/")).name == name]
+    return [host.find_training_base(n) for n in names]
+
+
+def find_datasets(name: str) -> list[Path]:
+    """The cached training set of a name."""
+    folder = host.get_cache_folder() / "datasets" / SETS_FOLDER / name
+    return [folder] if folder.is_dir() else []
 
 
 def get(job_id: str) -> Job:

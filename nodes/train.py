@@ -55,10 +55,11 @@ class QwenEditLoraTrain(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=host.list_diffusion_models(),
+                    options=host.list_training_bases(),
                     tooltip=(
-                        "The base model's file in models/diffusion_models: bf16, fp8, scaled fp8 "
-                        "or int8. It is read by the worker, never changed."
+                        "The base model's file in models/diffusion_models: bf16, fp8, scaled fp8, "
+                        "int8, or a GGUF, which needs pip install gguf. It is read by the worker, "
+                        "never changed."
                     ),
                 ),
                 DatasetSocket.Input("dataset", tooltip="From Edit Dataset: encoded once, cached."),
@@ -125,7 +126,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         more_settings: str = "",
         **settings: Any,
     ) -> io.NodeOutput:
-        model = host.find_diffusion_model(model_name)
+        model = host.find_training_base(model_name)
         chosen = {SETTINGS[key]: value for key, value in settings.items()}
         if targets != AS_PRESET_CHOICE:
             chosen["lora.targets"] = (targets,)

@@ -1,4 +1,4 @@
-"""Who may import whom: only nodes/host.py and nodes/side_path.py know ComfyUI, the core nothing.
+"""Who may import whom: only nodes/host/ and nodes/routes.py know ComfyUI, the core nothing.
 
 The ruff rule TID251 sees absolute imports only; this walks the syntax trees, relative ones
 included, and then imports the package where the host does not exist.
@@ -22,11 +22,15 @@ SOURCES = sorted(
     for path in (ROOT / "__init__.py", *ROOT.glob("lora_core/**/*.py"), *ROOT.glob("nodes/**/*.py"))
 )
 
+BORDER = tuple(file for file in SOURCES if file.startswith("nodes/host/"))
 #: Host module -> files that may import it.
 HOST = {
     **dict.fromkeys(
-        ("comfy", "comfy_extras", "folder_paths", "nodes", "node_helpers", "execution"),
-        ("nodes/host.py",),
+        (
+            *("comfy", "comfy_extras", "comfy_execution", "folder_paths", "nodes"),
+            *("node_helpers", "execution"),
+        ),
+        BORDER,
     ),
     **dict.fromkeys(("server", "aiohttp"), ("nodes/routes.py",)),
 }
@@ -103,6 +107,7 @@ FORBIDDEN = [
     ("lora_core/delta.py", "from nodes import NODE_CLASS_MAPPINGS"),
     ("lora_core/delta.py", "from ..nodes import host"),
     ("lora_core/delta.py", "from ..nodes.host import lora_path"),
+    ("lora_core/delta.py", "from ..nodes.host.files import find_lora"),
     ("lora_core/delta.py", "from .. import nodes"),
     ("lora_core/formats/alpha.py", "from ...nodes import host"),
     ("lora_core/formats/alpha.py", "from ... import WEB_DIRECTORY"),
@@ -123,7 +128,9 @@ FORBIDDEN = [
     ("nodes/load.py", "import folder_paths"),
     ("nodes/load.py", "from aiohttp import web"),
     ("nodes/load.py", "from comfy_api.v0_0_2 import io"),
-    ("nodes/host.py", "from server import PromptServer"),
+    ("nodes/load.py", "from comfy_execution.graph_utils import is_link"),
+    ("nodes/host_files.py", "import folder_paths"),
+    ("nodes/host/files.py", "from server import PromptServer"),
     ("nodes/routes.py", "import comfy.model_management"),
     ("__init__.py", "import comfy"),
     ("__init__.py", "from comfy_api.latest import ComfyExtension"),
@@ -135,7 +142,8 @@ ALLOWED = [
     ("lora_core/formats/alpha.py", "from .parsed_key import parse_key"),
     ("lora_core/training.py", "from .files import read_adapter\nfrom .jobs import x"),
     ("lora_core/__init__.py", "from .files import read_adapter"),
-    ("nodes/host.py", "import comfy.sd, folder_paths\nfrom ..lora_core import Adapter"),
+    ("nodes/host/files.py", "import comfy.sd, folder_paths\nfrom ...lora_core import Adapter"),
+    ("nodes/host/__init__.py", "from .files import find_lora"),
     ("nodes/routes.py", "from aiohttp import web\nfrom server import PromptServer"),
     ("nodes/load.py", "from comfy_api.latest import io, ui\nfrom . import host"),
     ("nodes/load.py", "from ..lora_core.errors import LoraError"),

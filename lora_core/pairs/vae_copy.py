@@ -55,7 +55,8 @@ def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tens
     for tensor in tensors.values():
         if hasattr(tensor, "_qdata") or tensor.is_meta or not tensor.is_floating_point():
             raise ConfigError("its weights are not held in plain numbers")
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    # Copies: where a loader mapped a whole file, all share one memory, which cannot be written.
+    tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_then_rename(path, lambda temporary: save_file(tensors, temporary))

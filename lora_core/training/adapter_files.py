@@ -22,6 +22,8 @@ from .latents import PIXELS_PER_LATENT
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ADAPTERS = "adapters"
 EMA_SUFFIX = "_ema"
+#: In an adapter's metadata: everything that its run was asked for, as JSON without paths.
+CONFIG_KEY = "qwen_edit_lora.config"
 
 
 def build_run_metadata(
@@ -56,7 +58,7 @@ def build_run_metadata(
         "ss_gradient_accumulation_steps": str(config.optimizer.accumulation),
         "ss_batch_size_per_device": str(config.data.batch_size),
         "ss_mixed_precision": config.model.compute_dtype,
-        "qwen_edit_lora.config": json.dumps(strip_paths(config_to_dict(config)), sort_keys=True),
+        CONFIG_KEY: json.dumps(strip_paths(config_to_dict(config)), sort_keys=True),
     }
     if variant in ARCHITECTURES:
         metadata["modelspec.architecture"] = ARCHITECTURES[variant]

@@ -12,24 +12,23 @@ from typing import Any
 
 import torch
 
+from .pairs import CONTRAST, DUSK, PROMPT, SATURATION
 from .photographs import TRAINING_CROPS, read_crops
 
-PROMPT = "make it the blue hour"
 SIDE = 128  # pixels of a training picture
 RANK = 8
 BATCH = 4
 
 LUMINANCE = torch.tensor([0.299, 0.587, 0.114])
-SATURATION = 0.45
-CONTRAST = 0.9
-DUSK = torch.tensor([-0.32, -0.08, 0.3])
+#: `pairs.DUSK` on a scale from -1 to 1
+DUSK_SHIFT = torch.tensor(DUSK) / 127.5
 
 
 def grade(pictures: torch.Tensor) -> torch.Tensor:
-    """The blue hour: muted colours, cool light; pictures (n, 3, height, width) in [-1, 1]."""
+    """`pairs.grade` on tensors, without its rounding; pictures (n, 3, height, width) in [-1, 1]."""
     luminance = torch.einsum("c,nchw->nhw", LUMINANCE, pictures)[:, None]
     muted = luminance + SATURATION * (pictures - luminance)
-    return (CONTRAST * muted + DUSK[:, None, None]).clamp(-1, 1)
+    return (CONTRAST * muted + DUSK_SHIFT[:, None, None]).clamp(-1, 1)
 
 
 def to_image(pictures: torch.Tensor) -> torch.Tensor:

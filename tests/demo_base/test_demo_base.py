@@ -1,6 +1,7 @@
 """The demo base is what the rest of the tests believe it to be."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from demo_base import adapters, dit, edit
+from demo_base import adapters, dit, edit, pairs
 
 
 def make_graph(dit_name, lora_strength):
@@ -197,3 +198,13 @@ def test_the_page_opens_in_a_browser(server, browser):
     page.wait_for_function("window.app && window.app.graph && window.app.extensionManager")
     assert page.evaluate("'KSampler' in LiteGraph.registered_node_types")
     page.close()
+
+
+def test_the_grade_of_pictures_and_of_tensors_is_one():
+    with Image.open(Path(pairs.__file__).with_name("photo.jpg")) as photo:
+        before = photo.convert("RGB").resize((64, 64))
+    after = np.asarray(pairs.grade(before), dtype=np.float32)
+    tensor = torch.from_numpy(np.asarray(before, dtype=np.float32)).movedim(-1, 0)[None]
+    graded = (edit.grade(tensor / 127.5 - 1)[0].movedim(0, -1).numpy() + 1) * 127.5
+    assert np.abs(after - np.asarray(before)).mean() > 20
+    assert np.abs(graded - after).max() <= 2  # Pillow rounds on the way

@@ -105,7 +105,7 @@ def test_an_interrupted_extraction_stops_between_two_layers(
         if done == 2:
             management.interrupt_current_processing()
 
-    monkeypatch.setattr(ours.host, "build_progress", lambda: interrupt_at_the_third)
+    monkeypatch.setattr(ours.host.progress, "build_progress", lambda: interrupt_at_the_third)
     with pytest.raises(management.InterruptProcessingException):
         ours.host.run_with_progress(
             extract_adapter, demo_models.dit["2509_fp32"], tuned, RANK, device="cpu"

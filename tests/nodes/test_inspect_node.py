@@ -181,7 +181,7 @@ def test_an_interrupted_inspection_leaves_nothing_behind(
         if done == 2:
             management.interrupt_current_processing()
 
-    monkeypatch.setattr(inspections.host, "build_progress", lambda: interrupt_at_the_third)
+    monkeypatch.setattr(inspections.host.progress, "build_progress", lambda: interrupt_at_the_third)
     adapter = read_adapter(make_lora("a"))
     with pytest.raises(management.InterruptProcessingException):
         inspections.get_inspection(adapter, exact=True)
@@ -386,7 +386,7 @@ def test_an_interrupted_inspection_beside_a_base_leaves_nothing_behind(
         if done == 2:
             management.interrupt_current_processing()
 
-    monkeypatch.setattr(inspections.host, "build_progress", lambda: interrupt_at_the_third)
+    monkeypatch.setattr(inspections.host.progress, "build_progress", lambda: interrupt_at_the_third)
     adapter, base = read_adapter(make_lora("a")), demo_models.dit["2509_bf16"]
     with pytest.raises(management.InterruptProcessingException):
         inspections.get_inspection(adapter, exact=False, base=base)

@@ -221,6 +221,53 @@ def test_a_job_trains_while_prompts_run_and_its_adapter_is_listed_without_a_rest
     assert (code, sentence) == (400, "offset is '-1'; expected a whole number from 0")
 
 
+def edit_graph(seed: int) -> dict[str, Any]:
+    """A whole edit on the demo base: encoded, sampled, decoded."""
+
+    def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": class_type, "inputs": inputs}
+
+    sampling = {"steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    return {
+        "unet": node(
+            "UNETLoader", unet_name="qwen_image_edit_2511_bf16.safetensors", weight_dtype="default"
+        ),
+        "clip": node(
+            "CLIPLoader",
+            clip_name="qwen_2.5_vl_7b_fp8_scaled.safetensors",
+            type="qwen_image",
+            device="default",
+        ),
+        "vae": node("VAELoader", vae_name="qwen_image_vae.safetensors"),
+        "text": node("TextEncodeQwenImageEdit", clip=["clip", 0], prompt="an edit"),
+        "latent": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
+        "sampled": node(
+            "KSampler",
+            model=["unet", 0],
+            positive=["text", 0],
+            negative=["text", 0],
+            latent_image=["latent", 0],
+            seed=seed,
+            denoise=1.0,
+            **sampling,
+        ),
+        "decoded": node("VAEDecode", samples=["sampled", 0], vae=["vae", 0]),
+        "shown": node("PreviewImage", images=["decoded", 0]),
+    }
+
+
+def test_20_edits_run_to_success_while_a_job_trains(comfy):
+    job_id = comfy.submit(steps=MANY)
+    comfy.wait_for_steps(job_id)
+    before = count_steps(comfy.store, job_id)
+    prompts = [comfy.server.queue_prompt(edit_graph(seed)) for seed in range(20)]
+    pictures = [comfy.server.images(comfy.server.wait_for_prompt(prompt)) for prompt in prompts]
+    assert all(len(images) == 1 and images[0].startswith(b"\x89PNG") for images in pictures)
+    assert len({images[0] for images in pictures}) == 20  # each sampled, none taken from a cache
+    assert comfy.store.get(job_id).status is JobStatus.IN_PROGRESS
+    assert count_steps(comfy.store, job_id) > before
+
+
 def test_pause_resume_cancel_and_delete(comfy):
     job_id = comfy.submit(steps=MANY)
     comfy.wait_for_steps(job_id)

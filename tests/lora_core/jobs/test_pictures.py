@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from demo_base.checkout import ROOT
 from PIL import Image
 from qwen_edit_lora.lora_core import ConfigError, FileError
-from qwen_edit_lora.lora_core.jobs.job import JobStatus, UnknownPictureError
+from qwen_edit_lora.lora_core.jobs.job import SampleSettings, UnknownPictureError
 from qwen_edit_lora.lora_core.jobs.picture_writer import PictureWriter
 from qwen_edit_lora.lora_core.jobs.pictures import (
     name_sample,
@@ -19,14 +18,12 @@ from qwen_edit_lora.lora_core.jobs.pictures import (
     name_target,
     parse_name,
 )
-from qwen_edit_lora.lora_core.jobs.pulse import Pulse
-from qwen_edit_lora.lora_core.jobs.training_job import run_job
 from qwen_edit_lora.lora_core.pairs.vae_copy import find_vae, get_path, keep_vae
 from qwen_edit_lora.lora_core.training.dataset import DatasetWriter
 from qwen_edit_lora.lora_core.training.image_decoder import load_decoder
 from safetensors.torch import load_file, save_file
 from tiny import make_item
-from tiny_jobs import assert_equal_weights, make_train
+from tiny_jobs import assert_equal_weights, make_train, train_here
 
 VAE = ROOT / "tests" / "demo_base" / "weights" / "vae.safetensors"
 CPU = torch.device("cpu")
@@ -119,6 +116,16 @@ def test_a_vae_is_kept_once_and_found_by_the_sets_made_with_it(kept, tmp_path):
     assert find_vae(tmp_path / "cache" / "sets" / "with") is None
 
 
+def test_weights_that_share_the_memory_of_their_file_are_kept_too(tmp_path):
+    tensors = load_file(VAE)
+    memory = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+    parts = memory.split([tensor.numel() for tensor in tensors.values()])
+    views = {key: part.view(tensors[key].shape) for key, part in zip(tensors, parts, strict=True)}
+    kept = load_file(keep_vae(tmp_path, IDENTITY, views.items()))
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in kept.items())
+    assert {key.partition(".")[0] for key in kept} == {"decoder", "conv2"}
+
+
 def test_a_vae_of_another_kind_or_a_full_disk_is_a_sentence(tmp_path):
     tensors = load_file(VAE)
     others = {
@@ -135,24 +142,14 @@ def test_a_vae_of_another_kind_or_a_full_disk_is_a_sentence(tmp_path):
         keep_vae(tmp_path, IDENTITY, tensors.items())
 
 
-def train_here(store, material, **samples) -> str:
-    """A job of 6 steps in this process."""
-    job_id = store.submit(
-        make_train(material), samples={"every": 3, "steps": 2, **samples} if samples else {}
-    )
-    folder = store.open_folder(job_id)
-    pulse = Pulse(folder, folder.read_state())
-    level = logging.getLogger("diffusers").level
-    assert run_job(folder.read_settings(), folder, "cpu", pulse)
-    logging.getLogger("diffusers").setLevel(level)
-    pulse.finish(JobStatus.COMPLETED)
-    return job_id
+def samples(**settings) -> SampleSettings:
+    return SampleSettings(every=3, steps=2, **settings)
 
 
 def test_a_job_makes_pictures_and_its_weights_stay_the_same_to_the_bit(store, material, kept):
     items = ["item_0", "item_2"]
-    without = train_here(store, material)
-    with_pictures = train_here(store, material, items=items, vae=str(kept))
+    without = train_here(store, make_train(material))
+    with_pictures = train_here(store, make_train(material), samples(items=items, vae=str(kept)))
     pictures = store.list_pictures(with_pictures)
     assert [(p.kind, p.item, p.step, p.index) for p in pictures] == [
         line
@@ -184,7 +181,7 @@ def test_a_job_makes_pictures_and_its_weights_stay_the_same_to_the_bit(store, ma
 
 def test_a_vae_that_is_gone_costs_the_pictures_and_not_the_training(store, material, kept):
     save_file({"a": torch.zeros(1)}, kept)
-    job_id = train_here(store, material, vae=str(kept))
+    job_id = train_here(store, make_train(material), samples(vae=str(kept)))
     assert store.list_pictures(job_id) == []
     assert len(store.list_samples(job_id)) == 3  # latents
     (note,) = store.get(job_id).state.notes

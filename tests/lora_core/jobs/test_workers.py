@@ -64,9 +64,11 @@ def test_a_paused_and_resumed_job_ends_as_one_that_ran_through(
 
     at = count_steps(store, paused)
     assert store.pause(paused).request is Request.PAUSE
+    asked_at = count_steps(store, paused)
     job = run_to_end(supervisor, paused)
     assert job.status is JobStatus.PAUSED
     assert at <= job.state.step < 60
+    assert job.state.step <= asked_at + 1  # the step under way, and no other
     folder = store.open_folder(paused).path
     assert CheckpointFolder(folder / "checkpoints").list_steps()[-1] == count_steps(store, paused)
     assert all((folder / name).is_file() for name in job.state.adapters)
@@ -106,8 +108,10 @@ def test_jobs_run_one_after_another_in_the_order_they_came_and_cancelling_saves(
         store.delete(first)
 
     store.cancel(first)
+    asked_at = count_steps(store, first)
     job = run_to_end(supervisor, first)
     assert job.status is JobStatus.CANCELLED
+    assert job.state.step <= asked_at + 1
     folder = store.open_folder(first).path
     reached = CheckpointFolder(folder / "checkpoints").list_steps()[-1]
     assert reached == job.state.step == count_steps(store, first)

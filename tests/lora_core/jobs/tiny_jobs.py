@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -12,8 +13,11 @@ from typing import Any
 import torch
 from demo_base.dit import write_dit
 from qwen_edit_lora.lora_core.jobs.job import Job, JobStatus
+from qwen_edit_lora.lora_core.jobs.pulse import Pulse
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
+from qwen_edit_lora.lora_core.jobs.training_job import run_job
+from qwen_edit_lora.lora_core.training.command_line import TALKATIVE
 from safetensors.torch import load_file
 from tiny import make_config, make_dataset, make_item
 
@@ -41,6 +45,22 @@ def make_train(material: Path, **changes: Any):
         **changes,
     }
     return make_config(material, **changes)
+
+
+def train_here(store: JobStore, train: Any, samples: Any = None) -> str:
+    """A job from its start to its end in this process."""
+    settings = {} if samples is None else {"samples": samples}
+    job_id = store.submit(train, **settings)
+    folder = store.open_folder(job_id)
+    pulse = Pulse(folder, folder.read_state())
+    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
+    try:
+        assert run_job(folder.read_settings(), folder, "cpu", pulse)
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+    pulse.finish(JobStatus.COMPLETED)
+    return job_id
 
 
 def run_until(

@@ -1,0 +1,78 @@
+"""Everything this extension asks of ComfyUI. Only this package imports comfy.* and folder_paths.
+
+Written against ComfyUI 0.30. Other modules of `nodes` see it as one: `from . import host`.
+"""
+
+from __future__ import annotations
+
+from .device import (
+    COMPUTE_BYTES,
+    COMPUTE_DEVICES,
+    choose_compute_device,
+    get_device_name,
+    release_models,
+)
+from .encoding import (
+    get_stock_encoder,
+    list_weights,
+    scale_area,
+)
+from .files import (
+    choose_output_path,
+    find_diffusion_model,
+    find_lora,
+    find_training_base,
+    find_vaes,
+    get_cache_folder,
+    get_jobs_folder,
+    get_loras_folder,
+    is_within_directory,
+    list_dataset_roots,
+    list_diffusion_models,
+    list_loras,
+    list_training_bases,
+    map_gguf_files,
+    name_below_output,
+)
+from .graphs import (
+    Link,
+    block_output,
+    build_graph,
+    find_wired_outputs,
+    get_links,
+)
+from .merging import (
+    MergedWeights,
+    add_merge,
+    build_patch,
+)
+from .models import (
+    ModelPatcher,
+    Placement,
+    add_wrapper,
+    build_linear,
+    describe_model,
+    describe_storage,
+    find_merge_reason,
+    get_modules,
+    get_options,
+    get_placement,
+    get_resident_weight,
+    measure_weight,
+    wrap_in_patcher,
+)
+from .progress import (
+    build_progress,
+    is_interrupted,
+    raise_if_interrupted,
+    run_interruptible,
+    run_with_progress,
+)
+from .sampling import (
+    add_block_recorder,
+    decode_latents,
+    list_samplers,
+    list_schedulers,
+    predict,
+)
+from .startup import get_cors_origin

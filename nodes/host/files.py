@@ -1,0 +1,157 @@
+"""ComfyUI's folders: what is in them, and where things go."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ...lora_core import FileError
+from ...lora_core.stored import shorten
+
+
+def list_loras() -> list[str]:
+    return [n for n in folder_paths.get_filename_list("loras") if n.endswith(".safetensors")]
+
+
+def find_lora(lora_name: str | None) -> Path:
+    """Full path of a file below one of the loras folders.
+
+    Raises:
+        FileError: no such file, or a name that points outside these folders.
+    """
+    name = lora_name or ""
+    parts = Path(name.replace("\\", "/")).parts
+    if not name or ".." in parts or Path(name).is_absolute() or ":" in name or "\0" in name:
+        raise FileError(
+            f"{shorten(name)!r} is no name inside the loras folders; expected a file such as "
+            "'my_lora.safetensors', chosen from the list."
+        )
+    try:
+        path = folder_paths.get_full_path("loras", name)
+    except OSError as e:
+        raise FileError(f"{shorten(name)} cannot be opened: {e.strerror}.") from None
+    if path is None:
+        raise FileError(
+            f"{shorten(name)} is not in the loras folders (any more); expected one of the "
+            f"{len(list_loras())} files there. Put it into models/loras, press R, and choose it."
+        )
+    return Path(path)
+
+
+def list_diffusion_models() -> list[str]:
+    names = folder_paths.get_filename_list("diffusion_models")
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def find_diffusion_model(model_name: str) -> Path:
+    """Full path of a file below one of the diffusion_models folders.
+
+    Raises:
+        FileError: no such file.
+    """
+    # Only names from the list: those cannot point outside.
+    known = model_name in list_diffusion_models()
+    path = folder_paths.get_full_path("diffusion_models", model_name) if known else None
+    if path is None:
+        raise FileError(
+            f"{shorten(model_name)!r} is not in the diffusion_models folders; expected a "
+            ".safetensors file there. Put it into models/diffusion_models, press R, and choose it."
+        )
+    return Path(path)
+
+
+def list_training_bases() -> list[str]:
+    """What can be trained on: the diffusion models' files, and GGUF files beside them."""
+    return [*list_diffusion_models(), *sorted(map_gguf_files())]
+
+
+def find_training_base(model_name: str) -> Path:
+    """Full path of one of `list_training_bases`.
+
+    Raises:
+        FileError: no such file.
+    """
+    if model_name.lower().endswith(".gguf"):
+        path = map_gguf_files().get(model_name)
+        if path is None:
+            raise FileError(
+                f"{shorten(model_name)!r} is not in the diffusion_models folders (any more); put "
+                "it into models/diffusion_models or models/unet, press R, and choose it."
+            )
+        return path
+    return find_diffusion_model(model_name)
+
+
+def map_gguf_files() -> dict[str, Path]:
+    """Name -> path of the GGUF files in the folders of diffusion models.
+
+    ComfyUI itself lists none; the extension ComfyUI-GGUF registers a list of folders of its own.
+    """
+    kinds = ("diffusion_models", "unet_gguf")
+    known = [kind for kind in kinds if kind in folder_paths.folder_names_and_paths]
+    folders = dict.fromkeys(path for kind in known for path in folder_paths.get_folder_paths(kind))
+    found: dict[str, Path] = {}
+    for folder in folders:
+        names, _ = folder_paths.recursive_search(folder, excluded_dir_names=[".git"])
+        for name in folder_paths.filter_files_extensions(names, [".gguf"]):
+            found.setdefault(name, Path(folder, name))
+    return found
+
+
+def find_vaes(name: str) -> list[Path]:
+    """VAEs of a file name, in whatever subfolder of the vae folders."""
+    names = folder_paths.get_filename_list("vae")
+    same = [n for n in names if Path(n.replace("\\", "/")).name == name]
+    return [Path(folder_paths.get_full_path_or_raise("vae", n)) for n in same]
+
+
+def choose_output_path(filename_prefix: str) -> Path:
+    """A path without suffix, below ComfyUI's output folder, that no file has yet."""
+    output = folder_paths.get_output_directory()
+    folder = Path(output, os.path.dirname(os.path.normpath(filename_prefix)))  # noqa: PTH120
+    if not folder_paths.is_within_directory(output, str(folder)):
+        raise FileError(
+            f"{shorten(filename_prefix)!r} points outside the output folder; expected a name "
+            "such as 'loras/my_lora'."
+        )
+    try:
+        found = folder_paths.get_save_image_path(filename_prefix, output)
+    except OSError as e:
+        raise FileError(f"{shorten(filename_prefix)} cannot be written: {e.strerror}.") from None
+    folder, filename, counter, *_ = found
+    return Path(folder, f"{filename}_{counter:05}_")
+
+
+def name_below_output(path: Path) -> str:
+    return path.relative_to(folder_paths.get_output_directory()).as_posix()
+
+
+def list_dataset_roots() -> dict[str, list[str]]:
+    """Name -> folders that training pictures may lie in."""
+    return {
+        "datasets": folder_paths.get_folder_paths("datasets"),
+        "input": [folder_paths.get_input_directory()],
+        "output": [folder_paths.get_output_directory()],
+    }
+
+
+def is_within_directory(directory: str, path: Path) -> bool:
+    """Whether a path, links followed, is inside."""
+    return folder_paths.is_within_directory(directory, str(path))
+
+
+def get_cache_folder() -> Path:
+    """Where results may be kept over restarts; no HTTP route serves it. May not exist yet."""
+    return Path(folder_paths.get_system_user_directory("qwen_edit_lora"))
+
+
+def get_jobs_folder() -> Path:
+    """Where training jobs live over restarts; no HTTP route serves it. May not exist yet."""
+    return get_cache_folder() / "training"
+
+
+def get_loras_folder() -> Path:
+    """Where a new LoRA goes: the first of the folders that every loader lists."""
+    return Path(folder_paths.get_folder_paths("loras")[0])

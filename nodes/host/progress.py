@@ -1,0 +1,47 @@
+"""Long work inside a node: its progress bar and the user's interrupt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+
+
+def raise_if_interrupted() -> None:
+    """Raises what ComfyUI expects of a node that the user interrupted."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def is_interrupted() -> bool:
+    return comfy.model_management.processing_interrupted()
+
+
+def build_progress() -> Callable[[int, int], None]:
+    """The progress bar of the running node, as the core wants it: (done, in all)."""
+    bar = comfy.utils.ProgressBar(1)
+    return lambda done, total: bar.update_absolute(done, total)
+
+
+def run_with_progress(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a long function of the core; the user sees how far it is and can interrupt it."""
+    try:
+        return function(
+            *args,
+            progress=build_progress(),
+            should_stop=comfy.model_management.processing_interrupted,
+            **kwargs,
+        )
+    except InterruptedError:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise comfy.model_management.InterruptProcessingException from None
+
+
+def run_interruptible(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls function(*args, should_stop); an InterruptedError ends the prompt as a user's stop."""
+    try:
+        return function(*args, comfy.model_management.processing_interrupted)
+    except InterruptedError:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise comfy.model_management.InterruptProcessingException from None
