@@ -49,7 +49,7 @@ class Socket(NamedTuple):
 
 
 def read_trees() -> dict[str, ast.Module]:
-    files = sorted((ROOT / "nodes").glob("*.py"))
+    files = sorted((ROOT / "nodes").glob("**/*.py"))
     return {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in files}
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import time
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
@@ -35,11 +38,34 @@ def open_quickly(workspace: Any, name: str, vue_nodes: bool) -> None:
 
 
 def run(workspace: Any) -> dict[str, str]:
-    """The reports on the nodes after a run."""
+    """The reports on the nodes after a run, whose pictures all show something."""
     entry = workspace.run()
     assert entry["status"]["status_str"] == "success", entry["status"]
+    pictures = workspace.server.images(entry)
+    assert pictures
+    for picture in pictures:
+        pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), dtype=np.float32)
+        assert pixels.std() > 1  # not a single colour
     workspace.page.wait_for_timeout(1000)
     return workspace.read_reports()
+
+
+def read_job_view(workspace: Any, node_type: str) -> dict[str, Any]:
+    """What a node shows of its training: text, and whether a curve and a picture are there."""
+    return workspace.page.evaluate(
+        """type => {
+            const node = app.graph._nodes.find(n => n.comfyClass === type);
+            const element = node.widgets.find(w => w.name === 'job_view').element;
+            const image = element.querySelector('img');
+            return {
+                text: element.innerText,
+                curve: element.querySelector('canvas').getAttribute('aria-label'),
+                isPictureSeen: !image.hidden && image.naturalWidth > 0,
+                isInNode: element.getBoundingClientRect().height > 0,
+            };
+        }""",
+        node_type,
+    )
 
 
 def wait_for_completion(server: Any, name: str) -> None:
@@ -68,6 +94,13 @@ def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(
     assert "is this training already: completed" in reports["QwenEditLoraTrain"]
     assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
     assert f"LoRA: {name}.safetensors in models/loras" in reports["QwenEditLoraJob"]
+    for node_type in ("QwenEditLoraTrain", "QwenEditLoraJob"):
+        workspace.page.wait_for_timeout(3500)  # the view asks for its curve every 3 s
+        view = read_job_view(workspace, node_type)
+        assert f"step {TRAINING_STEPS} of {TRAINING_STEPS}" in view["text"]
+        assert f"steps 1 to {TRAINING_STEPS}: Loss from" in view["curve"]
+        assert view["isPictureSeen"]
+        assert view["isInNode"]
     assert workspace.errors == []
 
 
