@@ -22,7 +22,8 @@ from server import PromptServer
 
 from ..lora_core.errors import ConfigError, LoraError
 from ..lora_core.jobs.job import JobStateError, UnknownJobError, check_id
-from . import job_host
+from ..lora_core.library import library
+from . import adapter_library, job_host
 from .hold import HOLD_ID
 
 PREFIX = "/qwen_edit_lora/jobs"
@@ -72,6 +73,25 @@ def start() -> None:
     server.routes.get(PREFIX + "/{id}/log")(answer(with_id(show_log)))
     for action in ACTIONS:
         server.routes.post(f"{PREFIX}/{{id}}/{action}")(act(action))
+    start_adapters(server)
+
+
+# --- adapters: GET /qwen_edit_lora/adapters and /adapters/{id}, event qwen_edit_lora.adapters ---
+
+
+def start_adapters(server: PromptServer) -> None:
+    event, prefix = "qwen_edit_lora.adapters", "/qwen_edit_lora/adapters"
+    adapter_library.connect(
+        send=lambda data: server.send_sync(event, data),
+        is_busy=lambda: server.prompt_queue.get_current_queue_volatile()[0] != [],
+    )
+
+    def prepare(request: web.Request) -> Callable[[], dict[str, Any]]:
+        adapter_id = library.check_id(request.match_info["id"])
+        return lambda: adapter_library.show_adapter(adapter_id)
+
+    server.routes.get(prefix)(answer(lambda request: adapter_library.list_adapters))
+    server.routes.get(prefix + "/{id}")(answer(prepare))
 
 
 def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +209,7 @@ async def respond(work: Callable[[], dict[str, Any]]) -> web.Response:
 
 
 def refuse(error: LoraError) -> web.Response:
-    if isinstance(error, UnknownJobError):
+    if isinstance(error, (UnknownJobError, library.UnknownAdapterError)):
         status = 404
     elif isinstance(error, JobStateError):
         status = 409
