@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from .. import targets
-from ..adapter import Adapter
-from ..inspection import Inspection, ModuleInspection, inspect_adapter
+from ..inspection import Inspection, ModuleInspection
 
 #: Worst first. "unknown": nothing to judge, such as an OFT without its base.
 LEVELS = ("broken", "warning", "unknown", "healthy")
@@ -34,6 +33,10 @@ GRAVITY = {
 }
 
 
+#: Not kept: the next session tries again.
+UNEXPECTED = "it could not be inspected, for a reason that stands in ComfyUI's log"
+
+
 @dataclass(frozen=True)
 class Health:
     level: str
@@ -45,34 +48,7 @@ class Health:
     """Name inside a block, the std of its deltas over all blocks, their mean effective rank."""
 
 
-def inspect_gently(adapter: Adapter, should_stop: Callable[[], bool]) -> Inspection:
-    """`inspect_adapter` without its threads, which would change how many the host computes with.
-
-    Args:
-        should_stop: asked before each module; may take its time, to leave the machine to others.
-
-    Raises:
-        InterruptedError: `should_stop` returned True.
-        FileError: the file changed or went away meanwhile.
-    """
-    parts = []
-    try:
-        for path, weights in adapter.modules.items():
-            if should_stop():
-                raise InterruptedError(f"the inspection of {adapter.name} was stopped")
-            # without its file, which would be given up and mapped again for each module
-            parts.append(inspect_adapter(replace(adapter, modules={path: weights}, file=None)))
-    finally:
-        adapter.release()
-    return Inspection(
-        adapter.name,
-        {path: module for part in parts for path, module in part.modules.items()},
-        {path: reason for part in parts for path, reason in part.skipped.items()},
-        tuple(path for part in parts for path in part.non_finite),
-    )
-
-
-def judge_health(inspection: Inspection, warnings: tuple[str, ...] = ()) -> Health:
+def judge_health(inspection: Inspection, warnings: Iterable[str] = ()) -> Health:
     """
     Args:
         warnings: of the load report; each is at least a warning.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,22 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, FileError, LoraError
-from ..files import PEFT_CONFIG, read_adapter
+from ..files import PEFT_CONFIG
 from .cache import Known, Stamp, read_cache, write_cache
 from .details import describe_file
 from .facts import DAMAGED, OK, AdapterFacts, read_facts
-from .health import Health, inspect_gently, judge_health
+from .health import UNEXPECTED, Health
+from .inspector import Inspector
 
 #: How long a list waits for headers that have not been read yet; later ones come as events.
 LIST_PATIENCE = 0.4  # seconds
 NOTICE_INTERVAL = 0.5
 SAVE_INTERVAL = 5.0
 BUSY_INTERVAL = 0.5
-#: After each module the thread rests for this share of the time that it took.
-REST_SHARE = 0.5
-NICENESS = 10
-
-UNEXPECTED = "it could not be examined, for a reason that stands in ComfyUI's log"
 #: In place of the stamp of a file that is no more.
 GONE: Stamp = (-1,)
 
@@ -130,6 +124,7 @@ class AdapterLibrary:
         self._known: dict[str, Known] | None = None
         self._first = ""
         self._thread: threading.Thread | None = None
+        self._inspector = Inspector()
         self._stopped = threading.Event()
         self._is_read = threading.Event()
         self._is_saved = True
@@ -218,7 +213,11 @@ class AdapterLibrary:
                 self._thread.start()
 
     def _update_known(self) -> None:
-        self._known = {e.name: Known(e.stamp, e.facts, e.health) for e in self._entries.values()}
+        self._known = {
+            entry.name: Known(entry.stamp, entry.facts, entry.health)
+            for entry in self._entries.values()
+            if entry.health is None or entry.health.sentence != UNEXPECTED
+        }
 
     def _count(self) -> int:
         return sum(e.facts is None or e.is_waiting for e in self._entries.values())
@@ -240,8 +239,9 @@ class AdapterLibrary:
     # --- the thread ---
 
     def stop(self, timeout: float | None = 5.0) -> None:
-        """Ends the thread, at the latest when the module that it looks at is done; for good."""
+        """Ends the thread for good, whatever it does."""
         self._stopped.set()
+        self._inspector.close(for_good=True)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
@@ -255,7 +255,6 @@ class AdapterLibrary:
             return self._count() == 0
 
     def _work(self) -> None:
-        lower_priority()
         changed: dict[str, Entry] = {}
         gone: set[str] = set()
         told_at = saved_at = time.monotonic()
@@ -264,6 +263,7 @@ class AdapterLibrary:
                 entry = None if self._stopped.is_set() else self._find_work()
                 if entry is None:
                     self._save()
+                    self._inspector.close(self._stopped.is_set())
                     self._thread = None  # in the same breath: who finds none starts another
             is_header = entry is not None and entry.facts is None
             now = time.monotonic()
@@ -299,30 +299,18 @@ class AdapterLibrary:
 
     def _inspect(self, entry: Entry) -> Entry | None:
         """With its health; with another stamp and no facts if the file changed; None if stopped."""
-        began = time.monotonic()
-
-        def rest() -> bool:
-            nonlocal began
-            self._stopped.wait(min(0.5, REST_SHARE * (time.monotonic() - began)))
-            while self.is_busy() and not self._stopped.is_set():
-                self._stopped.wait(BUSY_INTERVAL)
-            began = time.monotonic()
-            return self._stopped.is_set()
-
-        try:
-            inspection = inspect_gently(read_adapter(entry.path), rest)
-            return replace(entry, health=judge_health(inspection, entry.facts.warnings))
-        except InterruptedError:
+        while self.is_busy() and not self._stopped.is_set():
+            self._stopped.wait(BUSY_INTERVAL)
+        if self._stopped.is_set():
             return None
+        try:
+            health = self._inspector.inspect(entry.path, entry.facts.warnings)
         except LoraError as e:
             stamp = read_stamp(entry.path, read_config_stamp(entry.path.parent))
             if stamp != entry.stamp:
                 return replace(entry, stamp=stamp or GONE, facts=None, health=None)
-            sentence = " ".join(str(e).split())
-            return replace(entry, health=Health("broken", sentence, (sentence,)))
-        except Exception:
-            logger.exception("Qwen Edit LoRA: %s cannot be inspected", entry.name)
-            return replace(entry, health=Health("unknown", UNEXPECTED, (UNEXPECTED,)))
+            health = Health("broken", str(e), (str(e),))
+        return health and replace(entry, health=health)
 
     def _tell(self, changed: Iterable[Entry], gone: Iterable[str]) -> None:
         with self._lock:
@@ -356,9 +344,3 @@ def read_stamp(path: Path, config_stamp: Stamp) -> Stamp | None:
 def read_config_stamp(folder: Path) -> Stamp:
     """Of PEFT's config file, which says what alpha is; () where there is none."""
     return read_stamp(folder / PEFT_CONFIG, ()) or ()
-
-
-def lower_priority() -> None:
-    """Of this thread; only Linux knows priorities of threads by number."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

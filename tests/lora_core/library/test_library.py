@@ -14,11 +14,14 @@ import torch
 from demo_base.adapters import make_adapter
 from qwen_edit_lora.lora_core.errors import ConfigError
 from qwen_edit_lora.lora_core.library import health, library
+from qwen_edit_lora.lora_core.library.health import UNEXPECTED
+from qwen_edit_lora.lora_core.library.inspector import Inspector, answer
 from qwen_edit_lora.lora_core.library.library import AdapterLibrary, UnknownAdapterError, build_id
 from safetensors.torch import save_file
 
 MODULES = {f"transformer_blocks.{i}.attn.to_{k}": (64, 64) for i in range(2) for k in "qkv"}
 WAIT = 60.0  # seconds
+ASK = Inspector._ask
 
 
 @pytest.fixture
@@ -29,7 +32,9 @@ def loras(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def open_library(loras: Path, tmp_path: Path) -> Iterator[Callable[..., AdapterLibrary]]:
+def open_library(
+    loras: Path, tmp_path: Path, in_process: None
+) -> Iterator[Callable[..., AdapterLibrary]]:
     """A library over `loras`, as after a restart: each call makes another on the same cache."""
     made = []
 
@@ -64,10 +69,18 @@ def save_sdxl(path: Path) -> None:
 
 
 def forbid_computing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("read_facts", "inspect_gently"):
-        monkeypatch.setattr(
-            library, name, lambda *args, name=name: pytest.fail(f"{name} was called")
-        )
+    monkeypatch.setattr(library, "read_facts", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(Inspector, "inspect", lambda *args: pytest.fail("inspected again"))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inspections as the process makes them, without the seconds that torch takes to start."""
+
+    def ask(inspector: Inspector, question: str) -> str:
+        return json.dumps(answer(json.loads(question))) + "\n"
+
+    monkeypatch.setattr(Inspector, "_ask", ask)
 
 
 def test_an_entry_says_what_the_file_is(loras, open_library):
@@ -251,17 +264,57 @@ def test_a_file_that_vanishes_while_it_is_inspected_leaves_the_list(
     loras, open_library, monkeypatch
 ):
     path = make_adapter(loras / "a.safetensors", MODULES)
-    inspect = library.inspect_gently
+    inspect = Inspector.inspect
 
-    def delete_and_inspect(adapter, should_stop):
+    def delete_and_inspect(inspector, *args):
         path.unlink()
-        return inspect(adapter, should_stop)
+        return inspect(inspector, *args)
 
-    monkeypatch.setattr(library, "inspect_gently", delete_and_inspect)
+    monkeypatch.setattr(Inspector, "inspect", delete_and_inspect)
     events = []
     adapters = open_library(notify=events.append)
     assert examine(adapters) == {}
     assert events[-1]["gone"] == [build_id("a.safetensors")]
+
+
+def test_a_killed_inspection_is_no_verdict_and_is_tried_again_by_the_next_session(
+    loras, open_library, monkeypatch, caplog
+):
+    make_adapter(loras / "a.safetensors", MODULES)
+    start = Inspector._start
+
+    def start_and_kill(inspector):
+        process = start(inspector)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(Inspector, "_ask", ASK)
+    with monkeypatch.context() as patch:
+        patch.setattr(Inspector, "_start", start_and_kill)
+        health = examine(open_library())["a.safetensors"]["health"]
+    assert health == {"level": "unknown", "sentence": UNEXPECTED}
+    assert "a.safetensors ended with status" in caplog.text
+    assert examine(open_library())["a.safetensors"]["health"]["level"] == "healthy"
+
+
+def test_the_process_ends_with_the_work_and_with_the_library(loras, open_library, monkeypatch):
+    monkeypatch.setattr(Inspector, "_ask", ASK)
+    make_adapter(loras / "a.safetensors", MODULES)
+    started = []
+    start = Inspector._start
+
+    def start_and_note(inspector):
+        started.append(start(inspector))
+        return started[-1]
+
+    monkeypatch.setattr(Inspector, "_start", start_and_note)
+    assert examine(open_library())["a.safetensors"]["health"]["level"] == "healthy"
+    (process,) = started
+    assert process.poll() is not None
+    inspector = Inspector()
+    running = inspector._start()
+    inspector.close(for_good=True)
+    assert running.poll() is not None
 
 
 def test_the_details_hold_metadata_modules_and_every_sentence(loras, open_library):
