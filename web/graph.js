@@ -1,13 +1,7 @@
 // Puts nodes into the user's graph. Works on litegraph's model, which both node renderers show.
 
 const GAP = 60; // px of the graph between the two nodes
-const STEP = 40; // how far a pair moves down when something lies where it would appear
-
-function isTaken(graph, [x, y]) {
-  return graph._nodes.some(
-    ({ pos, size }) => Math.abs(pos[0] - x) < size[0] / 2 && Math.abs(pos[1] - y) < STEP / 2,
-  );
-}
+const STEP = 40; // and how far a pair moves away from one that lies at the same place
 
 function toGraph(app, clientX, clientY) {
   // Not by the canvas element's own size: with Vue nodes other elements lie over it.
@@ -22,14 +16,26 @@ export function getDropPosition(app, event) {
   return [x - 20, y + window.LiteGraph.NODE_TITLE_HEIGHT / 2];
 }
 
-// The middle of what the panels leave of the canvas, where nothing else begins.
-function findFreePosition(app, graph, width) {
+// The middle of what the panels leave of the canvas; below what lies there if that is in sight,
+// else a little beside it.
+function findFreePosition(app, graph, width, height) {
   const panel = document.querySelector(".graph-canvas-panel") ?? app.canvas.canvas;
   const area = panel.getBoundingClientRect();
-  const middle = [area.left + area.width / 2, area.top + area.height / 2];
-  const [x, y] = toGraph(app, ...middle);
-  const position = [x - width / 2, y - 60];
-  while (isTaken(graph, position)) position[1] += STEP;
+  const [x, y] = toGraph(app, area.left + area.width / 2, area.top + area.height / 2);
+  const [, bottom] = toGraph(app, area.left, area.bottom);
+  const title = window.LiteGraph.NODE_TITLE_HEIGHT;
+  const left = x - width / 2;
+  const beside = graph._nodes
+    .map(({ pos: [x, y], size: [w, h] }) => ({ left: x, right: x + w, top: y - title, end: y + h }))
+    .filter((node) => node.left < left + width && node.right > left);
+  const start = y - height / 2;
+  let top = start;
+  const covers = (node) => node.top < top + height && node.end > top - title;
+  for (let node; (node = beside.find(covers)); ) top = node.end + GAP / 2 + title;
+  if (top + height <= bottom) return [left, top];
+  const position = [left, start];
+  while (graph._nodes.some(({ pos }) => Math.hypot(pos[0] - position[0], pos[1] - position[1]) < 9))
+    position.forEach((_, i) => (position[i] += STEP));
   return position;
 }
 
@@ -64,7 +70,9 @@ export async function addLoadAndApply(app, loraName, position) {
   const apply = createNode("QwenEditLoraApply");
   const { canvas } = app;
   const graph = canvas.graph ?? app.graph;
-  const [x, y] = position ?? findFreePosition(app, graph, load.size[0] + GAP + apply.size[0]);
+  const width = load.size[0] + GAP + apply.size[0];
+  const height = Math.max(load.size[1], apply.size[1]);
+  const [x, y] = position ?? findFreePosition(app, graph, width, height);
   canvas.emitBeforeChange();
   graph.beforeChange();
   try {

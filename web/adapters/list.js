@@ -101,7 +101,12 @@ export function createList({ t, onselect, onload, ondragstart, ondragend }) {
     ondragend(event);
     draw();
   });
-  const observer = new ResizeObserver(draw);
+  // The details open below and take room: what was chosen stays in sight.
+  const observer = new ResizeObserver(() => {
+    const index = getIndex();
+    if (index >= 0 && !element.hidden) reveal(index);
+    draw();
+  });
   observer.observe(element);
 
   return {

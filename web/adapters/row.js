@@ -37,10 +37,12 @@ export function createRow(entry, t, onload) {
   const variants = formatVariants(entry, t);
   const healthText = t(`adapters.health.${health}`);
   const badges = [
-    variants && build("span", { class: "qel-badge qel-badge-variant" }, variants),
+    ...entry.variants.map((variant) =>
+      build("span", { class: "qel-badge" }, t(`adapters.short.${variant}`)),
+    ),
     entry.is_ours &&
       build("span", { class: "qel-badge qel-badge-ours" }, t("adapters.trained_here")),
-  ].filter(Boolean);
+  ];
   const row = build(
     "div",
     {

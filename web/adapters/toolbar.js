@@ -47,15 +47,19 @@ export function createToolbar({ t, onchange, onrefresh, ondown }) {
     onchange();
   }
 
-  const options = (name, ids) => [
-    ["all", t(`adapters.${name}.all`)],
-    ...ids.map((id) => [id, t(`adapters.${name}.${id}`)]),
-  ];
-  const variant = select(t("adapters.variant"), options("variant", VARIANTS), "all", (value) =>
-    change({ variant: value }),
+  const variants = VARIANTS.map((id) => [id, t(`adapters.variant.${id}`)]);
+  const variant = select(
+    t("adapters.variant"),
+    [["all", t("adapters.variant.all")], ...variants],
+    "all",
+    (value) => change({ variant: value }),
   );
-  const health = select(t("adapters.health"), options("health", HEALTHS), "all", (value) =>
-    change({ health: value }),
+  const healths = HEALTHS.map((id) => [id, t(`adapters.health.${id}`)]);
+  const health = select(
+    t("adapters.health"),
+    [["all", t("adapters.health.all")], ...healths],
+    "all",
+    (value) => change({ health: value }),
   );
   const [ours, oursLabel] = checkbox(t("adapters.trained_here"), (isOurs) => change({ isOurs }));
   const [others, othersLabel] = checkbox(t("adapters.other_models"), (withOthers) =>
@@ -71,8 +75,7 @@ export function createToolbar({ t, onchange, onrefresh, ondown }) {
     "div",
     { class: "qel-filters", hidden: true, role: "group", "aria-label": t("adapters.filters") },
     build("div", { class: "qel-filter-row" }, variant, health),
-    build("div", { class: "qel-filter-row" }, oursLabel, othersLabel),
-    clear,
+    build("div", { class: "qel-filter-row" }, oursLabel, othersLabel, clear),
   );
   const toggle = iconButton("filter", t("adapters.filters"), () => {
     panel.hidden = !panel.hidden;
