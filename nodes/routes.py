@@ -4,6 +4,8 @@
     GET  /qwen_edit_lora/jobs/{id}           the job, with its losses, samples and adapters
     GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536; without offset the end of it
     POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete      with a JSON object
+    GET  /qwen_edit_lora/adapters            {"adapters": [...], "pending": without a verdict yet}
+    GET  /qwen_edit_lora/adapters/{id}       one, with its metadata, modules and verdict
 
 Errors are {"error": one sentence} with 400 for a bad request, 404 for an unknown job, 409 for what
 its state forbids, 500 for what the disk refuses. Paths of this machine are neither taken nor told.
@@ -76,7 +78,7 @@ def start() -> None:
     start_adapters(server)
 
 
-# --- adapters: GET /qwen_edit_lora/adapters and /adapters/{id}, event qwen_edit_lora.adapters ---
+# --- adapters; the event has what was found out: {"adapters": [...], "gone": ids, "pending": n} ---
 
 
 def start_adapters(server: PromptServer) -> None:

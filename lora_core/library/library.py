@@ -167,15 +167,19 @@ class AdapterLibrary:
 
     def _get(self, adapter_id: str) -> Entry:
         check_id(adapter_id)
-        if not any(entry.id == adapter_id for entry in list(self._entries.values())):
-            self.scan()
+        entry = self._find_entry(adapter_id)
+        if entry is None or (read_stamp(entry.path, ()) or GONE) != entry.stamp[:2]:
+            self.scan()  # it is new, changed, or gone
+            entry = self._find_entry(adapter_id)
+        if entry is None:
+            raise UnknownAdapterError(
+                f"no adapter in the loras folders has the id {adapter_id}; reload the list"
+            )
+        return entry
+
+    def _find_entry(self, adapter_id: str) -> Entry | None:
         with self._lock:
-            for entry in self._entries.values():
-                if entry.id == adapter_id:
-                    return entry
-        raise UnknownAdapterError(
-            f"no adapter in the loras folders has the id {adapter_id}; reload the list"
-        )
+            return next((e for e in self._entries.values() if e.id == adapter_id), None)
 
     # --- what is there ---
 

@@ -349,6 +349,11 @@ def test_ids_are_checked(loras, open_library):
             adapters.find(bad)
     with pytest.raises(UnknownAdapterError, match="reload the list"):
         adapters.show(build_id("b.safetensors"))
+    make_adapter(loras / "b.safetensors", MODULES, rank=3)
+    assert adapters.show(build_id("b.safetensors"))["ranks"] == (3,)
+    (loras / "b.safetensors").unlink()
+    with pytest.raises(UnknownAdapterError):
+        adapters.find(build_id("b.safetensors"))
 
 
 def test_a_thousand_files_are_listed_from_the_cache_in_well_under_a_second(loras, open_library):
