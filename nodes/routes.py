@@ -1,4 +1,4 @@
-"""HTTP routes and events of training jobs. The only module that imports server and aiohttp.
+"""HTTP routes and events of trainings and adapters; only this module imports server and aiohttp.
 
     GET  /qwen_edit_lora/jobs                {"jobs": [...]}
     GET  /qwen_edit_lora/jobs/{id}           the job, with its curves, settings, adapters
@@ -6,11 +6,15 @@
     GET  /qwen_edit_lora/jobs/{id}/pictures/{name}                     a PNG, by its listed name
     POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete | clone | publish
                                              with a JSON object, see job_views.ACTIONS
+    GET  /qwen_edit_lora/adapters            {"adapters": [...], "pending": without a verdict yet}
+    GET  /qwen_edit_lora/adapters/{id}       one, with its metadata, modules and verdict
+    POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
 
 Errors are {"error": one sentence} with 400 for a bad request, 403 for another site's page, 404 for
 an unknown job, 409 for what its state forbids, 413 for a body too large, 500 for what the disk
 refuses. Paths of this machine are neither taken nor told.
-The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"}.
+The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"};
+`qwen_edit_lora.adapters` what was found out: {"adapters": [...], "gone": ids, "pending": number}.
 """
 
 from __future__ import annotations
@@ -27,11 +31,14 @@ from server import PromptServer
 
 from ..lora_core.errors import ConfigError, LoraError
 from ..lora_core.jobs.job import JobStateError, UnknownJobError, UnknownPictureError, check_id
-from . import host, job_host, job_views
+from ..lora_core.library import library
+from . import adapter_library, host, job_host, job_views
 from .hold import HOLD_ID
 
 PREFIX = "/qwen_edit_lora/jobs"
 EVENT = "qwen_edit_lora.job"
+ADAPTERS = "/qwen_edit_lora/adapters"
+ADAPTERS_EVENT = "qwen_edit_lora.adapters"
 MAX_BODY_BYTES = 65536
 USUAL_PORTS = (80, 443)
 
@@ -83,8 +90,29 @@ def start() -> None:
     server.routes.get(PREFIX + "/{id}")(answer(with_id(job_views.show_job)))
     server.routes.get(PREFIX + "/{id}/log")(answer(with_id(job_views.show_log)))
     server.routes.get(PREFIX + "/{id}/pictures/{name}")(send_picture)
-    for action in job_views.ACTIONS:
-        server.routes.post(f"{PREFIX}/{{id}}/{action}")(act(action))
+    for action, work in job_views.ACTIONS.items():
+        server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(check_id, work))
+    start_adapters(server)
+
+
+def start_adapters(server: PromptServer) -> None:
+    adapter_library.connect(
+        send=lambda data: server.send_sync(ADAPTERS_EVENT, data),
+        is_busy=lambda: server.prompt_queue.get_current_queue_volatile()[0] != [],
+    )
+
+    def prepare(request: web.Request) -> Callable[[], dict[str, Any]]:
+        adapter_id = library.check_id(request.match_info["id"])
+        return lambda: adapter_library.show_adapter(adapter_id)
+
+    server.routes.get(ADAPTERS)(answer(lambda request: adapter_library.list_adapters))
+    server.routes.get(ADAPTERS + "/{id}")(answer(prepare))
+    server.routes.post(ADAPTERS + "/{id}/train")(change(library.check_id, train_again))
+
+
+def train_again(adapter_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    job_id = job_host.train_again(adapter_library.find_adapter(adapter_id))
+    return job_host.get(job_id).to_dict()
 
 
 def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -135,13 +163,22 @@ async def send_picture(request: web.Request) -> web.Response:
     return web.Response(body=body, content_type="image/png", headers=headers)
 
 
-def act(action: str):
+def change(
+    check: Callable[[object], str], work: Callable[[str, Mapping[str, Any]], dict[str, Any]]
+):
+    """A handler that lets ComfyUI's own page, or a program, change something.
+
+    Args:
+        check: gives the id back, or raises ConfigError for what is none.
+        work: what is done, given the id and the request's JSON object.
+    """
+
     async def handle(request: web.Request) -> web.Response:
         try:
             check_origin(request.headers, request.host, host.get_cors_origin())
-            job_id = check_id(request.match_info["id"])
+            one = check(request.match_info["id"])
             options = await read_options(request)
-            return await respond(lambda: job_views.ACTIONS[action](job_id, options))
+            return await respond(lambda: work(one, options))
         except LoraError as e:
             return refuse(e)
 
@@ -214,6 +251,7 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
     (ForeignPageError, 403),
     (UnknownJobError, 404),
     (UnknownPictureError, 404),
+    (library.UnknownAdapterError, 404),
     (JobStateError, 409),
     (BodySizeError, 413),
     (ConfigError, 400),

@@ -1,1 +1,94 @@
-export async function addLoadAndApply() { throw new Error("stub"); }
+// Puts nodes into the user's graph. Works on litegraph's model, which both node renderers show.
+
+const GAP = 60; // px of the graph between the two nodes
+const STEP = 40; // and how far a pair moves away from one that lies at the same place
+
+function toGraph(app, clientX, clientY) {
+  // Not by the canvas element's own size: with Vue nodes other elements lie over it.
+  const { left, top } = app.canvas.canvas.getBoundingClientRect();
+  const { offset, scale } = app.canvas.ds;
+  return [(clientX - left) / scale - offset[0], (clientY - top) / scale - offset[1]];
+}
+
+/** Position in the graph of a mouse or drag event: the middle of a title bar put there. */
+export function getDropPosition(app, event) {
+  const [x, y] = toGraph(app, event.clientX, event.clientY);
+  return [x - 20, y + window.LiteGraph.NODE_TITLE_HEIGHT / 2];
+}
+
+// The middle of what the panels leave of the canvas; below what lies there if that is in sight,
+// else a little beside it.
+function findFreePosition(app, graph, width, height) {
+  const panel = document.querySelector(".graph-canvas-panel") ?? app.canvas.canvas;
+  const area = panel.getBoundingClientRect();
+  const [x, y] = toGraph(app, area.left + area.width / 2, area.top + area.height / 2);
+  const [, bottom] = toGraph(app, area.left, area.bottom);
+  const title = window.LiteGraph.NODE_TITLE_HEIGHT;
+  const left = x - width / 2;
+  const beside = graph._nodes
+    .map(({ pos: [x, y], size: [w, h] }) => ({ left: x, right: x + w, top: y - title, end: y + h }))
+    .filter((node) => node.left < left + width && node.right > left);
+  const start = y - height / 2;
+  let top = start;
+  const covers = (node) => node.top < top + height && node.end > top - title;
+  for (let node; (node = beside.find(covers)); ) top = node.end + GAP / 2 + title;
+  if (top + height <= bottom) return [left, top];
+  const position = [left, start];
+  while (graph._nodes.some(({ pos }) => Math.hypot(pos[0] - position[0], pos[1] - position[1]) < 9))
+    position.forEach((_, i) => (position[i] += STEP));
+  return position;
+}
+
+function createNode(type) {
+  const node = window.LiteGraph.createNode(type);
+  if (!node) throw new Error(`ComfyUI does not know the node ${type}`);
+  return node;
+}
+
+function findWidget(node, name) {
+  return node.widgets.find((widget) => widget.name === name);
+}
+
+function offers(node, loraName) {
+  const { values } = findWidget(node, "lora_name").options;
+  return (typeof values === "function" ? values() : values ?? []).includes(loraName);
+}
+
+/**
+ * Adds Load Edit LoRA wired to Apply Edit LoRA to the graph that is open, as one step to undo.
+ *
+ * @param loraName the file as the loaders list it.
+ * @param position of the pair in the graph; without it the middle of the visible canvas.
+ * @returns {{load, apply}} the nodes.
+ */
+export async function addLoadAndApply(app, loraName, position) {
+  let load = createNode("QwenEditLoraLoad");
+  if (!offers(load, loraName)) {
+    await app.refreshComboInNodes(); // the file is newer than the page
+    load = createNode("QwenEditLoraLoad");
+  }
+  const apply = createNode("QwenEditLoraApply");
+  const { canvas } = app;
+  const graph = canvas.graph ?? app.graph;
+  const width = load.size[0] + GAP + apply.size[0];
+  const height = Math.max(load.size[1], apply.size[1]);
+  const [x, y] = position ?? findFreePosition(app, graph, width, height);
+  canvas.emitBeforeChange();
+  graph.beforeChange();
+  try {
+    load.pos = [x, y];
+    apply.pos = [x + load.size[0] + GAP, y];
+    graph.add(load);
+    graph.add(apply);
+    const widget = findWidget(load, "lora_name");
+    widget.value = loraName;
+    widget.callback?.(loraName, canvas, load);
+    load.connect(load.findOutputSlot("adapter"), apply, apply.findInputSlot("adapter"));
+    canvas.selectItems([load, apply]);
+  } finally {
+    graph.afterChange();
+    canvas.emitAfterChange();
+  }
+  canvas.setDirty(true, true);
+  return { load, apply };
+}

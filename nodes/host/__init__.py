@@ -21,6 +21,7 @@ from .files import (
     choose_output_path,
     find_diffusion_model,
     find_lora,
+    find_lora_files,
     find_training_base,
     find_vaes,
     get_cache_folder,

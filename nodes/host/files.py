@@ -40,6 +40,13 @@ def find_lora(lora_name: str | None) -> Path:
     return Path(path)
 
 
+def find_lora_files() -> dict[str, Path]:
+    """Name in the loaders' list -> path, of every file in the loras folders, pickles included."""
+    names = folder_paths.get_filename_list("loras")
+    paths = {name: folder_paths.get_full_path("loras", name) for name in names}
+    return {name: Path(path) for name, path in paths.items() if path is not None}
+
+
 def list_diffusion_models() -> list[str]:
     names = folder_paths.get_filename_list("diffusion_models")
     return [name for name in names if name.endswith(".safetensors")]

@@ -1,1 +1,268 @@
-export function createAdapterBrowser() { const element = document.createElement("div"); element.textContent = "stub"; return { element, destroy() {} }; }
+// The adapter browser: every file of the loras folders, to find, judge and put into the graph.
+
+import { addLoadAndApply, getDropPosition } from "../graph.js";
+import { filterEntries, isForQwenImage, sortEntries } from "./choice.js";
+import { createDetails } from "./details.js";
+import { build } from "./elements.js";
+import { createList } from "./list.js";
+import { createToolbar } from "./toolbar.js";
+
+export { ADAPTER_WORDS } from "./words.js";
+
+const ROUTE = "/qwen_edit_lora/adapters";
+const EVENT = "qwen_edit_lora.adapters";
+const JOB_EVENT = "qwen_edit_lora.job";
+const DETAILS_DELAY = 150; // ms that an entry stays chosen before its details are fetched
+
+function loadStyle() {
+  const { href } = new URL("./adapters.css", import.meta.url);
+  if ([...document.styleSheets].some((sheet) => sheet.href === href)) return;
+  if (document.querySelector("link[data-qel-adapters]")) return;
+  const properties = { rel: "stylesheet", href, "data-qel-adapters": true };
+  document.head.append(build("link", properties));
+}
+
+/**
+ * @param app, api ComfyUI's.
+ * @param t (key, values) => text, for the keys of ADAPTER_WORDS.
+ * @returns {{element: HTMLElement, destroy: () => void}}
+ */
+export function createAdapterBrowser({ app, api, t }) {
+  loadStyle();
+  /** Id -> entry. An entry is replaced and never changed. */
+  let entries = new Map();
+  let pending = 0;
+  let isLoaded = false;
+  let failure = "";
+  let shownId = null;
+  let details = null;
+  let timer;
+  let loads = 0;
+  const stops = new AbortController();
+
+  const message = build("div", { class: "qel-message", hidden: true });
+  const hint = build("div", { class: "qel-hint qel-note" }, t("adapters.drag_hint"));
+  const progress = build("div", { class: "qel-pending qel-note", role: "status", hidden: true });
+  const toolbar = createToolbar({
+    t,
+    onchange: () => {
+      list.scrollToTop();
+      draw();
+    },
+    onrefresh: load,
+    ondown: () => {
+      list.element.focus();
+      list.activate(0);
+    },
+  });
+  const list = createList({ t, onselect: select, onload: addToGraph, ondragstart, ondragend });
+  const view = createDetails({ t, onload: addToGraph, onclose: close });
+  const element = build(
+    "div",
+    { class: "qel-adapters", role: "region", "aria-label": t("adapters.label") },
+    toolbar.element,
+    progress,
+    build(
+      "div",
+      { class: "qel-body" },
+      build("div", { class: "qel-list-area" }, list.element, message, hint),
+      view.element,
+    ),
+  );
+  element.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || shownId === null) return;
+    event.stopPropagation();
+    close();
+  });
+
+  // --- what is known ---
+
+  async function fetchJson(path) {
+    const response = await api.fetchApi(path);
+    const answer = await response.json().catch(() => ({}));
+    if (!response.ok) throw new Error(answer.error ?? `${response.status} ${response.statusText}`);
+    return answer;
+  }
+
+  async function load() {
+    const number = ++loads;
+    toolbar.setBusy(true);
+    try {
+      const answer = await fetchJson(ROUTE);
+      if (number !== loads || stops.signal.aborted) return; // a later one is under way
+      const known = entries;
+      // The same object for what has not changed, so that its row is not drawn again.
+      entries = new Map(
+        answer.adapters.map((entry) => {
+          const old = known.get(entry.id);
+          return [entry.id, JSON.stringify(old) === JSON.stringify(entry) ? old : entry];
+        }),
+      );
+      pending = answer.pending;
+      isLoaded = true;
+      failure = "";
+    } catch (error) {
+      failure = error.message;
+    }
+    toolbar.setBusy(false);
+    draw();
+    refreshDetails();
+  }
+
+  function take({ detail }) {
+    for (const entry of detail.adapters) entries.set(entry.id, entry);
+    for (const id of detail.gone) entries.delete(id);
+    pending = detail.pending;
+    draw();
+    if (detail.adapters.some(({ id }) => id === shownId)) refreshDetails();
+  }
+
+  // --- what is shown ---
+
+  function draw() {
+    const all = [...entries.values()];
+    const shown = sortEntries(filterEntries(all, toolbar.filter), ...toolbar.sort);
+    const { withOthers } = toolbar.filter;
+    const total = withOthers ? all.length : all.filter(isForQwenImage).length;
+    list.show(shown);
+    toolbar.setCount(isLoaded ? t("adapters.count", { n: shown.length, total }) : "");
+    progress.hidden = !pending;
+    progress.textContent = pending ? t("adapters.pending", { n: pending }) : "";
+    drawMessage(shown.length, total, all.length);
+  }
+
+  function drawMessage(numShown, total, numAll) {
+    const parts = [];
+    const button = (key, onclick) =>
+      build("button", { type: "button", class: "qel-button", onclick }, t(key));
+    if (failure) {
+      const text = t("adapters.failed", { reason: failure });
+      parts.push(build("p", { role: "alert" }, text), button("adapters.retry", load));
+    } else if (!isLoaded) parts.push(build("p", {}, t("adapters.loading")));
+    else if (!numAll) parts.push(build("p", {}, t("adapters.empty")));
+    else if (!total) {
+      parts.push(build("p", {}, t("adapters.empty_qwen", { total: numAll })));
+      parts.push(button("adapters.show_others", () => toolbar.reset({ withOthers: true })));
+    } else if (!numShown) {
+      parts.push(build("p", {}, t("adapters.no_match")));
+      parts.push(button("adapters.clear", () => toolbar.reset()));
+    }
+    const covers = parts.length > 0 && !(failure && numShown);
+    message.hidden = !parts.length;
+    message.classList.toggle("qel-message-strip", Boolean(failure && numShown));
+    hint.hidden = list.element.hidden = covers;
+    hint.hidden ||= shownId !== null;
+    message.replaceChildren(...parts);
+  }
+
+  function select(entry) {
+    if (shownId !== entry.id) details = null;
+    shownId = entry.id;
+    hint.hidden = true;
+    element.classList.add("qel-has-details");
+    view.show(entry, details);
+    refreshDetails();
+  }
+
+  function close() {
+    const hadFocus = view.element.contains(document.activeElement);
+    shownId = details = null;
+    clearTimeout(timer);
+    element.classList.remove("qel-has-details");
+    view.hide();
+    list.deselect();
+    draw();
+    if (hadFocus) list.element.focus();
+  }
+
+  // Not for every file that an arrow key passes by.
+  function refreshDetails() {
+    clearTimeout(timer);
+    if (shownId === null) return;
+    if (!entries.has(shownId)) return close();
+    timer = setTimeout(async () => {
+      const id = shownId;
+      try {
+        const answer = await fetchJson(`${ROUTE}/${id}`);
+        if (id !== shownId) return;
+        details = answer;
+        view.show(answer, answer);
+      } catch (error) {
+        if (id === shownId) view.showError(error.message);
+      }
+    }, DETAILS_DELAY);
+  }
+
+  // --- into the graph ---
+
+  async function addToGraph(entry, position) {
+    try {
+      await addLoadAndApply(app, entry.name, position);
+      const summary = t("adapters.loaded");
+      app.extensionManager.toast.add({ severity: "success", summary, detail: entry.name, life: 2500 });
+    } catch (error) {
+      const summary = t("adapters.load_failed");
+      app.extensionManager.toast.add({ severity: "error", summary, detail: error.message });
+    }
+  }
+
+  let dragged = null;
+
+  // In Vue nodes other elements lie over the canvas; all are in its container, panels excepted.
+  function isOverCanvas({ target }) {
+    if (element.contains(target) || !(target instanceof Element)) return false;
+    if (target === app.canvas.canvas) return true;
+    return Boolean(target.closest('[data-testid="transform-pane"], .dom-widget, .lg-node'));
+  }
+
+  function ondragover(event) {
+    if (!isOverCanvas(event)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    event.dataTransfer.dropEffect = "copy";
+  }
+
+  function ondrop(event) {
+    if (!isOverCanvas(event)) return;
+    event.preventDefault(); // or a text field of a node would take the name
+    event.stopPropagation();
+    addToGraph(dragged, getDropPosition(app, event));
+  }
+
+  function ondragstart(event, entry) {
+    dragged = entry;
+    event.dataTransfer.effectAllowed = "copy";
+    event.dataTransfer.setData("application/x-qwen-edit-lora", entry.name);
+    document.addEventListener("dragover", ondragover, true);
+    document.addEventListener("drop", ondrop, true);
+  }
+
+  function ondragend() {
+    dragged = null;
+    document.removeEventListener("dragover", ondragover, true);
+    document.removeEventListener("drop", ondrop, true);
+  }
+
+  const onjob = ({ detail }) => detail?.status === "completed" && load();
+  const listeners = [
+    [EVENT, take],
+    [JOB_EVENT, onjob],
+    ["reconnected", load], // events are not sent again
+  ];
+  for (const [name, listener] of listeners) api.addEventListener(name, listener);
+  draw();
+  load();
+
+  return {
+    element,
+    destroy() {
+      stops.abort();
+      clearTimeout(timer);
+      ondragend();
+      for (const [name, listener] of listeners) api.removeEventListener(name, listener);
+      toolbar.destroy();
+      list.destroy();
+      element.remove();
+    },
+  };
+}

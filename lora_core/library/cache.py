@@ -1,0 +1,75 @@
+"""What is known of adapter files, kept over restarts. For speed only: it may be deleted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .. import inspection_files
+from ..errors import FileError
+from ..files import explain, write_then_rename
+from .facts import AdapterFacts
+from .health import Health
+
+#: Goes up when the same file would get other facts or another verdict.
+VERSION = 1
+
+Stamp = tuple[int, ...]
+"""Size, time of change in ns, and the same of a config file beside it: what a file was known by."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the file that had this stamp."""
+
+    stamp: Stamp
+    facts: AdapterFacts | None = None
+    health: Health | None = None
+
+
+def read_cache(path: Path) -> dict[str, Known]:
+    """Name -> what is known; empty for a file that is missing, damaged or of another version."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["version"] != describe_version():
+            return {}
+        return {name: restore(values) for name, values in saved["adapters"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write_cache(path: Path, known: Mapping[str, Known]) -> None:
+    """Written under another name, then renamed.
+
+    Raises:
+        FileError: the folder or the disk does not take it.
+    """
+    values = {"version": describe_version(), "adapters": {n: asdict(k) for n, k in known.items()}}
+    text = json.dumps(values, separators=(",", ":"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as e:
+        raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
+
+
+def describe_version() -> list[Any]:
+    names = [field.name for kind in (AdapterFacts, Health) for field in fields(kind)]
+    return [VERSION, inspection_files.VERSION, *names]
+
+
+def restore(values: dict[str, Any]) -> Known:
+    facts, health = values["facts"], values["health"]
+    return Known(
+        tuple(values["stamp"]),
+        facts and AdapterFacts(**with_tuples(facts)),
+        health and Health(**with_tuples(health)),
+    )
+
+
+def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}

@@ -1,0 +1,89 @@
+"""Everything that is worth reading about one file: its metadata and a table of its modules."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import targets
+from ..adapter import Adapter
+from ..errors import LoraError
+from ..files import read_adapter
+from ..stored import SafetensorsFile
+from ..weights import ModuleWeights
+from .facts import OK, SUFFIX, AdapterFacts
+from .health import Health, finite
+from .metadata import count_tags, list_known_fields
+
+#: Of a metadata value. Trainers put whole data sets' tags and pictures in there.
+MAX_VALUE = 2000
+MAX_FIELDS = 200
+
+
+def describe_file(path: Path, facts: AdapterFacts, health: Health | None) -> dict[str, Any]:
+    """JSON-able: "known", "tags", "metadata", "modules", "hints".
+
+    Raises:
+        FileError: the file went away meanwhile.
+    """
+    hints: tuple[str, ...] = ()
+    modules: list[dict[str, Any]] = []
+    metadata: Mapping[str, str] = {}
+    if facts.state == OK:
+        adapter = read_adapter(path)
+        adapter.release()
+        metadata, hints = adapter.metadata, adapter.report.hints
+        modules = tabulate(adapter, health)
+    elif path.suffix.lower() == SUFFIX:
+        try:
+            file = SafetensorsFile(path)
+            file.release()
+            metadata = file.metadata
+        except LoraError:
+            pass  # `facts.error` says it
+    return {
+        "known": list_known_fields(metadata),
+        "tags": [list(pair) for pair in count_tags(metadata)],
+        "metadata": [
+            {"key": key[:MAX_VALUE], "value": value[:MAX_VALUE], "num_chars": len(value)}
+            for key, value in sorted(metadata.items())[:MAX_FIELDS]
+        ],
+        "num_fields": len(metadata),
+        "modules": modules,
+        "hints": list(hints),
+    }
+
+
+def tabulate(adapter: Adapter, health: Health | None) -> list[dict[str, Any]]:
+    """A row for each name inside a block, such as attn.to_q, over all the blocks that have it."""
+    judged = {row["name"]: row for row in health.modules} if health else {}
+    groups: dict[str, dict[int | None, ModuleWeights]] = defaultdict(dict)
+    for path, weights in adapter.modules.items():
+        block, name = targets.split_path(path)
+        groups[name][block] = weights
+    rows = []
+    for name, by_block in groups.items():
+        weights = list(by_block.values())
+        alphas = (finite(w.alpha) for w in weights)
+        rows.append(
+            {
+                "name": name,
+                "num_modules": len(weights),
+                "blocks": targets.format_blocks({b for b in by_block if b is not None}),
+                "kind": most(w.kind for w in weights),
+                "shape": most(w.shape for w in weights),
+                "rank": most(w.rank for w in weights),
+                "alpha": most(alphas),
+                "size_bytes": sum(w.size_bytes() for w in weights),
+                "std": judged.get(name, {}).get("std"),
+                "effective_rank": judged.get(name, {}).get("effective_rank"),
+            }
+        )
+    return rows
+
+
+def most(values: Any) -> Any:
+    """The most frequent one."""
+    return Counter(values).most_common(1)[0][0]

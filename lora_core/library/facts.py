@@ -1,0 +1,124 @@
+"""What an adapter file is, from its header and its scalar alphas alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapter import Adapter
+from ..errors import FileError, KeyFormatError, LoraError
+from ..files import read_adapter
+from ..formats.architectures import detect_architecture
+from ..formats.reading import parse_keys
+from ..stored import SafetensorsFile
+from .metadata import OWN_CONFIG, clean, find_title, find_trigger_words
+
+QWEN_IMAGE = "Qwen-Image"
+SUFFIX = ".safetensors"
+NOT_OPENED = (
+    "not opened: only .safetensors files are, since a pickle can run code when it is read; "
+    "convert it where you trust it"
+)
+
+
+#: What became of a file. Damaged is also an adapter for Qwen-Image whose tensors contradict.
+STATES = ("ok", "damaged", "other model", "unknown model", "not opened")
+OK, DAMAGED, OTHER, UNKNOWN, PICKLE = STATES
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """One file. Numbers that differ between modules stand in order, the most frequent first."""
+
+    state: str = OK
+    model: str = ""
+    """QWEN_IMAGE, the name of another model, or "" where neither could be told."""
+    error: str = ""
+    """Why the file cannot be used, in one sentence."""
+    key_format: str = ""
+    kinds: tuple[str, ...] = ()
+    num_modules: int = 0
+    num_parameters: int = 0
+    ranks: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
+    """Out of "original", "2509", "2511", "text-to-image"; empty where the file says nothing."""
+    targets: str = ""
+    """The preset of target modules, or "custom"."""
+    blocks: str = ""
+    title: str = ""
+    trigger_words: tuple[str, ...] = ()
+    is_ours: bool = False
+    """Trained by this extension."""
+    warnings: tuple[str, ...] = ()
+
+
+def read_facts(path: Path) -> AdapterFacts:
+    """Never raises a LoraError: what is wrong with a file is one of its facts."""
+    if path.suffix.lower() != SUFFIX:
+        return AdapterFacts(PICKLE, error=NOT_OPENED)
+    try:
+        return describe(read_adapter(path))
+    except FileError as e:
+        return AdapterFacts(DAMAGED, error=join(e))
+    except LoraError as e:
+        return describe_refused(path, e)
+
+
+def describe(adapter: Adapter) -> AdapterFacts:
+    report = adapter.report
+    adapter.release()
+    return AdapterFacts(
+        OK,
+        QWEN_IMAGE,
+        key_format=report.key_format,
+        kinds=order(report.kinds),
+        num_modules=report.num_modules,
+        num_parameters=sum(weights.num_parameters() for weights in adapter.modules.values()),
+        ranks=order(report.ranks),
+        alphas=tuple(alpha for alpha in order(report.alphas) if math.isfinite(alpha)),
+        dtypes=order(report.dtypes),
+        variants=report.variants,
+        targets=report.preset or "custom",
+        blocks=report.blocks,
+        warnings=report.warnings,
+        **describe_metadata(adapter.metadata),
+    )
+
+
+def describe_refused(path: Path, error: LoraError) -> AdapterFacts:
+    """A whole file that is no adapter for Qwen-Image, or one whose keys or shapes contradict."""
+    try:
+        file = SafetensorsFile(path)
+    except FileError as e:
+        return AdapterFacts(DAMAGED, error=join(e))
+    file.release()
+    state, model = DAMAGED, QWEN_IMAGE
+    if isinstance(error, KeyFormatError):
+        foreign = detect_architecture(file.tensors)
+        if foreign:
+            state, model = OTHER, foreign
+        elif not parse_keys(file.tensors)[0]:
+            state, model = UNKNOWN, ""
+    return AdapterFacts(state, model, join(error), **describe_metadata(file.metadata))
+
+
+def describe_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "title": find_title(metadata),
+        "trigger_words": find_trigger_words(metadata),
+        "is_ours": OWN_CONFIG in metadata,
+    }
+
+
+def order(counts: Mapping[Any, int]) -> tuple[Any, ...]:
+    """Value -> number of modules; at most 16 of the values, since a file may hold any number."""
+    return tuple(sorted(counts, key=lambda value: -counts[value]))[:16]
+
+
+def join(error: Exception) -> str:
+    return clean(error, 600)

@@ -1,0 +1,85 @@
+"""Whether an adapter is fit for use: a level and the sentences behind it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .. import targets
+from ..inspection import Inspection, ModuleInspection
+
+#: Worst first. "unknown": nothing to judge, such as an OFT without its base.
+LEVELS = ("broken", "warning", "unknown", "healthy")
+
+#: How the sentences of `verdict.judge` begin -> how grave each is.
+GRAVITY = {
+    "non-finite": "broken",
+    "untrained": "broken",
+    "partly trained": "warning",
+    "dead modules": "warning",
+    "inert, not broken": "healthy",
+    "scale": "warning",
+    "collapsed rank": "warning",
+    "saturated": "warning",
+    "strong": "warning",
+    "very faint": "warning",
+    "faint": "warning",
+    "dense, small, healthy": "healthy",
+    "healthy in size, but sparse": "healthy",
+    "nothing to judge": "unknown",
+}
+
+
+#: Not kept: the next session tries again.
+UNEXPECTED = "it could not be inspected, for a reason that stands in ComfyUI's log"
+
+
+@dataclass(frozen=True)
+class Health:
+    level: str
+    """One of LEVELS."""
+    sentence: str
+    """The one that decided the level."""
+    sentences: tuple[str, ...]
+    modules: tuple[dict[str, Any], ...] = ()
+    """Name inside a block, the std of its deltas over all blocks, their mean effective rank."""
+
+
+def judge_health(inspection: Inspection, warnings: Iterable[str] = ()) -> Health:
+    """
+    Args:
+        warnings: of the load report; each is at least a warning.
+    """
+    graded = [(get_gravity(sentence), sentence) for sentence in inspection.verdict]
+    graded += [("warning", sentence) for sentence in warnings]
+    graded.sort(key=lambda pair: LEVELS.index(pair[0]))  # stable: the gravest stay in their order
+    level = graded[0][0]
+    # Of a healthy one the last sentence says what it is.
+    sentence = graded[-1][1] if level == "healthy" else graded[0][1]
+    return Health(level, sentence, tuple(text for _, text in graded), summarise(inspection))
+
+
+def get_gravity(sentence: str) -> str:
+    return GRAVITY.get(sentence.partition(":")[0], "unknown")
+
+
+def summarise(inspection: Inspection) -> tuple[dict[str, Any], ...]:
+    groups: dict[str, list[ModuleInspection]] = defaultdict(list)
+    for path, module in inspection.modules.items():
+        groups[targets.split_path(path)[1]].append(module)
+    return tuple(
+        {
+            "name": name,
+            "std": finite(math.sqrt(sum(m.std**2 for m in modules) / len(modules))),
+            "effective_rank": finite(sum(m.effective_rank for m in modules) / len(modules)),
+        }
+        for name, modules in groups.items()
+    )
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None

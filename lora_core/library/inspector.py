@@ -1,0 +1,145 @@
+"""Inspections in a process of its own, so that the host neither waits nor falls with one.
+
+    python -m lora_core.library.inspector
+
+reads {"path": ..., "warnings": [...]} from each line of its input and answers with a line: a
+{"health": ...} or {"error": sentence}. It ends with its input.
+
+Why no thread: torch's number of threads belongs to the whole process, and a module's small
+products, spread over cores that others use, take twenty times as long as on one core (a rank-32
+file with 720 modules: 170 s instead of 8). A file that is cut while it is mapped ends this process
+alone, and its priority is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import FileError, LoraError
+from ..files import explain, read_adapter
+from ..inspection import inspect_adapter
+from .cache import with_tuples
+from .health import UNEXPECTED, Health, judge_health
+
+#: The folder that holds `lora_core`.
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+#: `python -m` also for a Python that looks for modules neither in the working directory nor in
+#: PYTHONPATH, as the one of ComfyUI's portable build for Windows.
+BOOT = (
+    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
+    "runpy.run_module('lora_core.library.inspector', run_name='__main__', alter_sys=True)"
+)
+NICENESS = 10
+#: One core, and no GPU: not even its context, which takes hundreds of megabytes.
+ENVIRONMENT = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+    **dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), ""),
+    "PYTHONIOENCODING": "utf-8",
+}
+
+logger = logging.getLogger(__name__)
+
+
+class Inspector:
+    """Starts the process when there is something to inspect; one file at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._is_closed = False
+
+    def inspect(self, path: Path, warnings: Iterable[str] = ()) -> Health | None:
+        """The health of an adapter; None if the inspector was closed meanwhile.
+
+        Raises:
+            FileError: the file cannot be inspected, or the process not be started.
+        """
+        line = self._ask(json.dumps({"path": str(path), "warnings": list(warnings)}))
+        if self._is_closed:
+            return None
+        if not line.endswith("\n"):
+            process, self._process = self._process, None
+            logger.warning(
+                "Qwen Edit LoRA: the process that inspected %s ended with status %s",
+                path.name,
+                process.wait(),
+            )
+            return Health("unknown", UNEXPECTED, (UNEXPECTED,))
+        values = json.loads(line)
+        if "error" in values:
+            raise FileError(values["error"])
+        if values["log"]:
+            logger.warning("Qwen Edit LoRA: %s: %s", path.name, values["log"])
+        return Health(**with_tuples(values["health"]))
+
+    def _ask(self, question: str) -> str:
+        """The line it answers; a part of one if it ended."""
+        process = self._start()
+        try:
+            process.stdin.write(f"{question}\n")
+            process.stdin.flush()
+            return process.stdout.readline()
+        except (OSError, ValueError):  # it ended before it could read, or `close` was faster
+            return ""
+
+    def close(self, for_good: bool = False) -> None:
+        """Ends the process, whatever it does; `inspect` starts another one."""
+        self._is_closed = for_good
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):
+                    pipe.close()
+
+    def _start(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            no_user_site = ["-s"] if sys.flags.no_user_site else []
+            quiet: dict[str, Any] = {}
+            if os.name == "nt":
+                flags = subprocess.BELOW_NORMAL_PRIORITY_CLASS | subprocess.CREATE_NO_WINDOW
+                quiet = {"creationflags": flags}
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, *no_user_site, "-c", BOOT, str(PACKAGE_ROOT)],
+                    env={**os.environ, **ENVIRONMENT},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    encoding="utf-8",
+                    **quiet,
+                )
+            except OSError as e:
+                raise FileError(f"no process can be started: {explain(e)}") from None
+        return self._process
+
+
+def main(questions: TextIO, answers: TextIO) -> None:
+    with suppress(AttributeError):  # Windows, where it was started that way
+        os.nice(NICENESS)
+    for line in questions:
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    try:
+        inspection = inspect_adapter(read_adapter(question["path"]))
+        return {"health": asdict(judge_health(inspection, question["warnings"])), "log": ""}
+    except LoraError as e:
+        return {"error": " ".join(str(e).split())}
+    except Exception as e:  # noqa: BLE001 - said in the log of the other process
+        return {"health": asdict(Health("unknown", UNEXPECTED, (UNEXPECTED,))), "log": repr(e)}
+
+
+if __name__ == "__main__":
+    answers, sys.stdout = sys.stdout, sys.stderr  # what others print is no answer
+    main(sys.stdin, answers)

@@ -1,0 +1,350 @@
+"""Every adapter file of some folders: what it is at once, how healthy it is after a while."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, FileError, LoraError
+from ..files import PEFT_CONFIG
+from .cache import Known, Stamp, read_cache, write_cache
+from .details import describe_file
+from .facts import DAMAGED, OK, AdapterFacts, read_facts
+from .health import UNEXPECTED, Health
+from .inspector import Inspector
+
+#: How long a list waits for headers that have not been read yet; later ones come as events.
+LIST_PATIENCE = 0.4  # seconds
+NOTICE_INTERVAL = 0.5
+SAVE_INTERVAL = 5.0
+BUSY_INTERVAL = 0.5
+#: In place of the stamp of a file that is no more.
+GONE: Stamp = (-1,)
+
+_ID = re.compile(r"[0-9a-f]{16}")
+
+logger = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+
+
+class UnknownAdapterError(LoraError, LookupError):
+    """There is no file of this id (any more)."""
+
+
+def build_id(name: str) -> str:
+    """Opaque, and the same on every system: of the name below the folders, never of a path."""
+    return hashlib.blake2b(
+        name.replace("\\", "/").encode(errors="replace"), digest_size=8
+    ).hexdigest()
+
+
+def check_id(adapter_id: object) -> str:
+    """The id itself.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(adapter_id, str) or not _ID.fullmatch(adapter_id):
+        raise ConfigError(
+            f"{str(adapter_id)[:40]!r} is no adapter's id; expected 16 digits such as "
+            "0123456789abcdef, from the list of adapters"
+        )
+    return adapter_id
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of the list."""
+
+    name: str
+    path: Path
+    stamp: Stamp
+    facts: AdapterFacts | None = None
+    health: Health | None = None
+
+    @property
+    def id(self) -> str:
+        return build_id(self.name)
+
+    @property
+    def is_waiting(self) -> bool:
+        """For its health."""
+        return self.facts is not None and self.facts.state == OK and self.health is None
+
+    def to_dict(self) -> dict[str, Any]:
+        facts = self.facts or AdapterFacts(state="reading")
+        shown = {
+            "id": self.id,
+            "name": self.name,
+            "size_bytes": self.stamp[0],
+            "modified_at": self.stamp[1] / 1e9,
+            **vars(facts),  # asdict would copy all of it, for each of a thousand files
+            "health": None,
+        }
+        if self.health is not None:
+            shown["health"] = {"level": self.health.level, "sentence": self.health.sentence}
+        elif facts.state == DAMAGED:
+            shown["health"] = {"level": "broken", "sentence": facts.error}
+        return shown
+
+
+class AdapterLibrary:
+    """The list, its cache, and the one thread that fills it in.
+
+    The thread runs while there is something to find out, and no longer.
+
+    Args:
+        list_files: name of each file, as the user knows it -> its path.
+        cache: file in which results outlive the process.
+        notify: told {"adapters": changed entries, "gone": ids, "pending": number} as they come.
+        is_busy: whether the machine is wanted elsewhere; health waits until it is not.
+    """
+
+    def __init__(
+        self,
+        list_files: Callable[[], Mapping[str, Path]],
+        cache: Path,
+        notify: Callable[[Event], None] | None = None,
+        is_busy: Callable[[], bool] | None = None,
+    ):
+        self.list_files = list_files
+        self.cache = cache
+        self.notify = notify or (lambda event: None)
+        self.is_busy = is_busy or (lambda: False)
+        self._lock = threading.RLock()
+        self._entries: dict[str, Entry] = {}
+        self._known: dict[str, Known] | None = None
+        self._first = ""
+        self._thread: threading.Thread | None = None
+        self._inspector = Inspector()
+        self._stopped = threading.Event()
+        self._is_read = threading.Event()
+        self._is_saved = True
+        self._can_save = True
+
+    # --- what is asked ---
+
+    def list(self) -> dict[str, Any]:
+        """{"adapters": [...], "pending": how many have no verdict yet}, by name."""
+        self.scan()
+        self._is_read.wait(LIST_PATIENCE)
+        with self._lock:
+            entries = sorted(self._entries.values(), key=lambda entry: entry.name.lower())
+            return {"adapters": [entry.to_dict() for entry in entries], "pending": self._count()}
+
+    def show(self, adapter_id: str) -> dict[str, Any]:
+        """The entry, and everything else that is known of the file; its health comes next.
+
+        Raises:
+            ConfigError, UnknownAdapterError: as `find`.
+            FileError: the file went away or changed meanwhile.
+        """
+        entry = self._get(adapter_id)
+        with self._lock:
+            self._first = entry.name
+        facts = entry.facts or read_facts(entry.path)
+        shown = replace(entry, facts=facts).to_dict()
+        sentences = list(entry.health.sentences) if entry.health else []
+        details = describe_file(entry.path, facts, entry.health)
+        return {**shown, "sentences": sentences, **details}
+
+    def find(self, adapter_id: str) -> Path:
+        """The file of an id.
+
+        Raises:
+            ConfigError: what is given is no id.
+            UnknownAdapterError: no file of the folders has it.
+        """
+        return self._get(adapter_id).path
+
+    def _get(self, adapter_id: str) -> Entry:
+        check_id(adapter_id)
+        entry = self._find_entry(adapter_id)
+        if entry is None or (read_stamp(entry.path, ()) or GONE) != entry.stamp[:2]:
+            self.scan()  # it is new, changed, or gone
+            entry = self._find_entry(adapter_id)
+        if entry is None:
+            raise UnknownAdapterError(
+                f"no adapter in the loras folders has the id {adapter_id}; reload the list"
+            )
+        return entry
+
+    def _find_entry(self, adapter_id: str) -> Entry | None:
+        with self._lock:
+            return next((e for e in self._entries.values() if e.id == adapter_id), None)
+
+    # --- what is there ---
+
+    def scan(self) -> None:
+        """Looks at the folders again, and has the thread look into what is new or changed."""
+        files = self.list_files()
+        config_stamps = {folder: read_config_stamp(folder) for folder in get_folders(files)}
+        with self._lock:
+            if self._known is None:
+                self._known = read_cache(self.cache)
+            entries = {}
+            for name, path in files.items():
+                stamp = read_stamp(path, config_stamps[path.parent])
+                if stamp is None:
+                    continue  # gone between the two looks
+                entry = self._entries.get(name)
+                if entry is None or entry.stamp != stamp or entry.path != path:
+                    known = self._known.get(name)
+                    if known is None or known.stamp != stamp:
+                        known = Known(stamp)
+                    entry = Entry(name, path, stamp, known.facts, known.health)
+                entries[name] = entry
+            if self._known.keys() - entries.keys():
+                self._is_saved = False
+            self._entries = entries
+            self._update_known()
+            if self._find_work() is None:
+                self._is_read.set()
+                if not self._is_saved:
+                    self._save()
+            elif self._thread is None and not self._stopped.is_set():
+                self._thread = threading.Thread(
+                    target=self._work, name="qwen_edit_lora adapters", daemon=True
+                )
+                self._thread.start()
+
+    def _update_known(self) -> None:
+        self._known = {
+            entry.name: Known(entry.stamp, entry.facts, entry.health)
+            for entry in self._entries.values()
+            if entry.health is None or entry.health.sentence != UNEXPECTED
+        }
+
+    def _count(self) -> int:
+        return sum(e.facts is None or e.is_waiting for e in self._entries.values())
+
+    def _find_work(self) -> Entry | None:
+        """Headers before health, what was asked for first, then the newest; under the lock."""
+
+        def get_urgency(entry: Entry) -> tuple[bool, bool, int]:
+            return entry.facts is None, entry.name == self._first, entry.stamp[1]
+
+        waiting = (e for e in self._entries.values() if e.facts is None or e.is_waiting)
+        entry = max(waiting, key=get_urgency, default=None)
+        if entry is None or entry.facts is not None:
+            self._is_read.set()
+        else:
+            self._is_read.clear()
+        return entry
+
+    # --- the thread ---
+
+    def stop(self, timeout: float | None = 5.0) -> None:
+        """Ends the thread for good, whatever it does."""
+        self._stopped.set()
+        self._inspector.close(for_good=True)
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def wait(self, timeout: float) -> bool:
+        """Whether everything is found out by then."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+        with self._lock:
+            return self._count() == 0
+
+    def _work(self) -> None:
+        changed: dict[str, Entry] = {}
+        gone: set[str] = set()
+        told_at = saved_at = time.monotonic()
+        while True:
+            with self._lock:
+                entry = None if self._stopped.is_set() else self._find_work()
+                if entry is None:
+                    self._save()
+                    self._inspector.close(self._stopped.is_set())
+                    self._thread = None  # in the same breath: who finds none starts another
+            is_header = entry is not None and entry.facts is None
+            now = time.monotonic()
+            if (changed or gone) and (not is_header or now - told_at > NOTICE_INTERVAL):
+                self._tell(changed.values(), gone)
+                changed, gone, told_at = {}, set(), now
+            if entry is None:
+                return
+            if now - saved_at > SAVE_INTERVAL:
+                with self._lock:
+                    self._save()
+                saved_at = now
+            found = self._read_header(entry) if is_header else self._inspect(entry)
+            if found is None:
+                continue  # stopped
+            with self._lock:
+                if self._entries.get(entry.name) is not entry:
+                    continue  # a scan saw the file change meanwhile
+                if found.stamp[0] < 0:
+                    del self._entries[entry.name]
+                    gone.add(entry.id)
+                else:
+                    self._entries[entry.name] = changed[entry.name] = found
+                self._update_known()
+                self._is_saved = False
+
+    def _read_header(self, entry: Entry) -> Entry:
+        try:
+            return replace(entry, facts=read_facts(entry.path))
+        except Exception:
+            logger.exception("Qwen Edit LoRA: %s cannot be listed", entry.name)
+            return replace(entry, facts=AdapterFacts(DAMAGED, error=UNEXPECTED))
+
+    def _inspect(self, entry: Entry) -> Entry | None:
+        """With its health; with another stamp and no facts if the file changed; None if stopped."""
+        while self.is_busy() and not self._stopped.is_set():
+            self._stopped.wait(BUSY_INTERVAL)
+        if self._stopped.is_set():
+            return None
+        try:
+            health = self._inspector.inspect(entry.path, entry.facts.warnings)
+        except LoraError as e:
+            stamp = read_stamp(entry.path, read_config_stamp(entry.path.parent))
+            if stamp != entry.stamp:
+                return replace(entry, stamp=stamp or GONE, facts=None, health=None)
+            health = Health("broken", str(e), (str(e),))
+        return health and replace(entry, health=health)
+
+    def _tell(self, changed: Iterable[Entry], gone: Iterable[str]) -> None:
+        with self._lock:
+            pending = self._count()
+        event = {"adapters": [e.to_dict() for e in changed], "gone": sorted(gone)}
+        self.notify({**event, "pending": pending})
+
+    def _save(self) -> None:
+        if self._is_saved or not self._can_save:
+            return
+        try:
+            write_cache(self.cache, self._known)
+            self._is_saved = True
+        except FileError as e:
+            self._can_save = False
+            logger.warning("Qwen Edit LoRA: adapters are looked at anew after a restart: %s", e)
+
+
+def get_folders(files: Mapping[str, Path]) -> set[Path]:
+    return {path.parent for path in files.values()}
+
+
+def read_stamp(path: Path, config_stamp: Stamp) -> Stamp | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, *config_stamp
+
+
+def read_config_stamp(folder: Path) -> Stamp:
+    """Of PEFT's config file, which says what alpha is; () where there is none."""
+    return read_stamp(folder / PEFT_CONFIG, ()) or ()

@@ -1,0 +1,226 @@
+"""The adapter browser in the real page: hostile files, filters, keyboard, and into the graph."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from demo_base.adapters import make_adapter
+from safetensors.torch import save_file
+
+pytestmark = [pytest.mark.web, pytest.mark.comfy]
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = '<img src=x onerror="window.hacked = true">'
+MODULES = {f"transformer_blocks.{i}.attn.to_{k}": (32, 32) for i in range(2) for k in "qkv"}
+
+#: Until the panel does it: a sidebar tab around the browser.
+MOUNT = """async () => {
+    const { createAdapterBrowser, ADAPTER_WORDS } =
+        await import("/extensions/qwen-edit-lora/adapters/browser.js");
+    const { api } = await import("/scripts/api.js");
+    const t = (key, values = {}) => {
+        if (!(key in ADAPTER_WORDS)) throw new Error(`no text for ${key}`);
+        return ADAPTER_WORDS[key].replace(/\\{(\\w+)\\}/g, (all, name) => values[name] ?? all);
+    };
+    let browser;
+    app.extensionManager.registerSidebarTab({
+        id: "adapters-alone", icon: "pi pi-box", title: "LoRA", type: "custom",
+        render: (element) => {
+            browser?.destroy();
+            browser = createAdapterBrowser({ app, api, t });
+            element.style.height = "100%";
+            element.append(browser.element);
+        },
+        destroy: () => browser.destroy(),
+    });
+    await app.extensionManager.command.execute("Workspace.ToggleSidebarTab.adapters-alone");
+}"""
+NODES = """() => app.graph._nodes.map((n) => [
+    n.comfyClass, n.widgets.find((w) => w.name === "lora_name")?.value ?? null])"""
+OFFERED = """() => app.graph.findNodesByType("QwenEditLoraLoad")[0]
+    .widgets.find((w) => w.name === "lora_name").options.values"""
+#: The one Load, where its title bar is on the screen, and whether Apply hangs on it.
+PAIR = """() => {
+    const [load] = app.graph.findNodesByType("QwenEditLoraLoad");
+    const [apply] = app.graph.findNodesByType("QwenEditLoraApply");
+    const link = apply.inputs.find((input) => input.name === "adapter").link;
+    const [x, y] = app.canvasPosToClientPos([load.pos[0] + 20, load.pos[1] - 15]);
+    return { x, y, isWired: app.graph.links.get(link).origin_id === load.id,
+        name: load.widgets.find((w) => w.name === "lora_name").value };
+}"""
+
+
+@pytest.fixture(scope="module")
+def loras(demo_models: Any) -> Iterator[Path]:
+    """Files of all sorts in models/loras; those of the demo base are there too."""
+    folder = demo_models.root / "loras" / "browsed"
+    folder.mkdir()
+    hostile = {
+        "modelspec.title": HOSTILE,
+        "modelspec.trigger_phrase": f"{HOSTILE}, restore",
+        "modelspec.architecture": "Qwen-Image-Edit-2511/lora",
+        HOSTILE: HOSTILE,
+    }
+    make_adapter(folder / "hostile.safetensors", MODULES, rank=16, metadata=hostile)
+    (folder / "hostile.safetensors").rename(folder / "<img src=x onerror=hacked()>.safetensors")
+    ours = {"modelspec.architecture": "Qwen-Image-Edit-Plus/lora", "qwen_edit_lora.config": "{}"}
+    make_adapter(folder / "ours.safetensors", MODULES, rank=32, metadata=ours)
+    make_adapter(folder / "loud.safetensors", MODULES, rank=4, delta_std=0.05)
+    (folder / "cut.safetensors").write_bytes(b"\x40" + bytes(40))
+    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"
+    save_file({key: torch.zeros(2, 8)}, folder / "sdxl.safetensors")
+    yield folder
+    shutil.rmtree(folder)
+
+
+class Browser:
+    """What a user does with the adapter browser."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.element = page.locator(".qel-adapters")
+        self.list = self.element.get_by_role("listbox")
+
+    def find(self, text: str) -> Any:
+        return self.list.get_by_role("option").filter(has_text=text)
+
+    def search(self, text: str) -> None:
+        self.element.get_by_role("searchbox").fill(text)
+        self.page.wait_for_timeout(300)
+
+    def read_names(self) -> list[str]:
+        """In the order in which they are shown."""
+        return self.page.evaluate(
+            """() => [...document.querySelectorAll(".qel-row")]
+                .sort((a, b) => a.ariaPosInSet - b.ariaPosInSet)
+                .map((row) => row.querySelector(".qel-row-stem").textContent)"""
+        )
+
+    def drag(self, text: str, x: float, y: float) -> None:
+        box = self.find(text).bounding_box()
+        mouse = self.page.mouse
+        mouse.move(box["x"] + 60, box["y"] + 20)
+        mouse.down()
+        mouse.move(x - 40, y - 40, steps=4)
+        mouse.move(x, y, steps=4)
+        mouse.up()
+
+
+@pytest.fixture
+def opened(workspace: Any, loras: Path) -> Browser:
+    workspace.page.evaluate("() => app.graph.clear()")
+    workspace.page.evaluate(MOUNT)
+    browser = Browser(workspace.page)
+    browser.search("browsed")
+    browser.find("ours").wait_for()
+    # verdicts come by themselves
+    browser.find("ours").locator(".qel-health-healthy").wait_for()
+    browser.find("loud").locator(".qel-health-warning").wait_for()
+    return browser
+
+
+def test_files_are_found_filtered_and_sorted_and_stay_text(opened, workspace):
+    page, element = workspace.page, opened.element
+    hostile = "<img src=x onerror=hacked()>"
+    assert set(opened.read_names()) == {hostile, "ours", "loud", "cut"}
+    element.get_by_label("Sort by", exact=True).select_option("rank")
+    assert opened.read_names() == ["ours", hostile, "loud", "cut"]
+    element.get_by_label("Sort by", exact=True).select_option("health")
+    assert opened.read_names()[:2] == ["cut", "loud"]
+    element.get_by_label("Reverse the order").click()
+    assert opened.read_names()[-2:] == ["loud", "cut"]
+
+    element.get_by_role("button", name="Filters", exact=True).click()
+    element.get_by_label("Base", exact=True).select_option("2511")
+    assert opened.read_names() == [hostile]
+    element.get_by_label("Base", exact=True).select_option("all")
+    element.get_by_label("Trained here", exact=True).check()
+    assert opened.read_names() == ["ours"]
+    element.get_by_label("Trained here", exact=True).uncheck()
+    element.get_by_label("Health", exact=True).select_option("broken")
+    assert opened.read_names() == ["cut"]
+    element.get_by_role("button", name="Clear filters").click()
+    element.get_by_label("Files of other models too").check()
+    assert "sdxl" in opened.read_names()
+    assert "for SDXL UNet" in opened.find("sdxl").inner_text()
+    opened.search("browsed rank 16")
+    assert opened.read_names() == [hostile]
+
+    opened.find("<img").click()
+    details = page.locator(".qel-details")
+    details.get_by_text(re.compile(r"\d fields")).wait_for()
+    details.get_by_text("Metadata").click()
+    assert details.get_by_role("heading", level=3).inner_text() == HOSTILE
+    assert HOSTILE in details.locator(".qel-metadata").inner_text()
+    assert details.locator(".qel-verdict").inner_text().startswith("Healthy")
+    assert page.locator(".qel-adapters img").count() == 0
+    assert page.evaluate("() => window.hacked") is None
+    details.get_by_role("button", name="Copy: restore").click()
+    details.get_by_text("Copied").wait_for()
+    workspace.shoot("adapters")
+    page.keyboard.press("Escape")
+    assert details.is_hidden()
+    assert workspace.errors == []
+
+
+@pytest.mark.parametrize("vue", [True, False])
+def test_files_get_into_the_graph_by_mouse_and_keyboard_and_out_by_undo(
+    opened, workspace, loras, vue
+):
+    page = workspace.page
+    workspace.set_vue_nodes(vue)
+    opened.drag("ours", 900, 400)
+    page.wait_for_function("() => app.graph._nodes.length === 2")
+    pair = page.evaluate(PAIR)
+    assert pair["isWired"]
+    assert pair["name"] == str(Path("browsed", "ours.safetensors"))
+    assert (pair["x"], pair["y"]) == pytest.approx((900, 400), abs=2)
+    # onto the node that lies there: still the canvas
+    opened.drag("loud", 950, 460)
+    page.wait_for_function("() => app.graph._nodes.length === 4")
+    opened.drag("loud", 200, 500)  # back onto the list: nothing
+    workspace.shoot(f"adapters_in_graph_{'vue' if vue else 'classic'}")
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Undo')")
+    page.wait_for_function("() => app.graph._nodes.length === 2")
+
+    opened.list.focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    chosen = opened.list.locator("[aria-selected=true]")
+    assert chosen.get_attribute("aria-posinset") == "2"
+    assert opened.list.get_attribute("aria-activedescendant") == chosen.get_attribute("id")
+    opened.find("loud").click()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => app.graph._nodes.length === 4")
+    assert ["QwenEditLoraLoad", str(Path("browsed", "loud.safetensors"))] in page.evaluate(NODES)
+
+    # a file newer than the page is listed, and known to the loaders before it is chosen there
+    make_adapter(loras / "fresh.safetensors", MODULES)
+    refresh = opened.element.get_by_role("button", name="Look for new files")
+    refresh.click()
+    opened.find("fresh").dblclick()
+    page.wait_for_function("() => app.graph._nodes.length === 6")
+    name = str(Path("browsed", "fresh.safetensors"))
+    assert ["QwenEditLoraLoad", name] in page.evaluate(NODES)
+    assert name in page.evaluate(OFFERED)
+    (loras / "fresh.safetensors").unlink()
+    refresh.click()
+    opened.find("fresh").wait_for(state="detached")
+    assert workspace.errors == []
+
+
+def test_every_text_that_the_browser_asks_for_exists_and_no_other():
+    sources = [path for path in (ROOT / "web" / "adapters").glob("*.js") if path.stem != "words"]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    words = (ROOT / "web" / "adapters" / "words.js").read_text(encoding="utf-8")
+    listed = set(re.findall(r'^  "(adapters\.[^"]+)":', words, re.MULTILINE))
+    asked = set(re.findall(r'"(adapters\.[\w.]+)"', code))
+    stems = set(re.findall(r"`(adapters\.[\w.]*)\$\{", code))
+    assert asked - listed == set()
+    assert {word for word in listed - asked if not word.startswith(tuple(stems))} == set()

@@ -1,0 +1,239 @@
+// Everything about one file: verdict, trigger words, facts, training, modules, metadata.
+
+import { getHealth } from "./choice.js";
+import { build, icon, iconButton } from "./elements.js";
+import * as format from "./format.js";
+import { HEALTH_ICONS } from "./row.js";
+
+const COPIED_MS = 1500;
+
+export function createDetails({ t, onload, onclose }) {
+  const element = build("section", { class: "qel-details", hidden: true });
+
+  async function copy(text, button) {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      copyBySelection(text); // without https the browser has no clipboard
+    }
+    const old = [...button.childNodes];
+    button.replaceChildren(icon("check"), t("adapters.copied"));
+    setTimeout(() => button.replaceChildren(...old), COPIED_MS);
+  }
+
+  function copyButton(text, label) {
+    const button = build("button", { type: "button", class: "qel-button" }, icon("copy"), label);
+    button.addEventListener("click", () => copy(text, button));
+    return button;
+  }
+
+  function section(title, ...children) {
+    return build("div", { class: "qel-section" }, build("h4", {}, title), ...children);
+  }
+
+  function fold(title, note, isOpen, ...children) {
+    return build(
+      "details",
+      { class: "qel-section qel-fold", open: isOpen },
+      build("summary", {}, title, build("span", { class: "qel-note" }, note)),
+      ...children,
+    );
+  }
+
+  function definitions(pairs) {
+    const filled = pairs.filter(([, value]) => value !== "" && value !== undefined);
+    return build(
+      "dl",
+      { class: "qel-facts" },
+      ...filled.flatMap(([name, value]) => [build("dt", {}, name), build("dd", {}, String(value))]),
+    );
+  }
+
+  function head(entry) {
+    const [folder, file] = format.splitName(entry.name);
+    const load = () => onload(entry);
+    const actions = [copyButton(entry.name, t("adapters.copy_name"))];
+    if (entry.state === "ok") {
+      const properties = { type: "button", class: "qel-button qel-button-primary", onclick: load };
+      actions.unshift(build("button", properties, icon("sign-in"), t("adapters.load")));
+    }
+    return [
+      build(
+        "header",
+        { class: "qel-details-head" },
+        build(
+          "div",
+          { class: "qel-details-title" },
+          build("h3", {}, entry.title || file.replace(/\.safetensors$/i, "")),
+          build("div", { class: "qel-note qel-path" }, folder + file),
+        ),
+        iconButton("times", t("adapters.back"), onclose),
+      ),
+      build("div", { class: "qel-actions" }, ...actions),
+    ];
+  }
+
+  function verdict(entry, sentences) {
+    const health = getHealth(entry);
+    const said = sentences?.length ? sentences : [entry.health?.sentence ?? entry.error];
+    return build(
+      "div",
+      { class: `qel-verdict qel-verdict-${health}` },
+      build(
+        "div",
+        { class: `qel-verdict-level qel-health-${health}` },
+        icon(HEALTH_ICONS[health]),
+        build("strong", {}, t(`adapters.health.${health}`)),
+      ),
+      ...said.filter(Boolean).map((sentence) => build("p", {}, sentence)),
+      ...(entry.state === "ok" ? entry.warnings : [])
+        .filter((warning) => !said.includes(warning))
+        .map((warning) => build("p", {}, warning)),
+    );
+  }
+
+  function triggers(entry) {
+    const words = entry.trigger_words;
+    if (!words.length) return null;
+    const chips = words.map((word) => {
+      const label = `${t("adapters.copy")}: ${word}`;
+      const properties = { type: "button", class: "qel-chip", "aria-label": label, title: label };
+      const chip = build("button", properties, icon("copy"), word);
+      chip.addEventListener("click", () => copy(word, chip));
+      return chip;
+    });
+    if (words.length > 1) chips.push(copyButton(words.join(", "), t("adapters.copy_all")));
+    return section(t("adapters.triggers"), build("div", { class: "qel-chips" }, ...chips));
+  }
+
+  function facts(entry) {
+    const alphas = entry.alphas.map(format.formatNumber).join(", ");
+    const rank = entry.ranks.join(", ");
+    const base = format.formatVariants(entry, t) || t("adapters.variant.unknown");
+    const isOk = entry.state === "ok";
+    return section(
+      t("adapters.facts"),
+      definitions([
+        [t("adapters.fact.model"), isOk ? "" : entry.model],
+        [t("adapters.fact.base"), isOk ? base : ""],
+        [t("adapters.fact.kinds"), entry.kinds.join(", ")],
+        [t("adapters.fact.rank"), rank],
+        [t("adapters.fact.alpha"), alphas],
+        [t("adapters.fact.targets"), entry.targets],
+        [t("adapters.fact.blocks"), entry.blocks],
+        [t("adapters.fact.key_format"), entry.key_format],
+        [t("adapters.fact.dtypes"), entry.dtypes.join(", ")],
+        [t("adapters.fact.parameters"), isOk ? format.formatCount(entry.num_parameters) : ""],
+        [t("adapters.fact.size"), format.formatSize(entry.size_bytes)],
+        [t("adapters.fact.modified"), format.formatDate(entry.modified_at)],
+      ]),
+    );
+  }
+
+  function training({ known }) {
+    const pairs = Object.entries(known).map(([name, text]) => [t(`adapters.known.${name}`), text]);
+    return pairs.length ? section(t("adapters.training"), definitions(pairs)) : null;
+  }
+
+  function tags(details) {
+    if (!details.tags.length) return null;
+    const chips = details.tags.map(([tag, count]) =>
+      build(
+        "span",
+        { class: "qel-chip qel-chip-still" },
+        tag,
+        build("span", { class: "qel-note" }, count),
+      ),
+    );
+    return section(t("adapters.tags"), build("div", { class: "qel-chips" }, ...chips));
+  }
+
+  function modules(details) {
+    if (!details.modules.length) return null;
+    const columns = ["name", "num_modules", "shape", "rank", "std", "effective_rank"];
+    const show = {
+      shape: (shape) => shape?.join(" × ") ?? "–",
+      std: format.formatNumber,
+      effective_rank: (rank) => rank?.toFixed(1) ?? "–",
+    };
+    const cell = (row, column) => {
+      const tag = column === "name" ? "th" : "td";
+      const properties = column === "name" ? { scope: "row" } : {};
+      return build(tag, properties, String((show[column] ?? String)(row[column])));
+    };
+    const head = columns.map((name) => build("th", { scope: "col" }, t(`adapters.column.${name}`)));
+    const body = details.modules.map((row) =>
+      build("tr", {}, ...columns.map((column) => cell(row, column))),
+    );
+    const table = build(
+      "table",
+      {},
+      build("thead", {}, build("tr", {}, ...head)),
+      build("tbody", {}, ...body),
+    );
+    const label = t("adapters.modules");
+    const scroll = { class: "qel-scroll", tabindex: "0", role: "region", "aria-label": label };
+    const note = t("adapters.modules_count", { n: details.num_modules });
+    return fold(label, note, false, build("div", scroll, table));
+  }
+
+  function metadata(details) {
+    const fields = details.metadata.flatMap(({ key, value, num_chars }) => [
+      build("dt", {}, key),
+      build(
+        "dd",
+        {},
+        value,
+        num_chars > value.length &&
+          build("span", { class: "qel-note" }, t("adapters.cut", { n: num_chars })),
+      ),
+    ]);
+    const note = t("adapters.fields_count", { n: details.num_fields });
+    const content = fields.length
+      ? build("dl", { class: "qel-metadata" }, ...fields)
+      : build("p", { class: "qel-note" }, t("adapters.no_metadata"));
+    return fold(t("adapters.metadata"), note, false, content);
+  }
+
+  return {
+    element,
+    /** What the list knows at once; `details`, when they have come, is everything. */
+    show(entry, details) {
+      // What the reader has opened stays open when news of the file come.
+      const open = [...element.querySelectorAll("details")].map((fold) => fold.open);
+      const isSame = element.dataset.id === entry.id;
+      const scroll = isSame ? element.scrollTop : 0;
+      element.hidden = false;
+      element.dataset.id = entry.id;
+      element.setAttribute("aria-label", t("adapters.details", { name: entry.name }));
+      const parts = [...head(entry), verdict(entry, details?.sentences), triggers(entry)];
+      parts.push(facts(entry));
+      if (details) {
+        const rest = [training(details), tags(details), modules(details), metadata(details)];
+        parts.push(...rest);
+      }
+      element.replaceChildren(...parts.filter(Boolean));
+      if (isSame) {
+        element.querySelectorAll("details").forEach((fold, i) => (fold.open = open[i] ?? false));
+      }
+      element.scrollTop = scroll;
+    },
+    showError(sentence) {
+      element.append(build("p", { class: "qel-error", role: "alert" }, sentence));
+    },
+    hide() {
+      element.hidden = true;
+      delete element.dataset.id;
+      element.replaceChildren();
+    },
+  };
+}
+
+function copyBySelection(text) {
+  const area = build("textarea", { class: "qel-clipboard", "aria-hidden": "true" });
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}

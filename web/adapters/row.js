@@ -1,0 +1,89 @@
+// One file as a row of the list.
+
+import { getHealth } from "./choice.js";
+import { build, icon, iconButton } from "./elements.js";
+import { formatRank, formatSize, formatVariants, splitName } from "./format.js";
+
+export const HEALTH_ICONS = {
+  healthy: "check-circle",
+  warning: "exclamation-triangle",
+  broken: "times-circle",
+  unknown: "question-circle",
+  pending: "clock",
+  none: "minus-circle",
+};
+
+/** Texts for the second line, the most telling first. */
+export function listFacts(entry, t) {
+  if (entry.state === "reading") return [t("adapters.reading"), formatSize(entry.size_bytes)];
+  if (entry.state !== "ok") {
+    const state = {
+      damaged: () => t("adapters.damaged"),
+      "other model": () => t("adapters.other", { model: entry.model }),
+      "unknown model": () => t("adapters.unknown_model"),
+      "not opened": () => t("adapters.not_opened"),
+    }[entry.state]();
+    return [state, formatSize(entry.size_bytes)];
+  }
+  const kinds = entry.kinds.filter((kind) => kind !== "LoRA" && kind !== "diff");
+  return [formatRank(entry, t), ...kinds, formatSize(entry.size_bytes), entry.key_format];
+}
+
+export function createRow(entry, t, onload) {
+  const health = getHealth(entry);
+  const [folder, file] = splitName(entry.name);
+  const stem = file.replace(/\.safetensors$/i, "");
+  const facts = listFacts(entry, t).filter(Boolean);
+  const variants = formatVariants(entry, t);
+  const healthText = t(`adapters.health.${health}`);
+  const badges = [
+    ...entry.variants.map((variant) =>
+      build("span", { class: "qel-badge" }, t(`adapters.short.${variant}`)),
+    ),
+    entry.is_ours &&
+      build("span", { class: "qel-badge qel-badge-ours" }, t("adapters.trained_here")),
+  ];
+  const row = build(
+    "div",
+    {
+      class: "qel-row",
+      role: "option",
+      id: `qel-adapter-${entry.id}`,
+      draggable: entry.state === "ok" ? "true" : "false",
+      "data-id": entry.id,
+      "aria-label": t("adapters.row", {
+        name: entry.name,
+        health: healthText,
+        facts: [variants, ...facts].filter(Boolean).join(", "),
+      }),
+      title: [entry.name, entry.health?.sentence ?? healthText].join("\n"),
+    },
+    build("span", { class: `qel-health qel-health-${health}` }, icon(HEALTH_ICONS[health])),
+    build(
+      "span",
+      { class: "qel-row-text" },
+      build(
+        "span",
+        { class: "qel-row-name" },
+        build("span", { class: "qel-row-stem" }, stem),
+        folder && build("span", { class: "qel-row-folder" }, folder.replace(/[\\/]$/, "")),
+      ),
+      build(
+        "span",
+        { class: "qel-row-facts" },
+        ...badges,
+        build("span", { class: "qel-row-numbers" }, facts.join(" · ")),
+      ),
+    ),
+  );
+  if (entry.state === "ok") {
+    const load = (event) => {
+      event.stopPropagation();
+      onload(entry);
+    };
+    const button = iconButton("sign-in", t("adapters.load"), load, "qel-row-load");
+    button.tabIndex = -1; // Enter does the same; a list is one stop for the Tab key
+    row.append(button);
+  }
+  return row;
+}
