@@ -2,7 +2,7 @@
 // A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
 
 import { CurveChart } from "./panel/curve_chart.js";
-import { h, setAttribute, setHidden, setText } from "./panel/dom.js";
+import { build, setAttribute, setHidden, setText } from "./elements.js";
 import { describeStatus } from "./panel/job_list.js";
 import { createTranslator } from "./translation.js";
 
@@ -16,26 +16,26 @@ export class JobView {
     const t = createTranslator(app);
     Object.assign(this, { jobs, t, id: null, isRecalled: false });
     Object.assign(this, { shown: null, askedAt: 0, timer: null });
-    this.chip = h("span", { class: "qel-chip", role: "status" });
-    this.text = h("span", { class: "qel-faint" });
-    this.bar = h("span", { class: "qel-progress-fill" });
+    this.chip = build("span", { class: "qel-status", role: "status" });
+    this.text = build("span", { class: "qel-note" });
+    this.bar = build("span", { class: "qel-progress-fill" });
     this.chart = new CurveChart({
       label: t("chart.loss"),
       height: CHART_HEIGHT,
       series: [{ name: "smoothed_loss", label: t("chart.loss"), color: "--qel-accent" }],
     });
-    this.image = h("img", { class: "qel-thumbnail", alt: "" });
-    const open = h(
+    this.image = build("img", { class: "qel-thumbnail", alt: "" });
+    const open = build(
       "button",
       { type: "button", class: "qel-button", onclick: () => showJob(this.id) },
       t("job.open")
     );
-    this.element = h(
+    this.element = build(
       "div",
       { class: "qel-job-view" },
-      h("div", { class: "qel-job-line" }, this.chip, this.text, open),
-      h("span", { class: "qel-progress" }, this.bar),
-      h("div", { class: "qel-job-line" }, this.chart.element, this.image)
+      build("div", { class: "qel-job-line" }, this.chip, this.text, open),
+      build("span", { class: "qel-progress" }, this.bar),
+      build("div", { class: "qel-job-line" }, this.chart.element, this.image)
     );
     setHidden(this.element, true);
     setHidden(this.image, true);

@@ -28,6 +28,8 @@ const NODES_WITH_REPORT = new Set([
 
 const NODES_WITH_JOB = new Set(["QwenEditLoraTrain", "QwenEditLoraJob"]);
 
+// Listened to by the browser of LoRA files while it is open.
+api.addEventListener("qwen_edit_lora.adapters", () => {});
 // Listens from now on: an event that nobody has asked for is an error in ComfyUI's console.
 const jobs = new Jobs(api);
 let sidebar = null;

@@ -15,32 +15,9 @@ from safetensors.torch import save_file
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
-ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = '<img src=x onerror="window.hacked = true">'
 MODULES = {f"transformer_blocks.{i}.attn.to_{k}": (32, 32) for i in range(2) for k in "qkv"}
 
-#: Until the panel does it: a sidebar tab around the browser.
-MOUNT = """async () => {
-    const { createAdapterBrowser, ADAPTER_WORDS } =
-        await import("/extensions/qwen-edit-lora/adapters/browser.js");
-    const { api } = await import("/scripts/api.js");
-    const t = (key, values = {}) => {
-        if (!(key in ADAPTER_WORDS)) throw new Error(`no text for ${key}`);
-        return ADAPTER_WORDS[key].replace(/\\{(\\w+)\\}/g, (all, name) => values[name] ?? all);
-    };
-    let browser;
-    app.extensionManager.registerSidebarTab({
-        id: "adapters-alone", icon: "pi pi-box", title: "LoRA", type: "custom",
-        render: (element) => {
-            browser?.destroy();
-            browser = createAdapterBrowser({ app, api, t });
-            element.style.height = "100%";
-            element.append(browser.element);
-        },
-        destroy: () => browser.destroy(),
-    });
-    await app.extensionManager.command.execute("Workspace.ToggleSidebarTab.adapters-alone");
-}"""
 NODES = """() => app.graph._nodes.map((n) => [
     n.comfyClass, n.widgets.find((w) => w.name === "lora_name")?.value ?? null])"""
 OFFERED = """() => app.graph.findNodesByType("QwenEditLoraLoad")[0]
@@ -115,7 +92,8 @@ class Browser:
 @pytest.fixture
 def opened(workspace: Any, loras: Path) -> Browser:
     workspace.page.evaluate("() => app.graph.clear()")
-    workspace.page.evaluate(MOUNT)
+    workspace.page.locator(".qwen_edit_lora-tab-button").click()
+    workspace.page.get_by_role("tab", name="LoRAs").click()
     browser = Browser(workspace.page)
     browser.search("browsed")
     browser.find("ours").wait_for()
@@ -166,6 +144,16 @@ def test_files_are_found_filtered_and_sorted_and_stay_text(opened, workspace):
     workspace.shoot("adapters")
     page.keyboard.press("Escape")
     assert details.is_hidden()
+
+    # its settings are empty: said in a sentence
+    opened.search("ours")
+    opened.find("ours").click()
+    details.get_by_role("button", name="Train again").click()
+    toast = page.locator(".p-toast-message", has_text="Not trained again")
+    toast.wait_for()
+    assert "ours" in toast.inner_text()
+    page.keyboard.press("Escape")
+    assert details.is_hidden()
     assert workspace.errors == []
 
 
@@ -213,14 +201,3 @@ def test_files_get_into_the_graph_by_mouse_and_keyboard_and_out_by_undo(
     refresh.click()
     opened.find("fresh").wait_for(state="detached")
     assert workspace.errors == []
-
-
-def test_every_text_that_the_browser_asks_for_exists_and_no_other():
-    sources = [path for path in (ROOT / "web" / "adapters").glob("*.js") if path.stem != "words"]
-    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
-    words = (ROOT / "web" / "adapters" / "words.js").read_text(encoding="utf-8")
-    listed = set(re.findall(r'^  "(adapters\.[^"]+)":', words, re.MULTILINE))
-    asked = set(re.findall(r'"(adapters\.[\w.]+)"', code))
-    stems = set(re.findall(r"`(adapters\.[\w.]*)\$\{", code))
-    assert asked - listed == set()
-    assert {word for word in listed - asked if not word.startswith(tuple(stems))} == set()

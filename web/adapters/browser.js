@@ -3,32 +3,22 @@
 import { addLoadAndApply, getDropPosition } from "../graph.js";
 import { filterEntries, isForQwenImage, sortEntries } from "./choice.js";
 import { createDetails } from "./details.js";
-import { build } from "./elements.js";
+import { build } from "../elements.js";
 import { createList } from "./list.js";
 import { createToolbar } from "./toolbar.js";
-
-export { ADAPTER_WORDS } from "./words.js";
 
 const ROUTE = "/qwen_edit_lora/adapters";
 const EVENT = "qwen_edit_lora.adapters";
 const JOB_EVENT = "qwen_edit_lora.job";
 const DETAILS_DELAY = 150; // ms that an entry stays chosen before its details are fetched
 
-function loadStyle() {
-  const { href } = new URL("./adapters.css", import.meta.url);
-  if ([...document.styleSheets].some((sheet) => sheet.href === href)) return;
-  if (document.querySelector("link[data-qel-adapters]")) return;
-  const properties = { rel: "stylesheet", href, "data-qel-adapters": true };
-  document.head.append(build("link", properties));
-}
-
 /**
  * @param app, api ComfyUI's.
- * @param t (key, values) => text, for the keys of ADAPTER_WORDS.
+ * @param t (key, values) => text, for the keys of ../words/en.js.
+ * @param openJob shows a training, by its id.
  * @returns {{element: HTMLElement, destroy: () => void}}
  */
-export function createAdapterBrowser({ app, api, t }) {
-  loadStyle();
+export function createAdapterBrowser({ app, api, t, openJob }) {
   /** Id -> entry. An entry is replaced and never changed. */
   let entries = new Map();
   let pending = 0;
@@ -56,7 +46,7 @@ export function createAdapterBrowser({ app, api, t }) {
     },
   });
   const list = createList({ t, onselect: select, onload: addToGraph, ondragstart, ondragend });
-  const view = createDetails({ t, onload: addToGraph, onclose: close });
+  const view = createDetails({ t, onload: addToGraph, ontrain: trainAgain, onclose: close });
   const element = build(
     "div",
     { class: "qel-adapters", role: "region", "aria-label": t("adapters.label") },
@@ -77,8 +67,8 @@ export function createAdapterBrowser({ app, api, t }) {
 
   // --- what is known ---
 
-  async function fetchJson(path) {
-    const response = await api.fetchApi(path);
+  async function fetchJson(path, options) {
+    const response = await api.fetchApi(path, options);
     const answer = await response.json().catch(() => ({}));
     if (!response.ok) throw new Error(answer.error ?? `${response.status} ${response.statusText}`);
     return answer;
@@ -203,6 +193,21 @@ export function createAdapterBrowser({ app, api, t }) {
     } catch (error) {
       const summary = t("adapters.load_failed");
       app.extensionManager.toast.add({ severity: "error", summary, detail: error.message });
+    }
+  }
+
+  async function trainAgain(entry) {
+    const { toast } = app.extensionManager;
+    try {
+      const headers = { "Content-Type": "application/json" };
+      const options = { method: "POST", headers, body: "{}" };
+      const job = await fetchJson(`${ROUTE}/${entry.id}/train`, options);
+      const summary = t("adapters.training_again", { name: job.name });
+      toast.add({ severity: "success", summary, life: 4000 });
+      openJob(job.id);
+    } catch (error) {
+      const summary = t("adapters.not_trained_again");
+      toast.add({ severity: "error", summary, detail: error.message });
     }
   }
 

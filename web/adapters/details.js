@@ -1,13 +1,14 @@
 // Everything about one file: verdict, trigger words, facts, training, modules, metadata.
 
 import { getHealth } from "./choice.js";
-import { build, icon, iconButton } from "./elements.js";
-import * as format from "./format.js";
+import { build, icon, iconButton } from "../elements.js";
+import { formatCount, formatDate, formatNumber, formatSize } from "../format.js";
+import { formatVariants, splitName } from "./facts.js";
 import { HEALTH_ICONS } from "./row.js";
 
 const COPIED_MS = 1500;
 
-export function createDetails({ t, onload, onclose }) {
+export function createDetails({ t, onload, ontrain, onclose }) {
   const element = build("section", { class: "qel-details", hidden: true });
 
   async function copy(text, button) {
@@ -50,12 +51,17 @@ export function createDetails({ t, onload, onclose }) {
   }
 
   function head(entry) {
-    const [folder, file] = format.splitName(entry.name);
+    const [folder, file] = splitName(entry.name);
     const load = () => onload(entry);
     const actions = [copyButton(entry.name, t("adapters.copy_name"))];
     if (entry.state === "ok") {
       const properties = { type: "button", class: "qel-button qel-button-primary", onclick: load };
       actions.unshift(build("button", properties, icon("sign-in"), t("adapters.load")));
+    }
+    if (entry.is_ours && entry.state === "ok") {
+      const train = () => ontrain(entry);
+      const properties = { type: "button", class: "qel-button", onclick: train };
+      actions.push(build("button", properties, icon("refresh"), t("adapters.train_again")));
     }
     return [
       build(
@@ -107,9 +113,9 @@ export function createDetails({ t, onload, onclose }) {
   }
 
   function facts(entry) {
-    const alphas = entry.alphas.map(format.formatNumber).join(", ");
+    const alphas = entry.alphas.map((alpha) => formatNumber(alpha, 3)).join(", ");
     const rank = entry.ranks.join(", ");
-    const base = format.formatVariants(entry, t) || t("adapters.variant.unknown");
+    const base = formatVariants(entry, t) || t("adapters.variant.unknown");
     const isOk = entry.state === "ok";
     return section(
       t("adapters.facts"),
@@ -123,9 +129,9 @@ export function createDetails({ t, onload, onclose }) {
         [t("adapters.fact.blocks"), entry.blocks],
         [t("adapters.fact.key_format"), entry.key_format],
         [t("adapters.fact.dtypes"), entry.dtypes.join(", ")],
-        [t("adapters.fact.parameters"), isOk ? format.formatCount(entry.num_parameters) : ""],
-        [t("adapters.fact.size"), format.formatSize(entry.size_bytes)],
-        [t("adapters.fact.modified"), format.formatDate(entry.modified_at)],
+        [t("adapters.fact.parameters"), isOk ? formatCount(entry.num_parameters) : ""],
+        [t("adapters.fact.size"), formatSize(entry.size_bytes)],
+        [t("adapters.fact.modified"), formatDate(entry.modified_at)],
       ]),
     );
   }
@@ -153,7 +159,7 @@ export function createDetails({ t, onload, onclose }) {
     const columns = ["name", "num_modules", "shape", "rank", "std", "effective_rank"];
     const show = {
       shape: (shape) => shape?.join(" × ") ?? "–",
-      std: format.formatNumber,
+      std: (std) => formatNumber(std, 3),
       effective_rank: (rank) => rank?.toFixed(1) ?? "–",
     };
     const cell = (row, column) => {

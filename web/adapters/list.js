@@ -1,6 +1,6 @@
 // A list box that keeps only the visible rows in the page, so that a thousand files scroll well.
 
-import { build } from "./elements.js";
+import { build } from "../elements.js";
 import { createRow } from "./row.js";
 
 export const ROW_HEIGHT = 56; // px; the style sheet knows it as --qel-row-height

@@ -1,8 +1,9 @@
 // One file as a row of the list.
 
 import { getHealth } from "./choice.js";
-import { build, icon, iconButton } from "./elements.js";
-import { formatRank, formatSize, formatVariants, splitName } from "./format.js";
+import { build, icon, iconButton } from "../elements.js";
+import { formatSize } from "../format.js";
+import { formatRank, formatVariants, splitName } from "./facts.js";
 
 export const HEALTH_ICONS = {
   healthy: "check-circle",

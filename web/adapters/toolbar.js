@@ -1,7 +1,7 @@
 // Search, filters and order.
 
 import { countFilters, HEALTHS, NO_FILTER, SORTS, VARIANTS } from "./choice.js";
-import { build, icon, iconButton } from "./elements.js";
+import { build, icon, iconButton } from "../elements.js";
 
 const SEARCH_DELAY = 120; // ms after the last key
 

@@ -1,6 +1,7 @@
 // A curve over the steps on a canvas, with the values under the pointer or the arrow keys.
 
-import { formatNumber, h, setText } from "./dom.js";
+import { build, setText } from "../elements.js";
+import { formatNumber } from "../format.js";
 import { createScale, findNearest, findRange, listTicks } from "./scales.js";
 
 const FONT = "10px ui-sans-serif, system-ui, sans-serif";
@@ -17,9 +18,9 @@ export class CurveChart {
     this.steps = [];
     this.values = {};
     this.cursor = null; // index of a point
-    this.canvas = h("canvas", { class: "qel-chart-canvas", tabindex: "0", role: "img" });
-    this.readout = h("div", { class: "qel-chart-readout", "aria-live": "polite" });
-    this.element = h("div", { class: "qel-chart" }, this.canvas, this.readout);
+    this.canvas = build("canvas", { class: "qel-chart-canvas", tabindex: "0", role: "img" });
+    this.readout = build("div", { class: "qel-chart-readout", "aria-live": "polite" });
+    this.element = build("div", { class: "qel-chart" }, this.canvas, this.readout);
     this.element.style.height = `${height}px`;
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
     this.canvas.addEventListener("pointerleave", () => this.setCursor(null));
@@ -134,7 +135,7 @@ export class CurveChart {
     context.textBaseline = "middle";
     context.textAlign = "right";
     context.strokeStyle = style.getPropertyValue("--qel-line");
-    context.fillStyle = style.getPropertyValue("--qel-faint");
+    context.fillStyle = style.getPropertyValue("--qel-dim");
     context.lineWidth = 1;
     const count = Math.max(2, Math.floor(frame.height / (3 * LINE_HEIGHT)));
     let last = "";
@@ -194,7 +195,7 @@ export class CurveChart {
     setText(this.readout, [...where, ...texts].join(" · "));
     if (this.cursor === null) return;
     const x = Math.round(toX(this.steps[index])) + 0.5;
-    context.strokeStyle = style.getPropertyValue("--qel-faint");
+    context.strokeStyle = style.getPropertyValue("--qel-dim");
     context.beginPath();
     context.moveTo(x, frame.y);
     context.lineTo(x, frame.y + frame.height);

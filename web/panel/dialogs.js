@@ -1,6 +1,6 @@
 // Questions before something is done: deleting, and cloning with other settings.
 
-import { h } from "./dom.js";
+import { build } from "../elements.js";
 
 // What a clone is usually made for; everything else stays as it is.
 const CLONE_FIELDS = [
@@ -14,12 +14,12 @@ const CLONE_FIELDS = [
 
 // {with_adapter: boolean}, or null.
 export function askToDelete(parent, job, t) {
-  const withAdapter = h("input", { type: "checkbox", name: "with_adapter" });
+  const withAdapter = build("input", { type: "checkbox", name: "with_adapter" });
   const published = job.published ?? [];
   const content = [
-    h("p", {}, t("delete.text", { name: job.name })),
+    build("p", {}, t("delete.text", { name: job.name })),
     published.length
-      ? h("label", { class: "qel-check" }, withAdapter, t("delete.withAdapter", { files: published.join(", ") }))
+      ? build("label", { class: "qel-check" }, withAdapter, t("delete.withAdapter", { files: published.join(", ") }))
       : null,
   ];
   return ask(parent, t("delete.title"), content, t("action.delete"), t, () => ({
@@ -28,7 +28,7 @@ export function askToDelete(parent, job, t) {
 }
 
 export function askToCancel(parent, job, t) {
-  const content = [h("p", {}, t("cancel.text", { name: job.name }))];
+  const content = [build("p", {}, t("cancel.text", { name: job.name }))];
   return ask(parent, t("cancel.title"), content, t("action.cancel"), t, () => ({}));
 }
 
@@ -36,16 +36,16 @@ export function askToCancel(parent, job, t) {
 export function askToClone(parent, job, t) {
   const inputs = CLONE_FIELDS.map(([name, type]) => {
     const value = String(job.settings[name] ?? "");
-    const input = h("input", {
+    const input = build("input", {
       ...{ type, name, value, class: "qel-input", required: true },
       step: type === "number" ? "any" : undefined,
     });
     return { name, type, value, input };
   });
   const content = [
-    h("p", { class: "qel-faint" }, t("clone.text")),
+    build("p", { class: "qel-note" }, t("clone.text")),
     ...inputs.map(({ name, input }) =>
-      h("label", { class: "qel-field" }, h("span", {}, t(`setting.${name}`)), input)
+      build("label", { class: "qel-field" }, build("span", {}, t(`setting.${name}`)), input)
     ),
   ];
   return ask(parent, t("clone.title", { name: job.name }), content, t("action.clone"), t, () =>
@@ -62,17 +62,17 @@ export function askToClone(parent, job, t) {
 
 function ask(parent, title, content, confirm, t, read) {
   return new Promise((resolve) => {
-    const dialog = h("dialog", { class: "qel-dialog", "aria-label": title });
-    const form = h(
+    const dialog = build("dialog", { class: "qel-dialog", "aria-label": title });
+    const form = build(
       "form",
       { method: "dialog" },
-      h("h3", {}, title),
+      build("h3", {}, title),
       content,
-      h(
+      build(
         "div",
         { class: "qel-bar qel-end" },
-        h("button", { class: "qel-button", type: "button", onclick: () => dialog.close() }, t("dialog.keep")),
-        h("button", { class: "qel-button qel-primary", type: "submit", value: "yes" }, confirm)
+        build("button", { class: "qel-button", type: "button", onclick: () => dialog.close() }, t("dialog.keep")),
+        build("button", { class: "qel-button qel-button-primary", type: "submit", value: "yes" }, confirm)
       )
     );
     dialog.append(form);

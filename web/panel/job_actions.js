@@ -1,7 +1,7 @@
 // What can be done with a training; the server decides, and its sentence is shown where it refuses.
 
 import { askToCancel, askToClone, askToDelete } from "./dialogs.js";
-import { h, setHidden } from "./dom.js";
+import { build, setHidden } from "../elements.js";
 
 const CAN = {
   pause: (job) => ["pending", "in_progress"].includes(job.status) && job.request !== "pause",
@@ -22,11 +22,11 @@ export class JobActions {
     Object.assign(this, { jobs, t, fail, open, leave, loadIntoGraph });
     this.buttons = {};
     for (const name of Object.keys(CAN)) {
-      this.buttons[name] = h(
+      this.buttons[name] = build(
         "button",
         {
           type: "button",
-          class: name === "load" ? "qel-button qel-primary" : "qel-button",
+          class: name === "load" ? "qel-button qel-button-primary" : "qel-button",
           "data-action": name,
           title: t(`action.${name}.title`),
           onclick: () => this.press(name),
@@ -34,9 +34,9 @@ export class JobActions {
         t(`action.${name}`)
       );
     }
-    this.element = h(
+    this.element = build(
       "div",
-      { class: "qel-actions", role: "group", "aria-label": t("action.group") },
+      { class: "qel-job-actions", role: "group", "aria-label": t("action.group") },
       ...Object.values(this.buttons)
     );
   }

@@ -1,7 +1,8 @@
 // A job's curves: the loss large, the rest small, each with its last value.
 
 import { CurveChart } from "./curve_chart.js";
-import { formatBytes, formatNumber, h, setHidden } from "./dom.js";
+import { build, setHidden } from "../elements.js";
+import { formatNumber, formatSize } from "../format.js";
 
 const LOSS_HEIGHT = 170; // px
 const SMALL_HEIGHT = 74; // px
@@ -13,11 +14,11 @@ export class JobCharts {
       label: t("chart.loss"),
       height: LOSS_HEIGHT,
       series: [
-        { name: "loss", label: t("chart.raw"), color: "--qel-faint", alpha: 0.45, width: 1 },
+        { name: "loss", label: t("chart.raw"), color: "--qel-dim", alpha: 0.45, width: 1 },
         { name: "smoothed_loss", label: t("chart.smoothed"), color: MAIN, width: 2 },
       ],
     });
-    const log = h("input", { type: "checkbox", onchange: () => this.loss.setLog(log.checked) });
+    const log = build("input", { type: "checkbox", onchange: () => this.loss.setLog(log.checked) });
     const small = (name, source, format = formatNumber, color = MAIN) => ({
       name,
       source,
@@ -33,23 +34,23 @@ export class JobCharts {
       small("learning_rate", "metrics"),
       small("grad_norm", "metrics"),
       small("seconds", "metrics", (value) => `${formatNumber(value)} s`),
-      small("memory_bytes", "metrics", formatBytes),
-      small("std", "health", formatNumber, "--qel-good"),
-      small("spectral", "health", formatNumber, "--qel-good"),
-      small("effective_rank", "health", formatNumber, "--qel-good"),
+      small("memory_bytes", "metrics", formatSize),
+      small("std", "health", formatNumber, "--qel-green"),
+      small("spectral", "health", formatNumber, "--qel-green"),
+      small("effective_rank", "health", formatNumber, "--qel-green"),
     ];
     for (const one of this.small) {
-      one.element = h("figure", { class: "qel-small" }, h("figcaption", {}, one.title), one.chart.element);
+      one.element = build("figure", { class: "qel-small" }, build("figcaption", {}, one.title), one.chart.element);
     }
-    this.none = h("p", { class: "qel-empty" }, t("chart.none"));
-    this.grid = h("div", { class: "qel-charts" }, ...this.small.map((one) => one.element));
-    this.head = h(
+    this.none = build("p", { class: "qel-empty" }, t("chart.none"));
+    this.grid = build("div", { class: "qel-charts" }, ...this.small.map((one) => one.element));
+    this.head = build(
       "div",
       { class: "qel-bar" },
-      h("h3", {}, t("chart.loss")),
-      h("label", { class: "qel-check" }, log, t("chart.log"))
+      build("h3", {}, t("chart.loss")),
+      build("label", { class: "qel-check" }, log, t("chart.log"))
     );
-    this.element = h("section", {}, this.head, this.none, this.loss.element, this.grid);
+    this.element = build("section", {}, this.head, this.none, this.loss.element, this.grid);
     for (const element of [this.none, this.loss.element, this.grid]) setHidden(element, true);
   }
 

@@ -1,7 +1,8 @@
 // The list of trainings: what runs on top, then what waits, then the rest, the newest first.
 
 import { ACTIVE } from "./jobs.js";
-import { formatDuration, formatNumber, formatTime, h, KeyedRows, setAttribute, setHidden, setText } from "./dom.js";
+import { build, KeyedRows, setAttribute, setHidden, setText } from "../elements.js";
+import { formatDuration, formatNumber, formatTime } from "../format.js";
 
 const RANKS = { in_progress: 0, pending: 1, paused: 2 };
 const OTHERS = 3;
@@ -12,21 +13,21 @@ export class JobList {
     this.t = t;
     this.open = open;
     this.filter = "all";
-    this.message = h("p", { class: "qel-empty" });
-    this.items = h("ul", { class: "qel-jobs", "aria-label": t("list.label") });
+    this.message = build("p", { class: "qel-empty" });
+    this.items = build("ul", { class: "qel-jobs", "aria-label": t("list.label") });
     this.rows = new KeyedRows(this.items, (job) => this.buildRow(job));
-    this.summary = h("span", { class: "qel-summary", role: "status" });
-    this.select = h(
+    this.summary = build("span", { class: "qel-note", role: "status" });
+    this.select = build(
       "select",
       { class: "qel-select", "aria-label": t("list.filter"), onchange: () => this.choose() },
       ["all", "active", "paused", "completed", "failed", "cancelled"].map((value) =>
-        h("option", { value }, t(`filter.${value}`))
+        build("option", { value }, t(`filter.${value}`))
       )
     );
-    this.element = h(
+    this.element = build(
       "div",
       { class: "qel-view" },
-      h("div", { class: "qel-bar" }, this.summary, this.select),
+      build("div", { class: "qel-bar" }, this.summary, this.select),
       this.message,
       this.items
     );
@@ -58,21 +59,21 @@ export class JobList {
 
   buildRow(first) {
     const { t } = this;
-    const name = h("span", { class: "qel-job-name" });
-    const chip = h("span", { class: "qel-chip" });
-    const bar = h("span", { class: "qel-progress-fill" });
-    const progress = h("span", { class: "qel-progress", role: "progressbar", "aria-valuemin": 0 }, bar);
-    const left = h("span");
-    const right = h("span", { class: "qel-job-right" });
-    const button = h(
+    const name = build("span", { class: "qel-job-name" });
+    const chip = build("span", { class: "qel-status" });
+    const bar = build("span", { class: "qel-progress-fill" });
+    const progress = build("span", { class: "qel-progress", role: "progressbar", "aria-valuemin": 0 }, bar);
+    const left = build("span");
+    const right = build("span", { class: "qel-job-right" });
+    const button = build(
       "button",
       { class: "qel-job", type: "button", onclick: () => this.open(first.id) },
-      h("span", { class: "qel-job-line" }, name, chip),
+      build("span", { class: "qel-job-line" }, name, chip),
       progress,
-      h("span", { class: "qel-job-line qel-faint" }, left, right)
+      build("span", { class: "qel-job-line qel-note" }, left, right)
     );
     return {
-      element: h("li", {}, button),
+      element: build("li", {}, button),
       update: (job) => {
         setText(name, job.name);
         setText(chip, describeStatus(job, t));

@@ -5,7 +5,8 @@ import { JobActions } from "./job_actions.js";
 import { JobCharts } from "./job_charts.js";
 import { LogView } from "./log_view.js";
 import { SampleStrip } from "./sample_strip.js";
-import { formatDuration, formatTime, h, KeyedRows, setAttribute, setHidden, setText } from "./dom.js";
+import { build, KeyedRows, setAttribute, setHidden, setText } from "../elements.js";
+import { formatDuration, formatTime } from "../format.js";
 
 // While a job runs, the page asks for its curves at most so often.
 const MIN_INTERVAL = 1500; // ms
@@ -17,7 +18,7 @@ export class JobPage {
     this.isAsking = false;
     this.askedAt = 0;
     this.timer = null;
-    this.problem = h("p", { class: "qel-problem", role: "alert" });
+    this.problem = build("p", { class: "qel-problem", role: "alert" });
     const fail = (text) => this.fail(text);
     this.actions = new JobActions({ jobs, t, fail, open, leave, loadIntoGraph });
     this.charts = new JobCharts(t);
@@ -25,7 +26,7 @@ export class JobPage {
     this.log = new LogView({ t, fail, read: (offset) => jobs.readLog(id, offset) });
     this.buildHead();
     this.buildLists(loadIntoGraph);
-    this.element = h(
+    this.element = build(
       "div",
       { class: "qel-view qel-page" },
       this.head,
@@ -45,24 +46,24 @@ export class JobPage {
 
   buildHead() {
     const { t } = this;
-    this.name = h("h2", { tabindex: "-1" });
-    this.chip = h("span", { class: "qel-chip", role: "status" });
-    this.bar = h("span", { class: "qel-progress-fill" });
-    this.progress = h(
+    this.name = build("h2", { tabindex: "-1" });
+    this.chip = build("span", { class: "qel-status", role: "status" });
+    this.bar = build("span", { class: "qel-progress-fill" });
+    this.progress = build(
       "span",
       { class: "qel-progress", role: "progressbar", "aria-valuemin": 0, "aria-label": t("job.progress") },
       this.bar
     );
-    this.figures = h("div", { class: "qel-faint" });
-    const back = h(
+    this.figures = build("div", { class: "qel-note" });
+    const back = build(
       "button",
       { type: "button", class: "qel-button qel-back", "aria-label": t("job.back"), onclick: () => this.leave() },
       "←"
     );
-    this.head = h(
+    this.head = build(
       "header",
       {},
-      h("div", { class: "qel-job-line" }, back, this.name, this.chip),
+      build("div", { class: "qel-job-line" }, back, this.name, this.chip),
       this.progress,
       this.figures
     );
@@ -71,24 +72,24 @@ export class JobPage {
   buildLists(loadIntoGraph) {
     const { t } = this;
     const buildLine = () => {
-      const element = h("li", {});
+      const element = build("li", {});
       return { element, update: (text) => setText(element, text) };
     };
     const list = (title, kind) => {
-      const items = h("ul", {});
-      const section = h("section", { class: "qel-notes", "data-kind": kind }, h("h3", {}, title), items);
+      const items = build("ul", {});
+      const section = build("section", { class: "qel-notes", "data-kind": kind }, build("h3", {}, title), items);
       section.rows = new KeyedRows(items, buildLine);
       return section;
     };
-    this.failureSentence = h("p", {});
-    this.failure = h("section", { class: "qel-failure", role: "alert" }, this.failureSentence);
-    const advice = h("ul", {});
+    this.failureSentence = build("p", {});
+    this.failure = build("section", { class: "qel-failure", role: "alert" }, this.failureSentence);
+    const advice = build("ul", {});
     this.failure.append(advice);
     this.adviceRows = new KeyedRows(advice, buildLine);
     this.alarms = list(t("job.alarms"), "alarm");
     this.notes = list(t("job.notes"), "note");
-    const fileList = h("ul", { class: "qel-files" });
-    this.files = h("section", {}, h("h3", {}, t("files.title")), fileList);
+    const fileList = build("ul", { class: "qel-files" });
+    this.files = build("section", {}, build("h3", {}, t("files.title")), fileList);
     this.fileRows = new KeyedRows(fileList, (name) => {
       const load = async () => {
         try {
@@ -98,20 +99,20 @@ export class JobPage {
           this.fail(error.message);
         }
       };
-      const button = h("button", { type: "button", class: "qel-button", onclick: load }, t("action.load"));
-      return { element: h("li", {}, h("span", {}, name), button), update() {} };
+      const button = build("button", { type: "button", class: "qel-button", onclick: load }, t("action.load"));
+      return { element: build("li", {}, build("span", {}, name), button), update() {} };
     });
-    const table = h("tbody");
-    this.settings = h(
+    const table = build("tbody");
+    this.settings = build(
       "details",
-      { class: "qel-details" },
-      h("summary", {}, t("settings.title")),
-      h("table", {}, table)
+      { class: "qel-unfold" },
+      build("summary", {}, t("settings.title")),
+      build("table", {}, table)
     );
     this.settingRows = new KeyedRows(table, ([name]) => {
-      const cell = h("td", {});
+      const cell = build("td", {});
       return {
-        element: h("tr", {}, h("th", { scope: "row" }, name), cell),
+        element: build("tr", {}, build("th", { scope: "row" }, name), cell),
         update: ([, value]) => setText(cell, describeSetting(value)),
       };
     });

@@ -1,6 +1,6 @@
 // The worker's log, followed from its end as it grows.
 
-import { h } from "./dom.js";
+import { build } from "../elements.js";
 
 const MAX_CHARACTERS = 200_000; // what is kept in the page
 
@@ -10,11 +10,11 @@ export class LogView {
     this.fail = fail;
     this.offset = undefined;
     this.isReading = false;
-    this.text = h("pre", { class: "qel-log", tabindex: "0", "aria-label": t("log.title") });
-    this.element = h(
+    this.text = build("pre", { class: "qel-log", tabindex: "0", "aria-label": t("log.title") });
+    this.element = build(
       "details",
-      { class: "qel-details" },
-      h("summary", {}, t("log.title")),
+      { class: "qel-unfold" },
+      build("summary", {}, t("log.title")),
       this.text
     );
     this.element.addEventListener("toggle", () => this.update());

@@ -1,22 +1,22 @@
 // Sample pictures: a row for each item, its source and target first, then step by step.
 
-import { h, KeyedRows, setHidden } from "./dom.js";
+import { build, KeyedRows, setHidden } from "../elements.js";
 
 export class SampleStrip {
   constructor({ t, getUrl }) {
     this.t = t;
     this.getUrl = getUrl; // name -> address
     this.pictures = [];
-    this.list = h("div", { class: "qel-samples" });
+    this.list = build("div", { class: "qel-samples" });
     this.rows = new KeyedRows(this.list, () => this.buildRow());
-    this.none = h("p", { class: "qel-empty" }, t("samples.none"));
-    this.image = h("img", { class: "qel-large" });
-    this.caption = h("figcaption", {});
-    this.dialog = h(
+    this.none = build("p", { class: "qel-empty" }, t("samples.none"));
+    this.image = build("img", { class: "qel-large" });
+    this.caption = build("figcaption", {});
+    this.dialog = build(
       "dialog",
       { class: "qel-dialog qel-viewer", "aria-label": t("samples.title") },
-      h("figure", {}, this.image, this.caption),
-      h(
+      build("figure", {}, this.image, this.caption),
+      build(
         "div",
         { class: "qel-bar" },
         this.button("samples.previous", () => this.move(-1)),
@@ -29,10 +29,10 @@ export class SampleStrip {
       if (event.key === "ArrowLeft") this.move(-1);
       if (event.key === "ArrowRight") this.move(1);
     });
-    this.element = h(
+    this.element = build(
       "section",
       {},
-      h("h3", {}, t("samples.title")),
+      build("h3", {}, t("samples.title")),
       this.none,
       this.list,
       this.dialog
@@ -40,7 +40,7 @@ export class SampleStrip {
   }
 
   button(key, onclick) {
-    return h("button", { type: "button", class: "qel-button", onclick }, this.t(key));
+    return build("button", { type: "button", class: "qel-button", onclick }, this.t(key));
   }
 
   update(pictures = []) {
@@ -55,11 +55,11 @@ export class SampleStrip {
   }
 
   buildRow() {
-    const strip = h("div", { class: "qel-strip" });
-    const title = h("div", { class: "qel-faint" });
+    const strip = build("div", { class: "qel-strip" });
+    const title = build("div", { class: "qel-note" });
     const tiles = new KeyedRows(strip, (picture) => this.buildTile(picture));
     return {
-      element: h("div", { class: "qel-sample-row" }, title, strip),
+      element: build("div", { class: "qel-sample-row" }, title, strip),
       update: ([item, pictures]) => {
         title.textContent = item;
         const before = strip.childElementCount;
@@ -77,10 +77,10 @@ export class SampleStrip {
 
   buildTile(picture) {
     const text = this.describe(picture);
-    const image = h("img", { src: this.getUrl(picture.name), alt: text, loading: "lazy" });
+    const image = build("img", { src: this.getUrl(picture.name), alt: text, loading: "lazy" });
     const open = () => this.view(picture.name);
     return {
-      element: h(
+      element: build(
         "button",
         {
           type: "button",
@@ -90,7 +90,7 @@ export class SampleStrip {
           onclick: open,
         },
         image,
-        h("span", {}, text)
+        build("span", {}, text)
       ),
       update() {},
     };

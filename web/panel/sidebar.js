@@ -1,18 +1,19 @@
 // The sidebar tab: what is open in it, kept outside of its elements since ComfyUI may render anew.
 
-import { h, setAttribute } from "./dom.js";
 import { JobList } from "./job_list.js";
 import { JobPage } from "./job_page.js";
 import { createAdapterBrowser } from "../adapters/browser.js";
 import { addLoadAndApply } from "../graph.js";
+import { build, setAttribute } from "../elements.js";
 import { createTranslator } from "../translation.js";
 
 export const TAB_ID = "qwen_edit_lora";
+const STYLES = ["../theme.css", "./panel.css", "../adapters/adapters.css"];
 const ICON = "pi pi-chart-line";
 
 // Returns {showJob(id)}: opens the tab at a training.
 export function registerSidebar({ app, api, jobs }) {
-  addStyles(new URL("./panel.css", import.meta.url));
+  for (const style of STYLES) addStyles(new URL(style, import.meta.url));
   const panel = new Panel({ app, api, jobs });
   const t = createTranslator(app);
   app.extensionManager.registerSidebarTab({
@@ -29,7 +30,7 @@ export function registerSidebar({ app, api, jobs }) {
 }
 
 function addStyles(url) {
-  document.head.append(h("link", { rel: "stylesheet", href: url.href }));
+  document.head.append(build("link", { rel: "stylesheet", href: url.href }));
 }
 
 // The frontend asks a function for its badge once; a tab's own field is watched.
@@ -61,7 +62,7 @@ class Panel {
     this.unmount();
     this.t = createTranslator(this.app);
     this.tabs = ["jobs", "adapters"].map((section) =>
-      h(
+      build(
         "button",
         {
           type: "button",
@@ -73,14 +74,14 @@ class Panel {
         this.t(`tab.${section}`)
       )
     );
-    this.body = h("div", { class: "qel-body", role: "tabpanel" });
-    const nav = h(
+    this.body = build("div", { class: "qel-panel-body", role: "tabpanel" });
+    const nav = build(
       "div",
       { class: "qel-tabs", role: "tablist", "aria-label": this.t("tab.sections") },
       this.tabs
     );
     nav.addEventListener("keydown", (event) => this.press(event));
-    this.root = h("div", { class: "qel-panel" }, nav, this.body);
+    this.root = build("div", { class: "qel-panel" }, nav, this.body);
     element.replaceChildren(this.root);
     this.show();
     this.jobs.refresh();
@@ -112,7 +113,7 @@ class Panel {
     }
     const open = (id) => this.go({ section: "jobs", id });
     if (place.section === "adapters") {
-      this.view = createAdapterBrowser({ app, api, t });
+      this.view = createAdapterBrowser({ app, api, t, openJob: open });
     } else if (place.id) {
       const leave = () => this.go({ section: "jobs", id: null });
       const loadIntoGraph = (name) => this.loadIntoGraph(name);

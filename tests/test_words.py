@@ -1,0 +1,51 @@
+"""The panel's words: each that is asked for exists, in every language, with the same places."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+WEB = Path(__file__).resolve().parents[1] / "web"
+WORDS = WEB / "words"
+LANGUAGES = sorted(path.stem for path in WORDS.glob("*.js"))
+#: Keys that are put together from a value: what they begin with.
+STEM = re.compile(r"`([\w.]+\.)\$\{")
+ENTRY = re.compile(r'^  "([\w.-]+)":\s+"((?:[^"\\]|\\.)*)",$', re.MULTILINE)
+PLACE = re.compile(r"\{(\w+)\}")
+
+
+def read_words(language: str) -> dict[str, str]:
+    text = (WORDS / f"{language}.js").read_text(encoding="utf-8")
+    found = ENTRY.findall(text)
+    assert len(found) == text.count('":'), "an entry that this test does not understand"
+    words = dict(found)
+    assert len(words) == len(found), "a key stands twice"
+    return words
+
+
+ENGLISH = read_words("en")
+CODE = "\n".join(p.read_text("utf-8") for p in WEB.rglob("*.js") if p.parent != WORDS)
+
+
+@pytest.mark.parametrize("language", [name for name in LANGUAGES if name != "en"])
+def test_a_language_has_every_word_with_its_places(language):
+    words = read_words(language)
+    assert words.keys() == ENGLISH.keys()
+    for key, text in words.items():
+        assert text.strip()
+        assert set(PLACE.findall(text)) == set(PLACE.findall(ENGLISH[key])), key
+
+
+def test_every_word_that_is_asked_for_exists():
+    asked = set(re.findall(r'\bt\(\s*"([\w.-]+)"', CODE))
+    assert len(asked) > 20
+    assert asked - ENGLISH.keys() == set()
+
+
+def test_no_word_is_left_that_nobody_asks_for():
+    quoted = set(re.findall(r'"([\w-]+(?:\.[\w-]+)+)"', CODE))
+    stems = tuple(STEM.findall(CODE))
+    forgotten = [key for key in ENGLISH.keys() - quoted if not key.startswith(stems)]
+    assert forgotten == []

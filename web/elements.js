@@ -1,0 +1,66 @@
+// Elements without HTML: names, logs and metadata of files are a stranger's text.
+
+/** An element with properties, and children that are elements or text. */
+export function build(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name === "class") element.className = value;
+    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  // What is left out: the null or false of `condition && child`.
+  element.append(...children.flat().filter((child) => child || child === 0));
+  return element;
+}
+
+/** One of ComfyUI's PrimeIcons, for the eye only. */
+export function icon(name) {
+  return build("i", { class: `pi pi-${name} qel-icon`, "aria-hidden": "true" });
+}
+
+export function iconButton(name, label, onclick, className = "") {
+  const properties = { type: "button", class: `qel-icon-button ${className}`, onclick };
+  return build("button", { ...properties, "aria-label": label, title: label }, icon(name));
+}
+
+// Leaves the page alone where nothing changed, so that selections and screen readers stay put.
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+export function setHidden(element, hidden) {
+  if (element.hidden !== hidden) element.hidden = hidden;
+}
+
+export function setAttribute(element, name, value) {
+  if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
+}
+
+// Rows by key in the order of `items`: made once, updated in place, removed with their item.
+export class KeyedRows {
+  constructor(parent, build) {
+    this.parent = parent;
+    this.build = build; // (item) => { element, update(item) }
+    this.rows = new Map();
+  }
+
+  show(items, getKey) {
+    const kept = new Set();
+    let next = this.parent.firstElementChild;
+    for (const item of items) {
+      const key = getKey(item);
+      kept.add(key);
+      let row = this.rows.get(key);
+      if (!row) this.rows.set(key, (row = this.build(item)));
+      row.update(item);
+      if (row.element === next) next = next.nextElementSibling;
+      else this.parent.insertBefore(row.element, next);
+    }
+    for (const [key, row] of this.rows) {
+      if (kept.has(key)) continue;
+      row.element.remove();
+      this.rows.delete(key);
+    }
+  }
+}
