@@ -5,7 +5,7 @@ import { ZH } from "./words/zh.js";
 
 const LANGUAGES = { en: EN, zh: ZH };
 
-// t("list.count", { n: 3 }) fills {n}. Made anew when the panel opens, so a change is seen then.
+// t("job.left", { time: "3 s" }) fills {n}. Made anew when the panel opens, so a change is seen then.
 export function createTranslator(app) {
   const locale = app.extensionManager?.setting?.get?.("Comfy.Locale") ?? "en";
   const words = LANGUAGES[locale] ?? LANGUAGES[locale.split("-")[0]] ?? EN;

@@ -82,6 +82,7 @@ class Panel {
     );
     nav.addEventListener("keydown", (event) => this.press(event));
     this.root = build("div", { class: "qel-panel" }, nav, this.body);
+    element.style.height = "100%"; // of the sidebar; the views scroll inside
     element.replaceChildren(this.root);
     this.show();
     this.jobs.refresh();
