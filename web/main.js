@@ -57,7 +57,7 @@ app.registerExtension({
   name: "qwen_edit_lora.report",
 
   nodeCreated(node) {
-    if (NODES_WITH_REPORT.has(node.comfyClass)) addReportWidget(node);
+    if (NODES_WITH_REPORT.has(node.comfyClass)) addReportWidget(node, createTranslator(app));
     if (NODES_WITH_JOB.has(node.comfyClass)) {
       addJobWidget(node, { app, jobs, showJob: (id) => sidebar?.showJob(id) });
     }

@@ -7,13 +7,12 @@ const COLORS = {
   warning: "var(--p-amber-400, #f5b942)",
   error: "var(--p-red-500, #e5534b)",
 };
-const WAITING = "The report appears here when the node has run.";
 
-export function createReportView() {
+export function createReportView(t) {
   const element = document.createElement("div");
   element.className = "qwen-edit-lora-report";
   element.setAttribute("role", "status");
-  element.setAttribute("aria-label", "Report of this node");
+  element.setAttribute("aria-label", t("report.label"));
   element.tabIndex = 0;
   Object.assign(element.style, {
     boxSizing: "border-box",
@@ -36,7 +35,7 @@ export function createReportView() {
     show(text, state) {
       view.text = text ?? "";
       element.replaceChildren();
-      for (const line of (view.text || WAITING).split("\n")) {
+      for (const line of (view.text || t("report.waiting")).split("\n")) {
         const row = document.createElement("div");
         row.textContent = line; // never innerHTML: file names and metadata are not ours
         if (line.startsWith("Warning:")) row.style.color = COLORS.warning;
@@ -50,8 +49,8 @@ export function createReportView() {
   return view;
 }
 
-export function addReportWidget(node) {
-  const view = createReportView();
+export function addReportWidget(node, t) {
+  const view = createReportView(t);
   const widget = node.addDOMWidget("report_view", "qwen_edit_lora_report", view.element, {
     serialize: false,
     hideOnZoom: false,
@@ -60,6 +59,9 @@ export function addReportWidget(node) {
     getMinHeight: () => MIN_HEIGHT,
   });
   widget.serialize = false; // a report is no setting: keep it out of saved workflows
+  // A node takes its size before extensions add to it.
+  const [width, height] = node.computeSize();
+  node.setSize?.([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   node.showReport = (output) => {
     const text = output?.qwen_edit_lora_report?.[0];
     // Nodes that a sweep expands into report under its id; their reports are not the sweep's.

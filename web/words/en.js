@@ -1,6 +1,9 @@
 // The panel's words in English; `zh.js` has the same keys.
 
 export const EN = {
+  "report.label": "Report of this node",
+  "report.waiting": "The report appears here when the node has run.",
+
   "tab.title": "LoRA training",
   "tab.tooltip": "LoRA training: jobs and adapters",
   "tab.jobs": "Trainings",

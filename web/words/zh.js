@@ -1,6 +1,9 @@
 // The panel's words in Chinese (simplified); the keys of `en.js`.
 
 export const ZH = {
+  "report.label": "此节点的报告",
+  "report.waiting": "节点运行后，报告显示在这里。",
+
   "tab.title": "LoRA 训练",
   "tab.tooltip": "LoRA 训练：任务与 LoRA 文件",
   "tab.jobs": "训练任务",
