@@ -151,7 +151,7 @@ def test_files_are_found_filtered_and_sorted_and_stay_text(opened, workspace):
     details.get_by_role("button", name="Train again").click()
     toast = page.locator(".p-toast-message", has_text="Not trained again")
     toast.wait_for()
-    assert "ours" in toast.inner_text()
+    assert "the settings in this LoRA are damaged" in toast.inner_text()
     page.keyboard.press("Escape")
     assert details.is_hidden()
     assert workspace.errors == []
