@@ -47,7 +47,8 @@ class EditTransformer(nn.Module):
         self.axes = tuple(config.axes_dims_rope)
         self.zero_cond_t = bool(getattr(config, "zero_cond_t", False))
         for index, block in enumerate(transformer.transformer_blocks):
-            transformer.transformer_blocks[index] = EditBlock(block)
+            if not isinstance(block, EditBlock):  # sharded ones had to be by then
+                transformer.transformer_blocks[index] = EditBlock(block)
         self.offload: BlockOffload | None = None
         transformer.pos_embed = nn.Identity()  # its tables are of no use here
         # For what wraps or compiles a model block by block (Accelerate's FSDP, diffusers).
@@ -136,7 +137,11 @@ class EditTransformer(nn.Module):
             )
         time = time if split is None else time.chunk(2)[0]
         out = model.proj_out(model.norm_out(image[:, :num_target_tokens], time))
-        return unpack(out, grids[0])[..., : latents.shape[-2], : latents.shape[-1]]
+        out = unpack(out, grids[0])
+        if out.shape == latents.shape:
+            return out
+        # A copy: FSDP has no hold on views.
+        return out[..., : latents.shape[-2], : latents.shape[-1]].contiguous()
 
 
 def get_grid(image: torch.Tensor) -> Grid:
