@@ -50,7 +50,7 @@ def make_measurement(seconds, size, **changes) -> Measurement:
 
 
 def test_figures_of_all_blocks_follow_from_few(tmp_path, base, monkeypatch):
-    found = make_measurement((0.1, 0.2), (50, 300), trained_bytes=16.0)
+    found = make_measurement((0.1, 0.2), (50, 10**7), trained_bytes=16.0)
     monkeypatch.setattr(estimate, "measure", lambda *arguments: found)
     changes = {"model.source": base, "optimizer.accumulation": 3, "steps": 10}
     dataset = make_dataset(tmp_path / "data", {"a": make_item(0)})
@@ -58,7 +58,7 @@ def test_figures_of_all_blocks_follow_from_few(tmp_path, base, monkeypatch):
     assert found.longest_step_s == pytest.approx(3 * (0.1 + 0.2 * 5) + 0.01 * 5)
     assert found.seconds_per_step == pytest.approx(found.longest_step_s)
     assert found.total_s == pytest.approx(10 * found.longest_step_s)
-    expected = 70 + 500 + 5 * 1000 + 50 + 5 * 300 + 16 * found.num_parameters
+    expected = 70 + 500 + 5 * 1000 + 50 + 5 * 10**7 + 16 * found.num_parameters
     assert found.memory_bytes == expected
     assert found.fits
     assert found.advice == ()
@@ -92,9 +92,9 @@ def test_the_prior_and_compiling_are_part_of_the_time(tmp_path, base, monkeypatc
 
 
 def test_what_does_not_fit_is_said_with_what_to_lower(tmp_path, base, monkeypatch):
-    found = make_measurement((0, 1.0), (0, 1000), other_bytes=0, process_bytes=0)
+    found = make_measurement((0, 1.0), (0, 10**7), other_bytes=0, process_bytes=0)
     monkeypatch.setattr(estimate, "measure", lambda *arguments: found)
-    monkeypatch.setattr(MemoryMeter, "find_available", lambda self: 10_000)
+    monkeypatch.setattr(MemoryMeter, "find_available", lambda self: 5 * (10**7 + 1000))
     changes = {"model.source": base, "data.batch_size": 2, "model.gradient_checkpointing": False}
     found = estimate_run(make_config(tmp_path, **changes), make_dataset(tmp_path / "data"))
     assert not found.fits  # exactly full is too full
@@ -142,12 +142,12 @@ def test_compiling_is_measured_on_the_blocks(tmp_path, base, monkeypatch):
 
 LINUX = pytest.mark.skipif(not CLEAR_REFS.exists(), reason="reads Linux's /proc")
 #: Narrow, and many tokens: activations count as much as weights.
-MIDDLE = {"attention_head_dim": 128, "num_attention_heads": 2, "joint_attention_dim": 256}
+MIDDLE = {"attention_head_dim": 128, "num_attention_heads": 3, "joint_attention_dim": 256}
 
 
 @pytest.fixture(scope="module")
 def middle(tmp_path_factory):
-    """Six blocks of width 256, and training sets of one and of three references."""
+    """Six blocks of width 384, and training sets of one and of three references."""
     folder = tmp_path_factory.mktemp("middle")
     datasets = {}
     for count in (1, 3):
