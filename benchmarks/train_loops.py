@@ -99,17 +99,25 @@ def make_dataset(folder: Path, options: Namespace, text_width: int) -> CachedDat
     return read_dataset(writer.finish())
 
 
-def build_ours(model: torch.nn.Module, options: Namespace, rank: int, folder: Path) -> Step:
+def build_ours(
+    model: torch.nn.Module,
+    options: Namespace,
+    rank: int,
+    folder: Path,
+    checkpointing: bool | str = True,
+) -> Step:
     """A step of `trainer.train` with everything it does: reading the sample, checks, metrics."""
     compute_dtype = DTYPES[options.dtype]
     ours = EditTransformer(share(model), compute_dtype)
-    ours.enable_gradient_checkpointing()
+    ours.enable_gradient_checkpointing(checkpointing)
     settings = LoraSettings(rank=rank)
     injection = inject(ours.transformer, settings)
     if options.compile:
         for block in ours.blocks:
             block.compile()
-    dataset = make_dataset(folder / "data", options, model.config.joint_attention_dim)
+    dataset = make_dataset(
+        Path(tempfile.mkdtemp(dir=folder)), options, model.config.joint_attention_dim
+    )
     config = configuration.TrainConfig(
         name="benchmark",
         output=tempfile.mkdtemp(dir=folder),

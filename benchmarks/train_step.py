@@ -9,6 +9,7 @@ clipping, LoRA on attention and MLP of both streams. The variants share the weig
 steps in turn, so that each round gives ratios; medians are reported.
 
     ours              a step of `lora_core.training.trainer.train`, all of it
+    ours, selective   the same with gradient_checkpointing = "selective", which keeps more
     plain, script     diffusers' model and PEFT as diffusers' own scripts train (LoRA in the base's
                       type, under autocast in bf16)
     plain, fp32 LoRA  the same with a LoRA in float32, as ours, and without autocast
@@ -18,7 +19,8 @@ Memory is the most that a step takes beyond what lies there before it: on a GPU 
 allocator, on a CPU by the process's resident size. `--full` also gives the model FLOP utilisation
 (forward and backward of the products and of attention, nothing counted twice for checkpointing)
 against the bf16 matrix product measured in the same run, and the peak memory of fp8 and nf4 at
-rank 16. `--quick` only shows that everything runs.
+rank 16. `--quick` only shows that everything runs. `--cpu-time` counts the process's seconds on
+processors instead of those on the wall: with `--threads 1` others on the machine matter little.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--variant", default="2509", choices=["2509", "2511"])
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--cpu-time", action="store_true", help="not wall time")
     parser.add_argument("--compile", action="store_true", help="ours only: regional torch.compile")
     parser.add_argument("--text-only", action="store_true", help="beside ComfyUI's TrainLoraNode")
     parser.add_argument("--full", action="store_true", help="60 blocks, 1024 x 1024, a reference")
@@ -83,6 +86,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def read_clock() -> float:
+    return time.process_time() if OPTIONS.cpu_time else time.perf_counter()
+
+
 def measure(step: Callable[[], object]) -> tuple[float, int]:
     """Seconds, and bytes above what was in use before."""
     synchronize()
@@ -92,10 +99,10 @@ def measure(step: Callable[[], object]) -> tuple[float, int]:
     else:
         Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
         before = read_status("VmRSS")
-    started = time.perf_counter()
+    started = read_clock()
     step()
     synchronize()
-    seconds = time.perf_counter() - started
+    seconds = read_clock() - started
     if OPTIONS.device == "cuda":
         return seconds, torch.cuda.max_memory_allocated() - before
     return seconds, read_status("VmHWM") - before
@@ -123,6 +130,11 @@ class Table:
                 "variant": name,
                 "seconds": round(statistics.median(seconds), 4),
                 "time / ours": round(self.compare(name), 3),
+                **(
+                    {"time / ours, selective": round(self.compare(name, "ours, selective"), 3)}
+                    if "ours, selective" in self.seconds
+                    else {}
+                ),
                 "step's memory_mb": round(statistics.median(self.peaks[name]) / 1e6, 1),
             }
             print(json.dumps(row), flush=True)
@@ -131,7 +143,10 @@ class Table:
 def compare_with_plain(folder: Path) -> None:
     """Ours and the plain loops, a step each in turn."""
     model = loops.build_transformer(OPTIONS, OPTIONS.dtype)
-    steps = {"ours": loops.build_ours(model, OPTIONS, OPTIONS.rank, folder)}
+    steps = {
+        name: loops.build_ours(model, OPTIONS, OPTIONS.rank, folder, checkpointing)
+        for name, checkpointing in (("ours", True), ("ours, selective", "selective"))
+    }
     for kind in PLAIN:
         if kind == "script" or OPTIONS.dtype == "bf16":
             steps[f"plain, {kind}"] = loops.build_plain(model, OPTIONS, OPTIONS.rank, kind)

@@ -223,7 +223,7 @@ def get_base_weight(base: nn.Module) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(base.weight.data, base.weight.quant_state)
-    weight = base.weight.detach()
+    weight = gather(base.weight.detach())
     if type(weight).dequantize is not torch.Tensor.dequantize:  # torchao's, which claim to be bf16
         return weight.dequantize()
     shape = (base.out_features, base.in_features)
@@ -234,3 +234,20 @@ def get_base_weight(base: nn.Module) -> torch.Tensor:
         f"{str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)} without a dequantize(); "
         "choose plain LoRA, or load the base as bf16."
     )
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """A weight that FSDP spread over processes, whole; all of them have to ask for it together."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    if tensor.dtype.itemsize > 1:
+        return tensor.full_tensor()
+    # As bytes: not everything that sends tensors knows fp8.
+    from torch.distributed.tensor import DTensor
+
+    codes = DTensor.from_local(
+        *(tensor.to_local().view(torch.uint8), tensor.device_mesh, tensor.placements),
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    return codes.full_tensor().view(tensor.dtype)

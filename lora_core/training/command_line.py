@@ -14,9 +14,6 @@ from ..errors import ConfigError
 #: They note on import which of their own optional parts are missing; nothing a user can use.
 TALKATIVE = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
 
-#: Ways of Accelerate to spread one model over several devices.
-SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
-
 
 def add_commands(commands) -> None:
     """Adds the training commands to an argparse sub-parsers object."""
@@ -61,7 +58,7 @@ def run_train(options: argparse.Namespace) -> None:
     device = choose_device(config.model) if accelerator is None else accelerator.device
     if is_main:
         check_output(config, options.resume)
-    session = open_session(config, device)
+    session = open_session(config, device, accelerator)
     for sentence in describe_session(session, config) if is_main else ():
         tell(sentence)
     with stop_on_signals() as should_stop:
@@ -117,16 +114,14 @@ def find_accelerator(on_cpu: bool):
     """The Accelerator of `accelerate launch`; None for a process on its own.
 
     Raises:
-        ConfigError: it is not installed, or was told to shard the model.
+        ConfigError: it is not installed, or was told to shard the model in a way that training
+            does not go with.
     """
+    from .sharding import check_launch
+
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
-    for name in SHARDING:
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ConfigError(
-                f"{name} shards the LoRAs, which checkpoints need whole; launch with --multi_gpu "
-                "instead, and fit the base into each GPU by model.storage or model.offload_blocks"
-            )
+    check_launch(os.environ)
     try:
         from accelerate import Accelerator
     except ImportError:

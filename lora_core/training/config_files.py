@@ -131,7 +131,11 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return convert(value, next(a for a in arguments if a is not type(None)), where)
+        kinds = [a for a in arguments if a is not type(None)]
+        for kind in kinds[:-1]:
+            if isinstance(kind, type) and isinstance(value, kind):
+                return convert(value, kind, where)
+        return convert(value, kinds[-1], where)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(convert(item, arguments[0], where) for item in value)
     if origin is tuple and isinstance(value, arguments[0]):

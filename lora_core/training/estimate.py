@@ -1,35 +1,30 @@
-"""Memory and time of a run before it starts, from one step of a model of one and of two blocks.
+"""Memory and time of a run before it starts, from steps of a model of very few blocks.
 
 All blocks are alike, so everything is linear in their number: the full model's figures follow from
-the difference of the two small ones, which run the true weights of the first blocks in their
-storage, with LoRAs, checkpointing, optimizer and the training set's own sizes.
+those of one and of two blocks (`probe`), which run the true weights of the first blocks in their
+storage, with LoRAs, checkpointing, optimizer and the training set's own sizes. What lies in memory
+all the time is counted; what comes and goes is measured. Blocks that wait in host memory are
+measured on their own, two and three of them.
 """
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from ..errors import ConfigError
-from ..injection import inject
-from ..injection_plan import LoraSettings, plan_injection
+from ..injection_plan import plan_injection
 from .architecture import read_architecture
 from .base_files import BaseFile, open_base_file
-from .batches import Slot, load_batch
 from .config import TrainConfig
-from .dataset import CachedDataset, ItemInfo
-from .loading import list_leaves, load_leaf
-from .objective import VELOCITY, Objective
-from .optimization import build_optimizer
-from .session import COMPUTE_DTYPES, choose_device
-from .transformer import EditTransformer
+from .dataset import CachedDataset, ItemInfo, read_dataset
+from .loading import RELEASE_EVERY
+from .memory import MemoryMeter
+from .offload import choose_offloaded
+from .probe import Measurement, measure
+from .session import choose_device
 
-#: Steps timed after one that only warms up.
-TIMED_STEPS = 2
 #: Share of a device that a run should fill at most; allocators leave gaps.
 USABLE = 0.95
 
@@ -40,7 +35,8 @@ class Estimate:
 
     device: str
     memory_bytes: int | None
-    """Most that will be in use at once; None where the system does not tell."""
+    """Most that will be in use at once, on a CPU by the whole process; None where the system does
+    not tell."""
     available_bytes: int | None
     """Of the whole device."""
     seconds_per_step: float
@@ -48,11 +44,16 @@ class Estimate:
     longest_step_s: float
     """Of the largest item."""
     total_s: float
+    """Of all steps, and of compiling."""
     num_parameters: int
     num_tokens: int
     """Of the largest item: target, references and text."""
     advice: tuple[str, ...] = ()
     """What to lower, in the order of what costs least; empty where it fits."""
+    compile_s: float = 0.0
+    """Compiling the blocks, in the first steps."""
+    offloaded_bytes: int = 0
+    """Of the blocks that wait in host memory; on a CPU part of the memory above."""
 
     @property
     def fits(self) -> bool:
@@ -72,139 +73,162 @@ class Estimate:
             f"memory: {show(self.memory_bytes)} of {show(self.available_bytes)} on {self.device}",
             f"time: {self.seconds_per_step:.2f} s a step ({self.longest_step_s:.2f} s the "
             f"longest), {self.total_s / 3600:.2f} h in all",
-            *(f"does not fit: {sentence}" for sentence in self.advice),
         ]
+        if self.offloaded_bytes:
+            lines.insert(2, f"waiting in host memory: {show(self.offloaded_bytes)}")
+        if self.compile_s:
+            lines.append(f"compiling: {self.compile_s:.0f} s once, part of the time in all")
+        lines += [f"does not fit: {sentence}" for sentence in self.advice]
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Measurement:
-    seconds: float
-    memory_bytes: int | None
-
-
 def estimate_run(config: TrainConfig, dataset: CachedDataset) -> Estimate:
-    """Loads two blocks, takes a few steps with each number, and reckons for all.
+    """Loads two or three blocks, takes some steps with them, and reckons for all.
+
+    Auxiliary losses are not reckoned with; of several processes it is the figure of each.
 
     Raises:
-        FileError, KeyFormatError, ConfigError: as opening the model does; or `offload_blocks` or
-            `compile` is set, which are not reckoned with.
+        FileError, KeyFormatError, ConfigError: as opening the model does.
     """
-    if config.model.offload_blocks or config.model.compile:
-        raise ConfigError(
-            "the estimate does not know offload_blocks and compile; set them to 0 and false, "
-            "and take its memory as the most and its time without either"
-        )
     device = choose_device(config.model)
+    meter = MemoryMeter(device)
     largest = max(range(len(dataset)), key=lambda i: dataset.items[i].num_tokens)
     base = open_base_file(config.model.source)
     try:
         num_blocks = read_architecture(base.shapes, base.name, base.axes).num_layers
         width = base.shapes["img_in.weight"][0]
-        one, two = (measure(config, dataset, largest, base, device, n) for n in (1, 2))
+        num_parameters = count_parameters(config, base)
+        choose_offloaded(num_blocks, config.model.offload_blocks)
+        whole = measure_all(config, dataset, largest, base, device, num_blocks)
     finally:
         base.release()
-    per_step = config.optimizer.accumulation
-    step_s = (one.seconds + (num_blocks - 1) * (two.seconds - one.seconds)) * per_step
-    memory = None
-    if one.memory_bytes is not None and two.memory_bytes is not None:
-        memory = one.memory_bytes + (num_blocks - 1) * (two.memory_bytes - one.memory_bytes)
+    passes = 1.0
     costs = [compute_cost(info, width) for info in dataset.items]
-    mean_s = step_s * (sum(costs) / len(costs)) / costs[largest]
+    mean_cost = sum(costs) / len(costs)
+    if config.data.prior and config.data.prior_weight:
+        prior = [compute_cost(info, width) for info in read_dataset(config.data.prior).items]
+        passes += sum(prior) / len(prior) / mean_cost
+    options = config.optimizer
+    micro_s = whole.micro_step_s * options.accumulation * passes
+    mean_s = micro_s * mean_cost / costs[largest] + whole.optimizer_s
+    memory = None
+    if whole.passing_bytes is not None:
+        kept = whole.kept_bytes + num_parameters * whole.trained_bytes
+        memory = whole.process_bytes + round(
+            max(kept + whole.passing_bytes, whole.kept_bytes + whole.loading_bytes)
+        )
     estimate = Estimate(
         device=str(device),
         memory_bytes=memory,
-        available_bytes=find_available(device),
+        available_bytes=meter.find_available(),
         seconds_per_step=mean_s,
-        longest_step_s=step_s,
-        total_s=mean_s * config.steps,
-        num_parameters=count_parameters(config, base),
+        longest_step_s=micro_s + whole.optimizer_s,
+        total_s=mean_s * config.steps + whole.compile_s,
+        num_parameters=num_parameters,
         num_tokens=dataset.items[largest].num_tokens,
+        compile_s=whole.compile_s,
+        offloaded_bytes=config.model.offload_blocks * whole.block_bytes,
     )
     return estimate if estimate.fits else replace(estimate, advice=advise(config))
 
 
-def compute_cost(info: ItemInfo, width: int) -> float:
-    """Proportional to a sample's time: products by 24 w^2 per token, attention by 4 w per pair."""
-    return info.num_tokens * (24 * width + 4 * info.num_tokens)
+@dataclass(frozen=True)
+class Whole:
+    """What training on all blocks takes."""
+
+    micro_step_s: float
+    optimizer_s: float
+    compile_s: float
+    passing_bytes: float | None
+    loading_bytes: int
+    kept_bytes: int
+    """Frozen, on the device."""
+    process_bytes: int
+    trained_bytes: float
+    block_bytes: int
 
 
-def load_blocks(
-    config: TrainConfig, base: BaseFile, device: torch.device, num_blocks: int
-) -> EditTransformer:
-    """The model's first blocks and both its ends."""
-    model, dtype = config.model, COMPUTE_DTYPES[config.model.compute_dtype]
-    marked = base.zero_cond_t if model.variant == "auto" else model.variant == "2511"
-    architecture = read_architecture(base.shapes, base.name, base.axes, marked)
-    transformer = replace(architecture, num_layers=num_blocks).build_empty()
-    for path in list_leaves(transformer):
-        load_leaf(transformer, path, base, model.storage, dtype, device, device)
-    transformer.requires_grad_(False)
-    loaded = EditTransformer(transformer.eval(), dtype)
-    loaded.enable_gradient_checkpointing(model.gradient_checkpointing)
-    return loaded
-
-
-def measure(
+def measure_all(
     config: TrainConfig,
     dataset: CachedDataset,
     index: int,
     base: BaseFile,
     device: torch.device,
     num_blocks: int,
-) -> Measurement:
-    """One micro-step and one optimizer step on so many blocks."""
-    before = count_allocated(device)
-    model = load_blocks(config, base, device, num_blocks)
-    injection = inject(model.transformer, choose_settings(config.lora), seed=config.seed)
-    options = config.optimizer
-    parameters = injection.parameters()
-    optimizer = build_optimizer(options.name, parameters, options.learning_rate, **options.options)
-    averages = [p.detach().clone() for p in parameters] if options.ema_decay else []
-    slots = [Slot(index, 0, place) for place in range(config.data.batch_size)]
-    batch = load_batch(dataset, slots, config.seed).to(device)
-    objective = Objective(replace(config.objective, auxiliary={}))
-    seconds = []
-    if device.type == "cuda":  # what loading needed does not count
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(1 + TIMED_STEPS):
-        synchronize(device)
-        started = time.perf_counter()
-        objective.compute_losses(model, batch)[VELOCITY].mean().backward()
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-        optimizer.step()
-        optimizer.zero_grad()
-    del averages  # alive until here, as in training
-    memory = None
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) - before
-    return Measurement(min(seconds[1:]), memory)
+) -> Whole:
+    num_offloaded = config.model.offload_blocks
+    num_resident = num_blocks - num_offloaded
+    arguments = (config, dataset, index, base, device)
+    found = []
+    if num_resident:
+        found.append(measure(*arguments, (1, 2) if num_blocks > 1 else (1,), False))
+    if num_offloaded:
+        counts = (2, 3) if num_blocks > 2 else (1, 2) if num_blocks > 1 else (1,)
+        found.append(measure(*arguments, counts, True))
+    first, last = found[0], found[-1]
+    return Whole(
+        micro_step_s=reckon_time(first, last, num_blocks, num_offloaded, device),
+        optimizer_s=first.optimizer_s(num_blocks),
+        compile_s=max(one.compile_s for one in found),
+        passing_bytes=reckon_passing(first, last, num_blocks, num_offloaded),
+        loading_bytes=(first.loading_bytes or 0) + count_pages(base, device),
+        kept_bytes=count_kept(first, num_blocks, num_offloaded, device),
+        process_bytes=first.process_bytes,
+        trained_bytes=first.trained_bytes,
+        block_bytes=first.block_bytes,
+    )
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def count_kept(
+    found: Measurement, num_blocks: int, num_offloaded: int, device: torch.device
+) -> int:
+    """Bytes of frozen weights; a CPU's own memory is where offloaded blocks wait."""
+    if device.type != "cpu":
+        num_blocks -= num_offloaded
+    return found.other_bytes + num_blocks * found.block_bytes
 
 
-def count_allocated(device: torch.device) -> int:
-    """Bytes of tensors that are alive; 0 on a CPU, where nobody counts them."""
-    gc.collect()
-    if device.type != "cuda":
+def count_pages(base: BaseFile, device: torch.device) -> int:
+    """Bytes of the file that loading leaves in a process's memory at once; none on a GPU."""
+    if device.type != "cpu":
         return 0
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_allocated(device)
+    modules = {key.rpartition(".")[0] for key in base.shapes}
+    return min(RELEASE_EVERY, sum(map(base.count_bytes, modules)))
 
 
-def choose_settings(lora: LoraSettings) -> LoraSettings:
-    """The same on two blocks; patterns that name blocks by number become the full preset."""
-    if any("transformer_blocks" in p for p in (*lora.targets, *lora.exclude, *lora.rank_pattern)):
-        return replace(lora, targets=("full",), exclude=(), rank_pattern={})
-    return lora
+def reckon_time(
+    resident: Measurement,
+    offloaded: Measurement,
+    num_blocks: int,
+    num_offloaded: int,
+    device: torch.device,
+) -> float:
+    """Seconds of a micro-step; both are the same where all blocks are of one kind."""
+    if resident is offloaded:
+        return resident.micro_step_s(num_blocks)
+    time = resident.micro_step_s
+    if device.type == "cpu":  # copies and products take turns
+        return time(num_blocks - num_offloaded) + num_offloaded * offloaded.micro_step_s.per_block
+    # A block's weights come while those before it compute, so that the slower of both tells.
+    return max(time(num_blocks), time.fixed + num_offloaded * offloaded.micro_step_s.per_block)
 
 
-def find_available(device: torch.device) -> int | None:
-    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+def reckon_passing(
+    resident: Measurement, offloaded: Measurement, num_blocks: int, num_offloaded: int
+) -> float | None:
+    """Bytes beside what lies there: activations of all blocks, and copies of few."""
+    if resident.passing_bytes is None or offloaded.passing_bytes is None:
+        return None
+    passing = resident.passing_bytes(num_blocks)
+    if resident is offloaded:
+        return passing
+    copies = offloaded.passing_bytes(num_blocks) - passing
+    return passing + min(max(0.0, copies), num_offloaded * resident.block_bytes)
+
+
+def compute_cost(info: ItemInfo, width: int) -> float:
+    """Proportional to a sample's time: products by 24 w^2 per token, attention by 4 w per pair."""
+    return info.num_tokens * (24 * width + 4 * info.num_tokens)
 
 
 def count_parameters(config: TrainConfig, base: BaseFile) -> int:
@@ -217,7 +241,10 @@ def advise(config: TrainConfig) -> tuple[str, ...]:
     """What lowers the memory of a run, what costs least first."""
     model, data = config.model, config.data
     ways: Sequence[tuple[bool, str]] = (
-        (not model.gradient_checkpointing, "set model.gradient_checkpointing to true"),
+        (
+            model.gradient_checkpointing is not True,
+            "set model.gradient_checkpointing to true",
+        ),
         (data.batch_size > 1, "set data.batch_size to 1 and raise optimizer.accumulation"),
         (config.optimizer.name == "adamw", 'set optimizer.name to "adamw8bit"'),
         (model.storage in ("bf16", "fp32"), 'set model.storage to "fp8", half the base\'s size'),

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..lora_layers import gather
 from ..stored_weight import BaseWeight
 
 Decode = Callable[..., torch.Tensor]
@@ -78,7 +79,7 @@ class FrozenLinear(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as it acts, (out, in)."""
-        return self.decode(dtype, *self.codes)
+        return self.decode(dtype, *map(gather, self.codes))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.decode}"

@@ -18,8 +18,10 @@ from ..progress import Progress, ShouldStop, track
 from ..report import shorten_list
 from .architecture import read_architecture
 from .base_files import BaseFile, open_base_file
+from .edit_block import EditBlock
 from .offload import choose_offloaded
 from .quantization import build_linear, build_parameter, check_storage
+from .sharding import Sharding
 from .transformer import EditTransformer
 
 #: Bytes read from a mapped file after which its pages are given back.
@@ -34,6 +36,7 @@ def load_transformer(
     *,
     zero_cond_t: bool | None = None,
     num_offloaded: int = 0,
+    sharding: Sharding | None = None,
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> EditTransformer:
@@ -46,6 +49,7 @@ def load_transformer(
         zero_cond_t: whether references are shown at noise level 0, as 2511 does; None: as the file
             is marked.
         num_offloaded: so many of the blocks stay in host memory; see `offload`.
+        sharding: spreads each block over several processes as soon as it is whole.
 
     Raises:
         FileError: the source is missing, damaged, or stored in a way that is not understood.
@@ -70,9 +74,15 @@ def load_transformer(
         device = torch.device(device)
         offloaded = choose_offloaded(architecture.num_layers, num_offloaded)
         num_read = 0
-        for path in track(list_leaves(transformer), progress, should_stop, "loading"):
-            place = torch.device("cpu") if find_block(path) in offloaded else device
+        leaves = list_leaves(transformer)
+        last_leaves = {find_block(path): path for path in leaves}
+        for path in track(leaves, progress, should_stop, "loading"):
+            index = find_block(path)
+            place = torch.device("cpu") if index in offloaded else device
             load_leaf(transformer, path, base, storage, compute_dtype, device, place)
+            if sharding is not None and index >= 0 and path == last_leaves[index]:
+                block = EditBlock(transformer.transformer_blocks[index])
+                transformer.transformer_blocks[index] = sharding.shard_block(block)
             num_read += base.count_bytes(path)
             if num_read > RELEASE_EVERY:
                 base.release()
@@ -83,7 +93,7 @@ def load_transformer(
     model = EditTransformer(transformer.eval(), compute_dtype)
     if offloaded:
         model.offload_blocks(offloaded, device)
-    return model
+    return model if sharding is None else sharding.finish(model)
 
 
 def list_leaves(transformer: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ its own. Without an Accelerator this is a single process and Accelerate need not
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+#: Bytes of gradients that are sent together, as DDP does: enough to be worth a message.
+BUCKET = 25 * 2**20
+
 
 class Processes:
     """The process this is, and what it does together with the others."""
@@ -23,14 +27,26 @@ class Processes:
         self.accelerator = accelerator
         self.count = 1 if accelerator is None else accelerator.num_processes
         self.index = 0 if accelerator is None else accelerator.process_index
+        self.is_sharded = False
 
     @property
     def is_main(self) -> bool:
         return self.index == 0
 
-    def prepare(self, model: Any) -> Any:
-        """The model as it has to be called, so that its gradients are averaged over processes."""
+    def prepare(self, model: Any, parameters: Sequence[torch.nn.Parameter]) -> Any:
+        """The model as it has to be called, with equal parameters on each process.
+
+        DDP averages gradients in the backward pass; where FSDP holds the base (`sharding`),
+        `average_gradients` does.
+        """
         if self.count == 1:
+            return model
+        if holds_shards(model):  # Accelerate would give it back as it is
+            from accelerate.utils import broadcast
+
+            for parameter in parameters:
+                broadcast(parameter.data)
+            self.is_sharded = True
             return model
         leave_frozen_alone(model)
         # It lies where it shall lie; moving it would bring offloaded blocks back.
@@ -38,7 +54,20 @@ class Processes:
 
     def without_sync(self, model: Any) -> AbstractContextManager:
         """Backward passes inside leave the gradients where they are; the next one averages all."""
-        return nullcontext() if self.count == 1 else self.accelerator.no_sync(model)
+        if self.count == 1 or self.is_sharded:
+            return nullcontext()
+        return self.accelerator.no_sync(model)
+
+    def average_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Where no DDP has done so, once a step; a parameter without a gradient counts as 0."""
+        if not self.is_sharded:
+            return
+        for bucket in make_buckets(parameters):
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            mean = self.average(torch.cat([grad.flatten() for grad in gradients]))
+            parts = mean.split([grad.numel() for grad in gradients])
+            for parameter, part in zip(bucket, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
 
     def average(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean over processes, the same on each."""
@@ -61,6 +90,28 @@ class Processes:
     def wait(self) -> None:
         if self.count > 1:
             self.accelerator.wait_for_everyone()
+
+
+def holds_shards(model: Any) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def make_buckets(
+    parameters: Sequence[torch.nn.Parameter], size: int = BUCKET
+) -> Iterator[list[torch.nn.Parameter]]:
+    """Neighbours of one type, together at least `size` bytes where there are as many."""
+    bucket: list[torch.nn.Parameter] = []
+    num_bytes = 0
+    for parameter in parameters:
+        if bucket and (num_bytes >= size or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, num_bytes = [], 0
+        bucket.append(parameter)
+        num_bytes += parameter.numel() * parameter.dtype.itemsize
+    if bucket:
+        yield bucket
 
 
 def leave_frozen_alone(model: torch.nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +17,11 @@ from .dataset import CachedDataset, read_dataset
 from .image_decoder import load_decoder
 from .loading import load_transformer
 from .losses import Decode
+from .sharding import Sharding, choose_sharding
 from .transformer import EditTransformer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -33,16 +38,24 @@ class Session:
     variant: str | None
 
 
-def open_session(config: TrainConfig, device: torch.device | None = None) -> Session:
+def open_session(
+    config: TrainConfig,
+    device: torch.device | None = None,
+    accelerator: Accelerator | None = None,
+) -> Session:
     """Loads and injects; training sets first, since they are quick to be found wrong.
+
+    Args:
+        accelerator: of `accelerate launch`, which may ask for the base to be sharded.
 
     Raises:
         FileError, KeyFormatError, ShapeError, ConfigError, TargetError: as what it opens.
     """
     device = device or choose_device(config.model)
+    sharding = choose_sharding(config.model, accelerator)
     dataset = read_dataset(config.data.folder)
     prior = read_dataset(config.data.prior) if config.data.prior else None
-    model = load_model(config.model, device)
+    model = load_model(config.model, device, sharding)
     width = model.transformer.config.joint_attention_dim
     if dataset.text_width != width:
         raise ConfigError(
@@ -74,7 +87,9 @@ def describe_session(session: Session, config: TrainConfig) -> list[str]:
     return said
 
 
-def load_model(config: ModelConfig, device: torch.device) -> EditTransformer:
+def load_model(
+    config: ModelConfig, device: torch.device, sharding: Sharding | None = None
+) -> EditTransformer:
     model = load_transformer(
         config.source,
         config.storage,
@@ -82,6 +97,7 @@ def load_model(config: ModelConfig, device: torch.device) -> EditTransformer:
         COMPUTE_DTYPES[config.compute_dtype],
         zero_cond_t=None if config.variant == "auto" else config.variant == "2511",
         num_offloaded=config.offload_blocks,
+        sharding=sharding,
     )
     model.enable_gradient_checkpointing(config.gradient_checkpointing)
     return model

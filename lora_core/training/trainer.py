@@ -180,7 +180,7 @@ class Run:
         self.start(resume)
         for layer in injection.layers.values():
             layer.train()
-        self.model = processes.prepare(model)
+        self.model = processes.prepare(model, self.parameters)
 
     def check_data(self) -> None:
         if self.config.data.caption_dropout:
@@ -247,6 +247,7 @@ class Run:
         parts = [self.accumulate(number, number == micro_steps[-1]) for number in micro_steps]
         names = list(parts[0])
         sums = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in names])
+        self.processes.average_gradients(self.parameters)
         figures = dict(zip(names, self.processes.average(sums).tolist(), strict=True))
         num_tokens = figures.pop(TOKENS) * self.processes.count
         loss = math.fsum(figures.values())

@@ -47,7 +47,8 @@ class EditTransformer(nn.Module):
         self.axes = tuple(config.axes_dims_rope)
         self.zero_cond_t = bool(getattr(config, "zero_cond_t", False))
         for index, block in enumerate(transformer.transformer_blocks):
-            transformer.transformer_blocks[index] = EditBlock(block)
+            if not isinstance(block, EditBlock):  # sharded ones had to be by then
+                transformer.transformer_blocks[index] = EditBlock(block)
         self.offload: BlockOffload | None = None
         transformer.pos_embed = nn.Identity()  # its tables are of no use here
         # For what wraps or compiles a model block by block (Accelerate's FSDP, diffusers).
@@ -61,13 +62,16 @@ class EditTransformer(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.transformer.transformer_blocks
 
-    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+    def enable_gradient_checkpointing(self, enabled: bool | str = True) -> None:
         """Keep only each block's input for the backward pass, and compute the rest again there.
 
+        Args:
+            enabled: "selective" keeps what is dear to compute too; see `edit_block`.
+
         Raises:
-            ConfigError: it is to be without, but blocks wait in host memory.
+            ConfigError: blocks wait in host memory, and it is to be without or selective.
         """
-        if self.offload is not None and not enabled:
+        if self.offload is not None and enabled is not True:
             raise ConfigError(
                 "offload_blocks needs gradient_checkpointing: without it every block's weights "
                 "stay on the device for the backward pass; set gradient_checkpointing to true"
@@ -123,7 +127,7 @@ class EditTransformer(nn.Module):
         time = model.time_text_embed(levels, image)
         rotation = compute_rotation(self.axes, grids, text.shape[1], dtype, image.device)
         mask = build_mask(text_mask, image.shape[1])
-        checkpointed = model.gradient_checkpointing and torch.is_grad_enabled()
+        checkpointed = torch.is_grad_enabled() and model.gradient_checkpointing
         for index, block in enumerate(self.blocks):
             inputs = (image, text, time, rotation, mask, split)
             if self.offload is None:
@@ -136,7 +140,11 @@ class EditTransformer(nn.Module):
             )
         time = time if split is None else time.chunk(2)[0]
         out = model.proj_out(model.norm_out(image[:, :num_target_tokens], time))
-        return unpack(out, grids[0])[..., : latents.shape[-2], : latents.shape[-1]]
+        out = unpack(out, grids[0])
+        if out.shape == latents.shape:
+            return out
+        # A copy: FSDP has no hold on views.
+        return out[..., : latents.shape[-2], : latents.shape[-1]].contiguous()
 
 
 def get_grid(image: torch.Tensor) -> Grid:

@@ -346,7 +346,7 @@ def wide_file(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("storage", ["bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("storage", ["bf16", "fp8", "int8", "nf4"])
 def test_beside_the_model_memory_holds_the_largest_tensor_and_a_margin(
     storage, wide_file, tmp_path, capsys
 ):

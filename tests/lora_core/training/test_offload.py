@@ -167,6 +167,8 @@ def test_offloading_without_checkpointing_is_refused(base):
     model = load_transformer(base, num_offloaded=1)
     with pytest.raises(ConfigError, match="offload_blocks needs gradient_checkpointing"):
         model.enable_gradient_checkpointing(False)
+    with pytest.raises(ConfigError, match="set gradient_checkpointing to true"):
+        model.enable_gradient_checkpointing("selective")
 
 
 def test_an_offloaded_model_is_not_moved_by_others(base):

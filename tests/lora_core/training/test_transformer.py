@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from demo_base import dit
 from qwen_edit_lora.lora_core.injection import LoraSettings, inject
 from qwen_edit_lora.lora_core.training import rope
 from qwen_edit_lora.lora_core.training.architecture import choose_axes
+from qwen_edit_lora.lora_core.training.edit_block import ATTENTION_KERNELS
 from qwen_edit_lora.lora_core.training.loading import load_transformer
 from qwen_edit_lora.lora_core.training.transformer import pack, unpack
 from small_bases import TINY, write_base
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TEXT_WIDTH = dit.TEXT_WIDTH
 #: Rounding in float32; the other ways of computing differ by more.
@@ -110,14 +114,15 @@ def test_gradients_reach_the_inputs_and_no_weight(model):
 
 def test_gradient_checkpointing_changes_no_bit(model):
     gradients = []
-    for enabled in (False, True):
+    for enabled in (False, True, "selective"):
         latents, references, text, _, sigma = make_batch(2)
         latents.requires_grad_()
         model.enable_gradient_checkpointing(enabled)
         model(latents, references, text, None, sigma).square().mean().backward()
         gradients.append(latents.grad)
     model.enable_gradient_checkpointing(False)
-    assert torch.equal(*gradients)
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
 
 
 def test_checkpointing_keeps_one_tensor_a_block_and_stream(model):
@@ -133,9 +138,12 @@ def test_checkpointing_keeps_one_tensor_a_block_and_stream(model):
         return sum(x.numel() for (place, _), x in saved.items() if place not in weights)
 
     everything = count_saved()
+    model.enable_gradient_checkpointing("selective")
+    selected = count_saved()
     model.enable_gradient_checkpointing()
     kept = count_saved()
     model.enable_gradient_checkpointing(False)
+    assert kept < selected < everything / 2
     assert kept < everything / 4
 
 
@@ -215,7 +223,9 @@ def test_a_rotation_first_computed_in_inference_mode_can_be_trained_with(model):
     assert latents.grad is not None
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    "checkpointed", [False, True, "selective"], ids=["plain", "checkpointed", "selective"]
+)
 @pytest.mark.parametrize("storage", ["fp32", "fp8"])
 def test_compiled_blocks_give_the_same_loss_and_gradients(storage, checkpointed, tmp_path):
     path = dit.write_dit(tmp_path / "dit.safetensors", "2511", "fp32")
@@ -274,6 +284,39 @@ def test_the_last_product_of_a_checkpointed_block_is_not_computed_again(model):
     assert len(calls) == 1
 
 
+class CountedCalls(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_repeats_no_attention_and_the_mlps_first_product_alone(model):
+    block = model.blocks[0]
+    projections = {name: getattr(block.attn, name) for name in ("to_q", "add_v_proj")}
+    modules = {**projections, "first": block.img_mlp.net[0].proj, "last": block.img_mlp.net[2]}
+    calls = Counter()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name, module in modules.items()
+    ]
+    latents, *rest = make_batch(1)
+    model.enable_gradient_checkpointing("selective")
+    with CountedCalls() as counted:
+        model(latents.requires_grad_(), *rest).sum().backward()
+    model.enable_gradient_checkpointing(False)
+    for hook in hooks:
+        hook.remove()
+    assert calls == {"to_q": 1, "add_v_proj": 1, "first": 2, "last": 1}
+    kernels = [counted.counts[kernel] for kernel in ATTENTION_KERNELS]
+    assert sum(kernels) == len(model.blocks)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -294,14 +337,15 @@ def test_checkpointing_changes_no_bit_of_any_loras_gradients(storage, settings, 
     for layer in injection.layers.values():
         layer.train()
     gradients = []
-    for enabled in (False, True):
+    for enabled in (False, True, "selective"):
         model.enable_gradient_checkpointing(enabled)
         torch.manual_seed(1)
         model(*make_batch(2)).square().mean().backward()
         gradients.append([p.grad for p in injection.parameters()])
         for parameter in injection.parameters():
             parameter.grad = None
-    assert all(map(torch.equal, *gradients))
+    assert all(map(torch.equal, gradients[0], gradients[1]))
+    assert all(map(torch.equal, gradients[0], gradients[2]))
     assert any(grad.abs().max() > 0 for grad in gradients[0])
 
 

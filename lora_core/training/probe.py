@@ -1,0 +1,254 @@
+"""A few blocks of a base, trained for some steps as `trainer` would, with a watch and a meter.
+
+All blocks are alike, so what a step takes is linear in their number. One load serves models of
+different numbers of blocks: the last n of those that were loaded. Their steps are taken in turn, so
+that what else a machine does meets all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ..injection import inject
+from ..injection_plan import LoraSettings
+from .architecture import read_architecture
+from .base_files import BaseFile
+from .batches import Slot, load_batch
+from .config import TrainConfig
+from .dataset import CachedDataset
+from .ema import Ema
+from .loading import find_block, list_leaves, load_leaf
+from .memory import MemoryMeter, count_bytes
+from .objective import VELOCITY, Objective
+from .offload import BlockOffload
+from .optimization import build_optimizer
+from .session import COMPUTE_DTYPES
+from .trainer import are_finite, clip_gradients, compute_grad_norm
+from .transformer import EditTransformer
+
+#: Steps timed after those that only warm up: at least, and at most within TIMED_S seconds.
+FEWEST_STEPS = 3
+MOST_STEPS = 15
+TIMED_S = 4.0
+#: Times that a CPU's peak is taken: its heap leaves gaps here and there.
+CPU_PEAKS = 3
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A quantity of a model of n blocks."""
+
+    fixed: float
+    per_block: float
+
+    def __call__(self, num_blocks: int) -> float:
+        return self.fixed + num_blocks * self.per_block
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What training on n blocks takes."""
+
+    micro_step_s: Linear
+    """Forward and backward of one batch."""
+    optimizer_s: Linear
+    """The rest of a step."""
+    compile_s: float
+    """Once, in the first steps."""
+    passing_bytes: Linear | None
+    """Most of what a step takes beside what lies there: activations, gradients, copies."""
+    loading_bytes: int | None
+    """Most of what loading takes beside the model and pages of the file."""
+    block_bytes: int
+    """Frozen, of one block."""
+    other_bytes: int
+    """Frozen, of what is not in blocks."""
+    process_bytes: int
+    """What the process is without a run; on a GPU, where only this run's tensors count, 0."""
+    trained_bytes: float
+    """For each trainable parameter: itself, its average and what the optimizer keeps."""
+
+
+def measure(
+    config: TrainConfig,
+    dataset: CachedDataset,
+    index: int,
+    base: BaseFile,
+    device: torch.device,
+    counts: Sequence[int],
+    offloaded: bool,
+) -> Measurement:
+    """Takes steps with one item of the training set on the last blocks of `max(counts)`.
+
+    Args:
+        index: of the item; a batch repeats it.
+        counts: one or two numbers of blocks; with one, nothing is known to grow.
+        offloaded: whether all blocks wait in host memory.
+    """
+    meter = MemoryMeter(device)
+    meter.reset()
+    model = load_blocks(config, base, device, max(counts), offloaded)
+    peak, after = meter.read_peak(), meter.reset()
+    loading = None if peak is None or after is None else max(0, peak - after)
+    probe = Probe(config, model, dataset, index, device, counts, offloaded)
+    first_s = {n: probe.take_step(n) for n in counts}  # compiles, and makes the optimizer's state
+    for n in counts:
+        probe.take_step(n)
+    at_rest = meter.reset()
+    passing: dict[int, list[int | None]] = {n: [] for n in counts}
+    for _ in range(1 if meter.on_gpu else CPU_PEAKS):
+        for n in counts:
+            passing[n].append(measure_passing(probe, meter, n))
+    micro_s: dict[int, list[float]] = {n: [] for n in counts}
+    optimizer_s: dict[int, list[float]] = {n: [] for n in counts}
+    started = time.perf_counter()
+    for number in range(MOST_STEPS):
+        if number >= FEWEST_STEPS and time.perf_counter() - started > TIMED_S:
+            break
+        for n in counts:
+            micro, rest = probe.take_step(n)
+            micro_s[n].append(micro)
+            optimizer_s[n].append(rest)
+    compile_s = 0.0
+    if config.model.compile:
+        compile_s = sum(first_s[n][0] - statistics.median(micro_s[n]) for n in counts)
+    known = not any(None in peaks for peaks in passing.values())
+    return Measurement(
+        micro_step_s=fit(micro_s),
+        optimizer_s=fit(optimizer_s),
+        compile_s=max(0.0, compile_s),
+        passing_bytes=fit(passing) if known else None,
+        loading_bytes=loading,
+        block_bytes=probe.block_bytes,
+        other_bytes=probe.other_bytes,
+        process_bytes=0 if meter.on_gpu else max(0, (at_rest or 0) - probe.count_kept_bytes()),
+        trained_bytes=probe.count_trained_bytes() / sum(p.numel() for p in probe.parameters),
+    )
+
+
+def fit(values: dict[int, list[float]]) -> Linear:
+    """Through one or two numbers of blocks; values of one round belong together."""
+    few, many = min(values), max(values)
+    middle = statistics.median(values[few])
+    if few == many:
+        return Linear(middle, 0.0)
+    rises = [b - a for a, b in zip(values[few], values[many], strict=True)]
+    per_block = max(0.0, statistics.median(rises) / (many - few))
+    return Linear(middle - few * per_block, per_block)
+
+
+def measure_passing(probe: Probe, meter: MemoryMeter, num_blocks: int) -> int | None:
+    before = meter.reset()
+    probe.take_step(num_blocks)
+    peak = meter.read_peak()
+    return None if before is None or peak is None else max(0, peak - before)
+
+
+class Probe:
+    """A model of a few blocks and everything a step on it needs."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: EditTransformer,
+        dataset: CachedDataset,
+        index: int,
+        device: torch.device,
+        counts: Sequence[int],
+        offloaded: bool,
+    ):
+        blocks = list(model.blocks)
+        self.block_bytes = count_bytes((*blocks[0].parameters(), *blocks[0].buffers()))
+        self.frozen_bytes = count_bytes((*model.parameters(), *model.buffers()))
+        self.other_bytes = self.frozen_bytes - len(blocks) * self.block_bytes
+        self.config, self.model, self.device = config, model, device
+        self.blocks = {n: nn.ModuleList(blocks[-n:]) for n in counts}
+        self.offloads = {
+            n: BlockOffload(self.blocks[n], range(n), device) if offloaded else None for n in counts
+        }
+        self.injection = inject(
+            model.transformer, choose_settings(config.lora), seed=config.seed, device=device
+        )
+        if config.model.compile:
+            for block in blocks:
+                block.compile()
+        options = config.optimizer
+        self.parameters = self.injection.parameters()
+        self.optimizer = build_optimizer(
+            options.name, self.parameters, options.learning_rate, **options.options
+        )
+        named = self.injection.named_parameters()
+        self.ema = Ema(named, options.ema_decay) if options.ema_decay else None
+        self.objective = Objective(replace(config.objective, auxiliary={}))
+        slots = [Slot(index, 0, place) for place in range(config.data.batch_size)]
+        self.batch = load_batch(dataset, slots, config.seed).to(device)
+
+    def take_step(self, num_blocks: int) -> tuple[float, float]:
+        """Seconds of one micro-step, and of what makes it a step."""
+        self.model.transformer.transformer_blocks = self.blocks[num_blocks]
+        self.model.offload = self.offloads[num_blocks]
+        started = self.read_clock()
+        loss = self.objective.compute_losses(self.model, self.batch)[VELOCITY].mean()
+        loss.backward()
+        loss.item()
+        middle = self.read_clock()
+        # Those of other blocks have no gradient.
+        active = [p for p in self.parameters if p.grad is not None]
+        grad_norm = compute_grad_norm(active)
+        clip_gradients(active, grad_norm, self.config.optimizer.max_grad_norm)
+        self.optimizer.step()
+        are_finite(active)
+        if self.ema is not None:
+            self.ema.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return middle - started, self.read_clock() - middle
+
+    def read_clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def count_kept_bytes(self) -> int:
+        return self.frozen_bytes + self.count_trained_bytes()
+
+    def count_trained_bytes(self) -> int:
+        """Parameters, their averages, and what the optimizer keeps."""
+        kept = [*self.parameters]
+        for layer in self.injection.layers.values():
+            kept += [b for b in layer.buffers(recurse=False) if b is not None]
+        if self.ema is not None:
+            kept += list(self.ema.averages.values())
+        for state in self.optimizer.state.values():
+            kept += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        return count_bytes(kept)
+
+
+def load_blocks(
+    config: TrainConfig, base: BaseFile, device: torch.device, num_blocks: int, offloaded: bool
+) -> EditTransformer:
+    """The model's first blocks and both its ends."""
+    model, dtype = config.model, COMPUTE_DTYPES[config.model.compute_dtype]
+    marked = base.zero_cond_t if model.variant == "auto" else model.variant == "2511"
+    architecture = read_architecture(base.shapes, base.name, base.axes, marked)
+    transformer = replace(architecture, num_layers=num_blocks).build_empty()
+    for path in list_leaves(transformer):
+        place = torch.device("cpu") if offloaded and find_block(path) >= 0 else device
+        load_leaf(transformer, path, base, model.storage, dtype, device, place)
+        base.release()  # pages of the file are reckoned with on their own
+    transformer.requires_grad_(False)
+    loaded = EditTransformer(transformer.eval(), dtype)
+    loaded.enable_gradient_checkpointing(model.gradient_checkpointing)
+    return loaded
+
+
+def choose_settings(lora: LoraSettings) -> LoraSettings:
+    """The same on two blocks; patterns that name blocks by number become the full preset."""
+    if any("transformer_blocks" in p for p in (*lora.targets, *lora.exclude, *lora.rank_pattern)):
+        return replace(lora, targets=("full",), exclude=(), rank_pattern={})
+    return lora
