@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -113,8 +114,11 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def find_accelerator(on_cpu: bool):
+def find_accelerator(on_cpu: bool, patience_h: float | None = None):
     """The Accelerator of `accelerate launch`; None for a process on its own.
+
+    Args:
+        patience_h: hours for which a process waits for another; PyTorch's minutes if None.
 
     Raises:
         ConfigError: it is not installed, or was told to shard the model.
@@ -128,13 +132,16 @@ def find_accelerator(on_cpu: bool):
                 "instead, and fit the base into each GPU by model.storage or model.offload_blocks"
             )
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError:
         raise ConfigError(
             "several processes need Hugging Face Accelerate; run pip install accelerate"
         ) from None
     # Types are the configuration's; a user's Accelerate settings shall not cast on top of them.
-    return Accelerator(cpu=on_cpu, mixed_precision="no")
+    handlers = []
+    if patience_h is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(hours=patience_h)))
+    return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
 
 
 def run_sample(options: argparse.Namespace) -> None:
