@@ -255,6 +255,7 @@ def test_wrong_settings_are_one_sentence_before_anything_runs(server, change, se
 def test_a_base_that_is_not_there_is_refused_before_anything_runs(server):
     graph = training_graph(steps=3)
     graph["train"]["inputs"]["model_name"] = "gone.gguf"
+    graph["dataset"]["inputs"]["clip"] = ["vae", 0]  # else the dataset alone would be made
     with pytest.raises(PromptError, match=r"model_name: 'gone\.gguf' not in"):
         server.queue_prompt(graph)
 
