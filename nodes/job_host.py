@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..lora_core.errors import ConfigError, FileError
 from ..lora_core.jobs.devices import Device, list_devices, measure_memory
-from ..lora_core.jobs.job import Job, JobStatus, SampleSettings, UnknownJobError
+from ..lora_core.jobs.job import MAX_DEVICES, Job, JobStatus, SampleSettings, UnknownJobError
 from ..lora_core.jobs.publication import JOB_KEY
 from ..lora_core.jobs.repetition import build_again
 from ..lora_core.jobs.store import JobStore
@@ -237,7 +238,7 @@ def get_policy(job: Job) -> str:
 
 
 def is_on(job: Job, device_name: str) -> bool:
-    return job.status is JobStatus.IN_PROGRESS and job.state.device == device_name
+    return job.status is JobStatus.IN_PROGRESS and device_name in job.state.device.split(", ")
 
 
 _jobs: JobHost | None = None
@@ -318,7 +319,8 @@ def train_again(adapter_path: Path) -> str:
     else:
         settings, policy = old.settings, get_policy(old)
         samples = settings.samples
-        more = {"niceness": settings.niceness, "max_restarts": settings.max_restarts}
+        names = ("niceness", "max_restarts", "num_devices")
+        more = {name: getattr(settings, name) for name in names}
     vae = find_vae(Path(train.data.folder))
     samples = dataclasses.replace(samples, vae="" if vae is None else str(vae))
     origin = {"again": adapter_path.name}
@@ -382,6 +384,29 @@ def find_device_memory() -> int | None:
     """Bytes of the largest GPU that a job may get; None where jobs run on the CPU."""
     gpus = [device for device in list_devices() if device.is_gpu]
     return max((measure_memory(device) for device in gpus), default=None)
+
+
+def check_devices(count: int) -> None:
+    """Before a training set is encoded for nothing.
+
+    Raises:
+        ConfigError: so many GPUs are not here, or what joins their processes is missing.
+    """
+    if not 1 <= count <= MAX_DEVICES:
+        raise ConfigError(f"gpus is {count}; expected 1 to {MAX_DEVICES}")
+    if count == 1:
+        return
+    num_gpus = sum(device.is_gpu for device in list_devices())
+    if num_gpus < count:
+        raise ConfigError(
+            f"gpus is {count}, but there are {num_gpus} GPUs that ComfyUI sees; expected no more "
+            "than there are"
+        )
+    if find_spec("accelerate") is None:
+        raise ConfigError(
+            "several GPUs need Hugging Face Accelerate; run pip install accelerate in ComfyUI's "
+            "Python, or set gpus to 1"
+        )
 
 
 def prepare_measuring() -> tuple[Device, str]:

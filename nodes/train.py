@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..lora_core import ConfigError, LoraError
 from ..lora_core.jobs.forecast import estimate_in_process
+from ..lora_core.jobs.job import MAX_DEVICES
 from ..lora_core.pairs.vae_copy import find_vae
 from ..lora_core.targets import TARGET_PRESETS
 from ..lora_core.training.base_files import open_base_file
@@ -96,7 +97,9 @@ class QwenEditLoraTrain(io.ComfyNode):
         return job_host.describe_states()
 
     @classmethod
-    def validate_inputs(cls, name: str | None = None, more_settings: str | None = None) -> bool:
+    def validate_inputs(
+        cls, name: str | None = None, more_settings: str | None = None, gpus: int | None = None
+    ) -> bool:
         # Before the dataset is encoded. None: connected. Raised, as ComfyUI would repeat a returned
         # sentence for every input.
         build_config(
@@ -106,6 +109,8 @@ class QwenEditLoraTrain(io.ComfyNode):
             chosen={},
             more_settings=more_settings or "",
         )
+        if gpus is not None:
+            job_host.check_devices(gpus)
         return True
 
     @classmethod
@@ -124,8 +129,10 @@ class QwenEditLoraTrain(io.ComfyNode):
         estimate: str = MEASURE,
         if_too_large: str = REFUSE,
         more_settings: str = "",
+        gpus: int = 1,
         **settings: Any,
     ) -> io.NodeOutput:
+        job_host.check_devices(gpus)
         model = host.find_training_base(model_name)
         chosen = {SETTINGS[key]: value for key, value in settings.items()}
         if targets != AS_PRESET_CHOICE:
@@ -137,7 +144,7 @@ class QwenEditLoraTrain(io.ComfyNode):
             chosen=chosen,
             more_settings=more_settings,
         )
-        key = compute_key(config)
+        key = compute_key(config) + (f" on {gpus}" if gpus > 1 else "")
         known = job_host.find_same(key)
         if known is not None:
             text = f"job {known.id} is this training already: {known.describe()}"
@@ -164,6 +171,7 @@ class QwenEditLoraTrain(io.ComfyNode):
             sample_items=choose_items(dataset, samples),
             sample_vae=vae,
             policy=while_training,
+            num_devices=gpus,
         )
         text = "\n".join([f"job {job_id}: {job_host.get(job_id).describe()}", *lines])
         return io.NodeOutput(job_id, text, ui=show_report(text) | show_job(job_id))
@@ -295,6 +303,18 @@ def list_advanced_inputs() -> list[Any]:
             multiline=True,
             placeholder='[objective]\nsampling = "uniform"',
             tooltip="Any setting of a configuration file, as TOML; it wins over the rest.",
+            **extra,
+        ),
+        io.Int.Input(
+            "gpus",
+            default=1,
+            min=1,
+            max=MAX_DEVICES,
+            tooltip=(
+                "GPUs that train together, each with a whole copy of the base and a batch of its "
+                "own, so that a step sees so many times batch_size samples. Needs pip install "
+                "accelerate. The estimate is of one of them."
+            ),
             **extra,
         ),
     ]

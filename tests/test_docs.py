@@ -50,7 +50,10 @@ class Socket(NamedTuple):
 
 def read_trees() -> dict[str, ast.Module]:
     files = sorted((ROOT / "nodes").glob("**/*.py"))
-    return {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in files}
+    return {
+        path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in files
+    }
 
 
 TREES = read_trees()

@@ -15,5 +15,6 @@ when a process dies. So there is no moment at which a killed process leaves a jo
     samples/          pictures and latents on the way
 
 A worker is a process of its own session: it goes on when the server that started it ends, and the
-next server finds it by the lock that it holds.
+next server finds it by the lock that it holds. A job with several devices has a process for each,
+which `team` holds together; only the first of them is its worker.
 """

@@ -54,7 +54,7 @@ def estimate_in_process(
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=build_environment(device, os.environ),
+                env=build_environment([device], os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,

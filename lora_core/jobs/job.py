@@ -16,6 +16,8 @@ from ..training.config import TrainConfig, check_number
 #: Seconds without a heartbeat after which a worker that lives is said not to answer.
 SILENCE_TIMEOUT = 60.0
 
+MAX_DEVICES = 16
+
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 
 
@@ -93,6 +95,8 @@ class JobSettings:
     samples: SampleSettings = field(default_factory=SampleSettings)
     niceness: int = 10
     """How much the worker gives way to others on the CPU: 0 not at all, 19 the most."""
+    num_devices: int = 1
+    """GPUs that train together, each with a batch of its own; all of one kind."""
     max_restarts: int = 3
     """How often a job that was killed is started again without a new checkpoint in between."""
     key: str = ""
@@ -102,6 +106,7 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         check_number(self, "niceness", 0, 19)
+        check_number(self, "num_devices", 1, MAX_DEVICES)
         check_number(self, "max_restarts", 0)
 
 
@@ -140,6 +145,7 @@ class JobState:
     ended_at: float | None = None
     phase: Phase | None = None
     device: str = ""
+    """Names as `Device.name`; several are separated by ", "."""
     worker: WorkerIdentity | None = None
     parent: WorkerIdentity | None = None
     """Who started the worker, and will see its exit status."""

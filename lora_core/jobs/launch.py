@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,24 @@ BOOT = (
 #: ComfyUI's own settings for its own process, and those of `accelerate launch`.
 NOT_INHERITED = (
     *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
-    *("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 )
 
 
-def build_environment(device: Device, inherited: Mapping[str, str]) -> dict[str, str]:
-    """ComfyUI's environment without what it set for itself, and with one GPU.
+def build_environment(devices: Sequence[Device], inherited: Mapping[str, str]) -> dict[str, str]:
+    """ComfyUI's environment without what it set for itself, and with the job's GPUs alone.
 
     ComfyUI chooses the allocator cudaMallocAsync, which knows no expandable segments; sizes that
     change from step to step leave gaps without them.
     """
     environment = {k: v for k, v in inherited.items() if k not in NOT_INHERITED}
-    environment["CUDA_VISIBLE_DEVICES"] = device.visible
-    environment["HIP_VISIBLE_DEVICES"] = device.visible
-    if device.is_gpu and sys.platform == "linux":
+    visible = ",".join(device.visible for device in devices if device.is_gpu)
+    environment["CUDA_VISIBLE_DEVICES"] = visible
+    environment["HIP_VISIBLE_DEVICES"] = visible
+    if len(devices) > 1 and not visible and sys.platform == "linux":
+        # Processes of one machine need no name that others resolve.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if visible and sys.platform == "linux":
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if "HIP_VISIBLE_DEVICES" not in inherited:
         del environment["HIP_VISIBLE_DEVICES"]
@@ -56,14 +60,24 @@ def build_environment(device: Device, inherited: Mapping[str, str]) -> dict[str,
     return environment
 
 
-def build_command(root: Path, job_id: str, device: Device) -> list[str]:
-    no_user_site = ["-s"] if sys.flags.no_user_site else []
-    worker = [str(root), job_id, device.key, device.name]
-    return [sys.executable, *no_user_site, "-c", BOOT, str(PACKAGE_ROOT), *worker]
+def build_command(root: Path, job_id: str, devices: Sequence[Device]) -> list[str]:
+    """One process; for several devices PyTorch's launcher, which starts one for each."""
+    python = [sys.executable, *(["-s"] if sys.flags.no_user_site else [])]
+    names = (",".join(device.key for device in devices), ",".join(d.name for d in devices))
+    worker = [*python, "-c", BOOT, str(PACKAGE_ROOT), str(root), job_id, *names]
+    if len(devices) == 1:
+        return worker
+    launcher = [*python, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    return [*launcher, f"--nproc-per-node={len(devices)}", "--no-python", *worker]
 
 
-def start_worker(root: Path, folder: JobFolder, device: Device) -> subprocess.Popen[bytes]:
+def start_worker(
+    root: Path, folder: JobFolder, devices: Sequence[Device]
+) -> subprocess.Popen[bytes]:
     """Starts a worker in a session of its own; it outlives this process.
+
+    For several devices it is the launcher whose process is returned. Its exit status says nothing
+    of why a process under it ended.
 
     Raises:
         FileError: the process or its log cannot be made.
@@ -75,9 +89,9 @@ def start_worker(root: Path, folder: JobFolder, device: Device) -> subprocess.Po
     try:
         with folder.log.open("ab") as log:
             return subprocess.Popen(
-                build_command(root, folder.id, device),
+                build_command(root, folder.id, devices),
                 cwd=folder.path,
-                env=build_environment(device, os.environ),
+                env=build_environment(devices, os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -54,6 +54,10 @@ class Pulse:
             if is_due or is_news:
                 self._write(durable=False)
 
+    def say(self, sentence: str) -> None:
+        """Into the log."""
+        say(sentence)
+
     def note(self, sentence: str) -> None:
         """Into the log and the job's notes."""
         say(sentence)
@@ -142,6 +146,33 @@ class Pulse:
             self.folder.write_state(self.state, durable)
         except FileError as e:
             logger.warning("%s", e)  # figures only; training decides for itself what it cannot save
+
+
+class MutedPulse:
+    """For the processes of a team that do not speak for it."""
+
+    def __init__(self, folder: JobFolder):
+        self.folder = folder
+        self.is_terminated: Callable[[], bool] = lambda: False
+
+    def should_stop(self) -> bool:
+        """The request itself is the first process's to hear; all stop when one of them does."""
+        return self.is_terminated()
+
+    def update(self, **changes: Any) -> None:
+        pass
+
+    def note(self, sentence: str) -> None:
+        pass
+
+    def alarm(self, sentence: str) -> None:
+        pass
+
+    def report(self, report: StepReport) -> None:
+        pass
+
+    def say(self, sentence: str) -> None:
+        pass
 
 
 def say(sentence: str) -> None:

@@ -32,9 +32,12 @@ TICK_INTERVAL = 0.5  # seconds
 CLAIM_TIMEOUT = 60.0  # seconds from the claim to the worker's first sign of life
 #: Seconds that the one who started a worker has to tell its exit status before others settle it.
 PARENT_TIMEOUT = 3.0
+EXIT_FAILED = 1
+#: In the place of a launcher's exit status; no process has it.
+LAUNCHER_FAILED = 1 << 16
 
 Listener = Callable[[str, Job | None], None]
-Launch = Callable[[Path, JobFolder, Device], Any]
+Launch = Callable[[Path, JobFolder, Sequence[Device]], Any]
 Prepare = Callable[[Job, Device], bool]
 
 logger = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ class Child:
 
     process: Any
     job_id: str
-    device: Device
+    devices: tuple[Device, ...]
 
 
 class Supervisor:
@@ -57,7 +60,8 @@ class Supervisor:
         prepare: asked before a worker is started on a device until it says True; frees memory.
         listener: told (id, job) for each job that changed and (id, None) for one that was
             deleted, in the supervisor's thread.
-        launch: starts a worker and gives something with `poll`, as `launch.start_worker` does.
+        launch: starts a worker on devices and gives something with `poll`, as
+            `launch.start_worker` does.
     """
 
     def __init__(
@@ -129,8 +133,21 @@ class Supervisor:
             code = child.process.poll()
             if code is not None:
                 del self._children[job_id]
-                self._exit_codes[job_id] = code
-                self.store.index.release(job_id, self.owner)
+                self._release(job_id, len(child.devices))
+                if len(child.devices) == 1:
+                    self._exit_codes[job_id] = code
+                elif code and not self._has_spoken(child):
+                    # A launcher's own status hides how the process under it ended.
+                    self._exit_codes[job_id] = LAUNCHER_FAILED
+
+    def _has_spoken(self, child: Child) -> bool:
+        """Whether the worker under a launcher wrote down itself what became of the job."""
+        try:
+            state = self.store.get(child.job_id).state
+        except LoraError:
+            return True  # deleted or damaged: nothing to be told any more
+        began = state.parent is not None and state.parent.pid == child.process.pid
+        return began and state.status is not JobStatus.IN_PROGRESS
 
     def _look_at(self, job: Job) -> Job:
         """The job after what had to be done about it."""
@@ -178,6 +195,8 @@ class Supervisor:
         self._first_seen_dead.pop(job.id, None)
         code = self._exit_codes.pop(job.id, None)
         state = job.state
+        if code == LAUNCHER_FAILED:
+            code = None if state.status is JobStatus.IN_PROGRESS else EXIT_FAILED
         if state.status is JobStatus.IN_PROGRESS:
             state = self._judge(job, folder, code)
         elif state.status is JobStatus.PENDING and code not in (None, 0, EXIT_TAKEN):
@@ -211,42 +230,57 @@ class Supervisor:
         )
         self._renew_claims()
         has_gpu = any(device.is_gpu for device in self.devices)
-        used = {child.device for child in self._children.values()}
-        for device in self.devices:
-            fitting = [
-                job
-                for job in waiting
-                if job.id not in self._children
-                and fits(device, job.settings.train.model.device, has_gpu)
-            ]
-            if not fitting or device in used or self.store.get_device_lock(device.key).is_held():
+        taken = {device for child in self._children.values() for device in child.devices}
+        for job in waiting:
+            if job.id in self._children:
                 continue
-            job = fitting[0]
-            waiting.remove(job)
-            if self.prepare is not None and not self.prepare(job, device):
-                continue  # asked again at the next tick
-            self._start(job, device)
+            wanted = job.settings.train.model.device
+            fitting = [device for device in self.devices if fits(device, wanted, has_gpu)]
+            free = [
+                device
+                for device in fitting
+                if device not in taken and not self.store.get_device_lock(device.key).is_held()
+            ]
+            # One that wants more than there are is started too: its worker says so.
+            count = min(job.settings.num_devices, len(fitting))
+            chosen = free[:count]
+            taken.update(chosen)  # kept for it, also while it waits for others
+            if chosen and len(chosen) == count and self._is_prepared(job, chosen):
+                self._start(job, chosen)
+
+    def _is_prepared(self, job: Job, devices: Sequence[Device]) -> bool:
+        """Asked again at the next tick until it is."""
+        return self.prepare is None or all(self.prepare(job, device) for device in devices)
 
     def _renew_claims(self) -> None:
         for job_id, child in self._children.items():
-            self._claim(job_id, child.device)
+            self._claim(job_id, child.devices)
 
-    def _claim(self, job_id: str, device: Device) -> bool:
+    def _claim(self, job_id: str, devices: Sequence[Device]) -> bool:
         now = time.time()
         until = now + CLAIM_TIMEOUT
-        return self.store.index.claim(job_id, device.key, self.owner, now, until, is_gone)
+        for index, device in enumerate(devices):
+            name = name_claim(job_id, index)
+            if not self.store.index.claim(name, device.key, self.owner, now, until, is_gone):
+                self._release(job_id, index)
+                return False
+        return True
 
-    def _start(self, job: Job, device: Device) -> None:
-        if not self._claim(job.id, device):
+    def _release(self, job_id: str, count: int) -> None:
+        for index in range(count):
+            self.store.index.release(name_claim(job_id, index), self.owner)
+
+    def _start(self, job: Job, devices: Sequence[Device]) -> None:
+        if not self._claim(job.id, devices):
             return
         try:
             folder = self.store.open_folder(job.id)
-            process = self.launch(self.store.root, folder, device)
+            process = self.launch(self.store.root, folder, devices)
         except LoraError as e:
-            self.store.index.release(job.id, self.owner)
+            self._release(job.id, len(devices))
             self._say_once(str(e))
             return
-        self._children[job.id] = Child(process, job.id, device)
+        self._children[job.id] = Child(process, job.id, tuple(devices))
 
     # --- telling ---
 
@@ -265,6 +299,11 @@ class Supervisor:
         if sentence != self._problem:
             self._problem = sentence
             logger.warning("Qwen Edit LoRA: %s", sentence)
+
+
+def name_claim(job_id: str, index: int) -> str:
+    """A claim for each device of a job; the first has the job's own name."""
+    return f"{job_id}/{index}" if index else job_id
 
 
 def to_owner(identity: WorkerIdentity | None) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import ConfigError
 from ..training.adapter_files import EMA_SUFFIX
 from ..training.command_line import describe_report, quiet_libraries
 from ..training.config import TrainConfig
@@ -17,18 +19,32 @@ from ..training.processes import Processes
 from ..training.session import Session, choose_device, describe_session, open_session
 from ..training.trainer import Run, open_checkpoints
 from .alarms import Alarms
+from .devices import CPU
 from .failure import is_out_of_memory
 from .folder import JobFolder
-from .job import JobSettings, Phase
+from .job import JobSettings, Phase, SampleSettings
 from .publication import publish
-from .pulse import Pulse, say
+from .pulse import MutedPulse, Pulse
 from .samples import Sampler
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LOG_EVERY = 10  # steps
 
 
-def run_job(settings: JobSettings, folder: JobFolder, device_name: str, pulse: Pulse) -> bool:
+def run_job(
+    settings: JobSettings,
+    folder: JobFolder,
+    devices: Sequence[str],
+    pulse: Pulse | MutedPulse,
+    accelerator: Accelerator | None = None,
+) -> bool:
     """Trains until the end or until the pulse says stop; either way everything is saved.
+
+    Args:
+        devices: names of those that the job got.
+        accelerator: for one of several processes; the first of them makes samples and publishes.
 
     Returns:
         Whether it got to the end, and the adapter is where it was wanted.
@@ -37,13 +53,21 @@ def run_job(settings: JobSettings, folder: JobFolder, device_name: str, pulse: P
         LoraError: what is wrong with the job.
     """
     quiet_libraries()
-    config = place(settings.train, folder, device_name)
-    say(f"loading {Path(config.model.source).name}")
-    session = open_session(config, choose_device(config.model))
+    if len(devices) != settings.num_devices:
+        raise ConfigError(
+            f"the job is to train on {settings.num_devices} GPUs together, but there are "
+            f"{len(devices)} devices of one kind here; clone it with num_devices {len(devices)}"
+        )
+    processes = Processes(accelerator)
+    config = place(settings.train, folder, devices[0])
+    pulse.say(f"loading {Path(config.model.source).name}")
+    device = choose_device(config.model) if accelerator is None else accelerator.device
+    session = open_session(config, device)
     for sentence in describe_session(session, config):
-        say(sentence)
-    run = open_run(config, session, pulse)
-    sampler = Sampler(settings.samples, session, run, folder.samples, pulse.note)
+        pulse.say(sentence)
+    run = open_run(config, session, pulse, processes)
+    samples = settings.samples if processes.is_main else SampleSettings()
+    sampler = Sampler(samples, session, run, folder.samples, pulse.note)
     alarms = Alarms(config)
     pulse.update(phase=Phase.TRAINING, step=run.step, num_steps=config.steps)
     if sampler.list_missing_examples():
@@ -55,28 +79,28 @@ def run_job(settings: JobSettings, folder: JobFolder, device_name: str, pulse: P
         for sentence in alarms.look(report):
             pulse.alarm(sentence)
         if report.step == 1 or report.step % LOG_EVERY == 0 or report.step == config.steps:
-            say(describe_report(report))
+            pulse.say(describe_report(report))
         take_sample(sampler, report.step, pulse)
     pulse.update(phase=Phase.SAVING)
     if run.step < config.steps:
         adapters = run.save_adapters(run.step) if run.step else ()
         pulse.update(adapters=adapters, checkpoint_step=run.step)
-        say(f"stopped after step {run.step}")
+        pulse.say(f"stopped after step {run.step}")
         return False
     suffixes = ("", EMA_SUFFIX) if run.ema is not None else ("",)
     adapters = tuple(f"{config.name}{suffix}.safetensors" for suffix in suffixes)
     pulse.update(adapters=adapters, checkpoint_step=run.step)
-    if settings.loras:
+    if settings.loras and processes.is_main:
         paths = [folder.path / name for name in adapters]
         published = publish(paths, Path(settings.loras), folder.id)
         pulse.update(published=published)
-        say(f"the adapter is in the loras folder as {', '.join(published)}")
+        pulse.say(f"the adapter is in the loras folder as {', '.join(published)}")
     return True
 
 
 def place(config: TrainConfig, folder: JobFolder, device_name: str) -> TrainConfig:
     """The configuration for the one device that this process sees."""
-    device = "cpu" if device_name == "cpu" else "cuda"
+    device = "cpu" if device_name == CPU else "cuda"
     wanted = config.model.device
     if device == "cpu" and wanted not in ("auto", "cpu"):
         device = wanted  # there is no such GPU; opening it says so
@@ -84,7 +108,9 @@ def place(config: TrainConfig, folder: JobFolder, device_name: str) -> TrainConf
     return replace(config, output=str(folder.path), model=model)
 
 
-def open_run(config: TrainConfig, session: Session, pulse: Pulse) -> Run:
+def open_run(
+    config: TrainConfig, session: Session, pulse: Pulse | MutedPulse, processes: Processes
+) -> Run:
     """What `train` opens, kept at hand since a run that is stopped shall also leave an adapter."""
     return Run(
         config,
@@ -94,23 +120,23 @@ def open_run(config: TrainConfig, session: Session, pulse: Pulse) -> Run:
         session.prior,
         Objective(config.objective, None, session.decode),
         session.variant,
-        Processes(),
+        processes,
         pulse.note,
         resume=bool(open_checkpoints(config).list_steps()),
     )
 
 
-def take_sample(sampler: Sampler, step: int, pulse: Pulse) -> None:
+def take_sample(sampler: Sampler, step: int, pulse: Pulse | MutedPulse) -> None:
     """Makes the step's samples where they are due."""
     if not sampler.is_due(step) or pulse.should_stop():
         return
     with sampling(sampler, pulse):
         seconds = sampler.make(step, pulse.should_stop)
-        say(f"sampled {len(sampler.indices)} pictures after step {step} in {seconds:.1f} s")
+        pulse.say(f"sampled {len(sampler.indices)} pictures after step {step} in {seconds:.1f} s")
 
 
 @contextmanager
-def sampling(sampler: Sampler, pulse: Pulse) -> Iterator[None]:
+def sampling(sampler: Sampler, pulse: Pulse | MutedPulse) -> Iterator[None]:
     """Where samples do not fit into memory, training goes on without them."""
     pulse.update(phase=Phase.SAMPLING)
     try:

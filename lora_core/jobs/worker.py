@@ -1,10 +1,13 @@
 """The process that trains one job: `launch.start_worker` starts it, and its job's end is its own.
 
-    python -m lora_core.jobs.worker STORE JOB DEVICE_KEY DEVICE_NAME
+    python -m lora_core.jobs.worker STORE JOB DEVICE_KEYS DEVICE_NAMES
 
-It takes the locks of the job and of the device, and gives them and all memory back by ending. It
+It takes the locks of the job and of its device, and gives them and all memory back by ending. It
 does not watch whoever started it: when ComfyUI ends or crashes, training goes on, and the next
 ComfyUI finds it. Without its job's folder it ends by itself.
+
+With several devices, their keys and names separated by commas, PyTorch's launcher starts one such
+process for each; see `team`.
 """
 
 from __future__ import annotations
@@ -14,19 +17,28 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FileError, LoraError
 from ..training.interruption import stop_on_signals
-from .failure import explain_error, read_log_tail, restart_or_fail
+from .failure import LOOK_AT_LOG, RESUME, explain_error, read_log_tail, restart_or_fail
 from .folder import JobFolder
 from .identity import identify
 from .job import JobFailure, JobSettings, JobState, JobStatus, Phase, Request
 from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN
 from .locks import FileLock
-from .pulse import Pulse, say
+from .pulse import MutedPulse, Pulse, say
 from .store import JOBS, get_device_lock
+from .team import (
+    DEATH_TIMEOUT,
+    Team,
+    clear_failures,
+    join_team,
+    leave_failure,
+    take_failure,
+)
 
 #: Seconds to wait for who only looks whether a lock is free.
 LOCK_TIMEOUT = 2.0
@@ -38,15 +50,39 @@ OUT_OF_MEMORY_SCORE = 500
 
 def main(argv: list[str]) -> int:
     """Takes the job and works on it; returns the exit status."""
-    root, job_id, device_key, device_name = argv
-    folder = JobFolder(Path(root) / JOBS / job_id)
-    device_lock = get_device_lock(Path(root), device_key)
+    root, job_id, keys, names = argv
+    folder, devices = JobFolder(Path(root) / JOBS / job_id), names.split(",")
+    team = join_team(on_cpu=devices[0] == "cpu")
+    locks = [get_device_lock(Path(root), key) for key in keys.split(",")]
+    status = team.agree(take(folder, locks) if team.is_main else None)
+    if status is not None:
+        # A launcher takes every other status for a failure of its own.
+        return status if team.count == 1 or status == EXIT_FAILED else EXIT_NOTHING_TO_DO
+    try:
+        settings = folder.read_settings()
+        give_way(settings.niceness)
+        pulse: Pulse | MutedPulse = MutedPulse(folder)
+        if team.is_main:
+            pulse = Pulse(folder, begin(folder.read_state(), ", ".join(devices)))
+            pulse.start()
+    except FileError as e:
+        say(str(e))
+        return EXIT_FAILED
+    return work(settings, folder, devices, pulse, team)
+
+
+def take(folder: JobFolder, device_locks: Sequence[FileLock]) -> int | None:
+    """Takes all locks, which are given back when the process ends and not before.
+
+    Returns:
+        None where the job may begin, the exit status otherwise.
+    """
     if not folder.path.is_dir():
         return EXIT_NOTHING_TO_DO
     try:
-        if not take_both(folder.lock, device_lock):
+        if not all(lock.acquire(LOCK_TIMEOUT) for lock in (folder.lock, *device_locks)):
             return EXIT_TAKEN
-        state, settings = folder.read_state(), folder.read_settings()
+        state, _ = folder.read_state(), folder.read_settings()
         asked = folder.read_request()
     except FileError as e:
         say(str(e))
@@ -54,19 +90,8 @@ def main(argv: list[str]) -> int:
     if state.status is not JobStatus.PENDING or asked in (Request.PAUSE, Request.CANCEL):
         return EXIT_NOTHING_TO_DO
     folder.clear_leftovers()
-    give_way(settings.niceness)
-    try:
-        pulse = Pulse(folder, begin(state, device_name))
-    except FileError as e:
-        say(str(e))
-        return EXIT_FAILED
-    pulse.start()
-    return work(settings, folder, device_name, pulse)
-
-
-def take_both(job_lock: FileLock, device_lock: FileLock) -> bool:
-    """The locks are given back when the process ends, and not before."""
-    return job_lock.acquire(LOCK_TIMEOUT) and device_lock.acquire(LOCK_TIMEOUT)
+    clear_failures(folder)
+    return None
 
 
 def begin(state: JobState, device_name: str) -> JobState:
@@ -86,24 +111,108 @@ def begin(state: JobState, device_name: str) -> JobState:
     )
 
 
-def work(settings: JobSettings, folder: JobFolder, device_name: str, pulse: Pulse) -> int:
-    say(f"worker {os.getpid()} takes job {folder.id} on {device_name}")
-    try:
-        with stop_on_signals() as is_terminated:
-            pulse.is_terminated = is_terminated
+def work(
+    settings: JobSettings,
+    folder: JobFolder,
+    devices: Sequence[str],
+    pulse: Pulse | MutedPulse,
+    team: Team,
+) -> int:
+    if isinstance(pulse, MutedPulse):
+        return follow(settings, folder, devices, pulse, team)
+    say(f"worker {os.getpid()} takes job {folder.id} on {', '.join(devices)}")
+    # Around it all: a launcher tells all processes to end when one has died, and this one has to
+    # write down why.
+    with stop_on_signals() as is_terminated:
+        pulse.is_terminated = is_terminated
+        try:
+            team.watch(lambda dead: end_with(dead, settings, folder, pulse, team))
             # heavy, and anything that is wrong with an installation shows here
             from .training_job import run_job
 
-            is_done = run_job(settings, folder, device_name, pulse)
-        if is_done:
-            pulse.finish(JobStatus.COMPLETED, restarts=0)
-        else:
-            finish_stopped(settings, folder, pulse)
+            is_done = run_job(settings, folder, devices, pulse, team.accelerator)
+            team.stop_watching()
+            if is_done:
+                pulse.finish(JobStatus.COMPLETED, restarts=0)
+            else:
+                finish_stopped(settings, folder, pulse)
+            return 0
+        except BaseException as e:  # noqa: BLE001 - whatever it is, the user has to be told
+            if not isinstance(e, LoraError):
+                traceback.print_exc()
+            # What a dead process does to the others comes as an error of the communication.
+            dead = team.find_dead(DEATH_TIMEOUT)
+            team.stop_watching()
+            if dead is not None:
+                return end_with(dead, settings, folder, pulse, team, leave=False)
+            return fail(e, settings, folder, pulse)
+
+
+def follow(
+    settings: JobSettings,
+    folder: JobFolder,
+    devices: Sequence[str],
+    pulse: MutedPulse,
+    team: Team,
+) -> int:
+    """What every process of a team but the first does: trains along, and ends with the first."""
+    try:
+        team.watch(lambda dead: os._exit(0))
+        with stop_on_signals() as is_terminated:
+            pulse.is_terminated = is_terminated
+            from .training_job import run_job
+
+            run_job(settings, folder, devices, pulse, team.accelerator)
+            team.wait_for_the_first()
         return 0
-    except BaseException as e:  # noqa: BLE001 - whatever it is, the user has to be told
-        if not isinstance(e, LoraError):
-            traceback.print_exc()
-        return fail(e, settings, folder, pulse)
+    except BaseException as e:  # noqa: BLE001 - the first process tells it
+        dead = team.find_dead(DEATH_TIMEOUT)
+        if dead is None:
+            if not isinstance(e, LoraError):
+                traceback.print_exc()
+            with suppress(OSError):
+                leave_failure(folder, team.index, explain_error(e, settings.train))
+        return EXIT_FAILED
+
+
+def end_with(
+    dead: int,
+    settings: JobSettings,
+    folder: JobFolder,
+    pulse: Pulse,
+    team: Team,
+    leave: bool = True,
+) -> int:
+    """Ends the job's first process because another one has ended; the rest end with this one.
+
+    Args:
+        leave: end this process here and now, from whatever thread.
+    """
+    try:
+        told = take_failure(folder, dead)
+        if told is None:
+            failure = JobFailure(
+                sentence=(
+                    f"process {dead + 1} of {team.count} was ended from outside, by hand or "
+                    "because the computer ran out of memory"
+                ),
+                advice=(RESUME, LOOK_AT_LOG),
+                log_tail=read_log_tail(folder),
+            )
+            say(failure.sentence)
+            pulse.finish_as(
+                restart_or_fail(pulse.state, settings, pulse.state.checkpoint_step, failure)
+            )
+        else:
+            say(f"process {dead + 1} of {team.count} failed: {told.sentence}")
+            failure = dataclasses.replace(told, log_tail=read_log_tail(folder))
+            pulse.finish(JobStatus.FAILED, failure=failure)
+    except BaseException:  # noqa: BLE001 - the disk is full, most likely
+        traceback.print_exc()
+    if leave:
+        sys.stdout.flush()
+        os._exit(EXIT_FAILED)
+    return EXIT_FAILED
 
 
 def finish_stopped(settings: JobSettings, folder: JobFolder, pulse: Pulse) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -110,8 +111,11 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def find_accelerator(on_cpu: bool):
+def find_accelerator(on_cpu: bool, patience_h: float | None = None):
     """The Accelerator of `accelerate launch`; None for a process on its own.
+
+    Args:
+        patience_h: hours for which a process waits for another; PyTorch's minutes if None.
 
     Raises:
         ConfigError: it is not installed, or was told to shard the model in a way that training
@@ -123,13 +127,16 @@ def find_accelerator(on_cpu: bool):
         return None
     check_launch(os.environ)
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError:
         raise ConfigError(
             "several processes need Hugging Face Accelerate; run pip install accelerate"
         ) from None
     # Types are the configuration's; a user's Accelerate settings shall not cast on top of them.
-    return Accelerator(cpu=on_cpu, mixed_precision="no")
+    handlers = []
+    if patience_h is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(hours=patience_h)))
+    return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
 
 
 def run_sample(options: argparse.Namespace) -> None:

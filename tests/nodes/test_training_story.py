@@ -241,12 +241,22 @@ def wait_for_job(server: Any, name: str, condition: Any, timeout: float = 180.0)
         ({"more_settings": "nonsense"}, "more_settings cannot be read"),
         ({"more_settings": '[model]\nsource = "x"'}, "more_settings names source"),
         ({"name": "../evil"}, "name is '../evil'; expected"),
+        ({"gpus": 16}, "gpus is 16, but there are"),
+        ({"gpus": 0}, "gpus is 0; expected 1 to 16"),
     ],
 )
 def test_wrong_settings_are_one_sentence_before_anything_runs(server, change, sentence):
     graph = training_graph(steps=3, **change)
     graph["dataset"]["inputs"]["clip"] = ["vae", 0]  # else the dataset alone would be made
     with pytest.raises(PromptError, match=re.escape(sentence)):
+        server.queue_prompt(graph)
+
+
+def test_a_base_that_is_not_there_is_refused_before_anything_runs(server):
+    graph = training_graph(steps=3)
+    graph["train"]["inputs"]["model_name"] = "gone.gguf"
+    graph["dataset"]["inputs"]["clip"] = ["vae", 0]  # else the dataset alone would be made
+    with pytest.raises(PromptError, match=r"model_name: 'gone\.gguf' not in"):
         server.queue_prompt(graph)
 
 

@@ -63,7 +63,8 @@ class Fork:
         return self.code
 
 
-def fork_worker(root: Path, folder: JobFolder, device: Device) -> Fork:
+def fork_worker(root: Path, folder: JobFolder, devices: list[Device]) -> Fork:
+    (device,) = devices
     child = os.fork()
     if child:
         return Fork(child)

@@ -111,19 +111,19 @@ def test_a_worker_sees_one_gpu_and_none_of_comfyuis_own_settings(monkeypatch):
         "CUDA_VISIBLE_DEVICES": "2,GPU-b",
         "WORLD_SIZE": "2",
     }
-    environment = build_environment(SECOND, inherited)
+    environment = build_environment([SECOND], inherited)
     assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-b"
     assert environment.get("PYTORCH_CUDA_ALLOC_CONF") in (None, "expandable_segments:True")
     assert environment["PATH"] == "/bin"
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert "WORLD_SIZE" not in environment
-    on_cpu = build_environment(CPU, inherited)
+    on_cpu = build_environment([CPU], inherited)
     assert on_cpu["CUDA_VISIBLE_DEVICES"] == ""
     assert "PYTORCH_CUDA_ALLOC_CONF" not in on_cpu
 
 
 def test_the_command_is_a_list_of_ids_and_never_a_shell_line(tmp_path):
-    command = build_command(tmp_path, "20260131-120000-0123abcd", FIRST)
+    command = build_command(tmp_path, "20260131-120000-0123abcd", [FIRST])
     assert command[-4:] == [str(tmp_path), "20260131-120000-0123abcd", "here-a", "cuda:0"]
     assert Path(command[-5], "lora_core", "jobs", "worker.py").is_file()
 

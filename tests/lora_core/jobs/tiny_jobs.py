@@ -55,7 +55,7 @@ def train_here(store: JobStore, train: Any, samples: Any = None) -> str:
     pulse = Pulse(folder, folder.read_state())
     levels = {name: logging.getLogger(name).level for name in TALKATIVE}
     try:
-        assert run_job(folder.read_settings(), folder, "cpu", pulse)
+        assert run_job(folder.read_settings(), folder, ["cpu"], pulse)
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
@@ -80,21 +80,21 @@ def run_until(
     raise AssertionError(f"not within {timeout:.0f} s\n{said}")
 
 
-def run_to_end(supervisor: Supervisor, job_id: str) -> Job:
+def run_to_end(supervisor: Supervisor, job_id: str, timeout: float = TIMEOUT) -> Job:
     def is_over() -> Job | None:
         job = supervisor.store.get(job_id)
         return job if job.status.is_finished or job.status is JobStatus.PAUSED else None
 
-    return run_until(supervisor, is_over)
+    return run_until(supervisor, is_over, timeout)
 
 
-def wait_for_step(supervisor: Supervisor, job_id: str, step: int) -> Job:
+def wait_for_step(supervisor: Supervisor, job_id: str, step: int, timeout: float = TIMEOUT) -> Job:
     def has_come() -> Job | None:
         job = supervisor.store.get(job_id)
         assert not job.status.is_finished, job.state
         return job if count_steps(supervisor.store, job_id) >= step else None
 
-    return run_until(supervisor, has_come)
+    return run_until(supervisor, has_come, timeout)
 
 
 def count_steps(store: JobStore, job_id: str) -> int:

@@ -1,0 +1,148 @@
+"""The processes of one job: usually one; with several GPUs one for each, as PyTorch's launcher
+starts them and Hugging Face Accelerate joins them.
+
+The first of them is the job's worker: it alone holds the locks, writes the state, makes samples and
+saves. All watch each other, since a process that waits for a dead one's gradients waits for long:
+whoever sees another one gone ends too, so that none stays behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .folder import JobFolder, restore
+from .identity import identify, is_running
+from .job import JobFailure, WorkerIdentity
+
+WATCH_INTERVAL = 0.3  # seconds
+#: Seconds in which the death behind an error of the communication shows.
+DEATH_TIMEOUT = 3.0
+#: Hours for which a process may wait for another, such as while the first one makes samples. A dead
+#: one is noticed by `Team.watch`.
+PATIENCE_H = 48
+
+
+class Team:
+    """This process among those of its job.
+
+    Args:
+        accelerator: None for a process on its own, for which nothing here costs anything.
+    """
+
+    def __init__(self, accelerator: Any = None):
+        self.accelerator = accelerator
+        self.count = 1 if accelerator is None else accelerator.num_processes
+        self.index = 0 if accelerator is None else accelerator.process_index
+        self.members: list[WorkerIdentity | None] = []
+        self._watching = threading.Lock()
+        self._is_over = False
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def agree(self, value: Any) -> Any:
+        """The first process's value, on all of them."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def watch(self, on_death: Callable[[int], None]) -> None:
+        """From now on `on_death(index)` is called once, in a thread, when another process ends.
+
+        Every process has to call this.
+        """
+        if self.count == 1:
+            return
+        from accelerate.utils import gather_object
+
+        self.members = gather_object([identify()])
+        threading.Thread(target=self._watch, args=(on_death,), name="team", daemon=True).start()
+
+    def find_dead(self, timeout_s: float = 0.0) -> int | None:
+        """Another process that has ended, waiting for it to show; None while all live."""
+        deadline = time.monotonic() + timeout_s
+        while self.members:
+            for index, member in enumerate(self.members):
+                if index != self.index and not is_running(member):
+                    return index
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.05)
+        return None
+
+    def stop_watching(self) -> None:
+        """After this, the end of another process is none of this one's business.
+
+        Does not return while `on_death` runs, which ends the process.
+        """
+        with self._watching:
+            self._is_over = True
+
+    def wait_for_the_first(self) -> None:
+        """Returns when the first process has ended."""
+        while self.members and is_running(self.members[0]):
+            time.sleep(WATCH_INTERVAL)
+
+    def _watch(self, on_death: Callable[[int], None]) -> None:
+        while True:
+            time.sleep(WATCH_INTERVAL)
+            dead = self.find_dead()
+            with self._watching:
+                if self._is_over:
+                    return
+                if dead is not None:
+                    on_death(dead)
+                    return
+
+
+def join_team(on_cpu: bool) -> Team:
+    """The team that the launcher's environment names.
+
+    Raises:
+        ConfigError: Accelerate is missing, or told to shard the model.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Team()
+    from ..training.command_line import find_accelerator
+
+    return Team(find_accelerator(on_cpu, patience_h=PATIENCE_H))
+
+
+# --- what one that fails leaves for the first -----------------------------------------------------
+
+
+def get_failure_path(folder: JobFolder, index: int):
+    return folder.path / f".process_{index}.failure"
+
+
+def leave_failure(folder: JobFolder, index: int, failure: JobFailure) -> None:
+    """Raises OSError where the disk does not take it."""
+    path = get_failure_path(folder, index)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(dataclasses.asdict(failure)), encoding="utf-8")
+    temporary.replace(path)
+
+
+def take_failure(folder: JobFolder, index: int) -> JobFailure | None:
+    """What a process said before it ended; None if it was ended from outside."""
+    path = get_failure_path(folder, index)
+    try:
+        return restore(JobFailure, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def clear_failures(folder: JobFolder) -> None:
+    for path in folder.path.glob(".process_*"):
+        path.unlink(missing_ok=True)
