@@ -312,8 +312,8 @@ def list_advanced_inputs() -> list[Any]:
             max=MAX_DEVICES,
             tooltip=(
                 "GPUs that train together, each with a whole copy of the base and a batch of its "
-                "own, so that a step sees so many times batch_size samples. Needs pip install "
-                "accelerate. The estimate is of one of them."
+                "own, so that a step sees so many times batch_size samples. The estimate is of one "
+                "of them."
             ),
             **extra,
         ),
