@@ -208,7 +208,6 @@ def processes(tmp_path_factory):
     ("num_references", "changes"),
     [
         (3, {"gradient_checkpointing": False}),
-        (1, {"storage": "int8"}),
         (1, {"offload_blocks": 3}),
     ],
     ids=str,
