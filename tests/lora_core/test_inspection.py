@@ -237,7 +237,7 @@ def test_an_inspection_can_be_watched_and_stopped():
     assert seen == [(done, 36) for done in range(37)]
     answers = iter([False, False, False, True])
     with pytest.raises(InterruptedError):
-        inspect_adapter(adapter, exact=True, should_stop=lambda: next(answers))
+        inspect_adapter(adapter, exact=True, should_stop=lambda: next(answers, True))
 
 
 def test_modules_are_inspected_side_by_side_and_reported_in_order():
