@@ -9,7 +9,7 @@ import { HEALTH_ICONS } from "./row.js";
 const COPIED_MS = 1500;
 
 export function createDetails({ t, onload, ontrain, onclose }) {
-  const element = build("section", { class: "qel-details", hidden: true });
+  const element = build("section", { class: "qel-details", tabindex: "-1", hidden: true });
 
   async function copy(text, button) {
     try {
@@ -209,6 +209,7 @@ export function createDetails({ t, onload, ontrain, onclose }) {
       const open = [...element.querySelectorAll("details")].map((fold) => fold.open);
       const isSame = element.dataset.id === entry.id;
       const scroll = isSame ? element.scrollTop : 0;
+      const hadFocus = element.contains(document.activeElement);
       element.hidden = false;
       element.dataset.id = entry.id;
       element.setAttribute("aria-label", t("adapters.details", { name: entry.name }));
@@ -223,6 +224,7 @@ export function createDetails({ t, onload, ontrain, onclose }) {
         element.querySelectorAll("details").forEach((fold, i) => (fold.open = open[i] ?? false));
       }
       element.scrollTop = scroll;
+      if (hadFocus) element.focus({ preventScroll: true }); // or Escape would not be heard here
     },
     showError(sentence) {
       element.append(build("p", { class: "qel-error", role: "alert" }, sentence));
