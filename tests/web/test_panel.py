@@ -119,7 +119,7 @@ def wait_for(condition: Callable[[], Any], page: Any, timeout: float = 60.0) -> 
 
 def read_status(page: Any, name: str) -> str:
     row = page.locator("button.qel-job", has_text=name)
-    return row.locator(".qel-chip").inner_text() if row.count() else ""
+    return row.locator(".qel-status").inner_text() if row.count() else ""
 
 
 def read_step(page: Any, name: str) -> int:
@@ -174,7 +174,7 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
     wait_for(lambda: read_step(page, name) > reached, page, timeout=90)
 
     page.locator("button.qel-job", has_text=name).click()
-    chip = page.locator(".qel-page .qel-chip")
+    chip = page.locator(".qel-page .qel-status")
     page.locator(".qel-chart-canvas").first.wait_for()
     press(page, "pause")
     wait_for(lambda: chip.inner_text() == "paused", page)
@@ -186,7 +186,7 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
     page.wait_for_timeout(1000)
     workspace.shoot("panel_job")
     press(page, "cancel")
-    page.locator("dialog .qel-primary").click()
+    page.locator("dialog .qel-button-primary").click()
     wait_for(lambda: chip.inner_text() == "cancelled", page)
     wait_for(lambda: read_status(other, name) == "cancelled", other)
     assert host.store.get(job_id).status is JobStatus.CANCELLED
@@ -196,7 +196,7 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
     page.get_by_role("button", name="Back", exact=True).click()
     assert host.store.get(job_id).status is JobStatus.CANCELLED
     press(page, "delete")
-    page.locator("dialog .qel-primary").click()
+    page.locator("dialog .qel-button-primary").click()
     for one in (page, other):
         wait_for(lambda one=one: one.locator("button.qel-job").count() == 0, one)
     assert host.store.list() == []
