@@ -5,7 +5,7 @@ import { formatNumber } from "../format.js";
 import { createScale, findNearest, findRange, listTicks } from "./scales.js";
 
 const FONT = "10px ui-sans-serif, system-ui, sans-serif";
-const MARGIN = { left: 44, right: 8, top: 8, bottom: 16 }; // px
+const MARGIN = { left: 52, right: 8, top: 8, bottom: 16 }; // px
 const LINE_HEIGHT = 14; // px
 
 export class CurveChart {
