@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -195,7 +196,11 @@ class Processes:
     def start(self, what, path):
         command = [sys.executable, "-m", "lora_core", what, str(path), "--json"]
         stdout = subprocess.PIPE if what == "estimate" else subprocess.DEVNULL
-        return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.DEVNULL)
+        # Two processes with a thread for each core would wait for each other.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.DEVNULL
+        )
 
 
 @pytest.fixture(scope="module")
