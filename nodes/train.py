@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..lora_core import ConfigError, LoraError
+from ..lora_core import ConfigError
 from ..lora_core.jobs.forecast import estimate_in_process
 from ..lora_core.jobs.job import MAX_DEVICES
 from ..lora_core.pairs.vae_copy import find_vae
@@ -338,12 +338,7 @@ def measure(config: TrainConfig) -> tuple[Estimate | None, str]:
     device, obstacle = job_host.prepare_measuring()
     if obstacle:
         return None, f"not estimated: {obstacle}"
-    try:
-        return host.run_interruptible(estimate_in_process, config, device), ""
-    except LoraError as e:
-        if "the estimate does not know" in str(e):
-            return None, f"not estimated: {e}"
-        raise
+    return host.run_interruptible(estimate_in_process, config, device), ""
 
 
 def choose_items(dataset: Any, count: int) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 
 import { CurveChart } from "./panel/curve_chart.js";
 import { build, setAttribute, setHidden, setText } from "./elements.js";
-import { describeStatus } from "./panel/job_list.js";
+import { showProgress, showStatus } from "./panel/job_list.js";
 import { createTranslator } from "./translation.js";
 
 const HEIGHT = 132; // px
@@ -67,10 +67,9 @@ export class JobView {
       setText(this.text, this.id !== null && this.jobs.isKnown ? this.t("job.gone") : "");
       return;
     }
-    setText(this.chip, describeStatus(job, this.t));
-    setAttribute(this.chip, "data-status", job.is_silent ? "failed" : job.status);
+    showStatus(this.chip, job, this.t);
+    showProgress(this.bar, job);
     setText(this.text, this.t("job.steps", { step: job.step, steps: job.num_steps }));
-    this.bar.style.width = `${Math.min(100, (100 * job.step) / (job.num_steps || 1))}%`;
     if (job !== this.shown && this.timer === null) {
       const wait = Math.max(0, this.askedAt + MIN_INTERVAL - Date.now());
       this.timer = setTimeout(() => this.ask(), wait);

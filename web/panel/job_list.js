@@ -76,10 +76,8 @@ export class JobList {
       element: build("li", {}, button),
       update: (job) => {
         setText(name, job.name);
-        setText(chip, describeStatus(job, t));
-        setAttribute(chip, "data-status", job.is_silent ? "failed" : job.status);
-        const share = job.num_steps ? job.step / job.num_steps : 0;
-        bar.style.width = `${Math.min(100, 100 * share)}%`;
+        showStatus(chip, job, t);
+        showProgress(bar, job);
         setAttribute(progress, "aria-valuemax", job.num_steps);
         setAttribute(progress, "aria-valuenow", job.step);
         setAttribute(progress, "aria-label", t("job.progress"));
@@ -111,7 +109,18 @@ function compareInside(a, b) {
   return b.created_at - a.created_at || (a.id < b.id ? 1 : -1);
 }
 
-export function describeStatus(job, t) {
+// On the list, a training's page and the nodes: state as a coloured word, and how far it is.
+export function showStatus(chip, job, t) {
+  setText(chip, describeStatus(job, t));
+  setAttribute(chip, "data-status", job.is_silent ? "failed" : job.status);
+}
+
+export function showProgress(bar, job) {
+  const share = job.num_steps ? job.step / job.num_steps : 0;
+  bar.style.width = `${Math.min(100, 100 * share)}%`;
+}
+
+function describeStatus(job, t) {
   if (job.is_silent) return t("status.silent");
   if (job.status === "in_progress") {
     if (job.request === "pause") return t("status.pausing");

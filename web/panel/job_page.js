@@ -1,6 +1,6 @@
 // One training: how far it is, its curves, pictures, LoRA files, log and settings.
 
-import { describeStatus } from "./job_list.js";
+import { showProgress, showStatus } from "./job_list.js";
 import { JobActions } from "./job_actions.js";
 import { JobCharts } from "./job_charts.js";
 import { LogView } from "./log_view.js";
@@ -162,10 +162,8 @@ export class JobPage {
   updateHead(job) {
     const { t } = this;
     setText(this.name, job.name);
-    setText(this.chip, describeStatus(job, t));
-    setAttribute(this.chip, "data-status", job.is_silent ? "failed" : job.status);
-    const share = job.num_steps ? job.step / job.num_steps : 0;
-    this.bar.style.width = `${Math.min(100, 100 * share)}%`;
+    showStatus(this.chip, job, t);
+    showProgress(this.bar, job);
     setAttribute(this.progress, "aria-valuemax", job.num_steps);
     setAttribute(this.progress, "aria-valuenow", job.step);
     setText(this.figures, describeFigures(job, t));
