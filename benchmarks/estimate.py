@@ -1,12 +1,14 @@
 """What the estimate says beside what a run takes: memory and seconds per step.
 
-usage: .venv/bin/python benchmarks/estimate.py [--blocks 4] [--heads 24] [--cases plain,int8]
+usage: .venv/bin/python benchmarks/estimate.py [--blocks 4] [--heads 24] [--rounds 3]
+                                               [--cases plain,int8]
        .venv/bin/python benchmarks/estimate.py --device cuda --blocks 8
 
 Random weights in a file, as ComfyUI's are; each case is estimated, then trained, in this process.
-Memory is torch's allocator's on a GPU; on a CPU the process's, without what Python and its
-libraries took before. `--cpu-time` counts seconds on processors, for a machine others use.
-`--quick` only shows that everything runs.
+Cases take turns, round by round, since a machine's speed changes from minute to minute; medians
+of the rounds are printed, and the lowest, median and highest ratio. Memory is torch's allocator's
+on a GPU; on a CPU the process's, without what Python and its libraries took before. `--cpu-time`
+counts seconds on processors, for a machine others use. `--quick` only shows that everything runs.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from qwen_edit_lora.lora_core.training.trainer import train  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 TEXT_WIDTH = 256
+KINDS = ("estimated", "measured")
 #: Number of references, and settings of [model].
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {}),
@@ -61,6 +64,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=24, help="of 128; 24 is full width")
     parser.add_argument("--side", type=int, default=32, help="of the latents; a picture's / 8")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--cases", default="", help="some of them, by comma")
     parser.add_argument("--cpu-time", action="store_true", help="not wall time")
@@ -68,6 +72,7 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.blocks, options.heads, options.side, options.steps = 3, 1, 8, 2
+        options.rounds = 1
     return options
 
 
@@ -93,13 +98,14 @@ def write_dataset(folder: Path, side: int, num_references: int):
     return read_dataset(writer.finish())
 
 
-def compare(name: str, folder: Path, options: argparse.Namespace) -> None:
+def compare(name: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Estimates and trains one case: seconds and bytes of both."""
     num_references, changes = CASES[name]
     dataset = write_dataset(folder / name / "data", options.side, num_references)
     offloaded = changes.get("offload_blocks", 0)
     if offloaded:  # a share of the blocks
         changes = {"offload_blocks": options.blocks // -offloaded}
-    model = {"source": str(folder / "base.safetensors"), "storage": options.dtype}
+    model = {"source": str(folder.parent / "base.safetensors"), "storage": options.dtype}
     model |= {"compute_dtype": options.dtype, "device": options.device, **changes}
     values = {
         "name": "estimate",
@@ -125,17 +131,26 @@ def compare(name: str, folder: Path, options: argparse.Namespace) -> None:
     peak = meter.read_peak() - before
     # A CPU's figure counts the whole process.
     estimated = found.memory_bytes - (0 if meter.on_gpu else before)
-    median = statistics.median(seconds[1:])
-    row = {
-        "case": name,
-        "estimated_mb": round(estimated / 1e6),
-        "measured_mb": round(peak / 1e6),
-        "memory ratio": round(estimated / peak, 3),
-        "estimated_s": round(found.seconds_per_step, 3),
-        "measured_s": round(median, 3),
-        "time ratio": round(found.seconds_per_step / median, 3),
+    return {
+        "estimated_s": found.seconds_per_step,
+        "measured_s": statistics.median(seconds[1:]),
+        "estimated_bytes": estimated,
+        "measured_bytes": peak,
     }
-    print(json.dumps(row), flush=True)
+
+
+def summarise(name: str, rounds: list[dict[str, float]]) -> dict[str, object]:
+    """Medians of the rounds, and their ratios: lowest, median, highest."""
+    row: dict[str, object] = {"case": name}
+    for unit, scale, digits in (("s", 1, 3), ("bytes", 1e6, 0)):
+        estimated, measured = ([one[f"{what}_{unit}"] for one in rounds] for what in KINDS)
+        ratios = sorted(a / b for a, b in zip(estimated, measured, strict=True))
+        shown = "mb" if unit == "bytes" else unit
+        row[f"estimated_{shown}"] = round(statistics.median(estimated) / scale, digits)
+        row[f"measured_{shown}"] = round(statistics.median(measured) / scale, digits)
+        chosen = ratios[0], statistics.median(ratios), ratios[-1]
+        row[f"estimated / measured {shown}"] = [round(ratio, 2) for ratio in chosen]
+    return row
 
 
 def main() -> None:
@@ -148,8 +163,12 @@ def main() -> None:
     names = [name.strip() for name in options.cases.split(",") if name.strip()] or list(CASES)
     with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder) / "base.safetensors", options)
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for number in range(options.rounds):
+            for name in names:
+                rounds[name].append(compare(name, Path(folder) / str(number), options))
         for name in names:
-            compare(name, Path(folder), options)
+            print(json.dumps(summarise(name, rounds[name])), flush=True)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,9 @@ def build_ours(
     return lambda: next(reports)
 
 
-def build_plain(model: torch.nn.Module, options: Namespace, rank: int, kind: str) -> Step:
+def build_plain(
+    model: torch.nn.Module, options: Namespace, rank: int, kind: str, checkpointing: bool = True
+) -> Step:
     """What diffusers' LoRA scripts do, with references: diffusers' forward, PEFT's layers, AdamW.
 
     Args:
@@ -146,7 +148,8 @@ def build_plain(model: torch.nn.Module, options: Namespace, rank: int, kind: str
     plain = share(model)
     paths = [target.module_path for target in plan.targets]
     plain.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=paths))
-    plain.enable_gradient_checkpointing()
+    if checkpointing:
+        plain.enable_gradient_checkpointing()
     plain.train()
     parameters = [p for p in plain.parameters() if p.requires_grad]
     for parameter in parameters:

@@ -4,15 +4,17 @@ usage: .venv/bin/python benchmarks/train_step.py [--blocks 2] [--dtype fp32] [--
        .venv/bin/python benchmarks/train_step.py --text-only          (with ComfyUI's TrainLoraNode)
        python benchmarks/train_step.py --device cuda --full           (60 blocks)
 
-One process, random weights at full layer width (3072), batch of one, gradient checkpointing, AdamW,
-clipping, LoRA on attention and MLP of both streams. The variants share the weights and take their
+One process, random weights at full layer width (3072), batch of one, AdamW, clipping, LoRA on attention and MLP of both streams. The variants share the weights and take their
 steps in turn, so that each round gives ratios; medians are reported.
 
-    ours              a step of `lora_core.training.trainer.train`, all of it
+    ours, true        a step of `lora_core.training.trainer.train`, all of it, that keeps as little
+                      for the backward pass as the plain loops do
     ours, selective   the same with gradient_checkpointing = "selective", which keeps more
+    ours, false       the same that keeps everything: what "auto", the default, does for few blocks
     plain, script     diffusers' model and PEFT as diffusers' own scripts train (LoRA in the base's
                       type, under autocast in bf16)
     plain, fp32 LoRA  the same with a LoRA in float32, as ours, and without autocast
+    plain, false      the latter (in fp32 the former) without gradient checkpointing
     comfyui           TrainLoraNode: --text-only, since it fails with references
 
 Memory is the most that a step takes beyond what lies there before it: on a GPU by torch's
@@ -74,6 +76,9 @@ if OPTIONS.text_only:
 import torch  # noqa: E402
 
 PLAIN = ("script", "fp32 LoRA")
+OURS = {"ours, true": True, "ours, selective": "selective", "ours, false": False}
+if OPTIONS.full:
+    del OURS["ours, false"]
 
 
 def read_status(name: str) -> int:
@@ -119,22 +124,18 @@ class Table:
         self.seconds.setdefault(name, []).append(seconds)
         self.peaks.setdefault(name, []).append(peak)
 
-    def compare(self, name: str, other: str = "ours") -> float:
+    def compare(self, name: str, other: str) -> float:
         """Median of the rounds' ratios."""
         pairs = zip(self.seconds[name], self.seconds[other], strict=False)
         return statistics.median(a / b for a, b in pairs)
 
     def print(self) -> None:
         for name, seconds in self.seconds.items():
+            ours = [other for other in self.seconds if other.startswith("ours")]
             row = {
                 "variant": name,
                 "seconds": round(statistics.median(seconds), 4),
-                "time / ours": round(self.compare(name), 3),
-                **(
-                    {"time / ours, selective": round(self.compare(name, "ours, selective"), 3)}
-                    if "ours, selective" in self.seconds
-                    else {}
-                ),
+                **{f"time / {other}": round(self.compare(name, other), 3) for other in ours},
                 "step's memory_mb": round(statistics.median(self.peaks[name]) / 1e6, 1),
             }
             print(json.dumps(row), flush=True)
@@ -145,11 +146,14 @@ def compare_with_plain(folder: Path) -> None:
     model = loops.build_transformer(OPTIONS, OPTIONS.dtype)
     steps = {
         name: loops.build_ours(model, OPTIONS, OPTIONS.rank, folder, checkpointing)
-        for name, checkpointing in (("ours", True), ("ours, selective", "selective"))
+        for name, checkpointing in OURS.items()
     }
     for kind in PLAIN:
         if kind == "script" or OPTIONS.dtype == "bf16":
             steps[f"plain, {kind}"] = loops.build_plain(model, OPTIONS, OPTIONS.rank, kind)
+    if not OPTIONS.full:  # where it would need far more than there is
+        kind = PLAIN[OPTIONS.dtype == "bf16"]
+        steps["plain, false"] = loops.build_plain(model, OPTIONS, OPTIONS.rank, kind, False)
     for step in steps.values():
         for _ in range(3 if OPTIONS.compile else 1):
             step()

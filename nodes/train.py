@@ -288,7 +288,7 @@ def list_advanced_inputs() -> list[Any]:
         io.Combo.Input(
             "estimate",
             options=[MEASURE, SKIP],
-            tooltip="Run a few steps on two blocks first, to tell memory and time of the whole.",
+            tooltip="Run a few steps on three blocks first, to tell memory and time of the whole.",
             **extra,
         ),
         io.Combo.Input(

@@ -8,6 +8,7 @@ import time
 
 from ..errors import LoraError
 from ..training.config import TrainConfig
+from ..training.memory import is_out_of_memory
 from .folder import JobFolder
 from .job import JobFailure, JobSettings, JobState, JobStatus
 
@@ -36,19 +37,6 @@ def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
     return JobFailure(
         sentence=f"training stopped with {type(error).__name__}: {text or 'no further text'}",
         advice=(LOOK_AT_LOG,),
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Also for libraries that raise a RuntimeError of their own."""
-    text = str(error).lower()
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (
-            isinstance(error, RuntimeError)
-            and ("out of memory" in text or "can't allocate" in text)
-        )
     )
 
 

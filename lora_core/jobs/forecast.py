@@ -83,7 +83,7 @@ def explain(errors: str, exit_code: int) -> str:
         return own[-1]
     if any("out of memory" in line.lower() for line in lines):
         return (
-            "not even two blocks fit into the device's free memory; close what else uses it, or "
+            "not even three blocks fit into the device's free memory; close what else uses it, or "
             "choose a smaller storage or dataset"
         )
     last = lines[-1] if lines else "it said nothing"

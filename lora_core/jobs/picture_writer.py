@@ -11,8 +11,8 @@ import torch
 from ..errors import LoraError
 from ..training.image_decoder import ImageDecoder, load_decoder
 from ..training.losses import Decode
+from ..training.memory import is_out_of_memory
 from ..training.pictures import write_picture
-from .failure import is_out_of_memory
 
 ON_CPU = "the pictures do not fit into the device's memory and are decoded on the CPU"
 

@@ -14,13 +14,13 @@ from ..errors import ConfigError
 from ..training.adapter_files import EMA_SUFFIX
 from ..training.command_line import describe_report, quiet_libraries
 from ..training.config import TrainConfig
+from ..training.memory import is_out_of_memory
 from ..training.objective import Objective
 from ..training.processes import Processes
 from ..training.session import Session, choose_device, describe_session, open_session
 from ..training.trainer import Run, open_checkpoints
 from .alarms import Alarms
 from .devices import CPU
-from .failure import is_out_of_memory
 from .folder import JobFolder
 from .job import JobSettings, Phase, SampleSettings
 from .publication import publish

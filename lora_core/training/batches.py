@@ -123,6 +123,11 @@ class Batch:
         )
 
 
+def load_repeated(dataset: CachedDataset, index: int, size: int, seed: object) -> Batch:
+    """A batch that shows one item `size` times, to measure with."""
+    return load_batch(dataset, [Slot(index, 0, place) for place in range(size)], seed)
+
+
 def load_batch(
     dataset: CachedDataset,
     slots: Sequence[Slot],

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..injection_plan import LoraSettings
+from .edit_block import SELECTIVE
 from .flow import SAMPLINGS, SCHEDULES, WEIGHTINGS
 from .losses import AUXILIARY_LOSSES
 from .optimization import OPTIMIZERS
@@ -29,6 +30,7 @@ from .quantization import STORAGES
 from .schedules import SHAPES
 
 COMPUTE_DTYPES = ("bf16", "fp32")
+AUTO = "auto"
 FILE_DTYPES = ("bf16", "fp16", "fp32")
 VARIANTS = ("auto", "original", "2509", "2511")
 
@@ -44,9 +46,10 @@ class ModelConfig:
     compute_dtype: str = "bf16"
     device: str = "auto"
     """"cuda", "cuda:1", "cpu"; "auto" takes the GPU where there is one."""
-    gradient_checkpointing: bool | str = True
+    gradient_checkpointing: bool | str = AUTO
     """Compute activations again in the backward pass: a third more time, far less memory.
-    "selective" keeps those that are dear to compute: faster, with six times what true keeps."""
+    "selective" keeps those that are dear to compute: faster, with six times what true keeps.
+    "auto" takes the fastest of the three that the free memory allows; all give the same bits."""
     compile: bool = False
     """Compile each block once (regional torch.compile)."""
     offload_blocks: int = 0
@@ -60,10 +63,10 @@ class ModelConfig:
         check_choice(self, "storage", STORAGES)
         check_choice(self, "compute_dtype", COMPUTE_DTYPES)
         check_number(self, "offload_blocks", 0)
-        if self.gradient_checkpointing not in (True, False, "selective"):
+        if self.gradient_checkpointing not in (AUTO, True, False, SELECTIVE):
             raise ConfigError(
-                f"gradient_checkpointing is {self.gradient_checkpointing!r}; expected true, false "
-                'or "selective"'
+                f'gradient_checkpointing is {self.gradient_checkpointing!r}; expected "auto", '
+                'true, false or "selective"'
             )
 
 

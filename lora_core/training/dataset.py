@@ -237,6 +237,10 @@ class CachedDataset:
         text = json.dumps([vars(info) for info in self.items])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
+    def find_largest(self) -> int:
+        """Index of the item with the most tokens."""
+        return max(range(len(self)), key=lambda index: self.items[index].num_tokens)
+
     def load(self, index: int) -> CachedItem:
         """Reads one item.
 

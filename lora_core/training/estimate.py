@@ -1,7 +1,7 @@
 """Memory and time of a run before it starts, from steps of a model of very few blocks.
 
 All blocks are alike, so everything is linear in their number: the full model's figures follow from
-those of one and of two blocks (`probe`), which run the true weights of the first blocks in their
+those of one and of three blocks (`probe`), which run the true weights of the first blocks in their
 storage, with LoRAs, checkpointing, optimizer and the training set's own sizes. What lies in memory
 all the time is counted; what comes and goes is measured. Blocks that wait in host memory are
 measured on their own, two and three of them.
@@ -9,6 +9,7 @@ measured on their own, two and three of them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -17,7 +18,7 @@ import torch
 from ..injection_plan import plan_injection
 from .architecture import read_architecture
 from .base_files import BaseFile, open_base_file
-from .config import TrainConfig
+from .config import AUTO, TrainConfig
 from .dataset import CachedDataset, ItemInfo, read_dataset
 from .loading import RELEASE_EVERY
 from .memory import MemoryMeter
@@ -52,6 +53,8 @@ class Estimate:
     """What to lower, in the order of what costs least; empty where it fits."""
     compile_s: float = 0.0
     """Compiling the blocks, in the first steps."""
+    gradient_checkpointing: bool | str = True
+    """Chosen for what memory is free now, where the configuration leaves it open."""
     offloaded_bytes: int = 0
     """Of the blocks that wait in host memory; on a CPU part of the memory above."""
 
@@ -74,6 +77,9 @@ class Estimate:
             f"time: {self.seconds_per_step:.2f} s a step ({self.longest_step_s:.2f} s the "
             f"longest), {self.total_s / 3600:.2f} h in all",
         ]
+        if self.gradient_checkpointing is not True:
+            kept = json.dumps(self.gradient_checkpointing)
+            lines.append(f"gradient_checkpointing is {kept}, which is part of memory and time")
         if self.offloaded_bytes:
             lines.insert(2, f"waiting in host memory: {show(self.offloaded_bytes)}")
         if self.compile_s:
@@ -83,7 +89,7 @@ class Estimate:
 
 
 def estimate_run(config: TrainConfig, dataset: CachedDataset) -> Estimate:
-    """Loads two or three blocks, takes some steps with them, and reckons for all.
+    """Loads three blocks, takes some steps with them, and reckons for all.
 
     Auxiliary losses are not reckoned with; of several processes it is the figure of each.
 
@@ -92,14 +98,15 @@ def estimate_run(config: TrainConfig, dataset: CachedDataset) -> Estimate:
     """
     device = choose_device(config.model)
     meter = MemoryMeter(device)
-    largest = max(range(len(dataset)), key=lambda i: dataset.items[i].num_tokens)
+    largest = dataset.find_largest()
     base = open_base_file(config.model.source)
     try:
         num_blocks = read_architecture(base.shapes, base.name, base.axes).num_layers
         width = base.shapes["img_in.weight"][0]
         num_parameters = count_parameters(config, base)
         choose_offloaded(num_blocks, config.model.offload_blocks)
-        whole = measure_all(config, dataset, largest, base, device, num_blocks)
+        arguments = (config, dataset, largest, base, device)
+        whole = measure_all(*arguments, num_blocks, num_parameters)
     finally:
         base.release()
     passes = 1.0
@@ -127,6 +134,7 @@ def estimate_run(config: TrainConfig, dataset: CachedDataset) -> Estimate:
         num_parameters=num_parameters,
         num_tokens=dataset.items[largest].num_tokens,
         compile_s=whole.compile_s,
+        gradient_checkpointing=whole.gradient_checkpointing,
         offloaded_bytes=config.model.offload_blocks * whole.block_bytes,
     )
     return estimate if estimate.fits else replace(estimate, advice=advise(config))
@@ -146,6 +154,7 @@ class Whole:
     process_bytes: int
     trained_bytes: float
     block_bytes: int
+    gradient_checkpointing: bool | str
 
 
 def measure_all(
@@ -155,16 +164,17 @@ def measure_all(
     base: BaseFile,
     device: torch.device,
     num_blocks: int,
+    num_parameters: int,
 ) -> Whole:
     num_offloaded = config.model.offload_blocks
     num_resident = num_blocks - num_offloaded
     arguments = (config, dataset, index, base, device)
     found = []
     if num_resident:
-        found.append(measure(*arguments, (1, 2) if num_blocks > 1 else (1,), False))
+        found.append(measure(*arguments, sorted({1, min(3, num_blocks)}), False, num_parameters))
     if num_offloaded:
         counts = (2, 3) if num_blocks > 2 else (1, 2) if num_blocks > 1 else (1,)
-        found.append(measure(*arguments, counts, True))
+        found.append(measure(*arguments, counts, True, num_parameters))
     first, last = found[0], found[-1]
     return Whole(
         micro_step_s=reckon_time(first, last, num_blocks, num_offloaded, device),
@@ -176,6 +186,7 @@ def measure_all(
         process_bytes=first.process_bytes,
         trained_bytes=first.trained_bytes,
         block_bytes=first.block_bytes,
+        gradient_checkpointing=first.gradient_checkpointing,
     )
 
 
@@ -242,7 +253,7 @@ def advise(config: TrainConfig) -> tuple[str, ...]:
     model, data = config.model, config.data
     ways: Sequence[tuple[bool, str]] = (
         (
-            model.gradient_checkpointing is not True,
+            model.gradient_checkpointing not in (True, AUTO),
             "set model.gradient_checkpointing to true",
         ),
         (data.batch_size > 1, "set data.batch_size to 1 and raise optimizer.accumulation"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 STATUS = Path("/proc/self/status")
+MEMINFO = Path("/proc/meminfo")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
@@ -51,11 +52,23 @@ class MemoryMeter:
         except (AttributeError, ValueError, OSError):
             return None
 
+    def find_free(self) -> int | None:
+        """What could still be taken; on a CPU without pushing anything else out."""
+        if not self.on_gpu:
+            return read_size(MEMINFO, "MemAvailable")
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + unused
+
 
 def read_status(name: str) -> int | None:
     """A size from /proc/self/status, in bytes."""
+    return read_size(STATUS, name)
+
+
+def read_size(path: Path, name: str) -> int | None:
+    """The line `name: … kB` of a file of /proc, in bytes."""
     try:
-        lines = STATUS.read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return None
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")]
@@ -68,6 +81,19 @@ def trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
         return
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also for libraries that raise a RuntimeError of their own."""
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (
+            isinstance(error, RuntimeError)
+            and ("out of memory" in text or "can't allocate" in text)
+        )
+    )
 
 
 def count_bytes(tensors) -> int:

@@ -19,10 +19,11 @@ from ..injection import inject
 from ..injection_plan import LoraSettings
 from .architecture import read_architecture
 from .base_files import BaseFile
-from .batches import Slot, load_batch
-from .config import TrainConfig
+from .batches import load_repeated
+from .config import AUTO, TrainConfig
 from .dataset import CachedDataset
 from .ema import Ema
+from .gradient_checkpointing import adapt_to_memory, is_free_to_choose
 from .loading import find_block, list_leaves, load_leaf
 from .memory import MemoryMeter, count_bytes
 from .objective import VELOCITY, Objective
@@ -71,6 +72,8 @@ class Measurement:
     """Frozen, of what is not in blocks."""
     process_bytes: int
     """What the process is without a run; on a GPU, where only this run's tensors count, 0."""
+    gradient_checkpointing: bool | str
+    """Chosen, where the configuration leaves it open."""
     trained_bytes: float
     """For each trainable parameter: itself, its average and what the optimizer keeps."""
 
@@ -83,6 +86,7 @@ def measure(
     device: torch.device,
     counts: Sequence[int],
     offloaded: bool,
+    num_parameters: int,
 ) -> Measurement:
     """Takes steps with one item of the training set on the last blocks of `max(counts)`.
 
@@ -90,6 +94,7 @@ def measure(
         index: of the item; a batch repeats it.
         counts: one or two numbers of blocks; with one, nothing is known to grow.
         offloaded: whether all blocks wait in host memory.
+        num_parameters: trainable ones of the whole model.
     """
     meter = MemoryMeter(device)
     meter.reset()
@@ -97,6 +102,15 @@ def measure(
     peak, after = meter.read_peak(), meter.reset()
     loading = None if peak is None or after is None else max(0, peak - after)
     probe = Probe(config, model, dataset, index, device, counts, offloaded)
+    if is_free_to_choose(config.model):
+        num_blocks = read_architecture(base.shapes, base.name, base.axes).num_layers
+        free = meter.find_free()
+        if free is not None:
+            free -= (num_blocks - max(counts)) * probe.block_bytes
+        adapt_to_memory(model, probe.batch, num_blocks, num_parameters, free)
+    if config.model.compile:
+        for block in model.blocks:
+            block.compile()
     first_s = {n: probe.take_step(n) for n in counts}  # compiles, and makes the optimizer's state
     for n in counts:
         probe.take_step(n)
@@ -128,6 +142,7 @@ def measure(
         block_bytes=probe.block_bytes,
         other_bytes=probe.other_bytes,
         process_bytes=0 if meter.on_gpu else max(0, (at_rest or 0) - probe.count_kept_bytes()),
+        gradient_checkpointing=model.gradient_checkpointing,
         trained_bytes=probe.count_trained_bytes() / sum(p.numel() for p in probe.parameters),
     )
 
@@ -140,6 +155,8 @@ def fit(values: dict[int, list[float]]) -> Linear:
         return Linear(middle, 0.0)
     rises = [b - a for a, b in zip(values[few], values[many], strict=True)]
     per_block = max(0.0, statistics.median(rises) / (many - few))
+    if middle < few * per_block:  # nothing is fixed, and few blocks were lucky: caches, the heap
+        return Linear(0.0, statistics.median(values[many]) / many)
     return Linear(middle - few * per_block, per_block)
 
 
@@ -175,9 +192,6 @@ class Probe:
         self.injection = inject(
             model.transformer, choose_settings(config.lora), seed=config.seed, device=device
         )
-        if config.model.compile:
-            for block in blocks:
-                block.compile()
         options = config.optimizer
         self.parameters = self.injection.parameters()
         self.optimizer = build_optimizer(
@@ -186,8 +200,8 @@ class Probe:
         named = self.injection.named_parameters()
         self.ema = Ema(named, options.ema_decay) if options.ema_decay else None
         self.objective = Objective(replace(config.objective, auxiliary={}))
-        slots = [Slot(index, 0, place) for place in range(config.data.batch_size)]
-        self.batch = load_batch(dataset, slots, config.seed).to(device)
+        size = config.data.batch_size
+        self.batch = load_repeated(dataset, index, size, config.seed).to(device)
 
     def take_step(self, num_blocks: int) -> tuple[float, float]:
         """Seconds of one micro-step, and of what makes it a step."""
@@ -243,12 +257,13 @@ def load_blocks(
         base.release()  # pages of the file are reckoned with on their own
     transformer.requires_grad_(False)
     loaded = EditTransformer(transformer.eval(), dtype)
-    loaded.enable_gradient_checkpointing(model.gradient_checkpointing)
+    kind = model.gradient_checkpointing
+    loaded.enable_gradient_checkpointing(True if kind == AUTO else kind)
     return loaded
 
 
 def choose_settings(lora: LoraSettings) -> LoraSettings:
-    """The same on two blocks; patterns that name blocks by number become the full preset."""
+    """The same on a few blocks; patterns that name blocks by number become the full preset."""
     if any("transformer_blocks" in p for p in (*lora.targets, *lora.exclude, *lora.rank_pattern)):
         return replace(lora, targets=("full",), exclude=(), rank_pattern={})
     return lora

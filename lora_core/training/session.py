@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,14 @@ from ..formats.architectures import read_variant
 from ..injection import Injection, inject
 from ..report import shorten_list
 from .adapter_files import DTYPES, build_run_metadata
-from .config import ModelConfig, TrainConfig
+from .batches import load_repeated
+from .config import AUTO, ModelConfig, TrainConfig
 from .dataset import CachedDataset, read_dataset
+from .gradient_checkpointing import adapt_to_memory, is_free_to_choose
 from .image_decoder import load_decoder
 from .loading import load_transformer
 from .losses import Decode
+from .memory import MemoryMeter
 from .sharding import Sharding, choose_sharding
 from .transformer import EditTransformer
 
@@ -63,6 +67,14 @@ def open_session(
             f"takes {width}; cache it with this model's text encoder"
         )
     injection = inject(model.transformer, config.lora, seed=config.seed, device=device)
+    if is_free_to_choose(config.model) and sharding is None:
+        sets = [dataset] if prior is None else [dataset, prior]
+        largest = max(sets, key=lambda one: one.items[one.find_largest()].num_tokens)
+        index, size = largest.find_largest(), config.data.batch_size
+        batch = load_repeated(largest, index, size, config.seed).to(device)
+        num_parameters = injection.plan.num_parameters
+        free = MemoryMeter(device).find_free()
+        adapt_to_memory(model, batch, len(model.blocks), num_parameters, free)
     if config.model.compile:
         for block in model.blocks:  # after the LoRAs are in; one block's code serves all
             block.compile()
@@ -81,6 +93,9 @@ def describe_session(session: Session, config: TrainConfig) -> list[str]:
         f"{len(plan.targets)} modules, {plan.num_parameters:,} parameters; the adapter's file will "
         f"take {size_bytes:,} bytes"
     ]
+    if session.model.is_adaptive:
+        kind = json.dumps(session.model.gradient_checkpointing)
+        said.append(f"gradient_checkpointing is {kind}, the fastest that the free memory allows")
     for reason in dict.fromkeys(plan.skipped.values()):
         paths = [path for path, why in plan.skipped.items() if why == reason]
         said.append(f"left out {shorten_list(paths, 4)}: {reason}")
@@ -99,7 +114,8 @@ def load_model(
         num_offloaded=config.offload_blocks,
         sharding=sharding,
     )
-    model.enable_gradient_checkpointing(config.gradient_checkpointing)
+    kind = config.gradient_checkpointing
+    model.enable_gradient_checkpointing(True if kind == AUTO else kind)
     return model
 
 

@@ -29,11 +29,12 @@ from .dataset import CachedDataset
 from .ema import Ema
 from .health import measure_health
 from .losses import AuxiliaryLoss, Decode
+from .memory import MemoryMeter, is_out_of_memory
 from .metrics import MetricsFile, SmoothedLoss, StepReport, measure_memory
 from .objective import VELOCITY, Objective, VelocityModel
 from .optimization import averaged_weights, build_optimizer, set_learning_rate
 from .processes import Processes
-from .random_state import seed_everything
+from .random_state import collect_random_state, restore_random_state, seed_everything
 from .run_state import check_same_run, collect_state, describe_run, restore_state
 from .schedules import build_schedule
 
@@ -244,7 +245,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         first = self.step * options.accumulation
         micro_steps = range(first, first + options.accumulation)
-        parts = [self.accumulate(number, number == micro_steps[-1]) for number in micro_steps]
+        parts = self.take_micro_steps(micro_steps)
         names = list(parts[0])
         sums = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in names])
         self.processes.average_gradients(self.parameters)
@@ -278,6 +279,32 @@ class Run:
             parts=figures if len(figures) > 1 else None,
             health=self.measure_health(),
         )
+
+    def take_micro_steps(self, numbers: range) -> list[dict[str, torch.Tensor]]:
+        """What `accumulate` gives for each.
+
+        Where memory runs out and the model was free to choose what it keeps, once more with the
+        least kept: the same numbers, so that it is the same run. Not in a group of processes, whose
+        others would not come along.
+        """
+        recompute_more = getattr(self.model, "recompute_more", None)
+        if recompute_more is None or self.processes.count > 1:
+            return [self.accumulate(number, number == numbers[-1]) for number in numbers]
+        random_numbers = collect_random_state()
+        while True:
+            try:
+                return [self.accumulate(number, number == numbers[-1]) for number in numbers]
+            except Exception as e:
+                if not is_out_of_memory(e) or not recompute_more():
+                    raise
+            # Only here, where the exception is gone, does nothing hold on to activations.
+            self.optimizer.zero_grad(set_to_none=True)
+            MemoryMeter(self.device).reset()
+            restore_random_state(*random_numbers)
+            self.notify(
+                f"memory ran out in step {self.step + 1}; from there on gradient_checkpointing is "
+                "true, which is slower and gives the same LoRA"
+            )
 
     def accumulate(self, micro_step: int, is_last: bool) -> dict[str, torch.Tensor]:
         """Adds one micro-batch's share to the gradients.

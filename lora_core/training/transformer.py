@@ -37,6 +37,7 @@ class EditTransformer(nn.Module):
         transformer: the modules by their paths, such as `transformer_blocks.0.attn.to_q`.
         zero_cond_t: whether references are shown at noise level 0, as 2511 does.
         offload: None, or what lets some blocks' weights wait in host memory.
+        is_adaptive: whether `recompute_more` may do so.
     """
 
     def __init__(self, transformer: nn.Module, compute_dtype: torch.dtype = torch.bfloat16):
@@ -50,6 +51,7 @@ class EditTransformer(nn.Module):
             if not isinstance(block, EditBlock):  # sharded ones had to be by then
                 transformer.transformer_blocks[index] = EditBlock(block)
         self.offload: BlockOffload | None = None
+        self.is_adaptive = False
         transformer.pos_embed = nn.Identity()  # its tables are of no use here
         # For what wraps or compiles a model block by block (Accelerate's FSDP, diffusers).
         transformer._no_split_modules = transformer._repeated_blocks = [EditBlock.__name__]
@@ -61,6 +63,10 @@ class EditTransformer(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         return self.transformer.transformer_blocks
+
+    @property
+    def gradient_checkpointing(self) -> bool | str:
+        return self.transformer.gradient_checkpointing
 
     def enable_gradient_checkpointing(self, enabled: bool | str = True) -> None:
         """Keep only each block's input for the backward pass, and compute the rest again there.
@@ -77,6 +83,13 @@ class EditTransformer(nn.Module):
                 "stay on the device for the backward pass; set gradient_checkpointing to true"
             )
         self.transformer.gradient_checkpointing = enabled
+
+    def recompute_more(self) -> bool:
+        """Keeps only each block's input from now on; False where it already does, or must not."""
+        if not self.is_adaptive or self.gradient_checkpointing is True:
+            return False
+        self.enable_gradient_checkpointing()
+        return True
 
     def offload_blocks(self, indices: Sequence[int], device: torch.device) -> None:
         """Lets these blocks' weights, which lie in host memory, stay there; see `offload`.

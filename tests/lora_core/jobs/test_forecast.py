@@ -45,7 +45,7 @@ def test_a_stopped_estimate_leaves_no_process(tmp_path):
     ("errors", "sentence"),
     [
         ("noise\nestimate: rank is 0; expected 1\n", "rank is 0; expected 1"),
-        ("Traceback\ntorch.OutOfMemoryError: CUDA out of memory.\n", "not even two blocks fit"),
+        ("Traceback\ntorch.OutOfMemoryError: CUDA out of memory.\n", "not even three blocks fit"),
         ("Traceback\nKeyError: 3\n", "the estimate ended with exit code 9: KeyError: 3"),
         ("", "the estimate ended with exit code 9: it said nothing"),
     ],
