@@ -4,8 +4,9 @@ usage: .venv/bin/python benchmarks/train_step.py [--blocks 2] [--dtype fp32] [--
        .venv/bin/python benchmarks/train_step.py --text-only          (with ComfyUI's TrainLoraNode)
        python benchmarks/train_step.py --device cuda --full           (60 blocks)
 
-One process, random weights at full layer width (3072), batch of one, AdamW, clipping, LoRA on attention and MLP of both streams. The variants share the weights and take their
-steps in turn, so that each round gives ratios; medians are reported.
+One process, random weights at full layer width (3072), batch of one, AdamW, clipping, LoRA on
+attention and MLP of both streams. The variants share the weights and take their steps in turn, so
+that each round gives ratios; medians are reported.
 
     ours, true        a step of `lora_core.training.trainer.train`, all of it, that keeps as little
                       for the backward pass as the plain loops do
