@@ -2,7 +2,7 @@
 """Sets up, shows, tests and measures qwen-edit-lora from a clean checkout.
 
     python dev.py demo [--serve] [--port PORT]   a real ComfyUI edits a photograph with a LoRA
-    python dev.py test [pytest arguments ...]    the whole test suite
+    python dev.py test [pytest arguments ...]    the whole test suite on all cores, or what is named
     python dev.py setup | lint | bench [NAME ...]
 
 Everything lands in git-ignored folders of this checkout: .venv, .comfyui, .demo. Set COMFYUI_PATH
@@ -32,6 +32,7 @@ COMFYUI_SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baec
 COMFYUI_IN_SDIST = ("vendor", "ComfyUI")
 
 LOG_TAIL_LINES = 15
+MOST_TEST_PROCESSES = 4  # each has a ComfyUI and a server of its own, 2 GB together
 
 
 class DevError(Exception):
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
         if options.command == "demo":
             return demo(comfyui, options.serve, options.port)
         if options.command == "test":
-            return run([get_venv_script(ROOT, "pytest"), *pytest_arguments], comfyui)
+            return test(comfyui, pytest_arguments)
         if options.command == "lint":
             return lint(comfyui)
         if options.command == "bench":
@@ -253,6 +254,20 @@ def demo(comfyui: Path, serve: bool, port: int | None) -> int:
     return run(command, comfyui, cwd=ROOT / "tests")
 
 
+def test(comfyui: Path, arguments: list[str]) -> int:
+    """Runs pytest with its arguments as given; without any, all tests on several cores at once.
+
+    A file's tests stay in one process, whose server and models they share. One thread each: tiny
+    products spread over cores that others use take minutes.
+    """
+    pytest = get_venv_script(ROOT, "pytest")
+    if arguments:
+        return run([pytest, *arguments], comfyui)
+    num_processes = max(1, min(MOST_TEST_PROCESSES, os.cpu_count() or 1))
+    spread = [f"--numprocesses={num_processes}", "--dist=loadfile", "--no-loadscope-reorder"]
+    return run([pytest, *spread], comfyui, more={"OMP_NUM_THREADS": "1"})
+
+
 def lint(comfyui: Path) -> int:
     """Runs the linter, then the formatter's check, even when the first complains."""
     ruff = get_venv_script(ROOT, "ruff")
@@ -275,9 +290,14 @@ def bench(comfyui: Path, names: list[str]) -> int:
     return 0
 
 
-def run(command: list[str | Path], comfyui: Path, cwd: Path = ROOT) -> int:
-    """Runs a program in the checkout with COMFYUI_PATH set; returns its exit status."""
-    environment = {**os.environ, "COMFYUI_PATH": str(comfyui)}
+def run(
+    command: list[str | Path],
+    comfyui: Path,
+    cwd: Path = ROOT,
+    more: dict[str, str] | None = None,
+) -> int:
+    """Runs a program in the checkout with COMFYUI_PATH and `more` set; returns its exit status."""
+    environment = {**os.environ, "COMFYUI_PATH": str(comfyui), **(more or {})}
     return run_child([str(part) for part in command], cwd=cwd, env=environment)
 
 

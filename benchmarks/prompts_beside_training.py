@@ -50,8 +50,7 @@ def import_package(name: str, folder: Path) -> None:
 
 
 def build_graph(seed: int) -> dict[str, Any]:
-    def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-        return {"class_type": class_type, "inputs": inputs}
+    from demo_base.prompts import node
 
     return {
         "unet": node("UNETLoader", unet_name=BASE, weight_dtype="default"),

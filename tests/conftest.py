@@ -103,7 +103,9 @@ def base_directory(
     """A fresh --base-directory with our extension, the shim, the photograph and the demo base."""
     from demo_base import layout
 
-    cache = Path(pytestconfig.cache.mkdir("demo_models"))  # 7 s to make, so kept between runs
+    # 7 s to make, so kept between runs; one for each of several test processes.
+    name = "demo_models" + os.environ.get("PYTEST_XDIST_WORKER", "")
+    cache = Path(pytestconfig.cache.mkdir(name))
     models = layout.make_models(cache, sys.executable, comfyui_path)
     base = layout.make_base_directory(tmp_path_factory.mktemp("comfyui"), ROOT)
     shutil.copytree(models, base / "models", dirs_exist_ok=True)

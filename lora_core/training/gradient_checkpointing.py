@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 #: From the one that computes least to the one that keeps least.
 KINDS: tuple[bool | str, ...] = (False, SELECTIVE, True)
-#: Of the free memory, what a run may take for what it keeps: a GPU's is also for pictures made
-#: meanwhile, a CPU's for everything else that runs.
-USABLE = {"cuda": 0.8, "cpu": 0.5}
+#: Of the free memory, what a run may take for what it keeps. A GPU's is also for prompts and sample
+#: pictures made meanwhile, a CPU's for everything else that runs.
+USABLE = {"cuda": 0.6, "cpu": 0.5}
 #: Beside what is kept: one block's activations computed again, and as much of gradients.
 PASSING_BLOCKS = 2
 #: Of a trainable parameter in float32: gradient, two moments of Adam, average.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from demo_base.adapters import make_adapter
+from demo_base.prompts import node
 from demo_base.server import PromptError
 from PIL import Image
 from qwen_edit_lora.lora_core import Adapter, compute_delta, read_adapter
@@ -21,10 +22,6 @@ pytestmark = pytest.mark.comfy
 
 RANK = 8
 TO_Q = "transformer_blocks.0.attn.to_q"
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
 
 
 @pytest.fixture

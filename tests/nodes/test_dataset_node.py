@@ -20,6 +20,7 @@ from demo_base.pair_folders import (
     write_picture,
     write_text,
 )
+from demo_base.prompts import node
 from demo_base.server import PromptError
 from PIL import Image
 from qwen_edit_lora.lora_core.pairs.vae_copy import find_vae
@@ -28,10 +29,6 @@ from qwen_edit_lora.lora_core.training.dataset import CachedDataset, read_datase
 pytestmark = pytest.mark.comfy
 
 SMALL = 0.01  # megapixels; on a shared machine a picture of the stock's size takes a minute
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": class_type}}
 
 
 def build_graph(**inputs: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from demo_base.dit import WIDTH
+from demo_base.prompts import node
 
 pytestmark = pytest.mark.comfy
 
@@ -200,10 +201,6 @@ def test_only_some_tokens_of_a_large_picture_are_kept(measure, base, make_lora, 
 
 
 # --- through the HTTP API ------------------------------------------------------------------------
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": class_type}}
 
 
 def build_graph(lora_name: str, **more: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from demo_base.prompts import node
 from demo_base.server import PromptError
 from qwen_edit_lora.lora_core import extract_adapter, read_adapter, write_adapter
 from safetensors.torch import load_file, save_file
@@ -67,10 +68,6 @@ def test_the_extracted_lora_gives_the_tuned_model_in_comfyui(
     assert worst(native, expected) < 2e-3 * worst(before, expected)
     assert worst(ours, expected) < 2e-3 * worst(before, expected)
     assert worst(without, expected) > 0.05 * worst(before, expected)  # the biases do matter
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
 
 
 def test_the_node_takes_biases_or_leaves_them_and_says_so(server, demo_models):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from demo_base.adapters import make_adapter
+from demo_base.prompts import node
 from demo_base.server import PromptError
 from PIL import Image
 from qwen_edit_lora.lora_core import read_adapter
@@ -21,10 +22,6 @@ from safetensors.torch import load_file, save_file
 pytestmark = pytest.mark.comfy
 
 LORA = "inspected.safetensors"
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
 
 
 def inspect_graph(lora_name: str = LORA, **options: Any) -> dict[str, Any]:

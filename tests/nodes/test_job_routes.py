@@ -20,6 +20,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from demo_base.prompts import node
 from demo_base.server import ComfyServer
 from qwen_edit_lora.lora_core.jobs.job import JobStatus
 from qwen_edit_lora.lora_core.jobs.publication import read_job_id
@@ -101,11 +102,11 @@ class Host:
 def comfy(base_directory, demo_models, comfyui_path, tmp_path_factory) -> Iterator[Host]:
     from tiny_jobs import make_material
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # tiny products spread over busy cores take minutes
     folder = tmp_path_factory.mktemp("jobs")
-    comfy = Host(base_directory, comfyui_path, folder / "user", make_material(folder))
-    yield comfy
-    del os.environ["OMP_NUM_THREADS"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # tiny products spread over busy cores take minutes
+        comfy = Host(base_directory, comfyui_path, folder / "user", make_material(folder))
+        yield comfy
     comfy.server.stop()
     kill_workers(comfy.root)
     comfy.store.index.close()
@@ -157,9 +158,6 @@ class Listener:
 
 def sampler_graph(seed: int) -> dict[str, Any]:
     """A prompt of core nodes that has something to do, and never what it did before."""
-
-    def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-        return {"class_type": class_type, "inputs": inputs}
 
     return {
         "empty": node("EmptyImage", width=64, height=64, batch_size=1, color=seed),
@@ -223,9 +221,6 @@ def test_a_job_trains_while_prompts_run_and_its_adapter_is_listed_without_a_rest
 
 def edit_graph(seed: int) -> dict[str, Any]:
     """A whole edit on the demo base: encoded, sampled, decoded."""
-
-    def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-        return {"class_type": class_type, "inputs": inputs}
 
     sampling = {"steps": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
     return {

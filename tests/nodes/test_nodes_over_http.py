@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from demo_base.prompts import node
 from demo_base.server import PromptError
 from qwen_edit_lora.lora_core import read_adapter
 from safetensors.torch import load_file, save_file
@@ -48,10 +49,6 @@ def build_graph(model: list, **more: Any) -> dict[str, Any]:
         "picture": node("SaveImage", images=["decoded", 0], filename_prefix="test"),
         **more,
     }
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": class_type}}
 
 
 def apply_graph(lora_name: str = LORA, **options: Any) -> dict[str, Any]:

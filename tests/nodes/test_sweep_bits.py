@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from demo_base.prompts import node
 
 pytestmark = pytest.mark.comfy
 
@@ -29,10 +30,6 @@ def lora(demo_models: Any) -> Iterator[None]:
     make_adapter(path, demo_models.dit["2509_fp32"], rank=8, delta_std=0.3)
     yield
     path.unlink()
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
 
 
 def base_graph(strength: float | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from demo_base.prompts import node
 
 pytestmark = pytest.mark.comfy
 
@@ -53,10 +54,6 @@ def count(monkeypatch: pytest.MonkeyPatch, comfyui: SimpleNamespace) -> Counter:
     watch(comfyui.nodes, "common_ksampler", "samplings")
     watch(comfyui.nodes.VAEDecode, "decode", "decodings")
     return calls
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
 
 
 def build_graph(strengths: str, **more: Any) -> dict[str, Any]:

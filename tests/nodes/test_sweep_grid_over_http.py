@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from demo_base.adapters import make_adapter
+from demo_base.prompts import node
 from demo_base.server import ComfyServer, PromptError
 from PIL import Image
 
 pytestmark = pytest.mark.comfy
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": class_type}}
 
 
 def grid_graph(

@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+from demo_base.prompts import node
 from demo_base.server import PromptError
 from safetensors.torch import load_file, save_file
 
@@ -43,10 +44,6 @@ def loras(demo_models: Any) -> Iterator[None]:
     yield
     for name in (LORA, *RUN):
         (demo_models.root / "loras" / name).unlink()
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": class_type}}
 
 
 def base_graph(size: int = 64) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from demo_base import edit
 from demo_base.photographs import HELD_OUT_CROPS, TRAINING_CROPS, read_crops
+from demo_base.prompts import node
 from demo_base.server import PromptError
 from PIL import Image
 from qwen_edit_lora.lora_core.jobs.store import JobStore
@@ -28,10 +29,6 @@ SIDE = edit.SIDE
 HELD_OUT = "held_out.png"
 RENDER = {"seed": 5, "steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
 TRAINING_TIMEOUT = 900.0  # seconds; a minute or two where nothing else runs
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": class_type}}
 
 
 def save_picture(picture: torch.Tensor, path: Path) -> None:

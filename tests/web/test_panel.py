@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -86,10 +85,10 @@ class Host:
 
 @pytest.fixture(scope="module")
 def host(base_directory, demo_models, comfyui_path, tmp_path_factory) -> Iterator[Host]:
-    os.environ["OMP_NUM_THREADS"] = "1"  # tiny products spread over busy cores take minutes
-    host = Host(base_directory, comfyui_path, tmp_path_factory.mktemp("panel"))
-    yield host
-    del os.environ["OMP_NUM_THREADS"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # tiny products spread over busy cores take minutes
+        host = Host(base_directory, comfyui_path, tmp_path_factory.mktemp("panel"))
+        yield host
     host.server.stop()
     kill_workers(host.root)
     host.store.index.close()

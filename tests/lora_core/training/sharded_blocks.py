@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from killed_runs import tiny  # has the extension imported
 from qwen_edit_lora.lora_core.injection import LoraSettings, inject
 from qwen_edit_lora.lora_core.training.config import ModelConfig
+from qwen_edit_lora.lora_core.training.gradient_checkpointing import KINDS
 from qwen_edit_lora.lora_core.training.loading import load_transformer
 from qwen_edit_lora.lora_core.training.sharding import choose_sharding
 
@@ -24,7 +25,7 @@ CASES = {
 }
 
 
-def take_step(path: str, storage: str, settings: LoraSettings, sharding, checkpointing: bool):
+def take_step(path: str, storage: str, settings: LoraSettings, sharding, checkpointing: bool | str):
     model = load_transformer(path, storage, compute_dtype=torch.float32, sharding=sharding)
     model.enable_gradient_checkpointing(checkpointing)
     kept = sum(count_local_bytes(p) for p in model.blocks.parameters())
@@ -54,7 +55,7 @@ def main(path: str, folder: str) -> None:
     accelerator = Accelerator(cpu=True)
     found = {}
     for name, (storage, settings) in CASES.items():
-        for checkpointing in (True, False):
+        for checkpointing in KINDS:
             sharding = choose_sharding(ModelConfig(source=path), accelerator)
             whole, expected = take_step(path, storage, settings, None, checkpointing)
             share, results = take_step(path, storage, settings, sharding, checkpointing)

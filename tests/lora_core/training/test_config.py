@@ -54,7 +54,7 @@ def test_a_configuration_survives_a_dictionary_and_json():
         ("rank", 8, r"the configuration has no setting 'rank'; did you mean \[lora\] rank\?"),
         ("modle", {}, r"no setting 'modle'; did you mean model\?"),
         ("model", "m", r"\[model\] is 'm'; expected a table"),
-        ("model.gradient_checkpointing", "some", 'expected true, false or "selective"'),
+        ("model.gradient_checkpointing", "some", 'expected "auto", true, false or "selective"'),
         ("lora.rank", 0, r"\[lora\] rank is 0; expected a whole number from 1"),
         ("lora.rank", 4.5, r"lora\.rank is 4\.5; expected a whole number"),
         ("lora.rank", True, r"lora\.rank is True; expected a whole number"),

@@ -53,6 +53,7 @@ def make_measurement(seconds, size, **changes) -> Measurement:
             "block_bytes": 1000,
             "other_bytes": 500,
             "process_bytes": 70,
+            "gradient_checkpointing": True,
             "trained_bytes": 0.0,
             **changes,
         }

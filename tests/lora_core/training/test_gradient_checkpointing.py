@@ -61,8 +61,8 @@ def test_the_fastest_kind_that_fits_is_chosen(free_bytes, kind):
 
 
 def test_a_gpu_may_be_filled_further_than_a_cpu():
-    assert choose_kind(KEPT, 6, 10, 1200, "cuda") is False
-    assert choose_kind(KEPT, 6, 10, 1200, "cpu") == "selective"
+    assert choose_kind(KEPT, 6, 10, 1600, "cuda") is False
+    assert choose_kind(KEPT, 6, 10, 1600, "cpu") == "selective"
 
 
 def test_live_bytes_are_those_of_what_lives():
@@ -110,6 +110,21 @@ def test_selective_keeps_a_quarter_and_the_model_is_left_as_it_was(tmp_path, bas
     assert model.gradient_checkpointing is True
     twice = measure_kept_bytes(model, load_repeated(opened.dataset, 1, 2, 0))
     assert twice[False] == pytest.approx(2 * kept[False], rel=0.1)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp8", "int8", "nf4"])
+def test_bases_of_every_storage_are_counted(storage, tmp_path, base, monkeypatch):
+    if storage == "nf4":
+        pytest.importorskip("bitsandbytes")
+    _, whole = make_run(tmp_path, base, None, monkeypatch)
+    changes = {"model.storage": storage}
+    _, opened = make_run(tmp_path / storage, base, None, monkeypatch, **changes)
+    expected, found = (
+        measure_kept_bytes(one.model, load_repeated(one.dataset, 1, 1, 0))
+        for one in (whole, opened)
+    )
+    for kind in KINDS[:-1]:  # the activations are the same; no copy of a weight is kept
+        assert found[kind] == pytest.approx(expected[kind], rel=0.1)
 
 
 @pytest.mark.parametrize(("free_bytes", "kind"), [(None, True), (0, True), (2**40, False)])
