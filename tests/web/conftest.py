@@ -10,6 +10,12 @@ from typing import Any
 
 import pytest
 
+SET_WIDGETS = """([values, type]) => {
+    for (const node of app.graph._nodes)
+        for (const widget of node.widgets ?? [])
+            if (widget.name in values && (!type || node.comfyClass === type))
+                widget.value = values[widget.name];
+}"""
 READY = "window.app?.graph && window.app?.extensionManager"
 TIMEOUT_MS = 120_000
 RUN_TIMEOUT = 300.0  # seconds; the sweeps make a dozen model calls with a 1-megapixel reference
@@ -53,6 +59,10 @@ class Workspace:
         self.page.wait_for_function(
             "() => app.graph._nodes.some(n => n.comfyClass?.startsWith('QwenEditLora'))"
         )
+
+    def set_widgets(self, values: dict[str, Any], node_type: str | None = None) -> None:
+        """Widgets of these names, on every node or on those of one type."""
+        self.page.evaluate(SET_WIDGETS, [values, node_type])
 
     def run(self) -> dict[str, Any]:
         """Presses Run; the history entry of that prompt once it has ended."""

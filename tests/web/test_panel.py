@@ -37,11 +37,6 @@ QUICK = {
     **{"megapixels": 0.02, "reference_megapixels": 0.02, "sample_every": 0},
     **{"estimate": "skip", "steps": MANY, "name": "from the button", "while_training": "share"},
 }
-SET_WIDGETS = """values => {
-    for (const node of app.graph._nodes)
-        for (const widget of node.widgets ?? [])
-            if (widget.name in values) widget.value = values[widget.name];
-}"""
 
 
 class Host:
@@ -133,7 +128,7 @@ def press(page: Any, action: str) -> None:
 def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(workspace, host):
     page, name = workspace.page, "from the button"
     workspace.open_template("06_train_lora")
-    page.evaluate(SET_WIDGETS, QUICK)
+    workspace.set_widgets(QUICK)
     open_panel(page)
     assert "No training yet" in page.locator(".qel-panel").inner_text()
     assert workspace.run()["status"]["status_str"] == "success"

@@ -17,6 +17,7 @@ READ_ALL = """() => {
 def test_reports_reach_nodes_inside_a_subgraph_and_come_back(workspace):
     page = workspace.page
     workspace.open_template("01_apply_lora")
+    workspace.set_widgets({"steps": 1, "cfg": 1})
     page.evaluate(
         """() => app.canvas.graph.convertToSubgraph(
             new Set(app.graph._nodes.filter(n => n.comfyClass === 'QwenEditLoraLoad')))"""

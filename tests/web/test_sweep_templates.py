@@ -15,11 +15,6 @@ RENDERERS = pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", 
 #: Smaller and fewer than in the workflow, which is for a GPU.
 QUICK = {"megapixels": 0.06, "steps": 1, "cfg": 1, "sigmas": "0.6"}
 
-SET_WIDGETS = """values => {
-    for (const node of app.graph._nodes)
-        for (const widget of node.widgets ?? [])
-            if (widget.name in values) widget.value = values[widget.name];
-}"""
 SET_STRENGTHS = """text => {
     const sweep = app.graph._nodes.find(n => n.comfyClass === 'QwenEditLoraSweep');
     sweep.widgets.find(w => w.name === 'strengths').value = text;
@@ -37,7 +32,7 @@ def open_quickly(workspace: Any, name: str, vue_nodes: bool) -> None:
     workspace.set_vue_nodes(vue_nodes)
     workspace.open_template(name)
     # A seed each: of a sweep that lies in the cache as a whole, only the report's head is shown.
-    workspace.page.evaluate(SET_WIDGETS, {**QUICK, "seed": 7 + vue_nodes})
+    workspace.set_widgets({**QUICK, "seed": 7 + vue_nodes})
 
 
 def run(workspace: Any) -> tuple[dict[str, Any], dict[str, str]]:

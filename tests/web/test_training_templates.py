@@ -19,22 +19,14 @@ TRAINING_STEPS = 20
 RENDER_STEPS = 2
 TRAINING_TIMEOUT = 240.0  # seconds
 
-SET_WIDGETS = """([values, trainingSteps, renderSteps]) => {
-    for (const node of app.graph._nodes)
-        for (const widget of node.widgets ?? []) {
-            if (widget.name in values) widget.value = values[widget.name];
-            const trains = node.comfyClass === 'QwenEditLoraTrain';
-            if (widget.name === 'steps') widget.value = trains ? trainingSteps : renderSteps;
-        }
-}"""
-
 
 def open_quickly(workspace: Any, name: str, vue_nodes: bool) -> None:
     workspace.set_vue_nodes(vue_nodes)
     workspace.open_template(name)
     run_name = f"{name}_{'vue' if vue_nodes else 'classic'}"
     values = {**QUICK, "name": run_name, "seed": 1 + vue_nodes}
-    workspace.page.evaluate(SET_WIDGETS, [values, TRAINING_STEPS, RENDER_STEPS])
+    workspace.set_widgets({**values, "steps": RENDER_STEPS})
+    workspace.set_widgets({"steps": TRAINING_STEPS}, "QwenEditLoraTrain")
 
 
 def run(workspace: Any) -> dict[str, str]:
