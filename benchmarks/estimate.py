@@ -48,6 +48,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {}),
     "no checkpointing": (1, {"gradient_checkpointing": False}),
     "selective": (1, {"gradient_checkpointing": "selective"}),
+    "auto": (1, {"gradient_checkpointing": "auto"}),
     "three references": (3, {}),
     "int8": (1, {"storage": "int8"}),
     "fp8": (1, {"storage": "fp8"}),
@@ -106,7 +107,8 @@ def compare(name: str, folder: Path, options: argparse.Namespace) -> dict[str, f
     if offloaded:  # a share of the blocks
         changes = {"offload_blocks": options.blocks // -offloaded}
     model = {"source": str(folder.parent / "base.safetensors"), "storage": options.dtype}
-    model |= {"compute_dtype": options.dtype, "device": options.device, **changes}
+    model |= {"compute_dtype": options.dtype, "device": options.device}
+    model |= {"gradient_checkpointing": True, **changes}
     values = {
         "name": "estimate",
         "output": str(folder / name / "run"),

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -55,6 +56,13 @@ def publish(adapters: Sequence[Path], loras: Path, job_id: str) -> tuple[str, ..
     raise AssertionError("unreachable: names never end")
 
 
+def remove_unfinished(loras: Path, job_id: str) -> None:
+    """Deletes copies that a worker of this job was killed over; nothing that has a name."""
+    for path in loras.glob(f".{job_id}.*.tmp"):
+        with suppress(OSError):  # a folder that takes no more says so when it is to
+            path.unlink(missing_ok=True)
+
+
 def propose_names(adapters: Sequence[Path]) -> Iterator[list[str]]:
     stems = [path.name.removesuffix(SUFFIX) for path in adapters]
     shortest = min(stems, key=len)
@@ -67,7 +75,7 @@ def propose_names(adapters: Sequence[Path]) -> Iterator[list[str]]:
 
 def copy_with_id(adapter: Path, loras: Path, job_id: str) -> Path:
     """A temporary copy whose header names the job; the tensors' bytes as they are."""
-    temporary = loras / f".{secrets.token_hex(8)}.tmp"
+    temporary = loras / f".{job_id}.{secrets.token_hex(8)}.tmp"
     try:
         with adapter.open("rb") as source, temporary.open("xb") as target:
             header = read_header(source)

@@ -32,7 +32,7 @@ from .job import (
 )
 from .locks import POLL_INTERVAL, FileLock
 from .pictures import Picture, list_pictures, read_picture
-from .publication import publish, remove_published
+from .publication import publish, remove_published, remove_unfinished
 from .requests import apply, check_allowed
 
 JOBS = "jobs"
@@ -344,8 +344,10 @@ class JobStore:
                 raise FileError(f"job {job_id} cannot be deleted: {explain(e)}") from None
         finally:
             folder.lock.release()
-        if with_adapter and settings is not None and settings.loras:
-            remove_published(state.published, Path(settings.loras), job_id)
+        if settings is not None and settings.loras:
+            remove_unfinished(Path(settings.loras), job_id)
+            if with_adapter:
+                remove_published(state.published, Path(settings.loras), job_id)
         shutil.rmtree(condemned, ignore_errors=True)
         self.index.update([], [job_id])
 

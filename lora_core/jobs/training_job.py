@@ -23,7 +23,7 @@ from .alarms import Alarms
 from .devices import CPU
 from .folder import JobFolder
 from .job import JobSettings, Phase, SampleSettings
-from .publication import publish
+from .publication import publish, remove_unfinished
 from .pulse import MutedPulse, Pulse
 from .samples import Sampler
 
@@ -92,6 +92,7 @@ def run_job(
     pulse.update(adapters=adapters, checkpoint_step=run.step)
     if settings.loras and processes.is_main:
         paths = [folder.path / name for name in adapters]
+        remove_unfinished(Path(settings.loras), folder.id)
         published = publish(paths, Path(settings.loras), folder.id)
         pulse.update(published=published)
         pulse.say(f"the adapter is in the loras folder as {', '.join(published)}")

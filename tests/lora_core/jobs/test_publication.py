@@ -13,6 +13,7 @@ from qwen_edit_lora.lora_core.jobs import publication
 from qwen_edit_lora.lora_core.jobs.publication import publish, read_job_id, remove_published
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_jobs import make_train, run_here
 
 JOB, OTHER = "20260131-120000-0123abcd", "20260131-120000-4567abcd"
 
@@ -101,3 +102,20 @@ def test_damaged_files_belong_to_no_job(content, loras):
     path.write_bytes(content)
     assert read_job_id(path) is None
     assert json.dumps(list_names(loras)) == '["x.safetensors"]'
+
+
+def test_what_a_killed_worker_left_half_copied_goes_with_its_next_attempt_or_the_job(
+    store, material, tmp_path
+):
+    loras = tmp_path / "loras_of_killed"
+    loras.mkdir()
+    job_id = store.submit(make_train(material, steps=1), loras=str(loras))
+    ours, others = (loras / f".{one}.0123456789abcdef.tmp" for one in (job_id, OTHER))
+    for path in (ours, others):
+        path.write_bytes(b"half")
+    run_here(store, job_id)
+    names = ["tiny.safetensors", "tiny_ema.safetensors"]
+    assert list_names(loras) == [others.name, *names]
+    ours.write_bytes(b"half")
+    store.delete(job_id)
+    assert list_names(loras) == [others.name, *names]

@@ -50,7 +50,11 @@ def make_train(material: Path, **changes: Any):
 def train_here(store: JobStore, train: Any, samples: Any = None) -> str:
     """A job from its start to its end in this process."""
     settings = {} if samples is None else {"samples": samples}
-    job_id = store.submit(train, **settings)
+    return run_here(store, store.submit(train, **settings))
+
+
+def run_here(store: JobStore, job_id: str) -> str:
+    """The same for a job that waits."""
     folder = store.open_folder(job_id)
     pulse = Pulse(folder, folder.read_state())
     levels = {name: logging.getLogger(name).level for name in TALKATIVE}
