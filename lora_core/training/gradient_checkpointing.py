@@ -42,6 +42,11 @@ def is_free_to_choose(config: ModelConfig) -> bool:
     return config.gradient_checkpointing == AUTO and not config.offload_blocks
 
 
+def get_first_kind(config: ModelConfig) -> bool | str:
+    """What a model starts with: the least kept, until `adapt_to_memory` knows better."""
+    return True if config.gradient_checkpointing == AUTO else config.gradient_checkpointing
+
+
 def adapt_to_memory(
     model: EditTransformer,
     batch: Batch,

@@ -20,10 +20,10 @@ from ..injection_plan import LoraSettings
 from .architecture import read_architecture
 from .base_files import BaseFile
 from .batches import load_repeated
-from .config import AUTO, TrainConfig
+from .config import TrainConfig
 from .dataset import CachedDataset
 from .ema import Ema
-from .gradient_checkpointing import adapt_to_memory, is_free_to_choose
+from .gradient_checkpointing import adapt_to_memory, get_first_kind, is_free_to_choose
 from .loading import find_block, list_leaves, load_leaf
 from .memory import MemoryMeter, count_bytes
 from .objective import VELOCITY, Objective
@@ -257,8 +257,7 @@ def load_blocks(
         base.release()  # pages of the file are reckoned with on their own
     transformer.requires_grad_(False)
     loaded = EditTransformer(transformer.eval(), dtype)
-    kind = model.gradient_checkpointing
-    loaded.enable_gradient_checkpointing(True if kind == AUTO else kind)
+    loaded.enable_gradient_checkpointing(get_first_kind(model))
     return loaded
 
 

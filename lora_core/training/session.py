@@ -14,9 +14,9 @@ from ..injection import Injection, inject
 from ..report import shorten_list
 from .adapter_files import DTYPES, build_run_metadata
 from .batches import load_repeated
-from .config import AUTO, ModelConfig, TrainConfig
+from .config import ModelConfig, TrainConfig
 from .dataset import CachedDataset, read_dataset
-from .gradient_checkpointing import adapt_to_memory, is_free_to_choose
+from .gradient_checkpointing import adapt_to_memory, get_first_kind, is_free_to_choose
 from .image_decoder import load_decoder
 from .loading import load_transformer
 from .losses import Decode
@@ -68,10 +68,9 @@ def open_session(
         )
     injection = inject(model.transformer, config.lora, seed=config.seed, device=device)
     if is_free_to_choose(config.model) and sharding is None:
-        sets = [dataset] if prior is None else [dataset, prior]
-        largest = max(sets, key=lambda one: one.items[one.find_largest()].num_tokens)
-        index, size = largest.find_largest(), config.data.batch_size
-        batch = load_repeated(largest, index, size, config.seed).to(device)
+        sets = [(one, one.find_largest()) for one in (dataset, prior) if one is not None]
+        largest, index = max(sets, key=lambda pair: pair[0].items[pair[1]].num_tokens)
+        batch = load_repeated(largest, index, config.data.batch_size, config.seed).to(device)
         num_parameters = injection.plan.num_parameters
         free = MemoryMeter(device).find_free()
         adapt_to_memory(model, batch, len(model.blocks), num_parameters, free)
@@ -114,8 +113,7 @@ def load_model(
         num_offloaded=config.offload_blocks,
         sharding=sharding,
     )
-    kind = config.gradient_checkpointing
-    model.enable_gradient_checkpointing(True if kind == AUTO else kind)
+    model.enable_gradient_checkpointing(get_first_kind(config))
     return model
 
 

@@ -287,24 +287,24 @@ class Run:
         least kept: the same numbers, so that it is the same run. Not in a group of processes, whose
         others would not come along.
         """
-        recompute_more = getattr(self.model, "recompute_more", None)
-        if recompute_more is None or self.processes.count > 1:
+        is_alone = self.processes.count == 1
+        can_keep_less = is_alone and getattr(self.model, "can_recompute_more", False)
+        random_numbers = collect_random_state() if can_keep_less else None
+        try:
             return [self.accumulate(number, number == numbers[-1]) for number in numbers]
-        random_numbers = collect_random_state()
-        while True:
-            try:
-                return [self.accumulate(number, number == numbers[-1]) for number in numbers]
-            except Exception as e:
-                if not is_out_of_memory(e) or not recompute_more():
-                    raise
-            # Only here, where the exception is gone, does nothing hold on to activations.
-            self.optimizer.zero_grad(set_to_none=True)
-            MemoryMeter(self.device).reset()
-            restore_random_state(*random_numbers)
-            self.notify(
-                f"memory ran out in step {self.step + 1}; from there on gradient_checkpointing is "
-                "true, which is slower and gives the same LoRA"
-            )
+        except Exception as e:
+            if random_numbers is None or not is_out_of_memory(e):
+                raise
+        # Only here, where the exception is gone, does nothing hold on to activations.
+        self.model.recompute_more()
+        self.optimizer.zero_grad(set_to_none=True)
+        MemoryMeter(self.device).reset()
+        restore_random_state(*random_numbers)
+        self.notify(
+            f"memory ran out in step {self.step + 1}; from there on gradient_checkpointing is "
+            "true, which is slower and gives the same LoRA"
+        )
+        return self.take_micro_steps(numbers)
 
     def accumulate(self, micro_step: int, is_last: bool) -> dict[str, torch.Tensor]:
         """Adds one micro-batch's share to the gradients.

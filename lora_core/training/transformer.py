@@ -84,9 +84,14 @@ class EditTransformer(nn.Module):
             )
         self.transformer.gradient_checkpointing = enabled
 
+    @property
+    def can_recompute_more(self) -> bool:
+        """Whether it keeps more than each block's input, and was free to choose that."""
+        return self.is_adaptive and self.gradient_checkpointing is not True
+
     def recompute_more(self) -> bool:
         """Keeps only each block's input from now on; False where it already does, or must not."""
-        if not self.is_adaptive or self.gradient_checkpointing is True:
+        if not self.can_recompute_more:
             return False
         self.enable_gradient_checkpointing()
         return True
