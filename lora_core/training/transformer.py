@@ -139,7 +139,8 @@ class EditTransformer(nn.Module):
         image = model.img_in(torch.cat(packed, dim=1))
         text = model.txt_in(model.txt_norm(text.to(dtype)))
 
-        sigma = sigma.float()
+        # Noise levels are drawn on the CPU; whoever calls need not know where the model computes.
+        sigma = sigma.to(latents.device, torch.float32)
         split = num_target_tokens if self.zero_cond_t and references else None
         levels = sigma if split is None else torch.cat([sigma, torch.zeros_like(sigma)])
         time = model.time_text_embed(levels, image)
