@@ -17,51 +17,39 @@ size instead of one. What is computed again is the norms, the rotation and the M
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from ..lora_layers import LoraLinear
-from .rope import rotate
+from .attention import (
+    Heads,
+    attend,
+    attend_keeping_result,
+    choose_kernels,
+    normalize_and_rotate,
+)
+from .lora_products import Begun, begin_products, compute_products, finish_products
+from .modulation import add_gated, modulate
+from .rope import Rotation
 
 SELECTIVE = "selective"
 
-Rotation = tuple[torch.Tensor, torch.Tensor]
-Begun = tuple[torch.Tensor, torch.Tensor | None]
-"""Of a Linear: its input and its LoRA's down-product; or its result and None."""
-Unfinished = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+Unfinished = tuple[torch.Tensor, torch.Tensor, Begun]
 """Of one stream: itself, its gate, and the MLP's last product, begun."""
 
-ATTENTION_KERNELS = [
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-    )
-    if hasattr(torch.ops.aten, name)
-]
 
+def recompute(function: Callable[..., Any], *inputs: Any, is_random: bool) -> Any:
+    """Keeps the inputs only, and computes the rest again in the backward pass.
 
-def recompute(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Keeps the inputs only, and computes the rest again in the backward pass."""
-    return checkpoint(function, *inputs, use_reentrant=False)
-
-
-def recompute_around_attention(function: Callable[..., Any], *inputs: Any) -> Any:
-    """The same, but keeps the attention's result too."""
-    contexts = partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
-    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-def call(function: Callable[..., Any], *inputs: Any) -> Any:
-    return function(*inputs)
+    Args:
+        is_random: random numbers are drawn inside, so that their state has to be kept.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=is_random)
 
 
 class EditBlock(nn.Module):
@@ -104,28 +92,42 @@ class EditBlock(nn.Module):
         if checkpointed == SELECTIVE:
             streams = self.begin_selectively(*inputs)
         elif checkpointed:
-            streams = recompute(self.begin, *inputs)
+            streams = recompute(self.begin_in_order, *inputs, is_random=self.is_random)
         else:
-            streams = self.begin(*inputs)
+            streams = self.begin_in_order(*inputs)
         return self.finish(*streams, split)
 
     def compile(self, **options: object) -> None:
-        """Compiles what is computed again and what is not each on its own."""
-        for name in ("begin", "finish", "enter", "begin_mlps"):
+        """Compiles what is computed again and what is not each on its own.
+
+        Under "selective" all but the products and the attention, which compiling leaves alone.
+        """
+        for name in ("begin", "enter", "prepare", "begin_mlps", "finish"):
             setattr(self, name, torch.compile(getattr(self, name), **options))
 
-    def begin(self, *inputs: Any) -> tuple[Unfinished, Unfinished]:
-        """Everything between the modulation, (B or 2 B, 1, 6 D), and the last products."""
-        return self.run_parts(call, call, *inputs)
+    @property
+    def is_random(self) -> bool:
+        """Whether a LoRA drops entries of its input."""
+        return any(
+            layer.training and layer.dropout
+            for layer in self.list_linears()
+            if isinstance(layer, LoraLinear)
+        )
 
-    def begin_selectively(self, *inputs: Any) -> tuple[Unfinished, Unfinished]:
-        """The same, its cheap parts computed again in the backward pass."""
-        return self.run_parts(recompute, recompute_around_attention, *inputs)
+    def list_linears(self) -> Iterator[nn.Module]:
+        """Those of the two streams."""
+        attn = self.attn
+        yield from (*self.image_projections, *self.text_projections, attn.to_out[0])
+        yield attn.to_add_out
+        for mlp in (self.img_mlp, self.txt_mlp):
+            yield from (mlp.net[0].proj, mlp.net[-1])
 
-    def run_parts(
+    def begin_in_order(self, *inputs: Any) -> tuple[Unfinished, Unfinished]:
+        with choose_kernels(inputs[0].device):
+            return self.begin(*inputs)
+
+    def begin(
         self,
-        run: Callable[..., Any],
-        run_attention: Callable[..., Any],
         image: torch.Tensor,
         text: torch.Tensor,
         image_modulation: torch.Tensor,
@@ -134,27 +136,47 @@ class EditBlock(nn.Module):
         mask: torch.Tensor | None,
         split: int | None,
     ) -> tuple[Unfinished, Unfinished]:
-        attn, num_text_tokens = self.attn, text.shape[1]
+        """Everything between the modulation, (B or 2 B, 1, 6 D), and the last products."""
         image_first, image_second = image_modulation.chunk(2, dim=-1)
         text_first, text_second = text_modulation.chunk(2, dim=-1)
-        begun, image_gate, text_gate = run(self.enter, image, text, image_first, text_first, split)
-        parts = [
-            finish_product(project, *one)
-            for project, one in zip(self.projections, begun, strict=True)
-        ]
-        joint = run_attention(self.attend, *parts, rotation, mask)
-        image_out = attn.to_out[0](joint[:, num_text_tokens:])
-        text_out = attn.to_add_out(joint[:, :num_text_tokens])
-        image = add_gated(image, image_out, image_gate, split)
-        text = add_gated(text, text_out, text_gate, None)
-        return run(self.begin_mlps, image, text, image_second, text_second, split)
+        *begun, gates = self.enter(image, text, image_first, text_first, split)
+        parts = self.finish_projections(*begun)
+        joint = attend(*self.prepare(*parts, rotation), mask)
+        streams = self.leave(joint, image, text, gates, split)
+        return self.begin_mlps(*streams, image_second, text_second, split)
+
+    def begin_selectively(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        image_modulation: torch.Tensor,
+        text_modulation: torch.Tensor,
+        rotation: Rotation,
+        mask: torch.Tensor | None,
+        split: int | None,
+    ) -> tuple[Unfinished, Unfinished]:
+        """The same, its cheap parts computed again in the backward pass."""
+        is_random = self.is_random
+        image_first, image_second = image_modulation.chunk(2, dim=-1)
+        text_first, text_second = text_modulation.chunk(2, dim=-1)
+        first = image, text, image_first, text_first, split
+        *begun, gates = recompute(self.enter, *first, is_random=is_random)
+        parts = self.finish_projections(*begun)
+        with choose_kernels(image.device):
+            joint = attend_keeping_result(
+                lambda *parts: self.prepare(*parts, rotation), parts, mask
+            )
+        streams = self.leave(joint, image, text, gates, split)
+        second = *streams, image_second, text_second, split
+        return recompute(self.begin_mlps, *second, is_random=is_random)
 
     @property
-    def projections(self) -> tuple[nn.Module, ...]:
-        """q, k and v of the image, then of the text."""
-        attn = self.attn
-        image = attn.to_q, attn.to_k, attn.to_v
-        return *image, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+    def image_projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.attn.to_q, self.attn.to_k, self.attn.to_v
+
+    @property
+    def text_projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.attn.add_q_proj, self.attn.add_k_proj, self.attn.add_v_proj
 
     def enter(
         self,
@@ -163,14 +185,47 @@ class EditBlock(nn.Module):
         image_modulation: torch.Tensor,
         text_modulation: torch.Tensor,
         split: int | None,
-    ) -> tuple[list[Begun], torch.Tensor, torch.Tensor]:
+    ) -> tuple[Begun, Begun, tuple[torch.Tensor, torch.Tensor]]:
         """The attention's projections, begun, and the streams' gates; modulation (…, 1, 3 D)."""
         image, image_gate = modulate(self.img_norm1(image), image_modulation, split)
         text, text_gate = modulate(self.txt_norm1(text), text_modulation, None)
-        # One input after the other: LoRAs that read the same tensor share its down-product.
-        inputs = (image,) * 3 + (text,) * 3
-        begun = [begin_product(*one) for one in zip(self.projections, inputs, strict=True)]
-        return begun, image_gate, text_gate
+        begun = begin_products(self.image_projections, image)
+        return begun, begin_products(self.text_projections, text), (image_gate, text_gate)
+
+    def finish_projections(self, image: Begun, text: Begun) -> list[torch.Tensor]:
+        """q, k and v of the image, then of the text."""
+        parts = finish_products(self.image_projections, image)
+        return parts + finish_products(self.text_projections, text)
+
+    def prepare(self, *inputs: Any) -> Heads:
+        """What attention takes, of `finish_projections` and the rotation."""
+        *parts, rotation = inputs
+        attn = self.attn
+        head_width = attn.norm_q.weight.shape[0]
+        image_q, image_k, image_v, text_q, text_k, text_v = (
+            x.unflatten(-1, (-1, head_width)) for x in parts
+        )
+        weights = attn.norm_added_q.weight, attn.norm_q.weight
+        query = normalize_and_rotate(text_q, image_q, *weights, rotation, attn.norm_q.eps)
+        weights = attn.norm_added_k.weight, attn.norm_k.weight
+        key = normalize_and_rotate(text_k, image_k, *weights, rotation, attn.norm_k.eps)
+        return query, key, torch.cat([text_v, image_v], dim=1)
+
+    def leave(
+        self,
+        joint: torch.Tensor,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        gates: tuple[torch.Tensor, torch.Tensor],
+        split: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The streams after the attention, whose result is (B, T + L, D)."""
+        # Not two slices: the gradient of each would be a tensor of the whole size.
+        text_part, image_part = joint.split((text.shape[1], image.shape[1]), dim=1)
+        (image_change,) = compute_products([self.attn.to_out[0]], image_part)
+        (text_change,) = compute_products([self.attn.to_add_out], text_part)
+        image = add_gated(image, image_change, gates[0], split)
+        return image, add_gated(text, text_change, gates[1], None)
 
     def begin_mlps(
         self,
@@ -183,83 +238,27 @@ class EditBlock(nn.Module):
         image_in, image_gate = modulate(self.img_norm2(image), image_modulation, split)
         text_in, text_gate = modulate(self.txt_norm2(text), text_modulation, None)
         return (
-            (image, image_gate, *begin_mlp(self.img_mlp, image_in)),
-            (text, text_gate, *begin_mlp(self.txt_mlp, text_in)),
+            (image, image_gate, begin_mlp(self.img_mlp, image_in)),
+            (text, text_gate, begin_mlp(self.txt_mlp, text_in)),
         )
 
     def finish(
         self, image: Unfinished, text: Unfinished, split: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The last product of either stream's MLP, and its residual sum."""
-        image, image_gate, *rest = image
-        change = finish_product(self.img_mlp.net[-1], *rest)
+        image, image_gate, image_begun = image
+        (change,) = finish_products([self.img_mlp.net[-1]], image_begun)
         image = add_gated(image, change, image_gate, split)
-        text, text_gate, *rest = text
-        return image, add_gated(text, finish_product(self.txt_mlp.net[-1], *rest), text_gate, None)
-
-    def attend(self, *inputs: Any) -> torch.Tensor:
-        """(B, T + L, D) of q, k and v of the image, then of the text, the rotation and the mask."""
-        *parts, rotation, mask = inputs
-        attn = self.attn
-        head_width = attn.norm_q.weight.shape[0]
-        image_q, image_k, image_v, text_q, text_k, text_v = (
-            x.unflatten(-1, (-1, head_width)) for x in parts
-        )
-        query = torch.cat([attn.norm_added_q(text_q), attn.norm_q(image_q)], dim=1)
-        key = torch.cat([attn.norm_added_k(text_k), attn.norm_k(image_k)], dim=1)
-        value = torch.cat([text_v, image_v], dim=1)
-
-        query, key = rotate(query, rotation), rotate(key, rotation)
-        heads = (x.transpose(1, 2) for x in (query, key, value))
-        joint = functional.scaled_dot_product_attention(*heads, attn_mask=mask)
-        return joint.transpose(1, 2).flatten(2)
-
-
-def modulate(
-    x: torch.Tensor, parameters: torch.Tensor, split: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x * (1 + scale) + shift, and the gate for what is made of it."""
-    shift, scale, gate = parameters.chunk(3, dim=-1)
-    if split is None:
-        return torch.addcmul(shift, x, 1 + scale), gate
-    shifts, scales = shift.chunk(2), (1 + scale).chunk(2)
-    parts = zip(shifts, (x[:, :split], x[:, split:]), scales, strict=True)
-    return torch.cat([torch.addcmul(*part) for part in parts], dim=1), gate
-
-
-def add_gated(
-    x: torch.Tensor, change: torch.Tensor, gate: torch.Tensor, split: int | None
-) -> torch.Tensor:
-    """x + gate * change."""
-    if split is None:
-        return torch.addcmul(x, gate, change)
-    target, rest = gate.chunk(2)
-    parts = [
-        torch.addcmul(x[:, :split], target, change[:, :split]),
-        torch.addcmul(x[:, split:], rest, change[:, split:]),
-    ]
-    return torch.cat(parts, dim=1)
+        text, text_gate, text_begun = text
+        (change,) = finish_products([self.txt_mlp.net[-1]], text_begun)
+        return image, add_gated(text, change, text_gate, None)
 
 
 def begin_mlp(mlp: nn.Module, x: torch.Tensor) -> Begun:
     """All but the last product, which is begun."""
-    *layers, last = mlp.net
-    for layer in layers:
+    activation, *between, last = mlp.net
+    (x,) = compute_products([activation.proj], x)
+    x = functional.gelu(x, approximate=activation.approximate)
+    for layer in between:
         x = layer(x)
-    return begin_product(last, x)
-
-
-def begin_product(linear: nn.Module, x: torch.Tensor) -> Begun:
-    """What can be computed again apart from the product itself, which needs not be.
-
-    Only a LoRA that is a plain sum; a DoRA keeps more than that for its gradients, and is done.
-    """
-    if isinstance(linear, LoraLinear):
-        return (x, linear.project(x)) if linear.is_sum else (linear(x), None)
-    return x, None
-
-
-def finish_product(linear: nn.Module, x: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-    if isinstance(linear, LoraLinear):
-        return x if hidden is None else linear.add_to_base(x, hidden)
-    return linear(x)
+    return begin_products([last], x)

@@ -16,6 +16,8 @@ THETA = 10000.0
 
 Grid = tuple[int, int]
 """Height and width of an image in patches."""
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""See `compute_rotation`."""
 
 
 def compute_positions(grids: Sequence[Grid], num_text_tokens: int) -> torch.Tensor:
@@ -43,8 +45,10 @@ def compute_rotation(
     num_text_tokens: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every token's angles, (tokens, head width / 2) each.
+) -> Rotation:
+    """What `rotate` takes: cosine and signed sine of every token's angles, (tokens, head width).
+
+    Both entries of a pair have their own: the sine of the first is negative.
 
     Args:
         axes: entries of a head that turn with the image number, the row and the column.
@@ -58,15 +62,17 @@ def compute_rotation(
             exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
             angles.append(position[:, None] * THETA**-exponent)
         angle = torch.cat(angles, dim=1)
-        return angle.cos().float().to(device, dtype), angle.sin().float().to(device, dtype)
+        cos = angle.cos().repeat_interleave(2, dim=1)
+        sin = torch.stack([-angle.sin(), angle.sin()], dim=-1).flatten(1)
+        return cos.float().to(device, dtype), sin.float().to(device, dtype)
 
 
-def rotate(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """Turns each pair of neighbouring entries of (batch, tokens, heads, head width)."""
     cos, sin = (part[:, None] for part in rotation)
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = (
-        torch.addcmul(real * cos, imaginary, sin, value=-1),
-        torch.addcmul(imaginary * cos, real, sin),
-    )
-    return torch.stack(turned, dim=-1).flatten(-2)
+    return torch.addcmul(x * cos, swap_pairs(x), sin)
+
+
+def swap_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Exchanges the two entries of every pair."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)

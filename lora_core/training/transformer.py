@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
-from .edit_block import EditBlock
+from .attention import normalize
+from .edit_block import EditBlock, recompute
 from .offload import BlockOffload
 from .rope import Grid, compute_rotation
 
@@ -129,7 +129,7 @@ class EditTransformer(nn.Module):
             latents: noisy target, normalised, (B, 16, H, W); any H and W.
             references: one tensor (B, 16, h, w) a slot, normalised; sizes may differ by slot.
             text: text embeddings (B, T, D).
-            text_mask: (B, T), True or 1 for tokens that count; None where all do.
+            text_mask: (B, T), True or 1 for tokens that count; None where all do, which is faster.
             sigma: noise levels in [0, 1], (B,); kept in float32.
         """
         model, dtype = self.transformer, self.compute_dtype
@@ -137,7 +137,8 @@ class EditTransformer(nn.Module):
         grids = tuple(get_grid(image) for image in (latents, *references))
         num_target_tokens = packed[0].shape[1]
         image = model.img_in(torch.cat(packed, dim=1))
-        text = model.txt_in(model.txt_norm(text.to(dtype)))
+        norm = model.txt_norm
+        text = model.txt_in(normalize(text.to(dtype), norm.weight, norm.eps))
 
         # Noise levels are drawn on the CPU; whoever calls need not know where the model computes.
         sigma = sigma.to(latents.device, torch.float32)
@@ -155,7 +156,7 @@ class EditTransformer(nn.Module):
             run = partial(self.offload.run, index)
             # The whole block: what lies outside a checkpoint would keep its weights on the device.
             image, text = (
-                checkpoint(run, *inputs, use_reentrant=False) if checkpointed else run(*inputs)
+                recompute(run, *inputs, is_random=block.is_random) if checkpointed else run(*inputs)
             )
         time = time if split is None else time.chunk(2)[0]
         out = model.proj_out(model.norm_out(image[:, :num_target_tokens], time))
@@ -191,9 +192,10 @@ def unpack(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
 def build_mask(text_mask: torch.Tensor | None, num_image_tokens: int) -> torch.Tensor | None:
     """(B, 1, 1, text and image tokens), True where attention may look; None where it may anywhere.
 
-    An all-true mask costs the fast attention kernels for nothing, so it becomes None.
+    A mask of text tokens is for texts that are padded: even an all-true one makes attention take a
+    slower kernel, and to look at it here would wait for the device.
     """
-    if text_mask is None or text_mask.bool().all():
+    if text_mask is None:
         return None
     text_mask = text_mask.bool()
     image_mask = text_mask.new_ones(len(text_mask), num_image_tokens)
