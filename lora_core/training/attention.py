@@ -41,7 +41,7 @@ def normalize_and_rotate(
     rotation: Rotation,
     eps: float,
 ) -> torch.Tensor:
-    """q or k of all tokens, (B, T + L, heads, head width), of text (B, T, …) and image (B, L, …)."""
+    """q or k of all tokens, (B, T + L, heads, head width), of (B, T, …) and (B, L, …)."""
     if torch.compiler.is_compiling():  # which writes one kernel of it
         parts = normalize(text, text_weight, eps), normalize(image, image_weight, eps)
         return rotate(torch.cat(parts, dim=1), rotation)

@@ -139,8 +139,11 @@ class EditBlock(nn.Module):
         """Everything between the modulation, (B or 2 B, 1, 6 D), and the last products."""
         image_first, image_second = image_modulation.chunk(2, dim=-1)
         text_first, text_second = text_modulation.chunk(2, dim=-1)
-        *begun, gates = self.enter(image, text, image_first, text_first, split)
-        parts = self.finish_projections(*begun)
+        image_in, text_in, gates = self.modulate_first(image, text, image_first, text_first, split)
+        parts = [
+            *compute_products(self.image_projections, image_in),
+            *compute_products(self.text_projections, text_in),
+        ]
         joint = attend(*self.prepare(*parts, rotation), mask)
         streams = self.leave(joint, image, text, gates, split)
         return self.begin_mlps(*streams, image_second, text_second, split)
@@ -187,10 +190,24 @@ class EditBlock(nn.Module):
         split: int | None,
     ) -> tuple[Begun, Begun, tuple[torch.Tensor, torch.Tensor]]:
         """The attention's projections, begun, and the streams' gates; modulation (…, 1, 3 D)."""
+        image, text, gates = self.modulate_first(
+            image, text, image_modulation, text_modulation, split
+        )
+        begun = begin_products(self.image_projections, image)
+        return begun, begin_products(self.text_projections, text), gates
+
+    def modulate_first(
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        image_modulation: torch.Tensor,
+        text_modulation: torch.Tensor,
+        split: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """What the attention's projections read, and the streams' gates."""
         image, image_gate = modulate(self.img_norm1(image), image_modulation, split)
         text, text_gate = modulate(self.txt_norm1(text), text_modulation, None)
-        begun = begin_products(self.image_projections, image)
-        return begun, begin_products(self.text_projections, text), (image_gate, text_gate)
+        return image, text, (image_gate, text_gate)
 
     def finish_projections(self, image: Begun, text: Begun) -> list[torch.Tensor]:
         """q, k and v of the image, then of the text."""

@@ -5,7 +5,7 @@ gradients of x's size and three sums, each of which reads two tensors and writes
 product after the first is added into the first one's result by `addmm_`. The gradient of the
 down-products is added to the same tensor.
 
-A product comes in two halves, for gradient checkpointing. `begin_products` computes what a backward
+For gradient checkpointing a product comes in two halves. `begin_products` computes what a backward
 pass needs x for, the LoRAs' down-products; it is cheap to do again. `finish_products` computes the
 rest, which needs no x in the backward pass, and so need not be done again.
 
@@ -26,7 +26,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..lora_layers import LoraLinear
 from .frozen_linear import Decode, FrozenLinear
 
-Gradients = tuple[torch.Tensor | None, ...]
+
+class Base(NamedTuple):
+    """A frozen weight, as `FrozenProducts` takes it."""
+
+    decode: Decode
+    codes: tuple[torch.Tensor, ...]
+    bias: torch.Tensor | None
 
 
 class Begun(NamedTuple):
@@ -49,54 +55,75 @@ class Part(NamedTuple):
     scale: float
 
 
+Piece = tuple[Part, torch.Tensor | None, torch.Tensor | None, Sequence[torch.Tensor]]
+"""Of one Linear, with its bias, its LoRA's up (out, rank) and its codes."""
+
+
 def compute_products(linears: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
     """What each gives for x, (..., in) -> (..., out)."""
-    return finish_products(linears, begin_products(linears, x))
+    layers = list_loras(linears)
+    is_simple = layers and x.requires_grad and not is_random(layers)
+    if not (is_simple and all(map(is_halved, linears)) and has_bases(linears)):
+        return finish_products(linears, begin_products(linears, x))
+    parts, tensors, _ = collect_parts(linears)
+    return list(WholeProducts.apply(x, stack_downs(layers), tuple(parts.values()), *tensors))
 
 
 def begin_products(linears: Sequence[nn.Module], x: torch.Tensor) -> Begun:
     """The half that is cheap, and the whole of what cannot be halved."""
-    finished = tuple(linear(x) for linear in linears if not is_halved(linear))
-    layers = [linear for linear in linears if is_lora(linear)]
+    finished = tuple([linear(x) for linear in linears if not is_halved(linear)])
+    layers = list_loras(linears)
     if not layers:
         return Begun(x, None, finished)
-    if any(layer.training and layer.dropout for layer in layers):  # each drops other entries
+    if is_random(layers):  # each drops other entries
         return Begun(x, torch.cat([layer.project(x) for layer in layers], dim=-1), finished)
-    down = torch.cat([layer.down for layer in layers]).to(x.dtype)
+    down = stack_downs(layers)
     if not x.requires_grad:
-        return Begun(x, functional.linear(x, down), finished)
-    is_ours = all(read_base(linear) is not None for linear in linears if is_halved(linear))
-    return Begun(*DownProducts.apply(x, down, is_ours), finished)
+        return Begun(x, functional.linear(x, down.to(x.dtype)), finished)
+    return Begun(*DownProducts.apply(x, down, has_bases(linears)), finished)
 
 
 def finish_products(linears: Sequence[nn.Module], begun: Begun) -> list[torch.Tensor]:
     """The results, in the order of the Linears that were begun with."""
     x, hidden, _ = begun
-    finished = iter(begun.finished)
+    parts, tensors, others = collect_parts(linears)
     outs: dict[int, torch.Tensor] = {}
-    parts: dict[int, Part] = {}
-    tensors: list[torch.Tensor | None] = []
-    start = 0
-    for index, linear in enumerate(linears):
-        if not is_halved(linear):
-            outs[index] = next(finished)
-            continue
-        columns = None
-        if is_lora(linear):
-            columns = start, start + linear.down.shape[0]
-            start = columns[1]
-        base = read_base(linear)
-        if base is None:
-            outs[index] = call_base(linear, x, hidden, columns)
-            continue
-        decode, codes, bias = base
-        scale = 0.0 if columns is None else linear.strength * linear.scale
-        parts[index] = Part(decode, len(codes), columns, scale)
-        tensors += [bias, None if columns is None else linear.up.to(x.dtype), *codes]
     if parts:
         found = FrozenProducts.apply(x, hidden, tuple(parts.values()), *tensors)
         outs.update(zip(parts, found, strict=True))
-    return [outs[index] for index in range(len(linears))]
+    for index, columns in others.items():
+        outs[index] = call_base(linears[index], x, hidden, columns)
+    finished = iter(begun.finished)
+    return [
+        outs[index] if is_halved(linear) else next(finished) for index, linear in enumerate(linears)
+    ]
+
+
+def collect_parts(
+    linears: Sequence[nn.Module],
+) -> tuple[dict[int, Part], list[torch.Tensor | None], dict[int, tuple[int, int] | None]]:
+    """Of those that are halved, by their number: what `FrozenProducts` takes, and the others'
+    columns of the down-products.
+    """
+    parts: dict[int, Part] = {}
+    tensors: list[torch.Tensor | None] = []
+    others: dict[int, tuple[int, int] | None] = {}
+    start = 0
+    for index, linear in enumerate(linears):
+        if not is_halved(linear):
+            continue
+        columns, up, scale = None, None, 0.0
+        if is_lora(linear):
+            up, scale = linear.up, linear.strength * linear.scale
+            columns = start, start + up.shape[1]
+            start = columns[1]
+        base = read_base(linear)
+        if base is None:
+            others[index] = columns
+            continue
+        parts[index] = Part(base.decode, len(base.codes), columns, scale)
+        tensors += [base.bias, up, *base.codes]
+    return parts, tensors, others
 
 
 def is_lora(linear: nn.Module) -> bool:
@@ -109,29 +136,45 @@ def is_halved(linear: nn.Module) -> bool:
     return not isinstance(linear, LoraLinear) or linear.is_sum or linear.strength == 0
 
 
-def get_base(linear: nn.Module) -> nn.Module:
-    return linear.base if isinstance(linear, LoraLinear) else linear
+def is_random(layers: Sequence[LoraLinear]) -> bool:
+    """Whether one of them drops entries of its input."""
+    return any(layer.dropout and layer.training for layer in layers)
 
 
-def read_base(
-    linear: nn.Module,
-) -> tuple[Decode, tuple[torch.Tensor, ...], torch.Tensor | None] | None:
-    """How the frozen weight is read, from what, and the bias.
+def list_loras(linears: Sequence[nn.Module]) -> list[LoraLinear]:
+    return [linear for linear in linears if is_lora(linear)]
+
+
+def stack_downs(layers: Sequence[LoraLinear]) -> torch.Tensor:
+    """(k, in) of all together."""
+    if len(layers) == 1:
+        return layers[0].down
+    return torch.cat([layer.down for layer in layers])
+
+
+def has_bases(linears: Sequence[nn.Module]) -> bool:
+    """Whether none of those that are halved has to multiply by itself."""
+    return all(read_base(linear) is not None for linear in linears if is_halved(linear))
+
+
+def read_base(linear: nn.Module) -> Base | None:
+    """The frozen weight of a Linear, with or without a LoRA.
 
     None where only the module itself may multiply: its weight is of a kind of its own or is
     trained, or somebody watches the module.
     """
-    base = get_base(linear)
+    base = linear.base if isinstance(linear, LoraLinear) else linear
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return None
     if "forward" in base.__dict__:  # replaced, as Accelerate's hooks do
         return None
-    if any(p is not None and p.requires_grad for p in base._parameters.values()):
+    weight, bias = base.weight, base.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     if isinstance(base, FrozenLinear):
-        return base.decode, base.codes, base.bias
-    if type(base) is nn.Linear and not is_traceable_wrapper_subclass(base.weight):
-        return as_stored, (base.weight,), base.bias
+        return Base(base.decode, base.codes, bias)
+    if type(base) is nn.Linear and not is_traceable_wrapper_subclass(weight):
+        return Base(as_stored, (weight,), bias)
     return None
 
 
@@ -146,9 +189,9 @@ def call_base(
     columns: tuple[int, int] | None,
 ) -> torch.Tensor:
     """By the base module itself."""
-    if columns is None:
-        return get_base(linear)(x)
-    return linear.add_to_base(x, hidden[..., slice(*columns)])
+    if columns is not None:
+        return linear.add_to_base(x, hidden[..., slice(*columns)])
+    return (linear.base if isinstance(linear, LoraLinear) else linear)(x)
 
 
 class DownProducts(torch.autograd.Function):
@@ -164,6 +207,7 @@ class DownProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, down: torch.Tensor, is_ours: bool):
         ctx.set_materialize_grads(False)
+        down = down.to(x.dtype)
         ctx.save_for_backward(x, down)
         # A compiled backward pass must not write into what it is given.
         ctx.is_ours = is_ours and not torch.compiler.is_compiling()
@@ -175,7 +219,7 @@ class DownProducts(torch.autograd.Function):
             return grad, None, None
         x, down = ctx.saved_tensors
         rows = to_rows(grad_hidden)
-        grad_down = rows.T @ to_rows(x) if ctx.needs_input_grad[1] else None
+        grad_down = rows.T @ to_rows(x)
         if grad is None:
             total = rows @ down
         elif ctx.is_ours:
@@ -206,59 +250,121 @@ class FrozenProducts(torch.autograd.Function):
         *tensors: torch.Tensor | None,
     ):
         ctx.set_materialize_grads(False)
-        ctx.parts, ctx.shape = parts, x.shape
-        kept: list[torch.Tensor | None] = [hidden]
-        outs = []
-        rows = to_rows(x)
-        downs = None if hidden is None else to_rows(hidden)
-        for part, bias, up, codes in split_by_part(parts, tensors):
-            out = functional.linear(rows, part.decode(x.dtype, *codes), bias)
-            if part.columns is not None:
-                out.addmm_(downs[:, slice(*part.columns)], up.T, alpha=part.scale)
-            outs.append(out.view(*x.shape[:-1], out.shape[-1]))
-            kept += [None, up, *codes]  # a bias has no part in any gradient
-        ctx.save_for_backward(*kept)
-        return tuple(outs)
+        ctx.parts = parts
+        pieces = split_by_part(parts, tensors, x.dtype)
+        outs = multiply(to_rows(x), None if hidden is None else to_rows(hidden), pieces)
+        ctx.save_for_backward(hidden, *list_kept(pieces))
+        return shape_like(x, outs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Gradients:
+    def backward(ctx: Any, *grads: torch.Tensor | None):
         hidden, *tensors = ctx.saved_tensors
         needs_x, needs_hidden = ctx.needs_input_grad[:2]
-        downs = None if hidden is None else to_rows(hidden)
-        grad_x = None
-        grad_downs = []
-        grad_tensors: list[torch.Tensor | None] = []
         pieces = split_by_part(ctx.parts, tensors)
-        for (part, _, up, codes), grad in zip(pieces, grads, strict=True):
-            rows = None if grad is None else to_rows(grad)
-            if needs_x and rows is not None:
-                weight = part.decode(rows.dtype, *codes)
-                grad_x = rows @ weight if grad_x is None else grad_x.addmm_(rows, weight)
-            grad_up = None
-            if part.columns is not None:
-                down = downs[:, slice(*part.columns)]
-                if rows is None:
-                    grad_downs.append(torch.zeros_like(down))
-                else:
-                    grad_up = (rows.T @ down).mul_(part.scale)
-                    grad_downs.append((rows @ up).mul_(part.scale))
-            grad_tensors += [None, grad_up, *(None for _ in codes)]
-        grad_hidden = None
-        if needs_hidden and grad_downs:
-            grad_hidden = torch.cat(grad_downs, dim=-1).view(hidden.shape)
-        if grad_x is not None:
-            grad_x = grad_x.view(ctx.shape)
+        rows = None if hidden is None else to_rows(hidden)
+        grad_x, grad_rows, grad_tensors = multiply_back(grads, rows, pieces, needs_x)
+        if needs_x:
+            shape = next(grad.shape for grad in grads if grad is not None)
+            grad_x = grad_x.view(*shape[:-1], grad_x.shape[-1])
+        grad_hidden = grad_rows.view(hidden.shape) if needs_hidden else None
         return grad_x, grad_hidden, None, *grad_tensors
 
 
-def split_by_part(parts: Sequence[Part], tensors: Sequence[torch.Tensor | None]) -> list[tuple]:
-    """Part, bias, up and codes of every Linear."""
+class WholeProducts(torch.autograd.Function):
+    """`DownProducts` and `FrozenProducts` in one, where nothing is to be computed again apart."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        down: torch.Tensor,
+        parts: tuple[Part, ...],
+        *tensors: torch.Tensor | None,
+    ):
+        ctx.set_materialize_grads(False)
+        ctx.parts = parts
+        pieces = split_by_part(parts, tensors, x.dtype)
+        rows, down = to_rows(x), down.to(x.dtype)
+        hidden = functional.linear(rows, down)
+        outs = multiply(rows, hidden, pieces)
+        ctx.save_for_backward(x, down, hidden, *list_kept(pieces))
+        return shape_like(x, outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None):
+        x, down, hidden, *tensors = ctx.saved_tensors
+        pieces = split_by_part(ctx.parts, tensors)
+        grad_x, grad_hidden, grad_tensors = multiply_back(grads, hidden, pieces, True)
+        grad_down = grad_hidden.T @ to_rows(x)
+        return grad_x.addmm_(grad_hidden, down).view(x.shape), grad_down, None, *grad_tensors
+
+
+def multiply(
+    rows: torch.Tensor, hidden: torch.Tensor | None, pieces: Sequence[Piece]
+) -> list[torch.Tensor]:
+    """(tokens, out) of every Linear."""
+    outs = []
+    for part, bias, up, codes in pieces:
+        out = functional.linear(rows, part.decode(rows.dtype, *codes), bias)
+        if part.columns is not None:
+            start, stop = part.columns
+            out.addmm_(hidden[:, start:stop], up.T, alpha=part.scale)
+        outs.append(out)
+    return outs
+
+
+def multiply_back(
+    grads: Sequence[torch.Tensor | None],
+    hidden: torch.Tensor | None,
+    pieces: Sequence[Piece],
+    needs_x: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
+    """Gradients of `multiply`'s rows, of its down-products, and of every Linear's tensors."""
+    grad_x = None
+    grad_hidden = []
+    grad_tensors: list[torch.Tensor | None] = []
+    for (part, _, up, codes), grad in zip(pieces, grads, strict=True):
+        rows = None if grad is None else to_rows(grad)
+        if needs_x and rows is not None:
+            weight = part.decode(rows.dtype, *codes)
+            grad_x = rows @ weight if grad_x is None else grad_x.addmm_(rows, weight)
+        grad_up = None
+        if part.columns is not None:
+            start, stop = part.columns
+            down = hidden[:, start:stop]
+            if rows is None:
+                grad_hidden.append(torch.zeros_like(down))
+            else:
+                grad_up = (rows.T @ down).mul_(part.scale)
+                grad_hidden.append((rows @ up).mul_(part.scale))
+        grad_tensors += [None, grad_up, *[None] * len(codes)]
+    if len(grad_hidden) < 2:
+        return grad_x, *(grad_hidden or [None]), grad_tensors
+    return grad_x, torch.cat(grad_hidden, dim=1), grad_tensors
+
+
+def split_by_part(
+    parts: Sequence[Part],
+    tensors: Sequence[torch.Tensor | None],
+    dtype: torch.dtype | None = None,
+) -> list[Piece]:
+    """Every Linear's tensors, its LoRA's up in this type."""
     pieces, start = [], 0
     for part in parts:
-        bias, up, *codes = tensors[start : start + 2 + part.num_codes]
-        pieces.append((part, bias, up, codes))
-        start += 2 + part.num_codes
+        stop = start + 2 + part.num_codes
+        bias, up, *codes = tensors[start:stop]
+        pieces.append((part, bias, up if up is None or dtype is None else up.to(dtype), codes))
+        start = stop
     return pieces
+
+
+def list_kept(pieces: Sequence[Piece]) -> list[torch.Tensor | None]:
+    """What a backward pass needs; a bias has no part in any gradient."""
+    return [tensor for _, _, up, codes in pieces for tensor in (None, up, *codes)]
+
+
+def shape_like(x: torch.Tensor, outs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple([out.view(*x.shape[:-1], out.shape[-1]) for out in outs])
 
 
 def to_rows(x: torch.Tensor) -> torch.Tensor:
