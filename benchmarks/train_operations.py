@@ -1,4 +1,5 @@
-"""Floating point operations of one training step, ours and a plain diffusers + PEFT loop's.
+"""Floating point operations of one training step, ours and a plain diffusers + PEFT loop's, and
+what a block of ours moves through memory and keeps.
 
 usage: .venv/bin/python benchmarks/train_operations.py [--blocks 2] [--side 32] [--text-tokens 64]
 
@@ -6,6 +7,11 @@ Counted by torch's FlopCounterMode on the device "meta", where nothing is comput
 the same on every machine, and tell what a step saves whatever else the machine does. There
 attention is plain products, which selective checkpointing does not keep; with the fused kernels of
 a real device it computes less than is counted here.
+
+Memory is counted on a CPU in bfloat16, on one block of smaller width: the unit, a stream tensor
+(all tokens, width), makes the figures those of any width. They are what a second block adds to one.
+Norm and rotation are computed by Triton's kernels where these run, and by PyTorch's operations
+elsewhere (Windows); torch.compile is not counted.
 """
 
 from __future__ import annotations
@@ -24,9 +30,12 @@ from apply import import_extension
 import_extension()
 
 from qwen_edit_lora.lora_core.injection import LoraSettings, inject, plan_injection  # noqa: E402
+from qwen_edit_lora.lora_core.training import head_rotation  # noqa: E402
 from qwen_edit_lora.lora_core.training.architecture import Architecture  # noqa: E402
+from qwen_edit_lora.lora_core.training.gradient_checkpointing import LiveBytes  # noqa: E402
 from qwen_edit_lora.lora_core.training.transformer import EditTransformer  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from traffic import Traffic, counting_as_on_cuda  # noqa: E402
 
 META = torch.device("meta")
 VARIANTS = {"ours": True, "ours, selective": "selective", "ours, no checkpointing": False}
@@ -77,6 +86,49 @@ def build_ours(options: argparse.Namespace, checkpointing: bool | str) -> Callab
     return lambda: model(image, [image], empty(1, options.text_tokens, 3584), None, empty(1))
 
 
+HEADS, HEAD_WIDTH, TEXT_WIDTH = 6, 128, 64
+NUM_TOKENS = 2 * 16**2 + 64
+
+
+def build_small(num_blocks: int, zero_cond_t: bool, kind: bool | str) -> Callable:
+    """A step of a model of random weights, of which memory is counted."""
+    architecture = Architecture(
+        num_layers=num_blocks,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_WIDTH,
+        joint_attention_dim=TEXT_WIDTH,
+        zero_cond_t=zero_cond_t,
+    )
+    transformer = architecture.build_empty().to_empty(device="cpu").bfloat16()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.normal_(std=0.02)
+    model = EditTransformer(transformer.requires_grad_(False).eval())
+    inject(transformer, LoraSettings(rank=4))
+    model.enable_gradient_checkpointing(kind)
+    image, text = torch.randn(1, 16, 32, 32), torch.randn(1, 64, TEXT_WIDTH)
+    return lambda: model(image, [image], text, None, torch.tensor([0.5]))
+
+
+def count_memory(zero_cond_t: bool, kind: bool | str, use_kernels: bool) -> dict[str, float]:
+    """Stream tensors that one block reads and writes in a step, in how many kernels, and keeps."""
+    found = []
+    for num_blocks in (1, 2):
+        forward = build_small(num_blocks, zero_cond_t, kind)
+        forward()
+        with Traffic() as moved, counting_as_on_cuda(moved, head_rotation, use_kernels):
+            forward().float().square().mean().backward()
+        with LiveBytes() as kept, counting_as_on_cuda(moved, head_rotation, use_kernels):
+            out = forward()
+        found.append((moved.moved_bytes, kept.live, moved.num_kernels))
+        del out
+    unit = NUM_TOKENS * HEADS * HEAD_WIDTH * 2
+    moved_bytes, kept_bytes, num_kernels = (two - one for one, two in zip(*found, strict=True))
+    tensors = {"moved": moved_bytes / unit, "kept": kept_bytes / unit}
+    return {**{name: round(n, 1) for name, n in tensors.items()}, "kernels": num_kernels}
+
+
 def count(forward: Callable[[], torch.Tensor]) -> float:
     """In units of 10^12, of the forward and the backward pass."""
     with FlopCounterMode(display=False) as counter:
@@ -87,6 +139,13 @@ def count(forward: Callable[[], torch.Tensor]) -> float:
 def main() -> None:
     options = parse_options()
     print(json.dumps(vars(options)), flush=True)
+    for use_kernels in (True, False):
+        for zero_cond_t in (False, True):
+            for kind in (False, "selective", True):
+                row = {"stream tensors": "Triton" if use_kernels else "PyTorch"}
+                row |= {"2511": zero_cond_t, "checkpointing": kind}
+                row |= count_memory(zero_cond_t, kind, use_kernels)
+                print(json.dumps(row), flush=True)
     torch.is_autocast_enabled = lambda *device: False  # which "meta" has no answer to
     plain = count(build_plain(options))
     print(json.dumps({"variant": "plain", "tera": round(plain, 3)}), flush=True)

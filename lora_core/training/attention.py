@@ -1,10 +1,4 @@
-"""The joint attention of text and image: norms, rotation, and the kernel that multiplies.
-
-Between the products of q and k and the attention itself a token is normalised and rotated, head by
-head. That is one step of autograd here: its backward pass computes again what it needs from q and k
-as they left their products, so that nothing else of their size is kept. ComfyUI computes the same
-by `rms_norm` and a rotation (comfy/ldm/qwen_image/model.py, comfy/rmsnorm.py).
-"""
+"""The joint attention of text and image: which kernel computes it, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -17,8 +11,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from .rope import Rotation, rotate, swap_pairs
-
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """q, k and v, (B, T + L, heads, head width)."""
 
@@ -26,89 +18,6 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 #: (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, `check_prefer_cudnn_attention`).
 FAST_CUDNN = 91500
 FAST_CUDNN_GENERATIONS = (9, 10)
-
-
-def normalize(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight over the last entries, in the type of x as ComfyUI does."""
-    return functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-
-
-def normalize_and_rotate(
-    text: torch.Tensor,
-    image: torch.Tensor,
-    text_weight: torch.Tensor,
-    image_weight: torch.Tensor,
-    rotation: Rotation,
-    eps: float,
-) -> torch.Tensor:
-    """q or k of all tokens, (B, T + L, heads, head width), of (B, T, …) and (B, L, …)."""
-    if torch.compiler.is_compiling():  # which writes one kernel of it
-        parts = normalize(text, text_weight, eps), normalize(image, image_weight, eps)
-        return rotate(torch.cat(parts, dim=1), rotation)
-    return NormalizedRotation.apply(text, image, text_weight, image_weight, *rotation, eps)
-
-
-class NormalizedRotation(torch.autograd.Function):
-    """`normalize_and_rotate`, which keeps its inputs alone; weights get no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        text: torch.Tensor,
-        image: torch.Tensor,
-        text_weight: torch.Tensor,
-        image_weight: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        eps: float,
-    ) -> torch.Tensor:
-        ctx.eps = eps
-        ctx.save_for_backward(text, image, text_weight, image_weight, cos, sin)
-        num_text_tokens = text.shape[1]
-        joint = image.new_empty(len(image), num_text_tokens + image.shape[1], *image.shape[2:])
-        places = split_tokens(joint, num_text_tokens)
-        parts = zip((text, image), (text_weight, image_weight), places, strict=True)
-        rotations = split_rotation(cos, sin, num_text_tokens)
-        for (x, weight, place), rotation in zip(parts, rotations, strict=True):
-            write_rotated(normalize(x, weight, eps), *rotation, place)
-        return joint
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor):
-        text, image, text_weight, image_weight, cos, sin = ctx.saved_tensors
-        grads = split_tokens(grad, text.shape[1])
-        rotations = split_rotation(cos, sin, text.shape[1])
-        found: list[torch.Tensor | None] = []
-        for index, (x, weight) in enumerate([(text, text_weight), (image, image_weight)]):
-            if not ctx.needs_input_grad[index]:
-                found.append(None)
-                continue
-            one_cos, one_sin = rotations[index]
-            turned_back = torch.empty_like(x)
-            write_rotated(grads[index], one_cos, -one_sin, turned_back)
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                normalized = normalize(leaf, weight.detach(), ctx.eps)
-            found += torch.autograd.grad(normalized, leaf, turned_back)
-        return *found, None, None, None, None, None
-
-
-def write_rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
-    torch.mul(x, cos, out=out).addcmul_(swap_pairs(x), sin)
-
-
-def split_tokens(x: torch.Tensor, num_text_tokens: int) -> tuple[torch.Tensor, ...]:
-    return x.split((num_text_tokens, x.shape[1] - num_text_tokens), dim=1)
-
-
-def split_rotation(
-    cos: torch.Tensor, sin: torch.Tensor, num_text_tokens: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of the text and of the image, with an axis for the heads."""
-    return [
-        (cos[place, None], sin[place, None])
-        for place in (slice(num_text_tokens), slice(num_text_tokens, None))
-    ]
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None):

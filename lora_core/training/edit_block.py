@@ -26,13 +26,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..lora_layers import LoraLinear
-from .attention import (
-    Heads,
-    attend,
-    attend_keeping_result,
-    choose_kernels,
-    normalize_and_rotate,
-)
+from .attention import Heads, attend, attend_keeping_result, choose_kernels
+from .head_rotation import normalize_and_rotate
 from .lora_products import Begun, begin_products, compute_products, finish_products
 from .modulation import add_gated, modulate
 from .rope import Rotation

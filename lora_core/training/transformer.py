@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import ConfigError
-from .attention import normalize
 from .edit_block import EditBlock, recompute
+from .head_rotation import normalize
 from .offload import BlockOffload
 from .rope import Grid, compute_rotation
 
