@@ -65,8 +65,8 @@ def compute_products(linears: Sequence[nn.Module], x: torch.Tensor) -> list[torc
     is_simple = layers and x.requires_grad and not is_random(layers)
     if not (is_simple and all(map(is_halved, linears)) and has_bases(linears)):
         return finish_products(linears, begin_products(linears, x))
-    parts, tensors, _ = collect_parts(linears)
-    return list(WholeProducts.apply(x, stack_downs(layers), tuple(parts.values()), *tensors))
+    parts, tensors = collect_parts(linears)
+    return list(WholeProducts.apply(x, stack_downs(layers), parts, *tensors))
 
 
 def begin_products(linears: Sequence[nn.Module], x: torch.Tensor) -> Begun:
@@ -85,45 +85,53 @@ def begin_products(linears: Sequence[nn.Module], x: torch.Tensor) -> Begun:
 
 def finish_products(linears: Sequence[nn.Module], begun: Begun) -> list[torch.Tensor]:
     """The results, in the order of the Linears that were begun with."""
-    x, hidden, _ = begun
-    parts, tensors, others = collect_parts(linears)
-    outs: dict[int, torch.Tensor] = {}
-    if parts:
-        found = FrozenProducts.apply(x, hidden, tuple(parts.values()), *tensors)
-        outs.update(zip(parts, found, strict=True))
-    for index, columns in others.items():
-        outs[index] = call_base(linears[index], x, hidden, columns)
-    finished = iter(begun.finished)
-    return [
-        outs[index] if is_halved(linear) else next(finished) for index, linear in enumerate(linears)
-    ]
+    x, hidden, finished = begun
+    halved = [linear for linear in linears if is_halved(linear)]
+    if not has_bases(halved):
+        outs = call_bases(halved, x, hidden)
+    elif halved:
+        parts, tensors = collect_parts(halved)
+        outs = FrozenProducts.apply(x, hidden, parts, *tensors)
+    else:
+        outs = ()
+    if not finished:
+        return list(outs)
+    sources = iter(outs), iter(finished)
+    return [next(sources[not is_halved(linear)]) for linear in linears]
 
 
 def collect_parts(
     linears: Sequence[nn.Module],
-) -> tuple[dict[int, Part], list[torch.Tensor | None], dict[int, tuple[int, int] | None]]:
-    """Of those that are halved, by their number: what `FrozenProducts` takes, and the others'
-    columns of the down-products.
-    """
-    parts: dict[int, Part] = {}
+) -> tuple[tuple[Part, ...], list[torch.Tensor | None]]:
+    """What `FrozenProducts` takes of those that are halved."""
+    parts: list[Part] = []
     tensors: list[torch.Tensor | None] = []
-    others: dict[int, tuple[int, int] | None] = {}
     start = 0
-    for index, linear in enumerate(linears):
-        if not is_halved(linear):
-            continue
+    for linear in linears:
         columns, up, scale = None, None, 0.0
         if is_lora(linear):
             up, scale = linear.up, linear.strength * linear.scale
             columns = start, start + up.shape[1]
             start = columns[1]
         base = read_base(linear)
-        if base is None:
-            others[index] = columns
-            continue
-        parts[index] = Part(base.decode, len(base.codes), columns, scale)
+        parts.append(Part(base.decode, len(base.codes), columns, scale))
         tensors += [base.bias, up, *base.codes]
-    return parts, tensors, others
+    return tuple(parts), tensors
+
+
+def call_bases(
+    linears: Sequence[nn.Module], x: torch.Tensor, hidden: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """The same by the modules themselves."""
+    outs, start = [], 0
+    for linear in linears:
+        if is_lora(linear):
+            stop = start + linear.up.shape[1]
+            outs.append(linear.add_to_base(x, hidden[..., start:stop]))
+            start = stop
+        else:
+            outs.append((linear.base if isinstance(linear, LoraLinear) else linear)(x))
+    return outs
 
 
 def is_lora(linear: nn.Module) -> bool:
@@ -182,18 +190,6 @@ def as_stored(dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def call_base(
-    linear: nn.Module,
-    x: torch.Tensor,
-    hidden: torch.Tensor | None,
-    columns: tuple[int, int] | None,
-) -> torch.Tensor:
-    """By the base module itself."""
-    if columns is not None:
-        return linear.add_to_base(x, hidden[..., slice(*columns)])
-    return (linear.base if isinstance(linear, LoraLinear) else linear)(x)
-
-
 class DownProducts(torch.autograd.Function):
     """x as it is, and x @ down^T.
 
@@ -250,7 +246,7 @@ class FrozenProducts(torch.autograd.Function):
         *tensors: torch.Tensor | None,
     ):
         ctx.set_materialize_grads(False)
-        ctx.parts = parts
+        ctx.parts, ctx.shape = parts, x.shape
         pieces = split_by_part(parts, tensors, x.dtype)
         outs = multiply(to_rows(x), None if hidden is None else to_rows(hidden), pieces)
         ctx.save_for_backward(hidden, *list_kept(pieces))
@@ -263,9 +259,8 @@ class FrozenProducts(torch.autograd.Function):
         pieces = split_by_part(ctx.parts, tensors)
         rows = None if hidden is None else to_rows(hidden)
         grad_x, grad_rows, grad_tensors = multiply_back(grads, rows, pieces, needs_x)
-        if needs_x:
-            shape = next(grad.shape for grad in grads if grad is not None)
-            grad_x = grad_x.view(*shape[:-1], grad_x.shape[-1])
+        if grad_x is not None:
+            grad_x = grad_x.view(ctx.shape)
         grad_hidden = grad_rows.view(hidden.shape) if needs_hidden else None
         return grad_x, grad_hidden, None, *grad_tensors
 
@@ -295,6 +290,8 @@ class WholeProducts(torch.autograd.Function):
         x, down, hidden, *tensors = ctx.saved_tensors
         pieces = split_by_part(ctx.parts, tensors)
         grad_x, grad_hidden, grad_tensors = multiply_back(grads, hidden, pieces, True)
+        if grad_x is None:  # nobody used a result
+            return None, None, None, *grad_tensors
         grad_down = grad_hidden.T @ to_rows(x)
         return grad_x.addmm_(grad_hidden, down).view(x.shape), grad_down, None, *grad_tensors
 
