@@ -65,7 +65,7 @@ class PreparedAgain:
             if is_view(tensor, head):
                 self.packed.add(index)
                 return index, tensor.shape, tensor.stride()
-        return tensor
+        return tensor.detach()  # the result itself would hold what holds it
 
     def unpack(
         self, packed: tuple[int, torch.Size, tuple[int, ...]] | torch.Tensor
@@ -117,14 +117,14 @@ def order_kernels(device: torch.device, is_deterministic: bool) -> tuple[Any, ..
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    if not torch.cuda.is_available():  # a make-believe GPU
+        return ()
     if torch.version.hip or "set_priority" not in inspect.signature(sdpa_kernel).parameters:
         return ()
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
     rest = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
     if is_deterministic:
         return flash, *rest
-    if not torch.cuda.is_available():  # a make-believe one
-        return flash, cudnn, *rest
     generation, _ = torch.cuda.get_device_capability(device)
     is_fast = (torch.backends.cudnn.version() or 0) > FAST_CUDNN
     if is_fast and generation in FAST_CUDNN_GENERATIONS:

@@ -1,4 +1,4 @@
-"""Norm and rotation of q and k: right, no less exact than before, and nothing but the input kept."""
+"""Norm and rotation of q and k: right, as exact as before, and nothing but the input kept."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ def test_rounding_is_no_larger_than_it_was(dtype):
 
 def test_the_forward_pass_of_the_rotation_alone_has_the_bits_it_had():
     inputs, rotation = draw_inputs(torch.bfloat16)
-    normalized = [normalize(x, weight, EPS) for x, weight in zip(inputs[:2], inputs[2:])]
+    text, image, *weights = inputs
+    normalized = [normalize(text, weights[0], EPS), normalize(image, weights[1], EPS)]
     x = torch.cat(normalized, dim=1)
     real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = (part[:, None, 1::2] for part in rotation)
