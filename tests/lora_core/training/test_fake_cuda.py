@@ -87,8 +87,8 @@ def run(model: EditTransformer, lengths: tuple[int, ...], num_references: int) -
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_forward_pass_stays_on_the_device_and_never_waits_for_it(settings, zero_cond_t):
     model = build(zero_cond_t, settings)
-    cases = itertools.product(KINDS, [(9,), (9, 4)], [0, 2])
-    for kind, lengths, num_references in cases:
+    cases = itertools.product(KINDS, [((9,), 0), ((9, 4), 2)])
+    for kind, (lengths, num_references) in cases:
         model.enable_gradient_checkpointing(kind)
         out = run(model, lengths, num_references)
         assert (out.device, out.dtype) == (DEVICE, torch.bfloat16)
