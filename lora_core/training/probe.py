@@ -32,6 +32,7 @@ from .optimization import build_optimizer
 from .session import COMPUTE_DTYPES
 from .trainer import are_finite, clip_gradients, compute_grad_norm
 from .transformer import EditTransformer
+from .weight_reader import WeightReader
 
 #: Steps timed after those that only warm up: at least, and at most within TIMED_S seconds.
 FEWEST_STEPS = 3
@@ -65,7 +66,7 @@ class Measurement:
     passing_bytes: Linear | None
     """Most of what a step takes beside what lies there: activations, gradients, copies."""
     loading_bytes: int | None
-    """Most of what loading takes beside the model and pages of the file."""
+    """Most of what loading takes beside the model."""
     block_bytes: int
     """Frozen, of one block."""
     other_bytes: int
@@ -251,10 +252,11 @@ def load_blocks(
     marked = base.zero_cond_t if model.variant == "auto" else model.variant == "2511"
     architecture = read_architecture(base.shapes, base.name, base.axes, marked)
     transformer = replace(architecture, num_layers=num_blocks).build_empty()
+    reader = WeightReader(base, device)
     for path in list_leaves(transformer):
         place = torch.device("cpu") if offloaded and find_block(path) >= 0 else device
-        load_leaf(transformer, path, base, model.storage, dtype, device, place)
-        base.release()  # pages of the file are reckoned with on their own
+        load_leaf(transformer, path, reader, model.storage, dtype, place)
+    reader.finish()
     transformer.requires_grad_(False)
     loaded = EditTransformer(transformer.eval(), dtype)
     loaded.enable_gradient_checkpointing(get_first_kind(model))
