@@ -2,8 +2,8 @@
 
 The base is never in memory twice: the model is built without data, and each tensor is read, brought
 into its storage on its device and put in place before the next one is read. Beside the model itself
-memory holds no more than some chunks of 16 MB (DESIGN section 8), and the largest tensor where
-it is made on a GPU and waits in host memory; see `weight_reader`.
+memory holds no more than some chunks of 16 MB (DESIGN section 8), see `weight_reader`, and where
+blocks wait in host memory one of them twice.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from ..report import shorten_list
 from .architecture import read_architecture
 from .base_files import BaseFile, open_base_file
 from .edit_block import EditBlock
+from .host_blocks import HostBlocks
 from .offload import choose_offloaded
-from .quantization import build_linear, check_storage
+from .quantization import GGUF_COST, build_linear, check_storage, is_gguf_kept
 from .sharding import Sharding
 from .transformer import EditTransformer
 from .weight_reader import WeightReader
@@ -71,23 +72,29 @@ def load_transformer(
         check_keys(transformer, base)
         device = torch.device(device)
         offloaded = choose_offloaded(architecture.num_layers, num_offloaded)
-        reader = WeightReader(base, device)
+        reader, host = WeightReader(base, device), HostBlocks(device)
         leaves = list_leaves(transformer)
         last_leaves = {find_block(path): path for path in leaves}
         for path in track(leaves, progress, should_stop, "loading"):
             index = find_block(path)
             place = torch.device("cpu") if index in offloaded else device
             load_leaf(transformer, path, reader, storage, compute_dtype, place)
-            if sharding is not None and index >= 0 and path == last_leaves[index]:
+            if index >= 0 and path == last_leaves[index]:
                 block = EditBlock(transformer.transformer_blocks[index])
-                transformer.transformer_blocks[index] = sharding.shard_block(block)
+                if index in offloaded:
+                    host.add(block)
+                if sharding is not None:
+                    block = sharding.shard_block(block)
+                transformer.transformer_blocks[index] = block
         reader.finish()
     finally:
         base.release()
     transformer.requires_grad_(False)
     model = EditTransformer(transformer.eval(), compute_dtype)
+    if any(is_gguf_kept(module) for module in transformer.modules()):
+        model.notes.append(GGUF_COST)
     if offloaded:
-        model.offload_blocks(offloaded, device)
+        model.offload_blocks(offloaded, device, host)
     return model if sharding is None else sharding.finish(model)
 
 

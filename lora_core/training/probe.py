@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .dataset import CachedDataset
 from .ema import Ema
 from .gradient_checkpointing import adapt_to_memory, get_first_kind, is_free_to_choose
+from .host_blocks import HostBlocks
 from .loading import find_block, list_leaves, load_leaf
 from .memory import MemoryMeter, count_bytes
 from .objective import VELOCITY, Objective
@@ -187,8 +188,12 @@ class Probe:
         self.other_bytes = self.frozen_bytes - len(blocks) * self.block_bytes
         self.config, self.model, self.device = config, model, device
         self.blocks = {n: nn.ModuleList(blocks[-n:]) for n in counts}
+        host = HostBlocks(device)
+        for block in blocks if offloaded else ():
+            host.add(block)
         self.offloads = {
-            n: BlockOffload(self.blocks[n], range(n), device) if offloaded else None for n in counts
+            n: BlockOffload(self.blocks[n], range(n), device, host) if offloaded else None
+            for n in counts
         }
         self.injection = inject(
             model.transformer, choose_settings(config.lora), seed=config.seed, device=device

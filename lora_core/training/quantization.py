@@ -6,7 +6,7 @@
 | fp8 | e4m3 with a scale per row; a file's own fp8 as it is | 1 | 2.7 % |
 | int8 | with a scale per row; a file's own int8 as it is | 1 | 0.8 % |
 | nf4 | NormalFloat4, blocks of 64, double quantisation; modulation as int8 | 0.516 | 9.2 % |
-| as stored | what the file holds | | 0 |
+| as stored | what the file holds; a GGUF's codes are slow to decode | | 0 |
 
 Everything outside the blocks (0.3 % of the weights) is kept in the compute dtype. nf4 is
 bitsandbytes' (Dettmers et al. 2023, arXiv 2305.14314), GGUF's codes diffusers'; a scale per row
@@ -36,6 +36,12 @@ AS_STORED = "as stored"
 STORAGES = ("bf16", "fp32", "fp8", "int8", "nf4", AS_STORED)
 PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EIGHT_BITS = {"fp8": (torch.float8_e4m3fn, torch.float8_e5m2), "int8": (torch.int8,)}
+#: Said where a GGUF is kept as stored; tests/lora_core/training/test_gguf.py counts the bytes.
+GGUF_COST = (
+    'storage is "as stored", so the GGUF\'s own codes are kept: decoding them moves 11 to 48 bytes '
+    "a weight each time a Linear runs (fp8 7, nf4 3), which makes steps slow; choose fp8 or nf4 "
+    "for faster ones"
+)
 NF4_BLOCK = 64
 NF4_NESTED_BLOCK = 256
 
@@ -234,6 +240,11 @@ def build_gguf_linear(
     linear = FrozenLinear(*entry.shape, GgufCodes(entry.kind), {"weight": codes}, bias)
     reader.check(linear.dequantize(), what)
     return linear
+
+
+def is_gguf_kept(module: nn.Module) -> bool:
+    """Whether its weight is a GGUF's own codes."""
+    return isinstance(module, FrozenLinear) and isinstance(module.decode, GgufCodes)
 
 
 def import_gguf_kernels() -> Any:
