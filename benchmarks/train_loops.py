@@ -34,6 +34,7 @@ from qwen_edit_lora.lora_core.training.dataset import (  # noqa: E402
 from qwen_edit_lora.lora_core.training.loading import list_leaves, load_leaf  # noqa: E402
 from qwen_edit_lora.lora_core.training.trainer import train  # noqa: E402
 from qwen_edit_lora.lora_core.training.transformer import EditTransformer, pack  # noqa: E402
+from qwen_edit_lora.lora_core.training.weight_reader import WeightReader  # noqa: E402
 
 LEARNING_RATE = 1e-4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -74,8 +75,9 @@ def build_transformer(options: Namespace, storage: str) -> torch.nn.Module:
     base = RandomBase({name: p.shape for name, p in model.named_parameters()}, options)
     device = torch.device(options.device)
     torch.manual_seed(0)
+    reader = WeightReader(base, device)
     for path in list_leaves(model):
-        load_leaf(model, path, base, storage, DTYPES[options.dtype], device, device)
+        load_leaf(model, path, reader, storage, DTYPES[options.dtype], device)
     axes = list(architecture.axes_dims_rope)
     model.pos_embed = QwenEmbedRope(theta=10000, axes_dim=axes, scale_rope=True)
     return model.requires_grad_(False)

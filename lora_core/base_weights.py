@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ class BaseWeights:
         Raises:
             FileError: stored in a way that is not understood (4 bits, other scales).
         """
+        weight = self.find(module_path)
+        return None if weight is None else replace(weight, stored=fetch(weight.stored))
+
+    def find(self, module_path: str) -> BaseWeight | None:
+        """The same, but its codes stay where they are: perhaps on disk."""
         stem = f"{self._prefix}{module_path}"
         stored = self._tensors.get(f"{stem}.weight")
         if stored is None:
@@ -50,7 +56,7 @@ class BaseWeights:
         scale = next((scale for scale in scales if scale is not None), None)
         note = self._read_note(stem, module_path)
         if is_readable(stored, scale, note):
-            weight = build_weight(fetch(stored), None if scale is None else fetch(scale), note)
+            weight = build_weight(stored, None if scale is None else fetch(scale), note)
             if weight is not None:
                 return weight
         kind = note.get("format") or str(stored.dtype).removeprefix("torch.")
@@ -117,7 +123,7 @@ def is_readable(stored: AnyTensor, scale: AnyTensor | None, note: Mapping[str, A
 
 
 def build_weight(
-    stored: torch.Tensor, scale: torch.Tensor | None, note: Mapping[str, Any]
+    stored: AnyTensor, scale: torch.Tensor | None, note: Mapping[str, Any]
 ) -> BaseWeight | None:
     """None where the scales are of no known kind."""
     if note.get("format") == "mxfp8" and scale is not None and stored.ndim == 2:
@@ -131,7 +137,7 @@ def build_weight(
         return None
     if scale is None or scale.numel() == 1:
         return BaseWeight(stored, None if scale is None else scale.float(), rotation)
-    if scale.numel() == len(stored) == scale.shape[0]:
+    if scale.numel() == stored.shape[0] == scale.shape[0]:
         return BaseWeight(stored, scale.float().reshape(-1, 1), rotation)
     return None
 

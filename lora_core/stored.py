@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,6 +58,15 @@ class StoredTensor:
         """
         return self.file.read(self.key)
 
+    def load_rows(self, rows: slice, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Some rows of it.
+
+        Args:
+            buffer: bytes to read them into, where the file is read and not mapped; what is
+                returned is then a view of them.
+        """
+        return self.file.read_rows(self.key, rows, buffer)
+
 
 AnyTensor = torch.Tensor | StoredTensor
 
@@ -105,6 +116,9 @@ class SafetensorsFile:
             self._handle = open_checked(self.path)
         return self._handle.get_tensor(key)
 
+    def read_rows(self, key: str, rows: slice, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        return self.read(key)[rows]
+
     def check_unchanged(self) -> None:
         """Raises FileError if the file on disk is not the one whose header was read.
 
@@ -118,6 +132,66 @@ class SafetensorsFile:
 
     def release(self) -> None:
         self._handle = None
+
+
+class UnmappedFile(SafetensorsFile):
+    """The same, read by ordinary reads: for what is read once, from its first byte to its last.
+
+    Pages of a mapped file count as the process's memory, come one fault at a time, and reach a GPU
+    by one more copy. Here bytes go from the system's cache to where they are wanted.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        super().__init__(path)
+        super().release()
+        self._places = locate_tensors(self.path)
+        self._file = None
+
+    def read(self, key: str) -> torch.Tensor:
+        return self.read_rows(key, slice(None))
+
+    def read_rows(self, key: str, rows: slice, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        self.check_unchanged()
+        if self._file is None:
+            self._file = self.path.open("rb")
+        tensor = self.tensors[key]
+        if not tensor.ndim:
+            rows, shape, row_bytes = slice(0, 1), tensor.shape, tensor.dtype.itemsize
+        else:
+            rows = slice(*rows.indices(tensor.shape[0])[:2])
+            shape = (rows.stop - rows.start, *tensor.shape[1:])
+            row_bytes = tensor.shape[1:].numel() * tensor.dtype.itemsize
+        start = self._places[key] + rows.start * row_bytes
+        data = read_bytes(self._file, start, (rows.stop - rows.start) * row_bytes, buffer)
+        if data is None:
+            raise FileError(f"{self.name} was changed on disk since it was opened; start again.")
+        return data.view(tensor.dtype).view(shape)
+
+    def release(self) -> None:
+        super().release()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def locate_tensors(path: Path) -> dict[str, int]:
+    """Where the data of each tensor begins, in bytes from the file's start; the header is sound."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
+
+
+def read_bytes(
+    file: BinaryIO, start: int, num_bytes: int, buffer: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """uint8, in the buffer where it is large enough; None where the file ends before."""
+    if buffer is None or len(buffer) < num_bytes:
+        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    data = buffer[:num_bytes]
+    file.seek(start)
+    return data if file.readinto(data.numpy()) == num_bytes else None
 
 
 def read_signature(path: Path) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ class BaseWeight:
     """One weight as stored and as it acts: values = stored * scale, rotated back."""
 
     stored: torch.Tensor
-    """(out, in), floating point or int8."""
+    """(out, in), floating point or int8; may still be on disk, see `BaseWeights.find`."""
     scale: torch.Tensor | float | None
     """One number, (out, 1), or (out, in / 32) in mxfp8."""
     rotation: int = 0
@@ -36,7 +36,7 @@ class BaseWeight:
             return "none"
         if not isinstance(self.scale, torch.Tensor) or self.scale.numel() == 1:
             return "tensor"
-        return "row" if self.scale.numel() == len(self.stored) else "block"
+        return "row" if self.scale.numel() == self.stored.shape[0] else "block"
 
     @property
     def values(self) -> torch.Tensor:

@@ -232,7 +232,8 @@ def list_advanced_inputs() -> list[Any]:
             options=[AUTO, *STORAGES],
             tooltip=(
                 "How the base is kept on the GPU. auto: the most exact that leaves room to train "
-                "(bf16 41 GB, fp8 20 GB, nf4 14 GB); on a CPU fp32."
+                "(bf16 41 GB, fp8 20 GB, nf4 14 GB); on a CPU fp32. as stored: the file's own "
+                "codes; of a GGUF they are slow to decode, so that fp8 or nf4 train faster."
             ),
             **extra,
         ),

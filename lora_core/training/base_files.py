@@ -15,7 +15,7 @@ import torch
 
 from ..base_weights import SCALE_NAMES, BaseWeights, find_prefix
 from ..errors import FileError
-from ..stored import AnyTensor, SafetensorsFile
+from ..stored import AnyTensor, UnmappedFile
 from ..stored_weight import BaseWeight
 from .architecture import MARKER
 from .gguf_file import GgufFile
@@ -32,7 +32,7 @@ class Shards:
 
     def __init__(self, paths: Sequence[Path], name: str):
         self.name = name
-        self.files = [SafetensorsFile(path) for path in paths]
+        self.files = [UnmappedFile(path) for path in paths]
         self.metadata: dict[str, str] = {}
         self.tensors: dict[str, AnyTensor] = {}
         for file in self.files:
@@ -54,7 +54,7 @@ class BaseFile:
     """
 
     def __init__(
-        self, file: SafetensorsFile | Shards | GgufFile, config: Mapping[str, Any] | None = None
+        self, file: UnmappedFile | Shards | GgufFile, config: Mapping[str, Any] | None = None
     ):
         config = config or {}
         self.name = file.name
@@ -75,12 +75,12 @@ class BaseFile:
         self._weights = BaseWeights(file.tensors, file.name, file)
 
     def read_weight(self, module_path: str) -> BaseWeight:
-        """A Linear's weight as stored, on the CPU.
+        """A Linear's weight as stored; its codes are still on disk, see `StoredTensor.load_rows`.
 
         Raises:
             FileError: stored in a way that is not understood.
         """
-        weight = self._weights.get(module_path)
+        weight = self._weights.find(module_path)
         if weight is None:
             raise KeyError(module_path)
         return weight
@@ -93,13 +93,8 @@ class BaseFile:
         """Whether its shape is that of packed codes, which `read_weight` judges."""
         return self.tensors[key].dtype == torch.uint8
 
-    def count_bytes(self, module_path: str) -> int:
-        """Size of a module's weight and bias in the file."""
-        tensors = [self.tensors.get(f"{module_path}.{name}") for name in ("weight", "bias")]
-        return sum(t.numel() * t.dtype.itemsize for t in tensors if t is not None)
-
     def release(self) -> None:
-        """Gives the mapping back; the next read maps the file again."""
+        """Closes the file, so that it can be replaced; the next read opens it again."""
         self.file.release()
 
 
@@ -121,7 +116,7 @@ def open_base_file(source: str | os.PathLike[str]) -> BaseFile:
         )
     if is_gguf(path):
         return BaseFile(GgufFile(path))
-    return BaseFile(SafetensorsFile(path))
+    return BaseFile(UnmappedFile(path))
 
 
 def is_gguf(path: Path) -> bool:

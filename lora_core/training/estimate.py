@@ -20,7 +20,6 @@ from .architecture import read_architecture
 from .base_files import BaseFile, open_base_file
 from .config import AUTO, TrainConfig
 from .dataset import CachedDataset, ItemInfo, read_dataset
-from .loading import RELEASE_EVERY
 from .memory import MemoryMeter
 from .offload import choose_offloaded
 from .probe import Measurement, measure
@@ -181,7 +180,7 @@ def measure_all(
         optimizer_s=first.optimizer_s(num_blocks),
         compile_s=max(one.compile_s for one in found),
         passing_bytes=reckon_passing(first, last, num_blocks, num_offloaded),
-        loading_bytes=(first.loading_bytes or 0) + count_pages(base, device),
+        loading_bytes=first.loading_bytes or 0,
         kept_bytes=count_kept(first, num_blocks, num_offloaded, device),
         process_bytes=first.process_bytes,
         trained_bytes=first.trained_bytes,
@@ -197,14 +196,6 @@ def count_kept(
     if device.type != "cpu":
         num_blocks -= num_offloaded
     return found.other_bytes + num_blocks * found.block_bytes
-
-
-def count_pages(base: BaseFile, device: torch.device) -> int:
-    """Bytes of the file that loading leaves in a process's memory at once; none on a GPU."""
-    if device.type != "cpu":
-        return 0
-    modules = {key.rpartition(".")[0] for key in base.shapes}
-    return min(RELEASE_EVERY, sum(map(base.count_bytes, modules)))
 
 
 def reckon_time(

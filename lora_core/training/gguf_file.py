@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError, FileError
-from ..stored import StoredTensor, shorten
+from ..stored import StoredTensor, read_bytes, shorten
 
 
 @dataclass(frozen=True)
@@ -66,33 +66,40 @@ class GgufFile:
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor in its own floating-point type, or dequantised to float32."""
-        gguf = import_gguf()
-        entry = self.entries[key]
-        codes = self.read_codes(key).numpy()
-        dtype = self.tensors[key].dtype
+        return self.read_rows(key, slice(None))
+
+    def read_rows(self, key: str, rows: slice, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Some rows of one; `buffer` serves what needs no decoding."""
+        entry, dtype = self.entries[key], self.tensors[key].dtype
+        data = self.read_codes(key, rows, buffer)
+        shape = (len(data), *entry.shape[1:]) if len(entry.shape) > 1 else entry.shape
         if dtype != torch.float32:
-            return torch.from_numpy(codes).view(dtype).reshape(entry.shape)
+            return data.view(dtype).reshape(shape)
+        gguf = import_gguf()
         kind = gguf.GGMLQuantizationType(entry.kind)
         try:
-            values = gguf.quants.dequantize(codes, kind)
+            values = gguf.quants.dequantize(data.numpy(), kind)
         except NotImplementedError:
             raise FileError(
                 f"{self.name} stores {key} as {kind.name}, which the gguf package cannot read; "
                 "choose a file with another quantisation, e.g. Q8_0 or Q4_K_M."
             ) from None
-        return torch.from_numpy(values).reshape(entry.shape)
+        return torch.from_numpy(values).reshape(shape)
 
-    def read_codes(self, key: str) -> torch.Tensor:
+    def read_codes(
+        self, key: str, rows: slice = slice(None), buffer: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The bytes as they lie in the file, uint8 (rows, bytes of a row)."""
         entry = self.entries[key]
-        data = bytearray(entry.num_bytes)
+        num_rows = entry.shape[0] if len(entry.shape) > 1 else 1
+        row_bytes = entry.num_bytes // max(1, num_rows)
+        start, stop, _ = rows.indices(num_rows)
         with self.path.open("rb") as file:
-            file.seek(entry.offset)
-            num_read = file.readinto(data)
-        if num_read != entry.num_bytes:
+            place = entry.offset + start * row_bytes
+            data = read_bytes(file, place, (stop - start) * row_bytes, buffer)
+        if data is None:
             raise FileError(f"{self.name} was changed on disk since it was opened; start again.")
-        codes = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
-        return codes.reshape(entry.shape[0] if len(entry.shape) > 1 else 1, -1)
+        return data.reshape(stop - start, -1)
 
     def release(self) -> None:
         """Nothing is held."""

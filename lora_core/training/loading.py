@@ -2,8 +2,8 @@
 
 The base is never in memory twice: the model is built without data, and each tensor is read, brought
 into its storage on its device and put in place before the next one is read. Beside the model itself
-host memory holds no more than the largest tensor, once as the file has it and once as it is kept,
-some chunks of 16 MB, and `RELEASE_EVERY` of the file's pages (DESIGN section 8).
+memory holds no more than some chunks of 16 MB (DESIGN section 8), see `weight_reader`, and where
+blocks wait in host memory one of them twice.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from ..report import shorten_list
 from .architecture import read_architecture
 from .base_files import BaseFile, open_base_file
 from .edit_block import EditBlock
+from .host_blocks import HostBlocks
 from .offload import choose_offloaded
-from .quantization import build_linear, build_parameter, check_storage
+from .quantization import GGUF_COST, build_linear, check_storage, is_gguf_kept
 from .sharding import Sharding
 from .transformer import EditTransformer
-
-#: Bytes read from a mapped file after which its pages are given back.
-RELEASE_EVERY = 2**27
+from .weight_reader import WeightReader
 
 
 def load_transformer(
@@ -73,26 +72,29 @@ def load_transformer(
         check_keys(transformer, base)
         device = torch.device(device)
         offloaded = choose_offloaded(architecture.num_layers, num_offloaded)
-        num_read = 0
+        reader, host = WeightReader(base, device), HostBlocks(device)
         leaves = list_leaves(transformer)
         last_leaves = {find_block(path): path for path in leaves}
         for path in track(leaves, progress, should_stop, "loading"):
             index = find_block(path)
             place = torch.device("cpu") if index in offloaded else device
-            load_leaf(transformer, path, base, storage, compute_dtype, device, place)
-            if sharding is not None and index >= 0 and path == last_leaves[index]:
+            load_leaf(transformer, path, reader, storage, compute_dtype, place)
+            if index >= 0 and path == last_leaves[index]:
                 block = EditBlock(transformer.transformer_blocks[index])
-                transformer.transformer_blocks[index] = sharding.shard_block(block)
-            num_read += base.count_bytes(path)
-            if num_read > RELEASE_EVERY:
-                base.release()
-                num_read = 0
+                if index in offloaded:
+                    host.add(block)
+                if sharding is not None:
+                    block = sharding.shard_block(block)
+                transformer.transformer_blocks[index] = block
+        reader.finish()
     finally:
         base.release()
     transformer.requires_grad_(False)
     model = EditTransformer(transformer.eval(), compute_dtype)
+    if any(is_gguf_kept(module) for module in transformer.modules()):
+        model.notes.append(GGUF_COST)
     if offloaded:
-        model.offload_blocks(offloaded, device)
+        model.offload_blocks(offloaded, device, host)
     return model if sharding is None else sharding.finish(model)
 
 
@@ -140,19 +142,18 @@ def check_keys(transformer: nn.Module, base: BaseFile) -> None:
 def load_leaf(
     transformer: nn.Module,
     path: str,
-    base: BaseFile,
+    reader: WeightReader,
     storage: str,
     compute_dtype: torch.dtype,
-    device: torch.device,
     place: torch.device,
 ) -> None:
-    """Gives one module its data: computed on `device`, kept on `place`."""
+    """Gives one module its data: computed on the reader's device, kept on `place`."""
     module = transformer.get_submodule(path)
     if isinstance(module, nn.Linear):
-        linear = build_linear(base, path, storage, compute_dtype, device)
+        linear = build_linear(reader, path, storage, compute_dtype)
         parent, _, name = path.rpartition(".")
         setattr(transformer.get_submodule(parent), name, linear.to(place))
         return
     for name, _ in list(module.named_parameters(recurse=False)):
-        tensor = build_parameter(base, f"{path}.{name}", compute_dtype, device)
+        tensor = reader.read_parameter(f"{path}.{name}", compute_dtype)
         setattr(module, name, nn.Parameter(tensor.to(place), requires_grad=False))

@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .dataset import CachedDataset
 from .ema import Ema
 from .gradient_checkpointing import adapt_to_memory, get_first_kind, is_free_to_choose
+from .host_blocks import HostBlocks
 from .loading import find_block, list_leaves, load_leaf
 from .memory import MemoryMeter, count_bytes
 from .objective import VELOCITY, Objective
@@ -32,6 +33,7 @@ from .optimization import build_optimizer
 from .session import COMPUTE_DTYPES
 from .trainer import are_finite, clip_gradients, compute_grad_norm
 from .transformer import EditTransformer
+from .weight_reader import WeightReader
 
 #: Steps timed after those that only warm up: at least, and at most within TIMED_S seconds.
 FEWEST_STEPS = 3
@@ -65,7 +67,7 @@ class Measurement:
     passing_bytes: Linear | None
     """Most of what a step takes beside what lies there: activations, gradients, copies."""
     loading_bytes: int | None
-    """Most of what loading takes beside the model and pages of the file."""
+    """Most of what loading takes beside the model."""
     block_bytes: int
     """Frozen, of one block."""
     other_bytes: int
@@ -186,8 +188,12 @@ class Probe:
         self.other_bytes = self.frozen_bytes - len(blocks) * self.block_bytes
         self.config, self.model, self.device = config, model, device
         self.blocks = {n: nn.ModuleList(blocks[-n:]) for n in counts}
+        host = HostBlocks(device)
+        for block in blocks if offloaded else ():
+            host.add(block)
         self.offloads = {
-            n: BlockOffload(self.blocks[n], range(n), device) if offloaded else None for n in counts
+            n: BlockOffload(self.blocks[n], range(n), device, host) if offloaded else None
+            for n in counts
         }
         self.injection = inject(
             model.transformer, choose_settings(config.lora), seed=config.seed, device=device
@@ -251,10 +257,11 @@ def load_blocks(
     marked = base.zero_cond_t if model.variant == "auto" else model.variant == "2511"
     architecture = read_architecture(base.shapes, base.name, base.axes, marked)
     transformer = replace(architecture, num_layers=num_blocks).build_empty()
+    reader = WeightReader(base, device)
     for path in list_leaves(transformer):
         place = torch.device("cpu") if offloaded and find_block(path) >= 0 else device
-        load_leaf(transformer, path, base, model.storage, dtype, device, place)
-        base.release()  # pages of the file are reckoned with on their own
+        load_leaf(transformer, path, reader, model.storage, dtype, place)
+    reader.finish()
     transformer.requires_grad_(False)
     loaded = EditTransformer(transformer.eval(), dtype)
     loaded.enable_gradient_checkpointing(get_first_kind(model))

@@ -6,7 +6,7 @@
 | fp8 | e4m3 with a scale per row; a file's own fp8 as it is | 1 | 2.7 % |
 | int8 | with a scale per row; a file's own int8 as it is | 1 | 0.8 % |
 | nf4 | NormalFloat4, blocks of 64, double quantisation; modulation as int8 | 0.516 | 9.2 % |
-| as stored | what the file holds | | 0 |
+| as stored | what the file holds; a GGUF's codes are slow to decode | | 0 |
 
 Everything outside the blocks (0.3 % of the weights) is kept in the compute dtype. nf4 is
 bitsandbytes' (Dettmers et al. 2023, arXiv 2305.14314), GGUF's codes diffusers'; a scale per row
@@ -20,27 +20,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import ConfigError, FileError, NonFiniteWeightsError
+from ..errors import ConfigError, FileError
 from ..stored_weight import BaseWeight
 from ..targets import MODULATION_IMAGE, MODULATION_TEXT, split_path
-from .base_files import BaseFile
 from .frozen_linear import FrozenLinear, build_scaled_linear
 from .gguf_file import GgufFile
+from .weight_reader import WeightReader
 
 AS_STORED = "as stored"
 STORAGES = ("bf16", "fp32", "fp8", "int8", "nf4", AS_STORED)
 PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EIGHT_BITS = {"fp8": (torch.float8_e4m3fn, torch.float8_e5m2), "int8": (torch.int8,)}
+#: Said where a GGUF is kept as stored; tests/lora_core/training/test_gguf.py counts the bytes.
+GGUF_COST = (
+    'storage is "as stored", so the GGUF\'s own codes are kept: decoding them moves 11 to 48 bytes '
+    "a weight each time a Linear runs (fp8 7, nf4 3), which makes steps slow; choose fp8 or nf4 "
+    "for faster ones"
+)
 NF4_BLOCK = 64
 NF4_NESTED_BLOCK = 256
-#: Entries that are widened to float32 at a time, 16 MB.
-CHUNK = 2**22
 
 
 def check_storage(storage: str) -> None:
@@ -61,41 +64,33 @@ def choose_storage(module_path: str, storage: str) -> str:
 
 
 def build_linear(
-    base: BaseFile,
-    module_path: str,
-    storage: str,
-    compute_dtype: torch.dtype,
-    device: torch.device,
+    reader: WeightReader, module_path: str, storage: str, compute_dtype: torch.dtype
 ) -> nn.Module:
-    """One Linear of the base on `device`: nn.Linear where no conversion is needed on use.
+    """One Linear of the base on the reader's device: nn.Linear where nothing is converted on use.
 
     Raises:
         FileError: the file stores it in a way that is not understood.
-        NonFiniteWeightsError: NaN or Inf.
     """
-    bias = build_parameter(base, f"{module_path}.bias", compute_dtype, device)
+    bias = reader.read_parameter(f"{module_path}.bias", compute_dtype)
     storage = choose_storage(module_path, storage)
-    if storage == AS_STORED and isinstance(base.file, GgufFile):
-        linear = build_gguf_linear(base, module_path, bias, device)
+    what = f"{module_path}.weight in {reader.base.name}"
+    if storage == AS_STORED and isinstance(reader.base.file, GgufFile):
+        linear = build_gguf_linear(reader, module_path, bias, what)
         if linear is not None:
             return linear
-    weight = base.read_weight(module_path)
-    chunks = partial(read_rows, weight, device, f"{module_path}.weight in {base.name}")
-    if storage == "nf4":
-        return build_nf4_linear(weight.stored.shape, chunks(), bias)
+    weight = reader.base.read_weight(module_path)
     if is_kept(weight, storage):
-        for _ in chunks():  # for its check
-            pass
-        copy = weight.to(device)
-        stored = weight.stored.clone() if copy.stored is weight.stored else copy.stored
-        return build_scaled_linear(BaseWeight(stored, copy.scale, weight.rotation), bias)
+        rotation = reader.get_rotation(weight.rotation)
+        return build_scaled_linear(reader.copy_codes(weight, what), bias, rotation)
+    shape, chunks = weight.stored.shape, reader.read_values(weight, what)
+    if storage == "nf4":
+        return build_nf4_linear(shape, chunks, bias)
     if storage in EIGHT_BITS:
-        return build_scaled_linear(
-            quantize_rows(weight, chunks(), EIGHT_BITS[storage][0], device), bias
-        )
+        dtype = EIGHT_BITS[storage][0]
+        return build_scaled_linear(quantize_rows(shape, chunks, dtype, reader.device), bias)
     dtype = weight.stored.dtype if weight.scaling == "none" else compute_dtype
     dtype = {"compute": compute_dtype, **PLAIN}.get(storage, dtype)
-    values = gather_rows(weight, chunks(), dtype, device)
+    values = gather_rows(shape, chunks, dtype, reader.device)
     if dtype != compute_dtype:
         return build_scaled_linear(BaseWeight(values, None), bias)
     return build_plain_linear(values, bias)
@@ -108,44 +103,20 @@ def is_kept(weight: BaseWeight, storage: str) -> bool:
     return weight.stored.dtype in EIGHT_BITS.get(storage, ())
 
 
-def read_rows(
-    weight: BaseWeight, device: torch.device, what: str
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The weight's values in float32 on `device`, some rows at a time.
-
-    Raises:
-        NonFiniteWeightsError: NaN or Inf among them.
-    """
-    num_rows, width = weight.stored.shape
-    step = max(1, CHUNK // width // NF4_BLOCK) * NF4_BLOCK  # no block of nf4 is cut
-    for start in range(0, num_rows, step):
-        rows = slice(start, min(start + step, num_rows))
-        values = weight.take_rows(rows).to(device).values
-        check_finite(values, what)
-        yield rows, values
-
-
-def check_finite(values: torch.Tensor, what: str) -> None:
-    if values.numel() and not all(map(torch.isfinite, torch.aminmax(values))):
-        raise NonFiniteWeightsError(
-            f"{what} holds NaN or Inf; expected finite numbers. Download or convert it again."
-        )
-
-
 def gather_rows(
-    weight: BaseWeight,
+    shape: torch.Size,
     chunks: Iterator[tuple[slice, torch.Tensor]],
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    values = torch.empty(weight.stored.shape, dtype=dtype, device=device)
+    values = torch.empty(shape, dtype=dtype, device=device)
     for rows, chunk in chunks:
         values[rows] = chunk
     return values
 
 
 def quantize_rows(
-    weight: BaseWeight,
+    shape: torch.Size,
     chunks: Iterator[tuple[slice, torch.Tensor]],
     dtype: torch.dtype,
     device: torch.device,
@@ -153,7 +124,7 @@ def quantize_rows(
     """Symmetric, one scale per row that maps its largest entry to the largest code."""
     is_float = dtype.is_floating_point
     limit = torch.finfo(dtype).max if is_float else torch.iinfo(dtype).max
-    stored = torch.empty(weight.stored.shape, dtype=dtype, device=device)
+    stored = torch.empty(shape, dtype=dtype, device=device)
     scale = torch.empty(len(stored), 1, device=device)
     for rows, chunk in chunks:
         scale[rows] = chunk.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / limit
@@ -168,18 +139,6 @@ def build_plain_linear(values: torch.Tensor, bias: torch.Tensor | None) -> nn.Li
     linear.weight = nn.Parameter(values, requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return linear
-
-
-def build_parameter(
-    base: BaseFile, key: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor | None:
-    """A bias or norm on `device`; None where the file has none of that name."""
-    tensor = base.read_tensor(key)
-    if tensor is None:
-        return None
-    values = tensor.to(device, torch.float32)
-    check_finite(values, f"{key} in {base.name}")
-    return values.to(dtype, copy=True)
 
 
 @dataclass(frozen=True)
@@ -262,9 +221,10 @@ class GgufCodes:
 
 
 def build_gguf_linear(
-    base: BaseFile, module_path: str, bias: torch.Tensor | None, device: torch.device
+    reader: WeightReader, module_path: str, bias: torch.Tensor | None, what: str
 ) -> FrozenLinear | None:
     """None for a tensor that is not quantised."""
+    base = reader.base
     key = f"{base.prefix}{module_path}.weight"
     entry = base.file.entries[key]
     gguf_utils = import_gguf_kernels()
@@ -276,10 +236,15 @@ def build_gguf_linear(
             f"{base.name} stores {module_path} as {kind.name}, which diffusers cannot compute "
             "with; choose bf16, fp8, int8 or nf4 as storage, or a file with another quantisation."
         )
-    codes = base.file.read_codes(key).to(device)
+    codes = base.file.read_codes(key).to(reader.device)
     linear = FrozenLinear(*entry.shape, GgufCodes(entry.kind), {"weight": codes}, bias)
-    check_finite(linear.dequantize(), f"{module_path}.weight in {base.name}")
+    reader.check(linear.dequantize(), what)
     return linear
+
+
+def is_gguf_kept(module: nn.Module) -> bool:
+    """Whether its weight is a GGUF's own codes."""
+    return isinstance(module, FrozenLinear) and isinstance(module.decode, GgufCodes)
 
 
 def import_gguf_kernels() -> Any:

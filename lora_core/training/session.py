@@ -95,6 +95,7 @@ def describe_session(session: Session, config: TrainConfig) -> list[str]:
     if session.model.is_adaptive:
         kind = json.dumps(session.model.gradient_checkpointing)
         said.append(f"gradient_checkpointing is {kind}, the fastest that the free memory allows")
+    said += session.model.notes
     for reason in dict.fromkeys(plan.skipped.values()):
         paths = [path for path, why in plan.skipped.items() if why == reason]
         said.append(f"left out {shorten_list(paths, 4)}: {reason}")

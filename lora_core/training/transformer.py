@@ -19,6 +19,7 @@ from torch.nn import functional
 from ..errors import ConfigError
 from .edit_block import EditBlock, recompute
 from .head_rotation import normalize
+from .host_blocks import HostBlocks
 from .offload import BlockOffload
 from .rope import Grid, compute_rotation
 
@@ -38,6 +39,7 @@ class EditTransformer(nn.Module):
         zero_cond_t: whether references are shown at noise level 0, as 2511 does.
         offload: None, or what lets some blocks' weights wait in host memory.
         is_adaptive: whether `recompute_more` may do so.
+        notes: sentences on what of it is not as it was asked for, or has a price.
     """
 
     def __init__(self, transformer: nn.Module, compute_dtype: torch.dtype = torch.bfloat16):
@@ -52,6 +54,7 @@ class EditTransformer(nn.Module):
                 transformer.transformer_blocks[index] = EditBlock(block)
         self.offload: BlockOffload | None = None
         self.is_adaptive = False
+        self.notes: list[str] = []
         transformer.pos_embed = nn.Identity()  # its tables are of no use here
         # For what wraps or compiles a model block by block (Accelerate's FSDP, diffusers).
         transformer._no_split_modules = transformer._repeated_blocks = [EditBlock.__name__]
@@ -96,12 +99,17 @@ class EditTransformer(nn.Module):
         self.enable_gradient_checkpointing()
         return True
 
-    def offload_blocks(self, indices: Sequence[int], device: torch.device) -> None:
+    def offload_blocks(
+        self, indices: Sequence[int], device: torch.device, host: HostBlocks | None = None
+    ) -> None:
         """Lets these blocks' weights, which lie in host memory, stay there; see `offload`.
 
         Comes before LoRAs are injected.
         """
-        self.offload = BlockOffload(self.blocks, indices, device)
+        self.offload = BlockOffload(self.blocks, indices, device, host)
+        sentence = self.offload.host.describe()
+        if sentence is not None:
+            self.notes.append(sentence)
         self.enable_gradient_checkpointing()
 
     def _apply(self, *arguments, **options):

@@ -1,4 +1,4 @@
-"""Makes `tiny` and `small_bases` importable, and keeps tiny products on one core."""
+"""Makes what tests share importable, and keeps tiny products on one core."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for name in ("tiny", "small_bases"):
+for name in ("tiny", "small_bases", "counted_bytes"):
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
         sys.modules[name] = module = importlib.util.module_from_spec(spec)

@@ -24,7 +24,7 @@ from qwen_edit_lora.lora_core.training.architecture import (
     choose_axes,
     read_architecture,
 )
-from qwen_edit_lora.lora_core.training.loading import RELEASE_EVERY, load_transformer
+from qwen_edit_lora.lora_core.training.loading import load_transformer
 from safetensors.torch import save_file
 
 TO_Q = "transformer_blocks.0.attn.to_q"
@@ -230,7 +230,7 @@ def test_a_wrong_shape_is_named(write):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("key", [f"{TO_Q}.weight", "txt_norm.weight", f"{TO_Q}.bias"])
-@pytest.mark.parametrize("storage", ["bf16", "fp8", "as stored"])
+@pytest.mark.parametrize("storage", ["bf16", "fp8", "int8", "nf4", "as stored"])
 def test_numbers_that_are_none_are_refused(storage, key, value, write):
     state_dict = dit.make_dit("2509")
     state_dict[key].flatten()[-1] = value
@@ -317,7 +317,7 @@ sys.modules["qwen_edit_lora"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 import torch
 from diffusers import QwenImageTransformer2DModel
-from qwen_edit_lora.lora_core.training.loading import RELEASE_EVERY, load_transformer
+from qwen_edit_lora.lora_core.training.loading import load_transformer
 
 def read_kib(name):
     with open("/proc/self/status") as file:
@@ -342,26 +342,23 @@ def wide_file(tmp_path_factory):
     }
     path = tmp_path_factory.mktemp("wide") / "wide.safetensors"
     save_file(state_dict, path)
-    return path, max(t.numel() * 2 for t in state_dict.values())
+    return path
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "int8", "nf4"])
-def test_beside_the_model_memory_holds_the_largest_tensor_and_a_margin(
-    storage, wide_file, tmp_path, capsys
-):
-    path, largest = wide_file
+def test_beside_the_model_memory_holds_some_chunks(storage, wide_file, tmp_path, capsys):
     tiny = dit.write_dit(tmp_path / "tiny.safetensors")
     root = Path(__file__).parents[3]
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(root), str(tiny), str(path), storage],
+        [sys.executable, "-c", MEASURE, str(root), str(tiny), str(wide_file), storage],
         capture_output=True, text=True, check=True,
         # glibc keeps what was freed where it likes, 0.1 GB more or less from run to run, unless
         # large blocks go back to the system at once
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"},
     )  # fmt: skip
     measured = json.loads(result.stdout)
-    margin = RELEASE_EVERY + 2**27  # pages of the file; chunks, and what their quantisation takes
+    margin = 2**26  # chunks, and what their quantisation takes
     with capsys.disabled():
-        print(f"\n{storage}: {measured}, file {path.stat().st_size}, largest {largest}")  # noqa: T201
-    assert measured["peak"] < measured["size"] + largest + margin
+        print(f"\n{storage}: {measured}, file {wide_file.stat().st_size}")  # noqa: T201
+    assert measured["peak"] < measured["size"] + margin

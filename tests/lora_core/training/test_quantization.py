@@ -12,11 +12,12 @@ from qwen_edit_lora.lora_core.training.quantization import (
     STORAGES,
     build_linear,
     quantize_rows,
-    read_rows,
 )
+from qwen_edit_lora.lora_core.training.weight_reader import WeightReader
 from safetensors.torch import save_file
 
 TO_Q = "transformer_blocks.0.attn.to_q"
+CPU = torch.device("cpu")
 IMG_MOD = "transformer_blocks.0.img_mod.1"
 #: Relative error of a normal weight: a storage rounds no worse than this.
 ERRORS = {"fp32": 0.0, "bf16": 0.002, "fp8": 0.028, "int8": 0.008, "nf4": 0.1, "as stored": 0.0}
@@ -61,6 +62,22 @@ def test_nf4_keeps_modulation_in_eight_bits(tmp_path):
     assert model.transformer.get_submodule(TO_Q).weight.dtype == torch.uint8
 
 
+class OneWeight:
+    """Looks like a base file that holds nothing else."""
+
+    name = "one"
+    file = None
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def read_weight(self, module_path):
+        return self.weight
+
+    def read_tensor(self, key):
+        return None
+
+
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "nf4": 0.516}
 
 
@@ -68,18 +85,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "nf4": 0.516}
 def test_a_storage_takes_the_bytes_it_says(storage):
     # One wide Linear: scales and tables weigh little in it, as in the full model.
     weight = BaseWeight(torch.randn(512, 1024), None)
-
-    class OneWeight:
-        name = "one"
-        file = None
-
-        def read_weight(self, module_path):
-            return weight
-
-        def read_tensor(self, key):
-            return None
-
-    linear = build_linear(OneWeight(), TO_Q, storage, torch.bfloat16, torch.device("cpu"))
+    linear = build_linear(WeightReader(OneWeight(weight), CPU), TO_Q, storage, torch.bfloat16)
     tensors = [*linear.parameters(), *linear.buffers()]
     size = sum(t.numel() * t.dtype.itemsize for t in tensors)
     assert size / weight.stored.numel() == pytest.approx(BYTES[storage], rel=0.01)
@@ -168,8 +174,8 @@ def test_int8_rounds_as_torchao_does():
     torch.manual_seed(0)
     linear = torch.nn.Linear(256, 64, bias=False)
     weight = BaseWeight(linear.weight.detach().clone(), None)
-    cpu = torch.device("cpu")
-    ours = quantize_rows(weight, read_rows(weight, cpu, "w"), torch.int8, cpu)
+    chunks = WeightReader(OneWeight(weight), CPU).read_values(weight, "w")
+    ours = quantize_rows(weight.stored.shape, chunks, torch.int8, CPU)
     quantize_(linear, Int8WeightOnlyConfig(version=2))
     theirs = linear.weight.dequantize().float()
     scale = ours.scale.max()
