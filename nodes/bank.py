@@ -63,7 +63,7 @@ class Bank(torch.nn.Module):
                 self.sites.update(zip(paths, sites, strict=True))
                 if len(sites) > 1:
                     self.products.append(sites[0].product)
-        self.registered = torch.nn.ModuleList(self.sites.values())
+        self.packs = torch.nn.ModuleList(site.pack for site in self.sites.values())
         for adapter, *_ in contents:
             adapter.release()
 
@@ -139,6 +139,14 @@ class DownProduct:
             self._kept = (weakref.ref(x), describe_state(x), waiting, hidden)
         return hidden
 
+    def fetch_and_compute(self, site: int, x: torch.Tensor) -> torch.Tensor:
+        """For a site that comes before the one whose pack has the down-factors."""
+        flat, ticket = self.pack.fetch(x)
+        try:
+            return self.compute(site, x, self.pack.split(flat)[0])
+        finally:
+            self.pack.release(ticket)
+
     def forget(self) -> None:
         self._kept = None
 
@@ -149,7 +157,7 @@ def describe_state(x: torch.Tensor) -> tuple[bool, int]:
     return torch.is_grad_enabled(), 0 if x.is_inference() else x._version
 
 
-class Site(torch.nn.Module):
+class Site:
     """Everything that is added to one module's output.
 
     Args:
@@ -168,7 +176,6 @@ class Site(torch.nn.Module):
         start: int,
         stack: torch.Tensor | None,
     ):
-        super().__init__()
         self.members = members
         self.product, self.index = product, index
         self.interleave = members[0].place.interleave
@@ -181,7 +188,7 @@ class Site(torch.nn.Module):
             if plain:
                 segments = [(i, m.weights.rank, m.weights.scale) for i, m in plain]
                 term = LowRankTerm(self.end, segments)
-                self.end = term.columns.stop
+                self.end += term.rank
                 ups = torch.cat([m.weights.lora_B.to(dtype) for _, m in plain], dim=1)
                 self._put(term, plain[0][1].place, [ups], tensors)
         for i, member in numbered:
@@ -209,40 +216,31 @@ class Site(torch.nn.Module):
         out = y.reshape(-1, y.shape[-1])
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
             out = out.clone()
-        hidden = None
-        if self.product is not None:
-            hidden = self.product.take(self.index, x)
+        product, hidden = self.product, None
+        if product is not None:
+            hidden = product.take(self.index, x)
             if hidden is None and self.index != 0:
-                hidden = self._compute_hidden(x)
+                hidden = product.fetch_and_compute(self.index, x)
         flat, ticket = self.pack.fetch(x)
         try:
             tensors = self.pack.split(flat)
-            if self.product is not None and hidden is None:
-                hidden = self.product.compute(self.index, x, tensors[0])
-            rows = x.reshape(-1, x.shape[-1])
+            if product is not None and hidden is None:
+                hidden = product.compute(self.index, x, tensors[0])
             if self.interleave == 1:
-                self._add_terms(out, rows, hidden, tensors, gains)
+                self._add_terms(out, x, hidden, tensors, gains)
             else:
                 parts = out.unflatten(-1, (-1, self.interleave)).transpose(1, 2)
                 straight = parts.flatten(1)
-                self._add_terms(straight, rows, hidden, tensors, gains)
+                self._add_terms(straight, x, hidden, tensors, gains)
                 parts.copy_(straight.view(parts.shape))
         finally:
             self.pack.release(ticket)
-        return out.reshape(y.shape)
+        return out.view(y.shape)
 
     def _add_terms(self, out, x, hidden, tensors, gains) -> None:
         for term in self.terms:
             part = out
             if term.num_parts > 1:
                 size = out.shape[-1] // term.num_parts
-                part = out[:, term.part * size : (term.part + 1) * size]
+                part = out.narrow(-1, term.part * size, size)
             term.add(part, x, hidden, tensors, gains)
-
-    def _compute_hidden(self, x: torch.Tensor) -> torch.Tensor:
-        pack = self.product.pack
-        flat, ticket = pack.fetch(x)
-        try:
-            return self.product.compute(self.index, x, pack.split(flat)[0])
-        finally:
-            pack.release(ticket)

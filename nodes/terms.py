@@ -1,7 +1,7 @@
 """What a side path adds to one module's output, one class per kind of weights.
 
-Legend: x (rows, in) is what the module got, out (rows, out) the part of its output that a term adds
-to, in place; S is the number of rows. `tensors` are the site's weights as they were fetched, in the
+Legend: x (..., in) is what the module got, out (S, out) the part of its output that a term adds to,
+in place; S is the number of rows of both. `tensors` are the site's weights as they were fetched, in the
 type of x, and a term knows which are its own. `gains` has the strength of each member of the site.
 Each kind adds by one kernel that scales, multiplies and sums where the types allow it.
 """
@@ -48,13 +48,13 @@ class LowRankTerm(Term):
 
     def __init__(self, start: int, segments: list[tuple[int, int, float]]):
         self.segments = segments
-        self.columns = slice(start, start + sum(rank for _, rank, _ in segments))
+        self.start, self.rank = start, sum(rank for _, rank, _ in segments)
         self._gain: tuple | None = None
 
     def add(self, out, x, hidden, tensors, gains):
         gain = self._get_gain(gains, hidden)
         (up,) = tensors[self.slots]
-        hidden = hidden[:, self.columns]
+        hidden = hidden.narrow(1, self.start, self.rank)
         if isinstance(gain, float):
             if gain:
                 accumulate(out, hidden, up, gain)
@@ -69,9 +69,9 @@ class LowRankTerm(Term):
             if len(set(values)) == 1:
                 gain = float(values[0])
             else:
-                ranks = torch.tensor([rank for _, rank, _ in self.segments])
-                gain = torch.tensor(values, dtype=torch.float32).repeat_interleave(ranks)
-                gain = gain.to(like.device, like.dtype)
+                ranks = [rank for _, rank, _ in self.segments]
+                by_rank = [v for v, rank in zip(values, ranks, strict=True) for _ in range(rank)]
+                gain = torch.tensor(by_rank, dtype=torch.float32).to(like.device, like.dtype)
             self._gain = (key, gain)
         return self._gain[1]
 
@@ -91,7 +91,7 @@ class KroneckerTerm(Term):
 
     def add(self, out, x, hidden, tensors, gains):
         w1, w2 = tensors[self.slots]
-        groups = x.unflatten(-1, (w1.shape[1], -1))  # (S, m, n)
+        groups = x.reshape(len(out), w1.shape[1], -1)  # (S, m, n)
         h = F.linear(groups, w2).transpose(-1, -2)  # (S, m, b) -> (S, b, m)
         h = F.linear(h, w1).transpose(-1, -2).flatten(-2)  # (S, b, a) -> (S, a * b)
         out.add_(h, alpha=gains[self.member] * self.scale)
@@ -157,7 +157,9 @@ def list_term_types(weights: ModuleWeights) -> list[type[Term]]:
 
 
 def accumulate(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, alpha: float) -> None:
-    """out += alpha * x @ weight.T."""
+    """out += alpha * x @ weight.T with x (..., in) and out (S, out)."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
     if out.dtype == x.dtype:
         out.addmm_(x, weight.t(), alpha=alpha)
     else:

@@ -176,7 +176,7 @@ def test_adapters_that_meet_on_a_module_run_as_one_down_and_one_up_product(
         reads_first = path.endswith(("_q", "_q_proj"))
         downs = [13] if reads_alone else [39] if reads_first else []
         assert [shape[0] for shape in shapes[:-1]] == downs
-        assert shapes[-1][1] == term.columns.stop - term.columns.start == 13
+        assert shapes[-1][1] == term.rank == 13
 
 
 def test_no_bank_is_built_for_the_steps_of_a_chain_that_nobody_samples(
