@@ -76,12 +76,12 @@ def apply_one(
         merged = dict.fromkeys(match.paths, "as chosen")
     elif mode == AUTO and (reason := host.find_merge_reason(model)):
         merged = dict.fromkeys(match.paths, reason)
-    if merged and match.side_path_only:
-        why = next(iter(merged.values()))
+    if blocked := [path for path in merged if path in match.unmergeable]:
         raise ConfigError(
-            f"{adapter.name} would have to be merged into this MODEL ({why}), and "
-            f"{match.side_path_only}. Choose mode 'side path', without torch.compile and other "
-            "nodes that need merged weights, or a bf16, fp8 or GGUF file of the model."
+            f"{len(blocked)} modules of {adapter.name}, such as {blocked[0]}, would have to be "
+            f"merged into this MODEL ({merged[blocked[0]]}), and {match.unmergeable[blocked[0]]}. "
+            "Choose mode 'side path', without torch.compile and other nodes that need merged "
+            "weights, or a bf16, fp8 or GGUF file of the model."
         )
     beside = match.paths - frozenset(merged)
     application.lines.append(

@@ -25,8 +25,8 @@ class Match:
     """In the adapter, not in the model."""
     out_of_reach: Mapping[str, str]
     """Module path -> why this model's module can be served in no way."""
-    side_path_only: str
-    """Why none of them can be merged; empty where all can."""
+    unmergeable: Mapping[str, str]
+    """Module path -> why it can run beside the base and not be merged."""
     layout: Layout
     storage: str
     """How the model stores its weights, e.g. "float8_e4m3fn"."""
@@ -70,12 +70,11 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
             "Connect the MODEL of its UNETLoader."
         )
     check_shapes(modules, adapter, present)
-    weightless = [
-        p.module_path for p in present.values() if not host.has_weight(modules[p.module_path])
-    ]
-    side_path_only = layout.merge_obstacle
-    if weightless and not side_path_only:
-        side_path_only = f"{weightless[0]} has no weight that ComfyUI can patch"
+    unmergeable = {
+        path: layout.merge_obstacle or "its Linear has no weight that ComfyUI can patch"
+        for path, place in present.items()
+        if layout.merge_obstacle or not host.has_weight(modules[place.module_path])
+    }
     side_path, merge_only = set(), {}
     for path, place in present.items():
         weights = adapter.modules[path]
@@ -85,10 +84,9 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
             merge_only[path] = "it changes a norm"
         else:
             side_path.add(path)
-    if side_path_only:
-        for path, why in merge_only.items():
-            out_of_reach[path] = f"{why}, so it would have to be merged, and {side_path_only}"
-        merge_only = {}
+    for path in merge_only.keys() & unmergeable.keys():
+        why = merge_only.pop(path)
+        out_of_reach[path] = f"{why}, so it would have to be merged, and {unmergeable[path]}"
     if not side_path and not merge_only:
         raise TargetError(
             f"none of the {len(adapter)} modules of {adapter.name} can be applied to this MODEL, "
@@ -104,7 +102,7 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
         merge_only,
         absent,
         out_of_reach,
-        side_path_only,
+        unmergeable,
         layout,
         storage,
         is_low_precision,

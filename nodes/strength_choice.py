@@ -41,7 +41,8 @@ def resolve_strengths(
 def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
     """|delta|_F / |W|_F over up to MAX_MODULES of the modules it reaches in this model."""
     match = match_adapter(model, adapter)
-    paths = [path for path in sorted(match.side_path) if find_obstacle(adapter.modules[path]) is None]
+    matched = sorted(match.side_path)
+    paths = [path for path in matched if find_obstacle(adapter.modules[path]) is None]
     squares, weights, obstacle = 0.0, 0.0, ""
     for path in choose_evenly(paths, MAX_MODULES):
         norm = host.measure_weight(model, match.layout.find_place(path).module_path)

@@ -1,8 +1,9 @@
 """What a side path adds to one module's output, one class per kind of weights.
 
-Legend: x (..., in) is what the module got, out (S, out) the part of its output that a term adds to,
-in place; S is the number of rows of both. `tensors` are the site's weights as they were fetched, in the
-type of x, and a term knows which are its own. `gains` has the strength of each member of the site.
+Legend: x (..., in) is what the module got, out (S, out) the part of its output that a term adds
+to, in place; S is the number of rows of both. `tensors` are the site's weights as they were
+fetched, in the type of x, and a term knows which are its own. `gains` has the strength of each
+member of the site.
 Each kind adds by one kernel that scales, multiplies and sums where the types allow it.
 """
 

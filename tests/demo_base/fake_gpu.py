@@ -133,7 +133,9 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         schema = func._schema
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        is_view = any(
+            r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
+        )
         if is_view or schema.name.startswith(("aten::empty", "prim::")):
             return result
         self.operations.append(schema.name)

@@ -178,7 +178,10 @@ def test_gradients_reach_x_through_a_shared_product(build_bank):
     expected = draw(2, 5, WIDTH).requires_grad_()
     total = 0.0
     for path, weight, gain in zip(QKV, weights, (0.5, 1.0, -2.0), strict=True):
-        total = total + (expected @ (weight + gain * compute_delta(adapter.modules[path])).T).square().sum()
+        total = (
+            total
+            + (expected @ (weight + gain * compute_delta(adapter.modules[path])).T).square().sum()
+        )
     total.backward()
     torch.testing.assert_close(x.grad, expected.grad, rtol=1e-4, atol=1e-2)
 
