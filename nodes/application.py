@@ -76,7 +76,8 @@ def apply_one(
         merged = dict.fromkeys(match.paths, "as chosen")
     elif mode == AUTO and (reason := host.find_merge_reason(model)):
         merged = dict.fromkeys(match.paths, reason)
-    if blocked := [path for path in merged if path in match.unmergeable]:
+    blocked = sorted(path for path in merged if path in match.unmergeable)
+    if blocked and not strengths.is_zero:
         raise ConfigError(
             f"{len(blocked)} modules of {adapter.name}, such as {blocked[0]}, would have to be "
             f"merged into this MODEL ({merged[blocked[0]]}), and {match.unmergeable[blocked[0]]}. "

@@ -84,7 +84,7 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
             merge_only[path] = "it changes a norm"
         else:
             side_path.add(path)
-    for path in merge_only.keys() & unmergeable.keys():
+    for path in [path for path in merge_only if path in unmergeable]:
         why = merge_only.pop(path)
         out_of_reach[path] = f"{why}, so it would have to be merged, and {unmergeable[path]}"
     if not side_path and not merge_only:
