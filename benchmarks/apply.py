@@ -1,6 +1,10 @@
 """What applying a LoRA costs beside ComfyUI's own LoraLoader: per strength change, per model call.
 
 usage: .venv/bin/python benchmarks/apply.py [--blocks 1] [--rank 32] [--tokens 256] [--rounds 3]
+       .venv/bin/python benchmarks/apply.py --count [--rank 16]
+
+`--count` runs no product: it counts what the side path would move on a GPU, and what it costs in
+Python. Without it:
 
 One process, full layer width (3072), the 14 Linears of a Qwen-Image block times `--blocks`, under
 ComfyUI's own ModelPatcher and ops, per storage: bf16, plain fp8, scaled fp8. Pairs are measured in
@@ -18,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,13 +35,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--count", action="store_true", help="only the counts, which need no GPU")
     return parser.parse_args()
 
 
-def import_extension() -> None:
-    """As ComfyUI does: by path, since our `nodes` must not hide ComfyUI's."""
+def import_package(name: str, folder: Path) -> None:
+    """As ComfyUI imports extensions: by path, since our `nodes` must not hide ComfyUI's."""
     spec = importlib.util.spec_from_file_location(
-        "qwen_edit_lora", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -254,14 +260,143 @@ def measure_840_modules() -> dict[str, float]:
     }
 
 
+#: Tokens of 1024 x 1024, one reference of that size and 256 of text.
+NUM_TOKENS = 2 * 4096 + 256
+
+
+def get_host() -> Any:
+    """The modules of ComfyUI that the stand-in for paged memory replaces functions of."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.ops
+
+    return SimpleNamespace(
+        model_management=comfy.model_management,
+        model_patcher=comfy.model_patcher,
+        ops=comfy.ops,
+    )
+
+
+def count_traffic(placement: str, rank: int, shares: bool) -> dict[str, Any]:
+    """What the side path adds to a block's traffic, in tensors of NUM_TOKENS x 3072.
+
+    The image stream's modules stand for both streams, which together have NUM_TOKENS tokens.
+
+    Args:
+        placement: "resident" or "paged" (dynamic VRAM).
+        shares: k and v take their down-products from q.
+    """
+    import pytest
+    import torch
+    from demo_base.fake_gpu import PagedMemory, Traffic
+    from qwen_edit_lora.lora_core import Adapter, LoraWeights
+    from qwen_edit_lora.lora_core.targets import TARGET_PRESETS, WIDTH, compute_shape
+    from qwen_edit_lora.nodes.bank import Bank
+    from qwen_edit_lora.nodes.layouts import PLAIN
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    cuda, dtype = torch.device("cuda:0"), torch.bfloat16
+    shapes = {
+        f"transformer_blocks.0.{name}": compute_shape(name)
+        for name in TARGET_PRESETS["image-stream"]
+    }
+    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        modules = {
+            path: LoraWeights(torch.randn(rank, in_), torch.randn(out, rank))
+            for path, (out, in_) in shapes.items()
+        }
+        adapter = Adapter(modules, name="counted")
+        host = get_host()
+        if placement == "paged":
+            PagedMemory(has_room=True).install(patch, host)
+            patch.setattr(host.ops.args, "disable_pinned_memory", True)
+        bank = Bank([(adapter, frozenset(adapter), PLAIN)], dtype)
+        if placement == "paged":
+            host.model_patcher.CoreModelPatcher(bank, cuda, torch.device("cpu")).load(cuda)
+        else:
+            for pack in bank.packs:
+                pack.weight = torch.nn.Parameter(pack.weight.to(cuda), requires_grad=False)
+        stream = torch.empty(1, NUM_TOKENS, WIDTH, dtype=dtype, device=cuda)
+
+        def run_block() -> None:
+            for path, (out, in_) in shapes.items():
+                x = stream
+                if not path.endswith(("to_q", "to_k", "to_v")):
+                    x = torch.empty(1, NUM_TOKENS, in_, dtype=dtype, device=cuda)
+                y = torch.empty(1, NUM_TOKENS, out, dtype=dtype, device=cuda)
+                bank.sites[path].add(y, x, (0.7,))
+                if not shares:
+                    bank.forget_inputs()
+
+        run_block()
+        with Traffic(NUM_TOKENS) as traffic:
+            run_block()
+    full, every = traffic.count(WIDTH), traffic.count(1) / WIDTH
+    return {
+        "weights": placement,
+        "x of q, k and v is read": "once" if shares else "three times",
+        "stream tensors per block": full,
+        "and of the ranks' width": round(every - full, 3),
+    }
+
+
+def measure_python(placement: str, rounds: int) -> dict[str, Any]:
+    """Microseconds a site takes before its products, over 840 sites at 4 tokens; process time.
+
+    The products are there, at width 128, and cost some 4 us a site on one core.
+    """
+    import pytest
+    import torch
+    from demo_base.fake_gpu import PagedMemory, page_on_the_cpu
+    from qwen_edit_lora.lora_core import Adapter, LoraWeights
+    from qwen_edit_lora.lora_core.targets import BLOCK_LINEARS
+    from qwen_edit_lora.nodes.bank import Bank
+    from qwen_edit_lora.nodes.layouts import PLAIN
+
+    cpu, width = torch.device("cpu"), 128
+    paths = [f"transformer_blocks.{block}.{name}" for block in range(60) for name in BLOCK_LINEARS]
+    modules = {p: LoraWeights(torch.randn(32, width), torch.randn(width, 32)) for p in paths}
+    adapter = Adapter(modules, name="840")
+    host = get_host()
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        if placement == "paged":
+            PagedMemory(has_room=True).install(patch, host)
+            page_on_the_cpu(patch, host.ops)
+            patch.setattr(host.ops.args, "disable_pinned_memory", True)
+        bank = Bank([(adapter, frozenset(adapter), PLAIN)], torch.float32)
+        host.model_patcher.CoreModelPatcher(bank, cpu, cpu).load(cpu)
+        sites, y = [bank.sites[path] for path in paths], torch.zeros(1, 4, width)
+
+        def run() -> None:
+            for start in range(0, len(sites), len(BLOCK_LINEARS)):
+                x = torch.randn(1, 4, width)
+                for site in sites[start : start + len(BLOCK_LINEARS)]:
+                    site.add(y, x, (0.7,))
+
+        run()
+        times = []
+        for _ in range(rounds):
+            begin = time.process_time()
+            run()
+            times.append(time.process_time() - begin)
+    return {"weights": placement, "sites": len(sites), "us a site": min(times) / len(sites) * 1e6}
+
+
 def main() -> None:
     options = parse_options()
     sys.argv = sys.argv[:1]
     import_host(options.device)
-    import_extension()
+    import_package("qwen_edit_lora", ROOT)
     import torch
 
     torch.manual_seed(0)
+    if options.count:
+        import_package("demo_base", ROOT / "tests" / "demo_base")
+        for placement in ("resident", "paged"):
+            for shares in (True, False):
+                print(json.dumps(count_traffic(placement, options.rank, shares)), flush=True)
+            print(json.dumps(measure_python(placement, 30)), flush=True)
+        return
     with torch.inference_mode():
         print(json.dumps(measure_840_modules()))
         for storage in ("bf16", "fp8", "fp8_scaled"):

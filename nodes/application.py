@@ -10,6 +10,7 @@ from ..lora_core import Adapter, ConfigError, TargetError
 from ..lora_core.report import shorten_list
 from ..lora_core.strengths import Strengths
 from . import host
+from .layouts import PLAIN, check_layout
 from .matching import Match, match_adapter
 from .side_path import Entry, add_to_side_path
 
@@ -39,6 +40,7 @@ def apply_adapters(
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
     layers = tuple(layers)
+    check_layout(model.model.diffusion_model)
     matches = []
     for adapter, strengths in layers:
         match = match_adapter(model, adapter)
@@ -74,17 +76,27 @@ def apply_one(
         merged = dict.fromkeys(match.paths, "as chosen")
     elif mode == AUTO and (reason := host.find_merge_reason(model)):
         merged = dict.fromkeys(match.paths, reason)
+    blocked = sorted(path for path in merged if path in match.unmergeable)
+    if blocked and not strengths.is_zero:
+        raise ConfigError(
+            f"{len(blocked)} modules of {adapter.name}, such as {blocked[0]}, would have to be "
+            f"merged into this MODEL ({merged[blocked[0]]}), and {match.unmergeable[blocked[0]]}. "
+            "Choose mode 'side path', without torch.compile and other nodes that need merged "
+            "weights, or a bf16, fp8 or GGUF file of the model."
+        )
     beside = match.paths - frozenset(merged)
     application.lines.append(
         f"{adapter.name}: {len(match.paths)} of {len(adapter)} modules matched, {strengths}"
     )
+    if match.layout is not PLAIN:
+        application.lines.append(f"this MODEL is a {match.layout.name} Qwen-Image, {match.storage}")
     application.warnings += find_warnings(model, adapter, match)
     if strengths.is_zero:
         application.lines.append("strength is 0: nothing is applied")
         return
     if selected := strengths.select(beside):
         # The whole set, so that another selection finds the same bank.
-        add_to_side_path(model, Entry(adapter, beside, strengths))
+        add_to_side_path(model, Entry(adapter, beside, strengths, match.layout))
         application.lines.append(
             f"side path: {len(selected)} modules, no weight is touched"
             + (" (auto: nothing stands against it)" if mode == AUTO and not merged else "")
@@ -119,6 +131,11 @@ def find_warnings(model: host.ModelPatcher, adapter: Adapter, match: Match) -> l
         found.append(
             f"{len(match.absent)} of {len(adapter)} modules are not in this MODEL and were left "
             f"out: {shorten_list(match.absent, 3)}"
+        )
+    for why, count in Counter(match.out_of_reach.values()).most_common():
+        found.append(
+            f"{count} of {len(adapter)} modules were left out: {why}. The effect is weaker than "
+            "on a bf16, fp8 or GGUF file of the model"
         )
     _, variant = host.describe_model(model)
     claimed = adapter.report.variants

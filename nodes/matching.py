@@ -8,8 +8,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..lora_core import Adapter, KeyFormatError, ModuleWeights, ShapeError
+from ..lora_core import Adapter, KeyFormatError, ModuleWeights, ShapeError, TargetError
 from . import host
+from .layouts import Layout, Place, find_layout
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,15 @@ class Match:
     """Module path -> why it can only be merged."""
     absent: tuple[str, ...]
     """In the adapter, not in the model."""
+    out_of_reach: Mapping[str, str]
+    """Module path -> why this model's module can be served in no way."""
+    unmergeable: Mapping[str, str]
+    """Module path -> why it can run beside the base and not be merged."""
+    layout: Layout
     storage: str
     """How the model stores its weights, e.g. "float8_e4m3fn"."""
     is_low_precision: bool
-    """Less than 16 bits a weight."""
+    """A merged weight is rounded to less than 16 bits."""
     paths: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -42,6 +48,7 @@ def match_adapter(model: host.ModelPatcher, adapter: Adapter) -> Match:
     Raises:
         KeyFormatError: not one module of the adapter exists in the model.
         ShapeError: a module exists but has another shape. Nothing is applied then.
+        TargetError: the modules exist, and this kind of model lets none of them be served.
     """
     matches = _known.setdefault(model.model.diffusion_model, WeakKeyDictionary())
     if adapter not in matches:
@@ -51,8 +58,11 @@ def match_adapter(model: host.ModelPatcher, adapter: Adapter) -> Match:
 
 def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
     modules = host.get_modules(model)
-    present = [path for path in adapter if path in modules]
-    if not present:
+    layout = find_layout(model.model.diffusion_model)
+    places = {path: layout.find_place(path) for path in adapter}
+    out_of_reach = {path: layout.obstacle for path, place in places.items() if place is None}
+    present = {path: p for path, p in places.items() if p is not None and p.module_path in modules}
+    if not present and not out_of_reach:
         model_class, _ = host.describe_model(model)
         raise KeyFormatError(
             f"{adapter.name} matches 0 modules of this MODEL, which ComfyUI knows as {model_class}"
@@ -60,19 +70,43 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
             "Connect the MODEL of its UNETLoader."
         )
     check_shapes(modules, adapter, present)
+    unmergeable = {
+        path: layout.merge_obstacle or "its Linear has no weight that ComfyUI can patch"
+        for path, place in present.items()
+        if layout.merge_obstacle or not host.has_weight(modules[place.module_path])
+    }
     side_path, merge_only = set(), {}
-    for path in present:
+    for path, place in present.items():
         weights = adapter.modules[path]
         if not weights.is_additive:
             merge_only[path] = f"{weights.kind} depends on the base weight"
-        elif not is_linear(modules[path]):
+        elif not is_linear(modules[place.module_path]):
             merge_only[path] = "it changes a norm"
         else:
             side_path.add(path)
-    absent = tuple(path for path in adapter if path not in modules)
-    linears = [path for path in present if is_linear(modules[path])]
-    storage, num_bytes = host.describe_storage(modules[(linears or present)[0]])
-    return Match(frozenset(side_path), merge_only, absent, storage, num_bytes < 2)
+    for path in [path for path in merge_only if path in unmergeable]:
+        why = merge_only.pop(path)
+        out_of_reach[path] = f"{why}, so it would have to be merged, and {unmergeable[path]}"
+    if not side_path and not merge_only:
+        raise TargetError(
+            f"none of the {len(adapter)} modules of {adapter.name} can be applied to this MODEL, "
+            f"such as {next(iter(out_of_reach))}: {next(iter(out_of_reach.values()))}. Choose a "
+            "bf16, fp8 or GGUF file of the model."
+        )
+    absent = tuple(p for p in adapter if p not in present and p not in out_of_reach)
+    linears = [p.module_path for p in present.values() if is_linear(modules[p.module_path])]
+    first = next(iter(present.values())).module_path
+    storage, is_low_precision = host.describe_storage(modules[(linears or [first])[0]])
+    return Match(
+        frozenset(side_path),
+        merge_only,
+        absent,
+        out_of_reach,
+        unmergeable,
+        layout,
+        storage,
+        is_low_precision,
+    )
 
 
 def is_linear(module: torch.nn.Module) -> bool:
@@ -81,12 +115,14 @@ def is_linear(module: torch.nn.Module) -> bool:
 
 
 def check_shapes(
-    modules: Mapping[str, torch.nn.Module], adapter: Adapter, present: list[str]
+    modules: Mapping[str, torch.nn.Module], adapter: Adapter, present: Mapping[str, Place]
 ) -> None:
     wrong = [
         (path, expected, found)
-        for path in present
-        for expected, found in [compare_shape(modules[path], adapter.modules[path])]
+        for path, place in present.items()
+        for expected, found in [
+            compare_shape(modules[place.module_path], place, adapter.modules[path])
+        ]
         if expected != found
     ]
     if wrong:
@@ -98,10 +134,12 @@ def check_shapes(
         )
 
 
-def compare_shape(module: torch.nn.Module, weights: ModuleWeights) -> tuple[tuple, tuple]:
+def compare_shape(
+    module: torch.nn.Module, place: Place, weights: ModuleWeights
+) -> tuple[tuple, tuple]:
     """The module's shape and the one the weights want, equal where these do not tell."""
     if is_linear(module):
-        shape = (module.out_features, module.in_features)
+        shape = (module.out_features // place.num_parts, module.in_features)
     else:
         shape = tuple(module.weight.shape)
     if weights.kind == "OFT":

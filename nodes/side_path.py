@@ -27,6 +27,7 @@ from ..lora_core import Adapter
 from ..lora_core.strengths import Strengths
 from . import host
 from .bank import Bank, Site
+from .layouts import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Entry:
     adapter: Adapter
     module_paths: frozenset[str]
     strengths: Strengths
+    layout: Layout
 
 
 class SidePath:
@@ -60,30 +62,23 @@ class SidePath:
     def is_active(self) -> bool:
         return any(not entry.strengths.is_zero for entry in self.entries)
 
-    def compute_gains(self) -> dict[str, tuple[float, ...]]:
-        """Module path -> multiplier per entry, for the modules where any is not 0."""
-        paths = frozenset().union(*(entry.module_paths for entry in self.entries))
-        gains = {
-            path: tuple(
-                entry.strengths.resolve(path) if path in entry.module_paths else 0.0
-                for entry in self.entries
-            )
-            for path in paths
-        }
-        return {path: row for path, row in gains.items() if any(row)}
-
     def get_bank(self, placement: host.Placement | None = None) -> PlacedBank:
         """The bank of these adapters, shared by all strengths; built on first use."""
         placement = placement or self.placement
         if self._bank is None or self._bank.placement != placement:
-            contents = tuple((entry.adapter, entry.module_paths) for entry in self.entries)
+            contents = tuple((e.adapter, e.module_paths, e.layout) for e in self.entries)
             # Strengths are no part of the key: that is what makes a strength change free.
-            key = (placement, *((id(adapter), paths) for adapter, paths in contents))
+            key = (placement, *((id(adapter), *rest) for adapter, *rest in contents))
             bank = _banks.get(key)
             if bank is None:
                 bank = _banks[key] = PlacedBank(contents, placement)
             self._bank, self._plan = bank, None
         return self._bank
+
+    @property
+    def bank(self) -> PlacedBank:
+        """The bank as last prepared."""
+        return self.get_bank(self._bank.placement if self._bank else None)
 
     def get_merged(self, model: host.ModelPatcher) -> host.ModelPatcher:
         """A clone of `model` with all entries as native patches; kept, so as to patch only once."""
@@ -101,37 +96,44 @@ class SidePath:
 
     def get_plan(self, diffusion_model: torch.nn.Module) -> list[Swap]:
         """Which module gets which site at which gains; kept, as it is needed at every step."""
-        bank = self.get_bank(self._bank.placement if self._bank else None)
+        bank = self.bank
         if self._plan is None or self._plan[0]() is not diffusion_model:
-            found = bank.find_modules(diffusion_model)
-            swaps = [(*found[path], gains) for path, gains in self.compute_gains().items()]
+            swaps = [
+                (module, site, gains)
+                for module, site in bank.find_modules(diffusion_model)
+                if any(gains := self.compute_gains(site))
+            ]
             self._plan = (ref(diffusion_model), swaps)
         return self._plan[1]
+
+    def compute_gains(self, site: Site) -> tuple[float, ...]:
+        """The strength of each member of a site."""
+        return tuple(self.entries[m.entry].strengths.resolve(m.path) for m in site.members)
 
 
 class PlacedBank:
     """A bank and the patcher through which ComfyUI moves it."""
 
     def __init__(
-        self, contents: tuple[tuple[Adapter, frozenset[str]], ...], placement: host.Placement
+        self,
+        contents: tuple[tuple[Adapter, frozenset[str], Layout], ...],
+        placement: host.Placement,
     ):
-        self.adapters = [adapter for adapter, _ in contents]  # alive, so their id stays theirs
+        self.adapters = [adapter for adapter, *_ in contents]  # alive, so their id stays theirs
         self.placement = placement
         self.module = Bank(contents, placement.dtype)
         self.patcher = host.wrap_in_patcher(self.module, placement)
-        self._found: WeakKeyDictionary[torch.nn.Module, dict[str, tuple[torch.nn.Module, Site]]] = (
+        self._found: WeakKeyDictionary[torch.nn.Module, list[tuple[torch.nn.Module, Site]]] = (
             WeakKeyDictionary()
         )
 
-    def find_modules(
-        self, diffusion_model: torch.nn.Module
-    ) -> dict[str, tuple[torch.nn.Module, Site]]:
-        """Module path -> the base's module and its site here; looked up once for all strengths."""
+    def find_modules(self, diffusion_model: torch.nn.Module) -> list[tuple[torch.nn.Module, Site]]:
+        """The base's modules and their sites here; looked up once for all strengths."""
         if diffusion_model not in self._found:
-            self._found[diffusion_model] = {
-                path: (diffusion_model.get_submodule(path), site)
+            self._found[diffusion_model] = [
+                (diffusion_model.get_submodule(path), site)
                 for path, site in self.module.sites.items()
-            }
+            ]
         return self._found[diffusion_model]
 
 
@@ -179,9 +181,11 @@ def prepare_side_path(executor: Callable, model: host.ModelPatcher, *args, **kwa
     # Attached only meanwhile: `model` is cached by ComfyUI, and clones of it may go elsewhere.
     model.set_additional_models(KEY, [bank.patcher])
     try:
-        return executor(model, *args, **kwargs)
+        prepared = executor(model, *args, **kwargs)
     finally:
         model.remove_additional_models(KEY)
+    host.prioritize(bank.patcher)
+    return prepared
 
 
 def run_with_side_path(executor: Callable, *args, **kwargs):
@@ -228,6 +232,8 @@ def swapped_forwards(diffusion_model: torch.nn.Module, side_path: SidePath) -> I
                 attributes.pop("forward", None)
             else:
                 attributes["forward"] = forward
+        if undo:
+            side_path.bank.module.forget_inputs()
 
 
 def run_site(forward: Callable, site: Site, gains: tuple[float, ...], x: torch.Tensor, *a, **kw):

@@ -40,19 +40,22 @@ def resolve_strengths(
 
 def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
     """|delta|_F / |W|_F over up to MAX_MODULES of the modules it reaches in this model."""
-    matched = match_adapter(model, adapter).side_path
-    paths = [path for path in sorted(matched) if find_obstacle(adapter.modules[path]) is None]
-    squares = weights = 0.0
+    match = match_adapter(model, adapter)
+    matched = sorted(match.side_path)
+    paths = [path for path in matched if find_obstacle(adapter.modules[path]) is None]
+    squares, weights, obstacle = 0.0, 0.0, ""
     for path in choose_evenly(paths, MAX_MODULES):
-        norm = host.measure_weight(model, path)
-        if norm is not None:
+        norm = host.measure_weight(model, match.layout.find_place(path).module_path)
+        if norm.value is None:
+            obstacle = f": {path} cannot be measured, as {norm.obstacle}"
+        else:
             squares += compute_square(adapter.modules[path])
-            weights += norm**2
+            weights += norm.value**2
     adapter.release()
     if weights == 0:
         raise ConfigError(
             f"strengths is 'auto', and no delta of {adapter.name} can be measured beside this "
-            "MODEL's weights; write them yourself, such as '0, 0.5, 1, 2'"
+            f"MODEL's weights{obstacle}; write them yourself, such as '0, 0.5, 1, 2'"
         )
     return (squares / weights) ** 0.5
 

@@ -51,16 +51,14 @@ from .models import (
     ModelPatcher,
     Placement,
     add_wrapper,
-    build_linear,
     describe_model,
     describe_storage,
     find_merge_reason,
     get_modules,
     get_options,
     get_placement,
-    get_resident_weight,
+    has_weight,
     measure_weight,
-    wrap_in_patcher,
 )
 from .progress import (
     build_progress,
@@ -77,3 +75,8 @@ from .sampling import (
     predict,
 )
 from .startup import get_cors_origin
+from .weights import (
+    PackedWeights,
+    prioritize,
+    wrap_in_patcher,
+)

@@ -9,7 +9,7 @@ from typing import Any
 import comfy.weight_adapter
 import torch
 
-from ...lora_core import ModuleWeights, compute_delta
+from ...lora_core import ConfigError, ModuleWeights, compute_delta
 from ...lora_core.stored import load
 from ...lora_core.strengths import Strengths
 from .models import ModelPatcher
@@ -68,7 +68,11 @@ def build_patch(weights: ModuleWeights) -> Any:
 def add_merge(
     model: ModelPatcher, modules: Mapping[str, ModuleWeights], strengths: Strengths
 ) -> None:
-    """Adds native patches to this clone: the weights and biases of `modules`."""
+    """Adds native patches to this clone: the weights and biases of `modules`.
+
+    Raises:
+        ConfigError: a module has no weight that ComfyUI knows; it would leave such a patch out.
+    """
     by_strength: dict[float, dict[str, Any]] = defaultdict(dict)
     for path in strengths.select(modules):
         weights, patches = modules[path], by_strength[strengths.resolve(path)]
@@ -77,4 +81,11 @@ def add_merge(
         if weights.bias_delta is not None:
             patches[f"diffusion_model.{path}.bias"] = ("diff", (weights.bias_delta,))
     for strength, patches in by_strength.items():
-        model.add_patches(patches, strength)
+        taken = model.add_patches(patches, strength)
+        missing = [key for key in patches if key.endswith(".weight") and key not in taken]
+        if missing:
+            raise ConfigError(
+                f"{len(missing)} modules of this MODEL, such as {missing[0]}, have no weight "
+                "that a LoRA could be merged into. Use mode 'side path' or 'auto', without "
+                "torch.compile and other nodes that need merged weights."
+            )

@@ -5,24 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import torch
 from comfy.patcher_extension import WrappersMP
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
 
+#: Of a GGUF's weight, for its norm.
+MAX_DECODED_ROWS = 512
+
 
 def get_modules(model: ModelPatcher) -> Mapping[str, torch.nn.Module]:
-    """Module path -> module of the diffusion model, for everything that holds a weight."""
+    """Module path -> module of the diffusion model, for everything that holds a weight.
+
+    Linears are there also if their weight has another name, as in models of other extensions.
+    """
     return {
         path: module
         for path, module in model.model.diffusion_model.named_modules()
-        if getattr(module, "weight", None) is not None
+        if has_weight(module) or hasattr(module, "in_features")
     }
+
+
+def has_weight(module: torch.nn.Module) -> bool:
+    """Whether ComfyUI could patch it."""
+    return getattr(module, "weight", None) is not None
 
 
 def describe_model(model: ModelPatcher) -> tuple[str, str | None]:
@@ -53,26 +63,74 @@ def get_placement(model: ModelPatcher) -> Placement:
     return Placement(dtype, model.load_device, model.offload_device)
 
 
-def describe_storage(module: torch.nn.Module) -> tuple[str, int]:
-    """How a weight is stored, and the bytes of one element: ("scaled float8_e4m3fn", 1)."""
-    weight = module.weight
+def describe_storage(module: torch.nn.Module) -> tuple[str, bool]:
+    """How a weight is stored, and whether a merged one is rounded to less than 16 bits there.
+
+    ("scaled float8_e4m3fn", True), ("GGUF Q4_K", False): ComfyUI-GGUF patches what it has decoded.
+    """
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return str(getattr(module, "precision", type(module).__name__)), True
+    if is_gguf(weight) and not weight.is_floating_point():
+        return f"GGUF {weight.tensor_type.name}", False
     quantised = getattr(weight, "_qdata", None)  # of comfy-kitchen's QuantizedTensor
     dtype = (weight if quantised is None else quantised).dtype
     name = str(dtype).removeprefix("torch.")
-    return (name if quantised is None else f"scaled {name}"), dtype.itemsize
+    return (name if quantised is None else f"scaled {name}"), dtype.itemsize < 2
 
 
-def measure_weight(model: ModelPatcher, module_path: str) -> float | None:
-    """Frobenius norm of a weight as loaded, without patches; None where it cannot be read."""
+class Norm(NamedTuple):
+    """A Frobenius norm, or why there is none."""
+
+    value: float | None
+    obstacle: str = ""
+
+
+def measure_weight(model: ModelPatcher, module_path: str) -> Norm:
+    """Frobenius norm of a weight as loaded, without patches; of a GGUF's from a sample of rows."""
     key = f"diffusion_model.{module_path}.weight"
+    if not has_weight(model.get_model_object(f"diffusion_model.{module_path}")):
+        return Norm(None, "it has no weight of its own")
     kept = model.backup.get(key)  # the original, while the module holds a patched one
     weight = model.get_model_object(key) if kept is None else kept.weight
-    if hasattr(weight, "dequantize"):
+    share = 1.0
+    if hasattr(weight, "_qdata"):
         weight = weight.dequantize()
+    elif is_gguf(weight) and not weight.is_floating_point():
+        name = weight.tensor_type.name
+        try:
+            weight, share = decode_rows(weight)
+        except ImportError:
+            return Norm(None, "it is a GGUF's and the gguf package is missing: pip install gguf")
+        except NotImplementedError:
+            return Norm(None, f"the gguf package cannot decode {name}")
+    # What the numbers of another class mean is its affair, and it inherits every method.
+    elif type(weight) not in (torch.Tensor, torch.nn.Parameter) and not is_gguf(weight):
+        return Norm(None, f"it is stored as a {type(weight).__name__}")
     if not weight.is_floating_point():
-        return None
-    norm = weight.detach().float().norm(dtype=torch.float64).item()
-    return norm if norm > 0 and math.isfinite(norm) else None
+        return Norm(None, f"it is stored as {str(weight.dtype).removeprefix('torch.')}")
+    norm = weight.detach().float().norm(dtype=torch.float64).item() / math.sqrt(share)
+    if norm > 0 and math.isfinite(norm):
+        return Norm(norm)
+    return Norm(None, f"its norm is {norm:g}")
+
+
+def is_gguf(weight: torch.Tensor) -> bool:
+    """Whether it is a GGMLTensor of ComfyUI-GGUF: codes as uint8, or floats."""
+    return hasattr(weight, "tensor_type") and hasattr(weight, "tensor_shape")
+
+
+def decode_rows(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """float32 values of evenly spread rows of a GGMLTensor, and which share of all they are.
+
+    The package decodes some 20 million weights a second on one core.
+    """
+    import gguf
+
+    codes = weight.as_subclass(torch.Tensor)  # its own class hides the shape of the codes
+    rows = codes[:: math.ceil(len(codes) / MAX_DECODED_ROWS)]
+    values = gguf.quants.dequantize(rows.cpu().numpy(), weight.tensor_type)
+    return torch.from_numpy(values), len(rows) / len(codes)
 
 
 def get_options(model: ModelPatcher) -> dict[str, Any]:
@@ -102,32 +160,3 @@ def add_wrapper(model: ModelPatcher, kind: str, key: str, wrapper: Callable) -> 
     }[kind]
     model.remove_wrappers_with_key(wrapper_type, key)
     model.add_wrapper_with_key(wrapper_type, key, wrapper)
-
-
-def build_linear(weight: torch.Tensor) -> torch.nn.Module:
-    """A Linear without bias whose weight ComfyUI may offload, page and cast."""
-    linear = comfy.ops.manual_cast.Linear(
-        weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype
-    )
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return linear
-
-
-def get_resident_weight(linear: torch.nn.Module, like: torch.Tensor) -> torch.Tensor | None:
-    """The weight if it can be used as it is beside `like`; None if ComfyUI has to bring it."""
-    weight = linear.weight
-    is_ready = (
-        weight.device == like.device
-        and weight.dtype == like.dtype
-        and not hasattr(linear, "_v")  # paged by dynamic VRAM
-        and not linear.weight_function
-    )
-    return weight if is_ready else None
-
-
-def wrap_in_patcher(module: torch.nn.Module, placement: Placement) -> ModelPatcher:
-    """A patcher of its own, so that ComfyUI loads, offloads and accounts for `module`."""
-    # Looked up at call time: main.py swaps in the dynamic-VRAM class after import.
-    return comfy.model_patcher.CoreModelPatcher(
-        module, placement.load_device, placement.offload_device
-    )

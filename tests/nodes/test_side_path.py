@@ -168,12 +168,15 @@ def test_adapters_that_meet_on_a_module_run_as_one_down_and_one_up_product(
     for seed, rank in enumerate((4, 2, 7)):
         model = apply_ours(model, make_lora(f"l{seed}", seed=seed, rank=rank), 0.1 * (seed + 1))
     bank = ours.side_path.get_side_path(model).get_bank().module
-    products = []
-    for site in bank.sites.values():
-        (term,) = site.terms
-        products.append((term.down.weight.shape[0], term.up.weight.shape[1]))
-    assert products == [(13, 13)] * len(bank.sites)
     assert len(bank.sites) == 24  # 12 Linears in each of 2 blocks
+    for path, site in bank.sites.items():
+        (term,) = site.terms
+        shapes = [shape for shape, _, _ in site.pack.views]
+        reads_alone = not path.endswith(("_q", "_k", "_v", "_q_proj", "_k_proj", "_v_proj"))
+        reads_first = path.endswith(("_q", "_q_proj"))
+        downs = [13] if reads_alone else [39] if reads_first else []
+        assert [shape[0] for shape in shapes[:-1]] == downs
+        assert shapes[-1][1] == term.rank == 13
 
 
 def test_no_bank_is_built_for_the_steps_of_a_chain_that_nobody_samples(
