@@ -24,6 +24,7 @@ PRODUCT_RATE = "bf16 product rate, square"
 COPY_RATE = "copy on the device, read and written"
 
 QUERY = "name,driver_version,memory.total,clocks.sm,power.limit,pcie.link.gen.current"
+LIMITS = Path("/proc/self/limits")
 PINNED_BYTES = 18_874_368  # a matrix of 3072 x 3072 in bf16
 NUM_PINNED = 20
 BACKENDS = {
@@ -168,7 +169,9 @@ def compare_scales(context: Context) -> None:
     expected = (codes.float() * scale).bfloat16().float()
 
     def measure_error(found: torch.Tensor) -> float:
-        return ((found.float().cpu() - expected).abs() / expected.abs().clamp_min(1e-12)).max().item()
+        return (
+            ((found.float().cpu() - expected).abs() / expected.abs().clamp_min(1e-12)).max().item()
+        )
 
     there = codes.to(context.device).bfloat16()
     for name, form in (("a number", ()), ("(1, 1)", (1, 1))):
@@ -210,6 +213,6 @@ def look_at_pinned_memory(context: Context) -> None:
         stats = {k: v for k, v in torch.cuda.host_memory_stats().items() if "bytes.current" in k}
         context.record.figure("pinned, allocator's bytes", str(stats))
     del kept
-    limit = Path("/proc/self/limits").read_text() if Path("/proc/self/limits").exists() else ""
-    locked = [line for line in limit.splitlines() if line.startswith("Max locked memory")]
-    context.record.figure("limit of locked memory", " ".join(locked[0].split()[3:]) if locked else "")
+    lines = LIMITS.read_text().splitlines() if LIMITS.exists() else []
+    locked = [" ".join(li.split()[3:]) for li in lines if li.startswith("Max locked memory")]
+    context.record.figure("limit of locked memory", "".join(locked))

@@ -87,7 +87,7 @@ class Recorder:
         started = time.monotonic()
         try:
             yield
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001  the rest shall go on
             self.fail(name, e)
         finally:
             spent = time.monotonic() - started

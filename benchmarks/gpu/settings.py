@@ -50,7 +50,7 @@ class Sizes:
 CARD = Sizes(
     *(24, 128, 3584, (16, 56, 56)),
     *(128, 64, (180, 256)),
-    **{"blocks": 60, "few_blocks": 6, "file_blocks": 4, "loaded_blocks": 12},
+    **{"blocks": 60, "few_blocks": 6, "file_blocks": 4, "loaded_blocks": 6},
     **{"ranks": (16, 64), "calls": 5, "steps": 3},
 )
 DRY = Sizes(
