@@ -56,7 +56,7 @@ CARD = Sizes(
 DRY = Sizes(
     *(2, 32, 64, (4, 14, 14)),
     *(8, 4, (5, 8)),
-    **{"blocks": 2, "few_blocks": 1, "file_blocks": 2, "loaded_blocks": 1},
+    **{"blocks": 2, "few_blocks": 1, "file_blocks": 1, "loaded_blocks": 1},
     **{"ranks": (2, 4), "calls": 2, "steps": 1},
 )
 

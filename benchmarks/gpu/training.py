@@ -40,7 +40,7 @@ FEW_BITS_S = 50
 
 
 def run(context: Context) -> None:
-    loading = start_piece(context, "F:run_loading")
+    loading = None if context.is_dry else start_piece(context, "F:run_loading")
     try:
         with context.record.item("bf16"):
             Training(context).measure_bf16()
@@ -49,11 +49,15 @@ def run(context: Context) -> None:
             measure_few_bits(context)
         free(context.device)
         (context.folder / "card is free").touch()
-        loading.wait()
+        if loading is None:
+            run_loading(context)
+        else:
+            loading.wait()
         with context.record.item("compile"):
             measure_compiled(context)
     finally:
-        loading.kill()
+        if loading is not None:
+            loading.kill()
 
 
 def run_loading(context: Context) -> None:
@@ -102,18 +106,19 @@ class Training:
         for rank, kind in ((self.low, "auto"), (self.high, SELECTIVE)):
             with record.item(f"r{rank} {kind}"):
                 times[rank] = self.measure(rank, kind, profile=rank == self.low, aim=True)
-        for rank in (self.low, self.high):
+        for rank in (self.low,) if self.context.is_dry else (self.low, self.high):
             if record.has_time(f"plain loop, r{rank}", 14):
                 with record.item(f"plain loop, r{rank}"):
                     self.measure_plain(rank, times.get(rank))
-        for kind, name in ((SELECTIVE, ""), (True, ""), *((SELECTIVE, name) for name in KERNELS)):
+        chosen = ((SELECTIVE, ""), (True, ""), *((SELECTIVE, name) for name in KERNELS))
+        for kind, name in chosen[-1:] if self.context.is_dry else chosen:
             label = f"r{self.low} {json_name(kind)} {name}".strip()
             # What is aimed at comes after, and needs the time more.
             if record.has_time(label, FEW_BITS_S + 10):
                 with record.item(label):
                     self.measure(self.low, kind, kernel=name)
         with record.item("false"):
-            if is_large(self.context) or self.context.is_dry:
+            if is_large(self.context):
                 self.measure(self.low, False)
             else:
                 record.skip("r16, false", "keeps more than this card has")
@@ -271,7 +276,7 @@ def note_trace(context: Context, label: str, found: Trace, step_s: float) -> Non
 
 def measure_few_bits(context: Context) -> None:
     record, low = context.record, context.sizes.ranks[0]
-    for storage in ("fp8", "nf4"):
+    for storage in ("nf4",) if context.is_dry else ("fp8", "nf4"):
         if not record.has_time(f"{storage}, true", 14):
             continue
         with record.item(storage):
