@@ -78,7 +78,7 @@ class Recorder:
         self.write(name, value, unit, kind, limit, passed, note)
 
     @contextmanager
-    def item(self, name: str, seconds: float = 0.0) -> Iterator[None]:
+    def item(self, name: str) -> Iterator[None]:
         """Something that may fail without the rest: the failure is a record.
 
         Use it as `with recorder.item("name"): ...`; for what may not fit in the time left ask

@@ -118,7 +118,8 @@ def run_in_turn(context: Context) -> None:
             name = f"estimate / run, {storage}, time"
             record.figure(name, seconds, "", where)
             if taken.step_s >= LEAST_S:
-                record.limit(f"{name} - 1", abs(seconds - 1), "", "<= 0.15", where)
+                # A goal, since a compilation runs beside it; a marked test asks for it alone.
+                record.goal(f"{name} - 1", abs(seconds - 1), "", "<= 0.15", where)
 
 
 def run_compiled(context: Context) -> None:
