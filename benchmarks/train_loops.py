@@ -11,6 +11,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,18 @@ from qwen_edit_lora.lora_core.injection import LoraSettings, inject, plan_inject
 from qwen_edit_lora.lora_core.stored_weight import BaseWeight  # noqa: E402
 from qwen_edit_lora.lora_core.training import config as configuration  # noqa: E402
 from qwen_edit_lora.lora_core.training.architecture import Architecture  # noqa: E402
+from qwen_edit_lora.lora_core.training.batches import load_repeated  # noqa: E402
 from qwen_edit_lora.lora_core.training.dataset import (  # noqa: E402
     CachedDataset,
     CachedItem,
     DatasetWriter,
     read_dataset,
 )
+from qwen_edit_lora.lora_core.training.gradient_checkpointing import adapt_to_memory  # noqa: E402
 from qwen_edit_lora.lora_core.training.loading import list_leaves, load_leaf  # noqa: E402
+from qwen_edit_lora.lora_core.training.memory import MemoryMeter  # noqa: E402
+from qwen_edit_lora.lora_core.training.metrics import StepReport  # noqa: E402
+from qwen_edit_lora.lora_core.training.offload import choose_offloaded  # noqa: E402
 from qwen_edit_lora.lora_core.training.trainer import train  # noqa: E402
 from qwen_edit_lora.lora_core.training.transformer import EditTransformer, pack  # noqa: E402
 from qwen_edit_lora.lora_core.training.weight_reader import WeightReader  # noqa: E402
@@ -40,6 +46,17 @@ LEARNING_RATE = 1e-4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Step = Callable[[], Any]
+
+
+@dataclass
+class OurStep:
+    """A step of ours, and the model it trains."""
+
+    model: EditTransformer
+    reports: Iterator[StepReport]
+
+    def __call__(self) -> StepReport:
+        return next(self.reports)
 
 
 class RandomBase:
@@ -101,19 +118,46 @@ def make_dataset(folder: Path, options: Namespace, text_width: int) -> CachedDat
     return read_dataset(writer.finish())
 
 
+def count_flops(tokens: int, text_tokens: int, width: int, blocks: int, rank: int) -> float:
+    """Of one step, forward and backward, each counted once.
+
+    A frozen product costs 2 in the forward and 2 in the backward pass (no gradient of the weight),
+    a LoRA's 2 and 4; attention's two products 4 and 8 w per pair of tokens. The 12 w^2 of a token
+    are q, k, v, out and both products of the MLP.
+    """
+    total = tokens + text_tokens
+    products = 4 * 12 * width**2 * total
+    lora = 6 * rank * (4 * 2 + 2 * 5) * width * total
+    attention = 12 * width * total**2
+    return float(blocks * (products + lora + attention))
+
+
 def build_ours(
     model: torch.nn.Module,
     options: Namespace,
     rank: int,
     folder: Path,
     checkpointing: bool | str = True,
-) -> Step:
-    """A step of `trainer.train` with everything it does: reading the sample, checks, metrics."""
-    compute_dtype = DTYPES[options.dtype]
+    num_offloaded: int = 0,
+) -> OurStep:
+    """A step of `trainer.train` with everything it does: reading the sample, checks, metrics.
+
+    Args:
+        checkpointing: "auto" chooses by the free memory, as a run with default settings does; the
+            step's model tells what it chose.
+        num_offloaded: so many blocks' weights are moved to host memory for good.
+    """
+    compute_dtype, device = DTYPES[options.dtype], torch.device(options.device)
     ours = EditTransformer(share(model), compute_dtype)
-    ours.enable_gradient_checkpointing(checkpointing)
+    if num_offloaded:
+        indices = choose_offloaded(len(ours.blocks), num_offloaded)
+        for index in indices:
+            ours.blocks[index].to("cpu")
+        ours.offload_blocks(indices, device)
+    is_auto = checkpointing == configuration.AUTO
+    ours.enable_gradient_checkpointing(True if is_auto else checkpointing)
     settings = LoraSettings(rank=rank)
-    injection = inject(ours.transformer, settings)
+    injection = inject(ours.transformer, settings, device=device)
     if options.compile:
         for block in ours.blocks:
             block.compile()
@@ -130,8 +174,12 @@ def build_ours(
         optimizer=configuration.OptimizerConfig(learning_rate=LEARNING_RATE),
         saving=configuration.SavingConfig(checkpoint_every=10**6, adapter_every=0, health_every=0),
     )
-    reports = train(config, ours, injection, dataset)
-    return lambda: next(reports)
+    if is_auto:
+        batch = load_repeated(dataset, 0, 1, config.seed).to(device)
+        free_bytes = MemoryMeter(device).find_free()
+        num_parameters = injection.plan.num_parameters
+        adapt_to_memory(ours, batch, len(ours.blocks), num_parameters, free_bytes)
+    return OurStep(ours, train(config, ours, injection, dataset))
 
 
 def build_plain(

@@ -203,20 +203,6 @@ def read_peak() -> int:
     return read_status("VmHWM")
 
 
-def count_flops(tokens: int, text_tokens: int, width: int, blocks: int, rank: int) -> float:
-    """Of one step, forward and backward, each counted once.
-
-    A frozen product costs 2 in the forward and 2 in the backward pass (no gradient of the weight),
-    a LoRA's 2 and 4; attention's two products 4 and 8 w per pair of tokens. The 12 w^2 of a token
-    are q, k, v, out and both products of the MLP.
-    """
-    total = tokens + text_tokens
-    products = 4 * 12 * width**2 * total
-    lora = 6 * rank * (4 * 2 + 2 * 5) * width * total
-    attention = 12 * width * total**2
-    return float(blocks * (products + lora + attention))
-
-
 def measure_matrix_rate() -> float:
     """FLOP per second of a bf16 product of the model's own size, the best of several."""
     device = OPTIONS.device
@@ -248,7 +234,7 @@ def measure_full(folder: Path) -> None:
         step()
         torch.cuda.reset_peak_memory_stats()
         seconds = [measure(step)[0] for _ in range(OPTIONS.rounds)]
-        flops = count_flops(tokens, OPTIONS.text_tokens, 3072, OPTIONS.blocks, rank)
+        flops = loops.count_flops(tokens, OPTIONS.text_tokens, 3072, OPTIONS.blocks, rank)
         median = statistics.median(seconds)
         row = {
             "storage": storage,

@@ -112,6 +112,24 @@ def test_an_old_python_is_refused_in_a_sentence(dev):
         dev.check_python((3, 8))
 
 
+def test_the_check_for_a_card_gets_its_arguments_in_their_place(dev, monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(dev, "setup", lambda root, environment: tmp_path)
+    monkeypatch.setattr(dev, "run", lambda command, comfyui: commands.append(command) or 3)
+    assert dev.main(["gpu", "--parts", "A,F", "--dry-run"]) == 3
+    check = dev.ROOT / "benchmarks" / "gpu_check.py"
+    assert commands == [[dev.get_venv_python(dev.ROOT), check, "--parts", "A,F", "--dry-run"]]
+    assert check.is_file()
+
+
+def test_the_benchmarks_that_all_run_are_those_that_need_no_card(dev, monkeypatch, tmp_path):
+    names = []
+    monkeypatch.setattr(dev, "run", lambda command, comfyui: names.append(command[1].stem) or 0)
+    assert dev.bench(tmp_path, []) == 0
+    assert "apply" in names
+    assert "gpu_check" not in names
+
+
 def test_a_failing_pip_shows_the_end_of_its_log(dev, tmp_path):
     with pytest.raises(dev.DevError, match=r"check the network[\s\S]*unknown command"):
         dev.run_pip(Path(sys.executable), ["no-such-command"], tmp_path / "setup.log")

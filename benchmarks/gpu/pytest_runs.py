@@ -1,0 +1,80 @@
+"""Parts C and D: tests of the suite that say more on a card, counted one by one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+
+from .settings import ROOT, Context
+
+MARK = "pytest.mark.gpu"
+HOST_TESTS = tuple(
+    f"tests/nodes/{name}.py"
+    for name in (
+        *("test_side_path", "test_merge", "test_merged_storages"),
+        *("test_low_precision", "test_sweep_bits"),
+    )
+)
+#: In a dry run one test, which shows that the host starts.
+DRY_HOST_TESTS = (f"{HOST_TESTS[0]}::test_strength_0_is_bit_identical_to_the_base",)
+MOST_FAILURES = 12  # named one by one
+
+
+def run_gpu_tests(context: Context) -> None:
+    """The tests that are marked `gpu`; without a card they skip, which a dry run wants to see."""
+    files = sorted(
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if MARK in path.read_text(encoding="utf-8")
+    )
+    run_pytest(context, [*files, "-m", "gpu"], {})
+
+
+def run_host_tests(context: Context) -> None:
+    """Tests of side path and merge, with ComfyUI on the card."""
+    if context.is_dry:
+        run_pytest(context, list(DRY_HOST_TESTS), {})
+        return
+    files = [name for name in HOST_TESTS if (ROOT / name).is_file()]
+    run_pytest(context, files, {"QWEN_EDIT_LORA_GPU": "1"})
+
+
+def run_pytest(context: Context, arguments: Sequence[str], environment: dict[str, str]) -> None:
+    """Records how many tests passed; that none failed must hold.
+
+    Versions of a bare machine are others than the pinned ones, so that warnings are no errors here.
+    """
+    report, cache = context.folder / "report.xml", context.folder / "cache"
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "--tb=short"]
+    command += ["-o", f"cache_dir={cache}", f"--junitxml={report}", *arguments]
+    merged = {**os.environ, "OMP_NUM_THREADS": "4", **environment}
+    ended = subprocess.run(
+        command, cwd=ROOT, env=merged, stdout=sys.stderr, stderr=sys.stderr, check=False
+    )
+    counts, failures = read_report(report)
+    for name, count in counts.items():
+        context.record.figure(f"tests {name}", count)
+    for name, message in failures[:MOST_FAILURES]:
+        context.record.must(name, False, "failed", message)
+    num_taken = counts.get("run", 0) - (0 if context.is_dry else counts.get("skipped", 0))
+    is_good = ended.returncode == 0 and num_taken > 0
+    context.record.must("pytest ends well", is_good, ended.returncode)
+
+
+def read_report(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """How many were run and skipped, and which failed with what, of a junit file."""
+    if not path.is_file():
+        return {}, []
+    suite = ElementTree.parse(path).getroot()
+    cases = list(suite.iter("testcase"))
+    failures = []
+    for case in cases:
+        for outcome in (*case.findall("failure"), *case.findall("error")):
+            failures.append((case.get("name", ""), outcome.get("message", "")[:300]))
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    counts = {"run": len(cases), "skipped": skipped, "failed": len(failures)}
+    return counts, failures
