@@ -13,9 +13,9 @@ from ..errors import ConfigError
 from ..progress import ShouldStop, track
 from ..training.latents import normalize
 from ..training.pictures import write_latents
+from ..training.run import Run
 from ..training.sampling import sample
 from ..training.session import Session
-from ..training.trainer import Run
 from .job import SampleSettings
 from .picture_writer import PictureWriter
 from .pictures import SUFFIX, name_sample, name_source, name_target

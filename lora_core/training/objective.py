@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from . import flow
-from .batches import Batch
+from .batches import Batch, pin
 from .config import ObjectiveConfig
 from .losses import AUXILIARY_LOSSES, AuxiliaryLoss, CleanPrediction, Decode
 
@@ -63,7 +63,8 @@ class Objective:
             num_tokens=batch.num_target_tokens,
             sigma_range=(config.sigma_min, config.sigma_max),
         )
-        return sigma.float().to(batch.x_0.device)
+        sigma, device = sigma.float(), batch.x_0.device
+        return (pin(sigma) if device.type == "cuda" else sigma).to(device, non_blocking=True)
 
     def compute_losses(
         self, model: VelocityModel, batch: Batch, with_auxiliary: bool = True

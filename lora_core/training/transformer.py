@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
-from .edit_block import EditBlock
+from .edit_block import SELECTIVE, EditBlock
 from .offload import BlockOffload
 from .rope import Grid, compute_rotation
 
@@ -90,10 +90,13 @@ class EditTransformer(nn.Module):
         return self.is_adaptive and self.gradient_checkpointing is not True
 
     def recompute_more(self) -> bool:
-        """Keeps only each block's input from now on; False where it already does, or must not."""
+        """Keeps less from now on; False where it already keeps least, or must not.
+
+        One kind at a time: true after "selective" costs speed for the rest of the run.
+        """
         if not self.can_recompute_more:
             return False
-        self.enable_gradient_checkpointing()
+        self.enable_gradient_checkpointing(True if self.gradient_checkpointing else SELECTIVE)
         return True
 
     def offload_blocks(self, indices: Sequence[int], device: torch.device) -> None:
