@@ -106,6 +106,8 @@ class Batch:
     """(B, 1, H, W) loss weights."""
     num_tokens: int
     """Tokens of all samples: targets, references and text without padding."""
+    sigma: torch.Tensor | None = None
+    """float32 (B,), the noise levels made from `u`; None before."""
 
     @property
     def num_target_tokens(self) -> int:
@@ -127,7 +129,7 @@ class Batch:
         return Batch(
             *(move(self.x_0), [function(r) for r in self.references]),
             *(move(self.text), move(self.text_mask), move(self.noise)),
-            *(self.u, move(self.mask), self.num_tokens),
+            *(self.u, move(self.mask), self.num_tokens, move(self.sigma)),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -146,12 +147,17 @@ class MicroSteps:
             parameter.grad = None
 
     def load_batches(self, number: int) -> list[Batch]:
-        """This process's part of a micro-batch, and of the prior's; both on the CPU."""
+        """This process's part of a micro-batch, and of the prior's; both on the CPU.
+
+        With noise levels, so that nothing is left to be copied to a GPU from pageable memory, which
+        waits for all that the GPU has yet to do.
+        """
         dropout = self.config.data.caption_dropout
         batches = [self.load_batch(self.dataset, self.order, number, dropout)]
         if self.prior is not None:
             batches.append(self.load_batch(self.prior, self.prior_order, number, 0.0))
-        return [batch.pin(self.device) for batch in batches]
+        chosen = [replace(one, sigma=self.objective.choose_sigmas(one)) for one in batches]
+        return [batch.pin(self.device) for batch in chosen]
 
     def load_batch(
         self, dataset: CachedDataset, order: DataOrder, number: int, caption_dropout: float

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from . import flow
-from .batches import Batch, pin
+from .batches import Batch
 from .config import ObjectiveConfig
 from .losses import AUXILIARY_LOSSES, AuxiliaryLoss, CleanPrediction, Decode
 
@@ -51,7 +51,9 @@ class Objective:
         self.auxiliary = {**built_in, **(auxiliary or {})}
 
     def choose_sigmas(self, batch: Batch) -> torch.Tensor:
-        """float32 (B,), on the batch's device."""
+        """float32 (B,), on the batch's device; those of the batch where it has them."""
+        if batch.sigma is not None:
+            return batch.sigma
         config = self.config
         sigma = flow.choose_sigmas(
             batch.u,
@@ -63,8 +65,7 @@ class Objective:
             num_tokens=batch.num_target_tokens,
             sigma_range=(config.sigma_min, config.sigma_max),
         )
-        sigma, device = sigma.float(), batch.x_0.device
-        return (pin(sigma) if device.type == "cuda" else sigma).to(device, non_blocking=True)
+        return sigma.float().to(batch.x_0.device)
 
     def compute_losses(
         self, model: VelocityModel, batch: Batch, with_auxiliary: bool = True
