@@ -59,8 +59,10 @@ class Sampler:
 
         Raises:
             InterruptedError: `should_stop` said yes.
+            NonFiniteLossError: the weights are not finite.
         """
         started = time.monotonic()
+        self.run.check_weights()
         with self._leaving_the_run_alone():
             for index in self.indices:
                 self._make_one(step, index, should_stop)

@@ -6,18 +6,21 @@ backward pass only a real one or a CPU can run.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from qwen_edit_lora.lora_core import NonFiniteLossError
 from qwen_edit_lora.lora_core.injection import inject
-from qwen_edit_lora.lora_core.training import micro_steps, optimization, run
+from qwen_edit_lora.lora_core.training import micro_steps, optimization, run, trainer
 from qwen_edit_lora.lora_core.training.architecture import Architecture
+from qwen_edit_lora.lora_core.training.checkpoint import CheckpointFolder
 from qwen_edit_lora.lora_core.training.gradient_checkpointing import KINDS
+from qwen_edit_lora.lora_core.training.processes import Processes
 from qwen_edit_lora.lora_core.training.session import open_session
 from qwen_edit_lora.lora_core.training.trainer import train
 from qwen_edit_lora.lora_core.training.transformer import EditTransformer
@@ -156,6 +159,64 @@ def test_a_step_with_its_backward_pass_reads_values_once(kind, tmp_path, monkeyp
         assert copies.waited_for == []
         assert reads.names == ["tolist"]
     reports.close()
+
+
+class TwoProcesses(Processes):
+    """This one and another that does the same, but is asked to stop at a moment of its own."""
+
+    def __init__(self, is_other_asked) -> None:
+        super().__init__()
+        self.count = 2
+        self.is_other_asked = is_other_asked
+
+    def prepare(self, model, parameters):
+        return model
+
+    def without_sync(self, model):
+        return nullcontext()
+
+    def average(self, tensor: torch.Tensor) -> torch.Tensor:
+        other = tensor.clone()
+        other[-1] = float(self.is_other_asked())
+        return (tensor + other) / 2
+
+    def sum(self, number: float, device: torch.device) -> float:
+        return number + self.is_other_asked()
+
+    def gather(self, value):
+        return [value, value]
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("who", ["this", "the other"])
+@pytest.mark.parametrize("last", [0, 2])
+def test_several_processes_stop_after_the_same_step_and_wait_no_more_often(
+    who, last, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(optimization, "can_fuse", lambda params: True)
+    monkeypatch.setattr(trainer, "Processes", lambda accelerator: processes)
+    numbers = {"this": itertools.count(), "the other": itertools.count()}
+
+    def is_asked(name: str) -> bool:
+        """Before the first step, and then within each."""
+        return next(numbers[name]) >= last and name == who
+
+    processes = TwoProcesses(lambda: is_asked("the other"))
+    config = make_config(tmp_path, **{"saving.checkpoint_every": 100})
+    model, injection = make_injected(config)
+    dataset = make_dataset(tmp_path / "data")
+    reports = train(config, model, injection, dataset, should_stop=lambda: is_asked("this"))
+    for step in range(1, last + 1):
+        with Reads() as reads:
+            report = next(reports)
+        assert report.step == step
+        tokens = report.tokens_per_s * report.seconds
+        assert 2 * (2 * 16 + 4) <= tokens <= 2 * (2 * 16 + 6)  # two samples of 4 to 6 text tokens
+        assert step == 1 or reads.names == ["tolist"]  # the first batch is made here
+    assert list(reports) == []
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").list_steps() == [last][:last]
 
 
 @contextmanager
