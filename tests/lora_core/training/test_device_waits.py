@@ -16,10 +16,13 @@ import pytest
 import torch
 from qwen_edit_lora.lora_core import NonFiniteLossError
 from qwen_edit_lora.lora_core.injection import inject
+from qwen_edit_lora.lora_core.jobs.job import SampleSettings
+from qwen_edit_lora.lora_core.jobs.samples import Sampler
 from qwen_edit_lora.lora_core.training import micro_steps, optimization, run, trainer
 from qwen_edit_lora.lora_core.training.architecture import Architecture
 from qwen_edit_lora.lora_core.training.checkpoint import CheckpointFolder
 from qwen_edit_lora.lora_core.training.gradient_checkpointing import KINDS
+from qwen_edit_lora.lora_core.training.objective import Objective
 from qwen_edit_lora.lora_core.training.processes import Processes
 from qwen_edit_lora.lora_core.training.session import open_session
 from qwen_edit_lora.lora_core.training.trainer import train
@@ -244,6 +247,30 @@ def test_weights_that_became_infinite_are_told_with_their_step_before_another_is
     with pytest.raises(NonFiniteLossError, match=r"finite gradients at step 2, so that nothing"):
         next(reports)
     assert list((tmp_path / "run").rglob("*.safetensors")) == []
+
+
+def test_no_sample_is_made_of_infinite_weights(tmp_path):
+    base = write_base(tmp_path / "base.safetensors", 2, **TINY)
+    changes = {"model.source": base, "model.storage": "fp32", "saving.checkpoint_every": 100}
+    config = make_config(tmp_path, **changes)
+    make_dataset(tmp_path / "data")
+    opened = open_session(config)
+    objective, notes = Objective(config.objective), []
+    started = run.Run(
+        *(config, opened.model, opened.injection, opened.dataset, None, objective, None),
+        *(Processes(), notes.append, False),
+    )
+    reports = started.take_steps(lambda: False)
+    samples = SampleSettings(every=1, steps=1)
+    sampler = Sampler(samples, opened, started, tmp_path / "samples", notes.append)
+    next(reports)
+    sampler.make(1, lambda: False)
+    assert len(list((tmp_path / "samples").iterdir())) == 1
+    with infinite_updates(opened.injection):
+        next(reports)
+    with pytest.raises(NonFiniteLossError, match="finite gradients at step 2"):
+        sampler.make(2, lambda: False)
+    assert len(list((tmp_path / "samples").iterdir())) == 1
 
 
 @pytest.mark.parametrize("by", ["stop", "checkpoint", "adapter", "health"])
