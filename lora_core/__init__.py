@@ -11,6 +11,7 @@ from .errors import (
     LoraError,
     NonFiniteLossError,
     NonFiniteWeightsError,
+    OutOfMemoryError,
     ShapeError,
     TargetError,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "NonFiniteLossError",
     "NonFiniteWeightsError",
     "OftWeights",
+    "OutOfMemoryError",
     "ShapeError",
     "TargetError",
     "build_state_dict",

@@ -8,6 +8,7 @@ LoraError
 +-- ConfigError            a setting outside its range
 +-- NonFiniteWeightsError  NaN or Inf in the weights
 +-- NonFiniteLossError     NaN or Inf in a training step
++-- OutOfMemoryError       memory ran out in a training step
 """
 
 
@@ -41,3 +42,17 @@ class NonFiniteWeightsError(LoraError, ValueError):
 
 class NonFiniteLossError(LoraError, ArithmeticError):
     """A training step gave NaN or Inf; the optimizer was not stepped."""
+
+
+class OutOfMemoryError(LoraError, MemoryError):
+    """Memory ran out in a training step, and nothing that may be given up for it is left.
+
+    Args:
+        sentence: what ran out where, without a full stop.
+        advice: what lowers the memory, what costs least first.
+    """
+
+    def __init__(self, sentence: str, advice: tuple[str, ...]):
+        super().__init__(f"{sentence}. What lowers it: {'; '.join(advice)}.")
+        self.sentence = sentence
+        self.advice = advice

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError, FileError
 from ..training.config_files import build, config_from_dict, config_to_dict
-from .folder import STATE_FILE, JobFolder, restore
+from .folder import STATE_FILE, BusyFileError, JobFolder, restore
 from .index import JobIndex
 from .job import (
     Job,
@@ -46,6 +46,9 @@ class Catalog:
                 job = self._recall(folder, stamp, (known or {}).get(folder.id))
             except UnknownJobError:
                 continue  # deleted meanwhile
+            except BusyFileError as e:  # as it was when it could be read
+                last = self._remember(folder, (known or {}).get(folder.id))
+                job, stamp = last or build_broken(folder, str(e)), ""
             except FileError as e:
                 job, stamp = build_broken(folder, str(e)), ""
             else:
@@ -86,6 +89,15 @@ class Catalog:
             except (LookupError, TypeError, ValueError):
                 pass  # of an older version
         return self.read(folder)
+
+    def _remember(self, folder: JobFolder, row: tuple[str, dict[str, Any]] | None) -> Job | None:
+        """A job from memory or the index, however old."""
+        if folder.id in self._read_jobs:
+            return self._read_jobs[folder.id][1]
+        try:
+            return None if row is None else from_row(folder, row[1])
+        except (LookupError, TypeError, ValueError):
+            return None
 
     def read(self, folder: JobFolder) -> Job:
         """The job as it is now."""

@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import time
 
-from ..errors import LoraError
+from ..errors import LoraError, OutOfMemoryError
 from ..training.config import TrainConfig
 from ..training.memory import is_out_of_memory
 from .folder import JobFolder
@@ -17,18 +17,21 @@ LOG_TAIL_BYTES = 16384
 #: Signals that a process gives itself by doing something it must not.
 OWN_SIGNALS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP", "SIGSYS")
 
+LOWER = "lower what the run needs and clone the job"
 LOOK_AT_LOG = "look at the end of the log"
 RESUME = "resume the job: it goes on from its last checkpoint"
 
 
 def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
     """For an exception that a worker caught."""
+    if isinstance(error, OutOfMemoryError):
+        return JobFailure(sentence=f"{error.sentence}; {LOWER}", advice=error.advice)
     if is_out_of_memory(error):
         from ..training.estimate import advise
 
         where = "the computer" if isinstance(error, MemoryError) else "the device"
         return JobFailure(
-            sentence=f"{where} ran out of memory; lower what the run needs and clone the job",
+            sentence=f"{where} ran out of memory; {LOWER}",
             advice=advise(config),
         )
     if isinstance(error, LoraError):

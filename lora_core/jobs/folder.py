@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, FileError
-from ..files import explain
+from ..files import BRIEF_PATIENCE_S, PATIENCE_S, explain, insist, replace
 from ..training.config_files import build, config_to_dict
 from ..training.metrics import METRICS_FILE
 from .job import JobSettings, JobState, Request
@@ -25,6 +25,10 @@ REQUEST_FILE = "request.json"
 LOCK_FILE = "lock"
 LOG_FILE = "log.txt"
 SAMPLES = "samples"
+
+
+class BusyFileError(FileError):
+    """Another process has the file in its hands; nothing is known of what it says."""
 
 
 class JobFolder:
@@ -58,7 +62,9 @@ class JobFolder:
         self._write(CONFIG_FILE, values, durable=True)
 
     def read_state(self) -> JobState:
-        """Raises FileError where state.json is missing or broken."""
+        """Raises FileError where state.json is missing or broken, BusyFileError if it may be read
+        later.
+        """
         values = self._read(STATE_FILE)
         try:
             return restore(JobState, values)
@@ -85,11 +91,15 @@ class JobFolder:
         self._write(REQUEST_FILE, {"request": request}, durable=True)
 
     def clear_request(self) -> None:
-        (self.path / REQUEST_FILE).unlink(missing_ok=True)
+        insist(lambda: (self.path / REQUEST_FILE).unlink(missing_ok=True))
 
     def _read(self, name: str) -> dict[str, Any]:
+        path = self.path / name
         try:
-            values = json.loads((self.path / name).read_text(encoding="utf-8"))
+            text = insist(lambda: path.read_text(encoding="utf-8"), BRIEF_PATIENCE_S)
+            values = json.loads(text)
+        except PermissionError as e:
+            raise BusyFileError(f"{name} of job {self.id} cannot be read: {e.strerror}") from None
         except OSError as e:
             raise FileError(f"{name} of job {self.id} cannot be read: {e.strerror}") from None
         except ValueError:
@@ -109,7 +119,8 @@ class JobFolder:
                 if durable:
                     file.flush()
                     os.fsync(file.fileno())
-            temporary.replace(self.path / name)
+            patience_s = PATIENCE_S if durable else BRIEF_PATIENCE_S
+            replace(temporary, self.path / name, patience_s)
         except OSError as e:
             temporary.unlink(missing_ok=True)
             raise FileError(f"{name} of job {self.id} cannot be written: {explain(e)}") from None

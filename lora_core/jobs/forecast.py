@@ -19,6 +19,7 @@ from ..progress import ShouldStop
 from ..training.config import TrainConfig
 from ..training.config_files import config_to_dict
 from ..training.estimate import Estimate
+from ..training.memory import names_out_of_memory
 from .devices import Device
 from .launch import PACKAGE_ROOT, build_environment
 
@@ -81,7 +82,7 @@ def explain(errors: str, exit_code: int) -> str:
     own = [line.removeprefix(PREFIX) for line in lines if line.startswith(PREFIX)]
     if own:
         return own[-1]
-    if any("out of memory" in line.lower() for line in lines):
+    if names_out_of_memory(errors):
         return (
             "not even three blocks fit into the device's free memory; close what else uses it, or "
             "choose a smaller storage or dataset"

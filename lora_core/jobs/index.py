@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..files import BRIEF_PATIENCE_S, replace
+
 T = TypeVar("T")
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for another process that writes
@@ -180,7 +182,7 @@ class JobIndex:
         for suffix in ("", "-wal", "-shm"):
             path = self.path.with_name(self.path.name + suffix)
             try:
-                path.replace(path.with_name(f"{path.name}.broken"))
+                replace(path, path.with_name(f"{path.name}.broken"), BRIEF_PATIENCE_S)
             except OSError:
                 path.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 from ..errors import FileError
-from ..files import explain
+from ..files import explain, rename
 
 #: In an adapter's metadata: the job that made it.
 JOB_KEY = "qwen_edit_lora.job"
@@ -140,7 +140,7 @@ def take_name(temporary: Path, path: Path) -> bool:
     except OSError:  # a file system without hard links
         if path.exists():
             return is_same(path, temporary)
-        temporary.rename(path)
+        rename(temporary, path)
         return True
 
 

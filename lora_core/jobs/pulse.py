@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
@@ -115,7 +116,7 @@ class Pulse:
             with self._lock:
                 if self._is_over:
                     return
-                if not (self.folder.path / STATE_FILE).exists():
+                if is_gone(self.folder.path / STATE_FILE):
                     say("the job's folder is gone; the worker ends")
                     sys.stdout.flush()
                     os._exit(0)
@@ -146,6 +147,17 @@ class Pulse:
             self.folder.write_state(self.state, durable)
         except FileError as e:
             logger.warning("%s", e)  # figures only; training decides for itself what it cannot save
+
+
+def is_gone(path: Path) -> bool:
+    """Not because of a moment in which Windows lets nobody look at the file."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class MutedPulse:

@@ -13,9 +13,9 @@ from ..errors import ConfigError
 from ..progress import ShouldStop, track
 from ..training.latents import normalize
 from ..training.pictures import write_latents
+from ..training.run import Run
 from ..training.sampling import sample
 from ..training.session import Session
-from ..training.trainer import Run
 from .job import SampleSettings
 from .picture_writer import PictureWriter
 from .pictures import SUFFIX, name_sample, name_source, name_target
@@ -59,8 +59,10 @@ class Sampler:
 
         Raises:
             InterruptedError: `should_stop` said yes.
+            NonFiniteLossError: the weights are not finite.
         """
         started = time.monotonic()
+        self.run.check_weights()
         with self._leaving_the_run_alone():
             for index in self.indices:
                 self._make_one(step, index, should_stop)

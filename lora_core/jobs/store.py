@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, FileError
-from ..files import explain
+from ..files import explain, rename
 from ..training.config import TrainConfig
 from ..training.config_files import build, config_from_dict, config_to_dict
 from ..training.metrics import read_metrics
 from .catalog import Catalog
-from .folder import JobFolder
+from .folder import BusyFileError, JobFolder
 from .identity import kill
 from .index import JobIndex
 from .job import (
@@ -116,7 +116,12 @@ class JobStore:
         while True:
             if should_stop is not None and should_stop():
                 raise InterruptedError(f"waiting for job {job_id} was stopped; the job goes on")
-            job = self.catalog.read(folder)
+            try:
+                job = self.catalog.read(folder)
+            except BusyFileError:
+                if last is None:
+                    raise
+                job = last
             if job != last and notify is not None:
                 notify(job)
             last = job
@@ -339,7 +344,7 @@ class JobStore:
                 settings = state = None  # damaged: all the more reason to delete it
             condemned = folder.path.with_name(f".{job_id}.{secrets.token_hex(4)}.deleted")
             try:
-                folder.path.rename(condemned)
+                rename(folder.path, condemned)
             except OSError as e:
                 raise FileError(f"job {job_id} cannot be deleted: {explain(e)}") from None
         finally:
@@ -387,7 +392,7 @@ class JobStore:
             folder = JobFolder(temporary)
             folder.write_settings(settings)
             folder.write_state(state)
-            temporary.rename(path)
+            rename(temporary, path)
         except (OSError, FileError) as e:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(e, FileError):

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import FileError, LoraError
 from ..training.checkpoint import CheckpointFolder
-from ..training.trainer import CHECKPOINTS
+from ..training.run import CHECKPOINTS
 from .devices import Device, fits, list_devices
 from .failure import explain_death, fail, is_from_outside, restart_or_fail
 from .folder import JobFolder

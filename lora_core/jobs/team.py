@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..files import replace
 from .folder import JobFolder, restore
 from .identity import identify, is_running
 from .job import JobFailure, WorkerIdentity
@@ -129,7 +130,7 @@ def leave_failure(folder: JobFolder, index: int, failure: JobFailure) -> None:
     path = get_failure_path(folder, index)
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(dataclasses.asdict(failure)), encoding="utf-8")
-    temporary.replace(path)
+    replace(temporary, path)
 
 
 def take_failure(folder: JobFolder, index: int) -> JobFailure | None:

@@ -17,8 +17,8 @@ from ..training.config import TrainConfig
 from ..training.memory import is_out_of_memory
 from ..training.objective import Objective
 from ..training.processes import Processes
+from ..training.run import Run, open_checkpoints
 from ..training.session import Session, choose_device, describe_session, open_session
-from ..training.trainer import Run, open_checkpoints
 from .alarms import Alarms
 from .devices import CPU
 from .folder import JobFolder

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError, LoraError
-from ..files import explain
+from ..files import explain, replace
 from ..progress import Progress, ShouldStop, track
 from ..stored import shorten
 from ..training.dataset import ITEMS_FOLDER, CachedItem, DatasetWriter, read_dataset
@@ -170,7 +170,7 @@ def link(source: Path, target: Path) -> None:
             temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
             try:
                 shutil.copyfile(source, temporary)
-                temporary.replace(target)
+                replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as e:

@@ -8,7 +8,7 @@ of its own, seeded by (seed, epoch, place in the epoch).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -106,6 +106,8 @@ class Batch:
     """(B, 1, H, W) loss weights."""
     num_tokens: int
     """Tokens of all samples: targets, references and text without padding."""
+    sigma: torch.Tensor | None = None
+    """float32 (B,), the noise levels made from `u`; None before."""
 
     @property
     def num_target_tokens(self) -> int:
@@ -113,14 +115,34 @@ class Batch:
         return count_target_tokens(*self.x_0.shape[-2:])
 
     def to(self, device: torch.device) -> Batch:
+        """There, but for `u`; from page-locked memory nobody waits for it."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self, device: torch.device) -> Batch:
+        """In page-locked memory, if `device` is a GPU; see `pin`."""
+        return self._map(pin) if device.type == "cuda" else self
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+            return None if tensor is None else function(tensor)
 
         return Batch(
-            *(move(self.x_0), [move(r) for r in self.references]),
+            *(move(self.x_0), [function(r) for r in self.references]),
             *(move(self.text), move(self.text_mask), move(self.noise)),
-            *(self.u, move(self.mask), self.num_tokens),
+            *(self.u, move(self.mask), self.num_tokens, move(self.sigma)),
         )
+
+
+def pin(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in page-locked memory, the only kind that a GPU reads while the host goes on.
+
+    The tensor as it is where the system grants no more of it, of which Windows and WSL2 have
+    little: the copy to the GPU is then waited for.
+    """
+    try:
+        return tensor.pin_memory()
+    except RuntimeError:
+        return tensor
 
 
 def load_repeated(dataset: CachedDataset, index: int, size: int, seed: object) -> Batch:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import FileError
-from ..files import explain, separate
+from ..files import explain, rename, separate
 from ..stored import SafetensorsFile
 
 VERSION = 1
@@ -106,7 +106,7 @@ class CheckpointFolder:
                 synchronize(file)
             synchronize(temporary)
             self._move_away(path)
-            temporary.rename(path)
+            rename(temporary, path)
             synchronize(self.folder)
         except (OSError, SafetensorError) as e:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -139,7 +139,8 @@ class CheckpointFolder:
         """Deletes a checkpoint so that its name goes first."""
         if path.exists():
             step = int(_NAME.fullmatch(path.name)[1])  # type: ignore[index]
-            condemned = path.rename(self._name_temporary(step))
+            condemned = self._name_temporary(step)
+            rename(path, condemned)
             shutil.rmtree(condemned, ignore_errors=True)
 
 

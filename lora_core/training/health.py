@@ -32,7 +32,7 @@ def measure_health(injection: Injection, turn: int) -> dict[str, float]:
     for i in range(count):
         # Evenly over the model, one further each turn.
         layer = injection.layers[paths[(i * len(paths) // count + turn) % len(paths)]]
-        down, up = (tensor.detach().double().cpu() for tensor in (layer.down, layer.up))
+        down, up = (tensor.detach().cpu().double() for tensor in (layer.down, layer.up))
         factors = Factors(down, up * layer.scale)
         values = compute_singular_values(factors)
         stds.append(values.norm().item() / math.sqrt(math.prod(factors.shape)))

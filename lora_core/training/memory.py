@@ -13,6 +13,27 @@ STATUS = Path("/proc/self/status")
 MEMINFO = Path("/proc/meminfo")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
+#: How libraries say that memory ran out, in lower case. Few have an exception of its own for it.
+OUT_OF_MEMORY = (
+    "out of memory",  # torch's allocator, CUDA, HIP, NCCL ("Cuda failure 2 'out of memory'")
+    "can't allocate",  # torch's allocator of a CPU
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",  # its handle is made at the first product, in no memory left
+    "cudnn_status_alloc_failed",
+    "cudnn_status_internal_error_device_allocation_failed",  # the same from version 9 on
+    "cudnn_status_internal_error_host_allocation_failed",
+    "cusolver_status_alloc_failed",
+    "hipblas_status_alloc_failed",
+    "hipblas_status_not_initialized",
+    "rocblas_status_memory_error",
+    "miopenstatusallocfailed",
+    "cudaerrormemoryallocation",
+    "hiperroroutofmemory",
+    "failed to cuda malloc",  # NCCL
+    "failed to cuda calloc",
+    "failed to cuda host alloc",
+)
+
 
 class MemoryMeter:
     """Bytes in use now, and at most since `reset`; None where the system does not tell.
@@ -84,16 +105,18 @@ def trim_heap() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also for libraries that raise a RuntimeError of their own."""
-    text = str(error).lower()
+    """Also for libraries that raise a RuntimeError of their own, such as torch.AcceleratorError."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (
-            isinstance(error, RuntimeError)
-            and ("out of memory" in text or "can't allocate" in text)
-        )
+        or (isinstance(error, RuntimeError) and names_out_of_memory(str(error)))
     )
+
+
+def names_out_of_memory(text: str) -> bool:
+    """Whether a library's message, or a line of another process's log, is one of OUT_OF_MEMORY."""
+    text = text.lower()
+    return any(words in text for words in OUT_OF_MEMORY)
 
 
 def count_bytes(tensors) -> int:

@@ -51,7 +51,9 @@ class Objective:
         self.auxiliary = {**built_in, **(auxiliary or {})}
 
     def choose_sigmas(self, batch: Batch) -> torch.Tensor:
-        """float32 (B,), on the batch's device."""
+        """float32 (B,), on the batch's device; those of the batch where it has them."""
+        if batch.sigma is not None:
+            return batch.sigma
         config = self.config
         sigma = flow.choose_sigmas(
             batch.u,

@@ -32,6 +32,9 @@ class OptimizerKind:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
+#: How torch's own optimizers compute a step, not what: chosen anew for the device at hand.
+IMPLEMENTATION = ("foreach", "fused", "capturable")
+
 OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind(
         "torch.optim",
@@ -107,6 +110,8 @@ def build_optimizer(
     if not params:
         raise ConfigError("there are no parameters to train; inject a LoRA first")
     options = {**kind.options, **options, **kind.fixed}
+    if name == "adamw" and can_fuse(params):
+        options["fused"] = True
     if "betas" in options:  # JSON and TOML have lists only
         options["betas"] = tuple(options["betas"])
     make = import_optimizer(name, kind)
@@ -118,6 +123,15 @@ def build_optimizer(
         raise ConfigError(f"{name} refuses its options: {e}.") from None
     set_train_mode(optimizer)
     return optimizer
+
+
+def can_fuse(params: Iterable[torch.nn.Parameter]) -> bool:
+    """Whether a step can be one pass over the weights, as on CUDA and ROCm.
+
+    Its counters lie on the device then, and the copies of all weights that the other way makes for
+    a moment are spared. A CPU keeps to the other, whose bits older checkpoints go on with.
+    """
+    return all(p.is_cuda and p.is_floating_point() for p in params)
 
 
 def import_optimizer(name: str, kind: OptimizerKind) -> type[torch.optim.Optimizer]:
@@ -170,7 +184,8 @@ def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> No
     """Puts back what `optimizer.state_dict()` gave, every tensor in the type it had.
 
     torch casts them to the parameter's type instead, which loses Adafactor's float32 moments of
-    bfloat16 weights.
+    bfloat16 weights; and it takes over how a step was computed, which may not be had on this
+    device.
 
     Raises:
         ConfigError: the state was made for other parameters or another optimizer.
@@ -186,7 +201,11 @@ def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> No
             f"{type(optimizer).__name__} over {len(params)}; resume with the settings it was "
             "made with."
         )
-    optimizer.load_state_dict(state)
+    groups = [
+        {**saved, **{name: group[name] for name in IMPLEMENTATION if name in group}}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
     for index, parameter in zip(saved_ids, params, strict=True):
         for name, tensor in state["state"].get(index, {}).items():
             loaded = optimizer.state[parameter].get(name)

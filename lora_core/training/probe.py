@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .dataset import CachedDataset
 from .ema import Ema
 from .gradient_checkpointing import adapt_to_memory, get_first_kind, is_free_to_choose
+from .gradients import are_finite, clip_gradients, compute_grad_norm
 from .host_blocks import HostBlocks
 from .loading import find_block, list_leaves, load_leaf
 from .memory import MemoryMeter, count_bytes
@@ -31,7 +32,6 @@ from .objective import VELOCITY, Objective
 from .offload import BlockOffload
 from .optimization import build_optimizer
 from .session import COMPUTE_DTYPES
-from .trainer import are_finite, clip_gradients, compute_grad_norm
 from .transformer import EditTransformer
 from .weight_reader import WeightReader
 
@@ -220,7 +220,7 @@ class Probe:
         middle = self.read_clock()
         # Those of other blocks have no gradient.
         active = [p for p in self.parameters if p.grad is not None]
-        grad_norm = compute_grad_norm(active)
+        grad_norm = compute_grad_norm(active).item()
         clip_gradients(active, grad_norm, self.config.optimizer.max_grad_norm)
         self.optimizer.step()
         are_finite(active)

@@ -12,7 +12,7 @@ from .optimization import flatten_state, load_state, unflatten_state
 from .random_state import collect_random_state, restore_random_state
 
 if TYPE_CHECKING:
-    from .trainer import Run
+    from .run import Run
 
 #: Settings that a resumed run may change without becoming another run.
 FREE = (

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import ConfigError
-from .edit_block import EditBlock, recompute
+from .edit_block import SELECTIVE, EditBlock, recompute
 from .head_rotation import normalize
 from .host_blocks import HostBlocks
 from .offload import BlockOffload
@@ -93,10 +93,13 @@ class EditTransformer(nn.Module):
         return self.is_adaptive and self.gradient_checkpointing is not True
 
     def recompute_more(self) -> bool:
-        """Keeps only each block's input from now on; False where it already does, or must not."""
+        """Keeps less from now on; False where it already keeps least, or must not.
+
+        One kind at a time: true after "selective" costs speed for the rest of the run.
+        """
         if not self.can_recompute_more:
             return False
-        self.enable_gradient_checkpointing()
+        self.enable_gradient_checkpointing(True if self.gradient_checkpointing else SELECTIVE)
         return True
 
     def offload_blocks(

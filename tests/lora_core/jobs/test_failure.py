@@ -63,14 +63,43 @@ def test_restarts_are_counted_without_progress_only(material):
     assert state.failure == failure
 
 
+def make_backend_error(text: str) -> Exception:
+    from torch.distributed import DistBackendError
+
+    return DistBackendError(text)
+
+
+def make_accelerator_error(text: str) -> Exception:
+    """As torch raises from 2.8 on what was a RuntimeError before."""
+    kind = getattr(torch, "AcceleratorError", RuntimeError)
+    return kind(text)
+
+
+NCCL = "NCCL error in: NCCLUtils.cpp:109, unhandled cuda error, NCCL version 2.27.5\n"
+
+
 @pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        torch.OutOfMemoryError("HIP out of memory. Tried to allocate 80.00 MiB. GPU 0 has"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         RuntimeError("CUDA error: out of memory"),
+        make_accelerator_error("CUDA error: out of memory\nCUDA kernel errors might be"),
+        make_accelerator_error("HIP error: out of memory\nHIP kernel errors might be"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(h)`"),
+        RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(h)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        make_backend_error(
+            f"{NCCL}ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+            "Cuda failure 2 'out of memory'"
+        ),
+        make_backend_error(f"{NCCL}Last error:\nFailed to CUDA calloc 6291456 bytes"),
         MemoryError(),
     ],
+    ids=lambda error: f"{type(error).__name__}-{str(error)[:40]}",
 )
 def test_out_of_memory_says_what_to_lower(error, material):
     config = make_train(material, **{"data.batch_size": 4, "lora.rank": 64})
@@ -79,6 +108,19 @@ def test_out_of_memory_says_what_to_lower(error, material):
     assert failure.advice[0] == "set model.gradient_checkpointing to true"
     assert "set data.batch_size to 1 and raise optimizer.accumulation" in failure.advice
     assert "lower lora.rank" in failure.advice
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(`"),
+        make_backend_error(f"{NCCL}Last error:\nCuda failure 1 'invalid argument'"),
+        ValueError("out of memory"),
+    ],
+)
+def test_other_errors_of_libraries_are_no_lack_of_memory(error, material):
+    assert "ran out of memory" not in explain_error(error, make_train(material)).sentence
 
 
 def test_other_errors_are_one_sentence(material):

@@ -13,16 +13,19 @@ import time
 from pathlib import Path
 
 import pytest
-from qwen_edit_lora.lora_core import ConfigError, FileError
-from qwen_edit_lora.lora_core.jobs.folder import JobFolder
+from qwen_edit_lora.lora_core import ConfigError, FileError, files
+from qwen_edit_lora.lora_core.jobs import folder
+from qwen_edit_lora.lora_core.jobs.folder import BusyFileError, JobFolder
 from qwen_edit_lora.lora_core.jobs.job import (
     JobSettings,
     JobStateError,
     JobStatus,
     Phase,
+    Request,
     UnknownJobError,
     WorkerIdentity,
 )
+from qwen_edit_lora.lora_core.jobs.pulse import Pulse, is_gone
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from tiny_jobs import make_train
 
@@ -314,6 +317,96 @@ def test_a_job_with_a_broken_file_is_a_failed_one_that_can_be_deleted(name, cont
     assert [job.id for job in store.list()] == [good]
 
 
+@pytest.fixture
+def in_use(monkeypatch):
+    """`in_use(name, times)`: Windows lets nobody read files of that name for so many tries."""
+
+    def deny(name: str, times: float) -> None:
+        read_text = Path.read_text
+        left = {"tries": times}
+
+        def read(path: Path, *arguments, **named) -> str:
+            if path.name == name and left["tries"] > 0:
+                left["tries"] -= 1
+                raise PermissionError(13, "The process cannot access the file")
+            return read_text(path, *arguments, **named)
+
+        monkeypatch.setattr(Path, "read_text", read)
+
+    monkeypatch.setattr(folder, "BRIEF_PATIENCE_S", 0.05)
+    monkeypatch.setattr(files, "RETRY_INTERVAL_S", 0.0)
+    return deny
+
+
+@pytest.mark.parametrize("name", ["config.json", "state.json", "request.json"])
+def test_a_file_that_is_being_replaced_is_read_a_moment_later(name, store, submit, in_use):
+    job_id = submit()
+    store.open_folder(job_id).write_request(Request.PAUSE)
+    expected = store.get(job_id)
+    in_use(name, 3)
+    assert JobStore(store.root).get(job_id) == expected
+    assert expected.request is Request.PAUSE
+
+
+@pytest.mark.parametrize("is_known", ["from memory", "from the index"])
+def test_a_running_job_whose_state_is_in_use_is_listed_as_it_was(is_known, store, submit, in_use):
+    job_id = submit()
+    job_folder = store.open_folder(job_id)
+    running = dataclasses.replace(job_folder.read_state(), status=JobStatus.IN_PROGRESS, step=1)
+    job_folder.write_state(running)
+    (before,) = store.list()
+    job_folder.write_state(dataclasses.replace(running, step=2))
+    if is_known == "from the index":
+        store = JobStore(store.root)
+    in_use("state.json", float("inf"))
+    assert store.list() == [before]
+    with pytest.raises(BusyFileError, match="state"):
+        store.get(job_id)
+
+
+def test_waiting_goes_on_while_the_state_is_in_use(store, submit, in_use):
+    job_id = submit()
+    asked = []
+
+    def should_stop() -> bool:
+        asked.append(True)
+        if len(asked) == 2:
+            in_use("state.json", float("inf"))
+        return len(asked) == 4
+
+    with pytest.raises(InterruptedError):
+        store.wait(job_id, should_stop)
+    assert len(asked) == 4
+
+
+def test_a_state_is_written_over_one_that_is_being_read(store, submit, monkeypatch):
+    folder_of_job = store.open_folder(submit())
+    replace, tries = os.replace, []
+
+    def deny(source, target) -> None:
+        tries.append(target)
+        if len(tries) < 4:
+            raise PermissionError(13, "The process cannot access the file")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", deny)
+    Pulse(folder_of_job, folder_of_job.read_state()).finish(JobStatus.COMPLETED)
+    assert len(tries) == 5
+    assert folder_of_job.read_state().status is JobStatus.COMPLETED
+
+
+def test_only_a_state_that_is_not_there_says_that_the_job_was_deleted(tmp_path, monkeypatch):
+    assert is_gone(tmp_path / "state.json")
+    (tmp_path / "state.json").touch()
+    assert not is_gone(tmp_path / "state.json")
+
+    def deny(path, **_):
+        raise PermissionError(13, "Access is denied")
+
+    monkeypatch.setattr(Path, "stat", deny)
+    assert not is_gone(tmp_path / "state.json")
+
+
 # --- missing files and disks that do not take any ---
 
 
@@ -362,6 +455,7 @@ spec = importlib.util.spec_from_file_location(
 sys.modules["qwen_edit_lora"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from qwen_edit_lora.lora_core.errors import FileError
+from qwen_edit_lora.lora_core.jobs.pulse import Pulse, is_gone
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 
 store = JobStore(folder)

@@ -124,7 +124,7 @@ def kill_at_call(number: int) -> Callable[[], int]:
     checkpoint.save_file = watch(checkpoint.save_file, after)
     checkpoint.synchronize = watch(checkpoint.synchronize, after)
     checkpoint.shutil.rmtree = watch(checkpoint.shutil.rmtree, after)
-    Path.rename = watch(Path.rename, after)
+    os.rename = watch(os.rename, after)
     os.replace = watch(os.replace, after)
     return lambda: calls
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from qwen_edit_lora.lora_core import OutOfMemoryError
 from qwen_edit_lora.lora_core.injection import inject
+from qwen_edit_lora.lora_core.jobs.failure import explain_error
 from qwen_edit_lora.lora_core.training import gradient_checkpointing, session
 from qwen_edit_lora.lora_core.training.batches import load_repeated
 from qwen_edit_lora.lora_core.training.gradient_checkpointing import (
@@ -19,6 +23,7 @@ from qwen_edit_lora.lora_core.training.gradient_checkpointing import (
 from qwen_edit_lora.lora_core.training.memory import MemoryMeter
 from qwen_edit_lora.lora_core.training.session import describe_session, open_session
 from qwen_edit_lora.lora_core.training.trainer import train
+from safetensors.torch import load_file
 from small_bases import TINY, write_base
 from tiny import make_config, make_dataset, make_item
 
@@ -166,38 +171,87 @@ def test_the_larger_of_training_set_and_prior_decides(tmp_path, base, monkeypatc
     assert seen[1:] == [(3, 16, 30, 30)]
 
 
-def test_out_of_memory_in_a_step_keeps_less_and_is_the_same_run(tmp_path, base, monkeypatch):
-    config, opened = make_run(tmp_path / "a", base, 0, monkeypatch)
-    expected = run(config, opened)
-    config, opened = make_run(tmp_path / "b", base, 2**40, monkeypatch)
-    model = opened.model
-    number = 0
+def fail_in_calls(model, numbers, error):
+    """Raises in the given calls of blocks, counted over the run."""
+    calls = itertools.count()
 
-    def fail_once(module, inputs):
-        nonlocal number
-        number += 1
-        if number == 3 * NUM_BLOCKS - 2:  # within the third step, after random numbers were drawn
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    def fail(module, inputs):
+        if next(calls) in numbers:
+            raise error
 
     for block in model.blocks:
-        block.register_forward_pre_hook(fail_once)
+        block.register_forward_pre_hook(fail)
+
+
+# In the second half of the second step, after gradients and random numbers; and once more where its
+# repetition has got as far.
+FIRST = 3 * NUM_BLOCKS + 3
+SECOND = FIRST + 3 + NUM_BLOCKS
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["torch", "cuBLAS"],
+)
+@pytest.mark.parametrize(
+    ("calls", "kinds"),
+    [((FIRST,), ['"selective"']), ((FIRST, SECOND), ['"selective"', "true"])],
+    ids=["once", "twice"],
+)
+def test_out_of_memory_in_a_step_keeps_less_by_one_kind_and_is_the_same_run(
+    calls, kinds, error, tmp_path, base, monkeypatch
+):
+    changes = {"optimizer.accumulation": 2, "steps": 3}
+    config, opened = make_run(tmp_path / "a", base, 0, monkeypatch, **changes)
+    expected = run(config, opened)
+    config, opened = make_run(tmp_path / "b", base, 2**40, monkeypatch, **changes)
+    fail_in_calls(opened.model, calls, error)
     said = []
     found = run(config, opened, notify=said.append)
     assert [r.loss for r in found] == [r.loss for r in expected]
     assert [r.grad_norm for r in found] == [r.grad_norm for r in expected]
-    assert model.gradient_checkpointing is True
-    assert len(said) == 1
-    assert said[0].startswith("memory ran out in step 3; from there on gradient_checkpointing is")
+    assert json.dumps(opened.model.gradient_checkpointing) == kinds[-1]
+    assert said == [
+        f"memory ran out in step 2; from there on gradient_checkpointing is {kind}, which is "
+        "slower and gives the same LoRA"
+        for kind in kinds
+    ]
+    ours, theirs = (load_file(tmp_path / name / "run" / "tiny.safetensors") for name in "ba")
+    assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 
-def test_out_of_memory_with_nothing_left_to_lower_is_raised(tmp_path, base, monkeypatch):
-    config, opened = make_run(tmp_path, base, 0, monkeypatch)
+def test_out_of_memory_with_the_least_kept_says_in_which_step_and_what_to_lower(
+    tmp_path, base, monkeypatch
+):
+    changes = {"data.batch_size": 2, "lora.rank": 32}
+    config, opened = make_run(tmp_path, base, 2**40, monkeypatch, **changes)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has")
+    fail_in_calls(opened.model, range(2 * NUM_BLOCKS, 10**6), error)
+    said = []
+    sentence = (
+        r"^the computer ran out of memory in step 3 \(CUDA out of memory\. Tried to .* GPU 0 has\)"
+        r"\. What lowers it: set data\.batch_size to 1 .*; lower lora\.rank; .* of time\.$"
+    )
+    with pytest.raises(OutOfMemoryError, match=sentence) as caught:
+        run(config, opened, notify=said.append)
+    assert len(said) == 2  # "selective" and true were tried
+    failure = explain_error(caught.value, config)
+    assert "ran out of memory in step 3" in failure.sentence
+    assert "lower lora.rank" in failure.advice
 
-    def fail(module, inputs):
+
+def test_out_of_memory_as_the_optimizer_makes_its_state_says_so_too(tmp_path, base, monkeypatch):
+    config, opened = make_run(tmp_path, base, 2**40, monkeypatch)
+
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    opened.model.blocks[0].register_forward_pre_hook(fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    with pytest.raises(OutOfMemoryError, match=r"in step 1 .* set optimizer.name to \"adamw8bit"):
         run(config, opened)
 
 

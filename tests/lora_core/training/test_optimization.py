@@ -21,6 +21,7 @@ from qwen_edit_lora.lora_core.training.optimization import (
 )
 from qwen_edit_lora.lora_core.training.schedules import SHAPES, build_schedule
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 RATES = {"prodigy": 1.0, "adafactor": 1e-3}
 
@@ -80,6 +81,35 @@ def test_a_resumed_optimizer_takes_the_same_steps_to_the_bit(name, stop, dtype, 
         assert torch.equal(a, b)
         # Prodigy's first steps are below what bfloat16 can tell apart
         assert not torch.equal(a, start) or (name == "prodigy" and dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_state_of_a_gpu_goes_on_elsewhere_and_the_other_way(steps, tmp_path):
+    """Counters go to the device where one pass does a step, and come back where it does not."""
+    straight, fused = make_parameters(), make_parameters()
+    take_steps(build_optimizer("adamw", straight, 1e-2), straight, range(8), 1e-2)
+    theirs = torch.optim.AdamW(fused, 1e-2, fused=True)  # which a CPU has too
+    take_steps(theirs, fused, range(steps), 1e-2)
+
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in fused]
+    optimizer = build_optimizer("adamw", resumed, 1e-2)
+    load_state(optimizer, send_through_disk(theirs.state_dict(), tmp_path))
+    assert not optimizer.param_groups[0]["fused"]
+    take_steps(optimizer, resumed, range(steps, 8), 1e-2)
+    for a, b in zip(straight, resumed, strict=True):
+        torch.testing.assert_close(a, b)
+
+    state = optimizer.state_dict()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = [torch.nn.Parameter(torch.empty(p.shape, device="cuda")) for p in resumed]
+        optimizer = build_optimizer("adamw", on_gpu, 1e-2)
+        load_state(optimizer, state)
+        assert optimizer.param_groups[0]["fused"]
+        places = {value.device.type for one in optimizer.state.values() for value in one.values()}
+        assert places == {"cuda"}
+        for parameter in on_gpu:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
 
 
 @pytest.mark.parametrize(("first", "count"), [("adamw", 3), ("schedule-free", 4)])
