@@ -49,6 +49,8 @@ def make_measurement(seconds, size, **changes) -> Measurement:
             "optimizer_s": Linear(0.0, 0.01),
             "compile_s": 0.0,
             "passing_bytes": Linear(*size),
+            "updating_bytes": Linear(0, 0),
+            "gap_bytes": Linear(0, 0),
             "loading_bytes": 0,
             "block_bytes": 1000,
             "other_bytes": 500,
