@@ -251,7 +251,8 @@ def list_advanced_inputs() -> list[Any]:
             options=[AUTO, *STORAGES],
             tooltip=(
                 "How the base is kept on the GPU. auto: the most exact that leaves room to train "
-                "(bf16 41 GB, fp8 20 GB, nf4 14 GB); on a CPU fp32."
+                "(bf16 41 GB, fp8 20 GB, nf4 14 GB), or on 12 and 16 GB cards fp8 with blocks that "
+                "wait in main memory; on a CPU fp32. The report says which."
             ),
             **extra,
         ),
