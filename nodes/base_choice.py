@@ -79,6 +79,8 @@ def count_tokens(config: TrainConfig) -> int:
 
 
 def count_lora(config: TrainConfig) -> int:
-    """Trainable parameters on the full model; patterns count as every layer."""
+    """Trainable parameters on the full model; patterns count as every layer but modulation."""
     names = [name if name in TARGET_PRESETS else "full" for name in config.lora.targets]
-    return max(count_parameters(name, config.lora.rank) for name in names)
+    rank = config.lora.rank
+    every = count_parameters("full + modulation", rank)
+    return min(every, sum(count_parameters(name, rank) for name in names))

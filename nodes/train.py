@@ -173,8 +173,9 @@ class QwenEditLoraTrain(io.ComfyNode):
                 lines.append(found.to_text())
                 if not found.fits and if_too_large == REFUSE:
                     text = "\n".join(lines)
+                    where = "main memory" if found.fits_device else "the device's memory"
                     raise ConfigError(
-                        f"this training does not fit into the device's memory.\n{text}\n"
+                        f"this training does not fit into {where}.\n{text}\n"
                         "Lower what the list names, or set if_too_large to 'start anyway'."
                     )
         if sample_every and vae is None:
