@@ -12,6 +12,7 @@ import torch
 from .base_weights import BaseWeights, open_base
 from .composition import Composition, build_composition, check_rank
 from .errors import ConfigError, KeyFormatError, NonFiniteWeightsError, ShapeError
+from .matmul_precision import exact_products
 from .progress import Progress, ShouldStop, track
 from .report import shorten_list
 from .stored import AnyTensor
@@ -33,12 +34,12 @@ def extract_adapter(
 ) -> Composition:
     """A LoRA that turns `base` into `tuned`, as far as `rank` allows.
 
-    Linear by Linear, the float32 difference goes through a randomised SVD; no more than one module
-    of either model is in memory. `retained` and `residual` are measured on the difference itself,
-    so `residual` is a bound that holds: |tuned - base - delta|_F, which no singular value of what
-    is missing exceeds. What does not differ is left out. Biases and norms are small, so their
-    differences are kept whole, as the `.diff_b` and `.diff` entries that ComfyUI applies too; they
-    are no part of the energy.
+    Linear by Linear, the float32 difference goes through a randomised SVD, by float32 products
+    whatever PyTorch is set to; no more than one module of either model is in memory. `retained` and
+    `residual` are measured on the difference itself, so `residual` is a bound that holds:
+    |tuned - base - delta|_F, which no singular value of what is missing exceeds. What does not
+    differ is left out. Biases and norms are small, so their differences are kept whole, as the
+    `.diff_b` and `.diff` entries that ComfyUI applies too; they are no part of the energy.
 
     Args:
         base: a model file, or tensors by `<module_path>.weight`; bf16, fp16, fp32, fp8, int8 or
@@ -63,18 +64,19 @@ def extract_adapter(
     parts = {}
     try:
         vectors, notes = compute_vectors(base, tuned) if biases else ({}, [])
-        for path in track(matrices, progress, should_stop, "extraction"):
-            theirs, ours = tuned.get(path).to(device), base.get(path).to(device)
-            difference = theirs.values - ours.values
-            square = sum_squares(difference)
-            check_finite(square, path)
-            bias = vectors.pop(f"{path}.bias", None)
-            if square:
-                dtype = choose_storage(matrices[path].dtype)
-                part = truncate_dense(difference, rank, None, dtype)
-                parts[path] = add_bias(part, bias)
-            elif bias is not None:
-                parts[path] = Truncated(DiffWeights(bias_delta=bias), 0.0)
+        with exact_products():
+            for path in track(matrices, progress, should_stop, "extraction"):
+                theirs, ours = tuned.get(path).to(device), base.get(path).to(device)
+                difference = theirs.values - ours.values
+                square = sum_squares(difference)
+                check_finite(square, path)
+                bias = vectors.pop(f"{path}.bias", None)
+                if square:
+                    dtype = choose_storage(matrices[path].dtype)
+                    part = truncate_dense(difference, rank, None, dtype)
+                    parts[path] = add_bias(part, bias)
+                elif bias is not None:
+                    parts[path] = Truncated(DiffWeights(bias_delta=bias), 0.0)
     finally:
         base.release()
         tuned.release()

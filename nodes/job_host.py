@@ -12,13 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..lora_core.errors import ConfigError, FileError
-from ..lora_core.jobs.devices import Device, list_devices, measure_memory
-from ..lora_core.jobs.job import MAX_DEVICES, Job, JobStatus, SampleSettings, UnknownJobError
+from ..lora_core.jobs.devices import Device
+from ..lora_core.jobs.job import Job, JobStatus, SampleSettings, UnknownJobError
 from ..lora_core.jobs.publication import JOB_KEY
 from ..lora_core.jobs.repetition import build_again
 from ..lora_core.jobs.store import JobStore
@@ -29,6 +28,7 @@ from ..lora_core.stored import SafetensorsFile
 from ..lora_core.training.config import TrainConfig
 from ..lora_core.training.dataset import read_dataset
 from . import host
+from .job_devices import order_devices
 
 #: What ComfyUI's prompts do while a job uses the same device; the first is the default.
 POLICIES = ("warn", "pause prompts", "share")
@@ -226,12 +226,6 @@ class JobHost:
             self.send(shown)
 
 
-def order_devices() -> list[Device]:
-    """GPUs that ComfyUI does not use come first."""
-    ours = host.get_device_name()
-    return sorted(list_devices(), key=lambda device: device.name == ours)
-
-
 def get_policy(job: Job) -> str:
     policy = job.settings.origin.get(POLICY_KEY)
     return policy if policy in POLICIES else WARN
@@ -378,47 +372,3 @@ def describe_states(with_steps: bool = False) -> str:
     return " ".join(
         f"{job.id} {job.status.value}{f' {job.state.step}' if with_steps else ''}" for job in jobs
     )
-
-
-def find_device_memory() -> int | None:
-    """Bytes of the largest GPU that a job may get; None where jobs run on the CPU."""
-    gpus = [device for device in list_devices() if device.is_gpu]
-    return max((measure_memory(device) for device in gpus), default=None)
-
-
-def check_devices(count: int) -> None:
-    """Before a training set is encoded for nothing.
-
-    Raises:
-        ConfigError: so many GPUs are not here, or what joins their processes is missing.
-    """
-    if not 1 <= count <= MAX_DEVICES:
-        raise ConfigError(f"gpus is {count}; expected 1 to {MAX_DEVICES}")
-    if count == 1:
-        return
-    num_gpus = sum(device.is_gpu for device in list_devices())
-    if num_gpus < count:
-        raise ConfigError(
-            f"gpus is {count}, but there are {num_gpus} GPUs that ComfyUI sees; expected no more "
-            "than there are"
-        )
-    if find_spec("accelerate") is None:
-        raise ConfigError(
-            "several GPUs need Hugging Face Accelerate; run pip install accelerate in ComfyUI's "
-            "Python, or set gpus to 1"
-        )
-
-
-def prepare_measuring() -> tuple[Device, str]:
-    """Inside a running node: the device to measure an estimate on, with ComfyUI's models off it.
-
-    Returns:
-        The device that a job gets first, and why nothing can be measured there now, or "".
-    """
-    devices = order_devices()
-    device = next((d for d in devices if d.is_gpu), devices[0])
-    if any(is_on(job, device.name) for job in get_store().list()):
-        return device, f"another training job runs on {device.name}"
-    if device.name == host.get_device_name():
-        host.release_models()
-    return device, ""

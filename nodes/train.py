@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..lora_core import ConfigError
+from ..lora_core.jobs.devices import Device
 from ..lora_core.jobs.forecast import estimate_in_process
 from ..lora_core.jobs.job import MAX_DEVICES
 from ..lora_core.pairs.vae_copy import find_vae
 from ..lora_core.targets import TARGET_PRESETS
-from ..lora_core.training.base_files import open_base_file
 from ..lora_core.training.config import VARIANTS, TrainConfig
 from ..lora_core.training.estimate import Estimate
 from ..lora_core.training.optimization import OPTIMIZERS
-from ..lora_core.training.presets import PRESETS, choose_storage
+from ..lora_core.training.presets import PRESETS
 from ..lora_core.training.quantization import STORAGES
-from . import host, job_host
+from . import host, job_devices, job_host
+from .base_choice import choose_base
 from .sockets import CATEGORY, DatasetSocket, report_output, show_job, show_report
-from .train_settings import AS_PRESET, AS_PRESET_CHOICE, AUTO, build_config, compute_key
+from .train_settings import (
+    AS_PRESET,
+    AS_PRESET_CHOICE,
+    AUTO,
+    build_config,
+    compute_key,
+    read_more,
+)
 
 MEASURE, SKIP = "measure first", "skip"
 REFUSE, START_ANYWAY = "refuse", "start anyway"
@@ -105,12 +113,12 @@ class QwenEditLoraTrain(io.ComfyNode):
         build_config(
             *(Path("model"), Path("dataset"), "a" if name is None else name, next(iter(PRESETS))),
             steps=1,
-            storage=("fp32", "fp32"),
+            base={},
             chosen={},
             more_settings=more_settings or "",
         )
         if gpus is not None:
-            job_host.check_devices(gpus)
+            job_devices.check_devices(gpus)
         return True
 
     @classmethod
@@ -132,33 +140,44 @@ class QwenEditLoraTrain(io.ComfyNode):
         gpus: int = 1,
         **settings: Any,
     ) -> io.NodeOutput:
-        job_host.check_devices(gpus)
+        job_devices.check_devices(gpus)
         model = host.find_training_base(model_name)
         chosen = {SETTINGS[key]: value for key, value in settings.items()}
         if targets != AS_PRESET_CHOICE:
             chosen["lora.targets"] = (targets,)
-        config = build_config(
+        build = partial(
+            build_config,
             *(model, Path(dataset.folder), name, preset),
             steps=steps,
-            storage=choose_storages(model, storage),
             chosen=chosen,
             more_settings=more_settings,
         )
-        key = compute_key(config) + (f" on {gpus}" if gpus > 1 else "")
+        asked = build(base={} if storage == AUTO else {"storage": storage})
+        # What auto comes to depends on what is free now, and so does not belong into the key.
+        key = f"{compute_key(asked)}, storage {storage}" + (f" on {gpus}" if gpus > 1 else "")
         known = job_host.find_same(key)
         if known is not None:
             text = f"job {known.id} is this training already: {known.describe()}"
             return io.NodeOutput(known.id, text, ui=show_report(text) | show_job(known.id))
-        lines = []
-        if estimate == MEASURE:
-            found, note = measure(config)
-            lines += [note] if found is None else [found.to_text()]
-            if found is not None and not found.fits and if_too_large == REFUSE:
-                raise ConfigError(
-                    f"this training does not fit into the device's memory.\n{found.to_text()}\n"
-                    "Lower what the list names, or set if_too_large to 'start anyway'."
-                )
+        devices, taken = job_devices.choose_for_job(job_host.get_store(), asked.model.device, gpus)
+        own = read_more(more_settings).get("model", {})
+        base, lines, needed_bytes = choose_base(asked, storage, own, devices)
+        config = build(base=base)
         vae = find_vae(Path(dataset.folder)) if sample_every else None
+        if estimate == MEASURE:
+            obstacle = job_devices.prepare_measuring(devices, taken)
+            if obstacle:
+                lines.append(f"not estimated: {obstacle}")
+            else:
+                found = measure(config, devices[0], vae is not None)
+                lines.append(found.to_text())
+                if not found.fits and if_too_large == REFUSE:
+                    text = "\n".join(lines)
+                    where = "main memory" if found.fits_device else "the device's memory"
+                    raise ConfigError(
+                        f"this training does not fit into {where}.\n{text}\n"
+                        "Lower what the list names, or set if_too_large to 'start anyway'."
+                    )
         if sample_every and vae is None:
             lines.append(
                 "the dataset's VAE was not kept, so that samples come without pictures; run Edit "
@@ -172,6 +191,7 @@ class QwenEditLoraTrain(io.ComfyNode):
             sample_vae=vae,
             policy=while_training,
             num_devices=gpus,
+            gpu_memory_bytes=needed_bytes,
         )
         text = "\n".join([f"job {job_id}: {job_host.get(job_id).describe()}", *lines])
         return io.NodeOutput(job_id, text, ui=show_report(text) | show_job(job_id))
@@ -233,8 +253,9 @@ def list_advanced_inputs() -> list[Any]:
             options=[AUTO, *STORAGES],
             tooltip=(
                 "How the base is kept on the GPU. auto: the most exact that leaves room to train "
-                "(bf16 41 GB, fp8 20 GB, nf4 14 GB); on a CPU fp32. as stored: the file's own "
-                "codes; of a GGUF they are slow to decode, so that fp8 or nf4 train faster."
+                "(bf16 41 GB, fp8 20 GB, nf4 14 GB), or on 12 and 16 GB cards fp8 with blocks that "
+                "wait in main memory; on a CPU fp32. The report says which. as stored: the file's "
+                "own codes; of a GGUF they are slow to decode, so that fp8 or nf4 train faster."
             ),
             **extra,
         ),
@@ -322,25 +343,10 @@ def list_advanced_inputs() -> list[Any]:
     ]
 
 
-def choose_storages(model: Path, storage: str) -> tuple[str, str]:
-    """Storage and compute dtype; for "auto" by the memory of the device that the job will get."""
-    available = job_host.find_device_memory()
-    if storage != AUTO:
-        return storage, "fp32" if available is None else "bf16"
-    base = open_base_file(model)
-    try:
-        num_weights = sum(map(math.prod, base.shapes.values()))
-    finally:
-        base.release()
-    return choose_storage(num_weights, available)
-
-
-def measure(config: TrainConfig) -> tuple[Estimate | None, str]:
-    """The estimate, or None and why there is none."""
-    device, obstacle = job_host.prepare_measuring()
-    if obstacle:
-        return None, f"not estimated: {obstacle}"
-    return host.run_interruptible(estimate_in_process, config, device), ""
+def measure(config: TrainConfig, device: Device, with_samples: bool) -> Estimate:
+    return host.run_interruptible(
+        partial(estimate_in_process, with_samples=with_samples), config, device
+    )
 
 
 def choose_items(dataset: Any, count: int) -> tuple[str, ...]:

@@ -31,14 +31,14 @@ def build_config(
     preset: str,
     *,
     steps: int,
-    storage: tuple[str, str],
+    base: Mapping[str, Any],
     chosen: Mapping[str, Any],
     more_settings: str,
 ) -> TrainConfig:
     """The run's configuration: preset, then the inputs that say something, then `more_settings`.
 
     Args:
-        storage: `ModelConfig.storage` and `.compute_dtype`.
+        base: `ModelConfig.storage` and what else says how the base is kept.
         chosen: "table.setting" -> value; left out where it is AS_PRESET, AS_PRESET_CHOICE or None.
         more_settings: TOML text with the same tables as a configuration file.
 
@@ -49,7 +49,7 @@ def build_config(
         "name": name.strip(),
         "output": OUTPUT,
         "steps": steps,
-        "model": {"source": str(model), "storage": storage[0], "compute_dtype": storage[1]},
+        "model": {"source": str(model), **base},
         "data": {"folder": str(dataset_folder)},
     }
     for place, value in chosen.items():

@@ -1,14 +1,24 @@
-"""The devices of this machine that jobs may run on: its GPUs, or its CPU as one device."""
+"""The devices of this machine that jobs may run on: its GPUs, or its CPU as one device.
+
+`choose_devices` is the one answer to "which would this job get": the choice of a storage, the
+estimate and the supervisor all ask it.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from ..training.config import TrainConfig
+
 CPU = "cpu"
+CUDA_VARIABLE, HIP_VARIABLE = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,11 @@ class Device:
     key: str
     """The same for every process that sees the device; names its lock."""
     visible: str
-    """For a worker's CUDA_VISIBLE_DEVICES, so that it sees this GPU alone."""
+    """For the variable that shows a worker this GPU alone; see `name_variable`."""
+    memory_bytes: int = 0
+    """Of the whole GPU, whoever uses it; 0 for a CPU."""
+    is_shared: bool = False
+    """Whether ComfyUI computes on it too."""
 
     @property
     def is_gpu(self) -> bool:
@@ -28,7 +42,7 @@ class Device:
 
 
 def list_devices() -> list[Device]:
-    """The GPUs, then the CPU."""
+    """The GPUs, then the CPU. Opens no context on any of them."""
     host = socket.gethostname()
     cpu = Device(CPU, f"{host}-cpu", "")
     if not torch.cuda.is_available():
@@ -37,24 +51,69 @@ def list_devices() -> list[Device]:
 
 
 def describe_gpu(index: int, host: str) -> Device:
-    entries = [e.strip() for e in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if e]
-    visible = entries[index] if index < len(entries) else str(index)
-    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
-    return Device(f"cuda:{index}", f"{host}-{uuid or visible}", visible)
+    # Not mem_get_info, which opens a context: 0.3 to 0.5 GB of a card for as long as ComfyUI runs.
+    properties = torch.cuda.get_device_properties(index)
+    visible = find_visible(index, os.environ)
+    uuid = getattr(properties, "uuid", None)
+    key = f"{host}-{uuid or visible}"
+    return Device(f"cuda:{index}", key, visible, properties.total_memory)
 
 
-def measure_memory(device: Device) -> int:
-    """Bytes of a GPU's memory, whoever uses it."""
-    return torch.cuda.mem_get_info(torch.device(device.name))[1]
+def name_variable(environment: Mapping[str, str]) -> str:
+    """The variable by which a user chose the GPUs that this process counts.
 
-
-def fits(device: Device, wanted: str, has_gpu: bool) -> bool:
-    """Whether a job that asks for `wanted` ("auto", "cpu", "cuda", "cuda:1") may run here.
-
-    A GPU that is not there is left to the CPU's worker, which says so.
+    ROCm takes both names, and its own before CUDA's. It counts among those that
+    ROCR_VISIBLE_DEVICES leaves, which a worker inherits as it is.
     """
-    if wanted == CPU or not has_gpu:
-        return device.name == CPU
-    if ":" in wanted:
-        return device.name == wanted
-    return device.is_gpu
+    is_rocm = torch.version.hip is not None
+    return HIP_VARIABLE if is_rocm and HIP_VARIABLE in environment else CUDA_VARIABLE
+
+
+def find_visible(index: int, environment: Mapping[str, str]) -> str:
+    """What shows another process the GPU that this one counts as `index`."""
+    entries = [e.strip() for e in environment.get(name_variable(environment), "").split(",") if e]
+    return entries[index] if index < len(entries) else str(index)
+
+
+def show_only(devices: Sequence[Device]) -> dict[str, str]:
+    """The variables for a process that shall see these GPUs alone; every other one is to go."""
+    visible = ",".join(device.visible for device in devices if device.is_gpu)
+    return {CUDA_VARIABLE if torch.version.hip is None else HIP_VARIABLE: visible}
+
+
+def is_wanted(device: Device, wanted: str) -> bool:
+    """Whether "auto", "cpu", "cuda" or "cuda:1" names this device."""
+    return device.name == wanted or (device.is_gpu and wanted in ("auto", "cuda"))
+
+
+def choose_devices(
+    devices: Sequence[Device],
+    wanted: str,
+    count: int = 1,
+    needed_bytes: int = 0,
+    taken: Collection[Device] = (),
+) -> list[Device]:
+    """Those that a job gets, which starts once none of them is taken.
+
+    Args:
+        devices: of the machine, those to be used first in front.
+        wanted: as `ModelConfig.device`; a GPU that is not there is left to the CPU's worker, which
+            says so.
+        count: devices that the job asks for; one that wants more than there are gets all, and its
+            worker says so.
+        needed_bytes: of each GPU; smaller ones are left out while there are any others.
+        taken: by jobs that run or come before.
+    """
+    named = [device for device in devices if is_wanted(device, wanted)]
+    large = [device for device in named if device.memory_bytes >= needed_bytes]
+    usable = large or named or [device for device in devices if not device.is_gpu]
+    return sorted(usable, key=lambda device: device in taken)[:count]
+
+
+def place(config: TrainConfig, device_name: str) -> TrainConfig:
+    """The configuration for a process that sees this device alone."""
+    device = CPU if device_name == CPU else "cuda"
+    wanted = config.model.device
+    if device == CPU and wanted not in ("auto", CPU):
+        device = wanted  # there is no such GPU; opening it says so
+    return replace(config, model=replace(config.model, device=device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import time
 
@@ -11,6 +12,7 @@ from ..training.config import TrainConfig
 from ..training.memory import is_out_of_memory
 from .folder import JobFolder
 from .job import JobFailure, JobSettings, JobState, JobStatus
+from .nccl import explain_shared_memory, is_communication_error
 
 LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 16384
@@ -19,6 +21,7 @@ OWN_SIGNALS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP", "S
 
 LOWER = "lower what the run needs and clone the job"
 LOOK_AT_LOG = "look at the end of the log"
+USE_ONE_GPU = "set NCCL_DEBUG=WARN to see what the GPUs lack to reach each other, or use one GPU"
 RESUME = "resume the job: it goes on from its last checkpoint"
 
 
@@ -37,9 +40,14 @@ def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
     if isinstance(error, LoraError):
         return JobFailure(sentence=" ".join(str(error).split()))
     text = " ".join(str(error).split())[:500]
+    advice: tuple[str, ...] = (LOOK_AT_LOG,)
+    if is_communication_error(error):
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        sentence = explain_shared_memory(count, os.environ)
+        advice = (*([sentence] if sentence else []), USE_ONE_GPU, LOOK_AT_LOG)
     return JobFailure(
         sentence=f"training stopped with {type(error).__name__}: {text or 'no further text'}",
-        advice=(LOOK_AT_LOG,),
+        advice=advice,
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,27 +19,25 @@ from ..training.config import TrainConfig
 from ..training.config_files import config_to_dict
 from ..training.estimate import Estimate
 from ..training.memory import names_out_of_memory
-from .devices import Device
-from .launch import PACKAGE_ROOT, build_environment
+from .devices import Device, place
+from .launch import SHARED, build_environment, hide_window, run_module
 
-#: As for a worker: `python -m lora_core` for every kind of Python; see `launch.BOOT`.
-BOOT = (
-    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
-    "runpy.run_module('lora_core', run_name='__main__', alter_sys=True)"
-)
 POLL_INTERVAL = 0.1  # seconds
 PREFIX = "estimate: "
 
 
 def estimate_in_process(
-    config: TrainConfig, device: Device, should_stop: ShouldStop | None = None
+    config: TrainConfig,
+    device: Device,
+    should_stop: ShouldStop | None = None,
+    with_samples: bool = False,
 ) -> Estimate:
     """`training.estimate.estimate_run`, elsewhere.
 
     Args:
-        device: the one that the job would get; `config.model.device` chooses among what is left
-            visible.
+        device: the one that the job would get; the process sees no other.
         should_stop: asked ten times a second; True ends the measuring.
+        with_samples: whether the job makes sample images.
 
     Raises:
         ConfigError: what the measuring says is wrong with the run, in its own sentence.
@@ -48,17 +45,20 @@ def estimate_in_process(
     """
     with tempfile.TemporaryDirectory(prefix="qwen_edit_lora_") as folder:
         path = Path(folder) / "config.json"
-        path.write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
-        command = [sys.executable, "-c", BOOT, str(PACKAGE_ROOT), "estimate", str(path), "--json"]
+        placed = place(config, device.name)
+        path.write_text(json.dumps(config_to_dict(placed)), encoding="utf-8")
+        flags = {SHARED: device.is_shared, "--samples": with_samples}
+        options = ["--json", *(flag for flag, is_set in flags.items() if is_set)]
         out, errors = Path(folder) / "out", Path(folder) / "errors"
         with out.open("wb") as stdout, errors.open("wb") as stderr:
             process = subprocess.Popen(
-                command,
+                run_module("lora_core", "estimate", str(path), *options),
                 cwd=folder,
                 env=build_environment([device], os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
+                **hide_window(),
             )
             try:
                 while process.poll() is None:

@@ -97,6 +97,9 @@ class JobSettings:
     """How much the worker gives way to others on the CPU: 0 not at all, 19 the most."""
     num_devices: int = 1
     """GPUs that train together, each with a batch of its own; all of one kind."""
+    gpu_memory_bytes: int = 0
+    """For which the base's storage was chosen: smaller GPUs are left alone while there are any
+    others."""
     max_restarts: int = 3
     """How often a job that was killed is started again without a new checkpoint in between."""
     key: str = ""
@@ -107,6 +110,7 @@ class JobSettings:
     def __post_init__(self) -> None:
         check_number(self, "niceness", 0, 19)
         check_number(self, "num_devices", 1, MAX_DEVICES)
+        check_number(self, "gpu_memory_bytes", 0)
         check_number(self, "max_restarts", 0)
 
 

@@ -1,4 +1,4 @@
-"""Starting a worker: its command, its environment, its place in the system."""
+"""Starting processes of our own: their command, their environment, their place in the system."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import FileError
 from ..files import explain
-from .devices import Device
+from ..training.processes import can_join_gpus
+from .devices import CUDA_VARIABLE, HIP_VARIABLE, Device, show_only
 from .folder import JobFolder
 
 #: The folder that holds `lora_core`.
@@ -20,15 +21,19 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 EXIT_TAKEN = 75
 #: And for "the job does not want to run any more".
 EXIT_NOTHING_TO_DO = 0
-#: What `python -m lora_core.jobs.worker` does, also for a Python that looks for modules neither in
-#: the working directory nor in PYTHONPATH, as the one of ComfyUI's portable build for Windows.
+#: What `python -m MODULE` does, also for a Python that looks for modules neither in the working
+#: directory nor in PYTHONPATH, as the one of ComfyUI's portable build for Windows.
 BOOT = (
-    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
-    "runpy.run_module('lora_core.jobs.worker', run_name='__main__', alter_sys=True)"
+    "import runpy, sys; module = sys.argv.pop(1); sys.path.insert(0, sys.argv.pop(1)); "
+    "runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
+WORKER = "lora_core.jobs.worker"
+#: Tells a worker that ComfyUI computes on its GPU too.
+SHARED = "--shared"
 #: ComfyUI's own settings for its own process, and those of `accelerate launch`.
 NOT_INHERITED = (
     *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+    *(CUDA_VARIABLE, HIP_VARIABLE),
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 )
 
@@ -40,16 +45,13 @@ def build_environment(devices: Sequence[Device], inherited: Mapping[str, str]) -
     change from step to step leave gaps without them.
     """
     environment = {k: v for k, v in inherited.items() if k not in NOT_INHERITED}
-    visible = ",".join(device.visible for device in devices if device.is_gpu)
-    environment["CUDA_VISIBLE_DEVICES"] = visible
-    environment["HIP_VISIBLE_DEVICES"] = visible
-    if len(devices) > 1 and not visible and sys.platform == "linux":
+    environment |= show_only(devices)
+    has_gpu = any(device.is_gpu for device in devices)
+    if len(devices) > 1 and not has_gpu and sys.platform == "linux":
         # Processes of one machine need no name that others resolve.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if visible and sys.platform == "linux":
+    if has_gpu and sys.platform == "linux":
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    if "HIP_VISIBLE_DEVICES" not in inherited:
-        del environment["HIP_VISIBLE_DEVICES"]
     environment.update(
         HF_HUB_OFFLINE="1",
         HF_HUB_DISABLE_TELEMETRY="1",
@@ -60,15 +62,36 @@ def build_environment(devices: Sequence[Device], inherited: Mapping[str, str]) -
     return environment
 
 
+def get_python() -> list[str]:
+    """The Python that runs this process, and as blind to the user's own packages."""
+    return [sys.executable, *(["-s"] if sys.flags.no_user_site else [])]
+
+
+def run_module(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this package."""
+    return [*get_python(), "-c", BOOT, module, str(PACKAGE_ROOT), *arguments]
+
+
+def hide_window(flags: int = 0) -> dict[str, Any]:
+    """For `Popen`: no console window opens, where a program without one would get one."""
+    if os.name != "nt":
+        return {}
+    return {"creationflags": flags | subprocess.CREATE_NO_WINDOW}
+
+
 def build_command(root: Path, job_id: str, devices: Sequence[Device]) -> list[str]:
-    """One process; for several devices PyTorch's launcher, which starts one for each."""
-    python = [sys.executable, *(["-s"] if sys.flags.no_user_site else [])]
+    """One process; for several devices PyTorch's launcher, which starts one for each.
+
+    One process too for several GPUs that nothing here could join: it says so.
+    """
     names = (",".join(device.key for device in devices), ",".join(d.name for d in devices))
-    worker = [*python, "-c", BOOT, str(PACKAGE_ROOT), str(root), job_id, *names]
-    if len(devices) == 1:
+    shared = [SHARED] if any(device.is_shared for device in devices) else []
+    worker = run_module(WORKER, str(root), job_id, *names, *shared)
+    if len(devices) == 1 or (devices[0].is_gpu and not can_join_gpus()):
         return worker
-    launcher = [*python, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    return [*launcher, f"--nproc-per-node={len(devices)}", "--no-python", *worker]
+    launcher = [*get_python(), "-m", "torch.distributed.run"]
+    options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={len(devices)}"]
+    return [*launcher, *options, "--no-python", *worker]
 
 
 def start_worker(
@@ -84,8 +107,7 @@ def start_worker(
     """
     detached: dict[str, Any] = {"start_new_session": True}
     if os.name == "nt":
-        flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
-        detached = {"creationflags": flags}
+        detached = hide_window(subprocess.CREATE_NEW_PROCESS_GROUP)
     try:
         with folder.log.open("ab") as log:
             return subprocess.Popen(

@@ -14,6 +14,7 @@ from ..training.losses import Decode
 from ..training.memory import is_out_of_memory
 from ..training.pictures import write_picture
 
+IN_TILES = "the pictures do not fit into the device's memory at once and are decoded in tiles"
 ON_CPU = "the pictures do not fit into the device's memory and are decoded on the CPU"
 
 
@@ -38,6 +39,7 @@ class PictureWriter:
         self.device = device
         self.notify = notify
         self._decoder: ImageDecoder | None = None
+        self._in_tiles = False
 
     @property
     def is_able(self) -> bool:
@@ -80,9 +82,13 @@ class PictureWriter:
                 raise
         # Outside of the handler, whose exception holds the tensors that took the memory.
         if not sentence and self.path and self.device.type != "cpu":
-            self._drop()
-            self.device = torch.device("cpu")
-            self.notify(ON_CPU)
+            if self._in_tiles:
+                self._drop()
+                self.device = torch.device("cpu")
+            else:
+                free(self.device)
+            self._in_tiles = not self._in_tiles  # a CPU has the memory, and takes longer for tiles
+            self.notify(IN_TILES if self._in_tiles else ON_CPU)
             return self._try_decode(latents)
         self._drop()
         self.path, self.decode = "", None
@@ -99,7 +105,7 @@ class PictureWriter:
             dtype = torch.float32 if self.device.type == "cpu" else None
             self._decoder = load_decoder(self.path, "cpu", dtype)
         self._decoder.vae.to(self.device)
-        return self._decoder(latents.to(self.device))[0].cpu()
+        return self._decoder(latents.to(self.device), self._in_tiles)[0].cpu()
 
     def _drop(self) -> None:
         device, self._decoder = self.device, None

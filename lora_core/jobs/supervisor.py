@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import FileError, LoraError
 from ..training.checkpoint import CheckpointFolder
 from ..training.run import CHECKPOINTS
-from .devices import Device, fits, list_devices
+from .devices import Device, choose_devices, list_devices
 from .failure import explain_death, fail, is_from_outside, restart_or_fail
 from .folder import JobFolder
 from .identity import describe_host, identify, is_running
@@ -229,23 +229,24 @@ class Supervisor:
             key=lambda job: (job.state.queued_at, job.id),
         )
         self._renew_claims()
-        has_gpu = any(device.is_gpu for device in self.devices)
+        if not waiting:
+            return
         taken = {device for child in self._children.values() for device in child.devices}
+        taken |= {d for d in self.devices if self.store.get_device_lock(d.key).is_held()}
         for job in waiting:
             if job.id in self._children:
                 continue
-            wanted = job.settings.train.model.device
-            fitting = [device for device in self.devices if fits(device, wanted, has_gpu)]
-            free = [
-                device
-                for device in fitting
-                if device not in taken and not self.store.get_device_lock(device.key).is_held()
-            ]
-            # One that wants more than there are is started too: its worker says so.
-            count = min(job.settings.num_devices, len(fitting))
-            chosen = free[:count]
+            settings = job.settings
+            chosen = choose_devices(
+                self.devices,
+                settings.train.model.device,
+                settings.num_devices,
+                settings.gpu_memory_bytes,
+                taken,
+            )
+            is_free = bool(chosen) and taken.isdisjoint(chosen)
             taken.update(chosen)  # kept for it, also while it waits for others
-            if chosen and len(chosen) == count and self._is_prepared(job, chosen):
+            if is_free and self._is_prepared(job, chosen):
                 self._start(job, chosen)
 
     def _is_prepared(self, job: Job, devices: Sequence[Device]) -> bool:

@@ -20,6 +20,8 @@ from ..files import replace
 from .folder import JobFolder, restore
 from .identity import identify, is_running
 from .job import JobFailure, WorkerIdentity
+from .nccl import choose_settings, explain_shared_memory
+from .pulse import say
 
 WATCH_INTERVAL = 0.3  # seconds
 #: Seconds in which the death behind an error of the communication shows.
@@ -111,10 +113,19 @@ def join_team(on_cpu: bool) -> Team:
     Raises:
         ConfigError: Accelerate is missing, or told to shard the model.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count < 2:
         return Team()
     from ..training.command_line import find_accelerator
 
+    if not on_cpu:
+        settings = choose_settings(os.environ)
+        os.environ.update(settings)
+        is_first = os.environ.get("RANK", "0") == "0"
+        if settings and is_first:
+            say(f"set for these cards and their driver: {', '.join(settings)}")
+        if is_first and (sentence := explain_shared_memory(count, os.environ)):
+            say(sentence)
     return Team(find_accelerator(on_cpu, patience_h=PATIENCE_H))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,11 @@ from ..training.command_line import describe_report, quiet_libraries
 from ..training.config import TrainConfig
 from ..training.memory import is_out_of_memory
 from ..training.objective import Objective
-from ..training.processes import Processes
+from ..training.processes import NO_NCCL, Processes
 from ..training.run import Run, open_checkpoints
 from ..training.session import Session, choose_device, describe_session, open_session
 from .alarms import Alarms
-from .devices import CPU
+from .devices import place
 from .folder import JobFolder
 from .job import JobSettings, Phase, SampleSettings
 from .publication import publish, remove_unfinished
@@ -39,12 +39,14 @@ def run_job(
     devices: Sequence[str],
     pulse: Pulse | MutedPulse,
     accelerator: Accelerator | None = None,
+    is_shared: bool = False,
 ) -> bool:
     """Trains until the end or until the pulse says stop; either way everything is saved.
 
     Args:
         devices: names of those that the job got.
         accelerator: for one of several processes; the first of them makes samples and publishes.
+        is_shared: whether ComfyUI computes on the device too.
 
     Returns:
         Whether it got to the end, and the adapter is where it was wanted.
@@ -58,11 +60,13 @@ def run_job(
             f"the job is to train on {settings.num_devices} GPUs together, but there are "
             f"{len(devices)} devices of one kind here; clone it with num_devices {len(devices)}"
         )
+    if len(devices) > 1 and accelerator is None:
+        raise ConfigError(NO_NCCL)
     processes = Processes(accelerator)
-    config = place(settings.train, folder, devices[0])
+    config = place(dataclasses.replace(settings.train, output=str(folder.path)), devices[0])
     pulse.say(f"loading {Path(config.model.source).name}")
     device = choose_device(config.model) if accelerator is None else accelerator.device
-    session = open_session(config, device)
+    session = open_session(config, device, is_shared=is_shared)
     for sentence in describe_session(session, config):
         pulse.say(sentence)
     run = open_run(config, session, pulse, processes)
@@ -97,16 +101,6 @@ def run_job(
         pulse.update(published=published)
         pulse.say(f"the adapter is in the loras folder as {', '.join(published)}")
     return True
-
-
-def place(config: TrainConfig, folder: JobFolder, device_name: str) -> TrainConfig:
-    """The configuration for the one device that this process sees."""
-    device = "cpu" if device_name == CPU else "cuda"
-    wanted = config.model.device
-    if device == "cpu" and wanted not in ("auto", "cpu"):
-        device = wanted  # there is no such GPU; opening it says so
-    model = replace(config.model, device=device)
-    return replace(config, output=str(folder.path), model=model)
 
 
 def open_run(

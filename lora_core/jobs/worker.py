@@ -1,10 +1,12 @@
 """The process that trains one job: `launch.start_worker` starts it, and its job's end is its own.
 
-    python -m lora_core.jobs.worker STORE JOB DEVICE_KEYS DEVICE_NAMES
+    python -m lora_core.jobs.worker STORE JOB DEVICE_KEYS DEVICE_NAMES [--shared]
 
 It takes the locks of the job and of its device, and gives them and all memory back by ending. It
 does not watch whoever started it: when ComfyUI ends or crashes, training goes on, and the next
 ComfyUI finds it. Without its job's folder it ends by itself.
+
+With --shared it leaves ComfyUI, which computes on the same GPU, a part of the memory.
 
 With several devices, their keys and names separated by commas, PyTorch's launcher starts one such
 process for each; see `team`.
@@ -27,7 +29,7 @@ from .failure import LOOK_AT_LOG, RESUME, explain_error, read_log_tail, restart_
 from .folder import JobFolder
 from .identity import identify
 from .job import JobFailure, JobSettings, JobState, JobStatus, Phase, Request
-from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN
+from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN, SHARED
 from .locks import FileLock
 from .pulse import MutedPulse, Pulse, say
 from .store import JOBS, get_device_lock
@@ -50,7 +52,7 @@ OUT_OF_MEMORY_SCORE = 500
 
 def main(argv: list[str]) -> int:
     """Takes the job and works on it; returns the exit status."""
-    root, job_id, keys, names = argv
+    root, job_id, keys, names, *options = argv
     folder, devices = JobFolder(Path(root) / JOBS / job_id), names.split(",")
     team = join_team(on_cpu=devices[0] == "cpu")
     locks = [get_device_lock(Path(root), key) for key in keys.split(",")]
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> int:
     except FileError as e:
         say(str(e))
         return EXIT_FAILED
-    return work(settings, folder, devices, pulse, team)
+    return work(settings, folder, devices, SHARED in options, pulse, team)
 
 
 def take(folder: JobFolder, device_locks: Sequence[FileLock]) -> int | None:
@@ -115,11 +117,12 @@ def work(
     settings: JobSettings,
     folder: JobFolder,
     devices: Sequence[str],
+    is_shared: bool,
     pulse: Pulse | MutedPulse,
     team: Team,
 ) -> int:
     if isinstance(pulse, MutedPulse):
-        return follow(settings, folder, devices, pulse, team)
+        return follow(settings, folder, devices, is_shared, pulse, team)
     say(f"worker {os.getpid()} takes job {folder.id} on {', '.join(devices)}")
     # Around it all: a launcher tells all processes to end when one has died, and this one has to
     # write down why.
@@ -130,7 +133,7 @@ def work(
             # heavy, and anything that is wrong with an installation shows here
             from .training_job import run_job
 
-            is_done = run_job(settings, folder, devices, pulse, team.accelerator)
+            is_done = run_job(settings, folder, devices, pulse, team.accelerator, is_shared)
             team.stop_watching()
             if is_done:
                 pulse.finish(JobStatus.COMPLETED, restarts=0)
@@ -152,6 +155,7 @@ def follow(
     settings: JobSettings,
     folder: JobFolder,
     devices: Sequence[str],
+    is_shared: bool,
     pulse: MutedPulse,
     team: Team,
 ) -> int:
@@ -162,7 +166,7 @@ def follow(
             pulse.is_terminated = is_terminated
             from .training_job import run_job
 
-            run_job(settings, folder, devices, pulse, team.accelerator)
+            run_job(settings, folder, devices, pulse, team.accelerator, is_shared)
             team.wait_for_the_first()
         return 0
     except BaseException as e:  # noqa: BLE001 - the first process tells it

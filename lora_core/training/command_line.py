@@ -42,6 +42,12 @@ def add_commands(commands) -> None:
     command = commands.add_parser("estimate", help="memory and time of a run before it starts")
     command.add_argument("config", metavar="CONFIG.toml", help="as for train")
     command.add_argument("--json", action="store_true")
+    command.add_argument(
+        "--shared", action="store_true", help="ComfyUI computes on the same GPU meanwhile"
+    )
+    command.add_argument(
+        "--samples", action="store_true", help="sample images are decoded meanwhile"
+    )
     command.set_defaults(run=run_estimate)
 
 
@@ -121,11 +127,16 @@ def find_accelerator(on_cpu: bool, patience_h: float | None = None):
         ConfigError: it is not installed, or was told to shard the model in a way that training
             does not go with.
     """
+    import torch
+
+    from .processes import NO_NCCL, can_join_gpus
     from .sharding import check_launch
 
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     check_launch(os.environ)
+    if not on_cpu and torch.cuda.is_available() and not can_join_gpus():
+        raise ConfigError(NO_NCCL)
     try:
         from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError:
@@ -194,7 +205,8 @@ def run_estimate(options: argparse.Namespace) -> None:
 
     quiet_libraries()
     config = read_config(options.config)
-    estimate = estimate_run(config, read_dataset(config.data.folder))
+    dataset = read_dataset(config.data.folder)
+    estimate = estimate_run(config, dataset, options.shared, options.samples)
     print(json.dumps(estimate.to_dict(), indent=1) if options.json else estimate.to_text())
 
 

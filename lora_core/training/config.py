@@ -49,7 +49,8 @@ class ModelConfig:
     gradient_checkpointing: bool | str = AUTO
     """Compute activations again in the backward pass: a third more time, far less memory.
     "selective" keeps those that are dear to compute: faster, with six times what true keeps.
-    "auto" takes the fastest of the three that the free memory allows; all give the same bits."""
+    "auto" takes the fastest of the three that fits into 90 % of a GPU's free memory, 60 % where
+    ComfyUI computes on it too and half of a CPU's; all give the same bits."""
     compile: bool = False
     """Compile each block once (regional torch.compile)."""
     offload_blocks: int = 0

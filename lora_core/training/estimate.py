@@ -20,13 +20,17 @@ from .architecture import read_architecture
 from .base_files import BaseFile, open_base_file
 from .config import AUTO, TrainConfig
 from .dataset import CachedDataset, ItemInfo, read_dataset
-from .memory import MemoryMeter
+from .image_decoder import DECODING_BYTES
+from .memory import MemoryMeter, find_free_host_memory
+from .memory_limit import limit_memory
 from .offload import choose_offloaded
 from .probe import Measurement, measure
 from .session import choose_device
 
-#: Share of a device that a run should fill at most; allocators leave gaps.
-USABLE = 0.95
+#: Of a device's free memory, left alone: samples' sizes change from step to step and leave gaps.
+MARGIN = 2**29
+#: Of free main memory, left alone beside blocks that wait there: for the process itself.
+HOST_MARGIN = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Estimate:
     """Most that will be in use at once, on a CPU by the whole process; None where the system does
     not tell."""
     available_bytes: int | None
-    """Of the whole device."""
+    """Free for the run, with ComfyUI's models off the device."""
     seconds_per_step: float
     """Mean over the training set."""
     longest_step_s: float
@@ -55,12 +59,24 @@ class Estimate:
     gradient_checkpointing: bool | str = True
     """Chosen for what memory is free now, where the configuration leaves it open."""
     offloaded_bytes: int = 0
-    """Of the blocks that wait in host memory; on a CPU part of the memory above."""
+    """Of the blocks that wait in host memory, locked there; on a CPU part of the memory above."""
+    host_available_bytes: int | None = None
+    """Free main memory for them; None on a CPU, or where the system does not tell."""
+
+    @property
+    def fits_device(self) -> bool:
+        known = self.memory_bytes is not None and self.available_bytes is not None
+        return not known or self.memory_bytes + MARGIN <= self.available_bytes
+
+    @property
+    def fits_host(self) -> bool:
+        if not self.offloaded_bytes or self.host_available_bytes is None:
+            return True
+        return self.offloaded_bytes + HOST_MARGIN <= self.host_available_bytes
 
     @property
     def fits(self) -> bool:
-        known = self.memory_bytes is not None and self.available_bytes is not None
-        return not known or self.memory_bytes <= USABLE * self.available_bytes
+        return self.fits_device and self.fits_host
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self) | {"fits": self.fits}
@@ -72,7 +88,8 @@ class Estimate:
         lines = [
             f"{self.num_parameters / 1e6:.1f} M trainable parameters, up to {self.num_tokens} "
             "tokens a sample",
-            f"memory: {show(self.memory_bytes)} of {show(self.available_bytes)} on {self.device}",
+            f"memory: {show(self.memory_bytes)} of {show(self.available_bytes)} free on "
+            f"{self.device}",
             f"time: {self.seconds_per_step:.2f} s a step ({self.longest_step_s:.2f} s the "
             f"longest), {self.total_s / 3600:.2f} h in all",
         ]
@@ -80,22 +97,35 @@ class Estimate:
             kept = json.dumps(self.gradient_checkpointing)
             lines.append(f"gradient_checkpointing is {kept}, which is part of memory and time")
         if self.offloaded_bytes:
-            lines.insert(2, f"waiting in host memory: {show(self.offloaded_bytes)}")
+            free = self.host_available_bytes
+            of = "" if free is None else f" of {show(free)} free"
+            lines.insert(2, f"waiting in host memory: {show(self.offloaded_bytes)}{of}")
         if self.compile_s:
             lines.append(f"compiling: {self.compile_s:.0f} s once, part of the time in all")
         lines += [f"does not fit: {sentence}" for sentence in self.advice]
         return "\n".join(lines)
 
 
-def estimate_run(config: TrainConfig, dataset: CachedDataset) -> Estimate:
-    """Loads three blocks, takes some steps with them, and reckons for all.
+def estimate_run(
+    config: TrainConfig,
+    dataset: CachedDataset,
+    is_shared: bool = False,
+    with_samples: bool = False,
+) -> Estimate:
+    """Loads three blocks, takes some steps with them, and computes the whole from that.
 
-    Auxiliary losses are not reckoned with; of several processes it is the figure of each.
+    Auxiliary losses are not part of it; of several processes it is the figure of each.
+
+    Args:
+        is_shared: whether ComfyUI computes on the same GPU.
+        with_samples: whether sample images are decoded meanwhile, in tiles where nothing else fits.
 
     Raises:
         FileError, KeyFormatError, ConfigError: as opening the model does.
     """
     device = choose_device(config.model)
+    limit_memory(device)
+    host_free = None if device.type == "cpu" else find_free_host_memory()
     meter = MemoryMeter(device)
     largest = dataset.find_largest()
     base = open_base_file(config.model.source)
@@ -105,7 +135,7 @@ def estimate_run(config: TrainConfig, dataset: CachedDataset) -> Estimate:
         num_parameters = count_parameters(config, base)
         choose_offloaded(num_blocks, config.model.offload_blocks)
         arguments = (config, dataset, largest, base, device)
-        whole = measure_all(*arguments, num_blocks, num_parameters)
+        whole = measure_all(*arguments, num_blocks, num_parameters, is_shared)
     finally:
         base.release()
     passes = 1.0
@@ -120,8 +150,11 @@ def estimate_run(config: TrainConfig, dataset: CachedDataset) -> Estimate:
     memory = None
     if whole.passing_bytes is not None:
         kept = whole.kept_bytes + num_parameters * whole.trained_bytes
+        passing = whole.passing_bytes
+        if with_samples and device.type != "cpu":
+            passing = max(passing, DECODING_BYTES)
         memory = whole.process_bytes + round(
-            max(kept + whole.passing_bytes, whole.kept_bytes + whole.loading_bytes)
+            max(kept + passing, whole.kept_bytes + whole.loading_bytes)
         )
     estimate = Estimate(
         device=str(device),
@@ -135,8 +168,14 @@ def estimate_run(config: TrainConfig, dataset: CachedDataset) -> Estimate:
         compile_s=whole.compile_s,
         gradient_checkpointing=whole.gradient_checkpointing,
         offloaded_bytes=config.model.offload_blocks * whole.block_bytes,
+        host_available_bytes=host_free,
     )
-    return estimate if estimate.fits else replace(estimate, advice=advise(config))
+    advice: tuple[str, ...] = ()
+    if not estimate.fits_device:
+        advice = advise(config)
+    if not estimate.fits_host:
+        advice = (*advice, FREE_HOST_MEMORY)
+    return replace(estimate, advice=advice)
 
 
 @dataclass(frozen=True)
@@ -147,6 +186,7 @@ class Whole:
     optimizer_s: float
     compile_s: float
     passing_bytes: float | None
+    """Most of what comes and goes, with the allocator's gaps."""
     loading_bytes: int
     kept_bytes: int
     """Frozen, on the device."""
@@ -164,22 +204,27 @@ def measure_all(
     device: torch.device,
     num_blocks: int,
     num_parameters: int,
+    is_shared: bool,
 ) -> Whole:
     num_offloaded = config.model.offload_blocks
     num_resident = num_blocks - num_offloaded
     arguments = (config, dataset, index, base, device)
     found = []
     if num_resident:
-        found.append(measure(*arguments, sorted({1, min(3, num_blocks)}), False, num_parameters))
+        counts = sorted({1, min(3, num_blocks)})
+        found.append(measure(*arguments, counts, False, num_parameters, is_shared))
     if num_offloaded:
         counts = (2, 3) if num_blocks > 2 else (1, 2) if num_blocks > 1 else (1,)
-        found.append(measure(*arguments, counts, True, num_parameters))
+        found.append(measure(*arguments, counts, True, num_parameters, is_shared))
     first, last = found[0], found[-1]
+    passing = reckon_passing(first, last, num_blocks, num_offloaded)
+    if passing is not None:
+        passing += first.gap_bytes(num_resident)
     return Whole(
         micro_step_s=reckon_time(first, last, num_blocks, num_offloaded, device),
         optimizer_s=first.optimizer_s(num_blocks),
         compile_s=max(one.compile_s for one in found),
-        passing_bytes=reckon_passing(first, last, num_blocks, num_offloaded),
+        passing_bytes=passing,
         loading_bytes=first.loading_bytes or 0,
         kept_bytes=count_kept(first, num_blocks, num_offloaded, device),
         process_bytes=first.process_bytes,
@@ -218,14 +263,14 @@ def reckon_time(
 def reckon_passing(
     resident: Measurement, offloaded: Measurement, num_blocks: int, num_offloaded: int
 ) -> float | None:
-    """Bytes beside what lies there: activations of all blocks, and copies of few."""
+    """Most that comes and goes: activations of all blocks and copies of few, or an update."""
     if resident.passing_bytes is None or offloaded.passing_bytes is None:
         return None
     passing = resident.passing_bytes(num_blocks)
-    if resident is offloaded:
-        return passing
-    copies = offloaded.passing_bytes(num_blocks) - passing
-    return passing + min(max(0.0, copies), num_offloaded * resident.block_bytes)
+    if resident is not offloaded:
+        copies = offloaded.passing_bytes(num_blocks) - passing
+        passing += min(max(0.0, copies), num_offloaded * resident.block_bytes)
+    return max(passing, resident.updating_bytes(num_blocks))
 
 
 def compute_cost(info: ItemInfo, width: int) -> float:
@@ -237,6 +282,9 @@ def count_parameters(config: TrainConfig, base: BaseFile) -> int:
     """Of the LoRA on the whole model."""
     transformer = read_architecture(base.shapes, base.name, base.axes).build_empty()
     return plan_injection(transformer, config.lora).num_parameters
+
+
+FREE_HOST_MEMORY = "free main memory, or lower model.offload_blocks with a smaller model.storage"
 
 
 def advise(config: TrainConfig) -> tuple[str, ...]:

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
 #: From the one that computes least to the one that keeps least.
 KINDS: tuple[bool | str, ...] = (False, SELECTIVE, True)
-#: Of the free memory, what a run may take for what it keeps. A GPU's is also for prompts and sample
-#: pictures made meanwhile, a CPU's for everything else that runs.
-USABLE = {"cuda": 0.6, "cpu": 0.5}
+#: Of the free memory, what a run may take for what it keeps. A GPU's is also for sample images and
+#: the gaps of an allocator, a CPU's for everything else that runs.
+USABLE = {"cuda": 0.9, "cpu": 0.5}
+#: Of a GPU on which ComfyUI computes too, for its prompts meanwhile.
+USABLE_SHARED = 0.6
 #: Beside what is kept: one block's activations computed again, and as much of gradients.
 PASSING_BLOCKS = 2
 #: Of a trainable parameter in float32: gradient, two moments of Adam, average.
@@ -53,34 +55,45 @@ def adapt_to_memory(
     num_blocks: int,
     num_parameters: int,
     free_bytes: int | None,
+    is_shared: bool = False,
 ) -> None:
-    """Sets what `choose_kind` finds for the largest batch of a run, and that it may be lowered."""
+    """Sets what `choose_kind` finds for the largest batch of a run, and that it may be lowered.
+
+    Args:
+        is_shared: whether ComfyUI computes on the same GPU.
+    """
     kind: bool | str = True
     if free_bytes is not None:
         kept = measure_kept_bytes(model, batch)
-        kind = choose_kind(kept, num_blocks, num_parameters, free_bytes, batch.x_0.device.type)
+        share = choose_share(batch.x_0.device.type, is_shared)
+        kind = choose_kind(kept, num_blocks, num_parameters, share * free_bytes)
     model.enable_gradient_checkpointing(kind)
     model.is_adaptive = True
+
+
+def choose_share(device_type: str, is_shared: bool) -> float:
+    """Of a device's free memory, what a run may fill with what it keeps."""
+    if device_type == "cuda" and is_shared:
+        return USABLE_SHARED
+    return USABLE.get(device_type, USABLE["cpu"])
 
 
 def choose_kind(
     kept_bytes: Mapping[bool | str, int],
     num_blocks: int,
     num_parameters: int,
-    free_bytes: int,
-    device_type: str,
+    usable_bytes: float,
 ) -> bool | str:
     """The fastest kind whose memory is there.
 
     Args:
         kept_bytes: of one block, for False and "selective"; see `measure_kept_bytes`.
         num_parameters: trainable ones of the whole model.
-        free_bytes: on the device, once the base and the LoRAs lie there.
+        usable_bytes: of what is free on the device once the base and the LoRAs lie there.
     """
-    usable = USABLE.get(device_type, USABLE["cpu"]) * free_bytes
     beside = PASSING_BLOCKS * kept_bytes[False] + BYTES_PER_PARAMETER * num_parameters
     for kind in KINDS[:-1]:
-        if num_blocks * kept_bytes[kind] + beside <= usable:
+        if num_blocks * kept_bytes[kind] + beside <= usable_bytes:
             return kind
     return True
 

@@ -11,6 +11,12 @@ from ..stored import SafetensorsFile
 from .latents import NUM_CHANNELS, denormalize
 from .libraries import import_from_diffusers
 
+#: Sides of a tile and of what it adds to its neighbour, in pixels; 64 are blended into each other.
+TILE, TILE_STRIDE = 512, 448
+#: The VAE's decoding part in bf16, what one tile of it keeps at once (0.84 GiB, counted), and as
+#: much as a convolution may want to work in.
+DECODING_BYTES = 5 * 2**28
+
 
 class ImageDecoder:
     """A frozen AutoencoderKLQwenImage; call it with normalised latents. Gradients flow through."""
@@ -18,9 +24,18 @@ class ImageDecoder:
     def __init__(self, vae: torch.nn.Module):
         self.vae = vae.requires_grad_(False).eval()
 
-    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, 16, H, W), normalised -> (B, 3, 8H, 8W) in [0, 1], float32."""
+    def __call__(self, latents: torch.Tensor, in_tiles: bool = False) -> torch.Tensor:
+        """(B, 16, H, W), normalised -> (B, 3, 8H, 8W) in [0, 1], float32.
+
+        Args:
+            in_tiles: decode a large image in overlapping parts: a quarter of the memory at
+                1024 x 1024, and almost the same image. Without gradients only.
+        """
         raw = denormalize(latents).to(next(self.vae.parameters()).dtype)
+        if in_tiles:
+            self.vae.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
+        else:
+            self.vae.disable_tiling()
         image = self.vae.decode(raw[:, :, None], return_dict=False)[0][:, :, 0]
         return (image.float() / 2 + 0.5).clamp(0, 1)
 

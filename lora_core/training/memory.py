@@ -64,10 +64,25 @@ class MemoryMeter:
             return torch.cuda.max_memory_allocated(self.device)
         return read_status("VmHWM")
 
+    def read_gap(self) -> int:
+        """Bytes that a GPU's allocator holds at most beside what tensors take of it."""
+        if not self.on_gpu:
+            return 0
+        held = torch.cuda.max_memory_reserved(self.device)
+        return max(0, held - torch.cuda.max_memory_allocated(self.device))
+
     def find_available(self) -> int | None:
-        """Of the whole device."""
+        """What a run in this process's place could take: what is free, and what is its own.
+
+        On a GPU a run's process opens a context and loads kernels, as this one has; that, ComfyUI's
+        own context, and a desktop are what `mem_get_info` has taken off already.
+        """
         if self.on_gpu:
-            return torch.cuda.mem_get_info(self.device)[1]
+            free = torch.cuda.mem_get_info(self.device)[0]
+            return free + torch.cuda.memory_reserved(self.device)
+        free, own = find_free_host_memory(), read_status("VmRSS")
+        if free is not None and own is not None:
+            return free + own
         try:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError, OSError):
@@ -79,6 +94,18 @@ class MemoryMeter:
             return read_size(MEMINFO, "MemAvailable")
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + unused
+
+
+def find_free_host_memory() -> int | None:
+    """Bytes of main memory that can be taken without pushing anything else out."""
+    found = read_size(MEMINFO, "MemAvailable")
+    if found is not None:
+        return found
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.virtual_memory().available
 
 
 def read_status(name: str) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,7 +65,11 @@ class Measurement:
     compile_s: float
     """Once, in the first steps."""
     passing_bytes: Linear | None
-    """Most of what a step takes beside what lies there: activations, gradients, copies."""
+    """Most of what a micro-step takes beside what lies there: activations, gradients, copies."""
+    updating_bytes: Linear | None
+    """The same of an optimizer's update: gradients, and copies of what it keeps."""
+    gap_bytes: Linear
+    """What a GPU's allocator holds and cannot use: between weights, and in a step's peak."""
     loading_bytes: int | None
     """Most of what loading takes beside the model."""
     block_bytes: int
@@ -89,6 +93,7 @@ def measure(
     counts: Sequence[int],
     offloaded: bool,
     num_parameters: int,
+    is_shared: bool = False,
 ) -> Measurement:
     """Takes steps with one item of the training set on the last blocks of `max(counts)`.
 
@@ -97,6 +102,7 @@ def measure(
         counts: one or two numbers of blocks; with one, nothing is known to grow.
         offloaded: whether all blocks wait in host memory.
         num_parameters: trainable ones of the whole model.
+        is_shared: whether ComfyUI computes on the same GPU.
     """
     meter = MemoryMeter(device)
     meter.reset()
@@ -109,18 +115,20 @@ def measure(
         free = meter.find_free()
         if free is not None:
             free -= (num_blocks - max(counts)) * probe.block_bytes
-        adapt_to_memory(model, probe.batch, num_blocks, num_parameters, free)
+        adapt_to_memory(model, probe.batch, num_blocks, num_parameters, free, is_shared)
     if config.model.compile:
         for block in model.blocks:
             block.compile()
     first_s = {n: probe.take_step(n) for n in counts}  # compiles, and makes the optimizer's state
     for n in counts:
         probe.take_step(n)
-    at_rest = meter.reset()
-    passing: dict[int, list[int | None]] = {n: [] for n in counts}
+    at_rest, resting_gap = meter.reset(), meter.read_gap()
+    peaks: dict[int, list[Peaks]] = {n: [] for n in counts}
     for _ in range(1 if meter.on_gpu else CPU_PEAKS):
         for n in counts:
-            passing[n].append(measure_passing(probe, meter, n))
+            peaks[n].append(measure_peaks(probe, meter, n))
+    all_peaks = [one for found in peaks.values() for one in found]
+    gap = max(0, max(one.gap for one in all_peaks) - resting_gap)
     micro_s: dict[int, list[float]] = {n: [] for n in counts}
     optimizer_s: dict[int, list[float]] = {n: [] for n in counts}
     started = time.perf_counter()
@@ -134,12 +142,14 @@ def measure(
     compile_s = 0.0
     if config.model.compile:
         compile_s = sum(first_s[n][0] - statistics.median(micro_s[n]) for n in counts)
-    known = not any(None in peaks for peaks in passing.values())
+    known = all(one.passing is not None for one in all_peaks)
     return Measurement(
         micro_step_s=fit(micro_s),
         optimizer_s=fit(optimizer_s),
         compile_s=max(0.0, compile_s),
-        passing_bytes=fit(passing) if known else None,
+        passing_bytes=fit_peaks(peaks, "passing") if known else None,
+        updating_bytes=fit_peaks(peaks, "updating") if known else None,
+        gap_bytes=Linear(gap, resting_gap / max(counts)),
         loading_bytes=loading,
         block_bytes=probe.block_bytes,
         other_bytes=probe.other_bytes,
@@ -149,7 +159,7 @@ def measure(
     )
 
 
-def fit(values: dict[int, list[float]]) -> Linear:
+def fit(values: Mapping[int, Sequence[float]]) -> Linear:
     """Through one or two numbers of blocks; values of one round belong together."""
     few, many = min(values), max(values)
     middle = statistics.median(values[few])
@@ -162,11 +172,29 @@ def fit(values: dict[int, list[float]]) -> Linear:
     return Linear(middle - few * per_block, per_block)
 
 
-def measure_passing(probe: Probe, meter: MemoryMeter, num_blocks: int) -> int | None:
+def fit_peaks(peaks: Mapping[int, Sequence[Peaks]], name: str) -> Linear:
+    return fit({n: [getattr(one, name) for one in found] for n, found in peaks.items()})
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes that one step took beside what lies there; None where the system does not tell."""
+
+    passing: int | None
+    updating: int | None
+    gap: int
+
+
+def measure_peaks(probe: Probe, meter: MemoryMeter, num_blocks: int) -> Peaks:
     before = meter.reset()
-    probe.take_step(num_blocks)
-    peak = meter.read_peak()
-    return None if before is None or peak is None else max(0, peak - before)
+    probe.take_micro_step(num_blocks)
+    passing, gap = meter.read_peak(), meter.read_gap()
+    meter.reset()  # begins the update's peak
+    probe.update()
+    updating, gap = meter.read_peak(), max(gap, meter.read_gap())
+    if before is None or passing is None or updating is None:
+        return Peaks(None, None, gap)
+    return Peaks(max(0, passing - before), max(0, updating - before), gap)
 
 
 class Probe:
@@ -211,13 +239,23 @@ class Probe:
 
     def take_step(self, num_blocks: int) -> tuple[float, float]:
         """Seconds of one micro-step, and of what makes it a step."""
+        started = self.read_clock()
+        self.take_micro_step(num_blocks)
+        middle = self.read_clock()
+        self.update()
+        return middle - started, self.read_clock() - middle
+
+    def take_micro_step(self, num_blocks: int) -> None:
         self.model.transformer.transformer_blocks = self.blocks[num_blocks]
         self.model.offload = self.offloads[num_blocks]
-        started = self.read_clock()
-        loss = self.objective.compute_losses(self.model, self.batch)[VELOCITY].mean()
+        loss = self.compute_loss()
         loss.backward()
         loss.item()
-        middle = self.read_clock()
+
+    def compute_loss(self) -> torch.Tensor:
+        return self.objective.compute_losses(self.model, self.batch)[VELOCITY].mean()
+
+    def update(self) -> None:
         # Those of other blocks have no gradient.
         active = [p for p in self.parameters if p.grad is not None]
         grad_norm = compute_grad_norm(active).item()
@@ -227,7 +265,6 @@ class Probe:
         if self.ema is not None:
             self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return middle - started, self.read_clock() - middle
 
     def read_clock(self) -> float:
         if self.device.type == "cuda":

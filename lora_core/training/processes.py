@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
 #: Bytes of gradients that are sent together, as DDP does: enough to be worth a message.
 BUCKET = 25 * 2**20
+#: Of this PyTorch; see `can_join_gpus`.
+NO_NCCL = (
+    "several GPUs need NCCL to exchange their gradients, which this PyTorch comes without, as "
+    "every PyTorch for Windows does; train on one GPU, or on Linux or WSL"
+)
+
+
+def can_join_gpus() -> bool:
+    """Whether processes of several GPUs can exchange gradients: by NCCL, or ROCm's RCCL."""
+    return torch.distributed.is_available() and torch.distributed.is_nccl_available()
 
 
 class Processes:

@@ -21,6 +21,7 @@ from .image_decoder import load_decoder
 from .loading import load_transformer
 from .losses import Decode
 from .memory import MemoryMeter
+from .memory_limit import limit_memory
 from .sharding import Sharding, choose_sharding
 from .transformer import EditTransformer
 
@@ -46,16 +47,19 @@ def open_session(
     config: TrainConfig,
     device: torch.device | None = None,
     accelerator: Accelerator | None = None,
+    is_shared: bool = False,
 ) -> Session:
     """Loads and injects; training sets first, since they are quick to be found wrong.
 
     Args:
         accelerator: of `accelerate launch`, which may ask for the base to be sharded.
+        is_shared: whether ComfyUI computes on the same GPU, and needs some of its memory.
 
     Raises:
         FileError, KeyFormatError, ShapeError, ConfigError, TargetError: as what it opens.
     """
     device = device or choose_device(config.model)
+    limit_memory(device)
     sharding = choose_sharding(config.model, accelerator)
     dataset = read_dataset(config.data.folder)
     prior = read_dataset(config.data.prior) if config.data.prior else None
@@ -73,7 +77,7 @@ def open_session(
         batch = load_repeated(largest, index, config.data.batch_size, config.seed).to(device)
         num_parameters = injection.plan.num_parameters
         free = MemoryMeter(device).find_free()
-        adapt_to_memory(model, batch, len(model.blocks), num_parameters, free)
+        adapt_to_memory(model, batch, len(model.blocks), num_parameters, free, is_shared)
     if config.model.compile:
         for block in model.blocks:  # after the LoRAs are in; one block's code serves all
             block.compile()
@@ -92,6 +96,11 @@ def describe_session(session: Session, config: TrainConfig) -> list[str]:
         f"{len(plan.targets)} modules, {plan.num_parameters:,} parameters; the adapter's file will "
         f"take {size_bytes:,} bytes"
     ]
+    if config.model.offload_blocks:
+        said.append(
+            f"storage is {config.model.storage}; {config.model.offload_blocks} of "
+            f"{len(session.model.blocks)} blocks wait in main memory"
+        )
     if session.model.is_adaptive:
         kind = json.dumps(session.model.gradient_checkpointing)
         said.append(f"gradient_checkpointing is {kind}, the fastest that the free memory allows")

@@ -84,13 +84,14 @@ def test_what_its_job_was_told_beside_the_settings_is_kept(job_host, lora, datas
     assert (job.settings.samples.every, job.settings.niceness) == (3, 5)
 
 
-def test_more_gpus_than_there_are_is_a_sentence(job_host):
+def test_more_gpus_than_there_are_is_a_sentence(ours):
     from qwen_edit_lora.lora_core.jobs.devices import list_devices
+    from qwen_edit_lora.nodes import job_devices
 
     num_gpus = sum(device.is_gpu for device in list_devices())
-    job_host.check_devices(1)
+    job_devices.check_devices(1)
     with pytest.raises(ConfigError, match=f"there are {num_gpus} GPUs that ComfyUI sees"):
-        job_host.check_devices(num_gpus + 2)
+        job_devices.check_devices(num_gpus + 2)
 
 
 def test_a_lora_of_another_trainer_or_a_lost_training_set_is_a_sentence(

@@ -1,4 +1,4 @@
-"""Why a job ended badly, and on which devices it may run."""
+"""Why a job ended badly, and what a worker is started with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from qwen_edit_lora.lora_core import FileError
-from qwen_edit_lora.lora_core.jobs.devices import Device, fits, list_devices
+from qwen_edit_lora.lora_core.jobs import nccl
+from qwen_edit_lora.lora_core.jobs.devices import Device
 from qwen_edit_lora.lora_core.jobs.failure import (
     explain_death,
     explain_error,
@@ -131,19 +132,16 @@ def test_other_errors_are_one_sentence(material):
     assert failure.advice == ("look at the end of the log",)
 
 
-def test_jobs_go_to_the_devices_that_they_ask_for():
-    devices = [FIRST, SECOND, CPU]
-
-    def choose(wanted: str) -> list[str]:
-        return [device.name for device in devices if fits(device, wanted, has_gpu=True)]
-
-    assert choose("auto") == choose("cuda") == ["cuda:0", "cuda:1"]
-    assert choose("cuda:1") == ["cuda:1"]
-    assert choose("cpu") == ["cpu"]
-    assert fits(CPU, "auto", has_gpu=False)
-    assert fits(CPU, "cuda:1", has_gpu=False)  # whose worker says that there is none
-    assert [d.name for d in list_devices()][-1] == "cpu"
-    assert len({d.key for d in list_devices()}) == len(list_devices())
+def test_gpus_that_cannot_reach_each_other_are_told_of_shared_memory(material, monkeypatch):
+    config = make_train(material)
+    error = torch.distributed.DistBackendError("NCCL error")
+    monkeypatch.setattr(nccl, "BYTES_PER_PROCESS", 1 << 60)
+    failure = explain_error(error, config)
+    assert failure.sentence == "training stopped with DistBackendError: NCCL error"
+    assert "--shm-size=1g, or ComfyUI with NCCL_SHM_DISABLE=1" in failure.advice[0]
+    assert "NCCL_DEBUG=WARN" in failure.advice[1]
+    monkeypatch.setattr(nccl, "BYTES_PER_PROCESS", 0)
+    assert "NCCL_DEBUG=WARN" in explain_error(error, config).advice[0]
 
 
 def test_a_worker_sees_one_gpu_and_none_of_comfyuis_own_settings(monkeypatch):

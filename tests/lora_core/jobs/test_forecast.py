@@ -33,6 +33,14 @@ def test_what_is_wrong_with_the_run_is_said_in_its_own_sentence(tmp_path):
         estimate_in_process(config, DEVICE)
 
 
+def test_a_process_that_sees_one_gpu_is_not_asked_for_the_second(tmp_path):
+    config = make_train(make_material(tmp_path), **{"model.device": "cuda:1"})
+    none_visible = Device("cuda:1", "test-gpu", "99")
+    # It looks for the one GPU that it would see, and not for a second one.
+    with pytest.raises(ConfigError, match="the device 'cuda' is not there"):
+        estimate_in_process(config, none_visible)
+
+
 def test_a_stopped_estimate_leaves_no_process(tmp_path):
     config = make_train(make_material(tmp_path))
     started = time.monotonic()

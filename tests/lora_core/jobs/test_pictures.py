@@ -10,8 +10,9 @@ import torch
 from demo_base.checkout import ROOT
 from PIL import Image
 from qwen_edit_lora.lora_core import ConfigError, FileError
+from qwen_edit_lora.lora_core.jobs import picture_writer
 from qwen_edit_lora.lora_core.jobs.job import SampleSettings, UnknownPictureError
-from qwen_edit_lora.lora_core.jobs.picture_writer import PictureWriter
+from qwen_edit_lora.lora_core.jobs.picture_writer import IN_TILES, ON_CPU, PictureWriter
 from qwen_edit_lora.lora_core.jobs.pictures import (
     name_sample,
     name_source,
@@ -200,3 +201,37 @@ def test_pictures_too_large_for_the_memory_are_left_out_with_a_note(kept, tmp_pa
         writer.write(torch.zeros(1, 16, 2, 2), tmp_path / "after")
     assert notes == ["pictures do not fit into memory; latents only are kept"]
     assert [path.name for path in tmp_path.glob("*.png")] == ["small.png"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "ways"),
+    [
+        ({"whole on gpu"}, ["whole on gpu", "tiles on gpu"]),
+        ({"whole on gpu", "tiles on gpu"}, ["whole on gpu", "tiles on gpu", "whole on cpu"]),
+    ],
+)
+def test_a_picture_too_large_for_the_gpu_is_decoded_in_tiles_and_then_on_the_cpu(
+    fails, ways, tmp_path, monkeypatch
+):
+    tried, notes = [], []
+
+    class Decoder:
+        vae = torch.nn.Module()
+
+        def __call__(self, latents, in_tiles=False):
+            way = f"{'tiles' if in_tiles else 'whole'} on {'gpu' if latents.is_meta else 'cpu'}"
+            tried.append(way)
+            if way in fails:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return torch.zeros(1, 3, 16, 16)
+
+    monkeypatch.setattr(picture_writer, "load_decoder", lambda *arguments: Decoder())
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)
+    # Whatever is no CPU stands for a device whose memory may be too small.
+    writer = PictureWriter("a path", None, torch.device("meta"), notes.append)
+    for name in ("first", "second"):
+        with writer.ready():
+            writer.write(torch.zeros(1, 16, 2, 2), tmp_path / name)
+    assert tried == [*ways, ways[-1]]  # the next one begins where the first one ended
+    assert notes == [IN_TILES, ON_CPU][: len(ways) - 1]
+    assert len(list(tmp_path.glob("*.png"))) == 2

@@ -10,13 +10,11 @@ from qwen_edit_lora.lora_core import count_parameters, targets
 from qwen_edit_lora.lora_core.training import dataset
 from qwen_edit_lora.lora_core.training.config_files import config_from_dict, config_to_dict
 from qwen_edit_lora.lora_core.training.dataset import read_dataset
-from qwen_edit_lora.lora_core.training.estimate import USABLE
-from qwen_edit_lora.lora_core.training.offload import MOST_BLOCKS
 from qwen_edit_lora.lora_core.training.presets import (
-    BYTES_PER_WEIGHT,
     GIB,
-    HEADROOM,
     PRESETS,
+    RESERVE,
+    BaseSize,
     choose_storage,
 )
 
@@ -73,15 +71,22 @@ def test_the_readme_names_only_commands_there_are():
 
 # --- which file, which setting, which GPU ---------------------------------------------------------
 
-NUM_WEIGHTS = sum(
-    out_features * (in_features + 1)  # and the bias
-    for out_features, in_features in [
-        *(targets.compute_shape(name) for name in targets.BLOCK_LINEARS * targets.NUM_BLOCKS),
-        *targets.TOP_LINEARS.values(),
-    ]
+
+def count_weights(shapes) -> int:
+    return sum(out_features * (in_features + 1) for out_features, in_features in shapes)
+
+
+SIZE = BaseSize(
+    num_blocks=targets.NUM_BLOCKS,
+    block_weights=count_weights(map(targets.compute_shape, targets.BLOCK_LINEARS)),
+    other_weights=count_weights(targets.TOP_LINEARS.values()),
+    width=targets.WIDTH,
 )
-#: float32 weight, gradient and two moments of AdamW; one more for an average.
-ADAMW_BYTES, AVERAGE_BYTES = 16, 4
+NUM_WEIGHTS = SIZE.num_blocks * SIZE.block_weights + SIZE.other_weights
+#: 1024 x 1024, one reference of that size, and a caption.
+NUM_TOKENS = 4096 + 4096 + 256
+#: What PyTorch finds of a card's nominal memory.
+REPORTED = 0.98
 ROW = re.compile(
     r"^\| (\d+) GB[^|]*\|[^|]*\| (\w+) \| (\w+)( \(auto\))? \| (\d+) \| ([\d.]+) GiB \| "
     r"([\d.]+)(?: GiB)? \|$",
@@ -89,26 +94,26 @@ ROW = re.compile(
 )
 
 
-def compute_lora_bytes(preset: str) -> int:
+def compute_headroom(preset: str) -> int:
     settings = PRESETS[preset].settings
     (name,) = settings["lora"]["targets"]
-    num_bytes = ADAMW_BYTES + (AVERAGE_BYTES if settings["optimizer"].get("ema_decay") else 0)
-    return count_parameters(name, settings["lora"]["rank"]) * num_bytes
+    num_parameters = count_parameters(name, settings["lora"]["rank"])
+    averaged = bool(settings["optimizer"].get("ema_decay"))
+    return SIZE.count_headroom(NUM_TOKENS, num_parameters, averaged)
 
 
-def test_the_gpu_table_of_the_readme_is_what_the_engine_reckons_with():
+def test_the_gpu_table_of_the_readme_is_what_the_engine_chooses():
     rows = ROW.findall(README)
     assert {int(row[0]) for row in rows} == {12, 16, 24, 32, 48, 80}
+    assert {int(row[0]) for row in rows if row[3]} == {12, 16, 24, 32, 48, 80}
     for gpu, preset, storage, auto, offloaded, on_gpu, in_ram in rows:
-        base = NUM_WEIGHTS * BYTES_PER_WEIGHT[storage]
-        waiting = base * int(offloaded) / targets.NUM_BLOCKS
-        copies = base * MOST_BLOCKS / targets.NUM_BLOCKS if int(offloaded) else 0
-        larger_lora = compute_lora_bytes(preset) - compute_lora_bytes("standard")
-        total = base - waiting + copies + HEADROOM + larger_lora
+        memory, headroom = int(REPORTED * int(gpu) * GIB), compute_headroom(preset)
+        total = SIZE.count_resident(storage, int(offloaded)) + headroom
+        waiting = int(offloaded) * SIZE.count_block_bytes(storage)
         assert (float(on_gpu), float(in_ram)) == (round(total / GIB, 1), round(waiting / GIB, 1))
-        assert total <= USABLE * int(gpu) * GIB
-        chosen, _ = choose_storage(NUM_WEIGHTS, int(gpu) * GIB)
-        assert storage == chosen or not auto
+        assert total + RESERVE <= memory
+        chosen = choose_storage(SIZE, memory, headroom)
+        assert not auto or (storage, int(offloaded)) == (chosen.storage, chosen.offload_blocks)
 
 
 def test_the_sizes_of_base_files_in_the_readme_follow_from_their_weights():

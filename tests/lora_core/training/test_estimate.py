@@ -21,11 +21,14 @@ from qwen_edit_lora.lora_core import ConfigError
 from qwen_edit_lora.lora_core.training import estimate, probe
 from qwen_edit_lora.lora_core.training.config_files import config_to_dict
 from qwen_edit_lora.lora_core.training.estimate import (
+    HOST_MARGIN,
+    MARGIN,
     count_kept,
     estimate_run,
     reckon_passing,
     reckon_time,
 )
+from qwen_edit_lora.lora_core.training.image_decoder import DECODING_BYTES
 from qwen_edit_lora.lora_core.training.memory import CLEAR_REFS, MemoryMeter
 from qwen_edit_lora.lora_core.training.probe import Linear, Measurement
 from qwen_edit_lora.lora_core.training.session import open_session
@@ -33,6 +36,7 @@ from qwen_edit_lora.lora_core.training.trainer import train
 from small_bases import TINY, write_base
 from tiny import make_config, make_dataset, make_item
 
+GIB = 2**30
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -49,6 +53,8 @@ def make_measurement(seconds, size, **changes) -> Measurement:
             "optimizer_s": Linear(0.0, 0.01),
             "compile_s": 0.0,
             "passing_bytes": Linear(*size),
+            "updating_bytes": Linear(0, 0),
+            "gap_bytes": Linear(0, 0),
             "loading_bytes": 0,
             "block_bytes": 1000,
             "other_bytes": 500,
@@ -58,6 +64,13 @@ def make_measurement(seconds, size, **changes) -> Measurement:
             **changes,
         }
     )
+
+
+def make_estimate(**changes) -> estimate.Estimate:
+    figures = dict.fromkeys(("seconds_per_step", "longest_step_s", "total_s"), 0)
+    sizes = dict.fromkeys(("memory_bytes", "num_parameters", "num_tokens"), 0)
+    sizes["available_bytes"] = 20 * GIB
+    return estimate.Estimate(device="cuda", **{**figures, **sizes, **changes})
 
 
 def test_figures_of_all_blocks_follow_from_few(tmp_path, base, monkeypatch):
@@ -114,6 +127,86 @@ def test_what_does_not_fit_is_said_with_what_to_lower(tmp_path, base, monkeypatc
         "set data.batch_size to 1 and raise optimizer.accumulation",
     )
     assert "does not fit: set model.gradient_checkpointing to true" in found.to_text()
+
+
+def test_a_margin_of_what_is_free_is_left_and_not_a_share_of_the_device():
+    found = make_estimate(memory_bytes=10 * GIB, available_bytes=10 * GIB + MARGIN)
+    assert found.fits
+    assert not replace(found, available_bytes=10 * GIB + MARGIN - 1).fits
+    assert "memory: 10.0 GiB of 10.5 GiB free on cuda" in found.to_text()
+    assert replace(found, available_bytes=None).fits
+
+
+def test_blocks_that_wait_need_free_main_memory(tmp_path, base, monkeypatch):
+    found = make_estimate(offloaded_bytes=13 * GIB, host_available_bytes=13 * GIB + HOST_MARGIN)
+    assert found.fits
+    assert "waiting in host memory: 13.0 GiB of 15.0 GiB free" in found.to_text()
+    short = replace(found, host_available_bytes=13 * GIB + HOST_MARGIN - 1)
+    assert short.fits_device
+    assert not short.fits
+    assert replace(short, offloaded_bytes=0).fits
+    # On a CPU they are part of the process's own memory.
+    monkeypatch.setattr(estimate, "find_free_host_memory", lambda: 0)
+    measured = make_measurement((0.1, 0.2), (50, 300))
+    monkeypatch.setattr(estimate, "measure", lambda *arguments: measured)
+    config = make_config(tmp_path, **{"model.source": base, "model.offload_blocks": 2})
+    dataset = make_dataset(tmp_path / "data")
+    assert estimate_run(config, dataset).fits
+    monkeypatch.setattr(estimate, "choose_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(estimate, "limit_memory", lambda device: None)
+    monkeypatch.setattr(MemoryMeter, "find_available", lambda self: 20 * GIB)
+    found = estimate_run(config, dataset)
+    assert found.offloaded_bytes == 2000
+    assert found.host_available_bytes == 0
+    assert found.advice == (estimate.FREE_HOST_MEMORY,)
+
+
+def test_gaps_an_update_and_the_decoding_of_samples_are_part_of_the_memory(
+    tmp_path, base, monkeypatch
+):
+    monkeypatch.setattr(estimate, "choose_device", lambda model: torch.device("cuda"))
+    monkeypatch.setattr(estimate, "limit_memory", lambda device: None)
+    monkeypatch.setattr(MemoryMeter, "find_available", lambda self: 20 * GIB)
+    config = make_config(tmp_path, **{"model.source": base})
+    dataset = make_dataset(tmp_path / "data")
+
+    def estimate_with(with_samples=False, **changes):
+        found = make_measurement((0, 1.0), (50, 300), process_bytes=0, **changes)
+        monkeypatch.setattr(estimate, "measure", lambda *arguments: found)
+        return estimate_run(config, dataset, with_samples=with_samples).memory_bytes
+
+    kept = 500 + 5 * 1000
+    step = kept + 50 + 5 * 300
+    assert estimate_with() == step
+    assert estimate_with(gap_bytes=Linear(7, 11)) == step + 7 + 5 * 11
+    assert estimate_with(updating_bytes=Linear(0, 400)) == kept + 5 * 400
+    assert estimate_with(updating_bytes=Linear(0, 100)) == step
+    assert estimate_with(with_samples=True) == kept + DECODING_BYTES
+
+
+def test_a_step_and_its_update_are_measured_apart(tmp_path, base, monkeypatch):
+    readings = iter((10, 100, 30, 40))  # at rest; the step's peak; begun anew; the update's peak
+    found = []
+    meter = MemoryMeter(torch.device("cpu"))
+    for name in ("reset", "read_peak"):
+        monkeypatch.setattr(meter, name, lambda: next(readings))
+    monkeypatch.setattr(meter, "read_gap", lambda: 3)
+
+    class Steps:
+        def take_micro_step(self, num_blocks):
+            found.append(num_blocks)
+
+        def update(self):
+            found.append("update")
+
+    assert probe.measure_peaks(Steps(), meter, 2) == probe.Peaks(90, 30, 3)
+    assert found == [2, "update"]
+
+
+def test_what_a_gpu_has_for_a_run_is_what_is_free_and_what_this_process_holds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
+    assert MemoryMeter(torch.device("cuda")).find_available() == 9 * GIB
 
 
 def test_it_runs_on_the_first_blocks_of_the_file_and_counts_all_parameters(tmp_path, base):

@@ -18,6 +18,7 @@ from qwen_edit_lora.lora_core.training.gradient_checkpointing import (
     PASSING_BLOCKS,
     LiveBytes,
     choose_kind,
+    choose_share,
     measure_kept_bytes,
 )
 from qwen_edit_lora.lora_core.training.memory import MemoryMeter
@@ -51,23 +52,24 @@ def run(config, opened, **more):
 
 
 @pytest.mark.parametrize(
-    ("free_bytes", "kind"),
+    ("usable_bytes", "kind"),
     [
-        # Half of a CPU's free memory, less two blocks computed again and 16 bytes a parameter.
-        (2 * (6 * 100 + 200 + 160), False),
-        (2 * (6 * 100 + 200 + 160) - 2, "selective"),
-        (2 * (6 * 25 + 200 + 160), "selective"),
-        (2 * (6 * 25 + 200 + 160) - 2, True),
+        # Beside the blocks, two computed again and 16 bytes a parameter.
+        (6 * 100 + 200 + 160, False),
+        (6 * 100 + 200 + 160 - 1, "selective"),
+        (6 * 25 + 200 + 160, "selective"),
+        (6 * 25 + 200 + 160 - 1, True),
         (0, True),
     ],
 )
-def test_the_fastest_kind_that_fits_is_chosen(free_bytes, kind):
-    assert choose_kind(KEPT, 6, 10, free_bytes, "cpu") == kind
+def test_the_fastest_kind_that_fits_is_chosen(usable_bytes, kind):
+    assert choose_kind(KEPT, 6, 10, usable_bytes) == kind
 
 
-def test_a_gpu_may_be_filled_further_than_a_cpu():
-    assert choose_kind(KEPT, 6, 10, 1600, "cuda") is False
-    assert choose_kind(KEPT, 6, 10, 1600, "cpu") == "selective"
+def test_a_gpu_that_comfyui_uses_too_is_filled_less_than_one_for_the_run_alone():
+    assert choose_share("cuda", is_shared=False) == 0.9
+    assert choose_share("cuda", is_shared=True) == 0.6
+    assert choose_share("cpu", is_shared=False) == choose_share("cpu", is_shared=True) == 0.5
 
 
 def test_live_bytes_are_those_of_what_lives():

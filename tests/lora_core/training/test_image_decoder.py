@@ -5,11 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from demo_base import dit
+from demo_base.checkout import ROOT
 from qwen_edit_lora.lora_core import FileError
-from qwen_edit_lora.lora_core.training.image_decoder import load_decoder
+from qwen_edit_lora.lora_core.training import image_decoder
+from qwen_edit_lora.lora_core.training.gradient_checkpointing import LiveBytes
+from qwen_edit_lora.lora_core.training.image_decoder import (
+    DECODING_BYTES,
+    ImageDecoder,
+    load_decoder,
+)
 from qwen_edit_lora.lora_core.training.latents import denormalize
+from qwen_edit_lora.lora_core.training.memory import count_bytes
 from qwen_edit_lora.lora_core.training.trainer import train
 from tiny import make_config, make_dataset, make_injected
+
+#: Of the true architecture, narrow and trained.
+VAE = ROOT / "tests" / "demo_base" / "weights" / "vae.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +49,47 @@ def test_an_image_is_what_the_vae_decodes_of_raw_latents_and_gradients_flow(vae)
     image.mean().backward()
     assert latents.grad.abs().max() > 0
     assert all(p.grad is None for p in decode.vae.parameters())
+
+
+def test_an_image_decoded_in_tiles_is_almost_the_same(monkeypatch):
+    monkeypatch.setattr(image_decoder, "TILE", 256)
+    monkeypatch.setattr(image_decoder, "TILE_STRIDE", 192)
+    coarse = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic")
+    decode = load_decoder(VAE, dtype=torch.float32)
+    with torch.no_grad():
+        whole, tiled, again = decode(latents), decode(latents, in_tiles=True), decode(latents)
+    assert tiled.shape == whole.shape == (1, 3, 512, 512)
+    assert torch.equal(again, whole)  # no tiles are left behind
+    difference = (tiled - whole).abs()
+    assert difference.max() > 0
+    # A tile's attention sees the tile alone; of 255 steps of grey that is 1 on average.
+    assert difference.mean() < 1 / 255
+    small = latents[..., :16, :16]
+    with torch.no_grad():
+        assert torch.equal(decode(small, in_tiles=True), decode(small))
+
+
+def test_a_tile_of_the_true_vae_takes_no_more_than_is_counted_for_it():
+    from diffusers import AutoencoderKLQwenImage
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda:0"):
+                decode = ImageDecoder(AutoencoderKLQwenImage())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        weights = count_bytes(decode.vae.decoder.parameters())
+        peaks = {}
+        for in_tiles in (False, True):
+            latents = torch.zeros(1, 16, 128, 128, device="cuda:0")
+            with LiveBytes() as counter:
+                decode(latents, in_tiles)
+            peaks[in_tiles] = weights + counter.most
+    assert 0.7 * DECODING_BYTES < peaks[True] < DECODING_BYTES
+    assert peaks[False] > 3 * peaks[True]
 
 
 @pytest.mark.parametrize("kind", ["a transformer's file", "an empty folder"])

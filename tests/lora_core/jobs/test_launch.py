@@ -1,0 +1,142 @@
+"""How processes of our own are started, on Windows and with several GPUs too."""
+
+from __future__ import annotations
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from qwen_edit_lora.lora_core import ConfigError
+from qwen_edit_lora.lora_core.jobs import forecast, launch, nccl, team
+from qwen_edit_lora.lora_core.jobs.devices import Device
+from qwen_edit_lora.lora_core.jobs.folder import JobFolder
+from qwen_edit_lora.lora_core.jobs.pulse import Pulse
+from qwen_edit_lora.lora_core.jobs.training_job import run_job
+from qwen_edit_lora.lora_core.training.command_line import find_accelerator
+from tiny_jobs import make_train
+
+GPU = Device("cuda:0", "here-a", "0")
+SHARED_GPU = Device("cuda:0", "here-a", "0", is_shared=True)
+TWO_GPUS = [GPU, Device("cuda:1", "here-b", "1")]
+ID = "20260131-120000-0123abcd"
+#: "process 2 of 2" of a launcher's.
+OF_TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+
+
+class Started(Exception):
+    """Instead of a process."""
+
+
+@pytest.fixture
+def popen(monkeypatch):
+    """What a process would have been started with."""
+    seen = {}
+
+    def start(command, **options):
+        seen.update(options, command=command)
+        raise Started
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return seen
+
+
+def be_windows(monkeypatch):
+    monkeypatch.setattr(launch, "os", SimpleNamespace(name="nt", environ={}))
+    monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
+
+
+def be_without_nccl(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+
+
+def test_no_process_opens_a_window_or_sees_the_users_own_packages(
+    popen, material, tmp_path, monkeypatch
+):
+    be_windows(monkeypatch)
+    monkeypatch.setattr(launch.sys, "flags", SimpleNamespace(no_user_site=1))
+    with pytest.raises(Started):
+        launch.start_worker(tmp_path, JobFolder(tmp_path), [GPU])
+    assert popen["creationflags"] == 0x08000200
+    assert popen["command"][1] == "-s"
+    popen.clear()
+    with pytest.raises(Started):
+        forecast.estimate_in_process(make_train(material), GPU)
+    assert popen["creationflags"] == 0x08000000
+    assert popen["command"][1] == "-s"
+
+
+def test_a_worker_and_an_estimate_are_told_whose_gpu_it_is_too(popen, material, tmp_path):
+    assert "--shared" in launch.build_command(tmp_path, ID, [SHARED_GPU])
+    assert "--shared" not in launch.build_command(tmp_path, ID, [GPU])
+    for device, is_told in ((SHARED_GPU, True), (GPU, False)):
+        with pytest.raises(Started):
+            forecast.estimate_in_process(make_train(material), device, with_samples=is_told)
+        assert ("--shared" in popen["command"]) == is_told
+        assert ("--samples" in popen["command"]) == is_told
+
+
+def test_several_gpus_without_nccl_are_refused_in_a_sentence_wherever_they_come_from(
+    store, material, tmp_path, monkeypatch
+):
+    assert "torch.distributed.run" in launch.build_command(tmp_path, ID, TWO_GPUS)
+    be_without_nccl(monkeypatch)
+    # PyTorch's launcher would die of the same before it could say why.
+    assert "torch.distributed.run" not in launch.build_command(tmp_path, ID, TWO_GPUS)
+    two_cpus = [Device("cpu", "a", ""), Device("cpu", "b", "")]
+    assert "torch.distributed.run" in launch.build_command(tmp_path, ID, two_cpus)
+    job_id = store.submit(make_train(material), num_devices=2)
+    folder = store.open_folder(job_id)
+    pulse = Pulse(folder, folder.read_state())
+    with pytest.raises(ConfigError, match="which this PyTorch comes without, as every"):
+        run_job(folder.read_settings(), folder, ["cuda:0", "cuda:1"], pulse)
+    for name, value in OF_TWO.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="train on one GPU, or on Linux or WSL"):
+        find_accelerator(on_cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("is_supported", "inherited", "expected"),
+    [
+        (True, {}, {}),
+        (False, {}, {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}),
+        (False, {"NCCL_IB_DISABLE": "0"}, {"NCCL_P2P_DISABLE": "1"}),
+    ],
+)
+def test_cards_that_accelerate_says_cannot_reach_each_other_get_its_settings(
+    is_supported, inherited, expected, monkeypatch
+):
+    utils = pytest.importorskip("accelerate.utils")
+    monkeypatch.setattr(utils, "check_cuda_p2p_ib_support", lambda: is_supported)
+    assert nccl.choose_settings(inherited) == expected
+
+
+def test_a_team_of_gpus_has_the_settings_before_accelerate_looks_for_them(monkeypatch, capsys):
+    utils = pytest.importorskip("accelerate.utils")
+    monkeypatch.setattr(utils, "check_cuda_p2p_ib_support", lambda: False)
+    monkeypatch.setattr(nccl, "BYTES_PER_PROCESS", 1 << 60)
+    environment = dict(OF_TWO)
+    monkeypatch.setattr(team, "os", SimpleNamespace(environ=environment))
+    seen = {}
+    monkeypatch.setattr(
+        "qwen_edit_lora.lora_core.training.command_line.find_accelerator",
+        lambda on_cpu, patience_h: seen.update(environment),
+    )
+    team.join_team(on_cpu=False)
+    assert (seen["NCCL_P2P_DISABLE"], seen["NCCL_IB_DISABLE"]) == ("1", "1")
+    said = capsys.readouterr().out
+    assert "set for these cards and their driver: NCCL_P2P_DISABLE, NCCL_IB_DISABLE" in said
+    assert "MB of shared memory are free, too little for several GPUs" in said
+
+
+@pytest.mark.skipif(not nccl.SHARED_MEMORY.is_dir(), reason="there is no /dev/shm")
+def test_shared_memory_is_asked_for_where_there_is_little(monkeypatch):
+    status = SimpleNamespace(f_bavail=1 << 14, f_frsize=1 << 12)  # Docker's 64 MB
+    monkeypatch.setattr(nccl.os, "statvfs", lambda path: status)
+    assert nccl.explain_shared_memory(2, {}).startswith("only 64 MB of shared memory are free")
+    assert nccl.explain_shared_memory(2, {"NCCL_SHM_DISABLE": "1"}) is None
+    status.f_bavail <<= 4
+    assert nccl.explain_shared_memory(2, {}) is None
