@@ -1,6 +1,6 @@
 """Names the extension as ComfyUI would, and lends the tests a tiny base, a server and a browser.
 
-Two modules are importable in every test: `qwen_edit_lora` (this checkout) and `demo_base`. Neither
+Three are importable in every test: `qwen_edit_lora` (this checkout), `demo_base` and `fake_cuda`. None
 needs the checkout on sys.path, where our `nodes` would hide ComfyUI's.
 """
 
@@ -44,6 +44,7 @@ def import_package(name: str, folder: Path) -> ModuleType:
 
 import_package("qwen_edit_lora", ROOT)
 import_package("demo_base", ROOT / "tests" / "demo_base")
+import_package("fake_cuda", ROOT / "tests" / "fake_cuda")
 
 
 def find_comfyui() -> Path | None:
