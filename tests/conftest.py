@@ -1,7 +1,7 @@
 """Names the extension as ComfyUI would, and lends the tests a tiny base, a server and a browser.
 
-Three are importable in every test: `qwen_edit_lora` (this checkout), `demo_base` and `fake_cuda`. None
-needs the checkout on sys.path, where our `nodes` would hide ComfyUI's.
+Three are importable in every test: `qwen_edit_lora` (this checkout), `demo_base` and `fake_cuda`.
+None needs the checkout on sys.path, where our `nodes` would hide ComfyUI's.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -61,6 +62,8 @@ class FakeCard(TorchDispatchMode):
         self.around.callback(clear_caches)  # of tensors without data
         for patch in list_patches():
             self.around.enter_context(patch)
+        self.around.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # to save it
         self.around.enter_context(self.fakes)
         return super().__enter__()
 
@@ -111,8 +114,8 @@ class FakeCard(TorchDispatchMode):
         assert not places, f"the host waited for the card at {places}"
 
     def put(self, module: nn.Module) -> nn.Module:
-        """The module with everything it holds on the card."""
-        return module.to(self.device)
+        """The module with everything it holds on the card, also what inference mode made."""
+        return module._apply(lambda tensor: tensor.clone().to(self.device))
 
 
 @functools.cache
@@ -148,7 +151,6 @@ def list_patches() -> list[Any]:
         mock.patch.object(nn.Module, "_apply", replace_tensors),
         mock.patch.object(torch, "is_autocast_enabled", ask),
         mock.patch.object(torch, LAZY.type, generator, create=True),
-        mock.patch.object(FakeTensor, "data_ptr", lambda t: t.untyped_storage()._cdata),
     ]
 
 
