@@ -1,7 +1,7 @@
 """Names the extension as ComfyUI would, and lends the tests a tiny base, a server and a browser.
 
-Two modules are importable in every test: `qwen_edit_lora` (this checkout) and `demo_base`. Neither
-needs the checkout on sys.path, where our `nodes` would hide ComfyUI's.
+Three are importable in every test: `qwen_edit_lora` (this checkout), `demo_base` and `fake_cuda`.
+None needs the checkout on sys.path, where our `nodes` would hide ComfyUI's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 USE_GPU = os.environ.get("QWEN_EDIT_LORA_GPU") == "1"  # ComfyUI's device; one per process
+#: On a GPU ComfyUI computes in 16 bits, merges LoRAs so too, and would differ by their rounding.
+FULL_PRECISION = ("--force-fp32", "--fp32-text-enc")
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_ARGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -44,6 +46,7 @@ def import_package(name: str, folder: Path) -> ModuleType:
 
 import_package("qwen_edit_lora", ROOT)
 import_package("demo_base", ROOT / "tests" / "demo_base")
+import_package("fake_cuda", ROOT / "tests" / "fake_cuda")
 
 
 def find_comfyui() -> Path | None:
@@ -134,8 +137,10 @@ def demo_models(base_directory: Path) -> DemoModels:
 def comfyui(comfyui_path: Path, base_directory: Path) -> SimpleNamespace:
     """ComfyUI imported into this process, on the CPU, with `base_directory` as its folders.
 
-    Fields: path, sd, model_management, model_patcher, lora, ops, utils, folder_paths, nodes. Other
-    modules can be imported by name from then on.
+    With QWEN_EDIT_LORA_GPU=1 on the GPU, in the types that it uses on a CPU.
+
+    Fields: path, device, sd, model_management, model_patcher, lora, ops, utils, folder_paths,
+    nodes. Other modules can be imported by name from then on.
     """
     sys.path.insert(0, str(comfyui_path))
     with warnings.catch_warnings():
@@ -143,6 +148,8 @@ def comfyui(comfyui_path: Path, base_directory: Path) -> SimpleNamespace:
         from comfy.cli_args import args  # reads no command line: comfy.options leaves that off
 
         args.cpu = not USE_GPU
+        for flag in FULL_PRECISION if USE_GPU else ():
+            setattr(args, flag.removeprefix("--").replace("-", "_"), True)
         args.use_pytorch_cross_attention = True
         args.base_directory = str(base_directory)
         import comfy.lora
@@ -156,8 +163,11 @@ def comfyui(comfyui_path: Path, base_directory: Path) -> SimpleNamespace:
         import nodes
 
         import_package("demo_base.shim", ROOT / "tests" / "demo_base" / "shim")
+        if USE_GPU:
+            multiply_in_full_precision(comfy.model_management)
     return SimpleNamespace(
         path=comfyui_path,
+        device=comfy.model_management.get_torch_device(),
         sd=comfy.sd,
         model_management=comfy.model_management,
         model_patcher=comfy.model_patcher,
@@ -169,12 +179,25 @@ def comfyui(comfyui_path: Path, base_directory: Path) -> SimpleNamespace:
     )
 
 
+def multiply_in_full_precision(management: ModuleType) -> None:
+    """What ComfyUI has no flag for: no products of 8 bits, and none of TensorFloat-32."""
+    import torch
+
+    for kind in ("fp8", "mxfp8", "nvfp4"):
+        name = f"supports_{kind}_compute"
+        assert hasattr(management, name)
+        setattr(management, name, lambda device=None: False)
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(scope="session")
 def server(comfyui_path: Path, base_directory: Path) -> Iterator[Any]:
     """A running demo_base.server.ComfyServer with our extension and the shim installed."""
     from demo_base.server import ComfyServer
 
-    with ComfyServer.start(base_directory, sys.executable, comfyui_path, cpu=not USE_GPU) as server:
+    extra = FULL_PRECISION if USE_GPU else ()
+    options = {"extra_args": extra, "cpu": not USE_GPU}
+    with ComfyServer.start(base_directory, sys.executable, comfyui_path, **options) as server:
         yield server.wait_ready()
 
 

@@ -62,6 +62,39 @@ def load_base(comfyui: SimpleNamespace, demo_models: Any) -> Callable[[str], Any
     return load
 
 
+@pytest.fixture(scope="session")
+def paged_memory(comfyui: SimpleNamespace) -> None:
+    """comfy_aimdo as ComfyUI's main.py starts it, which it does before it imports anything else."""
+    from comfy_aimdo import control
+
+    if comfyui.device.type == "cpu":
+        pytest.skip("ComfyUI is on the CPU; set QWEN_EDIT_LORA_GPU=1")
+    devices = [device.index for device in comfyui.model_management.get_all_torch_devices()]
+    if not (control.init() and control.init_devices(devices)):
+        pytest.skip("comfy_aimdo does not start here, so that ComfyUI uses its other patcher")
+
+
+@pytest.fixture
+def dynamic_patcher(
+    paged_memory: None, comfyui: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Dynamic VRAM itself: models that are loaded from now on are paged (main.py, at its end)."""
+    comfyui.model_management.unload_all_models()
+    dynamic = comfyui.model_patcher.ModelPatcherDynamic
+    monkeypatch.setattr(comfyui.model_patcher, "CoreModelPatcher", dynamic)
+    monkeypatch.setattr(comfyui.model_management.comfy.memory_management, "aimdo_enabled", True)
+    yield
+    comfyui.model_management.unload_all_models()
+
+
+@pytest.fixture(params=["legacy", pytest.param("dynamic", marks=pytest.mark.gpu)])
+def patcher(request: pytest.FixtureRequest) -> str:
+    """Each of the two ways in which ComfyUI keeps a model's weights."""
+    if request.param == "dynamic":
+        request.getfixturevalue("dynamic_patcher")
+    return request.param
+
+
 @pytest.fixture
 def base(load_base: Callable[[str], Any]) -> Any:
     return load_base("2509_fp32")
