@@ -15,6 +15,11 @@ from qwen_edit_lora.lora_core.training import probe
 from qwen_edit_lora.lora_core.training.dataset import read_dataset
 from qwen_edit_lora.lora_core.training.ema import Ema
 from qwen_edit_lora.lora_core.training.estimate import estimate_run
+from qwen_edit_lora.lora_core.training.gradients import (
+    are_finite,
+    clip_gradients,
+    compute_grad_norm,
+)
 from qwen_edit_lora.lora_core.training.health import measure_health
 from qwen_edit_lora.lora_core.training.loading import load_transformer
 from qwen_edit_lora.lora_core.training.memory import MemoryMeter
@@ -27,12 +32,7 @@ from qwen_edit_lora.lora_core.training.optimization import (
     unflatten_state,
 )
 from qwen_edit_lora.lora_core.training.session import open_session
-from qwen_edit_lora.lora_core.training.trainer import (
-    are_finite,
-    clip_gradients,
-    compute_grad_norm,
-    train,
-)
+from qwen_edit_lora.lora_core.training.trainer import train
 from tiny import TEXT_WIDTH, make_config, make_dataset, make_item
 
 
