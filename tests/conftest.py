@@ -22,6 +22,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 USE_GPU = os.environ.get("QWEN_EDIT_LORA_GPU") == "1"  # ComfyUI's device; one per process
+#: Without it cuBLAS adds in any order, and refuses tests that ask for one; read once a process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 #: On a GPU ComfyUI computes in 16 bits, merges LoRAs so too, and would differ by their rounding.
 FULL_PRECISION = ("--force-fp32", "--fp32-text-enc")
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome")

@@ -49,7 +49,7 @@ class FakeCard(TorchDispatchMode):
         waits: "file:line" of each place of ours that read from the card.
     """
 
-    def __init__(self, device: torch.device = CUDA, answer: float = 0.0):
+    def __init__(self, device: torch.device = CUDA, answer: float = 1.0):
         super().__init__()
         self.device = device
         self.answer = answer

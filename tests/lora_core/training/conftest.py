@@ -24,3 +24,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A real one of each kind; what runs on the CPU here finds nothing out on a GPU's time."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Every kernel adds in the same order each time; one that cannot is an error.
+
+    On a GPU attention's backward pass adds as the work comes, so that two runs differ by rounding.
+    """
+    torch.use_deterministic_algorithms(True)  # with warn_only attention would stay as it is
+    yield
+    torch.use_deterministic_algorithms(False)

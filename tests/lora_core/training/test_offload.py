@@ -334,7 +334,7 @@ def test_a_run_with_offloaded_blocks_is_the_same_run(base, tmp_path):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_base_takes_less_of_its_memory(tmp_path):
+def test_on_a_gpu_the_base_takes_less_of_its_memory(tmp_path, deterministic):
     base = write_base(tmp_path / "base.safetensors", 6)
     inputs = (torch.randn(1, 16, 64, 64), [], torch.randn(1, 64, 3584), None, torch.tensor([0.5]))
     inputs = [x.cuda() if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -354,5 +354,6 @@ def test_on_a_gpu_the_base_takes_less_of_its_memory(tmp_path):
         gc.collect()
     size = sum(t.numel() * 2 for t in load_transformer(base).blocks.parameters())
     assert peaks[1] < peaks[0] - size * (6 - MOST_BLOCKS - 0.5) / 6
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
+    for found, expected in zip(*results, strict=True):  # to the bit on a CPU, see above
+        error = (found - expected).float().norm() / expected.float().norm().clamp_min(1e-12)
+        assert error < 1e-2  # activations are in bf16
