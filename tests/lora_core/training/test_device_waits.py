@@ -283,14 +283,15 @@ def test_weights_are_known_to_be_finite_before_anything_is_made_of_them(by, tmp_
     model, injection = make_injected(config)
     dataset = make_dataset(tmp_path / "data")
     reports = train(config, model, injection, dataset, should_stop=lambda: bool(asked))
-    next(reports)
+    steps = [next(reports).step]
 
     def go_on() -> None:
         with infinite_updates(injection):
-            next(reports)
-        asked.append(by == "stop")
+            steps.append(next(reports).step)
+        asked.append(True)
         next(reports)
 
     with pytest.raises(NonFiniteLossError, match="finite gradients at step 2, so that nothing"):
         go_on()
+    assert steps == ([1, 2] if by == "stop" else [1])
     assert list((tmp_path / "run").rglob("*.safetensors")) == []

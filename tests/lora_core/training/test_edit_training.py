@@ -242,23 +242,28 @@ def test_gradient_checkpointing_changes_no_bit_of_a_run(files, tmp_path):
 
 def test_an_item_damaged_during_the_run_is_a_sentence_and_mended_the_run_goes_on(files, tmp_path):
     config = make_config(tmp_path)
-    dataset = make_dataset(tmp_path / "data", {"a": make_item(0)})
+    dataset = make_dataset(tmp_path / "data", {"a": make_item(0), "b": make_item(1)})
     whole = make_config(tmp_path / "whole")
     expected = [report.loss for report in train(whole, *load(files["2511"], whole), dataset)]
 
     model, injection = load(files["2511"], config)
     reports = train(config, model, injection, dataset)
     losses = [next(reports).loss for _ in range(3)]
-    before = [parameter.detach().clone() for parameter in injection.parameters()]
-    path = tmp_path / "data" / "items" / "a.safetensors"
+    # The next step's item is read by now; this one is read again after that.
+    order = DataOrder(dataset.items, 1, config.seed)
+    shown = [order.get_slots(number)[0].item for number in range(6)]
+    last_good = shown.index(shown[2], 4)
+    path = tmp_path / "data" / "items" / f"{dataset.items[shown[2]].key}.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-100])
-    with pytest.raises(FileError, match=r"a\.safetensors ") as caught:
+    losses += [next(reports).loss for _ in range(3, last_good)]
+    before = [parameter.detach().clone() for parameter in injection.parameters()]
+    with pytest.raises(FileError, match=r"[ab]\.safetensors ") as caught:
         next(reports)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(p, t) for p, t in zip(injection.parameters(), before, strict=True))
-    assert CheckpointFolder(tmp_path / "run" / "checkpoints").read_latest().step == 2
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").read_latest().step == 4
 
     path.write_bytes(content)
     rest = list(train(config, *load(files["2511"], config), dataset, resume=True))
-    assert losses[:2] + [report.loss for report in rest] == expected
+    assert losses[:4] + [report.loss for report in rest] == expected
