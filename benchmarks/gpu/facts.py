@@ -36,11 +36,10 @@ BACKENDS = {
 
 def run(context: Context) -> None:
     record = context.record
-    for item in (note_versions, measure_products, measure_copies, look_at_attention):
-        with record.item(item.__name__):
-            item(context)
-            free(context.device)
-    for item in (compare_scales, look_at_norms, look_at_pinned_memory):
+    if not context.is_dry:
+        record.must("PyTorch finds a card", torch.cuda.is_available(), torch.__version__)
+    items = (note_versions, measure_products, measure_copies, look_at_attention)
+    for item in (*items, compare_scales, look_at_norms, look_at_pinned_memory):
         with record.item(item.__name__):
             item(context)
             free(context.device)

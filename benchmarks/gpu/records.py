@@ -104,6 +104,7 @@ class Recorder:
     def fail(self, name: str, error: BaseException) -> None:
         lines = "".join(traceback.format_exception(error)).splitlines()
         print("\n".join(lines), file=sys.stderr, flush=True)
+        lines = [line for line in lines if line.strip(" ^~")]
         self.write(name, None, "", FAILED, "", False, " | ".join(lines[-TAIL_LINES:]))
 
     def write(
