@@ -49,6 +49,11 @@ def import_package(name: str, folder: Path) -> None:
     spec.loader.exec_module(module)
 
 
+def import_extension() -> None:
+    """Makes `qwen_edit_lora` importable."""
+    import_package("qwen_edit_lora", ROOT)
+
+
 def import_host(device: str) -> None:
     comfyui = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]
@@ -386,7 +391,7 @@ def main() -> None:
     options = parse_options()
     sys.argv = sys.argv[:1]
     import_host(options.device)
-    import_package("qwen_edit_lora", ROOT)
+    import_extension()
     import torch
 
     torch.manual_seed(0)

@@ -72,13 +72,10 @@ def measure_calls(context: Context, model: Any, ways: dict[str, Any], side: int,
         is_first = number == 0 and side == context.sizes.side
         note_overhead(context, f"{label}, {way}", found, base_s, side, is_first)
         if number == 0:
-            with slow_path() as exists:
-                if exists:
-                    slow = call_model(patched, context, side, calls, keep=False)
-                    name = f"{label}, {way}, weights fetched each time"
-                    note_overhead(context, name, slow, base_s, side, False)
-                else:
-                    record.skip(f"{label}, weights fetched each time", "there is one way only")
+            with fetched_each_time():
+                slow = call_model(patched, context, side, calls, keep=False)
+            name = f"{label}, {way}, weights fetched each time"
+            note_overhead(context, name, slow, base_s, side, False)
     again = call_model(model, context, side, calls)
     equal = measure_difference(again.predictions, base.predictions) == 0
     record.must(f"{label}, the base is bit-equal afterwards", equal)
@@ -116,19 +113,21 @@ def note_overhead(
 
 
 @contextmanager
-def slow_path() -> Iterator[bool]:
-    """Weights of the bank are brought by ComfyUI each time, as where it pages them."""
-    from qwen_edit_lora.nodes import host
+def fetched_each_time() -> Iterator[None]:
+    """Weights of the bank are brought by ComfyUI's cast each time, as where it pages them."""
+    import comfy.ops
+    from qwen_edit_lora.nodes.host.weights import PackedWeights
 
-    original = getattr(host, "get_resident_weight", None)
-    if original is None:
-        yield False
-        return
-    host.get_resident_weight = lambda *arguments: None
+    def fetch(self: Any, like: Any) -> tuple[Any, Any]:
+        ticket = comfy.ops.cast_bias_weight(self, like, offloadable=True)
+        return ticket[0], ticket
+
+    original = PackedWeights.fetch
+    PackedWeights.fetch = fetch
     try:
-        yield True
+        yield
     finally:
-        host.get_resident_weight = original
+        PackedWeights.fetch = original
 
 
 def measure_changes(context: Context, model: Any, adapter: Any) -> None:
