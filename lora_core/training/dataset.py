@@ -347,7 +347,8 @@ def get_size(latents: AnyTensor) -> Size:
 def collect_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embeddings (T_i, D) -> (B, T, D) padded with 0, and which tokens are real, (B, T).
 
-    No mask where all are as long: an all-true mask makes attention take a slower kernel.
+    No mask where all are as long: an all-true mask makes attention take a slower kernel, and on a
+    GPU nobody could look at it without waiting.
     """
     lengths = [text.shape[0] for text in texts]
     padded = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)

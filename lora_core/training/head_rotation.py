@@ -61,8 +61,9 @@ class NormalizedRotation(torch.autograd.Function):
         sin: torch.Tensor,
         eps: float,
     ) -> torch.Tensor:
-        ctx.eps = eps
-        ctx.save_for_backward(text, image, text_weight, image_weight, cos, sin)
+        # Hooks on what is saved need not see what every block and step shares.
+        ctx.rest = cos, sin, eps
+        ctx.save_for_backward(text, image, text_weight, image_weight)
         num_tokens = text.shape[1] + image.shape[1]
         joint = image.new_empty(len(image), num_tokens, *image.shape[2:])
         write_rotated = choose_steps(image).write_rotated
@@ -72,15 +73,16 @@ class NormalizedRotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor):
-        text, image, text_weight, image_weight, *angles = ctx.saved_tensors
+        text, image, text_weight, image_weight = ctx.saved_tensors
+        *angles, eps = ctx.rest
         needs_text, needs_image = ctx.needs_input_grad[:2]
         compute_gradient = choose_steps(image).compute_gradient
         grad_text = grad_image = None
         if needs_text:
-            grad_text = compute_gradient(grad, text, text_weight, *angles, 0, ctx.eps)
+            grad_text = compute_gradient(grad, text, text_weight, *angles, 0, eps)
         if needs_image:
             first = text.shape[1]
-            grad_image = compute_gradient(grad, image, image_weight, *angles, first, ctx.eps)
+            grad_image = compute_gradient(grad, image, image_weight, *angles, first, eps)
         return grad_text, grad_image, None, None, None, None, None
 
 

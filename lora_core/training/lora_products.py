@@ -63,9 +63,10 @@ def compute_products(linears: Sequence[nn.Module], x: torch.Tensor) -> list[torc
     """What each gives for x, (..., in) -> (..., out)."""
     layers = list_loras(linears)
     is_simple = layers and x.requires_grad and not is_random(layers)
-    if not (is_simple and all(map(is_halved, linears)) and has_bases(linears)):
+    collected = collect_parts(linears) if is_simple and all(map(is_halved, linears)) else None
+    if collected is None:
         return finish_products(linears, begin_products(linears, x))
-    parts, tensors = collect_parts(linears)
+    parts, tensors = collected
     return list(WholeProducts.apply(x, stack_downs(layers), parts, *tensors))
 
 
@@ -87,10 +88,11 @@ def finish_products(linears: Sequence[nn.Module], begun: Begun) -> list[torch.Te
     """The results, in the order of the Linears that were begun with."""
     x, hidden, finished = begun
     halved = [linear for linear in linears if is_halved(linear)]
-    if not has_bases(halved):
+    collected = collect_parts(halved)
+    if collected is None:
         outs = call_bases(halved, x, hidden)
     elif halved:
-        parts, tensors = collect_parts(halved)
+        parts, tensors = collected
         outs = FrozenProducts.apply(x, hidden, parts, *tensors)
     else:
         outs = ()
@@ -102,18 +104,23 @@ def finish_products(linears: Sequence[nn.Module], begun: Begun) -> list[torch.Te
 
 def collect_parts(
     linears: Sequence[nn.Module],
-) -> tuple[tuple[Part, ...], list[torch.Tensor | None]]:
-    """What `FrozenProducts` takes of those that are halved."""
+) -> tuple[tuple[Part, ...], list[torch.Tensor | None]] | None:
+    """What `FrozenProducts` takes of those that are halved.
+
+    None where the base of one has to multiply by itself.
+    """
     parts: list[Part] = []
     tensors: list[torch.Tensor | None] = []
     start = 0
     for linear in linears:
+        base = read_base(linear)
+        if base is None:
+            return None
         columns, up, scale = None, None, 0.0
         if is_lora(linear):
             up, scale = linear.up, linear.strength * linear.scale
             columns = start, start + up.shape[1]
             start = columns[1]
-        base = read_base(linear)
         parts.append(Part(base.decode, len(base.codes), columns, scale))
         tensors += [base.bias, up, *base.codes]
     return tuple(parts), tensors

@@ -13,14 +13,17 @@ from qwen_edit_lora.lora_core.injection import inject
 from qwen_edit_lora.lora_core.jobs.failure import explain_error
 from qwen_edit_lora.lora_core.training import gradient_checkpointing, session
 from qwen_edit_lora.lora_core.training.batches import load_repeated
+from qwen_edit_lora.lora_core.training.dataset import read_dataset
 from qwen_edit_lora.lora_core.training.gradient_checkpointing import (
     KINDS,
     PASSING_BLOCKS,
     LiveBytes,
     choose_kind,
     choose_share,
+    count_kept_bytes,
     measure_kept_bytes,
 )
+from qwen_edit_lora.lora_core.training.loading import load_transformer
 from qwen_edit_lora.lora_core.training.memory import MemoryMeter
 from qwen_edit_lora.lora_core.training.session import describe_session, open_session
 from qwen_edit_lora.lora_core.training.trainer import train
@@ -117,6 +120,25 @@ def test_selective_keeps_a_quarter_and_the_model_is_left_as_it_was(tmp_path, bas
     assert model.gradient_checkpointing is True
     twice = measure_kept_bytes(model, load_repeated(opened.dataset, 1, 2, 0))
     assert twice[False] == pytest.approx(2 * kept[False], rel=0.1)
+
+
+def test_a_block_keeps_no_more_tensors_of_the_streams_size_than_its_products_need(tmp_path):
+    """Of its input 1, the attention 7 (q, k before and after their norms, v, result, input), the
+    stream after it 1, the MLP 9: nothing of norms, rotation or modulation, in the type of the base.
+    """
+    sizes = {"attention_head_dim": 64, "num_attention_heads": 4, "joint_attention_dim": 64}
+    path = write_base(tmp_path / "base.safetensors", 2, **sizes)
+    make_dataset(tmp_path / "data", {"one": make_item(0, (32, 32), ((32, 32),), 64)})
+    config = make_config(tmp_path, **{"lora.rank": 1, "lora.targets": ["full"]})
+    model = load_transformer(path, "bf16")
+    injection = inject(model.transformer, config.lora)
+    assert injection.plan.num_parameters
+    batch = load_repeated(read_dataset(tmp_path / "data"), 0, 1, 0)
+    stream = (2 * 16 * 16 + 64) * 4 * 64 * 2
+    kept = {kind: count_kept_bytes(model, batch, kind) / stream for kind in KINDS}
+    assert 17 < kept[False] < 18.5
+    assert 5.9 < kept["selective"] < 6.5
+    assert 0.9 < kept[True] < 1.5
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "int8", "nf4"])
@@ -281,7 +303,6 @@ def test_the_estimate_chooses_as_the_run_will(tmp_path, base, monkeypatch):
 
 def test_injection_alone_leaves_the_choice_to_who_calls(base):
     from qwen_edit_lora.lora_core.injection_plan import LoraSettings
-    from qwen_edit_lora.lora_core.training.loading import load_transformer
 
     model = load_transformer(base, "fp32", torch.device("cpu"), torch.float32)
     inject(model.transformer, LoraSettings(rank=4), seed=0)
