@@ -184,11 +184,8 @@ def test_gradients_are_measured_clipped_and_averaged_on_a_card():
             ema.update()
             with ema.swapped():
                 ema.update()
-        state = {
-            name: value.cpu() if isinstance(value, torch.Tensor) else value
-            for name, value in ema.state_dict().items()
-        }
-        ema.load_state_dict(state)
+        ema.load_state_dict({name: value.cpu() for name, value in ema.state_dict().items()})
+        ema.update()
         assert {average.device for average in ema.averages.values()} == {CUDA}
 
 
