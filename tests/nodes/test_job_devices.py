@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +155,36 @@ def test_a_model_of_another_kind_is_a_sentence_before_anything_is_measured(choos
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(KeyFormatError, match="no Qwen-Image model"):
         choose([SMALL], source=tmp_path / "other.safetensors")
+
+
+def test_the_same_graph_is_one_job_whatever_is_free_by_then(
+    choose, executor, store, demo_models, tmp_path, monkeypatch
+):
+    from qwen_edit_lora.nodes import base_choice, job_host, routes
+    from qwen_edit_lora.nodes.train import MEASURE, SKIP, QwenEditLoraTrain
+
+    prompts = routes.PromptQueue(executor.server)
+    jobs = job_host.JobHost(tmp_path / "training", prompts, lambda data: None)
+    monkeypatch.setattr(job_host, "_jobs", jobs)
+    (folder,) = tmp_path.glob("data*")
+    dataset = SimpleNamespace(folder=folder, keys=("a",))
+
+    def queue(estimate=SKIP):
+        model = Path(demo_models.dit["2509_fp32"]).name
+        return QwenEditLoraTrain.execute(model, dataset, "standard", 5, "a", estimate=estimate)
+
+    first, report = queue().args
+    settings = job_host.get(first).settings
+    assert settings.train.model.storage == "fp8"
+    assert f"with {settings.train.model.offload_blocks} of 60 blocks waiting" in report
+    assert 11 * GIB < settings.gpu_memory_bytes < 12 * GIB
+    monkeypatch.setattr(base_choice, "find_free_host_memory", lambda: 0)
+    lock = job_host.get_store().get_device_lock(SMALL.key)
+    with lock.held(1.0):
+        again, report = queue().args
+    assert again == first
+    assert "is this training already" in report
+    job_host.get_store().cancel(first)
+    with lock.held(1.0), job_host.get_store().get_device_lock(LARGE.key).held(1.0):
+        _, report = queue(MEASURE).args
+    assert "not estimated: another training job runs on cuda:1" in report
