@@ -1,7 +1,8 @@
 """What can go wrong, as one tree. Texts say what was expected, what came, and what to do.
 
 LoraError
-+-- FileError              the file cannot be read or written as an adapter
++-- FileError              the file cannot be read or written as what it should be
+|   +-- MissingFileError   nothing has this path
 +-- KeyFormatError         keys that belong to no known scheme, or to another model
 +-- ShapeError             tensors that do not fit each other or the model
 +-- TargetError            a preset, pattern or block range that selects nothing
@@ -17,6 +18,10 @@ class LoraError(Exception):
 
 class FileError(LoraError, ValueError):
     """The file is missing, damaged, of another type, or cannot be written."""
+
+
+class MissingFileError(FileError):
+    """There is no such file, which is no fault where the file is optional."""
 
 
 class KeyFormatError(LoraError, ValueError):

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import FileError
+from .text import shorten
 
 # Names of the safetensors format specification, section "Format".
 DTYPES = {
@@ -131,10 +132,6 @@ def read_signature(path: Path) -> tuple[int, ...]:
     except OSError as e:
         raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
-def shorten(name: str, limit: int = 80) -> str:
-    return name if len(name) <= limit else f"{name[: limit - 20]}...{name[-16:]}"
 
 
 def open_checked(path: Path):
