@@ -5,6 +5,7 @@ LoraError
 |   +-- MissingFileError   nothing has this path
 +-- KeyFormatError         keys that belong to no known scheme, or to another model
 +-- ShapeError             tensors that do not fit each other or the model
+|   +-- EmptyPartError     a tensor without any number
 +-- TargetError            a preset, pattern or block range that selects nothing
 +-- ConfigError            a setting outside its range
 +-- NonFiniteWeightsError  NaN or Inf in the weights
@@ -30,6 +31,10 @@ class KeyFormatError(LoraError, ValueError):
 
 class ShapeError(LoraError, ValueError):
     """A tensor's shape contradicts its partner's or the model's."""
+
+
+class EmptyPartError(ShapeError):
+    """A tensor has no entries, as a shard that was not gathered."""
 
 
 class TargetError(LoraError, ValueError):
