@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .adapter import Adapter
-from .errors import ConfigError, FileError
+from .errors import ConfigError, FileError, MissingFileError
 from .formats.reading import read_modules
 from .formats.schemes import build_lora_config, build_metadata, get_scheme
 from .stored import SafetensorsFile, read_signature, shorten
@@ -46,8 +46,14 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def find_file(path: Path) -> Path:
-    """The path itself, or the adapter inside a folder that PEFT wrote."""
-    read_signature(path)  # says in a sentence why a path cannot be opened
+    """The path itself, the file that lacks only its ending, or the one in PEFT's folder."""
+    try:
+        read_signature(path)  # says in a sentence why a path cannot be opened
+    except MissingFileError:
+        named = path.with_name(f"{path.name}.safetensors")
+        if not path.name or not named.is_file():
+            raise
+        return named
     inside = path / PEFT_FILE
     return inside if inside.is_file() else path
 

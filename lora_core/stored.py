@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import FileError
+from .errors import FileError, MissingFileError
 from .regular_files import open_regular
 from .text import shorten
 
@@ -31,6 +31,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+#: Endings of a safetensors file's name, in any case; ComfyUI lists both.
+SUFFIXES = (".safetensors", ".sft")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -74,6 +76,11 @@ AnyTensor = torch.Tensor | StoredTensor
 
 def load(tensor: AnyTensor) -> torch.Tensor:
     return tensor.load() if isinstance(tensor, StoredTensor) else tensor
+
+
+def is_safetensors(name: str) -> bool:
+    """By the ending of the name, as every loader lists files."""
+    return name.lower().endswith(SUFFIXES)
 
 
 class SafetensorsFile:
@@ -137,7 +144,7 @@ def read_signature(path: Path) -> tuple[int, ...]:
     try:
         found = path.stat()
     except FileNotFoundError:
-        raise FileError(
+        raise MissingFileError(
             f"{name} is not there any more; expected a LoRA file. Put it back, or choose another "
             "one."
         ) from None

@@ -53,9 +53,6 @@ DOTTED_PREFIXES = {
     "pipe.dit.": "diffsynth",
     "dit.": "diffsynth",
     "unet.": "unet",
-    "lora_unet.": "kohya",
-    "lora_transformer.": "onetrainer",
-    "lycoris.": "lycoris",
     "model.": "wrapped",
 }
 #: Segments that PyTorch's wrappers add at any place of a name: torch.compile, DDP, FSDP,
@@ -181,10 +178,11 @@ def split_prefix(stem: str) -> tuple[str, str]:
             dotted = restore_dots(flat)
             if dotted is not None:
                 return prefix + peeled + wrappers, dotted
-            found = next((p for p in names if flat.startswith(p)), None)
+            # Such a prefix may also end in a dot: lycoris.transformer_blocks.0.attn.to_q
+            found = next((p for p in names if flat[: len(p)].replace(".", "_") == p), None)
             if found is None:
                 break
-            peeled, flat = peeled + found, flat[len(found) :]
+            peeled, flat = peeled + flat[: len(found)], flat[len(found) :]
     return prefix + wrappers, rest
 
 
@@ -216,8 +214,9 @@ def name_scheme(prefix: str) -> str:
     """The scheme a prefix stands for; wrappers such as "module." around it do not count."""
     if "base_model.model." in prefix:
         return "peft"
+    flat = prefix.replace(".", "_")
     for known, scheme in UNDERSCORED_PREFIXES.items():
-        if prefix.startswith(known):
+        if flat.startswith(known):
             return scheme
     for known, scheme in DOTTED_PREFIXES.items():
         if known in prefix and scheme != "wrapped":

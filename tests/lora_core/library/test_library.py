@@ -13,6 +13,7 @@ import pytest
 import torch
 from demo_base.adapters import make_adapter
 from qwen_edit_lora.lora_core.errors import ConfigError
+from qwen_edit_lora.lora_core.findings import Finding
 from qwen_edit_lora.lora_core.library import health, library
 from qwen_edit_lora.lora_core.library.health import UNEXPECTED
 from qwen_edit_lora.lora_core.library.inspector import Inspector, answer
@@ -382,17 +383,13 @@ def test_a_thousand_files_are_listed_from_the_cache_in_well_under_a_second(loras
 
 
 @pytest.mark.parametrize(
-    ("sentence", "level"),
+    ("finding", "level"),
     [
-        ("untrained: the delta of all 3 modules", "broken"),
-        ("inert, not broken: 4 modules", "healthy"),
-        ("saturated: std 0.1", "warning"),
+        (Finding("untrained", "error", "healthy"), "broken"),
+        (Finding("saturated", "warning", "healthy"), "warning"),
+        (Finding("inert", "note", "broken"), "healthy"),
+        (Finding("nothing_to_judge", "warning", "healthy"), "unknown"),
     ],
 )
-def test_a_sentence_has_the_level_of_its_first_words(sentence, level):
-    assert health.get_gravity(sentence) == level
-
-
-def test_the_words_that_decide_a_level_are_those_of_the_verdict():
-    text = Path(health.__file__).parents[1].joinpath("verdict.py").read_text(encoding="utf-8")
-    assert [words for words in health.GRAVITY if words not in text] == []
+def test_a_finding_has_the_level_of_its_kind_and_severity_whatever_it_says(finding, level):
+    assert health.get_level(finding) == level
