@@ -17,7 +17,8 @@ from .adapter import Adapter
 from .errors import ConfigError, FileError, MissingFileError
 from .formats.reading import read_modules
 from .formats.schemes import build_lora_config, build_metadata, get_scheme
-from .stored import SafetensorsFile, read_signature, shorten
+from .stored import SafetensorsFile, read_signature
+from .text import shorten
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -51,7 +52,7 @@ def find_file(path: Path) -> Path:
         read_signature(path)  # says in a sentence why a path cannot be opened
     except MissingFileError:
         named = path.with_name(f"{path.name}.safetensors")
-        if not path.name or not named.is_file():
+        if not path.name or not os.path.isfile(named):  # noqa: PTH113 - never raises
             raise
         return named
     inside = path / PEFT_FILE
@@ -103,6 +104,7 @@ def write_adapter(
         FileError: the folder or disk does not take the file; nothing is left behind.
     """
     path = Path(path)
+    check_name(path)
     scheme = get_scheme(key_format)
     if scheme.name == "peft" and path.name != PEFT_FILE:
         if path.suffix == ".safetensors":
@@ -113,6 +115,7 @@ def write_adapter(
         path = path / PEFT_FILE
     state_dict = build_state_dict(adapter, key_format)
     title = path.parent.name if scheme.name == "peft" else path.stem
+    title = title.encode("utf-8", "replace").decode()  # a name that is no UTF-8 on the disk
     metadata = build_metadata(adapter, scheme, title)
     lora_config = build_lora_config(adapter) if scheme.name == "peft" else None
     tensors = separate(state_dict)
@@ -124,6 +127,16 @@ def write_adapter(
     except (OSError, SafetensorError) as e:
         raise FileError(f"{shorten(path.name)} cannot be written: {explain(e)}.") from None
     return path
+
+
+def check_name(path: Path) -> None:
+    """Raises FileError for a name with a null character or half a surrogate pair."""
+    try:
+        if b"\0" not in os.fsencode(path):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise FileError(f"{shorten(path.name)!r} is no name of a file; expected one.")
 
 
 def separate(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

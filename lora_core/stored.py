@@ -185,6 +185,12 @@ def open_checked(path: Path):
             f"{header_size:,}. It is truncated or no safetensors file: download or copy it again."
         )
     try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8, which safetensors opens nowhere
+        raise FileError(
+            f"{name}: this name or its folder's is not UTF-8 text; rename it."
+        ) from None
+    try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as e:
         reason = "its header does not match its data"

@@ -94,6 +94,8 @@ KINDS = (
 #: Under the others alpha is the limit itself, as ComfyUI's own trainer saves it.
 RELATIVE_OFT = ("kohya", "lycoris", "onetrainer")
 BOFT = "BOFT, which is not supported; use ComfyUI's LoraLoader"
+#: Of an example in a sentence that has two.
+MAX_EXAMPLE = 130
 NO_USE = "has no use in a module of this kind"
 FUSED = "fuses query, key and value in a way that cannot be taken apart"
 
@@ -127,8 +129,9 @@ class ModuleBuilder:
         """
         built = {path: self._build(path, parts) for path, parts in chosen.items()}
         if self._incomplete:
+            shown = [shorten(text, MAX_EXAMPLE) for text in self._incomplete]
             raise KeyFormatError(
-                f"{self._name} is incomplete: {shorten_list(self._incomplete, 2)}, without the "
+                f"{self._name} is incomplete: {shorten_list(shown, 2)}, without the "
                 "partner keys. It was cut or saved wrongly: download or export it again."
             )
         modules = {path: weights for path, weights in built.items() if weights is not None}
@@ -162,7 +165,7 @@ class ModuleBuilder:
             return None
         if not kind.is_complete(present):
             found = ", ".join(shorten(key.key) for key in parts.keys.values())
-            self._incomplete.append(f"{module_path} has only {shorten(found, 120)}")
+            self._incomplete.append(f"{module_path} has only {found}")
             return None
         if "oft_blocks" in present and parts.get(self._tensors, "oft_blocks").ndim == 4:
             self._leave_out(parts, BOFT)

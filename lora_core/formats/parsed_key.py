@@ -64,6 +64,8 @@ WRAPPERS = (
     "_forward_module",
     "module",
 )
+#: A wrapper between dots, or between underscores where those stand for dots.
+_WRAPPER = re.compile(rf"(?:^|[._])(?P<wrapper>{'|'.join(WRAPPERS)})(?:[._]|\Z)")
 UNDERSCORED_PREFIXES = {
     "lora_unet_": "kohya",
     "lora_transformer_": "onetrainer",
@@ -189,19 +191,11 @@ def split_prefix(stem: str) -> tuple[str, str]:
 def drop_wrappers(stem: str) -> tuple[str, str]:
     """The name without the wrappers' segments, and those with a dot behind each."""
     found = ""
-    for wrapper in WRAPPERS:
-        if wrapper not in stem:
-            continue
-        parts = stem.split(".")
-        kept = [part for part in parts if part != wrapper]
-        found += f"{wrapper}." * (len(parts) - len(kept))
-        stem = ".".join(kept)
-        # Where dots became underscores: a_0__orig_mod_b, lora_unet__orig_mod_b
-        flat = f"_{wrapper}_"
-        while flat in stem:
-            stem = stem.replace(flat, "_", 1)
-            found += f"{wrapper}."
-    return stem, found
+    if any(wrapper in stem for wrapper in WRAPPERS):
+        while match := _WRAPPER.search(stem):
+            found += f"{match['wrapper']}."
+            stem = stem[: match.start("wrapper")] + stem[match.end() :]
+    return stem.rstrip(".") if found else stem, found
 
 
 def restore_dots(flat: str) -> str | None:
