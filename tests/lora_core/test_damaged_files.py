@@ -7,7 +7,6 @@ import os
 import pickle
 import struct
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -148,7 +147,7 @@ def test_a_file_without_tensors_says_so(write_file):
 
 
 def test_a_name_that_is_no_utf8_is_told_by_its_name_alone(make_state_dict, tmp_path):
-    path = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"\xffx.safetensors")))
+    path = tmp_path / os.fsdecode(b"\xffx.safetensors")
     try:
         path.write_bytes(save(make_state_dict()))
     except (OSError, UnicodeError):
