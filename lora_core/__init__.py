@@ -17,6 +17,7 @@ from .errors import (
 )
 from .extraction import extract_adapter
 from .files import build_state_dict, read_adapter, read_state_dict, write_adapter
+from .findings import Finding
 from .report import DroppedKey, LoadReport
 from .targets import TARGET_PRESETS, count_parameters, parse_block_ranges
 from .weights import (
@@ -40,6 +41,7 @@ __all__ = [
     "DoraWeights",
     "DroppedKey",
     "FileError",
+    "Finding",
     "KeyFormatError",
     "LoadReport",
     "LohaWeights",

@@ -19,6 +19,7 @@ from .files import read_adapter, write_adapter
 from .formats.schemes import SCHEMES
 from .inspection import inspect_adapter
 from .statistics import SORT_KEYS
+from .stored import is_safetensors
 from .tables import build_comparison_table, build_table, describe_verdict
 from .training.command_line import add_commands
 
@@ -93,14 +94,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("out", help="the file to write; it is replaced if it exists")
+    command.add_argument(
+        "out",
+        help="the file to write, replaced if it exists; .safetensors is added where it is missing",
+    )
     command.add_argument("--format", choices=list(SCHEMES), default="comfyui", help="key format")
 
 
 def run_inspect(options: argparse.Namespace) -> None:
-    inspection = inspect_adapter(read_adapter(options.file), base=options.base, exact=options.exact)
+    adapter = read_adapter(options.file)
+    inspection = inspect_adapter(adapter, base=options.base, exact=options.exact)
     if options.json:
-        print(json.dumps(inspection.to_dict(), indent=INDENT))
+        figures = {**inspection.to_dict(), "report": adapter.report.to_dict()}
+        print(json.dumps(figures, indent=INDENT))
     else:
         table = build_table(inspection, options.sort_by)
         print(f"{describe_verdict(inspection)}\n\n{table}")
@@ -145,12 +151,19 @@ def choose_device(name: str) -> str:
 def run_convert(options: argparse.Namespace) -> None:
     adapter = read_adapter(options.file)
     print(adapter.report.to_text())
-    print(f"Wrote {write_adapter(adapter, options.out, options.format)}")
+    print(f"Wrote {write_adapter(adapter, choose_out(options), options.format)}")
 
 
 def write(composition: Composition, options: argparse.Namespace) -> None:
     print(composition.to_text())
-    print(f"Wrote {write_adapter(composition.adapter, options.out, options.format)}")
+    print(f"Wrote {write_adapter(composition.adapter, choose_out(options), options.format)}")
+
+
+def choose_out(options: argparse.Namespace) -> str:
+    """The file to write, with the ending without which no loader lists it; PEFT's is a folder."""
+    if options.format == "peft" or is_safetensors(options.out):
+        return options.out
+    return f"{options.out}.safetensors"
 
 
 def split_strength(text: str) -> tuple[str, float]:

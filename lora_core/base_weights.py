@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from .errors import FileError, KeyFormatError
+from .json_reader import parse_object
 from .stored import AnyTensor, SafetensorsFile, load
 from .stored_weight import MX_BLOCK, BaseWeight, count_factors, untile_scales, widen_exponents
 from .targets import is_known
@@ -157,10 +157,9 @@ def read_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
 def parse_note(text: str | bytes) -> dict[str, Any]:
     """An unreadable note becomes one of an unknown format, which is refused where it matters."""
     try:
-        note = json.loads(text)
-    except ValueError:
-        note = None
-    return note if isinstance(note, dict) else {"format": "an unreadable note"}
+        return parse_object(text, "the note")
+    except FileError:
+        return {"format": "an unreadable note"}
 
 
 def open_base(base: BaseWeights | Mapping[str, AnyTensor] | str | os.PathLike[str]) -> BaseWeights:

@@ -14,6 +14,7 @@ from .factors import Factors, compute_inner_product, get_factors
 from .products import compute_square, dot
 from .progress import Progress, ShouldStop, track
 from .stored import load
+from .text import shorten
 from .threads import map_in_threads
 from .truncation import (
     Truncated,
@@ -23,6 +24,12 @@ from .truncation import (
     truncate_weights,
 )
 from .weights import DiffWeights, DoraWeights, LokrWeights, LoraWeights, ModuleWeights
+
+#: Times the smaller side of a module: a LoRA of a higher rank is not merged bit by bit, but in
+#: factors of the rank its delta can have.
+MAX_EXCESS = 8
+#: Far beyond any use, and far from what a dtype holds.
+MAX_STRENGTH = 1e4
 
 
 def resize_adapter(
@@ -105,8 +112,11 @@ def merge_adapters(
     """
     check_rank(rank)
     for adapter, strength in adapters:
-        if not math.isfinite(strength):
-            raise ConfigError(f"{adapter.name} has strength {strength}; expected a finite number")
+        if not abs(strength) <= MAX_STRENGTH:
+            raise ConfigError(
+                f"{shorten(adapter.name)} has strength {strength:g}; expected a finite number up "
+                f"to {MAX_STRENGTH:,g}"
+            )
         adapter.check_finite()
     used = [(adapter, float(strength)) for adapter, strength in adapters if strength]
     if not used:
@@ -186,7 +196,7 @@ def concatenate(
     """
     downs, ups, scales = [], [], []
     for weights, strength in shares:
-        if isinstance(weights, LoraWeights):
+        if isinstance(weights, LoraWeights) and weights.rank <= MAX_EXCESS * min(weights.shape):
             downs.append(weights.lora_A.double())
             ups.append(weights.lora_B.double())
             scales.append(weights.scale * strength)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .adapter import Adapter
-from .errors import ConfigError
+from .errors import ConfigError, FileError
 from .files import build_state_dict, read_state_dict
+from .json_reader import parse_json
 from .truncation import Truncated
 
 HISTORY = "qwen_edit_lora.history"
@@ -74,8 +75,8 @@ def build_composition(
 
 def read_history(metadata: Mapping[str, str]) -> list[Any]:
     try:
-        history = json.loads(metadata.get(HISTORY, "[]"))
-    except ValueError:
+        history = parse_json(metadata.get(HISTORY, "[]"), HISTORY)
+    except FileError:
         return []
     return history if isinstance(history, list) else []
 

@@ -13,19 +13,22 @@ from .errors import ConfigError, ShapeError
 
 def low_rank(lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * lora_B @ lora_A (Hu et al. 2021, arXiv 2106.09685, section 4.1)."""
-    return scale * (widen(lora_B) @ widen(lora_A))
+    lora_A, lora_B = widen_alike(lora_A, lora_B)
+    return scale * (lora_B @ lora_A)
 
 
 def kronecker(w1: torch.Tensor, w2: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * kron(w1, w2), LoKr (Yeh et al. 2023, arXiv 2309.14859, section 3.2)."""
-    return scale * torch.kron(widen(w1), widen(w2))
+    w1, w2 = widen_alike(w1, w2)
+    return scale * torch.kron(w1, w2)
 
 
 def hadamard(
     w1_a: torch.Tensor, w1_b: torch.Tensor, w2_a: torch.Tensor, w2_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """scale * (w1_a @ w1_b) * (w2_a @ w2_b), LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098)."""
-    return scale * (widen(w1_a) @ widen(w1_b)) * (widen(w2_a) @ widen(w2_b))
+    w1_a, w1_b, w2_a, w2_b = widen_alike(w1_a, w1_b, w2_a, w2_b)
+    return scale * (w1_a @ w1_b) * (w2_a @ w2_b)
 
 
 def decompose(
@@ -40,9 +43,9 @@ def decompose(
         magnitude: (out_features,) or (out_features, 1): one per output row; (1, in_features): one
             per input column, as early LyCORIS files store it.
     """
-    base = widen(base_weight)
-    tuned = base + direction_delta.to(base)
-    magnitude = widen(magnitude)
+    direction_delta = direction_delta.to(base_weight.device)
+    base, direction_delta, magnitude = widen_alike(base_weight, direction_delta, magnitude)
+    tuned = base + direction_delta
     if magnitude.ndim == 1 or magnitude.shape[-1] == 1:
         norm = tuned.norm(dim=1, keepdim=True)
         magnitude = magnitude.reshape(-1, 1)
@@ -66,7 +69,7 @@ def rotate(
         blocks: (num_blocks, size, size) with num_blocks * size = out_features.
         rescale: (out_features, 1), a gain per output row after the rotation.
     """
-    base, blocks = widen(base_weight), widen(blocks)
+    base, blocks = widen_alike(base_weight, blocks)
     num_blocks, size, _ = blocks.shape
     if num_blocks * size != base.shape[0]:
         raise ShapeError(
@@ -97,3 +100,9 @@ def need_base_weight(base_weight: torch.Tensor | None, kind: str) -> torch.Tenso
 def widen(tensor: torch.Tensor) -> torch.Tensor:
     """float64 stays, everything else becomes float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
+def widen_alike(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """All in float64 where one of them is, else all in float32: products need one dtype."""
+    widest = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return [tensor.to(widest) for tensor in tensors]

@@ -1,9 +1,11 @@
 """What can go wrong, as one tree. Texts say what was expected, what came, and what to do.
 
 LoraError
-+-- FileError              the file cannot be read or written as an adapter
++-- FileError              the file cannot be read or written as what it should be
+|   +-- MissingFileError   nothing has this path
 +-- KeyFormatError         keys that belong to no known scheme, or to another model
 +-- ShapeError             tensors that do not fit each other or the model
+|   +-- EmptyPartError     a tensor without any number
 +-- TargetError            a preset, pattern or block range that selects nothing
 +-- ConfigError            a setting outside its range
 +-- NonFiniteWeightsError  NaN or Inf in the weights
@@ -20,12 +22,20 @@ class FileError(LoraError, ValueError):
     """The file is missing, damaged, of another type, or cannot be written."""
 
 
+class MissingFileError(FileError):
+    """There is no such file, which is no fault where the file is optional."""
+
+
 class KeyFormatError(LoraError, ValueError):
     """The keys are not those of a Qwen-Image adapter, or a module is incomplete."""
 
 
 class ShapeError(LoraError, ValueError):
     """A tensor's shape contradicts its partner's or the model's."""
+
+
+class EmptyPartError(ShapeError):
+    """A tensor has no entries, as a shard that was not gathered."""
 
 
 class TargetError(LoraError, ValueError):

@@ -58,12 +58,25 @@ class Factors:
 def get_factors(weights: ModuleWeights) -> Factors | None:
     """The factors of additive weights; None for kinds that have none cheaper than the matrix."""
     if isinstance(weights, LoraWeights):
-        return Factors(weights.lora_A.double(), weights.lora_B.double() * weights.scale)
+        return reduce_inner(
+            Factors(weights.lora_A.double(), weights.lora_B.double() * weights.scale)
+        )
     if isinstance(weights, LohaWeights):
         return multiply_hadamard(weights)
     if isinstance(weights, LokrWeights):
         return multiply_kronecker(weights)
     return None
+
+
+def reduce_inner(factors: Factors) -> Factors:
+    """The same delta with an inner dimension of at most its smaller side."""
+    rows, columns = factors.shape
+    if factors.inner <= min(rows, columns):
+        return factors
+    dense = factors.to_dense()
+    if rows <= columns:
+        return Factors(dense, torch.eye(rows, dtype=dense.dtype))
+    return Factors(torch.eye(columns, dtype=dense.dtype), dense)
 
 
 def multiply_hadamard(weights: LohaWeights) -> Factors | None:

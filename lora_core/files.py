@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .adapter import Adapter
-from .errors import ConfigError, FileError
+from .errors import ConfigError, FileError, MissingFileError
 from .formats.reading import read_modules
 from .formats.schemes import build_lora_config, build_metadata, get_scheme
-from .stored import SafetensorsFile, read_signature, shorten
+from .stored import SafetensorsFile, read_signature
+from .text import shorten
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -57,8 +58,14 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def find_file(path: Path) -> Path:
-    """The path itself, or the adapter inside a folder that PEFT wrote."""
-    read_signature(path)  # says in a sentence why a path cannot be opened
+    """The path itself, the file that lacks only its ending, or the one in PEFT's folder."""
+    try:
+        read_signature(path)  # says in a sentence why a path cannot be opened
+    except MissingFileError:
+        named = path.with_name(f"{path.name}.safetensors")
+        if not path.name or not os.path.isfile(named):  # noqa: PTH113 - never raises
+            raise
+        return named
     inside = path / PEFT_FILE
     return inside if inside.is_file() else path
 
@@ -108,6 +115,7 @@ def write_adapter(
         FileError: the folder or disk does not take the file; nothing is left behind.
     """
     path = Path(path)
+    check_name(path)
     scheme = get_scheme(key_format)
     if scheme.name == "peft" and path.name != PEFT_FILE:
         if path.suffix == ".safetensors":
@@ -118,6 +126,7 @@ def write_adapter(
         path = path / PEFT_FILE
     state_dict = build_state_dict(adapter, key_format)
     title = path.parent.name if scheme.name == "peft" else path.stem
+    title = title.encode("utf-8", "replace").decode()  # a name that is no UTF-8 on the disk
     metadata = build_metadata(adapter, scheme, title)
     lora_config = build_lora_config(adapter) if scheme.name == "peft" else None
     tensors = separate(state_dict)
@@ -129,6 +138,16 @@ def write_adapter(
     except (OSError, SafetensorError) as e:
         raise FileError(f"{shorten(path.name)} cannot be written: {explain(e)}.") from None
     return path
+
+
+def check_name(path: Path) -> None:
+    """Raises FileError for a name with a null character or half a surrogate pair."""
+    try:
+        if b"\0" not in os.fsencode(path):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise FileError(f"{shorten(path.name)!r} is no name of a file; expected one.")
 
 
 def separate(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .adapter import Adapter, is_finite
+from .adapter import Adapter, is_computable
 from .against_base import BaseFigures, compare_with_base
 from .base_weights import BaseWeight, BaseWeights, open_base
 from .entries import Entries, scan_dense, scan_factors
 from .factors import get_factors
+from .findings import Finding
 from .measures import (
     Measures,
     compute_effective_rank,
@@ -24,7 +25,7 @@ from .measures import (
     measure_kronecker,
 )
 from .progress import Progress, ShouldStop, track
-from .stored import AnyTensor, load
+from .stored import AnyTensor
 from .threads import map_in_threads
 from .weights import DoraWeights, LokrWeights, LoraWeights, ModuleWeights, OftWeights
 
@@ -84,7 +85,7 @@ class Inspection:
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Module path -> why it has no figures."""
     non_finite: tuple[str, ...] = ()
-    """Modules with NaN or Inf; they have no figures either."""
+    """Modules with NaN or Inf, as stored or in their delta; they have no figures either."""
     misfits: tuple[str, ...] = ()
     """Those of the skipped that the base lacks, or has in another shape."""
 
@@ -141,16 +142,22 @@ class Inspection:
         return sum(m.frobenius**2 for m in found) ** 0.5 / base if base else None
 
     @property
-    def verdict(self) -> tuple[str, ...]:
-        """Sentences, each with its figure and threshold; see `lora_core.verdict`."""
+    def findings(self) -> tuple[Finding, ...]:
+        """The verdict for programs; see `lora_core.verdict`."""
         from .verdict import judge
 
         return judge(self)
+
+    @property
+    def verdict(self) -> tuple[str, ...]:
+        """Sentences, each with its figure and threshold."""
+        return tuple(finding.text for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "verdict": list(self.verdict),
+            "findings": [asdict(finding) for finding in self.findings],
             "mean": self.mean,
             "std": self.std,
             "frobenius": self.frobenius,
@@ -208,7 +215,7 @@ def inspect_adapter(
         obstacle = find_obstacle(weights, weights_of_base, weight)
         if obstacle is not None:
             return obstacle
-        if not all(is_finite(load(tensor)) for tensor in weights.parts.values()):
+        if not is_computable(weights):
             return None
         return inspect_module(weights, exact, weight, path in sampled, stop)
 

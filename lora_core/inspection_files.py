@@ -12,11 +12,16 @@ from .against_base import BaseFigures
 from .errors import FileError
 from .files import write_then_rename
 from .inspection import Inspection, ModuleInspection
-from .stored import StoredTensor, read_signature, shorten
+from .json_reader import read_object
+from .regular_files import open_regular
+from .stored import StoredTensor, read_signature
+from .text import shorten
 
 #: Goes up when the same file would get other figures; the fields are compared anyway.
 VERSION = 3
 HASH_CHUNK_BYTES = 1 << 24
+#: Of an inspection on disk; one of 840 modules of rank 128 has 3 MB.
+MAX_BYTES = 256 << 20
 MAX_HEADER_BYTES = 100_000_000  # as safetensors limits it
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
@@ -36,7 +41,7 @@ def compute_content_hash(adapter: Adapter) -> str | None:
         return None
     file.check_unchanged()
     digest = hashlib.blake2b(digest_size=20)
-    with file.path.open("rb") as content:
+    with open_regular(file.path) as content:
         while chunk := content.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
     for path, weights in adapter.modules.items():
@@ -58,7 +63,7 @@ def compute_file_identity(path: Path) -> str:
     size, modified, *_ = read_signature(path)
     digest = hashlib.blake2b(f"{path.name} {size} {modified}\n".encode(), digest_size=12)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             digest.update(file.read(min(header_bytes, MAX_HEADER_BYTES)))
             for place in range(NUM_SAMPLES):
@@ -87,13 +92,13 @@ def write_inspection(inspection: Inspection, path: Path) -> None:
 def read_inspection(path: Path, name: str) -> Inspection | None:
     """What `write_inspection` wrote, for an adapter of this name; None if of another version."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_object(path, MAX_BYTES)
         if saved["version"] != VERSION or saved["fields"] != list_fields():
             return None
         modules = {path: build_module(figures) for path, figures in saved["modules"].items()}
         lists = (tuple(saved[field]) for field in ("non_finite", "misfits"))
         return Inspection(name, modules, saved["skipped"], *lists)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

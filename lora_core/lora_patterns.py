@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from itertools import zip_longest
 
 from .errors import FileError
-from .stored import shorten
+from .stored import is_safetensors, shorten
 
 
 def find_loras(patterns: str, names: Sequence[str]) -> list[str]:
@@ -36,7 +36,7 @@ def find_loras(patterns: str, names: Sequence[str]) -> list[str]:
 
 def matches(name: str, pattern: str) -> bool:
     name, pattern = (text.replace("\\", "/").casefold() for text in (name, pattern))
-    stem = name.removesuffix(".safetensors")
+    stem = name.rpartition(".")[0] if is_safetensors(name) else name
     return pattern in (name, stem) or fnmatchcase(name, pattern) or fnmatchcase(stem, pattern)
 
 

@@ -6,6 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .findings import NOTE, WARNING, Finding, list_texts
+from .text import shorten
+
+#: Of a key in the JSON. None of a trainer comes near it; a stranger's may fill the whole file.
+MAX_KEY = 500
+
 
 @dataclass(frozen=True)
 class DroppedKey:
@@ -18,7 +24,7 @@ class DroppedKey:
 
     def __str__(self) -> str:
         hint = f" (nearest known module: {self.nearest})" if self.nearest else ""
-        return f"{self.key}: {self.reason}{hint}"
+        return f"{shorten(self.key, 120)}: {self.reason}{hint}"
 
 
 @dataclass(frozen=True)
@@ -54,32 +60,56 @@ class LoadReport:
     hints: tuple[str, ...] = ()
     """Where those claims stand, one sentence each."""
 
+    found: tuple[Finding, ...] = ()
+    """What the reader wants told beside what stands in the fields above."""
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the user would want to know before going on, the warnings first."""
+        listed = []
+
+        def add(kind: str, count: int, text: str) -> None:
+            if count:
+                listed.append(Finding(kind, WARNING, text, count))
+
+        add(
+            "unmatched_keys",
+            len(self.unmatched),
+            f"{len(self.unmatched)} of {self.num_keys} keys were not loaded: "
+            + shorten_list([str(key) for key in self.unmatched], 3),
+        )
+        add(
+            "duplicate_keys",
+            len(self.duplicates),
+            f"{len(self.duplicates)} keys name a module a second time and were left out: "
+            + shorten_list([str(key) for key in self.duplicates], 3),
+        )
+        add(
+            "alpha_not_finite",
+            len(self.non_finite),
+            f"alpha is NaN or Inf in {len(self.non_finite)} modules; the rank stands in for "
+            f"it (scale 1): {shorten_list(self.non_finite, 2)}",
+        )
+        add(
+            "alpha_zero",
+            sum(count for alpha, count in self.alphas.items() if alpha == 0),
+            "alpha is 0 in some modules, so these do nothing",
+        )
+        add(
+            "text_to_image",
+            int(self.variants == ("text-to-image",)),
+            "the file says it was trained for text-to-image Qwen-Image, not for an edit model",
+        )
+        listed += self.found
+        return (
+            *(finding for finding in listed if finding.severity != NOTE),
+            *(finding for finding in listed if finding.severity == NOTE),
+        )
+
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Sentences for what the user would want to know before going on."""
-        found = []
-        if self.unmatched:
-            found.append(
-                f"{len(self.unmatched)} of {self.num_keys} keys were not loaded: "
-                + shorten_list([str(key) for key in self.unmatched], 3)
-            )
-        if self.duplicates:
-            found.append(
-                f"{len(self.duplicates)} keys name a module a second time and were left out: "
-                + shorten_list([str(key) for key in self.duplicates], 3)
-            )
-        if self.non_finite:
-            found.append(
-                f"alpha is NaN or Inf in {len(self.non_finite)} modules; the rank stands in for "
-                f"it (scale 1): {shorten_list(self.non_finite, 2)}"
-            )
-        if any(alpha == 0 for alpha in self.alphas):
-            found.append("alpha is 0 in some modules, so these do nothing")
-        if self.variants == ("text-to-image",):
-            found.append(
-                "the file says it was trained for text-to-image Qwen-Image, not for an edit model"
-            )
-        return tuple(found)
+        """The texts of those findings that are warnings."""
+        return list_texts(self.findings, WARNING)
 
     def to_text(self) -> str:
         lines = [
@@ -93,12 +123,18 @@ class LoadReport:
             f"targets {self.preset or 'custom'}; blocks {self.blocks or 'none'}"
             + (f"; model width {self.width}" if self.width else ""),
             *self.hints,
-            *(f"Warning: {warning}" for warning in self.warnings),
+            *(f"Warning: {text}" for text in self.warnings),
+            *(f"Note: {text}" for text in list_texts(self.findings, NOTE)),
         ]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "warnings": self.warnings}
+        """As JSON; "findings" are for programs: kind, severity, text, count."""
+        values = {name: value for name, value in asdict(self).items() if name != "found"}
+        for name in ("unmatched", "duplicates"):
+            values[name] = [{**key, "key": key["key"][:MAX_KEY]} for key in values[name]]
+        findings = [asdict(finding) for finding in self.findings]
+        return {**values, "findings": findings, "warnings": self.warnings}
 
 
 def join_counts(counts: Mapping[Any, int]) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import FileError
+from .errors import FileError, MissingFileError
+from .regular_files import open_regular
+from .text import shorten
 
 # Names of the safetensors format specification, section "Format".
 DTYPES = {
@@ -31,6 +33,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+#: Endings of a safetensors file's name, in any case; ComfyUI lists both.
+SUFFIXES = (".safetensors", ".sft")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -42,6 +46,8 @@ class StoredTensor:
     key: str
     shape: torch.Size
     dtype: torch.dtype
+    first_row: int | None = None
+    """Where these rows begin in the tensor of this key; None for all of it."""
 
     @property
     def ndim(self) -> int:
@@ -56,7 +62,15 @@ class StoredTensor:
         Raises:
             FileError: the file was deleted or replaced since its header was read.
         """
-        return self.file.read(self.key)
+        whole = self.file.read(self.key)
+        if self.first_row is None:
+            return whole
+        return whole[self.first_row : self.first_row + self.shape[0]]
+
+    def take_rows(self, first: int, count: int) -> StoredTensor:
+        """Some of the rows, read together with the others and not copied."""
+        shape = torch.Size((count, *self.shape[1:]))
+        return replace(self, shape=shape, first_row=(self.first_row or 0) + first)
 
     def load_rows(self, rows: slice, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """Some rows of it.
@@ -73,6 +87,11 @@ AnyTensor = torch.Tensor | StoredTensor
 
 def load(tensor: AnyTensor) -> torch.Tensor:
     return tensor.load() if isinstance(tensor, StoredTensor) else tensor
+
+
+def is_safetensors(name: str) -> bool:
+    """By the ending of the name, as every loader lists files."""
+    return name.lower().endswith(SUFFIXES)
 
 
 class SafetensorsFile:
@@ -105,8 +124,8 @@ class SafetensorsFile:
             dtype = DTYPES.get(part.get_dtype())
             if dtype is None:
                 raise FileError(
-                    f"{self.name}: {key} is stored as {part.get_dtype()}; expected one of "
-                    f"{', '.join(DTYPES)}. Save it again as bf16, fp16 or fp32."
+                    f"{shorten(self.name)}: {shorten(key)} is stored as {part.get_dtype()}; "
+                    f"expected one of {', '.join(DTYPES)}. Save it again as bf16, fp16 or fp32."
                 )
             yield key, StoredTensor(self, key, torch.Size(part.get_shape()), dtype)
 
@@ -126,7 +145,7 @@ class SafetensorsFile:
         """
         if read_signature(self.path) != self._signature:
             raise FileError(
-                f"{self.name} was changed on disk since it was opened. "
+                f"{shorten(self.name)} was changed on disk since it was opened. "
                 "Queue the prompt again to read the new file."
             )
 
@@ -195,20 +214,19 @@ def read_bytes(
 
 
 def read_signature(path: Path) -> tuple[int, ...]:
+    name = shorten(path.name)
     try:
-        stat = path.stat()
+        found = path.stat()
     except FileNotFoundError:
-        raise FileError(
-            f"{path.name} is not there any more; expected a LoRA file. "
-            "Put it back, or choose another one."
+        raise MissingFileError(
+            f"{name} is not there any more; expected a LoRA file. Put it back, or choose another "
+            "one."
         ) from None
     except OSError as e:
-        raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
-def shorten(name: str, limit: int = 80) -> str:
-    return name if len(name) <= limit else f"{name[: limit - 20]}...{name[-16:]}"
+        raise FileError(f"{name} cannot be opened: {e.strerror}.") from None
+    except ValueError:  # a null character or half a surrogate pair
+        raise FileError(f"{name!r} is no name of a file; expected a LoRA file.") from None
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def open_checked(path: Path):
@@ -216,12 +234,12 @@ def open_checked(path: Path):
     name = shorten(path.name)
     if path.is_dir():
         raise FileError(f"{name} is a folder; expected a .safetensors file.")
-    try:
-        with path.open("rb") as file:
+    with open_regular(path) as file:
+        try:
             start = file.read(16)
-    except OSError as e:
-        raise FileError(f"{name} cannot be opened: {e.strerror}.") from None
-    size = path.stat().st_size
+        except OSError as e:
+            raise FileError(f"{name} cannot be read: {e.strerror}.") from None
+        size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise FileError(
             f"{name} is empty (0 bytes); expected a safetensors file. Download or copy it again."
@@ -241,14 +259,20 @@ def open_checked(path: Path):
             f"{header_size:,}. It is truncated or no safetensors file: download or copy it again."
         )
     try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8, which safetensors opens nowhere
+        raise FileError(
+            f"{name}: this name or its folder's is not UTF-8 text; rename it."
+        ) from None
+    try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as e:
         reason = "its header does not match its data"
         if any(mark in str(e) for mark in ("InvalidHeader", "invalid JSON", "invalid UTF-8")):
             reason = "its header is not readable"
         raise FileError(
-            f"{name} is damaged: {reason} ({e}). It is truncated or was written wrongly: "
-            "download or copy it again."
+            f"{name} is damaged: {reason} ({shorten(str(e))}). It is truncated or was written "
+            "wrongly: download or copy it again."
         ) from None
     except OSError as e:
-        raise FileError(f"{name} cannot be mapped: {e.strerror or e}.") from None
+        raise FileError(f"{name} cannot be mapped: {e.strerror or shorten(str(e))}.") from None

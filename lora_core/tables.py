@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .findings import NOTE
 from .report import shorten_list
 from .statistics import BY_BLOCK, STATISTICS, sort_modules
 
@@ -11,13 +12,10 @@ if TYPE_CHECKING:
     from .compare import Comparison, ModuleComparison
     from .inspection import Inspection, ModuleInspection
 
-#: Beginnings of verdicts that ask for nothing.
-GOOD_NEWS = ("dense, small, healthy", "inert, not broken", "survives merging")
-
 
 def needs_attention(inspection: Inspection) -> bool:
     """Whether any sentence of the verdict is more than good news."""
-    return not all(sentence.startswith(GOOD_NEWS) for sentence in inspection.verdict)
+    return any(finding.severity != NOTE for finding in inspection.findings)
 
 
 def describe_verdict(inspection: Inspection) -> str:

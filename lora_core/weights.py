@@ -5,6 +5,7 @@ Legend: in = in_features, out = out_features of the module's Linear; r = rank.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -12,8 +13,12 @@ from typing import ClassVar
 import torch
 
 from . import delta
-from .errors import ShapeError
+from .errors import EmptyPartError, ShapeError
 from .stored import AnyTensor, load
+
+#: Of a module's weight. The largest of Qwen-Image has 57 million; a file of some kilobytes could
+#: ask for terabytes.
+MAX_ENTRIES = 1 << 28
 
 
 class ModuleWeights(ABC):
@@ -33,7 +38,24 @@ class ModuleWeights(ABC):
         if bias_delta is not None:
             self._parts["bias_delta"] = bias_delta
         self._alpha = alpha
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Raises ShapeError if the parts do not fit each other, or no model has such a module."""
+        for name, tensor in self._parts.items():
+            if tensor.numel() == 0:
+                raise EmptyPartError(
+                    f"{name} {tuple(tensor.shape)} holds no numbers. Such parts are saved from a "
+                    "sharded training (DeepSpeed ZeRO-3, FSDP) that was not gathered: save the "
+                    "whole adapter"
+                )
         self._check()
+        shape = self.shape
+        if shape is not None and math.prod(shape) > MAX_ENTRIES:
+            raise ShapeError(
+                f"its module would have {' x '.join(map(str, shape))} entries; expected at most "
+                f"{MAX_ENTRIES:,}, several times the largest of Qwen-Image"
+            )
 
     @abstractmethod
     def _check(self) -> None:
@@ -244,7 +266,8 @@ class LokrWeights(ModuleWeights):
         whole = self.part(name)
         if whole is not None:
             return whole
-        return delta.widen(self.part(f"{name}_a")) @ delta.widen(self.part(f"{name}_b"))
+        a, b = delta.widen_alike(self.part(f"{name}_a"), self.part(f"{name}_b"))
+        return a @ b
 
     def delta(self, base_weight: torch.Tensor | None = None) -> torch.Tensor:
         return delta.kronecker(self.factor("lokr_w1"), self.factor("lokr_w2"), self.scale)
@@ -356,7 +379,9 @@ class DiffWeights(ModuleWeights):
         super().__init__({"diff": diff}, None, bias_delta)
 
     def _check(self) -> None:
-        pass
+        for name, tensor in self._parts.items():
+            if tensor.ndim == 0:
+                raise ShapeError(f"{name} is a single number; expected a weight or a bias")
 
     @property
     def rank(self) -> int:

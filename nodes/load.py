@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -49,7 +50,7 @@ class QwenEditLoraLoad(io.ComfyNode):
                     "lora_name",
                     options=host.list_loras(),
                     tooltip=(
-                        "A .safetensors file from models/loras (press R to see new ones). "
+                        "A .safetensors or .sft file from models/loras (press R to see new ones). "
                         "Any trainer's format; pickles (.pt, .ckpt) are refused."
                     ),
                 ),
@@ -97,6 +98,7 @@ class QwenEditLoraLoad(io.ComfyNode):
         adapter = open_lora(lora_name) if lora_model is None else take_adapter(lora_model)
         text = adapter.report.to_text()
         ui = show_report(text, warning=bool(adapter.report.warnings), node_id="QwenEditLoraLoad")
+        ui["qwen_edit_lora_findings"] = [asdict(finding) for finding in adapter.report.findings]
         return io.NodeOutput(adapter, build_state_dict(adapter), text, ui=ui)
 
 

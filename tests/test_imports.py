@@ -37,6 +37,7 @@ HOST = {
 #: Modules of the core by tier: each may import its own tier and those before it.
 TIERS = (
     ("errors",),
+    ("text", "findings", "regular_files", "json_reader"),
     ("delta", "stored", "report", "targets", "strengths", "weights", "adapter"),
     ("formats", "files"),
     ("progress", "factors", "products", "truncation", "file_size"),

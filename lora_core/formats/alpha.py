@@ -1,4 +1,4 @@
-"""Where a module's alpha comes from: its own tensor, else metadata, else the rank.
+"""Where a module's alpha comes from: its own tensor, else a config or header field, else the rank.
 
 The order is stated because producers disagree: kohya writes a tensor, diffusers hides the value
 in the header, PEFT in a file beside it, ai-toolkit and DiffSynth mean "alpha = rank" by silence.
@@ -6,63 +6,121 @@ in the header, PEFT in a file beside it, ai-toolkit and DiffSynth mean "alpha = 
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from ..errors import FileError, KeyFormatError, MissingFileError
+from ..findings import NOTE, WARNING, Finding
+from ..json_reader import parse_object, read_object
+from ..text import shorten
+from .peft_config import PeftConfig, build_config, read_number
 
 RULE_TENSOR = "tensor"
 RULE_RANK = "rank (the file names none)"
 RULE_REPLACED = "rank (the file names NaN or Inf)"
+#: Of the text of a config. One with an entry for every module takes a tenth of a megabyte.
+MAX_CONFIG_BYTES = 4 << 20
+#: What everything is computed in; a larger alpha is infinite there.
+MAX_ALPHA = torch.finfo(torch.float32).max
 
-
-@dataclass(frozen=True)
-class LoraConfigAlpha:
-    """PEFT's LoraConfig fields that decide the scale, from wherever they were found."""
-
-    source: str
-    lora_alpha: float | None
-    rank_stabilised: bool = False
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    def resolve(self, module_path: str, rank: int) -> float | None:
-        """alpha such that alpha / rank is the scale PEFT uses (peft/tuners/lora/layer.py)."""
-        alpha = self.lora_alpha
-        for pattern, value in self.alpha_pattern.items():
-            if re.match(rf"(.*\.)?({pattern})$", module_path):
-                alpha = value
-                break
-        if alpha is None:
-            return None
-        # rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
-        return alpha * math.sqrt(rank) if self.rank_stabilised else alpha
-
-    @property
-    def rule(self) -> str:
-        return f"{self.source} (rsLoRA)" if self.rank_stabilised else self.source
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+#: Header fields with a LoraConfig as JSON; the first is diffusers'.
+CONFIG_FIELDS = ("lora_adapter_metadata", "lora_config", "adapter_config", "peft_config")
+#: Plain header fields, as LightX2V writes them and sglang reads them.
+ALPHA_FIELDS = ("lora_alpha", "network_alpha", "alpha")
+KOHYA_ALPHA = "ss_network_alpha"
+#: kohya's words for "modules differ" and "there is none".
+NO_NUMBER = ("", "None", "Dynamic")
 
 
 @dataclass(frozen=True)
 class AlphaRules:
-    config: LoraConfigAlpha | None = None
+    """The configs that were found, the first choice first, and what could not be read."""
+
+    configs: tuple[PeftConfig, ...] = ()
+    unreadable: str | None = None
+    """The source whose text could not be read; it may have said something of alpha."""
+    findings: tuple[Finding, ...] = ()
+    fallback: str = RULE_RANK
+    """The rule's name where the rank stands in."""
+
+    @property
+    def config(self) -> PeftConfig | None:
+        """The one that gives alpha."""
+        return next((config for config in self.configs if config.says_alpha), None)
 
     def resolve(
         self, module_path: str, rank: int, stored: float | None
     ) -> tuple[float | None, str, bool]:
         """alpha (None means the rank), the rule that gave it, and whether it had to be replaced."""
-        if stored is not None:
-            if not math.isfinite(stored):
-                return None, RULE_REPLACED, True
-            return stored, RULE_TENSOR, False
-        alpha = self.config.resolve(module_path, rank) if self.config else None
+        rule, alpha, config = RULE_TENSOR, stored, self.config
+        if alpha is None and config is not None:
+            rule, alpha = config.rule, config.resolve(module_path, rank)
         if alpha is None:
-            return None, RULE_RANK, False
-        if not math.isfinite(alpha):
+            return None, self.fallback, False
+        if not math.isfinite(alpha) or abs(alpha) > MAX_ALPHA:
             return None, RULE_REPLACED, True
-        return alpha, self.config.rule, False
+        return alpha, rule, False
+
+    def settle(self, ranks: Mapping[str, int | None], name: str) -> AlphaRules:
+        """The rules for the adapter of these modules: another adapter's config is left out.
+
+        Args:
+            ranks: module path -> rank; None where the tensors do not tell.
+            name: of the adapter, for errors.
+
+        Raises:
+            KeyFormatError: its config says that the tensors mean something else than they seem to.
+        """
+        kept, found, fallback = [], list(self.findings), self.fallback
+        if self.unreadable:
+            fallback = f"rank ({self.unreadable} cannot be read)"
+        for config in self.configs:
+            contradiction = config.find_contradiction(ranks)
+            if contradiction and config.source == PEFT_CONFIG:
+                # In a folder of many adapters it may be anybody's.
+                if not any(one.says_alpha for one in kept):
+                    found.append(tell_foreign(config, contradiction))
+                    fallback = f"rank ({config.source} is another adapter's)"
+                continue
+            if config.obstacle:
+                raise KeyFormatError(f"{shorten(name)} {config.obstacle}")
+            found += config.findings
+            if contradiction and config.says_alpha:
+                text = (
+                    f"{config.source} does not fit the tensors ({contradiction}); the strength may "
+                    "be wrong"
+                )
+                found.append(Finding("config_mismatch", WARNING, text, 1))
+            kept.append(config)
+        found += tell_contradictions(kept)
+        if fallback == RULE_RANK and any(config.findings for config in kept):
+            fallback = f"rank ({kept[0].source} cannot be read)"
+        return AlphaRules(tuple(kept), self.unreadable, tuple(found), fallback)
+
+
+def tell_foreign(config: PeftConfig, why: str) -> Finding:
+    text = f"{config.source} beside the file is another adapter's ({why}), so it is not used"
+    return Finding("config_of_another", WARNING, text, 1)
+
+
+def tell_contradictions(configs: Sequence[PeftConfig]) -> list[Finding]:
+    said = [config for config in configs if config.alpha is not None]
+    others = [config for config in said if config.alpha != said[0].alpha]
+    if not others:
+        return []
+    text = (
+        f"alpha is {said[0].alpha:g} in {said[0].source} and {others[0].alpha:g} in "
+        f"{others[0].source}; the first is used"
+    )
+    return [Finding("alpha_contradiction", WARNING, text, len(others))]
 
 
 def find_alpha_rules(
@@ -73,62 +131,61 @@ def find_alpha_rules(
     kohya's header field counts for kohya's own keys alone: musubi-tuner's converter folds alpha
     into the tensors of its other formats and leaves the field behind.
     """
-    return AlphaRules(
-        read_diffusers_metadata(metadata)
-        or (read_peft_config(path) if path is not None and "peft" in key_formats else None)
-        or (read_kohya_metadata(metadata) if "kohya" in key_formats else None)
+    texts: list[tuple[str, str, Callable[[], dict]]] = []
+    for header_field in CONFIG_FIELDS:
+        if metadata.get(header_field):
+            what = f"the header's {header_field}"
+            texts.append(("metadata", what, partial(parse_header, metadata[header_field], what)))
+    if path is not None and ("peft" in key_formats or path.name == PEFT_FILE):
+        beside = path.with_name(PEFT_CONFIG)
+        texts.append((PEFT_CONFIG, PEFT_CONFIG, partial(read_object, beside, MAX_CONFIG_BYTES)))
+    configs, findings, unreadable = [], [], None
+    for source, what, read in texts:
+        try:
+            configs.append(build_config(source, read()))
+        except MissingFileError:
+            pass
+        except FileError as e:
+            text = f"{str(e).rstrip('.')}, so what it says of alpha is lost"
+            findings.append(Finding("config_unreadable", WARNING, text, 1))
+            unreadable = unreadable or what
+    is_kohya = "kohya" in key_formats
+    if is_kohya and (config := read_plain_field(metadata, KOHYA_ALPHA, "ss_network_dim")):
+        configs.append(config)
+    elif not is_kohya and not any(config.says_alpha for config in configs):
+        findings += note_unused_field(metadata)
+    plain = (read_plain_field(metadata, header_field, "rank") for header_field in ALPHA_FIELDS)
+    configs += [config for config in plain if config is not None]
+    return AlphaRules(tuple(configs), unreadable, tuple(findings))
+
+
+def parse_header(text: str, what: str) -> dict[str, Any]:
+    """A flat JSON of LoraConfig; diffusers puts "transformer." before each field."""
+    if len(text) > MAX_CONFIG_BYTES:
+        raise FileError(f"{what} holds {len(text):,} characters; expected a config.")
+    return {
+        key.removeprefix("transformer."): value for key, value in parse_object(text, what).items()
+    }
+
+
+def read_plain_field(
+    metadata: Mapping[str, str], alpha_field: str, rank_field: str
+) -> PeftConfig | None:
+    text = metadata.get(alpha_field)
+    if text is None or text.strip() in NO_NUMBER:
+        return None
+    is_kohya = alpha_field == KOHYA_ALPHA
+    source = "metadata" if is_kohya else f"the header's {alpha_field}"
+    fields = {"lora_alpha": text, "r": read_number(metadata.get(rank_field))}
+    return replace(build_config(source, fields), is_plain_field=not is_kohya)
+
+
+def note_unused_field(metadata: Mapping[str, str]) -> list[Finding]:
+    alpha, rank = (read_number(metadata.get(f"ss_network_{what}")) for what in ("alpha", "dim"))
+    if alpha is None or alpha == rank:
+        return []
+    text = (
+        f"the header's {KOHYA_ALPHA} ({shorten(metadata[KOHYA_ALPHA], 20)}) is not used: "
+        "converters that put alpha into the tensors leave it behind"
     )
-
-
-def read_diffusers_metadata(metadata: Mapping[str, str]) -> LoraConfigAlpha | None:
-    """`lora_adapter_metadata`: a flat JSON of LoraConfig with "transformer." before each field."""
-    fields = read_json(metadata.get("lora_adapter_metadata"))
-    plain = {key.removeprefix("transformer."): value for key, value in fields.items()}
-    return build_config("metadata", plain)
-
-
-def read_peft_config(path: Path) -> LoraConfigAlpha | None:
-    config = path.with_name("adapter_config.json")
-    try:
-        fields = read_json(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return None
-    return build_config("adapter_config.json", fields)
-
-
-def read_kohya_metadata(metadata: Mapping[str, str]) -> LoraConfigAlpha | None:
-    return build_config("metadata", {"lora_alpha": metadata.get("ss_network_alpha")})
-
-
-def build_config(source: str, fields: Mapping[str, Any]) -> LoraConfigAlpha | None:
-    alpha = read_number(fields.get("lora_alpha"))
-    patterns = fields.get("alpha_pattern")
-    patterns = patterns if isinstance(patterns, dict) else {}
-    numbers = {pattern: read_number(value) for pattern, value in patterns.items()}
-    numbers = {p: value for p, value in numbers.items() if value is not None and is_regex(p)}
-    if alpha is None and not numbers:
-        return None
-    return LoraConfigAlpha(source, alpha, fields.get("use_rslora") is True, numbers)
-
-
-def read_json(text: str | None) -> dict[str, Any]:
-    try:
-        value = json.loads(text) if text else {}
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def is_regex(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
-
-
-def read_number(value: Any) -> float | None:
-    try:
-        return None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None
+    return [Finding("alpha_field_unused", NOTE, text, 1)]

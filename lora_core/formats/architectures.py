@@ -5,9 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ..text import shorten
+
+#: Longer ones are nobody's, and would make the patterns slow.
+MAX_KEY = 500
+CLIP, TEXT_ENCODER, LANGUAGE_MODEL = (
+    "a CLIP text encoder",
+    "a text encoder",
+    "a language model or text encoder",
+)
 # Name -> pattern that no Qwen-Image key matches. The first hit wins, so the more particular one
-# stands first. Names of text encoders contain "text encoder". Sources: the key lists in diffusers'
-# lora_conversion_utils and ComfyUI's comfy/lora.py.
+# stands first. Sources: the key lists in diffusers' lora_conversion_utils and ComfyUI's
+# comfy/lora.py.
 _SIGNS: tuple[tuple[str, str], ...] = (
     ("Flux or HunyuanVideo (diffusers)", r"single_transformer_blocks[._]\d+"),
     ("Flux, HunyuanVideo or Chroma", r"(?<![a-z])(double_blocks|single_blocks)[._]\d+"),
@@ -26,9 +35,9 @@ _SIGNS: tuple[tuple[str, str], ...] = (
         "Z-Image or Lumina",
         r"(layers|noise_refiner|context_refiner)[._]\d+[._](attention|feed_forward)[._]",
     ),
-    ("a CLIP text encoder", r"text_model[._]encoder"),
-    ("a text encoder", r"lora_te\d?_|text_encoders?[._]"),
-    ("a language model or text encoder", r"layers[._]\d+[._](self_attn|mlp)[._]"),
+    (CLIP, r"text_model[._]encoder"),
+    (TEXT_ENCODER, r"lora_te\d?_|text_encoders?[._]"),
+    (LANGUAGE_MODEL, r"layers[._]\d+[._](self_attn|mlp)[._]"),
 )
 #: Names that only Qwen-Image blocks have; attention names alone are shared with Flux and SD3.
 _QWEN_ONLY = re.compile(r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]")
@@ -36,13 +45,29 @@ _QWEN_ONLY = re.compile(r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]")
 
 def detect_architecture(keys: Iterable[str]) -> str | None:
     """The foreign architecture these keys belong to; None for Qwen-Image or unknown."""
-    keys = list(keys)
+    keys = [key for key in keys if len(key) <= MAX_KEY]
     if any(_QWEN_ONLY.search(key) for key in keys):
         return None
     for name, pattern in _SIGNS:
         if any(re.search(pattern, key) for key in keys):
             return name
     return None
+
+
+def is_text_encoder(name: str) -> bool:
+    """Whether an architecture is one that may stand beside a transformer's keys."""
+    return name in (CLIP, TEXT_ENCODER, LANGUAGE_MODEL)
+
+
+#: Fields that may name the model it was trained on.
+_VARIANT_FIELDS = (
+    "modelspec.architecture",
+    "ss_base_model_version",
+    "ss_sd_model_name",
+    "base_model",
+    "modelspec.title",
+)
+_ARCHITECTURE_FIELD = "modelspec.architecture"
 
 
 def detect_variants(metadata: dict[str, str], file_name: str) -> tuple[list[str], list[str]]:
@@ -52,43 +77,74 @@ def detect_variants(metadata: dict[str, str], file_name: str) -> tuple[list[str]
         variants out of "original", "2509", "2511", "text-to-image" (from the metadata if that
         says anything, else from the file name), and one sentence per claim.
     """
-    claims = [
-        (f"metadata {field}", metadata[field])
-        for field in (
-            "modelspec.architecture",
-            "ss_base_model_version",
-            "ss_sd_model_name",
-            "base_model",
-            "training_info",
-            "modelspec.title",
-        )
-        if metadata.get(field)
-    ]
     variants: list[str] = []
     hints: list[str] = []
-    for source, text in [*claims, ("the file name", file_name)]:
-        found = read_variant(text, is_specification=source == "metadata modelspec.architecture")
-        if found and (not variants or found in variants or source != "the file name"):
+    claims = [(f"metadata {field}", metadata.get(field), field) for field in _VARIANT_FIELDS]
+    for source, text, field in [*claims, ("the file name", file_name, None)]:
+        for found in read_variants(text or "", field == _ARCHITECTURE_FIELD):
+            if variants and found not in variants and field is None:
+                continue
             if found not in variants:
                 variants.append(found)
-            hints.append(f"made for {found}, says {source}: {text[:80]}")
+            hints.append(f"made for {found}, says {source}: {shorten(text)}")
     return variants, hints
 
 
 def read_variant(text: str, is_specification: bool) -> str | None:
-    """The variant a text speaks of.
+    """The first of `read_variants`."""
+    return next(iter(read_variants(text, is_specification)), None)
+
+
+def read_variants(text: str, is_specification: bool) -> list[str]:
+    """The variants a text speaks of; the latest first.
 
     "qwen image edit" without a year is said of all variants; only in `modelspec.architecture` does
     it mean the original, and a plain "qwen-image/lora" the text-to-image model.
     """
-    lowered = text.lower()
-    if "2511" in lowered:
-        return "2511"
-    if any(mark in lowered for mark in ("2509", "edit-plus", "edit_plus")):
-        return "2509"
-    if not is_specification or not re.search(r"qwen[-_ ]?image", lowered):
-        return None
-    return "original" if "edit" in lowered else "text-to-image"
+    lowered = text[:MAX_TEXT].lower()
+    found = [variant for variant in ("2511", "2509") if speaks_of(variant, lowered)]
+    if "2509" not in found and _PLUS.search(lowered):
+        found.append("2509")
+    if found or not is_specification or not _QWEN_IMAGE.search(lowered):
+        return found
+    if version := _SIMPLETUNER_EDIT.search(lowered):
+        return [_SIMPLETUNER_VERSIONS[version[1]]]
+    if "edit" in lowered:
+        return ["original"] if _PLAIN_EDIT.search(lowered) else []
+    return ["text-to-image"]
+
+
+#: Of a text that is searched; a title may be as long as the file.
+MAX_TEXT = 1000
+_QWEN_IMAGE = re.compile(r"qwen[-_ ]?image")
+_PLUS = re.compile(r"edit[-_ ]plus(?![a-z])")
+#: SimpleTuner's flavours of qwen_image: edit-v1, edit-v2, edit-v2+, edit-v3.
+_SIMPLETUNER_EDIT = re.compile(r"edit[-_ ]?v([1-3])(?![0-9])")
+_SIMPLETUNER_VERSIONS = {"1": "original", "2": "2509", "3": "2511"}
+_PLAIN_EDIT = re.compile(r"qwen[-_ ]?image[-_ ]edit(?=/|$)")
+#: Words beside which a number counts something.
+_COUNTED = (
+    r"(?:global)?[-_ ]?(?:steps?|epochs?|iter(?:ation)?s?|it|ep|seed|checkpoints?|ckpt|k?imgs?)"
+)
+_COUNTED_BEFORE = re.compile(rf"(?<![a-z]){_COUNTED}[-_ =:.]{{0,3}}$")
+_COUNTED_BEHIND = re.compile(rf"[-_ ]{{0,2}}{_COUNTED}(?![a-z])")
+_HASH = re.compile(r"[0-9a-f]{6,}")
+_WORD = re.compile(r"[0-9a-z]+")
+
+
+def speaks_of(variant: str, lowered: str) -> bool:
+    """Whether the number is there as a model's: not in a longer one, such as a date or a step
+    with zeros in front, not in a hash, and not beside a word that counts."""
+    for match in _WORD.finditer(lowered):
+        word = match[0]
+        numbers = re.findall("[0-9]+", word)
+        if variant not in numbers or _HASH.fullmatch(word):
+            continue
+        at = match.start() + re.search(rf"(?<![0-9]){variant}(?![0-9])", word).start()
+        before, behind = lowered[max(at - 24, 0) : at], lowered[at + len(variant) :]
+        if not (_COUNTED_BEFORE.search(before) or _COUNTED_BEHIND.match(behind)):
+            return True
+    return False
 
 
 #: Variant -> modelspec.architecture, as musubi-tuner spells it.

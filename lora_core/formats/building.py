@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..errors import KeyFormatError, ShapeError
+from ..delta import widen
+from ..errors import EmptyPartError, KeyFormatError, ShapeError
 from ..report import shorten_list
 from ..stored import AnyTensor, load
+from ..text import shorten
 from ..weights import (
     DiffWeights,
     DoraWeights,
@@ -19,7 +21,8 @@ from ..weights import (
     OftWeights,
 )
 from .alpha import AlphaRules
-from .parsed_key import ParsedKey
+from .fused import is_fused, list_members, split_weights
+from .parsed_key import ParsedKey, name_scheme
 from .sources import ModuleParts
 
 Get = Callable[[str], AnyTensor | None]
@@ -87,16 +90,33 @@ KINDS = (
 )
 
 
+#: Schemes whose OFT has alpha in units of out_features (LyCORIS' diag_oft.py, kohya's oft.py).
+#: Under the others alpha is the limit itself, as ComfyUI's own trainer saves it.
+RELATIVE_OFT = ("kohya", "lycoris", "onetrainer")
+BOFT = "BOFT, which is not supported; use ComfyUI's LoraLoader"
+#: Of an example in a sentence that has two.
+MAX_EXAMPLE = 130
+NO_USE = "has no use in a module of this kind"
+FUSED = "fuses query, key and value in a way that cannot be taken apart"
+
+
 class ModuleBuilder:
     """Makes weights out of parts, and keeps what the report wants to know on the way."""
 
     def __init__(self, tensors: Mapping[str, AnyTensor], alpha_rules: AlphaRules, name: str):
         self._tensors = tensors
         self._alpha_rules = alpha_rules
-        self._name = name
+        self._name = shorten(name)
         self.rules: Counter[str] = Counter()
-        self.unused: list[ParsedKey] = []
+        self.unused: list[tuple[ParsedKey, str]] = []
+        """Keys without a use, each with the reason."""
         self.non_finite: list[str] = []
+        self.empty: list[str] = []
+        """Modules of rank 0, which add nothing."""
+        self.num_split = 0
+        """Fused modules that were taken apart."""
+        self.repeated: list[str] = []
+        """Modules that a fused one holds and that stand there alone too."""
         self._incomplete: list[str] = []
 
     def build_all(self, chosen: Mapping[str, ModuleParts]) -> dict[str, ModuleWeights]:
@@ -109,39 +129,73 @@ class ModuleBuilder:
         """
         built = {path: self._build(path, parts) for path, parts in chosen.items()}
         if self._incomplete:
+            shown = [shorten(text, MAX_EXAMPLE) for text in self._incomplete]
             raise KeyFormatError(
-                f"{self._name} is incomplete: {shorten_list(self._incomplete, 2)}, without the "
+                f"{self._name} is incomplete: {shorten_list(shown, 2)}, without the "
                 "partner keys. It was cut or saved wrongly: download or export it again."
             )
-        return {path: weights for path, weights in built.items() if weights is not None}
+        modules = {path: weights for path, weights in built.items() if weights is not None}
+        for path in [path for path in modules if is_fused(path)]:
+            self._split(path, modules, chosen[path])
+        return modules
+
+    def _split(self, path: str, modules: dict[str, ModuleWeights], parts: ModuleParts) -> None:
+        """Puts the modules that a fused one holds in its place."""
+        members = list_members(path)
+        split = split_weights(modules.pop(path), len(members))
+        if split is None:
+            self._leave_out(parts, FUSED)
+            return
+        self.num_split += 1
+        for member, weights in zip(members, split, strict=True):
+            if member in modules:
+                self.repeated.append(member)
+            else:
+                modules[member] = weights
 
     def _build(self, module_path: str, parts: ModuleParts) -> ModuleWeights | None:
         """The module's weights; None where its parts are too few, which is noted."""
         present = frozenset(parts.keys)
         kind = next((kind for kind in KINDS if present & kind.parts), None)
         if kind is None:  # an alpha or a magnitude alone changes nothing
-            self.unused += parts.keys.values()
+            self._leave_out(parts, NO_USE)
+            return None
+        if not kind.is_complete(present) and is_fused(module_path):
+            self._leave_out(parts, "fuses query, key and value, and its partner keys are missing")
             return None
         if not kind.is_complete(present):
-            found = ", ".join(key.key for key in parts.keys.values())
+            found = ", ".join(shorten(key.key) for key in parts.keys.values())
             self._incomplete.append(f"{module_path} has only {found}")
             return None
+        if "oft_blocks" in present and parts.get(self._tensors, "oft_blocks").ndim == 4:
+            self._leave_out(parts, BOFT)
+            return None
         used = kind.parts | kind.optional
-        self.unused += [key for part, key in parts.keys.items() if part not in used]
+        self.unused += [(key, NO_USE) for part, key in parts.keys.items() if part not in used]
 
         def get(part: str) -> AnyTensor | None:
             return parts.get(self._tensors, part) if part in used else None
 
+        if is_empty(get("lora_A"), get("lora_B")):
+            self.empty.append(module_path)
+            return None
         try:
-            return self._scale(module_path, kind.build(get), get)
+            return self._scale(module_path, kind.build(get), get, parts)
+        except EmptyPartError as e:
+            raise EmptyPartError(f"{self._name}, {module_path}: {e}.") from None
         except ShapeError as e:
             raise ShapeError(f"{self._name}, {module_path}: {e}. The file is damaged.") from None
 
-    def _scale(self, module_path: str, weights: ModuleWeights, get: Get) -> ModuleWeights:
+    def _leave_out(self, parts: ModuleParts, reason: str) -> None:
+        self.unused += [(key, reason) for key in parts.keys.values()]
+
+    def _scale(
+        self, module_path: str, weights: ModuleWeights, get: Get, parts: ModuleParts
+    ) -> ModuleWeights:
         """Adds what depends on alpha, and the DoRA magnitude around it."""
         if isinstance(weights, DiffWeights):
             return weights
-        weights = self._with_alpha(module_path, weights, get("alpha"))
+        weights = self._with_alpha(module_path, weights, parts.keys.get("alpha"))
         if get("lora_B_bias") is not None:
             # PEFT's lora_bias: scale * (lora_B(h) + bias), see peft/tuners/lora/layer.py.
             bias = weights.scale * load(get("lora_B_bias")).float()
@@ -150,21 +204,47 @@ class ModuleBuilder:
         return weights if magnitude is None else DoraWeights(weights, magnitude)
 
     def _with_alpha(
-        self, module_path: str, weights: ModuleWeights, tensor: AnyTensor | None
+        self, module_path: str, weights: ModuleWeights, key: ParsedKey | None
     ) -> ModuleWeights:
         if isinstance(weights, LokrWeights) and weights.is_full:
-            self.rules["fixed (both LoKr factors whole)"] += 1
-            return weights
+            return self._with_whole_factors(module_path, weights)
         stored = None
-        if tensor is not None:
+        if key is not None:
+            tensor = self._tensors[key.key]
             if tensor.numel() != 1:
                 raise ShapeError(f"alpha is {tuple(tensor.shape)}; expected a single number")
             stored = float(load(tensor).item())
-        if isinstance(weights, OftWeights) and stored is None:
-            self.rules["none (OFT without constraint)"] += 1
-            return weights
+        if isinstance(weights, OftWeights):
+            if stored is None:
+                self.rules["none (OFT without constraint)"] += 1
+                return weights
+            if name_scheme(key.prefix) in RELATIVE_OFT:
+                stored *= weights.out_features
         alpha, rule, replaced = self._alpha_rules.resolve(module_path, weights.rank, stored)
         self.rules[rule] += 1
         if replaced:
             self.non_finite.append(module_path)
         return weights if alpha is None else weights.with_alpha(alpha)
+
+    def _with_whole_factors(self, module_path: str, weights: LokrWeights) -> LokrWeights:
+        """LyCORIS ignores alpha here; PEFT scales by the config's alpha and rank all the same."""
+        config = self._alpha_rules.config
+        if config is None or not config.is_lycoris:
+            self.rules["fixed (both LoKr factors whole)"] += 1
+            return weights
+        rank = config.resolve_rank(module_path)
+        alpha, rule, replaced = self._alpha_rules.resolve(module_path, rank or 1, None)
+        self.rules[rule] += 1
+        if replaced:
+            self.non_finite.append(module_path)
+        if alpha is None or not rank or alpha == rank:
+            return weights
+        scaled = widen(load(weights.parts["lokr_w1"])) * (alpha / rank)
+        return weights.with_parts({**weights.parts, "lokr_w1": scaled})
+
+
+def is_empty(lora_A: AnyTensor | None, lora_B: AnyTensor | None) -> bool:
+    """Whether it is a LoRA of rank 0, as pruning leaves it: whole, and without effect."""
+    if lora_A is None or lora_B is None or lora_A.ndim != 2 or lora_B.ndim != 2:
+        return False
+    return lora_A.shape[0] == lora_B.shape[1] == 0 < min(lora_A.shape[1], lora_B.shape[0])

@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .. import targets
+from .architectures import MAX_KEY
+from .fused import is_fused, restore_fused_dots
 
 
 @dataclass(frozen=True)
 class ParsedKey:
     key: str
     module_path: str
+    """A module of the transformer, or one of `fused.FUSED`."""
     part: str
     """lora_A, lora_B, alpha, magnitude, hada_w1_a, lokr_w1, oft_blocks, diff, diff_b, ..."""
     prefix: str
-    """As found, e.g. "lora_unet_"; empty for bare keys."""
+    """As found, e.g. "lora_unet_", with wrappers that stood further behind; empty for bare keys."""
     adapter_name: str | None = None
     """PEFT's name of the adapter where the key carries one."""
 
@@ -34,6 +37,8 @@ class UnknownKey:
     key: str
     reason: str
     rest: str
+    spoils: tuple[str, str] | None = None
+    """(prefix, module path) of the module that means something else than its other keys say."""
 
     @property
     def nearest(self) -> str | None:
@@ -43,27 +48,37 @@ class UnknownKey:
 #: Prefix -> name of its scheme. Wrappers stack in any order, so they are peeled one by one.
 DOTTED_PREFIXES = {
     "diffusion_model.": "comfyui",
-    "model.diffusion_model.": "comfyui",
     "transformer.": "diffusers",
     "base_model.model.": "peft",
     "pipe.dit.": "diffsynth",
     "dit.": "diffsynth",
     "unet.": "unet",
     "model.": "wrapped",
-    "module.": "wrapped",
-    "_orig_mod.": "wrapped",
 }
+#: Segments that PyTorch's wrappers add at any place of a name: torch.compile, DDP, FSDP,
+#: activation checkpointing, Lightning.
+WRAPPERS = (
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+    "_forward_module",
+    "module",
+)
+#: A wrapper between dots, or between underscores where those stand for dots.
+_WRAPPER = re.compile(rf"(?:^|[._])(?P<wrapper>{'|'.join(WRAPPERS)})(?:[._]|\Z)")
 UNDERSCORED_PREFIXES = {
     "lora_unet_": "kohya",
     "lora_transformer_": "onetrainer",
     "lycoris_": "lycoris",
     "lora_": "kohya",
 }
+#: What may follow these where dots became underscores.
+_UNDERSCORED_WRAPPERS = ("diffusion_model_", "base_model_model_", "model_", "dit_", "transformer_")
 BARE = "bare"
 
 _AB = {"A": "lora_A", "B": "lora_B", "down": "lora_A", "up": "lora_B"}
 _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
-    (re.compile(pattern + "$"), part)
+    (re.compile(pattern + r"\Z"), part)
     for pattern, part in (
         # The part is the named group's translation where it is None here.
         (r"\.lora_(?P<ab>A|B)\.weight", None),
@@ -89,18 +104,41 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
 )
 
 UNKNOWN_ENDING = "its ending is of no known adapter type"
-#: Suffixes that are recognised and not supported, with what to tell the user.
-_UNSUPPORTED = (
-    (r"\.lora_mid\.weight|\.hada_t[12]|\.lokr_t2", "a Tucker core, which only convolutions use"),
-    (r"\.[ab][12]\.weight", "GLoRA, which is not supported; use ComfyUI's LoraLoader"),
-    (r"\.set_weight|\.reshape_weight", "a replaced weight, which is no LoRA; not supported"),
-    (r"\.(?:oft|boft|vera|hra)_\w.*", "a PEFT adapter type that is not supported"),
-    (r"\.(?:lora_embedding_[AB]|lora_ga)\b.*", "an embedding adapter; Qwen-Image has none"),
+TOO_LONG = f"it has more than {MAX_KEY} characters, which no adapter's key has"
+#: Suffixes that are recognised and not supported, with what to tell the user, and whether the
+#: module's other keys mean something else without this one.
+_UNSUPPORTED = tuple(
+    (re.compile(f"(?:{pattern})\\Z"), reason, spoils)
+    for pattern, reason, spoils in (
+        (
+            r"\.lora_mid\.weight|\.hada_t[12]|\.lokr_t2",
+            "a Tucker core, which only convolutions use",
+            True,
+        ),
+        (r"\.lora_E(?:\.[^.]+)?", "AdaLoRA's singular values, which are not supported", True),
+        (r"\.lora_diag(?:\.[^.]+)?", "KaSA's singular values, which are not supported", True),
+        (r"\.[ab][12]\.weight", "GLoRA, which is not supported; use ComfyUI's LoraLoader", False),
+        (
+            r"\.set_weight|\.reshape_weight",
+            "a replaced weight, which is no LoRA; not supported",
+            True,
+        ),
+        (r"\.on_input|\.ia3_l(?:\.[^.]+)?", "IA3, which is no LoRA; not supported", False),
+        (
+            r"\.(?:lora_down|lora_up|proj_down|proj_up|smooth|smooth_orig)",
+            "nunchaku's own format, packed for its kernels; use the file it was converted from",
+            False,
+        ),
+        (r"\.(?:oft|boft|vera|hra)_\w.*", "a PEFT adapter type that is not supported", False),
+        (r"\.lora_(?:embedding_[AB]|ga)\b.*", "an embedding adapter; Qwen-Image has none", False),
+    )
 )
 
 
 def parse_key(key: str) -> ParsedKey | UnknownKey:
     """Places one key, or says why it has no place. Never raises."""
+    if len(key) > MAX_KEY:
+        return UnknownKey(key, TOO_LONG, "")
     for pattern, part in _SUFFIXES:
         match = pattern.search(key)
         if match is None:
@@ -109,43 +147,71 @@ def parse_key(key: str) -> ParsedKey | UnknownKey:
         part = part or groups.get("same") or _AB[groups["ab"]]
         stem = key[: match.start()]
         prefix, module_path = split_prefix(stem)
-        if targets.is_known(module_path):
+        if is_known(module_path):
             return ParsedKey(key, module_path, part, prefix, groups.get("name"))
         return UnknownKey(key, explain_stem(stem), module_path)
-    for pattern, reason in _UNSUPPORTED:
-        match = re.search(f"(?:{pattern})$", key)
+    for pattern, reason, spoils in _UNSUPPORTED:
+        match = pattern.search(key)
         if match is not None:
-            return UnknownKey(key, reason, split_prefix(key[: match.start()])[1])
+            prefix, rest = split_prefix(key[: match.start()])
+            spoiled = (prefix, rest) if spoils and is_known(rest) else None
+            return UnknownKey(key, reason, rest, spoiled)
     return UnknownKey(key, UNKNOWN_ENDING, split_prefix(key)[1])
+
+
+def is_known(module_path: str) -> bool:
+    return targets.is_known(module_path) or is_fused(module_path)
 
 
 def split_prefix(stem: str) -> tuple[str, str]:
     """`transformer.base_model.model.img_in` -> ("transformer.base_model.model.", "img_in").
 
-    Underscored stems come back dotted where they name a known module.
+    Wrappers are dropped wherever they stand, and count as part of the prefix. Underscored stems
+    come back dotted where they name a known module.
     """
-    rest = stem
-    while True:
-        found = next((p for p in DOTTED_PREFIXES if rest.startswith(p)), None)
-        if found is None:
-            break
-        rest = rest[len(found) :]
-    for prefix in UNDERSCORED_PREFIXES:
-        if rest.startswith(prefix):
-            dotted = targets.restore_dots(rest[len(prefix) :])
+    rest, wrappers = drop_wrappers(stem)
+    prefix = ""
+    while found := next((p for p in DOTTED_PREFIXES if rest.startswith(p)), None):
+        prefix, rest = prefix + found, rest[len(found) :]
+    if not is_known(rest):
+        peeled, flat = "", rest
+        names = (*UNDERSCORED_PREFIXES, *_UNDERSCORED_WRAPPERS)
+        while True:
+            dotted = restore_dots(flat)
             if dotted is not None:
-                return stem[: len(stem) - len(rest)] + prefix, dotted
-    return stem[: len(stem) - len(rest)], rest
+                return prefix + peeled + wrappers, dotted
+            # Such a prefix may also end in a dot: lycoris.transformer_blocks.0.attn.to_q
+            found = next((p for p in names if flat[: len(p)].replace(".", "_") == p), None)
+            if found is None:
+                break
+            peeled, flat = peeled + flat[: len(found)], flat[len(found) :]
+    return prefix + wrappers, rest
+
+
+def drop_wrappers(stem: str) -> tuple[str, str]:
+    """The name without the wrappers' segments, and those with a dot behind each."""
+    found = ""
+    if any(wrapper in stem for wrapper in WRAPPERS):
+        while match := _WRAPPER.search(stem):
+            found += f"{match['wrapper']}."
+            stem = stem[: match.start("wrapper")] + stem[match.end() :]
+    return stem.rstrip(".") if found else stem, found
+
+
+def restore_dots(flat: str) -> str | None:
+    """A known module's path from any mixture of dots and underscores; None if it names none."""
+    flat = flat.replace(".", "_").rstrip("_")
+    return targets.restore_dots(flat) or restore_fused_dots(flat)
 
 
 def name_scheme(prefix: str) -> str:
     """The scheme a prefix stands for; wrappers such as "module." around it do not count."""
-    if prefix in UNDERSCORED_PREFIXES:
-        return UNDERSCORED_PREFIXES[prefix]
-    if not prefix:
-        return BARE
     if "base_model.model." in prefix:
         return "peft"
+    flat = prefix.replace(".", "_")
+    for known, scheme in UNDERSCORED_PREFIXES.items():
+        if flat.startswith(known):
+            return scheme
     for known, scheme in DOTTED_PREFIXES.items():
         if known in prefix and scheme != "wrapped":
             return scheme

@@ -14,9 +14,11 @@ from ..weights import ModuleWeights
 from .alpha import find_alpha_rules
 from .architectures import could_be_flux, detect_variants
 from .building import ModuleBuilder
+from .fused import find_member
+from .observations import find_more
 from .parsed_key import ParsedKey, UnknownKey, name_scheme, parse_key
-from .recognition import check_any_known, raise_unrecognised
-from .sources import choose_sources
+from .recognition import check_any_known, raise_unusable
+from .sources import ModuleParts, choose_sources
 
 
 def read_modules(
@@ -33,14 +35,17 @@ def read_modules(
     """
     parsed, unknown = parse_keys(tensors)
     check_any_known(parsed, unknown, name)
-    chosen, duplicates = choose_sources(parsed)
+    parsed, spoiled = leave_out_spoiled(parsed, unknown)
+    sources = choose_sources(parsed)
     formats = Counter(name_scheme(key.prefix) for key in parsed)
     alpha_rules = find_alpha_rules(metadata, path, set(formats))
+    alpha_rules = alpha_rules.settle(read_ranks(sources.chosen, tensors), name)
     builder = ModuleBuilder(tensors, alpha_rules, name)
-    modules = builder.build_all(chosen)
+    modules = builder.build_all(sources.chosen)
+    left_out = [*builder.unused, *spoiled]
     if not modules:
-        raise_unrecognised(unknown, len(tensors), name)
-    dropped_parts = {key.key for key in builder.unused}
+        raise_unusable(unknown, left_out, builder.empty, len(tensors), name)
+    dropped_parts = {key.key for key, _ in builder.unused}
     key_format = formats.most_common(1)[0][0]
     variants, hints = detect_variants(dict(metadata), name)
     preset, width = targets.detect_preset(modules), find_width(modules)
@@ -50,10 +55,11 @@ def read_modules(
             "names and sizes would fit Flux as well (attention of the first 19 blocks only): check "
             "what it was trained for"
         )
+    num_kept = len(parsed) - len(sources.duplicates) - len(dropped_parts)
     report = LoadReport(
         name=name,
         num_keys=len(tensors),
-        num_matched_keys=len(parsed) - len(duplicates) - len(dropped_parts),
+        num_matched_keys=num_kept,
         num_modules=len(modules),
         size_bytes=sum(t.numel() * t.dtype.itemsize for t in tensors.values()),
         key_format=key_format if len(formats) == 1 else f"mixed: {', '.join(sorted(formats))}",
@@ -69,14 +75,49 @@ def read_modules(
         width=width,
         unmatched=tuple(
             [DroppedKey(key.key, key.reason, key.nearest) for key in unknown]
-            + [DroppedKey(key.key, "has no use in a module of this kind") for key in builder.unused]
+            + [
+                DroppedKey(key.key, reason, find_member(key.module_path))
+                for key, reason in left_out
+            ]
         ),
-        duplicates=tuple(DroppedKey(key.key, f"also in {by}") for key, by in duplicates),
+        duplicates=tuple(DroppedKey(key.key, f"also in {by}") for key, by in sources.duplicates),
         non_finite=tuple(builder.non_finite),
         variants=tuple(variants),
         hints=tuple(hints),
+        found=tuple(find_more(modules, builder, alpha_rules, sources)),
     )
     return modules, key_format, report
+
+
+def leave_out_spoiled(
+    parsed: list[ParsedKey], unknown: list[UnknownKey]
+) -> tuple[list[ParsedKey], list[tuple[ParsedKey, str]]]:
+    """Sets aside the keys of modules that a part which is not supported gives another meaning."""
+    spoilers = {key.spoils: key.reason for key in unknown if key.spoils}
+    kept, spoiled = [], []
+    for key in parsed:
+        reason = spoilers.get((key.prefix, key.module_path))
+        if reason is None:
+            kept.append(key)
+        else:
+            spoiled.append((key, f"its module has {reason}"))
+    return kept, spoiled
+
+
+#: Parts with the rank as their rows.
+_RANK_PARTS = ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+
+
+def read_ranks(
+    chosen: Mapping[str, ModuleParts], tensors: Mapping[str, AnyTensor]
+) -> dict[str, int | None]:
+    """Module path -> rank of its low-rank parts, or None where it has none of them."""
+    ranks: dict[str, int | None] = {}
+    for path, parts in chosen.items():
+        found = (parts.get(tensors, part) for part in _RANK_PARTS)
+        tensor = next((tensor for tensor in found if tensor is not None and tensor.ndim), None)
+        ranks[path] = None if tensor is None else tensor.shape[0]
+    return ranks
 
 
 def count(values: Iterable[Any]) -> dict[Any, int]:

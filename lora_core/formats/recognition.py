@@ -4,43 +4,72 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from ..errors import KeyFormatError
-from .architectures import detect_architecture
+from ..errors import KeyFormatError, ShapeError
+from ..text import shorten
+from .architectures import detect_architecture, is_text_encoder
 from .parsed_key import UNKNOWN_ENDING, ParsedKey, UnknownKey
+from .sources import COMPANIONS
 
 
 def check_any_known(parsed: list[ParsedKey], unknown: list[UnknownKey], name: str) -> None:
     """Raises unless some key is Qwen-Image's and none betrays another model."""
     total = len(parsed) + len(unknown)
     if total == 0:
-        raise KeyFormatError(f"{name} holds no tensors; expected a LoRA for Qwen-Image-Edit.")
+        raise KeyFormatError(
+            f"{shorten(name)} holds no tensors; expected a LoRA for Qwen-Image-Edit."
+        )
     foreign = detect_architecture(key.key for key in unknown)
     if any("_m" in key.module_path for key in parsed):
         foreign = None  # img_mlp, txt_mod and the like exist in Qwen-Image only
-    if parsed and not (foreign and "text encoder" not in foreign):
+    if parsed and not (foreign and not is_text_encoder(foreign)):
         return
     if foreign:
         matched = f"shares {len(parsed)} of {total} keys with" if parsed else "matches 0 modules of"
         raise KeyFormatError(
-            f"{name} {matched} Qwen-Image: its keys are those of {foreign}, such as "
-            f"{unknown[0].key!r}. Choose a LoRA trained for Qwen-Image or Qwen-Image-Edit."
+            f"{shorten(name)} {matched} Qwen-Image: its keys are those of {foreign}, such as "
+            f"{shorten(unknown[0].key)!r}. Choose a LoRA trained for Qwen-Image or Qwen-Image-Edit."
         )
     raise_unrecognised(unknown, total, name)
+
+
+def raise_unusable(
+    unknown: list[UnknownKey],
+    left_out: list[tuple[ParsedKey, str]],
+    empty: list[str],
+    total: int,
+    name: str,
+) -> NoReturn:
+    """Raises where keys of Qwen-Image modules are there and no module came of them."""
+    if empty:
+        others = f", and so do {len(empty) - 1} others" if len(empty) > 1 else ""
+        raise ShapeError(
+            f"{shorten(name)}, {empty[0]}: it has rank 0 and adds nothing{others}; expected "
+            "factors with one rank of at least 1. They were pruned away: choose another file."
+        )
+    telling = [(key, reason) for key, reason in left_out if key.part not in COMPANIONS]
+    if unknown and not telling:
+        raise_unrecognised(unknown, total, name)
+    what = "Only alphas or magnitudes are left of it."
+    if telling:
+        key, reason = telling[0]
+        what = f"{shorten(key.key)!r}: {reason}."
+    raise KeyFormatError(
+        f"{shorten(name)} matches 0 modules of Qwen-Image with its {total} keys. {what}"
+    )
 
 
 def raise_unrecognised(unknown: list[UnknownKey], total: int, name: str) -> NoReturn:
     near = next((key for key in unknown if key.nearest), None)
     hint = f" The nearest known form is {near.nearest!r}." if near else ""
-    full_model = any(key.key.endswith((".weight", ".bias")) for key in unknown) and all(
-        key.reason == UNKNOWN_ENDING and "lora" not in key.key.lower() for key in unknown
+    telling = next((key for key in unknown if key.reason != UNKNOWN_ENDING), unknown[0])
+    full_model = telling.reason == UNKNOWN_ENDING and any(
+        key.key.endswith((".weight", ".bias")) for key in unknown
     )
-    if full_model:
+    if full_model and not any("lora" in key.key.lower() for key in unknown):
         what = "These look like whole model weights, not an adapter."
-    elif unknown:
-        what = f"{unknown[0].key!r}: {unknown[0].reason}."
     else:
-        what = "Only alphas or magnitudes are left of it."
+        what = f"{shorten(telling.key)!r}: {telling.reason}."
     raise KeyFormatError(
-        f"{name} matches 0 modules of Qwen-Image with its {total} keys. {what}{hint} "
+        f"{shorten(name)} matches 0 modules of Qwen-Image with its {total} keys. {what}{hint} "
         "Expected keys such as 'transformer_blocks.0.attn.to_q.lora_A.weight'."
     )

@@ -11,7 +11,7 @@ import torch
 
 from ..adapter import Adapter
 from ..errors import ConfigError
-from ..weights import ModuleWeights
+from ..weights import ModuleWeights, OftWeights
 from .architectures import ARCHITECTURES
 
 
@@ -26,6 +26,8 @@ class KeyScheme:
     """Part as this package names it -> ending of the key. A part not listed cannot be written."""
     alpha_in_tensor: bool
     """False: alpha travels as PEFT's LoraConfig (header or adapter_config.json) instead."""
+    has_relative_oft: bool = False
+    """alpha of an OFT counts in out_features, see `building.RELATIVE_OFT`."""
 
     def spell(self, module_path: str, weights: ModuleWeights) -> dict[str, torch.Tensor]:
         """The tensors of one module under their keys, unchanged.
@@ -47,7 +49,10 @@ class KeyScheme:
             spelled[stem + self.suffixes[part]] = tensor
         has_scale = weights.kind != "diff"
         if self.alpha_in_tensor and has_scale:
-            spelled[f"{stem}.alpha"] = store_exactly(weights.alpha)
+            alpha = weights.alpha
+            if isinstance(weights, OftWeights) and self.has_relative_oft:
+                alpha /= weights.out_features
+            spelled[f"{stem}.alpha"] = store_exactly(alpha)
         return spelled
 
     def shape_magnitude(self, module_path: str, magnitude: torch.Tensor) -> torch.Tensor:
@@ -88,6 +93,7 @@ SCHEMES: dict[str, KeyScheme] = {
             lambda path: "lora_unet_" + path.replace(".", "_"),
             {"lora_A": ".lora_down.weight", "lora_B": ".lora_up.weight", **_LYCORIS},
             True,
+            has_relative_oft=True,
         ),
         KeyScheme("peft", lambda path: f"base_model.model.{path}", _PEFT, False),
     )

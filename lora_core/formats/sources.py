@@ -23,39 +23,54 @@ class ModuleParts:
         return None if key is None else tensors[key.key]
 
 
-def choose_sources(
-    parsed: list[ParsedKey],
-) -> tuple[dict[str, ModuleParts], list[tuple[ParsedKey, str]]]:
+@dataclass(frozen=True)
+class Sources:
+    chosen: dict[str, ModuleParts]
+    """Module path -> its parts."""
+    duplicates: list[tuple[ParsedKey, str]]
+    """Keys left out, each with where the module was taken from instead."""
+    borrowed: list[ParsedKey]
+    """Alphas and magnitudes in use that stand under another prefix than their module's weights."""
+
+
+def choose_sources(parsed: list[ParsedKey]) -> Sources:
     """One source per module; where a file names a module twice, the file's main source wins.
 
-    Returns:
-        module path -> parts, and the keys left out, each with the source that was kept.
+    An alpha or a magnitude alone founds no source: it belongs to the weights of its own prefix, or
+    else to whichever the module has.
     """
     grouped: dict[str, dict[tuple[str, str | None], ModuleParts]] = defaultdict(dict)
-    unnamed: list[ParsedKey] = []
+    companions: list[ParsedKey] = []
     # Sorted, a module spelled both ways takes lora_A and lora_B, never one of them and lora_up.
     for key in sorted(parsed, key=lambda key: key.key):
-        if key.adapter_name is None and key.part in ("alpha", "magnitude"):
-            unnamed.append(key)
+        if key.part in COMPANIONS:
+            companions.append(key)
             continue
         source = (key.prefix, key.adapter_name)
         parts = grouped[key.module_path].setdefault(source, ModuleParts(*source))
         parts.keys.setdefault(key.part, key)
-    for key in unnamed:  # these belong to every adapter name under the same prefix
-        same = [p for p in grouped[key.module_path].values() if p.prefix == key.prefix]
-        for parts in same or [
-            grouped[key.module_path].setdefault((key.prefix, None), ModuleParts(key.prefix, None))
-        ]:
+    orphans: dict[str, list[ParsedKey]] = defaultdict(list)
+    for key in companions:
+        same = [p for p in grouped[key.module_path].values() if is_companion(key, p)]
+        for parts in same:
             parts.keys.setdefault(key.part, key)
+        if not same:
+            orphans[key.module_path].append(key)
     popularity = Counter(source for sources in grouped.values() for source in sources)
-    chosen, duplicates = {}, []
+    chosen, duplicates, borrowed = {}, [], []
     for module_path, sources in grouped.items():
         order = sorted(sources, key=lambda s: (-popularity[s], s[1] != "default", s[0], s[1] or ""))
+        own = orphans[module_path]
+        if not order:
+            chosen[module_path] = ModuleParts(own[0].prefix, None, {key.part: key for key in own})
+            continue
         kept = chosen[module_path] = sources[order[0]]
+        for key in own:
+            if kept.keys.setdefault(key.part, key) is key:
+                borrowed.append(key)
         used = {key.key for key in kept.keys.values()}
-        where = f"{kept.prefix or 'keys without prefix'}{module_path}" + (
-            f" ({kept.adapter_name})" if kept.adapter_name else ""
-        )
+        where = f"{kept.prefix}{module_path}" + ("" if kept.prefix else ", without prefix")
+        where += f" ({kept.adapter_name})" if kept.adapter_name else ""
         for source in order[1:]:
             for key in sources[source].keys.values():
                 if key.key not in used:
@@ -67,4 +82,13 @@ def choose_sources(
         if key.key not in placed:
             kept_key = chosen[key.module_path].keys.get(key.part)
             duplicates.append((key, kept_key.key if kept_key else "another key"))
-    return chosen, duplicates
+    return Sources(chosen, duplicates, borrowed)
+
+
+#: Parts that change nothing alone.
+COMPANIONS = ("alpha", "magnitude")
+
+
+def is_companion(key: ParsedKey, parts: ModuleParts) -> bool:
+    """Whether the key belongs to weights of this source; without a name it belongs to every one."""
+    return key.prefix == parts.prefix and key.adapter_name in (None, parts.adapter_name)

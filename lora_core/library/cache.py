@@ -11,11 +11,14 @@ from typing import Any
 from .. import inspection_files
 from ..errors import FileError
 from ..files import explain, write_then_rename
+from ..json_reader import read_object
 from .facts import AdapterFacts
 from .health import Health
 
 #: Goes up when the same file would get other facts or another verdict.
-VERSION = 1
+VERSION = 2
+#: A thousand files take 2 MB.
+MAX_BYTES = 256 << 20
 
 Stamp = tuple[int, ...]
 """Size, time of change in ns, and the same of a config file beside it: what a file was known by."""
@@ -33,11 +36,11 @@ class Known:
 def read_cache(path: Path) -> dict[str, Known]:
     """Name -> what is known; empty for a file that is missing, damaged or of another version."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_object(path, MAX_BYTES)
         if saved["version"] != describe_version():
             return {}
         return {name: restore(values) for name, values in saved["adapters"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

@@ -11,9 +11,9 @@ from .. import targets
 from ..adapter import Adapter
 from ..errors import LoraError
 from ..files import read_adapter
-from ..stored import SafetensorsFile
+from ..stored import SafetensorsFile, is_safetensors
 from ..weights import ModuleWeights
-from .facts import OK, SUFFIX, AdapterFacts
+from .facts import OK, AdapterFacts
 from .health import Health, finite
 from .metadata import count_tags, list_known_fields
 
@@ -36,7 +36,7 @@ def describe_file(path: Path, facts: AdapterFacts, health: Health | None) -> dic
         adapter.release()
         metadata, hints = adapter.metadata, adapter.report.hints
         modules = tabulate(adapter, health)
-    elif path.suffix.lower() == SUFFIX:
+    elif is_safetensors(path.name):
         try:
             file = SafetensorsFile(path)
             file.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,13 @@ from ..errors import FileError, KeyFormatError, LoraError
 from ..files import read_adapter
 from ..formats.architectures import detect_architecture
 from ..formats.reading import parse_keys
-from ..stored import SafetensorsFile
+from ..stored import SafetensorsFile, is_safetensors
 from .metadata import OWN_CONFIG, clean, find_title, find_trigger_words
 
 QWEN_IMAGE = "Qwen-Image"
-SUFFIX = ".safetensors"
 NOT_OPENED = (
-    "not opened: only .safetensors files are, since a pickle can run code when it is read; "
-    "convert it where you trust it"
+    "not opened: only .safetensors and .sft files are, since a pickle can run code when it is "
+    "read; convert it where you trust it"
 )
 
 
@@ -55,11 +54,13 @@ class AdapterFacts:
     is_ours: bool = False
     """Trained by this extension."""
     warnings: tuple[str, ...] = ()
+    findings: tuple[dict[str, Any], ...] = ()
+    """Those and the notes, as `Finding`s for programs."""
 
 
 def read_facts(path: Path) -> AdapterFacts:
     """Never raises a LoraError: what is wrong with a file is one of its facts."""
-    if path.suffix.lower() != SUFFIX:
+    if not is_safetensors(path.name):
         return AdapterFacts(PICKLE, error=NOT_OPENED)
     try:
         return describe(read_adapter(path))
@@ -86,6 +87,7 @@ def describe(adapter: Adapter) -> AdapterFacts:
         targets=report.preset or "custom",
         blocks=report.blocks,
         warnings=report.warnings,
+        findings=tuple(asdict(finding) for finding in report.findings),
         **describe_metadata(adapter.metadata),
     )
 

@@ -9,29 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import targets
+from ..findings import ERROR, NOTE, WARNING, Finding
 from ..inspection import Inspection, ModuleInspection
+from ..verdict import NOTHING
 
 #: Worst first. "unknown": nothing to judge, such as an OFT without its base.
 LEVELS = ("broken", "warning", "unknown", "healthy")
 
-#: How the sentences of `verdict.judge` begin -> how grave each is.
-GRAVITY = {
-    "non-finite": "broken",
-    "untrained": "broken",
-    "partly trained": "warning",
-    "dead modules": "warning",
-    "inert, not broken": "healthy",
-    "scale": "warning",
-    "collapsed rank": "warning",
-    "saturated": "warning",
-    "strong": "warning",
-    "very faint": "warning",
-    "faint": "warning",
-    "dense, small, healthy": "healthy",
-    "healthy in size, but sparse": "healthy",
-    "nothing to judge": "unknown",
-}
-
+_LEVELS_BY_SEVERITY = {ERROR: "broken", WARNING: "warning", NOTE: "healthy"}
 
 #: Not kept: the next session tries again.
 UNEXPECTED = "it could not be inspected, for a reason that stands in ComfyUI's log"
@@ -53,7 +38,7 @@ def judge_health(inspection: Inspection, warnings: Iterable[str] = ()) -> Health
     Args:
         warnings: of the load report; each is at least a warning.
     """
-    graded = [(get_gravity(sentence), sentence) for sentence in inspection.verdict]
+    graded = [(get_level(finding), finding.text) for finding in inspection.findings]
     graded += [("warning", sentence) for sentence in warnings]
     graded.sort(key=lambda pair: LEVELS.index(pair[0]))  # stable: the gravest stay in their order
     level = graded[0][0]
@@ -62,8 +47,8 @@ def judge_health(inspection: Inspection, warnings: Iterable[str] = ()) -> Health
     return Health(level, sentence, tuple(text for _, text in graded), summarise(inspection))
 
 
-def get_gravity(sentence: str) -> str:
-    return GRAVITY.get(sentence.partition(":")[0], "unknown")
+def get_level(finding: Finding) -> str:
+    return "unknown" if finding.kind == NOTHING else _LEVELS_BY_SEVERITY[finding.severity]
 
 
 def summarise(inspection: Inspection) -> tuple[dict[str, Any], ...]:

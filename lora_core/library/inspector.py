@@ -27,6 +27,7 @@ from typing import Any, TextIO
 from ..errors import FileError, LoraError
 from ..files import explain, read_adapter
 from ..inspection import inspect_adapter
+from ..json_reader import parse_object
 from .cache import with_tuples
 from .health import UNEXPECTED, Health, judge_health
 
@@ -73,7 +74,7 @@ class Inspector:
                 process.wait(),
             )
             return Health("unknown", UNEXPECTED, (UNEXPECTED,))
-        values = json.loads(line)
+        values = parse_object(line, "the answer")
         if "error" in values:
             raise FileError(values["error"])
         if values["log"]:

@@ -6,18 +6,25 @@ and this package's own fields. All of it is text that a stranger may have writte
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ..formats.alpha import read_json, read_number
+from ..errors import FileError
+from ..formats.peft_config import read_number
+from ..json_reader import parse_json
 
 #: The training configuration that our own trainer writes.
 OWN_CONFIG = "qwen_edit_lora.config"
 
 TITLE_FIELDS = ("modelspec.title", "ss_output_name", "name")
-TRIGGER_FIELDS = ("modelspec.trigger_phrase", "trigger_phrase", "trigger_words", "trigger_word")
+TRIGGER_FIELDS = (
+    "modelspec.trigger_phrase",
+    "trigger_phrase",
+    "trigger_words",
+    "trigger_word",
+    "trained_words",
+)
 #: What is shown first, in this order: name -> the fields that may hold it.
 KNOWN_FIELDS: Mapping[str, tuple[str, ...]] = {
     "author": ("modelspec.author", "author"),
@@ -62,7 +69,7 @@ def find_trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
             words = read_list(text) or text.split(",")
             return tuple(dict.fromkeys(filter(None, (clean(w, 120) for w in words))))[:MAX_WORDS]
     # ai-toolkit has no field of its own: it names a folder "1_word" that holds the one tag "word".
-    frequency = read_json(metadata.get("ss_tag_frequency"))
+    frequency = read_dict(metadata.get("ss_tag_frequency"))
     return tuple(
         clean(tag, 120)
         for folder, tags in frequency.items()
@@ -73,17 +80,27 @@ def find_trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def read_list(text: str) -> list[str]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return []
+    value = read_value(text)
     return [str(item) for item in value] if isinstance(value, list) else []
+
+
+def read_dict(text: str | None) -> dict[str, Any]:
+    value = read_value(text or "{}")
+    return value if isinstance(value, dict) else {}
+
+
+def read_value(text: str) -> Any:
+    """A JSON value; None where there is none, since other trainers may write plain text there."""
+    try:
+        return parse_json(text, "metadata")
+    except FileError:
+        return None
 
 
 def count_tags(metadata: Mapping[str, str]) -> tuple[tuple[str, int], ...]:
     """The pieces between commas that the captions hold most often, from `ss_tag_frequency`."""
     counts: Counter[str] = Counter()
-    for tags in read_json(metadata.get("ss_tag_frequency")).values():
+    for tags in read_dict(metadata.get("ss_tag_frequency")).values():
         for tag, number in tags.items() if isinstance(tags, dict) else ():
             count = read_number(number)
             if count is not None and 0 < count < 1e9 and (text := clean(tag, 120)):

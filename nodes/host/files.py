@@ -8,11 +8,12 @@ from pathlib import Path
 import folder_paths
 
 from ...lora_core import FileError
-from ...lora_core.stored import shorten
+from ...lora_core.stored import is_safetensors
+from ...lora_core.text import shorten
 
 
 def list_loras() -> list[str]:
-    return [n for n in folder_paths.get_filename_list("loras") if n.endswith(".safetensors")]
+    return [name for name in folder_paths.get_filename_list("loras") if is_safetensors(name)]
 
 
 def find_lora(lora_name: str | None) -> Path:
@@ -21,17 +22,22 @@ def find_lora(lora_name: str | None) -> Path:
     Raises:
         FileError: no such file, or a name that points outside these folders.
     """
-    name = lora_name or ""
+    name = lora_name if isinstance(lora_name, str) else ""
     parts = Path(name.replace("\\", "/")).parts
     if not name or ".." in parts or Path(name).is_absolute() or ":" in name or "\0" in name:
+        shown = shorten(name if isinstance(lora_name, str | None) else repr(lora_name))
         raise FileError(
-            f"{shorten(name)!r} is no name inside the loras folders; expected a file such as "
+            f"{shown!r} is no name inside the loras folders; expected a file such as "
             "'my_lora.safetensors', chosen from the list."
         )
     try:
         path = folder_paths.get_full_path("loras", name)
+        if path is None and "\\" in name:  # a graph that was made on Windows
+            path = folder_paths.get_full_path("loras", name.replace("\\", "/"))
     except OSError as e:
         raise FileError(f"{shorten(name)} cannot be opened: {e.strerror}.") from None
+    except ValueError:  # half a surrogate pair
+        path = None
     if path is None:
         raise FileError(
             f"{shorten(name)} is not in the loras folders (any more); expected one of the "
@@ -49,7 +55,7 @@ def find_lora_files() -> dict[str, Path]:
 
 def list_diffusion_models() -> list[str]:
     names = folder_paths.get_filename_list("diffusion_models")
-    return [name for name in names if name.endswith(".safetensors")]
+    return [name for name in names if is_safetensors(name)]
 
 
 def find_diffusion_model(model_name: str) -> Path:
@@ -115,10 +121,24 @@ def find_vaes(name: str) -> list[Path]:
 
 
 def choose_output_path(filename_prefix: str) -> Path:
-    """A path without suffix, below ComfyUI's output folder, that no file has yet."""
+    """A path without suffix, below ComfyUI's output folder, that no file has yet.
+
+    Raises:
+        FileError: no such name can be, or it points outside.
+    """
     output = folder_paths.get_output_directory()
-    folder = Path(output, os.path.dirname(os.path.normpath(filename_prefix)))  # noqa: PTH120
-    if not folder_paths.is_within_directory(output, str(folder)):
+    try:
+        filename_prefix.encode()
+        if "\0" in filename_prefix:
+            raise ValueError
+        folder = Path(output, os.path.dirname(os.path.normpath(filename_prefix)))  # noqa: PTH120
+        is_inside = folder_paths.is_within_directory(output, str(folder))
+    except ValueError:  # a null character, or half a surrogate pair
+        raise FileError(
+            f"{shorten(filename_prefix)!r} is no name of a file; expected one such as "
+            "'loras/my_lora'."
+        ) from None
+    if not is_inside:
         raise FileError(
             f"{shorten(filename_prefix)!r} points outside the output folder; expected a name "
             "such as 'loras/my_lora'."

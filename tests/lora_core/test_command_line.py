@@ -144,6 +144,36 @@ def test_convert_changes_the_keys_alone(run, key_format):
     assert read_adapter("converted").key_format == key_format
 
 
+@pytest.mark.parametrize(
+    ("out", "file"),
+    [
+        ("new", "new.safetensors"),
+        ("new.v2", "new.v2.safetensors"),
+        ("new.safetensors", "new.safetensors"),
+        ("new.SFT", "new.SFT"),
+    ],
+)
+def test_a_file_is_written_under_a_name_that_loaders_list(run, folder, out, file):
+    text = run("convert", "a.safetensors", out, "--format", "kohya")
+    assert (folder / file).is_file()
+    assert f"Wrote {file}" in text
+    run("resize", "a.safetensors", f"small-{out}", "--rank", "2")
+    assert (folder / f"small-{file}").is_file()
+
+
+@pytest.mark.parametrize("name", ["a\0b.safetensors", "\ud800.safetensors", "x" * 300])
+def test_a_name_no_file_can_have_is_one_line(name, capsys):
+    assert main(["inspect", name]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_json_of_inspect_holds_the_report_of_the_file(run):
+    values = json.loads(run("inspect", "a.safetensors", "--json"))
+    assert values["report"]["num_modules"] == 2
+    assert isinstance(values["report"]["findings"], list)
+    assert values["findings"][0]["kind"]
+
+
 def test_a_wrong_command_line_ends_with_status_2(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["explode"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -10,6 +11,7 @@ import zipfile
 import pytest
 import torch
 from qwen_edit_lora.lora_core import FileError, KeyFormatError, ShapeError, read_adapter
+from safetensors.torch import save
 
 KEY = "diffusion_model.transformer_blocks.0.attn.to_q.lora_{}.weight"
 
@@ -142,6 +144,18 @@ def test_unusual_names_are_read(name, make_state_dict, write_file):
 def test_a_file_without_tensors_says_so(write_file):
     with pytest.raises(KeyFormatError, match=r"my lora.safetensors holds no tensors; expected"):
         read_adapter(write_file({}))
+
+
+def test_a_name_that_is_no_utf8_is_told_by_its_name_alone(make_state_dict, tmp_path):
+    path = tmp_path / os.fsdecode(b"\xffx.safetensors")
+    try:
+        path.write_bytes(save(make_state_dict()))
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes no such name")
+    with pytest.raises(FileError, match="is not UTF-8 text; rename it") as error:
+        read_adapter(path)
+    assert str(tmp_path) not in str(error.value)
+    assert str(error.value).isprintable()
 
 
 def make_pair(down, up, ends=("lora_A.weight", "lora_B.weight")):

@@ -228,3 +228,90 @@ def test_a_bias_delta_is_scaled_only_where_it_sits_inside_lora_B(ending, expecte
     }
     weights = read_state_dict(state_dict).modules[path]
     assert torch.equal(weights.bias_delta, torch.full((OUT,), expected))
+
+
+@pytest.mark.parametrize("dtypes", [("float64", "float32"), ("float32", "float64"),
+                                    ("bfloat16", "float64"), ("float16", "float32")])  # fmt: skip
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "LoKr factored", "DoRA", "OFT"])
+def test_parts_of_two_dtypes_are_multiplied_in_the_wider_one(kind, dtypes, rand):
+    one, two = (getattr(torch, name) for name in dtypes)
+    base = rand(OUT, IN)
+    weights = {
+        "LoRA": lambda: LoraWeights(rand(RANK, IN).to(one), rand(OUT, RANK).to(two), 2.0),
+        "LoHa": lambda: LohaWeights(
+            *(rand(OUT, RANK).to(one), rand(RANK, IN).to(two)),
+            *(rand(OUT, RANK).to(two), rand(RANK, IN).to(one)),
+        ),
+        "LoKr": lambda: LokrWeights(w1=rand(2, 2).to(one), w2=rand(4, 3).to(two)),
+        "LoKr factored": lambda: LokrWeights(
+            w1=rand(2, 2).to(one), w2_a=rand(4, 1).to(two), w2_b=rand(1, 3).to(one)
+        ),
+        "DoRA": lambda: DoraWeights(
+            LoraWeights(rand(RANK, IN).to(one), rand(OUT, RANK).to(one)), rand(OUT, 1).to(two)
+        ),
+        "OFT": lambda: OftWeights(rand(2, 4, 4).to(one), rand(OUT, 1).to(two)),
+    }[kind]()
+    wide = weights.with_parts({name: t.double() for name, t in weights.parts.items()})
+    found = compute_delta(weights, base)
+    torch.testing.assert_close(
+        found.double(), compute_delta(wide, base.double()), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lycoris_", "lora_transformer_"])
+@pytest.mark.parametrize("alpha", [0.01, 0.05, 10.0])
+def test_the_constraint_of_an_oft_counts_in_out_features_where_lycoris_and_kohya_write_it(
+    prefix, alpha, rand
+):
+    blocks, base = rand(3, 4, 4), rand(12, 5)
+    stem = f"{prefix}transformer_blocks_0_attn_to_q"
+    state_dict = {f"{stem}.oft_blocks": blocks, f"{stem}.alpha": torch.tensor(alpha)}
+    found = read_state_dict(state_dict).modules["transformer_blocks.0.attn.to_q"]
+    skew = (blocks - blocks.transpose(1, 2)).double()
+    norm, limit = skew.norm(), alpha * 12
+    skew = skew * (limit / norm if norm > limit else 1.0)
+    turn = torch.block_diag(
+        *((torch.eye(4) + q) @ torch.linalg.inv(torch.eye(4).double() - q) for q in skew)
+    )
+    expected = turn.T @ base.double() - base.double()
+    torch.testing.assert_close(compute_delta(found, base).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_constraint_of_comfyuis_own_trainer_is_the_limit_itself(rand):
+    blocks = rand(3, 4, 4)
+    stem = "diffusion_model.transformer_blocks.0.attn.to_q"
+    state_dict = {f"{stem}.oft_blocks": blocks, f"{stem}.alpha": torch.tensor(0.5)}
+    assert read_state_dict(state_dict).modules["transformer_blocks.0.attn.to_q"].alpha == 0.5
+
+
+EMPTY = [
+    (LoraWeights, (0, IN), (OUT, 0)),
+    (LoraWeights, (RANK, 0), (OUT, RANK)),
+    (LoraWeights, (RANK, IN), (0, RANK)),
+    (LoraWeights, (0,), (0,)),
+    (DiffWeights, (0,), None),
+    (DiffWeights, (0, 4), None),
+    (DiffWeights, None, (0,)),
+]
+
+
+@pytest.mark.parametrize(("kind", "first", "second"), EMPTY)
+def test_a_part_without_numbers_is_refused_by_what_it_is(kind, first, second):
+    parts = [None if shape is None else torch.ones(shape) for shape in (first, second)]
+    with pytest.raises(ShapeError, match="holds no numbers"):
+        kind(*parts)
+
+
+@pytest.mark.parametrize("part", ["diff", "diff_b"])
+def test_a_single_number_is_no_weight_and_no_bias(part):
+    key = f"diffusion_model.transformer_blocks.0.attn.to_q.{part}"
+    with pytest.raises(ShapeError, match="is a single number"):
+        read_state_dict({key: torch.tensor(1.0)})
+
+
+def test_a_module_larger_than_any_models_is_refused_before_it_takes_memory():
+    with pytest.raises(ShapeError, match="its module would have 40000 x 40000 entries"):
+        LokrWeights(w1=torch.ones(200, 200), w2=torch.ones(200, 200))
+    with pytest.raises(ShapeError, match="100000 x 100000"):
+        LoraWeights(torch.ones(1, 100_000), torch.ones(100_000, 1))
+    LoraWeights(torch.ones(1, 3072), torch.ones(18432, 1))

@@ -107,3 +107,47 @@ def test_an_alpha_without_its_module_is_reported_and_the_rest_loads(make_state_d
     adapter = read_state_dict(make_state_dict() | {"diffusion_model.img_in.alpha": torch.ones(1)})
     assert "img_in" not in adapter.modules
     assert [key.key for key in adapter.report.unmatched] == ["diffusion_model.img_in.alpha"]
+
+
+PREFIXES = ("", "diffusion_model.", "transformer.", "base_model.model.", "lora_unet_", "lycoris_")
+
+
+def respell(prefix: str, module_path: str) -> str:
+    return prefix + (module_path.replace(".", "_") if prefix.endswith("_") else module_path)
+
+
+@pytest.mark.parametrize("other", PREFIXES)
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("part", ["alpha", "dora_scale"])
+def test_an_alpha_or_magnitude_under_another_prefix_joins_its_module(prefix, other, part):
+    state_dict = {}
+    for path in BLOCKS:
+        stem = respell(prefix, path)
+        state_dict |= {
+            f"{stem}.lora_A.weight": torch.ones(4, 4),
+            f"{stem}.lora_B.weight": torch.ones(4, 4),
+        }
+        number = torch.tensor(2.0) if part == "alpha" else torch.ones(4, 1)
+        state_dict[f"{respell(other, path)}.{part}"] = number
+    adapter = read_state_dict(state_dict)
+    assert set(adapter.modules) == set(BLOCKS)
+    assert (adapter.report.unmatched, adapter.report.duplicates) == ((), ())
+    scales = {weights.scale for weights in adapter.modules.values()}
+    assert scales == ({0.5} if part == "alpha" else {1.0})
+    assert adapter.kinds == ({"LoRA"} if part == "alpha" else {"DoRA"})
+    kinds = [finding.kind for finding in adapter.report.findings]
+    assert ("other_prefix" in kinds) == (prefix != other)
+
+
+def test_alphas_of_a_second_adapter_stay_with_their_own_weights(make_state_dict):
+    main = make_state_dict("musubi", BLOCKS)
+    second = make_state_dict("ai-toolkit", [TO_Q], alpha=7.0)
+    adapter = read_state_dict(main | second)
+    assert adapter.modules[TO_Q].scale == 1.0
+    assert len(adapter.report.duplicates) == 3
+
+
+def test_a_source_without_prefix_is_named_so(make_state_dict):
+    state_dict = make_state_dict("lightning", BLOCKS) | make_state_dict("ai-toolkit", [TO_Q])
+    report = read_state_dict(state_dict).report
+    assert report.duplicates[0].reason == f"also in {TO_Q}, without prefix"

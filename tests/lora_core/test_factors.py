@@ -103,3 +103,14 @@ def test_inner_products_and_sums_need_no_equal_ranks():
     total = a + b * -0.5
     torch.testing.assert_close(total.to_dense(), a.to_dense() - 0.5 * b.to_dense())
     assert total.inner == a.inner + b.inner
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 6), (6, 8), (6, 6)])
+def test_a_rank_above_the_sides_is_cut_to_what_the_delta_can_have(rows, columns):
+    weights = LoraWeights(torch.randn(50, columns), torch.randn(rows, 50), 3.0)
+    factors = get_factors(weights)
+    assert factors.inner == min(rows, columns)
+    dense = weights.scale * weights.lora_B.double() @ weights.lora_A.double()
+    torch.testing.assert_close(factors.to_dense(), dense)
+    values = torch.linalg.svdvals(dense)
+    torch.testing.assert_close(compute_singular_values(factors), values)

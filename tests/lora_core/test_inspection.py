@@ -16,8 +16,12 @@ from qwen_edit_lora.lora_core import (
     LokrWeights,
     LoraWeights,
     ModuleWeights,
+    NonFiniteWeightsError,
     OftWeights,
+    compare_adapters,
     compute_delta,
+    merge_adapters,
+    resize_adapter,
 )
 from qwen_edit_lora.lora_core.inspection import inspect_adapter, inspect_module
 from qwen_edit_lora.lora_core.targets import TARGET_PRESETS
@@ -171,6 +175,50 @@ def test_the_seed_figures_are_dense_small_and_healthy():
 )
 def test_the_size_is_judged_by_its_std(std, word):
     assert inspect_adapter(make_adapter(std)).verdict[-1].startswith(f"{word}: std")
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 0.05])
+def test_a_delta_that_is_the_same_everywhere_is_as_large_as_its_entries(value):
+    found = inspect_adapter(Adapter({TO_Q: DiffWeights(torch.full((8, 8), value))}))
+    (finding,) = found.findings
+    assert (finding.kind, finding.severity) == ("saturated", "warning")
+    assert f"root mean square {abs(value):.2e}" in finding.text
+
+
+def test_the_verdict_has_a_kind_and_a_severity_for_each_sentence():
+    found = inspect_adapter(make_adapter(3e-4))
+    assert [(f.kind, f.severity) for f in found.findings] == [("healthy", "note")]
+    assert tuple(f.text for f in found.findings) == found.verdict
+    assert found.to_dict()["findings"] == [
+        {"kind": "healthy", "severity": "note", "text": found.verdict[0], "count": None}
+    ]
+    (untrained,) = inspect_adapter(make_adapter(0.0)).findings
+    assert (untrained.kind, untrained.severity, untrained.count) == ("untrained", "error", 36)
+
+
+@pytest.mark.parametrize(
+    ("lora_B", "alpha"),
+    [(1.0, 1e300), (1e30, 1e20), (1e300, 1.0), (3e38, 1e10)],
+)
+def test_a_delta_beyond_float32_is_non_finite_in_every_tool(lora_B, alpha):
+    dtype = torch.float64 if lora_B > 1e38 else torch.float32
+    weights = LoraWeights(torch.ones(2, 8, dtype=dtype), torch.full((8, 2), lora_B, dtype=dtype))
+    adapter = Adapter({TO_Q: weights.with_alpha(alpha)}, name="huge")
+    found = inspect_adapter(adapter, exact=True)
+    assert (found.non_finite, len(found.modules)) == ((TO_Q,), 0)
+    for work in (
+        lambda: compare_adapters(adapter, adapter),
+        lambda: resize_adapter(adapter, rank=1),
+        lambda: merge_adapters([(adapter, 1.0), (adapter, 1.0)]),
+    ):
+        with pytest.raises(NonFiniteWeightsError, match="beyond what float32 holds"):
+            work()
+
+
+def test_large_and_small_factors_that_multiply_to_a_sane_delta_are_inspected():
+    weights = LoraWeights(torch.full((2, 8), 1e20), torch.full((8, 2), 1e-24), 2.0)
+    found = inspect_adapter(Adapter({TO_Q: weights}))
+    assert found.modules[TO_Q].mean == pytest.approx(2e-4)
 
 
 def test_an_untrained_adapter_is_called_so_and_nothing_else():

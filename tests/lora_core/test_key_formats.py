@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from qwen_edit_lora.lora_core import compute_delta, read_adapter, read_state_dict, targets
+from qwen_edit_lora.lora_core import (
+    KeyFormatError,
+    compute_delta,
+    read_adapter,
+    read_state_dict,
+    targets,
+)
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 LINEARS = [
@@ -99,6 +107,7 @@ def test_mixed_prefixes_in_one_file_are_all_read(make_state_dict):
     ("key", "nearest"),
     [
         ("diffusion_model.transformer_blocks.7.attn.to_qkv.lora_A.weight", "attn.to_q"),
+        ("diffusion_model.transformer_blocks.7.attn.to_qqv.lora_A.weight", "attn.to_q"),
         ("transformer.transformer_blocks.7.attn.to_out.lora_A.weight", "attn.to_out.0"),
         ("lora_unet_transformer_blocks_7_img_mlp_net_0.lora_down.weight", "img_mlp.net.0.proj"),
         ("transformer_blocks.7.txt_modulation.1.lora_A.weight", "txt_mod.1"),
@@ -166,3 +175,166 @@ STRANGE_KEYS = {
 def test_strange_keys_are_reported_instead_of_raised(key, make_state_dict):
     report = read_state_dict(make_state_dict() | {key: torch.ones(1)}).report
     assert [dropped.key for dropped in report.unmatched] == [key]
+
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+
+
+def wrap(key: str, module_path: str, wrapper: str, at: int) -> str:
+    """The key with a wrapper's segment before the module path's segment `at`."""
+    segments = module_path.split(".")
+    return key.replace(module_path, ".".join([*segments[:at], wrapper, *segments[at:]]))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapper_is_peeled_off_wherever_it_stands(wrapper, at, key_style, make_state_dict):
+    plain = make_state_dict(key_style, [TO_Q], alpha=3.0)
+    underscored = TO_Q.replace(".", "_")
+    state_dict = {}
+    for key, tensor in plain.items():
+        wrapped = wrap(key.replace(underscored, TO_Q), TO_Q, wrapper, at)
+        if underscored in key:  # kohya's names hold no dots before the ending
+            stem, dot, ending = (
+                wrapped.partition(".lora_")
+                if ".lora_" in wrapped
+                else (wrapped.removesuffix(".alpha"), "", ".alpha")
+            )
+            wrapped = stem.replace(".", "_") + dot + ending
+        state_dict[wrapped] = tensor
+    adapter = read_state_dict(state_dict)
+    assert (set(adapter.modules), adapter.report.warnings) == ({TO_Q}, ())
+    expected = read_state_dict(plain).modules[TO_Q].delta()
+    assert torch.equal(adapter.modules[TO_Q].delta(), expected)
+
+
+FLAT_SPELLINGS = [
+    "lora_unet_transformer_blocks_0.attn.to_q",
+    "lora_unet_transformer_blocks.0.attn.to_q",
+    "lora_unet_transformer_blocks_0_attn.to_q",
+    "lora_unet_transformer_blocks_0_attn_to_q_",
+    "lora_unet.transformer_blocks.0.attn.to_q",
+    "lycoris_transformer_blocks.0.attn.to_q",
+    "lycoris.transformer_blocks.0.attn.to_q",
+    "lycoris_transformer_blocks_0_attn_to_q_",
+    "lora_transformer_transformer_blocks.0.attn.to_q",
+    "lora_diffusion_model_transformer_blocks_0_attn_to_q",
+    "lora_unet_diffusion_model_transformer_blocks_0_attn_to_q",
+    "transformer_blocks_0_attn_to_q",
+    "diffusion_model.transformer_blocks_0_attn_to_q",
+]
+
+
+@pytest.mark.parametrize("stem", FLAT_SPELLINGS)
+@pytest.mark.parametrize("ends", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
+def test_a_mixture_of_dots_and_underscores_is_a_pure_rename(stem, ends):
+    state_dict = {f"{stem}.{ends[0]}.weight": torch.ones(2, 4)}
+    state_dict |= {f"{stem}.{ends[1]}.weight": torch.ones(4, 2), f"{stem}.alpha": torch.ones(())}
+    adapter = read_state_dict(state_dict)
+    assert (set(adapter.modules), adapter.report.warnings) == ({TO_Q}, ())
+    assert adapter.modules[TO_Q].scale == 0.5
+
+
+FUSED = {
+    "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "attn.add_qkv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("stem", ["transformer.transformer_blocks.2.{}", "lora_unet_{}"])
+def test_fused_query_key_and_value_are_split_in_three_exactly(name, stem, write_file):
+    if stem.startswith("lora_unet_"):
+        stem = stem.format(f"transformer_blocks.2.{name}".replace(".", "_"))
+    else:
+        stem = stem.format(name)
+    down, up = torch.randn(2, 4), torch.randn(12, 2)
+    state_dict = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    state_dict |= {f"{stem}.alpha": torch.tensor(3.0), f"{stem}.diff_b": torch.arange(12.0)}
+    for adapter in (read_state_dict(state_dict), read_adapter(write_file(state_dict))):
+        members = [f"transformer_blocks.2.{member}" for member in FUSED[name]]
+        assert list(adapter.modules) == members
+        found = torch.cat([compute_delta(adapter.modules[member]) for member in members])
+        torch.testing.assert_close(found, 1.5 * (up @ down))
+        biases = torch.cat([adapter.modules[member].bias_delta for member in members])
+        assert torch.equal(biases, torch.arange(12.0))
+        assert [f.kind for f in adapter.report.findings] == ["fused_split"]
+
+
+def test_a_module_that_stands_beside_the_fused_one_is_used_and_told(make_state_dict):
+    alone = make_state_dict("ai-toolkit", [TO_Q])
+    stem = "diffusion_model.transformer_blocks.0.attn.to_qkv"
+    fused = {f"{stem}.lora_A.weight": torch.ones(2, 4), f"{stem}.lora_B.weight": torch.ones(12, 2)}
+    adapter = read_state_dict(alone | fused)
+    assert torch.equal(adapter.modules[TO_Q].delta(), read_state_dict(alone).modules[TO_Q].delta())
+    assert "fused_repeated" in [finding.kind for finding in adapter.report.findings]
+
+
+def test_a_fused_rotation_is_left_out_and_told(make_state_dict):
+    stem = "lora_unet_transformer_blocks_0_attn_to_qkv"
+    report = read_state_dict(make_state_dict() | {f"{stem}.oft_blocks": torch.ones(6, 2, 2)}).report
+    assert "cannot be taken apart" in report.unmatched[0].reason
+
+
+BOFT = {"lora_unet_transformer_blocks_0_attn_to_v.oft_blocks": torch.ones(2, 2, 2, 2)}
+
+
+def test_boft_is_named_and_leaves_the_rest_usable(make_state_dict):
+    report = read_state_dict(make_state_dict() | BOFT).report
+    assert report.num_modules == 2
+    assert "BOFT, which is not supported" in report.unmatched[0].reason
+    alpha = {"lora_unet_transformer_blocks_0_attn_to_v.alpha": torch.ones(())}
+    with pytest.raises(KeyFormatError, match="BOFT, which is not supported"):
+        read_state_dict(alpha | BOFT)
+
+
+@pytest.mark.parametrize(
+    ("endings", "what"),
+    [
+        ((".weight", ".on_input"), "IA3"),
+        ((".ia3_l",), "IA3"),
+        ((".lora_down", ".lora_up"), "nunchaku"),
+        ((".proj_down", ".proj_up", ".smooth"), "nunchaku"),
+        ((".lora_A.weight", ".lora_B.weight", ".lora_E"), "AdaLoRA"),
+    ],
+)
+def test_a_kind_that_is_not_supported_is_refused_by_its_name(endings, what):
+    state_dict = {f"transformer_blocks.0.attn.to_q{end}": torch.ones(2, 2) for end in endings}
+    with pytest.raises(KeyFormatError, match=what):
+        read_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("ending", [".lora_E", ".lora_mid.weight", ".lora_diag", ".set_weight"])
+def test_a_part_that_changes_its_modules_meaning_takes_the_module_with_it(ending, make_state_dict):
+    state_dict = make_state_dict("ai-toolkit")
+    state_dict[f"diffusion_model.{TO_Q}{ending}"] = torch.ones(2, 1)
+    adapter = read_state_dict(state_dict)
+    assert TO_Q not in adapter.modules
+    assert len(adapter.report.unmatched) == 3
+
+
+LONG_KEYS = {
+    "many endings": ".oft_a" * 60_000 + "\n\n",
+    "SDXL's blocks": "down_blocks." * 30_000,
+    "anything": "x" * 3_000_000,
+}
+
+
+@pytest.mark.parametrize("key", LONG_KEYS.values(), ids=LONG_KEYS)
+def test_a_key_longer_than_any_adapters_is_no_work_and_not_repeated(key, make_state_dict):
+    report = read_state_dict(make_state_dict() | {key: torch.ones(2)}).report
+    assert "more than 500 characters" in report.unmatched[0].reason
+    assert len(report.to_text()) < 2000
+    assert len(json.dumps(report.to_dict())) < 5000
+    with pytest.raises(KeyFormatError) as error:
+        read_state_dict({key: torch.ones(2)})
+    assert len(str(error.value)) < 400
+
+
+def test_a_line_break_behind_a_key_makes_it_another_key(make_state_dict):
+    state_dict = make_state_dict("ai-toolkit")
+    key = f"diffusion_model.{TO_Q}.lora_A.weight\n"
+    report = read_state_dict(state_dict | {key: torch.full((2, 4), 9.0)}).report
+    assert [dropped.key for dropped in report.unmatched] == [key]
+    assert report.duplicates == ()

@@ -174,3 +174,17 @@ def test_a_merge_of_nothing_or_of_other_models_is_refused():
     bad = LoraWeights(torch.full((2, COLUMNS), float("inf")), torch.randn(ROWS, 2))
     with pytest.raises(NonFiniteWeightsError, match="holds NaN or Inf"):
         merge_adapters([(make_adapter({TO_Q: bad}), 1.0)])
+
+
+def test_a_rank_far_above_the_sides_merges_at_what_the_delta_can_have():
+    weights = LoraWeights(torch.randn(4000, 8), torch.randn(8, 4000) / 60)
+    adapter = make_adapter({TO_Q: weights})
+    merged = merge_adapters([(adapter, 1.0), (adapter, -0.5)]).adapter.modules[TO_Q]
+    assert merged.rank == 16
+    check_equal(compute_dense(merged), 0.5 * compute_dense(weights))
+
+
+@pytest.mark.parametrize("strength", [1e300, -2e4, float("inf"), float("nan")])
+def test_a_strength_beyond_any_use_is_refused(strength):
+    with pytest.raises(ConfigError, match="expected a finite number up to 10,000"):
+        merge_adapters([(make_adapter({TO_Q: make_lora()}), strength)])

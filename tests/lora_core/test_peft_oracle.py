@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from qwen_edit_lora.lora_core import (
+    KeyFormatError,
     compute_delta,
     read_adapter,
     read_state_dict,
@@ -144,3 +145,49 @@ def test_a_lycoris_dora_written_for_peft_keeps_its_effect(make_state_dict, tmp_p
         before = root.get_submodule(path).weight.detach()
         expected = merged.get_submodule(path).weight.detach() - before
         torch.testing.assert_close(compute_delta(weights, before), expected, atol=2e-5, rtol=0)
+
+
+LYCORIS = {
+    "LoHa": lambda **more: peft.LoHaConfig(r=2, target_modules=MODULES, **more),
+    "LoKr": lambda **more: peft.LoKrConfig(r=2, target_modules=MODULES, **more),
+    "LoKr of whole factors": lambda **more: peft.LoKrConfig(r=9, target_modules=MODULES, **more),
+    "LoKr of two products": lambda **more: peft.LoKrConfig(
+        r=1, decompose_both=True, decompose_factor=4, target_modules=MODULES, **more
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LYCORIS)
+@pytest.mark.parametrize(
+    "more", [{"alpha": 3}, {"alpha": 2, "alpha_pattern": {"to_q": 7, r".*\.1\.attn\.to_k": 5}}]
+)
+def test_pefts_own_loha_and_lokr_are_scaled_by_their_config(kind, more, base, tmp_path):
+    model = peft.get_peft_model(copy.deepcopy(base), LYCORIS[kind](**more))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lokr_" in name or "hada_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 2
+    model.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path)
+    assert adapter.report.warnings == ()
+    assert_same_change(adapter, base, model.merge_and_unload())
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
+def test_a_start_that_moved_the_base_is_refused_until_peft_converts_it(start, base, tmp_path):
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=MODULES, init_lora_weights=start)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = start
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += torch.randn(parameter.shape) / 10
+    model.save_pretrained(tmp_path / "raw")
+    with pytest.raises(KeyFormatError, match="which moved a part of the model into the LoRA"):
+        read_adapter(tmp_path / "raw")
+    model.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "start"
+    )
+    adapter = read_adapter(tmp_path / "converted")
+    assert_same_change(adapter, base, model.merge_and_unload())

@@ -109,3 +109,33 @@ def test_a_dropped_key_tells_its_reason_and_its_nearest_module():
 def test_a_report_never_changes(messy):
     with pytest.raises(dataclasses.FrozenInstanceError):
         messy.num_keys = 0
+
+
+def test_every_warning_is_a_finding_with_a_kind_a_severity_and_a_number(messy):
+    findings = {finding.kind: finding for finding in messy.findings}
+    assert (findings["unmatched_keys"].severity, findings["unmatched_keys"].count) == ("warning", 5)
+    assert (findings["alpha_zero"].severity, findings["alpha_zero"].count) == ("warning", 1)
+    assert messy.warnings == tuple(f.text for f in messy.findings if f.severity == "warning")
+
+
+def test_the_json_holds_the_findings_and_the_text_a_line_for_each(make_state_dict):
+    report = read_state_dict(make_state_dict("ai-toolkit", rank=2), {"alpha": "3"}).report
+    values = json.loads(json.dumps(report.to_dict()))
+    (finding,) = values["findings"]
+    assert (finding["kind"], finding["severity"]) == ("alpha_from_field", "note")
+    assert finding["count"] == 2
+    assert f"Note: {finding['text']}" in report.to_text().splitlines()
+    assert "found" not in values
+
+
+def test_an_alpha_taken_from_the_rank_is_noted_and_warns_of_nothing(make_state_dict):
+    report = read_state_dict(make_state_dict("ai-toolkit")).report
+    (finding,) = report.findings
+    assert (finding.kind, finding.severity, finding.count) == ("alpha_from_rank", "note", 2)
+    assert report.warnings == ()
+
+
+def test_findings_come_with_the_warnings_first(make_state_dict):
+    state_dict = make_state_dict("ai-toolkit") | {"nothing": torch.ones(1)}
+    severities = [f.severity for f in read_state_dict(state_dict).report.findings]
+    assert severities == ["warning", "note"]

@@ -156,6 +156,17 @@ def test_a_file_of_alphas_alone_matches_nothing():
         ({"ss_base_model_version": "qwen_image"}, "x.safetensors", []),
         ({"ss_base_model_version": "qwen_image_edit"}, "edit-2511.safetensors", ["2511"]),
         ({"modelspec.architecture": "Qwen-Image-Edit/lora"}, "2511.safetensors", ["original"]),
+        ({"modelspec.architecture": "qwen_image-edit-v1/lora"}, "x.safetensors", ["original"]),
+        ({"modelspec.architecture": "qwen_image-edit-v2/lora"}, "x.safetensors", ["2509"]),
+        ({"modelspec.architecture": "qwen_image-edit-v2+/lora"}, "x.safetensors", ["2509"]),
+        ({"modelspec.architecture": "qwen_image-edit-v3/lora"}, "x.safetensors", ["2511"]),
+        ({"modelspec.architecture": "qwen_image-edit-v4/lora"}, "x.safetensors", []),
+        ({"modelspec.architecture": "qwen_image/lora"}, "x.safetensors", ["text-to-image"]),
+        ({"modelspec.title": "for 2509 and 2511"}, "x.safetensors", ["2511", "2509"]),
+        ({}, "my_qwen_image_edit_v2.safetensors", []),
+        ({}, "qie2511.safetensors", ["2511"]),
+        ({}, "style_2511_v2.safetensors", ["2511"]),
+        ({}, "2511-5.safetensors", ["2511"]),
         (
             {"modelspec.architecture": "Qwen-Image-Edit-2511/lora", "modelspec.title": "2509"},
             "x.safetensors",
@@ -165,6 +176,51 @@ def test_a_file_of_alphas_alone_matches_nothing():
 )
 def test_variants_are_read_from_the_metadata_then_from_the_file_name(metadata, file_name, variants):
     assert detect_variants(metadata, file_name)[0] == variants
+
+
+NO_MODELS = [
+    "my_style_lora_20251129_072850",
+    "run-2025-11-29",
+    "run_20250915",
+    "style_251129",
+    "style_202509",
+    "style_000002511",
+    "style-step00002509",
+    "style_step2511",
+    "style-steps-2511",
+    "style_2511steps",
+    "style_2509_epochs",
+    "epoch_2511",
+    "checkpoint-2511",
+    "seed2509",
+    "seed_2511",
+    "a1b2511c3",
+    "deadbeef2511",
+    "12511",
+    "25112",
+    "style_e2511d",
+    "1762511000",
+    "32509px",
+]
+
+
+@pytest.mark.parametrize("text", NO_MODELS)
+def test_a_number_in_a_date_a_step_or_a_hash_names_no_model(text):
+    assert detect_variants({}, f"{text}.safetensors")[0] == []
+    assert detect_variants({"modelspec.title": text}, "x.safetensors")[0] == []
+
+
+@pytest.mark.parametrize("year", range(2024, 2028))
+@pytest.mark.parametrize("month", ["09", "11"])
+@pytest.mark.parametrize("form", ["{y}{m}29", "{y}-{m}-29", "{y}_{m}_29", "{y}{m}", "{s}{m}29"])
+def test_no_date_of_september_or_november_names_a_model(year, month, form):
+    date = form.format(y=year, m=month, s=year % 100)
+    assert detect_variants({}, f"my_lora_{date}_072850.safetensors")[0] == []
+
+
+def test_a_training_info_of_steps_names_no_model():
+    metadata = {"training_info": '{"step": 2511, "epoch": 2509}'}
+    assert detect_variants(metadata, "x.safetensors")[0] == []
 
 
 def test_every_claim_about_the_variant_says_where_it_stands():

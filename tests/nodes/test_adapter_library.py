@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from demo_base.adapters import make_adapter
+from qwen_edit_lora.lora_core import FileError
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfy
@@ -42,6 +43,43 @@ def test_every_file_of_the_loras_folders_is_found_under_the_loaders_name(ours, f
     assert str(Path("library", "pickle.pt")) in found
     assert {name for name in found if name.endswith(".safetensors")} == set(ours.host.list_loras())
     assert demo_models.lora in found.values()
+
+
+@pytest.mark.parametrize("file", ["short.sft", "loud.SAFETENSORS", "mixed.Sft"])
+def test_every_ending_that_loads_is_listed(file, ours, folder, comfyui):
+    make_adapter(folder / "plain.safetensors", MODULES)
+    (folder / "plain.safetensors").rename(folder / file)
+    name = str(Path("library", file))
+    comfyui.folder_paths.filename_list_cache.clear()
+    assert name in ours.host.list_loras()
+    assert ours.host.find_lora(name) == folder / file
+    assert ours.host.find_lora_files()[name] == folder / file
+
+
+def test_a_name_from_windows_is_found(ours, folder, comfyui):
+    make_adapter(folder / "named.safetensors", MODULES)
+    comfyui.folder_paths.filename_list_cache.clear()
+    assert ours.host.find_lora("library\\named.safetensors") == folder / "named.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [None, "", 5, ["a"], "..\\a.safetensors", "a\0b", "\ud800", "x" * 5000, "C:\\a.safetensors"],
+    ids=repr,
+)
+def test_what_is_no_name_of_a_lora_is_refused_in_a_sentence(name, ours):
+    with pytest.raises(FileError) as error:
+        ours.host.find_lora(name)
+    assert len(str(error.value)) <= 400
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["a\0b", "loras/\ud800", "../../a", "a/../../b"])
+def test_a_name_that_cannot_be_saved_is_refused_in_a_sentence(name, ours):
+    with pytest.raises(FileError) as error:
+        ours.host.choose_output_path(name)
+    assert len(str(error.value)) <= 400
+    assert str(error.value).isprintable()
 
 
 def test_the_routes_list_judge_and_describe_without_a_path(server, folder, base_directory):

@@ -12,8 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from demo_base.adapters import make_adapter
+from qwen_edit_lora.lora_core import read_adapter, resize_adapter
 from qwen_edit_lora.lora_core.errors import ConfigError
+from qwen_edit_lora.lora_core.findings import Finding
+from qwen_edit_lora.lora_core.inspection_files import read_inspection
 from qwen_edit_lora.lora_core.library import health, library
+from qwen_edit_lora.lora_core.library.cache import read_cache
+from qwen_edit_lora.lora_core.library.details import describe_file
+from qwen_edit_lora.lora_core.library.facts import read_facts
 from qwen_edit_lora.lora_core.library.health import UNEXPECTED
 from qwen_edit_lora.lora_core.library.inspector import Inspector, answer
 from qwen_edit_lora.lora_core.library.library import AdapterLibrary, UnknownAdapterError, build_id
@@ -140,6 +146,59 @@ def test_each_kind_of_bad_file_is_told_apart(loras, open_library):
         "new": ("unknown model", None),
         "pickle": ("not opened", None),
     }
+
+
+@pytest.mark.parametrize("name", ["a.sft", "a.SFT", "a.SAFETENSORS"])
+def test_every_ending_of_safetensors_is_opened(name, loras):
+    make_adapter(loras / "a.safetensors", MODULES).rename(loras / name)
+    facts = read_facts(loras / name)
+    assert facts.state == "ok"
+    assert describe_file(loras / name, facts, None)["modules"]
+
+
+@pytest.mark.parametrize("text", ["paint, brush", '["paint", "brush"]'])
+def test_the_words_that_simpletuner_writes_are_shown(text, loras):
+    make_adapter(loras / "a.safetensors", MODULES, metadata={"trained_words": text})
+    assert read_facts(loras / "a.safetensors").trigger_words == ("paint", "brush")
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("text", [DEEP, f'{{"a": {DEEP}}}', f'{{"a": 1{"0" * 400}}}', "{"])
+@pytest.mark.parametrize("name", ["ss_tag_frequency", "trigger_words", "qwen_edit_lora.history"])
+def test_json_that_cannot_be_read_is_no_reason_to_leave_a_file_out(name, text, loras):
+    path = make_adapter(loras / "a.safetensors", MODULES, metadata={name: text})
+    facts = read_facts(path)
+    assert facts.state == "ok"
+    assert describe_file(path, facts, None)["num_fields"] >= 1
+    resize_adapter(read_adapter(path), rank=1)
+
+
+@pytest.mark.parametrize("text", [DEEP, "{", "", '{"version": NaN}', "\0\0"])
+def test_a_cache_that_cannot_be_read_is_none(text, tmp_path):
+    path = tmp_path / "cache.json"
+    path.write_text(text)
+    assert read_cache(path) == {}
+    assert read_inspection(path, "a") is None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_for_a_file_is_told_and_does_not_hang(loras, tmp_path):
+    os.mkfifo(loras / "a.safetensors")
+    assert "is a pipe" in read_facts(loras / "a.safetensors").error
+    os.mkfifo(tmp_path / "cache.json")
+    assert read_cache(tmp_path / "cache.json") == {}
+
+
+def test_facts_hold_the_findings_for_programs(loras):
+    state_dict = {
+        f"transformer_blocks.0.attn.to_q.lora_{end}.weight": torch.ones(2, 2) for end in "AB"
+    }
+    save_file(state_dict | {"nothing": torch.ones(1)}, loras / "a.safetensors")
+    facts = read_facts(loras / "a.safetensors")
+    assert [f["kind"] for f in facts.findings] == ["unmatched_keys", "alpha_from_rank"]
+    assert facts.warnings == (facts.findings[0]["text"],)
 
 
 def test_errors_are_one_sentence_without_a_path(loras, open_library):
@@ -382,17 +441,13 @@ def test_a_thousand_files_are_listed_from_the_cache_in_well_under_a_second(loras
 
 
 @pytest.mark.parametrize(
-    ("sentence", "level"),
+    ("finding", "level"),
     [
-        ("untrained: the delta of all 3 modules", "broken"),
-        ("inert, not broken: 4 modules", "healthy"),
-        ("saturated: std 0.1", "warning"),
+        (Finding("untrained", "error", "healthy"), "broken"),
+        (Finding("saturated", "warning", "healthy"), "warning"),
+        (Finding("inert", "note", "broken"), "healthy"),
+        (Finding("nothing_to_judge", "warning", "healthy"), "unknown"),
     ],
 )
-def test_a_sentence_has_the_level_of_its_first_words(sentence, level):
-    assert health.get_gravity(sentence) == level
-
-
-def test_the_words_that_decide_a_level_are_those_of_the_verdict():
-    text = Path(health.__file__).parents[1].joinpath("verdict.py").read_text(encoding="utf-8")
-    assert [words for words in health.GRAVITY if words not in text] == []
+def test_a_finding_has_the_level_of_its_kind_and_severity_whatever_it_says(finding, level):
+    assert health.get_level(finding) == level

@@ -1,0 +1,34 @@
+"""What the user is told beyond the result itself: a sentence for people, a kind for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+#: Worth knowing, asks for nothing.
+NOTE = "note"
+#: The result may not be what was meant.
+WARNING = "warning"
+#: There is no use in the result.
+ERROR = "error"
+#: The worst first.
+SEVERITIES = (ERROR, WARNING, NOTE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found. Programs decide by `kind` and `severity`; nothing reads `text` but people.
+
+    A kind never changes its name; texts may.
+    """
+
+    kind: str
+    severity: str
+    """One of SEVERITIES."""
+    text: str
+    count: int | None = None
+    """How many keys, modules or files it is about."""
+
+
+def list_texts(findings: Iterable[Finding], severity: str) -> tuple[str, ...]:
+    return tuple(finding.text for finding in findings if finding.severity == severity)

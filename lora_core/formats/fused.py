@@ -1,0 +1,110 @@
+"""Query, key and value in one module, as diffusers' fuse_qkv_projections joins them.
+
+The fused weight is the three below each other, so an adapter of it is taken apart exactly: rows of
+what lies on the output side, the rest shared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from .. import targets
+from ..stored import AnyTensor, StoredTensor
+from ..weights import (
+    DiffWeights,
+    DoraWeights,
+    LohaWeights,
+    LokrWeights,
+    LoraWeights,
+    ModuleWeights,
+)
+
+#: Name inside a block -> the modules it holds, in the order of their rows.
+FUSED = {
+    "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "attn.add_qkv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+_UNDERSCORED = {name.replace(".", "_"): name for name in FUSED}
+_BLOCK = re.compile(r"transformer_blocks_([0-9]{1,4})_(.+)")
+
+
+def is_fused(module_path: str) -> bool:
+    block, name = targets.split_path(module_path)
+    return block is not None and name in FUSED
+
+
+def restore_fused_dots(flat: str) -> str | None:
+    match = _BLOCK.fullmatch(flat)
+    name = _UNDERSCORED.get(match[2]) if match else None
+    return None if name is None else f"transformer_blocks.{int(match[1])}.{name}"
+
+
+def list_members(module_path: str) -> list[str]:
+    block, name = targets.split_path(module_path)
+    return [f"transformer_blocks.{block}.{member}" for member in FUSED[name]]
+
+
+def find_member(module_path: str) -> str | None:
+    """The first module that a fused one holds; None for other modules."""
+    return list_members(module_path)[0] if is_fused(module_path) else None
+
+
+def split_weights(weights: ModuleWeights, count: int) -> list[ModuleWeights] | None:
+    """`count` modules whose deltas, below each other, are that of `weights`.
+
+    None where the kind has no exact parts: a rotation of all rows, a magnitude per column, whose
+    norms are those of whole columns, or Kronecker factors that do not fall into that many.
+    """
+    direction = weights.direction if isinstance(weights, DoraWeights) else weights
+    names = find_row_parts(direction, count)
+    if names is None:
+        return None
+    if isinstance(weights, DoraWeights):
+        if weights.parts["magnitude"].shape[0] != weights.shape[0]:
+            return None
+        names = [*names, "magnitude"]
+    names += [name for name in ("bias_delta",) if name in weights.parts]
+    if any(weights.parts[name].shape[0] % count for name in names):
+        return None
+    return [
+        rebuild(weights, {**weights.parts, **{n: cut(weights.parts[n], i, count) for n in names}})
+        for i in range(count)
+    ]
+
+
+def find_row_parts(weights: ModuleWeights, count: int) -> list[str] | None:
+    """Names of the parts whose rows are the output's."""
+    if isinstance(weights, LoraWeights):
+        names = ["lora_B"]
+    elif isinstance(weights, LohaWeights):
+        names = ["hada_w1_a", "hada_w2_a"]
+    elif isinstance(weights, DiffWeights):
+        names = [name for name in ("diff",) if name in weights.parts]
+    elif isinstance(weights, LokrWeights):
+        # kron(w1, w2): the rows of w1 are the coarse order of the rows.
+        factor = next(n for n in ("lokr_w1", "lokr_w1_a") if n in weights.parts)
+        if weights.parts[factor].shape[0] == 1:
+            factor = next(n for n in ("lokr_w2", "lokr_w2_a") if n in weights.parts)
+        names = [factor]
+    else:
+        return None
+    return names
+
+
+def cut(tensor: AnyTensor, index: int, count: int) -> AnyTensor:
+    rows = tensor.shape[0] // count
+    if isinstance(tensor, StoredTensor):
+        return tensor.take_rows(index * rows, rows)
+    return tensor[index * rows : (index + 1) * rows]
+
+
+def rebuild(weights: ModuleWeights, parts: Mapping[str, AnyTensor]) -> ModuleWeights:
+    """Weights of other shapes; `with_parts` keeps what was computed from the old ones."""
+    if isinstance(weights, DoraWeights):
+        direction = {name: t for name, t in parts.items() if name != "magnitude"}
+        return DoraWeights(rebuild(weights.direction, direction), parts["magnitude"])
+    other = weights.with_parts(parts)
+    other._check_parts()
+    return other

@@ -1,0 +1,76 @@
+"""What a reader did that is not plain to see in the result: one finding for each kind of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ..findings import NOTE, WARNING, Finding
+from ..report import shorten_list
+from ..weights import ModuleWeights
+from .alpha import AlphaRules
+from .building import ModuleBuilder
+from .sources import Sources
+
+#: |alpha / rank| outside is no choice of a trainer: 1e38 makes every image black.
+SANE_SCALE = (1e-6, 1e3)
+
+
+def find_more(
+    modules: Mapping[str, ModuleWeights],
+    builder: ModuleBuilder,
+    rules: AlphaRules,
+    sources: Sources,
+) -> Iterator[Finding]:
+    yield from rules.findings
+    low, high = SANE_SCALE
+    extreme = {
+        path: weights.scale
+        for path, weights in modules.items()
+        if weights.scale and not low <= abs(weights.scale) <= high
+    }
+    if extreme:
+        path = next(iter(extreme))
+        text = (
+            f"alpha / rank is {extreme[path]:g} in {len(extreme)} modules such as {path}, far "
+            f"outside {low:g} to {high:g}; alpha is probably wrong in the file"
+        )
+        yield Finding("extreme_scale", WARNING, text, len(extreme))
+    if builder.empty:
+        text = (
+            f"{len(builder.empty)} modules have rank 0 and add nothing: "
+            f"{shorten_list(builder.empty, 2)}"
+        )
+        yield Finding("rank_zero", NOTE, text, len(builder.empty))
+    if builder.repeated:
+        text = (
+            f"{len(builder.repeated)} modules stand alone and in a fused one; those alone are "
+            f"used: {shorten_list(builder.repeated, 2)}"
+        )
+        yield Finding("fused_repeated", WARNING, text, len(builder.repeated))
+    if builder.num_split:
+        text = (
+            f"query, key and value are fused in {builder.num_split} modules, which are split into "
+            "three each"
+        )
+        yield Finding("fused_split", NOTE, text, builder.num_split)
+    if sources.borrowed:
+        key = sources.borrowed[0]
+        text = (
+            f"{len(sources.borrowed)} alphas or magnitudes stand under another prefix than their "
+            f"modules' weights and are used, such as {key.key}"
+        )
+        yield Finding("other_prefix", NOTE, text, len(sources.borrowed))
+    yield from tell_rules(builder.rules, rules)
+
+
+def tell_rules(counts: Mapping[str, int], rules: AlphaRules) -> Iterator[Finding]:
+    """Where alpha is taken by a rule that no specification states."""
+    guessed = counts.get(rules.fallback, 0)
+    if guessed:
+        text = f"alpha of {guessed} modules is the {rules.fallback}, so their scale is 1"
+        yield Finding("alpha_from_rank", NOTE, text, guessed)
+    config = rules.config
+    if config is not None and config.is_plain_field and counts.get(config.rule):
+        number = counts[config.rule]
+        text = f"alpha of {number} modules is {config.alpha:g}, from {config.source}"
+        yield Finding("alpha_from_field", NOTE, text, number)
