@@ -33,6 +33,8 @@ from .train_settings import (
 
 MEASURE, SKIP = "measure first", "skip"
 REFUSE, START_ANYWAY = "refuse", "start anyway"
+FITS_NO_DEVICE = "this training does not fit into the device's memory"
+FITS_NO_HOST = "this training does not fit into main memory"
 #: Input of the node -> setting of the engine.
 SETTINGS = {
     "rank": "lora.rank",
@@ -173,9 +175,8 @@ class QwenEditLoraTrain(io.ComfyNode):
                 lines.append(found.to_text())
                 if not found.fits and if_too_large == REFUSE:
                     text = "\n".join(lines)
-                    where = "main memory" if found.fits_device else "the device's memory"
                     raise ConfigError(
-                        f"this training does not fit into {where}.\n{text}\n"
+                        f"{FITS_NO_HOST if found.fits_device else FITS_NO_DEVICE}.\n{text}\n"
                         "Lower what the list names, or set if_too_large to 'start anyway'."
                     )
         if sample_every and vae is None:
