@@ -14,6 +14,7 @@ from itertools import chain
 import torch
 from torch import nn
 
+from .memory import trim_heap
 from .page_locks import PageLocks, allocate_pages
 
 #: Bytes that a tensor's place is a multiple of, as torch's allocator for GPUs would give it
@@ -87,6 +88,7 @@ class HostBlocks:
     def add(self, block: nn.Module) -> None:
         """Lets the tensors that a block on the CPU holds now wait."""
         packed = self.blocks[block] = HostBlock(block)
+        trim_heap()  # of the gaps that its tensors left, or they add up to the model's size
         if self.device.type == "cuda":
             self.num_locked += self.locks.lock(packed.buffer)
 
