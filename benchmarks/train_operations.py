@@ -5,8 +5,8 @@ usage: .venv/bin/python benchmarks/train_operations.py [--blocks 2] [--side 32] 
 
 Counted by torch's FlopCounterMode on the device "meta", where nothing is computed: the figures are
 the same on every machine, and tell what a step saves whatever else the machine does. There
-attention is plain products, which selective checkpointing does not keep; with the fused kernels of
-a real device it computes less than is counted here.
+attention is plain products, of which selective checkpointing keeps the results, as it keeps that of
+a real device's fused kernel.
 
 Memory is counted on a CPU in bfloat16, on one block of smaller width: the unit, a stream tensor
 (all tokens, width), makes the figures those of any width. They are what a second block adds to one.
