@@ -73,7 +73,8 @@ class FakeCard(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if FakeTensor not in types and kwargs.get("device") != self.device:
+        made_on = torch.device(kwargs.get("device") or "cpu")
+        if FakeTensor not in types and made_on.type != self.device.type:
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func is READ:

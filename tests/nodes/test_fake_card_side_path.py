@@ -50,18 +50,32 @@ def build(kind: str, name: str = "a", **options: int) -> Adapter:
 
 
 @pytest.fixture
-def call(comfyui: SimpleNamespace) -> Any:
+def call(ours: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
     """One call of the diffusion model as a sampler makes it, through all wrappers."""
+    ran: list[Any] = []
+    run_site = ours.side_path.run_site
+
+    def note(forward: Any, site: Any, *more: Any, **options: Any) -> torch.Tensor:
+        ran.append(site)
+        return run_site(forward, site, *more, **options)
+
+    monkeypatch.setattr(ours.side_path, "run_site", note)
 
     def run(model: Any) -> torch.Tensor:
-        x = torch.randn(1, 16, 1, 8, 8, device=LAZY)
-        return model.model.apply_model(
-            x,
+        ran.clear()
+        out = model.model.apply_model(
+            torch.randn(1, 16, 1, 8, 8, device=LAZY),
             torch.ones(1, device=LAZY),
             c_crossattn=torch.randn(1, 12, TEXT_WIDTH, device=LAZY),
             ref_latents=[torch.randn(1, 16, 1, 8, 8, device=LAZY)],
-            transformer_options=model.model_options["transformer_options"],
+            # As comfy/sampler_helpers.py, prepare_model_patcher, puts them together.
+            transformer_options={
+                **model.model_options["transformer_options"],
+                "wrappers": model.wrappers,
+            },
         )
+        assert len(ran) == len(SHAPES)
+        return out
 
     return run
 

@@ -35,6 +35,9 @@ from qwen_edit_lora.lora_core.training.session import open_session
 from qwen_edit_lora.lora_core.training.trainer import train
 from tiny import TEXT_WIDTH, make_config, make_dataset, make_item
 
+#: What a run reads of the card: not 0, so that all is finite, and not above, as a stop would be.
+ANSWER = -1.0
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -108,7 +111,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_goes_from_its_first_step_to_its_files_on_a_card(name, configure):
     config = configure(**CASES[name])
-    with FakeCard(LAZY):
+    with FakeCard(LAZY, ANSWER):
         *_, report = run(config)
     assert report.step == config.steps
     assert report.checkpoint is not None
@@ -119,7 +122,7 @@ def test_an_auxiliary_loss_looks_at_images_decoded_on_the_card(configure, vae):
     def darkness(prediction):
         return prediction.image.flatten(1).mean(1)
 
-    with FakeCard(LAZY):
+    with FakeCard(LAZY, ANSWER):
         config = configure(**{"model.vae": str(vae), "steps": 1})
         (report,) = run(config, auxiliary={"darkness": (darkness, 0.1)})
     assert "darkness" in report.parts
@@ -132,7 +135,7 @@ def test_a_run_begun_on_the_cpu_goes_on_on_a_card(optimizer, configure):
     session = open_session(config)
     list(train(config, session.model, session.injection, session.dataset))
     said = []
-    with FakeCard(LAZY):
+    with FakeCard(LAZY, ANSWER):
         (report,) = run(configure(**changes, steps=2), resume=True, notify=said.append)
     assert report.step == 2
     assert "resumed after step 1 of 2" in said
@@ -195,7 +198,7 @@ def test_an_estimate_is_measured_on_a_card(changes, configure, monkeypatch):
     monkeypatch.setattr(probe, "MOST_STEPS", 1)
     monkeypatch.setattr(probe, "CPU_PEAKS", 1)
     config = configure(**changes)
-    with FakeCard(LAZY):
+    with FakeCard(LAZY, ANSWER):
         found = estimate_run(config, read_dataset(config.data.folder))
     assert found.seconds_per_step > 0
 
