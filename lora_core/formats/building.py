@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..delta import widen
 from ..errors import EmptyPartError, KeyFormatError, ShapeError
@@ -37,7 +38,7 @@ class Kind:
     """Each entry must be met; it lists alternatives, each a set of parts."""
     optional: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def parts(self) -> frozenset[str]:
         """The parts by which the kind is recognised."""
         return frozenset().union(*(parts for entry in self.needs for parts in entry))

@@ -163,6 +163,7 @@ def is_known(module_path: str) -> bool:
     return targets.is_known(module_path) or is_fused(module_path)
 
 
+@lru_cache(maxsize=4096)  # a module's keys share their stem
 def split_prefix(stem: str) -> tuple[str, str]:
     """`transformer.base_model.model.img_in` -> ("transformer.base_model.model.", "img_in").
 
