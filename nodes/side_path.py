@@ -57,6 +57,15 @@ class SidePath:
         self._merged: tuple[ref, host.ModelPatcher] | None = None
         #: This sampling runs on merged weights instead; decided anew each time.
         self.is_merged = False
+        #: Whether a call of the model ran any of the sites; None before the first call.
+        self.has_run: bool | None = None
+
+    def __copy__(self) -> SidePath:
+        """Itself: extensions copy options deeply, and a copy would run modules of nobody's."""
+        return self
+
+    def __deepcopy__(self, memo: dict) -> SidePath:
+        return self
 
     @property
     def is_active(self) -> bool:
@@ -225,7 +234,11 @@ def swapped_forwards(diffusion_model: torch.nn.Module, side_path: SidePath) -> I
             attributes = module.__dict__
             undo.append((attributes, attributes.get("forward")))
             attributes["forward"] = functools.partial(run_site, module.forward, site, gains)
-        yield
+        if side_path.has_run is None:
+            with noticing_runs(side_path, undo):
+                yield
+        else:
+            yield
     finally:
         for attributes, forward in reversed(undo):
             if forward is None:
@@ -234,6 +247,30 @@ def swapped_forwards(diffusion_model: torch.nn.Module, side_path: SidePath) -> I
                 attributes["forward"] = forward
         if undo:
             side_path.bank.module.forget_inputs()
+
+
+@contextmanager
+def noticing_runs(side_path: SidePath, swapped: list[tuple[dict, Callable | None]]):
+    """Warns where a call ran none of the modules whose forwards are swapped.
+
+    Looked at in the first call alone: later ones may be skipped by caches such as EasyCache.
+    """
+    run: set[int] = set()
+
+    def watch(forward: Callable, number: int, *args, **kwargs):
+        run.add(number)
+        return forward(*args, **kwargs)
+
+    for number, (attributes, _) in enumerate(swapped):
+        attributes["forward"] = functools.partial(watch, attributes["forward"], number)
+    yield
+    side_path.has_run = bool(run)
+    if swapped and not run:
+        logger.warning(
+            "Apply Edit LoRA: the model ran none of the %d modules the LoRA acts on, so the image "
+            "is that of the base; another extension runs modules of its own. Use mode 'merge'",
+            len(swapped),
+        )
 
 
 def run_site(forward: Callable, site: Site, gains: tuple[float, ...], x: torch.Tensor, *a, **kw):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
+from ..training.metrics import FIGURES, parse_row
 
 #: One value for each step.
-CURVES = (
-    *("step", "loss", "smoothed_loss", "learning_rate", "grad_norm"),
-    *("tokens_per_s", "seconds", "memory_bytes"),
-)
+CURVES = ("step", *FIGURES)
 #: Taken every `saving.health_every` steps; see `training.health`.
 HEALTH = ("std", "spectral", "effective_rank")
 
@@ -34,10 +31,12 @@ class MetricsReader:
         self._known: dict[Path, tuple[int, int, list[Row]]] = {}
 
     def read(self, path: Path) -> list[Row]:
-        """One dictionary per step; [] where there is no file yet. A half-written line waits.
+        """One dictionary per step; [] where there is no file yet.
+
+        A half-written last line waits; lines that cannot be read are left out.
 
         Raises:
-            FileError: the file cannot be read, or is damaged.
+            FileError: the file cannot be read.
         """
         with self._lock:
             try:
@@ -45,7 +44,7 @@ class MetricsReader:
                     return list(self._read_on(path, file))
             except FileNotFoundError:
                 return []
-            except (OSError, ValueError, KeyError, TypeError) as e:
+            except OSError as e:
                 self._known.pop(path, None)
                 raise FileError(f"{path.name} cannot be read: {e}") from None
 
@@ -59,9 +58,9 @@ class MetricsReader:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            row = json.loads(line)
-            row["step"]  # every line has one
-            rows.append(row)
+            row = parse_row(line)
+            if row is not None:
+                rows.append(row)
             offset += len(line)
         self._known[path] = (found.st_ino, offset, rows)  # the newest stands last
         while len(self._known) > self.capacity:

@@ -1,14 +1,16 @@
 """Checkpoints: folders that are complete or absent, whenever the process dies.
 
-`step_00000250/` holds one safetensors file per group of tensors, and `state.json` with the numbers
-and every file's size. A folder is filled under a temporary name, brought to the disk (fsync) and
-renamed; an old one is renamed away before its files are deleted. So whatever carries a
-checkpoint's name was complete when it got it. No pickles.
+`step_00000250/` holds one safetensors file per group of tensors, and `state.json` with the numbers,
+every file's size and digest (BLAKE2b), and a digest of itself. A folder is filled under a temporary
+name, brought to the disk (fsync) and renamed; an old one is renamed away before its files are
+deleted. So whatever carries a checkpoint's name was complete when it got it; a disk that changed
+a bit since is found out before any of it is taken. No pickles.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -25,15 +27,20 @@ from safetensors.torch import save_file
 
 from ..errors import FileError
 from ..files import explain, rename, separate
+from ..json_reader import read_object
+from ..regular_files import open_regular
 from ..stored import SafetensorsFile
 
-VERSION = 1
+VERSION = 2
 STATE_FILE = "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
 #: What a killed process may leave behind: half-written files (`write_then_rename`, and the names
 #: under which safetensors itself writes), half-filled and half-deleted checkpoints, and the trial
 #: of a folder.
 _LEFTOVER = re.compile(r"\.(step_\d{8,}\.)?[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")
+
+DIGEST_BYTES = 16
+READ_BYTES = 2**22
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -99,8 +106,9 @@ class CheckpointFolder:
             temporary.mkdir(parents=True)
             for group, named in tensors.items():
                 save_file(separate(named), temporary / f"{group}.safetensors")
-            sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-            record = {"version": VERSION, "step": step, "files": sizes, "state": dict(state)}
+            files = {file.name: describe_file(file) for file in sorted(temporary.iterdir())}
+            record = {"version": VERSION, "step": step, "files": files, "state": dict(state)}
+            record["digest"] = compute_state_digest(record)
             (temporary / STATE_FILE).write_text(json.dumps(record), encoding="utf-8")
             for file in temporary.iterdir():
                 synchronize(file)
@@ -148,27 +156,52 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint's folder into memory.
 
     Raises:
-        FileError: files are missing or cut short, or another version wrote it.
+        FileError: files are missing, cut short or changed, or another version wrote it.
     """
     try:
-        record = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        record = read_object(path / STATE_FILE)
+    except FileError as e:
+        raise FileError(f"{path.name} is damaged: {e}") from None
+    try:
         if record["version"] != VERSION:
             raise FileError(
                 f"{path.name} was written by another version of this package (format "
                 f"{record['version']}, this is {VERSION}); start the run anew."
             )
-        files = {path / name: size for name, size in record["files"].items()}
-        for file, size in files.items():
-            if not file.is_file() or file.stat().st_size != size:
+        if record["digest"] != compute_state_digest(record):
+            raise FileError(f"{path.name} is damaged: {STATE_FILE} is not what was written.")
+        files = {path / name: described for name, described in record["files"].items()}
+        for file, described in files.items():
+            if not file.is_file() or file.stat().st_size != described["size"]:
                 raise FileError(f"{path.name} is damaged: {file.name} is missing or cut short.")
+            if describe_file(file) != described:
+                raise FileError(f"{path.name} is damaged: {file.name} is not what was written.")
         tensors = {file.stem: dict(read_tensors(file)) for file in files}
         return Checkpoint(path, record["step"], tensors, record["state"])
     except OSError as e:
         raise FileError(f"{path.name} cannot be read: {e.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        if isinstance(e, FileError):
-            raise
+    except FileError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise FileError(f"{path.name} is damaged: its {STATE_FILE} is not readable.") from None
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """What tells a file from any other, of whatever damage: size and BLAKE2b digest."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    size = 0
+    with open_regular(path) as file:
+        while data := file.read(READ_BYTES):
+            digest.update(data)
+            size += len(data)
+    return {"size": size, "digest": digest.hexdigest()}
+
+
+def compute_state_digest(record: Mapping[str, Any]) -> str:
+    """Of everything in state.json but the digest itself; JSON keeps numbers to the bit."""
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    text = json.dumps(rest, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -13,8 +13,14 @@ import torch
 
 from ..errors import FileError
 from ..files import explain, write_then_rename
+from ..json_reader import parse_json
 
 METRICS_FILE = "metrics.jsonl"
+#: Of a line, the numbers that are drawn as curves.
+FIGURES = (
+    *("loss", "smoothed_loss", "learning_rate", "grad_norm"),
+    *("tokens_per_s", "seconds", "memory_bytes"),
+)
 #: Weight of the past in the smoothed loss, of about 50 steps' memory.
 SMOOTHING = 0.98
 
@@ -98,26 +104,48 @@ class MetricsFile:
         except OSError as e:
             raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
 
-    def cut(self, step: int) -> None:
-        """Drops what a killed run wrote after its last checkpoint, of `step`, or half wrote."""
+    def cut(self, step: int) -> int:
+        """Drops what a killed run wrote after its last checkpoint, of `step`, or half wrote.
+
+        Returns:
+            How many lines cannot be read and are dropped too; figures never stop a run.
+
+        Raises:
+            FileError: the file cannot be read or written.
+        """
         if not self.path.exists():
-            return
-        kept = "".join(
-            json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= step
-        )
+            return 0
         try:
+            lines = self.path.read_bytes().split(b"\n")[:-1]
+            rows = [row for line in lines if (row := parse_row(line)) is not None]
+            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
             write_then_rename(self.path, lambda new: new.write_text(kept, encoding="utf-8"))
         except OSError as e:
             raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
+        return len(lines) - len(rows)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file; a last one that was cut short is left out."""
-    with path.open(encoding="utf-8") as file:
+    """The lines of a metrics file, but for those that cannot be read and a last one cut short."""
+    with path.open("rb") as file:
         for line in file:
-            if not line.endswith("\n"):
-                return
-            yield json.loads(line)
+            if line.endswith(b"\n") and (row := parse_row(line)) is not None:
+                yield row
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """One step's figures; None for a line that holds none, such as one that a crash tore."""
+    try:
+        row = parse_json(line, METRICS_FILE)
+    except FileError:
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    health = row.get("health", {})
+    figures = [row.get(name) for name in FIGURES]
+    figures += health.values() if isinstance(health, dict) else ["no figure"]
+    is_whole = all(x is None or (type(x) in (int, float)) for x in figures)
+    return row if is_whole else None
 
 
 def measure_memory(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError, NonFiniteLossError, OutOfMemoryError
+from ..errors import ConfigError, FileError, NonFiniteLossError, OutOfMemoryError
 from ..injection import Injection
 from ..progress import ShouldStop
 from ..report import shorten_list
@@ -139,8 +139,11 @@ class Run:
             self.notify(f"resumed after step {self.step} of {self.config.steps}")
         elif resume:
             self.notify(f"{self.folder.name} holds no whole checkpoint; starting at step 1")
-        if self.processes.is_main:
-            self.metrics.cut(self.step)
+        if self.processes.is_main and (num_unread := self.metrics.cut(self.step)):
+            self.notify(
+                f"{num_unread} lines of {self.metrics.path.name} could not be read and are left "
+                "out; the run itself lacks nothing"
+            )
 
     def take_steps(self, should_stop: ShouldStop) -> Iterator[StepReport]:
         every = self.config.saving
@@ -155,8 +158,12 @@ class Run:
                     self.metrics.append(report)
                 is_last = self.step == self.config.steps
                 # The checkpoint comes last: what a killed run left out, the resumed one writes.
-                if every.adapter_every and self.step % every.adapter_every == 0:
-                    report = replace(report, adapters=self.save_adapters(self.step))
+                try:
+                    if every.adapter_every and self.step % every.adapter_every == 0:
+                        report = replace(report, adapters=self.save_adapters(self.step))
+                except FileError:
+                    self.save_checkpoint()  # an adapter's name or folder must not cost the work
+                    raise
                 if is_last or self.step % every.checkpoint_every == 0:
                     report = replace(report, checkpoint=self.save_checkpoint())
                 yield report

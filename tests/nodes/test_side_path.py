@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from demo_base.dit import WIDTH
@@ -131,6 +133,41 @@ def test_an_exception_in_mid_sampling_leaves_the_base_as_it_was(
     block._forward_pre_hooks.clear()
     assert torch.equal(sample(base), before)
     assert not any("forward" in m.__dict__ for m in base.model.diffusion_model.modules())
+
+
+def test_an_extension_that_copies_the_options_deeply_keeps_the_lora(
+    base, sample, make_lora, apply_ours
+):
+    from comfy.patcher_extension import WrappersMP
+
+    model = apply_ours(base, make_lora("a"), 1.0)
+    expected = sample(model)
+    copied = []
+
+    def copy_options(executor, *args, **kwargs):
+        args = [copy.deepcopy(a) if isinstance(a, dict) else a for a in args]
+        copied.append(True)
+        return executor(*args, **kwargs)
+
+    wrapped = model.clone()
+    wrapped.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "a stranger", copy_options)
+    assert torch.equal(sample(wrapped), expected)
+    assert copied
+
+
+def test_a_lora_whose_modules_never_run_is_warned_of(base, sample, make_lora, apply_ours, caplog):
+    model = apply_ours(base, make_lora("a"), 1.0)
+    diffusion_model = base.model.diffusion_model
+    twin = copy.deepcopy(diffusion_model)
+    expected = sample(base)
+    diffusion_model.__dict__["forward"] = twin.forward  # as an extension with a model of its own
+    try:
+        with caplog.at_level("WARNING"):
+            assert torch.equal(sample(model), expected)
+    finally:
+        del diffusion_model.__dict__["forward"]
+    (message,) = [r.getMessage() for r in caplog.records if "ran none of" in r.getMessage()]
+    assert "the image is that of the base" in message
 
 
 def test_clones_with_different_strengths_do_not_see_each_other(base, sample, make_lora, apply_ours):
