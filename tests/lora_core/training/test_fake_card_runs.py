@@ -179,12 +179,11 @@ def test_averages_are_kept_on_a_card_and_taken_up_from_a_file():
         assert {average.device for average in ema.averages.values()} == {CUDA}
 
 
-@pytest.mark.parametrize("changes", [{}, {"model.offload_blocks": 2}], ids=["", "offloaded"])
-def test_an_estimate_is_measured_on_a_card(changes, configure, monkeypatch):
+def test_an_estimate_is_measured_on_a_card(configure, monkeypatch):
     monkeypatch.setattr(MemoryMeter, "find_free", lambda self: 2**34)
     monkeypatch.setattr(probe, "MOST_STEPS", 1)
     monkeypatch.setattr(probe, "CPU_PEAKS", 1)
-    config = configure(**changes)
+    config = configure()
     with FakeCard(LAZY, ANSWER):
         found = estimate_run(config, read_dataset(config.data.folder))
     assert found.seconds_per_step > 0
