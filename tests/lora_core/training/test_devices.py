@@ -20,7 +20,7 @@ from small_bases import TINY, write_base
 from tiny import make_config, make_dataset, make_item
 
 STORED = [
-    *(("bf16", storage) for storage in STORAGES),
+    *(("bf16", storage) for storage in STORAGES if storage != AS_STORED),
     *((kind, AS_STORED) for kind in (*FILES, "gguf")),
 ]
 

@@ -192,12 +192,11 @@ def test_gradients_are_measured_clipped_and_averaged_on_a_card():
         assert {average.device for average in ema.averages.values()} == {CUDA}
 
 
-@pytest.mark.parametrize("changes", [{}, {"model.offload_blocks": 2}], ids=["", "offloaded"])
-def test_an_estimate_is_measured_on_a_card(changes, configure, monkeypatch):
+def test_an_estimate_is_measured_on_a_card(configure, monkeypatch):
     monkeypatch.setattr(MemoryMeter, "find_free", lambda self: 2**34)
     monkeypatch.setattr(probe, "MOST_STEPS", 1)
     monkeypatch.setattr(probe, "CPU_PEAKS", 1)
-    config = configure(**changes)
+    config = configure()
     with FakeCard(LAZY, ANSWER):
         found = estimate_run(config, read_dataset(config.data.folder))
     assert found.seconds_per_step > 0
