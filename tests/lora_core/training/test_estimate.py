@@ -278,10 +278,11 @@ class Processes:
         path.write_text(json.dumps(config_to_dict(config)))
         started = {what: self.start(what, path) for what in ("estimate", "train")}
         peak, run = 0, started["train"]
-        while run.poll() is None:  # not its rusage, which begins with the size of who forked it
+        # Of its own pages: those of libraries, 0.1 GB of them, go when another process needs room.
+        while run.poll() is None:
             with contextlib.suppress(OSError, IndexError):
                 status = Path(f"/proc/{run.pid}/status").read_text()
-                peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+                peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
             time.sleep(0.02)
         out = started["estimate"].communicate()[0]
         assert (started["estimate"].returncode, run.returncode) == (0, 0)
@@ -290,9 +291,8 @@ class Processes:
     def start(self, what, path):
         command = [sys.executable, "-m", "lora_core", what, str(path), "--json"]
         stdout = subprocess.PIPE if what == "estimate" else subprocess.DEVNULL
-        # Two processes with a thread for each core would wait for each other. And what imports
-        # freed, 0.1 GB, would hide as much of a run's own unless it goes back to the system.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+        # Two processes with a thread for each core would wait for each other.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.DEVNULL
         )
