@@ -228,7 +228,8 @@ class TrainConfig:
 
 def check_file_name(name: str) -> None:
     """ConfigError unless every file made of it can be written on Linux, macOS and Windows."""
-    shown = ascii(name if len(name) <= 60 else f"{name[:60]}…")
+    start = name if len(name) <= 40 else f"{name[:40]}…"
+    shown = repr(start.encode(errors="backslashreplace").decode())
     is_plain = re.fullmatch(r"[^\\/:*?\"<>|\x00-\x1f\x7f]+", name) and name[0] != "."
     if not is_plain or name != name.strip() or name.endswith("."):
         raise ConfigError(

@@ -143,7 +143,7 @@ def test_an_adapter_that_cannot_be_written_costs_no_step(tmp_path, configure, st
         ".style",
         "",
     ],
-    ids=ascii,
+    ids=lambda name: ascii(name)[:20],
 )
 def test_a_name_that_cannot_be_written_everywhere_is_refused_before_the_first_step(
     tmp_path, configure, name
@@ -154,7 +154,9 @@ def test_a_name_that_cannot_be_written_everywhere_is_refused_before_the_first_st
 
 
 @pytest.mark.parametrize(
-    "name", ["my edit", "\u56fe\u50cf 2", "a" * (255 - len(LONGEST_ENDING)), "v1.2"]
+    "name",
+    ["my edit", "\u56fe\u50cf 2", "a" * (255 - len(LONGEST_ENDING)), "v1.2"],
+    ids=lambda name: ascii(name)[:20],
 )
 def test_a_name_that_is_accepted_can_be_written(tmp_path, configure, name):
     configure(name=name)
