@@ -25,14 +25,17 @@ _BOMS = (
 )
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], shown: str = "") -> BinaryIO:
     """The file opened for reading, links followed.
+
+    Args:
+        shown: what messages call the file, where its name alone says too little.
 
     Raises:
         MissingFileError: nothing has this path.
         FileError: it cannot be opened, or is a folder, pipe, socket or device.
     """
-    name = shorten(Path(path).name)
+    name = shorten(shown or Path(path).name)
     # Without O_NONBLOCK, opening a pipe waits for somebody to write. Windows has no such files.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:

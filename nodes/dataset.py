@@ -17,6 +17,7 @@ from ..lora_core.pairs.cache import (
     check_disk,
     count_missing,
     measure_store,
+    show_store,
 )
 from ..lora_core.pairs.graph_pairs import build_graph_pairs
 from ..lora_core.pairs.layouts import find_pairs
@@ -24,6 +25,7 @@ from ..lora_core.pairs.listing import list_files
 from ..lora_core.pairs.pair import MAX_REFERENCES, FoundPairs
 from ..lora_core.pairs.preflight import ON_PROBLEM, STOP, Preflight, check_pairs
 from ..lora_core.pairs.preview import build_table, describe_preflight, draw_pairs
+from ..lora_core.text import shorten
 from ..lora_core.training.dataset import read_dataset
 from . import host
 from .dataset_encoding import STOCK_REFERENCE_MEGAPIXELS, VARIANTS, PairEncoder
@@ -164,7 +166,7 @@ class QwenEditDataset(io.ComfyNode):
     def fingerprint_inputs(
         cls, folder: Any = "", reference_folders: Any = "", **_: Any
     ) -> str | None:
-        names = [take_one(folder), *take_one(reference_folders).splitlines()]
+        names = [take_one(folder), *take_one(reference_folders).split("\n")]
         try:
             folders = [find_dataset_folder(name) for name in names if name.strip()]
             num_gone = sum(not folder.exists() for folder in _made)
@@ -222,6 +224,7 @@ class QwenEditDataset(io.ComfyNode):
             dataset, done = encode(preflight, encoder, take_one(variant))
             report += f"\n{done}"
         shown = {
+            "qwen_edit_lora_pairs": [preflight.to_dict()],
             **show_report(report, warning=preflight.needs_attention),
             "images": ui.PreviewImage(sheet, cls=cls).values,
         }
@@ -245,11 +248,8 @@ def compute_fingerprint(folders: list[Path]) -> str:
     """Changes when a file comes, goes or is written."""
     digest = hashlib.blake2b(digest_size=16)
     for folder in folders:
-        listing = list_files(folder)
-        files = [path for paths in listing.pictures.values() for path in paths]
-        files += [*listing.captions.values(), *folder.glob("*.json*"), *folder.glob("*.csv")]
-        for path in files:
-            status = path.stat()
+        for path in list_files(folder, is_dataset_path).files:
+            status = path.lstat() if path.is_dir() else path.stat()
             digest.update(
                 f"{path} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "replace")
             )
@@ -266,8 +266,8 @@ def collect_pairs(
     """(name of the set, its pairs) from the folder or from the connected pictures."""
     if targets and folder.strip():
         raise ConfigError(
-            f"both a folder ({folder.strip()}) and targets are given; empty the folder, or "
-            "disconnect the targets"
+            f"both a folder ({shorten(folder.strip())}) and targets are given; empty the folder, "
+            "or disconnect the targets"
         )
     if targets:
         connected = [split_batches(slot) for slot in references if slot]
@@ -282,7 +282,8 @@ def collect_pairs(
             "connect targets and reference_1"
         )
     found = find_dataset_folder(folder)
-    others = [find_dataset_folder(line) for line in reference_folders.splitlines() if line.strip()]
+    lines = [line for line in reference_folders.split("\n") if line.strip()]
+    others = [find_dataset_folder(line) for line in lines]
     return found.name, find_pairs(found, is_dataset_path, others)
 
 
@@ -309,7 +310,8 @@ def encode(preflight: Preflight, encoder: PairEncoder, variant: str) -> tuple[Ed
     num_items, size_bytes = measure_store(store)
     lines = [
         f"{done}: {cached.folder.name}",
-        f"the cache holds {num_items} pairs of all sets, {size_bytes / 1e6:.0f} MB, in {store}; "
+        f"the cache holds {num_items} pairs of all sets, {size_bytes / 1e6:.0f} MB, in "
+        f"{show_store(store)} of the user folder; "
         "nothing there is ever deleted, so remove what no training needs by hand",
     ]
     if problem := encoder.keep_vae(store, str(settings["vae"])):

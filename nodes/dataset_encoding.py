@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..lora_core import ConfigError, LoraError
 from ..lora_core.pairs.preflight import CheckedPair
-from ..lora_core.pairs.sizes import Size, choose_reference_size
+from ..lora_core.pairs.sizes import Size, check_megapixels, choose_reference_size
 from ..lora_core.pairs.vae_copy import keep_vae
 from ..lora_core.training.dataset import CachedItem
 from ..lora_core.training.latents import NUM_CHANNELS, PIXELS_PER_LATENT
@@ -46,11 +46,12 @@ class PairEncoder:
     """Encodes pairs one by one with one CLIP and VAE.
 
     Raises:
-        ConfigError: they are not those of Qwen-Image.
+        ConfigError: they are not those of Qwen-Image, or the references' area is no number.
     """
 
     def __init__(self, clip: Any, vae: Any, variant: str, reference_megapixels: float):
         check_models(clip, vae)
+        check_megapixels(reference_megapixels, "reference_megapixels")
         self.clip = clip
         self.vae = vae
         self.variant = VARIANTS[variant]

@@ -22,7 +22,7 @@ from pathlib import Path
 from ..errors import FileError, LoraError
 from ..files import explain, replace
 from ..progress import Progress, ShouldStop, track
-from ..stored import shorten
+from ..text import shorten
 from ..training.dataset import ITEMS_FOLDER, CachedItem, DatasetWriter, read_dataset
 from .preflight import CheckedPair
 
@@ -124,6 +124,8 @@ def is_readable(path: Path) -> bool:
     """Whether an item is there and whole, by its header."""
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():  # opening a pipe would wait for ever
+        return False
     try:
         with safe_open(path, framework="pt") as file:
             return "target" in file.keys()
@@ -203,13 +205,21 @@ def check_disk(
             probe.unlink(missing_ok=True)
         free = shutil.disk_usage(store).free
     except OSError as e:
-        raise FileError(f"the cache folder {store} cannot be written: {explain(e)}.") from None
+        raise FileError(
+            f"the cache folder {show_store(store)} cannot be written: {explain(e)}."
+        ) from None
     needed = sum(estimate_bytes(one, text_width, reference_megapixels) for one in missing)
     if needed > free:
         raise FileError(
             f"{len(missing)} pairs to encode need about {needed / 1e9:.1f} GB, but the disk of "
-            f"{store} has {free / 1e9:.1f} GB free; free some space, or lower megapixels."
+            f"{show_store(store)} has {free / 1e9:.1f} GB free; free some space, or lower "
+            "megapixels."
         )
+
+
+def show_store(store: Path) -> str:
+    """As messages call it: where a user's folders lie is nobody else's business."""
+    return f"{store.parent.name}/{store.name}"
 
 
 def estimate_bytes(checked: CheckedPair, text_width: int, reference_megapixels: float) -> int:

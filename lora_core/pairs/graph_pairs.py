@@ -57,8 +57,9 @@ def build_graph_pairs(
 def split_captions(captions: Sequence[str], number: int) -> list[str | None]:
     """A caption per target; None where there are none at all."""
     texts = [text.strip() for text in captions]
+    # Only "\n" ends a line: a text pasted from elsewhere may hold U+2028 and its like.
     if len(texts) == 1 and number > 1:
-        lines = [line.strip() for line in texts[0].splitlines() if line.strip()]
+        lines = [line.strip() for line in texts[0].split("\n") if line.strip()]
         texts = lines or [""]
     if not any(texts):
         return [None] * number

@@ -4,36 +4,74 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import FileError
 from ..files import explain
-from ..stored import shorten
-from .pair import CAPTION_SUFFIXES
+from ..text import shorten
+from .pair import CAPTION_SUFFIXES, IsAllowed, Level, Problem, check_allowed, list_some
 from .pictures import SUFFIXES
 
 #: What archives and systems leave behind.
 SKIPPED_FOLDERS = ("__MACOSX", "__pycache__")
+LIST_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
+#: Pictures and films that are not read; a pair of them would vanish without a word.
+UNREAD_SUFFIXES = frozenset(
+    {
+        *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpe", ".apng", ".mpo"),
+        *(".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".ico", ".icns", ".dds", ".qoi"),
+        *(".psd", ".xcf", ".kra", ".svg", ".eps", ".pdf", ".exr", ".hdr", ".avifs", ".jxr"),
+        *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+        *(".mp4", ".mov", ".webm", ".mkv", ".avi"),
+    }
+)
+
+
+def fold(name: str) -> str:
+    """The form in which names are compared: case ignored, accents composed.
+
+    Systems and archives write one accented letter in two ways, as one character or as two.
+    """
+    if name.isascii():
+        return name.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def sort_naturally(name: str) -> list:
     """Key under which `a_2` comes before `a_10`."""
-    parts = re.split(r"(\d+)", name.casefold())
+    parts = re.split(r"(\d+)", fold(name))
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 @dataclass
 class Listing:
-    """Pictures and captions below a folder; keys are paths without suffix, case ignored."""
+    """What lies below a folder; keys are paths without suffix, folded."""
 
     root: Path
     pictures: dict[str, list[Path]] = field(default_factory=dict)
-    captions: dict[str, Path] = field(default_factory=dict)
+    captions: dict[str, list[Path]] = field(default_factory=dict)
+    """The files of each key, the one that counts first."""
+    lists: list[Path] = field(default_factory=list)
+    """Files on top that may list pairs."""
+    unread: list[Path] = field(default_factory=list)
+    """Pictures of kinds that are not read."""
+    links: list[Path] = field(default_factory=list)
+    """To folders, not followed."""
 
     @property
     def num_pictures(self) -> int:
         return sum(map(len, self.pictures.values()))
+
+    @property
+    def files(self) -> list[Path]:
+        """All that a set made of this folder depends on."""
+        found = [*self.unread, *self.links, *self.lists]
+        for paths in (*self.pictures.values(), *self.captions.values()):
+            found += paths
+        return found
 
     def list_folder(self, folder: Path, is_deep: bool = True) -> dict[str, list[Path]]:
         """Pictures in a folder, and below it if `is_deep`; keys are relative to it."""
@@ -46,37 +84,106 @@ class Listing:
         }
         return {key: paths for key, paths in inside.items() if is_deep or "/" not in key}
 
+    def list_subfolders(self, folder: Path) -> list[Path]:
+        """Those right below a folder that hold pictures or captions, in natural order."""
+        files = [path for paths in self.pictures.values() for path in paths]
+        files += [path for paths in self.captions.values() for path in paths]
+        inside = [p.relative_to(folder).parts for p in files if p.is_relative_to(folder)]
+        names = {parts[0] for parts in inside if len(parts) > 1}
+        return [folder / name for name in sorted(names, key=sort_naturally)]
+
     def find_caption(self, keys: list[str]) -> Path | None:
-        """The first that exists."""
-        return next((self.captions[key] for key in keys if key in self.captions), None)
+        """The first that exists; a .json only where no text file is."""
+        found = [self.captions[key][0] for key in keys if key in self.captions]
+        return next((path for path in found if not is_json(path)), found[0] if found else None)
+
+    def tell(self) -> list[Problem]:
+        """What was left out while listing."""
+        problems = []
+        if self.unread:
+            problems.append(
+                Problem(Level.WARNING, "pictures_unread", tell_unread(self), count=len(self.unread))
+            )
+        if self.links:
+            text = (
+                f"links to folders that are not followed: {len(self.links)}, such as "
+                f"{list_some(self.links, self.root, 1)}; they lead outside the allowed folders, "
+                "in a circle, or stand below another link"
+            )
+            problems.append(Problem(Level.WARNING, "links_left_out", text, count=len(self.links)))
+        return problems
 
 
-def list_files(root: Path) -> Listing:
-    """Walks a folder; links to folders are not followed.
+def tell_unread(listing: Listing) -> str:
+    suffixes = sorted({path.suffix.lower() for path in listing.unread})
+    return (
+        f"files of kinds that are not read ({', '.join(suffixes[:6])}): {len(listing.unread)}, "
+        f"such as {list_some(listing.unread, listing.root, 1)}; save them as PNG, JPEG or WebP"
+    )
+
+
+def list_files(root: Path, is_allowed: IsAllowed) -> Listing:
+    """Walks a folder; a link to a folder is followed where that is allowed, one deep.
 
     Raises:
         FileError: it cannot be opened.
     """
     listing = Listing(root)
     found: list[Path] = []
+    linked: list[str] = []
 
     def fail(error: OSError) -> None:
         name = shorten(Path(error.filename or root).name)
         raise FileError(f"{name} cannot be opened: {explain(error)}.")
 
-    for folder, subfolders, names in os.walk(root, onerror=fail):
-        subfolders[:] = [n for n in subfolders if n[0] != "." and n not in SKIPPED_FOLDERS]
+    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+        kept = []
+        for name in subfolders:
+            if name[0] == "." or name in SKIPPED_FOLDERS:
+                continue
+            path = Path(folder, name)
+            if path.is_symlink():
+                if not may_follow(path, linked, is_allowed):
+                    listing.links.append(path)
+                    continue
+                linked.append(f"{path}{os.sep}")
+            kept.append(name)
+        subfolders[:] = kept
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     for path in sorted(found, key=lambda path: sort_naturally(str(path.relative_to(root)))):
         suffix = path.suffix.lower()
         if suffix in SUFFIXES:
             listing.pictures.setdefault(make_key(root, path), []).append(path)
+        elif suffix in UNREAD_SUFFIXES:
+            listing.unread.append(path)
         elif suffix in CAPTION_SUFFIXES:
-            listing.captions.setdefault(make_key(root, path), path)
+            listing.captions.setdefault(make_key(root, path), []).append(path)
+        if suffix in LIST_SUFFIXES and path.parent == root:
+            listing.lists.append(path)
+    for paths in listing.captions.values():
+        paths.sort(key=lambda path: CAPTION_SUFFIXES.index(path.suffix.lower()))
     return listing
+
+
+def may_follow(link: Path, linked: Sequence[str], is_allowed: IsAllowed) -> bool:
+    """Not to a folder that the link stands in, and not from inside another link: links could
+    multiply without end."""
+    if str(link).startswith(tuple(linked)):
+        return False
+    try:
+        check_allowed(link, is_allowed)
+        target = link.resolve(strict=True)
+    except (OSError, RuntimeError, FileError):
+        return False
+    return not link.parent.resolve().is_relative_to(target)
+
+
+def is_json(path: Path) -> bool:
+    return path.suffix.lower() == ".json"
 
 
 def make_key(root: Path, path: Path) -> str:
     relative = path.relative_to(root)
-    is_file = relative.suffix.lower() in SUFFIXES or relative.suffix.lower() in CAPTION_SUFFIXES
-    return (relative.with_suffix("") if is_file else relative).as_posix().casefold()
+    suffix = relative.suffix.lower()
+    is_file = suffix in SUFFIXES or suffix in CAPTION_SUFFIXES
+    return fold((relative.with_suffix("") if is_file else relative).as_posix())

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import os
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import FileError
-from ..stored import shorten
+from ..text import shorten
+from .columns import KNOWN_COLUMNS, RowFiles, read_columns, read_paths
+from .listing import Listing, is_json, make_key
 from .pair import (
+    UNUSABLE,
     FoundPairs,
     IsAllowed,
     Level,
@@ -19,139 +22,223 @@ from .pair import (
     Problem,
     check_allowed,
     check_references,
+    choose_caption,
+    list_some,
     open_file,
 )
 from .pictures import FilePicture
+from .tables import Row, Table, read_table
 
-MAX_BYTES = 100_000_000
-NAMES = re.compile(r"(metadata|dataset|data|train)\.(jsonl|csv|json)", re.IGNORECASE)
-
-#: Columns by meaning, the surest first.
-TARGET_COLUMNS = (
-    *("target", "target_image", "target_path", "edited_image", "output_image", "output", "after"),
-    *("image", "image_path", "file_name", "file"),
-)
-REFERENCE_COLUMNS = (
-    *("edit_image", "edit_images", "control", "control_path", "control_image", "control_images"),
-    *("conditioning_image", "conditioning_images", "source", "source_image", "original_image"),
-    *("input_image", "input", "before", "reference", "references", "reference_image", "ref_image"),
-    *("reference_images", "condition_image"),
-)
-CAPTION_COLUMNS = (
-    *("edit_prompt", "instruction", "edit_instruction", "prompt", "caption", "text"),
-)
+#: What these trainers call them; any other name is read too where its rows name pairs.
+NAMES = re.compile(r"(metadata|dataset|data|train)\.(jsonl|csv|tsv|json)", re.IGNORECASE)
+MAX_TRIED = 20  # rows by which a list of another name is told
 
 
-def find_metadata(folder: Path, is_allowed: IsAllowed) -> Path | None:
-    """The file that lists the pairs, where there is one with columns for both pictures."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and NAMES.fullmatch(path.name):
-            check_allowed(path, is_allowed)
-            rows = read_rows(path)
-            if rows and isinstance(rows[0], Mapping) and has_pair(rows[0]):
-                return path
-    return None
-
-
-def has_pair(row: Mapping[str, object]) -> bool:
-    return bool(find_target(row)) and bool(find_references(row))
-
-
-def find_target(row: Mapping[str, object]) -> object:
-    return next((row[name] for name in TARGET_COLUMNS if row.get(name)), None)
-
-
-def find_references(row: Mapping[str, object]) -> list[str]:
-    """Every reference a row names; a column may hold a list, or a number at its end."""
-    found: list[str] = []
-    for column, value in row.items():
-        plain = re.sub(r"_?\d+$", "", str(column))
-        if plain in REFERENCE_COLUMNS and value:
-            found += read_list(value)
-    # `image` is the source where another column says target.
-    if not found and row.get("image") and find_target(row) != row["image"]:
-        found += read_list(row["image"])
-    return found
-
-
-def read_list(value: object) -> list[str]:
-    """CSV holds lists as JSON."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return [str(value)]
-    return [str(v) for v in value if v] if isinstance(value, list) else [str(value)]
-
-
-def read_rows(path: Path) -> list:
-    """The rows of a file.
+def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, list[Problem]]:
+    """The file that lists the pairs, and what is said of the others.
 
     Raises:
-        FileError: too long, damaged or no UTF-8.
+        FileError: one of the usual names cannot be read.
     """
-    name = shorten(path.name)
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise FileError(f"{name} is larger than {MAX_BYTES // 10**6} MB; split the set.")
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".csv":
-            return list(csv.DictReader(io.StringIO(text, newline="")))
-        if path.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        rows = json.loads(text)
-        return rows if isinstance(rows, list) else []
-    except UnicodeDecodeError:
-        raise FileError(f"{name} is no UTF-8 text; save it again as UTF-8.") from None
-    except (ValueError, csv.Error) as e:
-        raise FileError(f"{name} is damaged ({e}); correct it or move it elsewhere.") from None
-    except OSError as e:
-        raise FileError(f"{name} cannot be opened: {e.strerror}.") from None
-
-
-def read_metadata(path: Path, folder: Path, is_allowed: IsAllowed) -> FoundPairs:
-    """Pairs as listed, in the file's order."""
-    pairs, problems, names = [], [], set()
-    for number, row in enumerate(read_rows(path), 1):
-        name = f"line {number}"
+    chosen: Table | None = None
+    problems: list[Problem] = []
+    others: list[Path] = []
+    paths = [p for p in listing.lists if not is_json(p) or not is_beside_picture(p, listing)]
+    for path in sorted(paths, key=lambda path: not NAMES.fullmatch(path.name)):
         try:
-            if not isinstance(row, Mapping) or not has_pair(row):
-                raise FileError(
-                    f"{path.name}, row {number}, lacks a target or a reference; expected columns "
-                    "such as image, edit_image and prompt."
-                )
-            target = find_file(str(find_target(row)), path, folder, is_allowed)
-            name = (
-                target.path.stem if target.path.stem not in names else f"{name} {target.path.stem}"
-            )
-            names.add(name)
-            references = [
-                find_file(file, path, folder, is_allowed) for file in find_references(row)
-            ]
-            check_references(target.name, len(references))
-            caption = next((row[c] for c in CAPTION_COLUMNS if row.get(c) is not None), None)
-            pairs.append(
-                Pair(
-                    name=name,
-                    target=target,
-                    references=tuple(references),
-                    caption=None if caption is None else str(caption).strip(),
-                )
-            )
+            check_allowed(path, is_allowed)
+            table = read_table(path, KNOWN_COLUMNS)
         except FileError as e:
-            problems.append(Problem(Level.STOP, str(e), name))
-    return FoundPairs(f"listed in {path.name}", tuple(pairs), tuple(problems))
-
-
-def find_file(named: str, path: Path, folder: Path, is_allowed: IsAllowed) -> FilePicture:
-    """A file that a row names, relative to the folder."""
-    if "\0" in named:
-        raise FileError(f"{path.name} names a file that cannot exist ({shorten(named)!r}).")
-    file = folder / named.replace("\\", "/")
-    check_allowed(file, is_allowed)
-    if not file.is_file():
-        raise FileError(
-            f"{path.name} names {shorten(named)}, which does not exist; expected a path relative "
-            "to the folder."
+            if NAMES.fullmatch(path.name):
+                raise
+            problems.append(Problem(Level.WARNING, "list_unreadable", f"not read: {e}"))
+            continue
+        pairs = [row for row in table.rows if read_columns(row.values).is_pair]
+        if not pairs:
+            if KNOWN_COLUMNS.intersection(table.columns):
+                problems.append(Problem(Level.WARNING, "list_unused", describe_unused(table)))
+            else:
+                others.append(path)
+        elif not NAMES.fullmatch(path.name) and not any(
+            map(ListReader(table, listing.root, is_allowed).has_files, pairs[:MAX_TRIED])
+        ):
+            text = f"{table.name} is not used, since it names no pictures that are there"
+            problems.append(Problem(Level.WARNING, "list_unused", text))
+        elif chosen is None:
+            chosen = table
+        else:
+            text = f"{table.name} lists pairs too and is not used; {chosen.name} is"
+            problems.append(Problem(Level.WARNING, "list_unused", text))
+    if others:
+        text = (
+            f"files without a list of pairs, not read: {len(others)}, such as "
+            f"{list_some(others, listing.root, 1)}"
         )
-    return open_file(file, folder, is_allowed)
+        problems.append(Problem(Level.NOTE, "list_other", text, count=len(others)))
+    return chosen, problems
+
+
+def is_beside_picture(path: Path, listing: Listing) -> bool:
+    return make_key(listing.root, path) in listing.pictures
+
+
+def describe_unused(table: Table) -> str:
+    columns = ", ".join(shorten(column, 30) for column in table.columns[:6])
+    return (
+        f"{table.name} is not used, since no row has both a target and a reference (columns: "
+        f"{columns}); expected columns such as image, edit_image and prompt"
+    )
+
+
+def read_list(table: Table, listing: Listing, is_allowed: IsAllowed) -> FoundPairs:
+    """Pairs as listed, in the file's order."""
+    reader = ListReader(table, listing.root, is_allowed)
+    pairs, problems = [], []
+    for number, row in enumerate(table.rows, 1):
+        try:
+            pairs.append(reader.build_pair(row, number))
+        except FileError as e:
+            problems.append(Problem(Level.STOP, UNUSABLE, str(e), reader.name))
+    problems += reader.tell_unused()
+    if table.left_out:
+        keys = ", ".join(shorten(key, 30) for key in table.left_out[:3])
+        text = f"{table.name} holds further lists that are not used: {keys}"
+        problems.append(Problem(Level.WARNING, "list_unused", text, count=len(table.left_out)))
+    problems += tell_unlisted(table, listing, pairs)
+    return FoundPairs(f"listed in {table.name}", tuple(pairs), tuple(problems))
+
+
+def tell_unlisted(table: Table, listing: Listing, pairs: Sequence[Pair]) -> list[Problem]:
+    listed = {os.path.normpath(p.path) for pair in pairs for p in pair.pictures}
+    unlisted = [
+        path
+        for paths in listing.pictures.values()
+        for path in paths
+        if os.path.normpath(path) not in listed
+    ]
+    if not unlisted:
+        return []
+    text = (
+        f"pictures that {table.name} does not list: {len(unlisted)}, such as "
+        f"{list_some(unlisted, listing.root, 1)}"
+    )
+    return [Problem(Level.NOTE, "pictures_unlisted", text, count=len(unlisted))]
+
+
+class ListReader:
+    """Turns rows into pairs, one at a time."""
+
+    def __init__(self, table: Table, folder: Path, is_allowed: IsAllowed):
+        self.table = table
+        self.folder = folder
+        self.is_allowed = is_allowed
+        self.name = ""
+        """Of the pair in hand."""
+        self._names: set[str] = set()
+        self._unused: Counter[str] = Counter()
+        self._composed: dict[Path, dict[str, str]] = {}
+
+    def build_pair(self, row: Row, number: int) -> Pair:
+        """FileError for a row that is no pair."""
+        self.name = f"line {number}"
+        if row.fault:
+            raise FileError(row.fault)
+        place = f"{self.table.name}, row {number},"
+        files = read_columns(row.values)
+        if not files.is_pair:
+            raise FileError(
+                f"{place} lacks a target or a reference; expected columns such as image, "
+                "edit_image and prompt."
+            )
+        self._unused.update(files.unused)
+        target = self._open_one(files.target, f"the target in {place[:-1]}")
+        stem = target.path.stem
+        self.name = stem if stem not in self._names else f"line {number} {stem}"
+        self._names.add(self.name)
+        references = self._open_references(files, place)
+        check_references(shorten(target.name), len(references))
+        mask = None
+        if files.mask:
+            mask = self._open_one(files.mask, f"the mask in {place[:-1]}")
+        caption = choose_caption(row.values, place[:-1])
+        return Pair(self.name, target, references, caption, mask)
+
+    def has_files(self, row: Row) -> bool:
+        """Whether the pictures of a row are there."""
+        files = read_columns(row.values)
+        try:
+            self._open_one(files.target, "the target")
+            self._open_references(files, "the row,")
+        except FileError:
+            return False
+        return True
+
+    def tell_unused(self) -> list[Problem]:
+        """Columns that name pictures and are none of those that are read."""
+        if not self._unused:
+            return []
+        columns = ", ".join(shorten(column, 30) for column in list(self._unused)[:4])
+        count = max(self._unused.values())
+        text = (
+            f"columns of {self.table.name} that name pictures and are not used: {columns}, in "
+            f"{count} rows; references are read from control or edit_image, masks from mask"
+        )
+        return [Problem(Level.WARNING, "columns_unused", text, count=count)]
+
+    def _open_references(self, files: RowFiles, place: str) -> tuple[FilePicture, ...]:
+        return tuple(
+            self._open(path)
+            for value in files.references
+            for path in read_paths(value, f"a reference in {place[:-1]}")
+        )
+
+    def _open_one(self, value: object, place: str) -> FilePicture:
+        paths = read_paths(value, place)
+        if len(paths) != 1:
+            raise FileError(f"{place} is a list of {len(paths)}; expected the path of one picture.")
+        return self._open(paths[0])
+
+    def _open(self, named: str) -> FilePicture:
+        """A file that a row names, relative to the folder."""
+        if "\0" in named:
+            raise FileError(
+                f"{self.table.name} names a file that cannot exist ({shorten(named)!r})."
+            )
+        path = self.folder / named.replace("\\", "/")
+        if not is_file(path):
+            path = self._find_composed(self.folder / named.strip().replace("\\", "/"))
+        check_allowed(path, self.is_allowed)
+        if not is_file(path):
+            raise FileError(
+                f"{self.table.name} names {shorten(named)}, which does not exist; expected a path "
+                "relative to the folder."
+            )
+        return open_file(path, self.folder, self.is_allowed)
+
+    def _find_composed(self, path: Path) -> Path:
+        """The file whose name differs only in how accents are written, or `path` as it is."""
+        if is_file(path) or path.as_posix().isascii() or not path.is_relative_to(self.folder):
+            return path
+        found = self.folder
+        for part in path.relative_to(self.folder).parts:
+            if found not in self._composed:
+                self._composed[found] = list_composed(found)
+            found /= self._composed[found].get(unicodedata.normalize("NFC", part), part)
+        return found
+
+
+def list_composed(folder: Path) -> dict[str, str]:
+    """Names in a folder by their composed form; none where it cannot be read."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except (OSError, ValueError):
+        return {}
+    return {unicodedata.normalize("NFC", name): name for name in names}
+
+
+def is_file(path: Path) -> bool:
+    """Also for names that no disk takes."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
 from ..errors import FileError
-from ..stored import shorten
+from ..findings import ERROR, NOTE, WARNING
+from ..json_reader import describe_kind, parse_json
+from ..regular_files import decode_text, read_bytes
+from ..text import shorten
 from .pictures import FilePicture, Picture
 
 MAX_REFERENCES = 3  # sockets of TextEncodeQwenImageEditPlus
-CAPTION_SUFFIXES = (".txt", ".caption")
+#: The first that is there counts. A .json beside a picture often holds anything but a caption.
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
+#: Columns of a list, and fields of a .json beside a picture, the surest first.
+CAPTION_COLUMNS = (
+    *("edit_prompt", "instruction", "edit_instruction", "prompt", "caption", "text"),
+)
 MAX_CAPTION_BYTES = 1 << 16
 
 IsAllowed = Callable[[Path], bool]
@@ -29,16 +37,29 @@ class Level(IntEnum):
     STOP = 3
     """Would ruin the run."""
 
+    @property
+    def severity(self) -> str:
+        """As `Finding` has it."""
+        return {Level.NOTE: NOTE, Level.STOP: ERROR}.get(self, WARNING)
+
+
+#: Kind of a problem that makes one pair unusable.
+UNUSABLE = "pair_unusable"
+
 
 @dataclass(frozen=True)
 class Problem:
     level: Level
+    kind: str
+    """What programs know it by; never changes its name."""
     text: str
     """A sentence."""
     pair: str | None = None
     """Name of the pair; None for the whole set."""
     short: str = ""
     """The same in a few words, for below a picture."""
+    count: int = 1
+    """How many files or pairs it is about."""
 
 
 @dataclass(frozen=True)
@@ -69,29 +90,57 @@ class FoundPairs:
     problems: tuple[Problem, ...] = ()
 
 
-def read_caption(path: Path, is_allowed: IsAllowed) -> str:
-    """The whole text, without a byte order mark and spaces around it.
+def read_caption(path: Path, is_allowed: IsAllowed) -> str | None:
+    """The whole text without a byte order mark and spaces around it; of a .json its caption.
+
+    None for a .json without one.
 
     Raises:
-        FileError: too long, no UTF-8, outside the allowed folders, or cannot be opened.
+        FileError: too long, no UTF-8, no text where a .json has its caption, outside the allowed
+            folders, no regular file, or cannot be opened.
     """
-    name = shorten(path.name)
     check_allowed(path, is_allowed)
-    try:
-        if path.stat().st_size > MAX_CAPTION_BYTES:
+    data = read_bytes(path)
+    if len(data) > MAX_CAPTION_BYTES:
+        raise FileError(
+            f"{shorten(path.name)} has {len(data):,} bytes; expected a caption of at most "
+            f"{MAX_CAPTION_BYTES:,}. Shorten it, or move the file elsewhere."
+        )
+    if path.suffix.lower() != ".json":
+        return decode_text(data, path.name).strip()
+    value = parse_json(data, path.name)
+    if isinstance(value, str):
+        return value.strip()
+    return choose_caption(value, path.name) if isinstance(value, dict) else None
+
+
+def choose_caption(row: Mapping[str, object], place: str) -> str | None:
+    """The first column with text; "" where these are there and empty, None where there are none.
+
+    Args:
+        place: where the row stands, for the message.
+
+    Raises:
+        FileError: the first that holds something holds no text.
+    """
+    found = [row[name] for name in CAPTION_COLUMNS if row.get(name) is not None]
+    for value in found:
+        if not isinstance(value, str):
             raise FileError(
-                f"{name} has {path.stat().st_size:,} bytes; expected a caption of at most "
-                f"{MAX_CAPTION_BYTES:,}. Shorten it, or move the file elsewhere."
+                f"the caption in {shorten(place)} is {describe_kind(value)}; expected a text. "
+                "Write one instruction there."
             )
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError:
-        raise FileError(f"{name} is no UTF-8 text; save it again as UTF-8.") from None
-    except OSError as e:
-        raise FileError(f"{name} cannot be opened: {e.strerror}.") from None
+        if value.strip():
+            return value.strip()
+    return "" if found else None
 
 
 def check_allowed(path: Path, is_allowed: IsAllowed) -> None:
-    if not is_allowed(path):
+    try:
+        allowed = is_allowed(path)
+    except (OSError, ValueError, RuntimeError):  # a name that no disk takes, links in a circle
+        raise FileError(f"{shorten(path.name)} is no path of a file; expected one.") from None
+    if not allowed:
         raise FileError(
             f"{shorten(path.name)} leads outside the allowed folders; expected a file inside "
             "them. Copy it there instead of linking to it."
@@ -108,6 +157,12 @@ def describe_path(path: Path, root: Path) -> str:
     """As a person finds the file: inside the set's folder, or with the name of its own folder."""
     inside = path.is_relative_to(root)
     return path.relative_to(root).as_posix() if inside else f"{path.parent.name}/{path.name}"
+
+
+def list_some(paths: Sequence[Path], root: Path, limit: int = 3) -> str:
+    """The first few of many files, for a sentence."""
+    shown = [shorten(describe_path(path, root), 60) for path in paths[:limit]]
+    return ", ".join([*shown, "..."] if len(paths) > limit > 1 else shown)
 
 
 def check_references(name: str, number: int) -> None:

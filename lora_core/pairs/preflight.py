@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from ..errors import ConfigError, FileError
+from ..findings import SEVERITIES, Finding
 from ..progress import Progress, ShouldStop, track
-from ..stored import shorten
+from ..text import shorten
 from .facts import PairFacts, PictureFacts, have_same_pixels, measure_pair
-from .pair import FoundPairs, Level, Pair, Problem
-from .sizes import Size, choose_target_size
+from .pair import UNUSABLE, FoundPairs, Level, Pair, Problem
+from .pictures import Picture
+from .sizes import Size, check_megapixels, choose_target_size
 from .swapping import find_swaps
 
 STOP, LEAVE_OUT = "stop", "leave the pair out"
@@ -22,10 +27,12 @@ MAX_ASPECT_DIFFERENCE = 0.02  # between a target and its first reference
 MAX_ASPECT = 4.0
 MIN_SHARE_OF_AREA = 0.5  # of the trained size a target should have
 MIN_MASK_SHARE = 1e-6
-MAX_LINES = 12  # of problems in an error
+MAX_MESSAGE = 400  # letters of an error, all its lines together
 #: Would be read as part of the prompt's template.
 TEMPLATE_TOKEN = re.compile(r"<\|[a-z_]+\|>")
 PLACEHOLDER = re.compile(r"\[(trigger|name)\]")
+#: What programs write where they had no text, or several.
+NOT_TEXT = re.compile(r"\[['\"].*['\"]\]|\{['\"].*\}|nan|none|null", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,33 @@ class Preflight:
     def needs_attention(self) -> bool:
         return any(problem.level >= Level.WARNING for problem in self.problems)
 
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """One for each kind and severity, the worst first; the text is that of the first."""
+        firsts: dict[tuple[str, str], str] = {}
+        counts: Counter[tuple[str, str]] = Counter()
+        for problem in self.problems:
+            key = problem.kind, problem.level.severity
+            firsts.setdefault(key, problem.text)
+            counts[key] += problem.count
+        found = [
+            Finding(kind, severity, text, counts[kind, severity])
+            for (kind, severity), text in firsts.items()
+        ]
+        return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; "findings" are for programs: kind, severity, text, count."""
+        return {
+            "name": self.name,
+            "layout": self.layout,
+            "num_pairs": len(self.pairs),
+            "num_found": self.num_found,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
     def raise_stops(self) -> None:
-        """ConfigError with one sentence, then the other problems a line each."""
+        """ConfigError with one sentence, then as many of the other problems as fit, a line each."""
         stops = self.stops
         if not stops:
             return
@@ -67,8 +99,12 @@ class Preflight:
         lines = [first]
         if others:
             lines.append(f"More that stops the run: {len(others)}")
-            lines += others[:MAX_LINES]
-            lines += ["..."] if len(others) > MAX_LINES else []
+        for number, text in enumerate(others, 1):
+            end = [] if number == len(others) else ["..."]
+            if len("\n".join([*lines, text, *end])) > MAX_MESSAGE:
+                lines.append("...")
+                break
+            lines.append(text)
         raise ConfigError("\n".join(lines))
 
 
@@ -90,7 +126,11 @@ def check_pairs(
         max_references: as many as the model variant takes.
         default_caption: for pairs without a caption.
         on_problem: LEAVE_OUT turns a pair that cannot be used into a warning.
+
+    Raises:
+        ConfigError: `megapixels` is no area.
     """
+    check_megapixels(megapixels, "megapixels")
     problems = list(found.problems)
     known: dict[int | str, PictureFacts] = {}
     checked: list[CheckedPair] = []
@@ -100,7 +140,7 @@ def check_pairs(
             facts = measure_pair(pair, known)
             check_mask(pair)
         except FileError as e:
-            problems.append(Problem(Level.STOP, str(e), pair.name))
+            problems.append(Problem(Level.STOP, UNUSABLE, str(e), pair.name))
             continue
         size = choose_target_size(facts.target.width, facts.target.height, megapixels)
         checked.append(CheckedPair(pair, facts, size))
@@ -111,23 +151,26 @@ def check_pairs(
     num_found = len(found.pairs) + sum(p.level == Level.STOP for p in found.problems)
     if on_problem == LEAVE_OUT:
         problems = [leave_out(problem) for problem in problems]
-        lost = {problem.pair for problem in problems if problem.text.startswith(LEFT_OUT)}
+        lost = {problem.pair for problem in problems if problem.kind == LEFT_OUT}
         checked = [one for one in checked if one.pair.name not in lost]
         if not checked:
-            problems.append(Problem(Level.STOP, f"no pair of {name} can be used"))
+            text = f"no pair of {shorten(name)} can be used"
+            problems.append(Problem(Level.STOP, "no_pairs", text))
     elif not checked and not any(problem.level == Level.STOP for problem in problems):
-        problems.append(Problem(Level.STOP, f"{name} holds no pairs"))
+        problems.append(Problem(Level.STOP, "no_pairs", f"{shorten(name)} holds no pairs"))
     problems.sort(key=lambda problem: -problem.level)
     return Preflight(name, found.layout, tuple(checked), tuple(problems), num_found)
 
 
-LEFT_OUT = "Left out: "
+#: Kind of a problem that cost a pair.
+LEFT_OUT = "pair_left_out"
 
 
 def leave_out(problem: Problem) -> Problem:
     if problem.level != Level.STOP or problem.pair is None:
         return problem
-    return replace(problem, level=Level.WARNING, text=f"{LEFT_OUT}{problem.text}")
+    text = f"Left out: {problem.text}"
+    return replace(problem, level=Level.WARNING, kind=LEFT_OUT, text=text)
 
 
 def complete_pair(pair: Pair, default_caption: str, max_references: int) -> Pair:
@@ -138,22 +181,37 @@ def complete_pair(pair: Pair, default_caption: str, max_references: int) -> Pair
             f"{target} has {len(pair.references)} references, but the original Qwen-Image-Edit "
             "takes one; choose the variant 2509 / 2511, or remove the others."
         )
-    if pair.caption is not None:
-        return pair
-    if not default_caption.strip():
+    caption = default_caption.strip() if pair.caption is None else pair.caption
+    if pair.caption is None and not caption:
         raise FileError(
             f"{target} has no caption; write the instruction into a .txt file of that name, or one "
             "for all into captions."
         )
-    return replace(pair, caption=default_caption.strip())
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise FileError(
+            f"the caption of {target} holds half of a surrogate pair, which is no character; write "
+            "it again."
+        ) from None
+    return replace(pair, caption=caption)
 
 
 def check_mask(pair: Pair) -> None:
-    if pair.mask is not None and pair.mask.read().mean() < MIN_MASK_SHARE:
+    if pair.mask is not None and measure_brightness(pair.mask) < MIN_MASK_SHARE:
         raise FileError(
             f"{shorten(pair.mask.name)} is black all over, so that nothing of "
             f"{shorten(pair.target.name)} would count; paint white what shall, or remove the mask."
         )
+
+
+def measure_brightness(picture: Picture) -> float:
+    """Mean of all pixels, 0 to 1."""
+    total, number = 0.0, 0
+    for band in picture.read_bands():
+        total += float(band.sum(dtype=np.float64))
+        number += band.size
+    return total / number
 
 
 # --- one pair -------------------------------------------------------------------------------------
@@ -165,10 +223,12 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
     pictures = [facts.target, *facts.references, *([facts.mask] if facts.mask else [])]
     for picture, known in zip(pair.pictures, pictures, strict=True):
         if known.traits:
-            add(Level.NOTE, f"{shorten(picture.name)} is {', '.join(known.traits)}")
+            text = f"{shorten(picture.name)} is {', '.join(known.traits)}"
+            add(Level.NOTE, "converted", text)
         if max(known.aspect, 1 / known.aspect) > MAX_ASPECT:
             add(
                 Level.WARNING,
+                "strip",
                 f"{shorten(picture.name)} is {known.width} x {known.height} px, a strip; crop it",
                 "a strip",
             )
@@ -180,6 +240,7 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
         ):
             add(
                 Level.WARNING,
+                "same_picture",
                 f"{shorten(pair.target.name)} and its reference {shorten(picture.name)} are the "
                 "same picture; this pair teaches to change nothing",
                 "target = reference",
@@ -188,6 +249,7 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
     if abs(target.aspect / first.aspect - 1) > MAX_ASPECT_DIFFERENCE:
         add(
             Level.WARNING,
+            "other_proportions",
             f"{shorten(pair.target.name)} is {target.width} x {target.height} px and its reference "
             f"{first.width} x {first.height}: other proportions teach a shift or zoom",
             "other proportions",
@@ -195,6 +257,7 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
     if target.width * target.height < MIN_SHARE_OF_AREA * size[0] * size[1]:
         add(
             Level.WARNING,
+            "enlarged",
             f"{shorten(pair.target.name)} is {target.width} x {target.height} px and "
             f"would be enlarged to {size[0]} x {size[1]}; lower megapixels or use larger pictures",
             "small: enlarged",
@@ -208,11 +271,21 @@ def inspect_caption(pair: Pair) -> list[Problem]:
     add = make_adder(found, pair.name)
     caption = pair.caption or ""
     if not caption:
-        add(Level.WARNING, f"the caption of {shorten(pair.target.name)} is empty", "empty caption")
+        text = f"the caption of {shorten(pair.target.name)} is empty"
+        add(Level.WARNING, "caption_empty", text, "empty caption")
+    if NOT_TEXT.fullmatch(caption):
+        add(
+            Level.WARNING,
+            "caption_not_text",
+            f"the caption of {shorten(pair.target.name)} is {shorten(caption, 40)}, as a program "
+            "writes a list or nothing; write the instruction there",
+            "caption is no text",
+        )
     token = TEMPLATE_TOKEN.search(caption)
     if token:
         add(
             Level.STOP,
+            "template_token",
             f"the caption of {shorten(pair.target.name)} holds {token[0]}, which belongs to the "
             "prompt's template; remove it",
             "template token in caption",
@@ -221,6 +294,7 @@ def inspect_caption(pair: Pair) -> list[Problem]:
     if placeholder:
         add(
             Level.WARNING,
+            "placeholder",
             f"the caption of {shorten(pair.target.name)} holds {placeholder[0]}, which is used as "
             "it stands; put the trigger word there",
             "placeholder in caption",
@@ -229,11 +303,13 @@ def inspect_caption(pair: Pair) -> list[Problem]:
 
 
 Adder = Callable[..., None]
-"""Takes (level, text, the same in a few words)."""
+"""Takes (level, kind, text, the same in a few words)."""
 
 
 def make_adder(problems: list[Problem], pair: str | None) -> Adder:
-    return lambda level, text, short="": problems.append(Problem(level, text, pair, short))
+    return lambda level, kind, text, short="": problems.append(
+        Problem(level, kind, text, pair, short)
+    )
 
 
 # --- the whole set --------------------------------------------------------------------------------
@@ -254,8 +330,8 @@ def drop_repeats(checked: Sequence[CheckedPair]) -> tuple[list[CheckedPair], lis
         )
         first = kept.setdefault(key, one)
         if first is not one:
-            text = f"{one.pair.name} repeats {first.pair.name} and is used once"
-            repeats.append(Problem(Level.WARNING, text, one.pair.name, "repeated"))
+            text = f"{shorten(one.pair.name)} repeats {shorten(first.pair.name)} and is used once"
+            repeats.append(Problem(Level.WARNING, "repeated", text, one.pair.name, "repeated"))
     return list(kept.values()), repeats
 
 
@@ -273,18 +349,21 @@ def inspect_set(checked: Sequence[CheckedPair], name: str) -> list[Problem]:
     if len(same) > len(checked) / 2:
         add(
             Level.STOP,
-            f"in {len(same)} of {len(checked)} pairs of {name} target and reference are the same "
-            "file; expected the edited picture as the target",
+            "same_picture",
+            f"in {len(same)} of {len(checked)} pairs of {shorten(name)} target and reference are "
+            "the same file; expected the edited picture as the target",
         )
     found += find_swaps([one.pair for one in checked], facts)
     for group in group_same_targets(checked):
+        names = ", ".join(shorten(name, 60) for name in group[:3])
         add(
             Level.WARNING,
-            f"{len(group)} pairs have the same target: {', '.join(group[:3])}"
+            "targets_repeated",
+            f"{len(group)} pairs have the same target: {names}"
             + (", ..." if len(group) > 3 else ""),
         )
     if len(checked) == 1:
-        add(Level.WARNING, "one pair only: a LoRA will learn it by heart")
+        add(Level.WARNING, "one_pair", "one pair only: a LoRA will learn it by heart")
     return found
 
 

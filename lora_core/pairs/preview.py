@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from ..contact_sheet import Row, Tile, draw_sheet
-from ..stored import shorten
 from ..tables import align
+from ..text import shorten
 from .pair import Level, Problem
 from .preflight import CheckedPair, Preflight, count_sizes
 
@@ -34,7 +34,8 @@ PREFIXES = {
 def describe_preflight(preflight: Preflight) -> str:
     """What was found, sizes, and the problems, the worst first."""
     lines = [
-        f"{preflight.name}: {len(preflight.pairs)} of {preflight.num_found} pairs can be used",
+        f"{shorten(preflight.name)}: {len(preflight.pairs)} of {preflight.num_found} pairs can be "
+        "used",
         f"layout: {preflight.layout}",
     ]
     sizes = count_sizes(preflight.pairs).most_common()
@@ -112,7 +113,8 @@ def draw_pairs(preflight: Preflight) -> np.ndarray:
     per_row = min(len(tiles), ROW_PICTURES // widest)
     rows = [Row("", tuple(tiles[i : i + per_row])) for i in range(0, len(tiles), per_row or 1)]
     rows = rows or [Row("no pair can be used", (Tile(None, ""),))]
-    title = f"{preflight.name}: {len(preflight.pairs)} pairs, references left, target right"
+    name = shorten(preflight.name)
+    title = f"{name}: {len(preflight.pairs)} pairs, references left, target right"
     if len(pairs) > MAX_TILES:
         title += f"; {MAX_TILES} of them"
     whole = [p.text for p in preflight.problems if p.pair is None and p.level > Level.NOTE]

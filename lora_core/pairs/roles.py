@@ -31,6 +31,7 @@ _WORD = "|".join(sorted(map(re.escape, _ROLES), key=len, reverse=True))
 _NUMBERED = rf"({_WORD})(?:[ _-]?(?:images?|imgs?|dir))?[ _-]?(\d*)"
 _WHOLE = re.compile(_NUMBERED, re.IGNORECASE)
 _ENDING = re.compile(rf"(.+?)([ _.-]+{_NUMBERED})", re.IGNORECASE)
+_START = re.compile(rf"({_WORD})(\d*)[ _.-]+(.+)", re.IGNORECASE)
 _LETTER = re.compile(r"(.+)(_([RT])(\d*))")  # T2ITrainer's endings, capitals only
 
 
@@ -42,8 +43,8 @@ class Role:
     """TARGET, REFERENCE, CAPTION or MASK."""
     number: int = 0
     base: str = ""
-    """The name without the ending."""
-    ending: str = ""
+    """The name without the word."""
+    word: str = ""
     """As written: "_start", "-condlabel", "control_2"."""
 
 
@@ -65,6 +66,14 @@ def parse_ending(name: str) -> Role | None:
     if match is None:
         return None
     return Role(_ROLES[match[3].lower()], int(match[4] or 0), match[1], match[2])
+
+
+def parse_start(name: str) -> Role | None:
+    """`before_cat` -> reference of `cat`, `start-01` of `01`; None where no such word begins it."""
+    match = _START.fullmatch(name)
+    if match is None:
+        return None
+    return Role(_ROLES[match[1].lower()], int(match[2] or 0), match[3], match[1])
 
 
 def parse_folder(name: str) -> Role | None:

@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import math
 
+from ..errors import ConfigError
+
 PIXELS_PER_MEGAPIXEL = 1024 * 1024  # as ComfyUI's ImageScaleToTotalPixels counts
 TARGET_STEP_PX = 16  # 8 pixels a latent, 2 latents a patch
 REFERENCE_STEP_PX = 8  # as TextEncodeQwenImageEditPlus rounds
+MAX_MEGAPIXELS = 64.0  # 8192 x 8192; no picture is enlarged beyond it by a slip of the pen
 
 Size = tuple[int, int]
 
 
+def check_megapixels(value: float, name: str) -> None:
+    """ConfigError for what is no area: NaN, infinity, zero, or absurdly much."""
+    if not isinstance(value, (int, float)) or not 0 < value <= MAX_MEGAPIXELS:
+        raise ConfigError(
+            f"{name} is {str(value)[:20]}; expected a number above 0 and up to "
+            f"{MAX_MEGAPIXELS:g}, where 1 is 1024 x 1024"
+        )
+
+
 def choose_size(width: int, height: int, megapixels: float, step_px: int) -> Size:
     """(width, height) of about this area and aspect, multiples of `step_px`."""
+    check_megapixels(megapixels, "megapixels")
     scale = math.sqrt(megapixels * PIXELS_PER_MEGAPIXEL / (width * height))
     return (
         max(step_px, round(width * scale / step_px) * step_px),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+from ..text import shorten
 from .facts import PairFacts
+from .listing import fold
 from .pair import Level, Pair, Problem
+from .pictures import Picture
 from .roles import REFERENCE, TARGET, parse_ending, parse_name
 
 MIN_SHARE = 0.5  # of the pairs a sign speaks about
@@ -28,32 +32,44 @@ LESS_DETAIL = re.compile(r"\b(blur|smooth out|make it blurry|soften)\b", re.IGNO
 def find_swaps(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> list[Problem]:
     """At most one question per kind of sign."""
     found = [ask_about_names(pairs), ask_about_sharing(facts), ask_about_captions(pairs, facts)]
-    return [Problem(Level.QUESTION, text) for text in found if text]
+    return [Problem(Level.QUESTION, "swapped", text) for text in found if text]
 
 
 def ask_about_names(pairs: Sequence[Pair]) -> str | None:
     """Targets that are called source, and references that are called target."""
     wrong = [
-        pair
-        for pair in pairs
-        if read_role(pair.target) == REFERENCE
-        or any(read_role(reference) == TARGET for reference in pair.references)
+        pair for pair in pairs if any(is_wrong(pair.target, other) for other in pair.references)
     ]
     if len(wrong) <= MIN_SHARE * len(pairs):
         return None
     pair = wrong[0]
     return (
-        f"Are targets and references swapped? {pair.target.name} is taken as the target and "
-        f"{pair.references[0].name} as what it is made from, in {len(wrong)} of {len(pairs)} pairs"
+        f"Are targets and references swapped? {shorten(pair.target.name)} is taken as the "
+        f"target and {shorten(pair.references[0].name)} as what it is made from, in {len(wrong)} "
+        f"of {len(pairs)} pairs"
     )
 
 
-def read_role(picture) -> str | None:
-    """What the file's own name says, else that of its folder."""
-    path = getattr(picture, "path", None)
-    if path is None:
-        return None
-    role = parse_ending(path.stem) or parse_name(path.stem) or parse_name(path.parent.name)
+def is_wrong(target: Picture, reference: Picture) -> bool:
+    """Whether one is called what the other is taken as. Where both files have one name, such as
+    x_original.png, it tells nothing and only their folders count."""
+    paths = getattr(target, "path", None), getattr(reference, "path", None)
+    if None in paths:
+        return False
+    own = [read_file_role(path) for path in paths]
+    if own[0] == own[1] or fold(paths[0].stem) == fold(paths[1].stem):
+        own = [None, None]
+    roles = [role or read_folder_role(path) for role, path in zip(own, paths, strict=True)]
+    return roles[0] == REFERENCE or roles[1] == TARGET
+
+
+def read_file_role(path: Path) -> str | None:
+    role = parse_ending(path.stem) or parse_name(path.stem)
+    return None if role is None else role.kind
+
+
+def read_folder_role(path: Path) -> str | None:
+    role = parse_name(path.parent.name)
     return None if role is None else role.kind
 
 
@@ -94,8 +110,9 @@ def ask_about_captions(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> str
         if asked and len(against) > MIN_SHARE * asked:
             pair = against[0]
             return (
-                f"Are targets and references swapped? Captions such as {pair.caption!r} do not "
-                f"fit the {what} of {pair.target.name} and {pair.references[0].name}, in "
+                f"Are targets and references swapped? Captions such as "
+                f"{shorten(pair.caption)!r} do not fit the {what} of {shorten(pair.target.name)} "
+                f"and {shorten(pair.references[0].name)}, in "
                 f"{len(against)} of {asked} pairs"
             )
     return None

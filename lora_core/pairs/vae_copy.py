@@ -7,7 +7,6 @@ A job's worker decodes its sample pictures with it, also when no ComfyUI runs an
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import ConfigError, FileError
+from ..errors import ConfigError, FileError, LoraError
 from ..files import explain, write_then_rename
+from ..json_reader import read_object
 from ..training.dataset import INDEX_FILE
 from ..training.latents import NUM_CHANNELS
 
@@ -68,9 +68,9 @@ def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tens
 def find_vae(dataset_folder: Path) -> Path | None:
     """The copy of the VAE that a training set of this cache was made with, where there is one."""
     try:
-        index = json.loads((dataset_folder / INDEX_FILE).read_text(encoding="utf-8"))
+        index = read_object(dataset_folder / INDEX_FILE)
         path = get_path(dataset_folder.parents[1], index["metadata"]["vae"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, ConfigError):
+    except (LoraError, KeyError, TypeError, IndexError):
         return None  # of another program, or of an older version
     return path if is_readable(path) else None
 
@@ -83,6 +83,8 @@ def get_path(store: Path, identity: object) -> Path:
 
 
 def is_readable(path: Path) -> bool:
+    if not path.is_file():  # opening a pipe would wait for ever
+        return False
     try:
         with safe_open(path, framework="pt") as file:
             return MARKS.keys() <= set(file.keys())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,17 @@ def test_a_second_run_encodes_nothing_and_writes_nothing(folder):
     assert cache(folder, encoder) == CachedPairs(first.folder, 0, 4)
     assert encoder.names == []
     assert list_files(folder.parent / "store") == files
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_a_pipe_in_the_place_of_an_item_is_encoded_over(folder):
+    first = cache(folder, Encoder())
+    path = next((folder.parent / "store" / "items").glob("*.safetensors"))
+    shutil.rmtree(first.folder)
+    path.unlink()
+    os.mkfifo(path)
+    assert cache(folder, Encoder()).num_encoded == 1
+    assert path.is_file()
 
 
 def test_one_changed_caption_encodes_one_pair_into_another_set(folder):

@@ -187,7 +187,7 @@ def test_metadata_that_leads_outside_or_nowhere_is_a_sentence_per_row(tmp_path):
     assert "leads outside the allowed folders" in texts[1]
     assert "x/none.png, which does not exist" in texts[2]
     assert "row 5, lacks a target or a reference" in texts[3]
-    assert "row 6, lacks a target or a reference" in texts[4]
+    assert "row 6, is a list; expected an object" in texts[4]
 
 
 def test_missing_partners_are_named(tmp_path):
@@ -201,7 +201,7 @@ def test_missing_partners_are_named(tmp_path):
     assert any(t.startswith("target/photo_1.png has no reference; add") for t in texts)
     assert any(t.startswith("control/photo_2.png has no target; add") for t in texts)
     (unused,) = [problem.text for problem in found.problems if problem.level == Level.WARNING]
-    assert unused == "text files that belong to no pair: 1, such as photo_8.txt"
+    assert unused == "text files that belong to no pair: 1, such as target/photo_8.txt"
 
 
 def test_two_targets_or_four_references_are_refused(tmp_path):
@@ -233,8 +233,9 @@ def test_a_link_that_leads_outside_is_refused_and_linked_folders_are_not_entered
     found = find(folder)
     assert found.pairs == ()
     texts = [problem.text for problem in found.problems]
-    assert [t.split(" leads")[0] for t in texts] == ["photo_0.png", "photo_1.txt"]
-    assert all("leads outside the allowed folders" in t for t in texts)
+    assert [t.split(" leads")[0] for t in texts[:2]] == ["photo_0.png", "photo_1.txt"]
+    assert all("leads outside the allowed folders" in t for t in texts[:2])
+    assert texts[2].startswith("links to folders that are not followed: 1, such as ref2; they lead")
 
 
 def test_folders_without_pairs_are_a_sentence(tmp_path):
@@ -253,7 +254,7 @@ def test_folders_without_pairs_are_a_sentence(tmp_path):
     with pytest.raises(FileError, match="several folders of targets"):
         find(folder)
     write_text(folder / "metadata.jsonl", '{"image": "a.png", ')
-    with pytest.raises(FileError, match=r"metadata.jsonl is damaged"):
+    with pytest.raises(FileError, match=r"^metadata.jsonl, row 1, cannot be read as JSON"):
         find(folder)
 
 
@@ -267,7 +268,7 @@ def test_captions_are_read_whole_without_marks_or_said_to_be_unreadable(tmp_path
     assert captions["photo_0"].split() == ["make", "it", "red", "and", "blue"]
     assert captions == {"photo_0": captions["photo_0"], "photo_3": None}
     texts = [problem.text for problem in found.problems]
-    assert texts[0].startswith("photo_1.txt is no UTF-8 text")
+    assert texts[0].startswith("photo_1.txt is UTF-16 text; save it again as UTF-8")
     assert "70,000 bytes" in texts[1]
 
 

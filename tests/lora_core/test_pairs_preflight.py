@@ -103,8 +103,8 @@ def test_transparency_becomes_white_whatever_colour_lies_behind_it(mode, tmp_pat
 
 BAD_FILES = {
     "empty": (b"", "is an empty file; expected a PNG"),
-    "text": (b"<html>not found</html>", "is no picture Pillow can read"),
-    "noise": (bytes(range(256)) * 9, "is no picture Pillow can read"),
+    "text": (b"<html>not found</html>", "is no picture that can be read"),
+    "noise": (bytes(range(256)) * 9, "is no picture that can be read"),
 }
 
 
@@ -304,6 +304,17 @@ def test_swapped_folders_are_asked_about_by_name_and_by_sharing(tmp_path):
         write_picture(load_photograph(0), tmp_path / "set" / "target" / f"photo_{index}.png")
     (question,) = list_texts(check(tmp_path / "set"), Level.QUESTION)
     assert "3 pairs have only 1 different targets but 3 different references" in question
+
+
+@pytest.mark.parametrize("name", ["x_original_{}.png", "{}_original.png", "{} source.png"])
+def test_a_word_that_target_and_reference_share_raises_no_question(name, tmp_path):
+    folder = write_pairs(tmp_path / "set", 3, f"target/{name}", f"control/{name}")
+    preflight = check(folder, default_caption="x")
+    assert len(preflight.pairs) == 3
+    assert list_texts(preflight, Level.QUESTION) == []
+    swapped = write_pairs(tmp_path, 3, f"before/{name}", f"after/{name}", None) / "before"
+    preflight = check(swapped, reference_folders=[tmp_path / "after"], default_caption="x")
+    assert len(list_texts(preflight, Level.QUESTION)) == 1
 
 
 def test_captions_that_would_break_the_template_stop_and_placeholders_warn(tmp_path):

@@ -236,6 +236,8 @@ def test_folders_outside_the_roots_are_refused(server, roots, tmp_path):
     for name in (str(outside), relative, f"input/{relative}", "input/test_pairs/link", "a\0b"):
         message = fail(server, build_graph(folder=name))
         assert "is outside the folders for training pictures" in message, name
+        assert "expected a folder inside ComfyUI's datasets, input, output" in message
+        assert str(roots["base"]) not in message.replace(str(outside), "")
     write_pairs(roots["output"], 1)
     shutil.rmtree(roots["output"] / "control")
     message = fail(
@@ -243,6 +245,36 @@ def test_folders_outside_the_roots_are_refused(server, roots, tmp_path):
     )
     assert "is outside the folders for training pictures" in message
     assert list_items(roots) == {}
+
+
+def test_odd_names_and_numbers_are_short_sentences_and_tell_no_absolute_folder(server, roots):
+    write_pairs(roots["input"], 1)
+    for name in ("a" * 300, "input/" + "é" * 5000, "input/test_pairs/" + "x" * 256, "\ud800"):
+        message = fail(server, build_graph(folder=name))
+        assert "does not exist" in message or "is outside the folders" in message, name[:20]
+        assert len(message) <= 400
+        assert message.isprintable()
+        assert str(roots["base"]) not in message
+    for option in ("megapixels", "reference_megapixels"):
+        message = fail(server, build_graph(folder="input/test_pairs", **{option: float("nan")}))
+        assert f"{option} is nan; expected a number above 0" in message
+    assert list_items(roots) == {}
+
+
+def test_what_is_left_out_is_told_on_the_node_and_in_its_json(server, roots):
+    folder = write_pairs(roots["input"], 2)
+    write_picture(load_photograph(3), folder / "garment" / "photo_0.png")
+    entry = server.run_prompt(build_graph(folder="input/test_pairs"), timeout=500)
+    shown = entry["outputs"]["set"]
+    report = shown["qwen_edit_lora_report"][0]
+    assert "Warning: pictures that belong to no pair: 1, such as garment/photo_0.png" in report
+    assert shown["qwen_edit_lora_warning"] == [True]
+    (told,) = shown["qwen_edit_lora_pairs"]
+    (finding,) = told["findings"]
+    assert (finding["kind"], finding["severity"]) == ("pictures_unused", "warning")
+    assert (told["num_pairs"], finding["count"]) == (2, 1)
+    assert str(roots["base"]) not in report
+    assert "__qwen_edit_lora/datasets of the user folder" in report
 
 
 def test_pictures_of_every_kind_are_encoded(server, roots):
