@@ -120,7 +120,9 @@ def test_a_step_for_which_memory_runs_out_is_taken_again_with_less_kept(
                 config, model, session.injection, session.dataset, notify=said.append
             )
         ]
-    assert model.gradient_checkpointing is True
-    assert len(said) == 1
-    assert said[0].startswith("memory ran out in step 1")
+    # One kind at a time; which one fits on a card is the card's affair.
+    kind = model.gradient_checkpointing
+    assert kind == "selective" or (kind is True and device.type == "cuda")
+    assert len(said) == (1 if kind == "selective" else 2)
+    assert all(sentence.startswith("memory ran out in step 1") for sentence in said)
     assert all(map(torch.isfinite, map(torch.tensor, losses)))

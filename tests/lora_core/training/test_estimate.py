@@ -277,12 +277,19 @@ class Processes:
         path = self.folder / f"{name}.json"
         path.write_text(json.dumps(config_to_dict(config)))
         started = {what: self.start(what, path) for what in ("estimate", "train")}
-        peak, run = 0, started["train"]
+        peak = largest_files = 0
+        run = started["train"]
         # Of its own pages: those of libraries, 0.1 GB of them, go when another process needs room.
         while run.poll() is None:
             with contextlib.suppress(OSError, IndexError):
                 status = Path(f"/proc/{run.pid}/status").read_text()
-                peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) * 1024)
+                most, own, files = (
+                    int(status.split(f"{name}:")[1].split()[0]) * 1024
+                    for name in ("VmHWM", "RssAnon", "RssFile")
+                )
+                largest_files = max(largest_files, files)
+                # Each is at most the true one: looks miss a short peak, files may have been fewer.
+                peak = max(peak, own, most - largest_files)
             time.sleep(0.02)
         out = started["estimate"].communicate()[0]
         assert (started["estimate"].returncode, run.returncode) == (0, 0)

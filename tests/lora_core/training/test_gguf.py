@@ -10,7 +10,7 @@ from counted_bytes import ByteCount
 from demo_base import dit
 from qwen_edit_lora.lora_core.training.config import ModelConfig
 from qwen_edit_lora.lora_core.training.loading import load_transformer
-from qwen_edit_lora.lora_core.training.presets import GIB, choose_storage
+from qwen_edit_lora.lora_core.training.presets import GIB, BaseSize, choose_storage
 from qwen_edit_lora.lora_core.training.quantization import (
     AS_STORED,
     GGUF_COST,
@@ -69,6 +69,7 @@ def test_keeping_a_ggufs_codes_is_told_with_its_price(kind, storage, tmp_path):
 def test_a_storage_that_is_chosen_for_the_user_is_never_the_files_own():
     (default,) = (f.default for f in dataclasses.fields(ModelConfig) if f.name == "storage")
     sizes = [None, *(size * GIB for size in range(1, 200, 3))]
-    chosen = {choose_storage(20_400_000_000, size)[0] for size in sizes}
+    base = BaseSize(60, 339_830_784, 40_519_744, 3072)  # Qwen-Image
+    chosen = {choose_storage(base, size, 6 * GIB).storage for size in sizes}
     assert AS_STORED not in chosen | {default}
     assert len(chosen) > 2

@@ -268,6 +268,6 @@ def test_a_checkpoint_of_another_version_is_a_sentence(tmp_path):
     run(tmp_path, steps=2)
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
     state = folder.get_path(2) / "state.json"
-    state.write_text(state.read_text().replace('"version": 1', '"version": 7', 1))
+    state.write_text(state.read_text().replace('"version": 2', '"version": 7', 1))
     assert folder.read_latest() is None
     assert "format 7, this is 1" in folder.passed_over[0]
