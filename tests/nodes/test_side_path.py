@@ -160,12 +160,12 @@ def test_a_lora_whose_modules_never_run_is_warned_of(base, sample, make_lora, ap
     diffusion_model = base.model.diffusion_model
     twin = copy.deepcopy(diffusion_model)
     expected = sample(base)
-    diffusion_model.__dict__["forward"] = twin.forward  # as an extension with a model of its own
+    diffusion_model.__dict__["_forward"] = twin._forward  # as an extension with a model of its own
     try:
         with caplog.at_level("WARNING"):
             assert torch.equal(sample(model), expected)
     finally:
-        del diffusion_model.__dict__["forward"]
+        del diffusion_model.__dict__["_forward"]
     (message,) = [r.getMessage() for r in caplog.records if "ran none of" in r.getMessage()]
     assert "the image is that of the base" in message
 

@@ -42,7 +42,12 @@ def test_a_file_that_grew_is_read_on_and_a_half_written_line_waits(tmp_path):
 def test_only_the_new_lines_are_parsed(tmp_path, monkeypatch):
     path, reader, parsed = tmp_path / "metrics.jsonl", MetricsReader(), []
     loads = json.loads
-    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
+
+    def note(line, **options):
+        parsed.append(line)
+        return loads(line, **options)
+
+    monkeypatch.setattr(json, "loads", note)
     write(path, [make_row(i) for i in range(1, 101)])
     reader.read(path)
     parsed.clear()
@@ -64,10 +69,10 @@ def test_a_file_that_a_resumed_run_cut_is_read_from_its_start(tmp_path):
     assert rows[5]["loss"] == 0.2
 
 
-def test_a_damaged_file_is_a_sentence_and_no_other_file_suffers(tmp_path):
+def test_a_file_that_cannot_be_read_is_a_sentence_and_no_other_file_suffers(tmp_path):
     good, bad, reader = tmp_path / "good.jsonl", tmp_path / "bad.jsonl", MetricsReader()
     write(good, [make_row(1)])
-    bad.write_text("not JSON\n")
+    bad.mkdir()
     with pytest.raises(FileError, match=r"bad\.jsonl cannot be read"):
         reader.read(bad)
     assert len(reader.read(good)) == 1
