@@ -28,7 +28,13 @@ from torch.utils.checkpoint import checkpoint
 from ..lora_layers import LoraLinear
 from .attention import Heads, attend, attend_keeping_result, choose_kernels
 from .head_rotation import normalize_and_rotate
-from .lora_products import Begun, begin_products, compute_products, finish_products
+from .lora_products import (
+    Begun,
+    begin_products,
+    compute_products,
+    finish_products,
+    is_random,
+)
 from .modulation import add_gated, modulate
 from .rope import Rotation
 
@@ -103,11 +109,7 @@ class EditBlock(nn.Module):
     @property
     def is_random(self) -> bool:
         """Whether a LoRA drops entries of its input."""
-        return any(
-            layer.training and layer.dropout
-            for layer in self.list_linears()
-            if isinstance(layer, LoraLinear)
-        )
+        return is_random([x for x in self.list_linears() if isinstance(x, LoraLinear)])
 
     def list_linears(self) -> Iterator[nn.Module]:
         """Those of the two streams."""

@@ -175,6 +175,8 @@ def read_base(linear: nn.Module) -> Base | None:
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     if isinstance(base, FrozenLinear):
+        if base.rotation is not None:  # what it multiplies is x turned, not x
+            return None
         return Base(base.decode, base.codes, bias)
     if type(base) is nn.Linear and not is_traceable_wrapper_subclass(weight):
         return Base(as_stored, (weight,), bias)

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from qwen_edit_lora.lora_core.lora_layers import DoraLinear, LoraLinear
-from qwen_edit_lora.lora_core.training.frozen_linear import FrozenLinear
+from qwen_edit_lora.lora_core.stored_weight import BaseWeight
+from qwen_edit_lora.lora_core.training.frozen_linear import FrozenLinear, build_scaled_linear
 from qwen_edit_lora.lora_core.training.lora_products import (
     begin_products,
     compute_products,
@@ -283,3 +284,25 @@ def test_a_weight_that_is_trained_or_watched_or_of_its_own_kind_is_left_to_its_m
     assert read_base(plain) is not None
     plain.forward = plain.forward
     assert read_base(plain) is None
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_a_rotated_base_gives_what_its_weight_gives_turned_back(has_lora):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (24, 32), generator=generator, dtype=torch.int8)
+    weight = BaseWeight(codes, torch.rand(24, 1, generator=generator) / 100, rotation=16)
+    base = build_scaled_linear(weight, None)
+    linear = base
+    if has_lora:
+        downs = torch.randn(4, 32, generator=generator)
+        linear = LoraLinear(base, downs, torch.randn(24, 4, generator=generator), 4.0)
+    x = torch.randn(2, 5, 32, generator=generator, requires_grad=True)
+    grad = torch.randn(2, 5, 24, generator=generator)
+    dense = weight.values + (linear.up @ linear.down if has_lora else 0)
+    for out in (
+        *compute_products([linear], x),
+        *finish_products([linear], begin_products([linear], x)),
+    ):
+        torch.testing.assert_close(out, x @ dense.T, rtol=1e-4, atol=1e-4)
+        (found,) = torch.autograd.grad(out, x, grad, retain_graph=True)
+        torch.testing.assert_close(found, grad @ dense, rtol=1e-4, atol=1e-4)
