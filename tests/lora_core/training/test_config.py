@@ -73,8 +73,8 @@ def test_a_configuration_survives_a_dictionary_and_json():
         ("objective.auxiliary", {"face": 1}, "unknown auxiliary loss 'face'; expected one of"),
         ("objective.auxiliary", {"contrastive": -1}, "weight of the auxiliary loss 'contrastive'"),
         ("steps", 0, "^steps is 0; expected 1 or more"),
-        ("name", "a/b", "name is 'a/b'; expected up to 120"),
-        ("name", "", "name is ''; expected up to 120"),
+        ("name", "a/b", "name is 'a/b'; expected characters that can"),
+        ("name", "", "name is ''; expected characters that can"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_sentence_with_its_place(path, value, message):

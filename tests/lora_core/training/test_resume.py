@@ -270,4 +270,4 @@ def test_a_checkpoint_of_another_version_is_a_sentence(tmp_path):
     state = folder.get_path(2) / "state.json"
     state.write_text(state.read_text().replace('"version": 2', '"version": 7', 1))
     assert folder.read_latest() is None
-    assert "format 7, this is 1" in folder.passed_over[0]
+    assert "format 7, this is 2" in folder.passed_over[0]
