@@ -38,7 +38,7 @@ def dynamic_vram(request, comfyui: SimpleNamespace, monkeypatch: pytest.MonkeyPa
     """ComfyUI's dynamic VRAM as on an NVIDIA GPU, with all its memory on the CPU."""
     management = comfyui.model_management
     if not management.is_device_cpu(management.get_torch_device()):
-        pytest.skip("a GPU has pages of its own; benchmarks/gpu_check.py runs on them")
+        pytest.skip("a GPU has pages of its own: test_patchers.py runs on those")
     memory = PagedMemory(has_room=request.param)
     memory.install(monkeypatch, comfyui)
     page_on_the_cpu(monkeypatch, comfyui.ops)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from qwen_edit_lora.lora_core.training.loading import load_transformer
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.comfy
 
@@ -100,6 +103,52 @@ def test_every_storage_of_a_file_means_the_same_as_in_comfyui(name, comfyui, dem
     # answer with numbers up to 5.
     scale = expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * max(1.0, scale))
+
+
+def write_int8(source: Path, path: Path, dense: Path, **options: Any) -> None:
+    """The blocks' matrices as ComfyUI quantises them; dense: as it reads them back."""
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    layout = QUANT_ALGOS["int8_tensorwise"]["comfy_tensor_layout"]
+    note = {"format": "int8_tensorwise", **{k: v for k, v in options.items() if "convrot" in k}}
+    coded = torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
+    widened = load_file(source)
+    entries = dict(widened)
+    for key, tensor in widened.items():
+        if "transformer_blocks" in key and tensor.ndim == 2:
+            quantised = QuantizedTensor.from_float(entries.pop(key), layout, **options)
+            entries |= quantised.state_dict(key)
+            entries[f"{key.removesuffix('weight')}comfy_quant"] = coded.clone()
+            widened[key] = quantised.dequantize().contiguous()
+    save_file(entries, path)
+    save_file(widened, dense)
+
+
+@pytest.mark.parametrize("group", [0, 4, 16])
+def test_an_int8_base_rotated_or_not_means_in_every_block_what_comfyui_reads(
+    group, comfyui, demo_models, tmp_path
+):
+    """Kept as stored, where only the input is turned, and widened, where the weight is."""
+    path, dense = tmp_path / "int8.safetensors", tmp_path / "dense.safetensors"
+    rotation = {"convrot": True, "convrot_groupsize": group} if group else {}
+    write_int8(demo_models.dit["2511_fp32"], path, dense, per_channel=True, **rotation)
+    latents, references = draw(1, 16, 8, 8), [draw(1, 16, 6, 10, seed=1)]
+    text, sigma = draw(1, 11, TEXT_WIDTH, seed=9), torch.tensor([0.6])
+    expected, of_codes = (
+        run_comfyui(
+            comfyui.sd.load_diffusion_model(str(file), {"dtype": torch.float32}),
+            *(latents, references, text, None, sigma),
+        )
+        for file in (dense, path)
+    )
+    scale = expected.abs().max().item()
+    # ComfyUI's product of codes rounds its input to int8 as well; ours does not.
+    assert (of_codes - expected).norm() < 0.01 * expected.norm()
+    for storage in ("as stored", "fp32"):
+        trained = load_transformer(path, storage, compute_dtype=torch.float32)
+        with torch.no_grad():
+            found = trained(latents, references, text, None, sigma)
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * max(1.0, scale))
 
 
 def test_forward_in_bf16_differs_from_comfyuis_by_rounding_only(load_base, demo_models):
