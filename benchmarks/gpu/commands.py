@@ -30,6 +30,8 @@ class Outcome:
     stderr: str
     seconds: float
     peak_bytes: int
+    reserved_bytes: int
+    """With what torch's allocator holds beside the tensors, which an estimate counts too."""
     num_ooms: int = 0
     """Times that the allocator found no memory."""
     reports: list[dict[str, Any]] = field(default_factory=list)
@@ -65,7 +67,7 @@ def run_command(
     seconds = time.perf_counter() - started
     print(err.getvalue(), file=sys.stderr, end="", flush=True)
     return Outcome(
-        *(status, out.getvalue(), err.getvalue(), seconds, peak.read()[0]),
+        *(status, out.getvalue(), err.getvalue(), seconds, *peak.read()),
         num_ooms=count_ooms(context.device) - before,
         reports=read_json_lines(out.getvalue()),
     )
