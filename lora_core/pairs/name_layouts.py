@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ..text import shorten
 from .listing import Listing, make_key
@@ -28,17 +28,7 @@ def collect_endings(listing: Listing, _: Sequence[Listing]) -> Collected | None:
     parts = {part.name: part for part in build_numbered(named, listing)}
     for key in bare:  # the target, where the others say what they are
         parts.setdefault(key, Parts(key)).targets += listing.pictures[key]
-    if not any(part.targets and part.references for part in parts.values()):
-        return None
-    put_target_first(parts.values(), listing)
-    for part in parts.values():
-        part.caption_keys.insert(0, part.name)
-    shown = {
-        kind: " or ".join([shorten(e, 30) for (k, e), _ in endings.most_common() if k == kind][:4])
-        for kind in (TARGET, REFERENCE)
-    }
-    target = shown[TARGET] or "no ending"
-    return f"endings: {shown[REFERENCE]} for references, {target} for targets", list(parts.values())
+    return finish_named("endings", endings, "no ending", parts.values(), listing)
 
 
 def build_numbered(
@@ -61,6 +51,31 @@ def build_numbered(
             part.caption_keys.append(key)
         parts += made.values()
     return parts
+
+
+def finish_named(
+    noun: str,
+    words: Counter[tuple[str, str]],
+    no_word: str,
+    parts: Collection[Parts],
+    listing: Listing,
+) -> Collected | None:
+    """The layout's name, with the words that made it, and where each pair's caption may be.
+
+    Args:
+        words: times that each (kind, word) was met.
+        no_word: what stands for a target's word where there was none.
+    """
+    if not any(part.targets and part.references for part in parts):
+        return None
+    put_target_first(parts, listing)
+    for part in parts:
+        part.caption_keys.insert(0, part.name)
+    references, targets = (
+        " or ".join([shorten(w, 30) for (k, w), _ in words.most_common() if k == kind][:4])
+        for kind in (REFERENCE, TARGET)
+    )
+    return f"{noun}: {references} for references, {targets or no_word} for targets", list(parts)
 
 
 def put_target_first(parts: Iterable[Parts], listing: Listing) -> None:
@@ -123,14 +138,4 @@ def collect_starts(listing: Listing, _: Sequence[Listing]) -> Collected | None:
             part.add(role.kind, path, (role.number,))
         part.caption_keys.append(key)
         words[role.kind, role.word.lower()] += len(paths)
-    if not any(part.targets and part.references for part in parts.values()):
-        return None
-    put_target_first(parts.values(), listing)
-    for part in parts.values():
-        part.caption_keys.insert(0, part.name)
-    shown = {
-        kind: " or ".join([shorten(w, 30) for (k, w), _ in words.most_common() if k == kind][:4])
-        for kind in (TARGET, REFERENCE)
-    }
-    layout = f"beginnings: {shown[REFERENCE]} for references, {shown[TARGET]} for targets"
-    return layout, list(parts.values())
+    return finish_named("beginnings", words, "", parts.values(), listing)
