@@ -22,7 +22,11 @@ from qwen_edit_lora.lora_core.formats import parsed_key, schemes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+MANUAL = "\n".join([README, *((ROOT / page).read_text(encoding="utf-8") for page in DOCS)])
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", *DOCS)
+MAX_README_LINES = 140
+INTERNAL_NODES = ("QwenEditLoraHold", "QwenEditLoraSweepCollect")
 MAX_HELP_LINES = 80
 
 #: Nodes of ComfyUI itself that a shipped workflow may use.
@@ -216,24 +220,32 @@ def list_said() -> str:
     return "\n".join(text for tree in [*TREES.values(), *core] for text in list_strings(tree))
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"web/docs/{node_id}.md" for node_id in NODES)])
+@pytest.mark.parametrize("page", ["README.md", *DOCS, *(f"web/docs/{id}.md" for id in NODES)])
 def test_the_messages_a_page_quotes_exist(page):
     said, known_elsewhere = list_said(), {"lora key not loaded"}  # ComfyUI's console
     text = (ROOT / page).read_text(encoding="utf-8")
     assert [q for q in list_quotes(text) if q not in said and q not in known_elsewhere] == []
 
 
-# --- README --------------------------------------------------------------------------------------
+# --- README and docs ------------------------------------------------------------------------------
 
 
-def test_the_readme_names_every_node_prefix_and_format():
+def test_the_readme_is_read_in_a_minute_and_links_every_page():
+    assert len(README.splitlines()) <= MAX_README_LINES
+    first_screen = README.splitlines()[:12]
+    assert any(line.startswith("![") for line in first_screen)
+    assert [page for page in DOCS if f"]({page}" not in README] == []
+    assert [node_id for node_id in NODES if f"`{node_id}`" not in README] == [*INTERNAL_NODES]
+
+
+def test_the_manual_names_every_node_prefix_and_format():
     expected = [
         *NODES,
         *parsed_key.DOTTED_PREFIXES,
         *parsed_key.UNDERSCORED_PREFIXES,
         *schemes.SCHEMES,
     ]
-    assert [name for name in expected if f"`{name}`" not in README] == []
+    assert [name for name in expected if f"`{name}`" not in MANUAL] == []
 
 
 def test_the_report_in_the_documents_is_the_real_one():
@@ -248,18 +260,18 @@ def test_the_report_in_the_documents_is_the_real_one():
     metadata = {"ss_base_model_version": "qwen_image_edit_2511"}
     adapter = lora_core.read_state_dict(state_dict, metadata, "my_edit_lora.safetensors")
     block = f"```text\n{adapter.report.to_text()}\n```"
-    assert block in README
+    assert block in MANUAL
     assert block in (ROOT / "web" / "docs" / "QwenEditLoraLoad.md").read_text(encoding="utf-8")
 
 
-def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_python_example_of_the_manual_runs(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", MANUAL, re.DOTALL)
     module = {targets.BLOCK_LINEARS[0]: (8, 8)}
     paths = {f"transformer_blocks.0.{name}": shape for name, shape in module.items()}
     make_adapter(tmp_path / "my_edit_lora.safetensors", paths, rank=2, alpha=1.0)
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    # Imported by its folder, lora_core goes by that name alone, as the README says.
+    # Imported by its folder, lora_core goes by that name alone, as the manual says.
     monkeypatch.setitem(sys.modules, "lora_core", lora_core)
     runpy.run_path("example.py")
     printed = capsys.readouterr().out
@@ -275,21 +287,30 @@ def make_anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
+def list_anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {make_anchor(heading) for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_file_names_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    anchors = {make_anchor(heading) for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert [link for link in links if link[0] == "#" and link[1:] not in anchors] == []
-    names = [link.split("#")[0] for link in links if link[0] != "#"]
+    lost = []
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / name) if name else ROOT / page
+        if not target.exists() or (anchor and anchor not in list_anchors(target)):
+            lost.append(link)
     folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {".comfyui", ".venv"}
-    names += [
+    lost += [
         name
         for code in re.findall(r"`([^`\n]+)`", text)
         for name in re.findall(r"[\w.]+(?:/[\w.]+)+", code)
-        if name.split("/")[0] in folders and name.count("<") == 0
+        if name.split("/")[0] in folders and "<" not in name and not (ROOT / name).exists()
     ]
-    assert [name for name in names if not (ROOT / name).exists()] == []
+    assert lost == []
 
 
 def test_every_command_in_the_documents_is_one_of_dev_py():

@@ -181,8 +181,9 @@ def test_a_wrong_command_line_ends_with_status_2(capsys):
     assert "invalid choice: 'explode'" in capsys.readouterr().err
 
 
-def test_every_command_line_in_the_readme_parses():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_command_line_in_the_manual_parses():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     lines = re.findall(r"^python -m lora_core (.*)$", text, re.MULTILINE)
     assert {line.split()[0] for line in lines} == {
         *("inspect", "compare", "resize", "merge", "extract", "convert"),

@@ -84,6 +84,19 @@ class Workspace:
                     .element.innerText]))"""
         )
 
+    def wait_for_reports(self) -> dict[str, str]:
+        """The reports, once the page has taken up the events of a run that ended."""
+        self.page.wait_for_timeout(1000)
+        return self.read_reports()
+
+    def read_in_both_renderers(self, name: str) -> Iterator[dict[str, str]]:
+        """The reports as the classic renderer shows them, then as Vue nodes; a shot of each."""
+        yield self.wait_for_reports()
+        self.shoot(f"{name}_classic")
+        self.set_vue_nodes(True)
+        yield self.wait_for_reports()
+        self.shoot(f"{name}_vue")
+
     def shoot(self, name: str) -> Path:
         path = self.shots / f"{name}.png"
         self.page.screenshot(path=path)
@@ -97,5 +110,6 @@ def workspace(browser: Any, server: Any, tmp_path: Path) -> Iterator[Workspace]:
     context = browser.new_context(viewport={"width": 1800, "height": 1000})
     workspace = Workspace(context.new_page(), server, shots)
     workspace.open()
+    workspace.set_vue_nodes(False)  # a setting of the server's, which an earlier test may have left
     yield workspace
     context.close()

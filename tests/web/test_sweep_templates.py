@@ -28,26 +28,24 @@ FIT_VIEW = """type => {
 }"""
 
 
-def open_quickly(workspace: Any, name: str, vue_nodes: bool) -> None:
-    workspace.set_vue_nodes(vue_nodes)
+def open_quickly(workspace: Any, name: str) -> None:
     workspace.open_template(name)
-    # A seed each: of a sweep that lies in the cache as a whole, only the report's head is shown.
-    workspace.set_widgets({**QUICK, "seed": 7 + vue_nodes})
+    # A seed each: of a sweep that is in the cache as a whole, only the report's head is shown.
+    workspace.set_widgets({**QUICK, "seed": int(name[:2])})
 
 
-def run(workspace: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The history entry and the reports on the nodes."""
+def run(workspace: Any) -> dict[str, Any]:
+    """The history entry."""
     entry = workspace.run()
     assert entry["status"]["status_str"] == "success"
-    workspace.page.wait_for_timeout(1000)
-    return entry, workspace.read_reports()
+    return entry
 
 
-def shoot(workspace: Any, name: str, vue_nodes: bool, *node_types: str) -> None:
+def shoot(workspace: Any, name: str, *node_types: str) -> None:
     for node_type in node_types:
         workspace.page.evaluate(FIT_VIEW, node_type)
-        workspace.page.wait_for_timeout(1000)
-        workspace.shoot(f"{name}_{node_type}_{'vue' if vue_nodes else 'classic'}")
+        workspace.page.wait_for_timeout(500)
+        workspace.shoot(f"{name}_{node_type}")
 
 
 def find_sheet(workspace: Any, entry: dict[str, Any], prefix: str) -> Image.Image:
@@ -65,24 +63,22 @@ def find_sheet(workspace: Any, entry: dict[str, Any], prefix: str) -> Image.Imag
     return sheet
 
 
-@RENDERERS
-def test_the_strength_sweep_opens_from_templates_runs_and_takes_another_strength(
-    workspace, vue_nodes
-):
-    open_quickly(workspace, "04_strength_sweep", vue_nodes)
-    entry, reports = run(workspace)
-    shoot(workspace, "04", vue_nodes, "QwenEditLoraEffect", "QwenEditLoraSweep")
-    shoot(workspace, "04", vue_nodes, "QwenEditLoraSweepGrid")
-    assert "matched 20 modules, 60 of 60 keys" in reports["QwenEditLoraLoad"]
-    assert "changes the output by" in reports["QwenEditLoraEffect"]
-    assert "for a sweep: 0, " in reports["QwenEditLoraEffect"]
-    assert reports["QwenEditLoraSweep"].startswith("4 pictures: strengths 0, 0.5, 1, 2")
-    assert "20 of 20 modules matched" in reports["QwenEditLoraSweep"]
-    assert "source as a whole: SSIM" in reports["QwenEditLoraSweepGrid"]
+def test_the_strength_sweep_opens_from_templates_runs_and_takes_another_strength(workspace):
+    open_quickly(workspace, "04_strength_sweep")
+    entry = run(workspace)
+    for reports in workspace.read_in_both_renderers("04"):
+        assert "matched 20 modules, 60 of 60 keys" in reports["QwenEditLoraLoad"]
+        assert "changes the output by" in reports["QwenEditLoraEffect"]
+        assert "for a sweep: 0, " in reports["QwenEditLoraEffect"]
+        assert reports["QwenEditLoraSweep"].startswith("4 pictures: strengths 0, 0.5, 1, 2")
+        assert "20 of 20 modules matched" in reports["QwenEditLoraSweep"]
+        assert "source as a whole: SSIM" in reports["QwenEditLoraSweepGrid"]
+    shoot(workspace, "04_vue", "QwenEditLoraEffect", "QwenEditLoraSweep", "QwenEditLoraSweepGrid")
     first = find_sheet(workspace, entry, "sweep_")
 
     workspace.page.evaluate(SET_STRENGTHS, "0, 0.5, 1, 1.5, 2")
-    entry, reports = run(workspace)
+    entry = run(workspace)
+    reports = workspace.wait_for_reports()
     assert reports["QwenEditLoraSweep"].startswith("5 pictures: strengths 0, 0.5, 1, 1.5, 2")
     second = find_sheet(workspace, entry, "sweep_")
     assert second.size[0] > first.size[0]
@@ -91,7 +87,8 @@ def test_the_strength_sweep_opens_from_templates_runs_and_takes_another_strength
 
 @RENDERERS
 def test_a_wrong_strength_is_shown_on_the_page_and_the_rest_goes_on(workspace, vue_nodes):
-    open_quickly(workspace, "04_strength_sweep", vue_nodes)
+    workspace.set_vue_nodes(vue_nodes)
+    open_quickly(workspace, "04_strength_sweep")
     workspace.page.evaluate(SET_STRENGTHS, "0..2")
     workspace.page.get_by_test_id("queue-button").click()
     sentence = workspace.page.get_by_text("strengths is '0..2'; expected finite numbers")
@@ -102,19 +99,19 @@ def test_a_wrong_strength_is_shown_on_the_page_and_the_rest_goes_on(workspace, v
     assert workspace.errors == []
 
 
-@RENDERERS
-def test_the_checkpoint_sweep_opens_from_templates_and_compares_a_run(workspace, vue_nodes):
-    open_quickly(workspace, "05_checkpoint_sweep", vue_nodes)
-    entry, reports = run(workspace)
-    shoot(workspace, "05", vue_nodes, "QwenEditLoraSweep", "QwenEditLoraSweepGrid")
+def test_the_checkpoint_sweep_opens_from_templates_and_compares_a_run(workspace):
+    open_quickly(workspace, "05_checkpoint_sweep")
+    entry = run(workspace)
     names = [f"my_run-000{number}" for number in (100, 200, 300)]
-    assert (
-        f"adapters: {'; '.join(names)}; strength 0 is the same for all"
-        in (reports["QwenEditLoraSweep"])
-    )
-    for name in names:
-        assert f"{name}: " in reports["QwenEditLoraSweepGrid"]
-        assert f"{name}.safetensors: 20 of 20 modules matched" in reports["QwenEditLoraSweep"]
+    for reports in workspace.read_in_both_renderers("05"):
+        assert (
+            f"adapters: {'; '.join(names)}; strength 0 is the same for all"
+            in (reports["QwenEditLoraSweep"])
+        )
+        for name in names:
+            assert f"{name}: " in reports["QwenEditLoraSweepGrid"]
+            assert f"{name}.safetensors: 20 of 20 modules matched" in reports["QwenEditLoraSweep"]
+    shoot(workspace, "05_vue", "QwenEditLoraSweep", "QwenEditLoraSweepGrid")
     sheet = find_sheet(workspace, entry, "checkpoints_")
     assert sheet.size[1] > sheet.size[0]  # one row a checkpoint
     assert workspace.errors == []

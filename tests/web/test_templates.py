@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from PIL import Image
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 
-@pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", "vue"])
-def test_the_apply_workflow_opens_from_templates_and_runs(workspace, server, vue_nodes):
-    workspace.set_vue_nodes(vue_nodes)
+
+def test_the_apply_workflow_opens_from_templates_and_runs(workspace, server):
     workspace.open_template("01_apply_lora")
     workspace.set_widgets({"steps": 2, "cfg": 1})  # 20 of a megapixel take minutes on a CPU
     entry = workspace.run()
@@ -22,11 +23,9 @@ def test_the_apply_workflow_opens_from_templates_and_runs(workspace, server, vue
     pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), dtype=np.float32)
     assert min(pixels.shape[:2]) >= 512
     assert pixels.std() > 5  # not a single colour
-    workspace.page.wait_for_timeout(1000)
-    reports = workspace.read_reports()
-    workspace.shoot(f"01_apply_lora_{'vue' if vue_nodes else 'classic'}")
-    assert "matched 20 modules, 60 of 60 keys" in reports["QwenEditLoraLoad"]
-    assert "side path: 20 modules" in reports["QwenEditLoraApply"]
+    for reports in workspace.read_in_both_renderers("01_apply_lora"):
+        assert "matched 20 modules, 60 of 60 keys" in reports["QwenEditLoraLoad"]
+        assert "side path: 20 modules" in reports["QwenEditLoraApply"]
     assert workspace.errors == []
 
 
@@ -43,22 +42,37 @@ WORKFLOWS_WITHOUT_A_MODEL = {
 }
 
 
-@pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", "vue"])
 @pytest.mark.parametrize("name", WORKFLOWS_WITHOUT_A_MODEL)
-def test_a_workflow_without_a_model_opens_from_templates_and_runs(
-    workspace, server, name, vue_nodes
-):
-    workspace.set_vue_nodes(vue_nodes)
+def test_a_workflow_without_a_model_opens_from_templates_and_runs(workspace, server, name):
     workspace.open_template(name)
     entry = workspace.run()
     assert entry["status"]["status_str"] == "success"
-    workspace.page.wait_for_timeout(1000)
-    reports = workspace.read_reports()
-    workspace.shoot(f"{name}_{'vue' if vue_nodes else 'classic'}")
-    for node_type, text in WORKFLOWS_WITHOUT_A_MODEL[name].items():
-        assert text in reports[node_type]
+    for reports in workspace.read_in_both_renderers(name):
+        for node_type, text in WORKFLOWS_WITHOUT_A_MODEL[name].items():
+            assert text in reports[node_type]
     for picture in server.images(entry):
         pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), dtype=np.float32)
         assert pixels.shape == (1024, 1024, 3)
         assert pixels.std() > 5  # not a single colour
+    assert workspace.errors == []
+
+
+def test_a_workflow_opened_in_the_newer_renderer_runs_and_reports(workspace):
+    workspace.set_vue_nodes(True)
+    workspace.open_template("03_compare_and_resize")
+    assert workspace.run()["status"]["status_str"] == "success"
+    reports = workspace.wait_for_reports()
+    for node_type, text in WORKFLOWS_WITHOUT_A_MODEL["03_compare_and_resize"].items():
+        assert text in reports[node_type]
+    assert workspace.errors == []
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in WORKFLOWS.glob("*.json")))
+def test_every_workflow_opens_from_templates_in_the_newer_renderer(workspace, name):
+    workspace.set_vue_nodes(True)
+    workspace.open_template(name)
+    workspace.page.locator("[data-node-id]").first.wait_for()
+    drawn = workspace.page.evaluate("document.querySelectorAll('[data-node-id]').length")
+    assert drawn == workspace.page.evaluate("app.graph._nodes.length") > 3
+    workspace.shoot(f"{name}_opened_vue")
     assert workspace.errors == []

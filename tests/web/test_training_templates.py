@@ -12,7 +12,6 @@ from PIL import Image
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
-RENDERERS = pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", "vue"])
 #: Smaller and shorter than in the workflow, which is for a GPU and a night.
 QUICK = {"megapixels": 0.02, "reference_megapixels": 0.02, "batch_size": 2, "sample_every": 10}
 TRAINING_STEPS = 20
@@ -20,12 +19,9 @@ RENDER_STEPS = 2
 TRAINING_TIMEOUT = 240.0  # seconds
 
 
-def open_quickly(workspace: Any, name: str, vue_nodes: bool) -> None:
-    workspace.set_vue_nodes(vue_nodes)
+def open_quickly(workspace: Any, name: str) -> None:
     workspace.open_template(name)
-    run_name = f"{name}_{'vue' if vue_nodes else 'classic'}"
-    values = {**QUICK, "name": run_name, "seed": 1 + vue_nodes}
-    workspace.set_widgets({**values, "steps": RENDER_STEPS})
+    workspace.set_widgets({**QUICK, "name": name, "steps": RENDER_STEPS})
     workspace.set_widgets({"steps": TRAINING_STEPS}, "QwenEditLoraTrain")
 
 
@@ -38,8 +34,7 @@ def run(workspace: Any) -> dict[str, str]:
     for picture in pictures:
         pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), dtype=np.float32)
         assert pixels.std() > 1  # not a single colour
-    workspace.page.wait_for_timeout(1000)
-    return workspace.read_reports()
+    return workspace.wait_for_reports()
 
 
 def read_job_view(workspace: Any, node_type: str) -> dict[str, Any]:
@@ -70,34 +65,31 @@ def wait_for_completion(server: Any, name: str) -> None:
     raise AssertionError(f"{name} was not trained in time: {jobs}")
 
 
-@RENDERERS
-def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(
-    workspace, server, vue_nodes
-):
-    open_quickly(workspace, "06_train_lora", vue_nodes)
+def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(workspace, server):
+    name = "06_train_lora"
+    open_quickly(workspace, name)
     reports = run(workspace)
     assert "12 of 12 pairs can be used" in reports["QwenEditDataset"]
     assert "trainable parameters" in reports["QwenEditLoraTrain"]
     assert f"of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
-    name = f"06_train_lora_{'vue' if vue_nodes else 'classic'}"
     wait_for_completion(server, name)
-    reports = run(workspace)
-    workspace.shoot(name)
-    assert "is this training already: completed" in reports["QwenEditLoraTrain"]
-    assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
-    assert f"LoRA: {name}.safetensors in models/loras" in reports["QwenEditLoraJob"]
-    for node_type in ("QwenEditLoraTrain", "QwenEditLoraJob"):
+    run(workspace)
+    for reports in workspace.read_in_both_renderers(name):
+        assert "is this training already: completed" in reports["QwenEditLoraTrain"]
+        assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
+        assert f"LoRA: {name}.safetensors in models/loras" in reports["QwenEditLoraJob"]
         workspace.page.wait_for_timeout(3500)  # the view asks for its curve every 3 s
-        view = read_job_view(workspace, node_type)
-        assert f"step {TRAINING_STEPS} of {TRAINING_STEPS}" in view["text"]
-        assert f"steps 1 to {TRAINING_STEPS}: Loss from" in view["curve"]
-        assert view["isPictureSeen"]
-        assert view["isInNode"]
+        for node_type in ("QwenEditLoraTrain", "QwenEditLoraJob"):
+            view = read_job_view(workspace, node_type)
+            assert f"step {TRAINING_STEPS} of {TRAINING_STEPS}" in view["text"]
+            assert f"steps 1 to {TRAINING_STEPS}: Loss from" in view["curve"]
+            assert view["isPictureSeen"]
+            assert view["isInNode"]
     assert workspace.errors == []
 
 
 def test_one_graph_trains_waits_inspects_and_sweeps(workspace):
-    open_quickly(workspace, "07_train_then_sweep", vue_nodes=False)
+    open_quickly(workspace, "07_train_then_sweep")
     reports = run(workspace)
     workspace.shoot("07_train_then_sweep")
     assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]

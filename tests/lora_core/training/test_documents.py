@@ -1,4 +1,4 @@
-"""The example configuration and the README's section on training, held against the code."""
+"""The example configuration and what docs/ says of training, held against the code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from qwen_edit_lora.lora_core.training.presets import (
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "lora_core" / "training" / "example.toml"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+HARDWARE, COMMAND_LINE = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("hardware", "command-line")
+)
 #: TOML has no null: the example shows the rank instead, which is what alpha is then.
 SHOWN_OTHERWISE = {("lora", "alpha"): 16}
 
@@ -46,24 +48,24 @@ def test_the_example_shows_every_setting_with_its_default():
     assert shown == expected
 
 
-def test_the_training_set_of_the_readme_can_be_written_and_read(tmp_path, monkeypatch):
-    (example,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+def test_the_training_set_of_the_manual_can_be_written_and_read(tmp_path, monkeypatch):
+    (example,) = re.findall(r"```py\n(.*?)```", COMMAND_LINE, re.DOTALL)
     example = example.replace(
         "from lora_core.training.dataset import CachedItem, DatasetWriter", ""
     )
     monkeypatch.chdir(tmp_path)
     names = {"CachedItem": dataset.CachedItem, "DatasetWriter": dataset.DatasetWriter}
-    exec(example, names)  # noqa: S102 - our own README
+    exec(example, names)  # noqa: S102 - our own manual
     written = read_dataset(tmp_path / "cache" / "my_edit")
     assert (len(written), written.text_width, written.has_empty_text) == (2, 3584, True)
     assert written.items[0].bucket == ((128, 128), (128, 128))
 
 
-def test_the_readme_names_only_commands_there_are():
+def test_the_manual_names_only_commands_there_are():
     from qwen_edit_lora.lora_core.__main__ import build_parser
 
     parser = build_parser()
-    lines = re.findall(r"-m lora_core (train|sample|estimate)(.*)", README)
+    lines = re.findall(r"-m lora_core (train|sample|estimate)(.*)", COMMAND_LINE)
     assert {command for command, _ in lines} == {"train", "sample", "estimate"}
     for command, rest in lines:
         parser.parse_args([command, *re.findall(r'"[^"]*"|\S+', rest.partition("`")[0])])
@@ -102,8 +104,8 @@ def compute_headroom(preset: str) -> int:
     return SIZE.count_headroom(NUM_TOKENS, num_parameters, averaged)
 
 
-def test_the_gpu_table_of_the_readme_is_what_the_engine_chooses():
-    rows = ROW.findall(README)
+def test_the_gpu_table_of_the_manual_is_what_the_engine_chooses():
+    rows = ROW.findall(HARDWARE)
     assert {int(row[0]) for row in rows} == {12, 16, 24, 32, 48, 80}
     assert {int(row[0]) for row in rows if row[3]} == {12, 16, 24, 32, 48, 80}
     for gpu, preset, storage, auto, offloaded, on_gpu, in_ram in rows:
@@ -116,10 +118,10 @@ def test_the_gpu_table_of_the_readme_is_what_the_engine_chooses():
         assert not auto or (storage, int(offloaded)) == (chosen.storage, chosen.offload_blocks)
 
 
-def test_the_sizes_of_base_files_in_the_readme_follow_from_their_weights():
-    (bf16,) = re.findall(r"^\| bf16: [^|]*\| ([\d.]+) GB \|", README, re.MULTILINE)
-    (eight_bits,) = re.findall(r"^\| fp8, [^|]*\| ([\d.]+) GB \|", README, re.MULTILINE)
-    (gguf,) = re.findall(r"^\| GGUF, ([^|]*)\|([^|]*)GB \|", README, re.MULTILINE)
+def test_the_sizes_of_base_files_in_the_manual_follow_from_their_weights():
+    (bf16,) = re.findall(r"^\| bf16: [^|]*\| ([\d.]+) GB \|", HARDWARE, re.MULTILINE)
+    (eight_bits,) = re.findall(r"^\| fp8, [^|]*\| ([\d.]+) GB \|", HARDWARE, re.MULTILINE)
+    (gguf,) = re.findall(r"^\| GGUF, ([^|]*)\|([^|]*)GB \|", HARDWARE, re.MULTILINE)
     bits, sizes = (list(map(float, re.findall(r"[\d.]+", text))) for text in gguf)
     assert float(bf16) == round(NUM_WEIGHTS * 2 / 1e9, 1)
     assert float(eight_bits) == round(NUM_WEIGHTS / 1e9, 1)
