@@ -203,6 +203,17 @@ def server(comfyui_path: Path, base_directory: Path) -> Iterator[Any]:
         yield server.wait_ready()
 
 
+@pytest.fixture(scope="module")
+def routes(
+    comfyui: SimpleNamespace, demo_models: DemoModels, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """A demo_base.route_server.RouteServer: our HTTP routes in this process, without workers."""
+    from demo_base.route_server import serve_routes
+
+    with serve_routes(tmp_path_factory.mktemp("routes"), demo_models.root / "loras") as routes:
+        yield routes
+
+
 def find_browser() -> str:
     """Path of a Chromium; skips where there is none, fails where one is required."""
     candidates = [os.environ.get("CHROMIUM_PATH"), *map(shutil.which, BROWSER_NAMES)]

@@ -74,7 +74,7 @@ from .sampling import (
     list_schedulers,
     predict,
 )
-from .startup import get_cors_origin
+from .startup import get_cors_origin, get_listen_addresses
 from .weights import (
     PackedWeights,
     prioritize,
