@@ -85,6 +85,7 @@ class PromptQueue:
 def start() -> None:
     """Starts the jobs and adds the routes; called once, when ComfyUI loads the extension."""
     server = PromptServer.instance
+    host.connect_queue(server.prompt_queue)
     job_host.start_jobs(PromptQueue(server), lambda data: send(server, EVENT, data))
     server.add_on_prompt_handler(warn_of_conflict)
     server.routes.get(PREFIX)(answer(lambda request: job_views.list_jobs))

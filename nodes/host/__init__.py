@@ -39,6 +39,9 @@ from .graphs import (
     Link,
     block_output,
     build_graph,
+    connect_queue,
+    find_queued_readers,
+    find_weight_readers,
     find_wired_outputs,
     get_links,
 )

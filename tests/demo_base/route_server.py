@@ -1,4 +1,4 @@
-"""Our HTTP routes on ComfyUI's own application in this process; no worker trains, no LoRA is judged.
+"""Our HTTP routes on ComfyUI's own application in this process; no worker trains here.
 
 Needs ComfyUI in this process (the fixture `comfyui`) and folders to serve.
 """
