@@ -56,6 +56,9 @@ def name_count(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
 
 
+COUNTS = {name_count(count): count for count in range(MAX_FILES + 1)}
+
+
 def build_file_rows(count: int) -> list[io.Input]:
     """Widgets for `count` files: lora_1, strength_1, lora_2, ..."""
     rows: list[io.Input] = []
@@ -74,10 +77,20 @@ def build_file_rows(count: int) -> list[io.Input]:
 
 
 def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
-    """(lora_name, strength) per row of the DynamicCombo's value."""
+    """(lora_name, strength) per row of the DynamicCombo's value.
+
+    Raises:
+        ConfigError: it is none, as a graph that was written by hand may have it.
+    """
     files = files or {}
-    count = int(files.get("files", "0").split()[0])
-    return [(files[f"lora_{n}"], files[f"strength_{n}"]) for n in range(1, count + 1)]
+    try:
+        count = COUNTS[files.get("files", name_count(0))]
+        return [(files[f"lora_{n}"], files[f"strength_{n}"]) for n in range(1, count + 1)]
+    except (KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"files is {shorten(repr(files))}; expected a number of files, such as '2 files', with "
+            "lora_1, strength_1 and so on for each"
+        ) from None
 
 
 def tell_file(applied: Application, adapter: Adapter) -> None:
@@ -92,8 +105,8 @@ class QwenEditLoraStack(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         options = [
             # No bare numbers: JavaScript would sort them and lose the default.
-            io.DynamicCombo.Option(name_count(count), build_file_rows(count))
-            for count in range(MAX_FILES + 1)
+            io.DynamicCombo.Option(name, build_file_rows(count))
+            for name, count in COUNTS.items()
         ]
         return io.Schema(
             node_id="QwenEditLoraStack",
@@ -146,7 +159,7 @@ class QwenEditLoraStack(io.ComfyNode):
             names = [name for name, _ in read_file_rows(files)]
             signatures = [read_signature(host.find_lora(name)) for name in names]
             return [*signatures, host.find_queued_readers()]
-        except (LoraError, KeyError, ValueError):
+        except LoraError:
             return None  # execute says what is wrong
 
     @classmethod
