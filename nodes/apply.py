@@ -22,9 +22,9 @@ from .sockets import (
 
 MODE_TOOLTIP = (
     "side path: runs the LoRA beside the weights, exact on fp8 bases, and a new strength costs "
-    "nothing. merge: adds it to the weights as ComfyUI's LoraLoader does; needed before ModelSave "
-    "and ModelMerge, which do not see a side path. auto: side path wherever it can serve; the "
-    "report says what was merged and why."
+    "nothing. merge: adds it to the weights as ComfyUI's LoraLoader does. auto: side path wherever "
+    "it can serve; merged where ModelSave or ModelMerge stands behind, which see weights alone. "
+    "The report says what was merged and why."
 )
 
 

@@ -70,6 +70,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     needs_comfyui = item.get_closest_marker("comfy") or item.get_closest_marker("web")
     if needs_comfyui and find_comfyui() is None:
         pytest.skip("needs ComfyUI: run `python dev.py setup` or set COMFYUI_PATH")
+    if item.get_closest_marker("nightly") and os.environ.get("QWEN_EDIT_LORA_FUZZ") != "all":
+        pytest.skip("takes long: run `python dev.py test --all`")
     if item.get_closest_marker("web"):
         find_browser()
     if item.get_closest_marker("gpu"):
