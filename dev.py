@@ -3,6 +3,7 @@
 
     python dev.py demo [--serve] [--port PORT]   a real ComfyUI edits a photograph with a LoRA
     python dev.py test [pytest arguments ...]    the whole test suite on all cores, or what is named
+    python dev.py test --all [arguments ...]     what takes hours too: all fuzzing, nightly
     python dev.py gpu [arguments ...]            what only a card shows; see benchmarks/gpu_check.py
     python dev.py setup | lint | bench [NAME ...]
 
@@ -33,6 +34,8 @@ COMFYUI_SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baec
 COMFYUI_IN_SDIST = ("vendor", "ComfyUI")
 
 GPU_CHECK = ROOT / "benchmarks" / "gpu_check.py"
+#: Read by tests/conftest.py and tests/fuzz/conftest.py.
+RUN_ALL = "QWEN_EDIT_LORA_FUZZ"
 LOG_TAIL_LINES = 15
 MOST_TEST_PROCESSES = 4  # each has a ComfyUI and a server of its own, 2 GB together
 
@@ -262,15 +265,20 @@ def demo(comfyui: Path, serve: bool, port: int | None) -> int:
 def test(comfyui: Path, arguments: list[str]) -> int:
     """Runs pytest with its arguments as given; without any, all tests on several cores at once.
 
+    --all, wherever it stands, is not pytest's: it has the fuzzers run all of their cases, and the
+    tests run that are marked nightly.
+
     A file's tests stay in one process, whose server and models they share. One thread each: tiny
     products spread over cores that others use take minutes.
     """
     pytest = get_venv_script(ROOT, "pytest")
+    more = {RUN_ALL: "all"} if "--all" in arguments else {}
+    arguments = [argument for argument in arguments if argument != "--all"]
     if arguments:
-        return run([pytest, *arguments], comfyui)
+        return run([pytest, *arguments], comfyui, more=more)
     num_processes = max(1, min(MOST_TEST_PROCESSES, os.cpu_count() or 1))
     spread = [f"--numprocesses={num_processes}", "--dist=loadfile", "--no-loadscope-reorder"]
-    return run([pytest, *spread], comfyui, more={"OMP_NUM_THREADS": "1"})
+    return run([pytest, *spread], comfyui, more={**more, "OMP_NUM_THREADS": "1"})
 
 
 def check_gpu(comfyui: Path, arguments: list[str]) -> int:

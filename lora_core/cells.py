@@ -11,6 +11,7 @@ from .errors import ConfigError
 from .stored import shorten
 
 MAX_CELLS = 64
+MAX_SEED_DIGITS = 20  # of 64 bits
 
 _PARTS = re.compile(
     r"\s*strength=(?P<strength>\S+)(?:\s+seed=(?P<seed>\d+))?(?:\s+lora=(?P<adapter>.*\S))?\s*"
@@ -59,6 +60,11 @@ def parse_label(text: str) -> Cell:
     if parts is None:
         return Cell(strength)
     seed = parts["seed"]
+    if seed is not None and len(seed) > MAX_SEED_DIGITS:
+        raise ConfigError(
+            f"{shorten(text)!r} has a seed of {len(seed)} digits; expected at most "
+            f"{MAX_SEED_DIGITS}"
+        )
     return Cell(strength, None if seed is None else int(seed), parts["adapter"] or "")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .adapter import Adapter
 from .factors import get_factors
+from .findings import WARNING, Finding
 from .products import (
     Products,
     complete,
@@ -144,6 +145,7 @@ class Comparison(Relation):
             "only_in_a": list(self.only_in_a),
             "only_in_b": list(self.only_in_b),
             "not_comparable": dict(self.not_comparable),
+            "findings": [asdict(finding) for finding in self.findings],
             "modules": {path: module.to_dict() for path, module in self.modules.items()},
         }
 
@@ -173,13 +175,19 @@ class Comparison(Relation):
         for label, paths in (("only in a", self.only_in_a), ("only in b", self.only_in_b)):
             if paths:
                 lines.append(f"{label}: {shorten_list(paths, 3)}")
-        if self.not_comparable:
-            reasons = [f"{path}: {reason}" for path, reason in self.not_comparable.items()]
-            lines.append(
-                f"Warning: {len(reasons)} modules are not compared and in no figure: "
-                + shorten_list(reasons, 3)
-            )
+        lines += [f"Warning: {finding.text}" for finding in self.findings]
         return "\n".join(lines)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What no figure is of."""
+        if not self.not_comparable:
+            return ()
+        reasons = [f"{path}: {reason}" for path, reason in self.not_comparable.items()]
+        text = (
+            f"{len(reasons)} modules are not compared and in no figure: {shorten_list(reasons, 3)}"
+        )
+        return (Finding("modules_not_compared", WARNING, text, len(reasons)),)
 
 
 def compare_adapters(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .cells import Cell, build_label
+from .findings import NOTE, WARNING, Finding
 from .picture_metrics import STEP, VISIBLE_STEPS
 from .report import shorten_list
 from .sweep_damage import describe_damage, find_damage
@@ -90,6 +91,12 @@ class SweepVerdict:
         kinds = {verdict.kind for verdict in self.adapters.values()}
         return bool(self.warnings) or not kinds <= {SMOOTH, UNEVEN}
 
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What was not measured, then what the verdicts make of each adapter."""
+        left_out = [Finding("not_measured", WARNING, text) for text in self.warnings]
+        return (*left_out, *map(build_finding, self.adapters.values()))
+
     def to_text(self) -> str:
         return "\n".join([*self.sentences, *(f"Warning: {text}" for text in self.warnings)])
 
@@ -97,9 +104,16 @@ class SweepVerdict:
         return {
             "verdict": list(self.sentences),
             "warnings": list(self.warnings),
+            "findings": [asdict(finding) for finding in self.findings],
             "thresholds": dict(self.thresholds),
             "adapters": {name: asdict(verdict) for name, verdict in self.adapters.items()},
         }
+
+
+def build_finding(verdict: AdapterVerdict) -> Finding:
+    is_fine = verdict.kind in (SMOOTH, UNEVEN)
+    kind = f"sweep_{verdict.kind.replace(' ', '_')}"
+    return Finding(kind, NOTE if is_fine else WARNING, verdict.sentences[0])
 
 
 def judge_sweep(sweep: SweepMeasures) -> SweepVerdict:

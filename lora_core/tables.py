@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .findings import NOTE
+from .findings import NOTE, WARNING, Finding
 from .report import shorten_list
 from .statistics import BY_BLOCK, STATISTICS, sort_modules
 
@@ -21,10 +21,18 @@ def needs_attention(inspection: Inspection) -> bool:
 def describe_verdict(inspection: Inspection) -> str:
     """The verdict, a sentence a line, then what could not be inspected."""
     lines = [f"{inspection.name}: {len(inspection.modules)} modules", *inspection.verdict]
-    if inspection.skipped:
-        found = [f"{path}: {reason}" for path, reason in inspection.skipped.items()]
-        lines.append(f"Warning: {len(found)} modules have no figures: {shorten_list(found, 2)}")
+    lines += [f"Warning: {finding.text}" for finding in find_skipped(inspection)]
     return "\n".join(lines)
+
+
+def find_skipped(inspection: Inspection) -> list[Finding]:
+    """What the figures are not of; a warning where the base model is at fault."""
+    if not inspection.skipped:
+        return []
+    found = [f"{path}: {reason}" for path, reason in inspection.skipped.items()]
+    text = f"{len(found)} modules have no figures: {shorten_list(found, 2)}"
+    severity = WARNING if inspection.misfits else NOTE
+    return [Finding("modules_without_figures", severity, text, len(found))]
 
 
 #: Always shown, then by whichever figure the table is sorted.

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from .errors import TargetError
+from .text import shorten
 
 NUM_BLOCKS = 60
 WIDTH = 3072
@@ -179,7 +180,7 @@ def parse_block_ranges(text: str) -> frozenset[int] | None:
         match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", item)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise TargetError(
-                f"{item.strip()!r} is no block range; expected numbers and ranges such as "
+                f"{shorten(item.strip())!r} is no block range; expected numbers and ranges such as "
                 '"0-19, 40", or nothing for all blocks'
             )
         blocks.update(range(int(match[1]), int(match[2] or match[1]) + 1))

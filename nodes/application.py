@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..lora_core import Adapter, ConfigError, TargetError
+from ..lora_core.findings import NOTE, WARNING, Finding, list_texts
 from ..lora_core.report import shorten_list
 from ..lora_core.strengths import Strengths
 from . import host
 from .layouts import PLAIN, check_layout
 from .matching import Match, match_adapter
 from .side_path import Entry, add_to_side_path
+
+logger = logging.getLogger(__name__)
 
 AUTO, SIDE_PATH, MERGE = MODES = ("auto", "side path", "merge")
 
@@ -23,16 +27,34 @@ class Application:
 
     model: host.ModelPatcher
     lines: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    """Notes stand among the lines, warnings behind them."""
+
+    def note(self, kind: str, text: str, count: int | None = None) -> None:
+        self.lines.append(text)
+        self.findings.append(Finding(kind, NOTE, text, count))
+
+    def warn(self, kind: str, text: str, count: int | None = None) -> None:
+        self.findings.append(Finding(kind, WARNING, text, count))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return list_texts(self.findings, WARNING)
 
     def to_text(self) -> str:
         return "\n".join([*self.lines, *(f"Warning: {text}" for text in self.warnings)])
 
 
 def apply_adapters(
-    model: host.ModelPatcher, layers: Iterable[tuple[Adapter, Strengths]], mode: str = AUTO
+    model: host.ModelPatcher,
+    layers: Iterable[tuple[Adapter, Strengths]],
+    mode: str = AUTO,
+    readers: Sequence[str] = (),
 ) -> Application:
     """Applies each adapter to a clone of `model`; all of them are checked before the first.
+
+    Args:
+        readers: nodes behind this one that read the weights; see `host.find_weight_readers`.
 
     Raises:
         LoraError: any adapter does not fit, or `mode` cannot serve it. The model is as before.
@@ -49,7 +71,7 @@ def apply_adapters(
         matches.append(match)
     application = Application(model.clone())
     for (adapter, strengths), match in zip(layers, matches, strict=True):
-        apply_one(application, adapter, strengths, match, mode)
+        apply_one(application, adapter, strengths, match, mode, readers)
     return application
 
 
@@ -62,7 +84,12 @@ def check_selection(adapter: Adapter, strengths: Strengths, match: Match) -> Non
 
 
 def apply_one(
-    application: Application, adapter: Adapter, strengths: Strengths, match: Match, mode: str
+    application: Application,
+    adapter: Adapter,
+    strengths: Strengths,
+    match: Match,
+    mode: str,
+    readers: Sequence[str],
 ) -> None:
     model = application.model
     merged = dict(match.merge_only)
@@ -74,7 +101,7 @@ def apply_one(
         )
     if mode == MERGE:
         merged = dict.fromkeys(match.paths, "as chosen")
-    elif mode == AUTO and (reason := host.find_merge_reason(model)):
+    elif mode == AUTO and (reason := find_merge_reason(model, readers)):
         merged = dict.fromkeys(match.paths, reason)
     blocked = sorted(path for path in merged if path in match.unmergeable)
     if blocked and not strengths.is_zero:
@@ -90,7 +117,7 @@ def apply_one(
     )
     if match.layout is not PLAIN:
         application.lines.append(f"this MODEL is a {match.layout.name} Qwen-Image, {match.storage}")
-    application.warnings += find_warnings(model, adapter, match)
+    application.findings += find_warnings(model, adapter, match)
     if strengths.is_zero:
         application.lines.append("strength is 0: nothing is applied")
         return
@@ -101,8 +128,11 @@ def apply_one(
             f"side path: {len(selected)} modules, no weight is touched"
             + (" (auto: nothing stands against it)" if mode == AUTO and not merged else "")
         )
+        if readers:
+            warn_of_readers(application, adapter, readers, len(selected))
     if selected := strengths.select(merged):
-        merge(application, adapter, strengths, {path: merged[path] for path in selected}, match)
+        reasons = {path: merged[path] for path in selected}
+        merge(application, adapter, strengths, reasons, match, mode)
 
 
 def merge(
@@ -111,38 +141,65 @@ def merge(
     strengths: Strengths,
     reasons: dict[str, str],
     match: Match,
+    mode: str,
 ) -> None:
     """Adds native patches for the modules in `reasons`, module path -> why it is merged."""
     modules = {path: adapter.modules[path] for path in reasons}
     host.add_merge(application.model, modules, strengths)
     counts = Counter(reasons.values()).most_common()
     whys = counts[0][0] if len(counts) == 1 else "; ".join(f"{n}: {why}" for why, n in counts)
-    application.lines.append(f"merged into the weights: {len(reasons)} modules ({whys})")
+    kind = "merged" if mode == MERGE else "merged_instead"
+    application.note(
+        kind, f"merged into the weights: {len(reasons)} modules ({whys})", len(reasons)
+    )
     if match.is_low_precision:
-        application.warnings.append(
+        application.warn(
+            "merge_rounds",
             f"the weights are stored as {match.storage}; merging rounds a small LoRA away there, "
-            "the side path does not"
+            "the side path does not",
+            len(reasons),
         )
 
 
-def find_warnings(model: host.ModelPatcher, adapter: Adapter, match: Match) -> list[str]:
+def find_merge_reason(model: host.ModelPatcher, readers: Sequence[str]) -> str | None:
+    """Why no module may run beside the weights; None if they may."""
+    if readers:
+        return f"{', '.join(readers)} behind this node reads the weights"
+    return host.find_merge_reason(model)
+
+
+def warn_of_readers(
+    application: Application, adapter: Adapter, readers: Sequence[str], count: int
+) -> None:
+    text = (
+        f"{', '.join(readers)} behind this node reads the weights alone, so that {count} modules "
+        f"of {adapter.name} are missing from what it makes; choose mode 'auto' or 'merge'"
+    )
+    application.warn("not_in_weights", text, count)
+    logger.warning("Qwen Edit LoRA: %s.", text)
+
+
+def find_warnings(model: host.ModelPatcher, adapter: Adapter, match: Match) -> list[Finding]:
     found = []
     if match.absent:
-        found.append(
+        text = (
             f"{len(match.absent)} of {len(adapter)} modules are not in this MODEL and were left "
             f"out: {shorten_list(match.absent, 3)}"
         )
+        found.append(Finding("modules_absent", WARNING, text, len(match.absent)))
     for why, count in Counter(match.out_of_reach.values()).most_common():
-        found.append(
+        text = (
             f"{count} of {len(adapter)} modules were left out: {why}. The effect is weaker than "
             "on a bf16, fp8 or GGUF file of the model"
         )
+        found.append(Finding("modules_out_of_reach", WARNING, text, count))
     _, variant = host.describe_model(model)
     claimed = adapter.report.variants
     if claimed and ((variant == "2511") != ("2511" in claimed)):
-        found.append(
+        text = (
             f"{adapter.name} says it was made for {', '.join(claimed)}, and this MODEL is "
             + ("a 2511" if variant == "2511" else "no 2511")
             + ": it fits by name, the effect may differ"
         )
+        found.append(Finding("other_variant", WARNING, text))
     return found

@@ -8,9 +8,11 @@ from comfy_api.latest import io
 
 from ..lora_core import parse_block_ranges
 from ..lora_core.strengths import Strengths
+from . import host
 from .application import AUTO, MODES, apply_adapters
 from .sockets import (
     CATEGORY,
+    Report,
     adapter_input,
     report_output,
     show_report,
@@ -20,9 +22,9 @@ from .sockets import (
 
 MODE_TOOLTIP = (
     "side path: runs the LoRA beside the weights, exact on fp8 bases, and a new strength costs "
-    "nothing. merge: adds it to the weights as ComfyUI's LoraLoader does; needed before ModelSave "
-    "and ModelMerge, which do not see a side path. auto: side path wherever it can serve; the "
-    "report says what was merged and why."
+    "nothing. merge: adds it to the weights as ComfyUI's LoraLoader does. auto: side path wherever "
+    "it can serve; merged where ModelSave or ModelMerge stands behind, which see weights alone. "
+    "The report says what was merged and why."
 )
 
 
@@ -46,6 +48,7 @@ class QwenEditLoraApply(io.ComfyNode):
             ),
             search_aliases=["lora", "apply lora", "lora strength", "block weights"],
             has_intermediate_output=True,
+            hidden=[io.Hidden.dynprompt],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, from UNETLoader."),
                 adapter_input(),
@@ -87,6 +90,10 @@ class QwenEditLoraApply(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> Any:
+        return host.find_queued_readers()
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -98,10 +105,11 @@ class QwenEditLoraApply(io.ComfyNode):
         blocks: str = "",
     ) -> io.NodeOutput:
         strengths = Strengths(strength, image_strength, text_strength, parse_block_ranges(blocks))
-        applied = apply_adapters(model, [(take_adapter(adapter), strengths)], mode)
-        text = applied.to_text()
-        ui = show_report(text, warning=bool(applied.warnings), node_id="QwenEditLoraApply")
-        return io.NodeOutput(applied.model, text, ui=ui)
+        readers = host.find_weight_readers(cls.hidden.dynprompt)
+        applied = apply_adapters(model, [(take_adapter(adapter), strengths)], mode, readers)
+        report = Report(applied.to_text(), applied.findings)
+        ui = show_report(report, "QwenEditLoraApply")
+        return io.NodeOutput(applied.model, report, ui=ui)
 
 
 NODES = [QwenEditLoraApply]

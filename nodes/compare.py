@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -11,8 +10,10 @@ from ..lora_core import compare_adapters
 from ..lora_core.plots import draw_comparison
 from ..lora_core.tables import build_comparison_table
 from . import host
+from .plain_json import write_json
 from .sockets import (
     CATEGORY,
+    Report,
     adapter_input,
     build_image,
     report_output,
@@ -56,15 +57,15 @@ class QwenEditLoraCompare(io.ComfyNode):
     def execute(cls, adapter_a: Any, adapter_b: Any) -> io.NodeOutput:
         first, second = take_adapter(adapter_a), take_adapter(adapter_b)
         comparison = host.run_with_progress(compare_adapters, first, second)
-        text = comparison.to_text()
+        report = Report(comparison.to_text(), comparison.findings)
         heat_map = build_image(draw_comparison(comparison))
         shown = {
-            **show_report(text, warning=bool(comparison.not_comparable)),
+            **show_report(report),
             "images": ui.PreviewImage(heat_map, cls=cls).values,
         }
         return io.NodeOutput(
-            f"{text}\n\n{build_comparison_table(comparison)}",
-            json.dumps(comparison.to_dict(), indent=1),
+            Report(f"{report}\n\n{build_comparison_table(comparison)}", comparison.findings),
+            write_json(comparison.to_dict(), indent=1),
             heat_map,
             ui=shown,
         )

@@ -11,6 +11,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..lora_core import ConfigError, LoraError
+from ..lora_core.findings import NOTE, Finding
 from ..lora_core.pairs.cache import (
     EditDataset,
     cache_pairs,
@@ -30,7 +31,14 @@ from ..lora_core.training.dataset import read_dataset
 from . import host
 from .dataset_encoding import STOCK_REFERENCE_MEGAPIXELS, VARIANTS, PairEncoder
 from .dataset_folders import find_dataset_folder, is_dataset_path
-from .sockets import CATEGORY, DatasetSocket, build_image, report_output, show_report
+from .sockets import (
+    CATEGORY,
+    DatasetSocket,
+    Report,
+    build_image,
+    report_output,
+    show_report,
+)
 
 GRAPH_NAME = "graph"
 
@@ -217,15 +225,18 @@ class QwenEditDataset(io.ComfyNode):
             preflight.raise_stops()
         report, table = describe_preflight(preflight), build_table(preflight)
         sheet = build_image(draw_pairs(preflight))
+        findings = list(preflight.findings)
         if is_check:
             report += "\nchecked only: nothing was encoded"
             dataset = host.block_output("check_only is on: turn it off to make the training set")
         else:
-            dataset, done = encode(preflight, encoder, take_one(variant))
+            dataset, done, notes = encode(preflight, encoder, take_one(variant))
             report += f"\n{done}"
+            findings += notes
+        report = Report(report, findings)
         shown = {
             "qwen_edit_lora_pairs": [preflight.to_dict()],
-            **show_report(report, warning=preflight.needs_attention),
+            **show_report(report),
             "images": ui.PreviewImage(sheet, cls=cls).values,
         }
         return io.NodeOutput(dataset, report, table, sheet, ui=shown)
@@ -296,8 +307,10 @@ def split_batches(batches: list[torch.Tensor]) -> list[np.ndarray]:
     ]
 
 
-def encode(preflight: Preflight, encoder: PairEncoder, variant: str) -> tuple[EditDataset, str]:
-    """The training set, and what was done for it."""
+def encode(
+    preflight: Preflight, encoder: PairEncoder, variant: str
+) -> tuple[EditDataset, str, list[Finding]]:
+    """The training set, what was done for it, and what of that the user should know."""
     store, settings = host.get_cache_folder() / "datasets", encoder.settings
     missing = count_missing(store, preflight.pairs, settings)
     check_disk(store, missing, encoder.text_width, encoder.reference_megapixels)
@@ -314,10 +327,13 @@ def encode(preflight: Preflight, encoder: PairEncoder, variant: str) -> tuple[Ed
         f"{show_store(store)} of the user folder; "
         "nothing there is ever deleted, so remove what no training needs by hand",
     ]
+    findings = []
     if problem := encoder.keep_vae(store, str(settings["vae"])):
         lines.append(problem)
+        findings.append(Finding("vae_not_kept", NOTE, problem))
     summary = f"{preflight.name}: {len(keys)} pairs for {variant}"
-    return EditDataset(cached.folder, preflight.name, keys, variant, summary), "\n".join(lines)
+    dataset = EditDataset(cached.folder, preflight.name, keys, variant, summary)
+    return dataset, "\n".join(lines), findings
 
 
 NODES = [QwenEditDataset]

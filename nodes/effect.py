@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..lora_core.effect import DEFAULT_POINTS, Effect, parse_sigmas
 from ..lora_core.effect_plot import draw_effect
 from ..lora_core.strength_grammar import parse_strengths
 from .effect_measure import measure_effect
+from .plain_json import write_json
 from .sockets import (
     CATEGORY,
     adapter_input,
@@ -134,7 +134,7 @@ class QwenEditLoraEffect(io.ComfyNode):
             **show_report(text, warning=needs_attention(effect)),
             "images": ui.PreviewImage(plot, cls=cls).values,
         }
-        return io.NodeOutput(text, json.dumps(effect.to_dict(), indent=1), plot, chosen, ui=shown)
+        return io.NodeOutput(text, write_json(effect.to_dict(), indent=1), plot, chosen, ui=shown)
 
 
 def needs_attention(effect: Effect) -> bool:

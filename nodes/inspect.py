@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -11,11 +11,13 @@ from ..lora_core import ConfigError, LoraError
 from ..lora_core.plots import draw_heat_map, draw_histogram, draw_spectrum
 from ..lora_core.statistics import SORT_KEYS, STATISTICS
 from ..lora_core.stored import read_signature
-from ..lora_core.tables import build_table, describe_verdict, needs_attention
+from ..lora_core.tables import build_table, describe_verdict, find_skipped
 from . import host
 from .inspections import get_inspection
+from .plain_json import write_json
 from .sockets import (
     CATEGORY,
+    Report,
     adapter_input,
     build_image,
     report_output,
@@ -129,17 +131,19 @@ class QwenEditLoraInspect(io.ComfyNode):
         if base_model != NO_BASE:
             base = host.find_diffusion_model(base_model)
         inspection = get_inspection(take_adapter(adapter), exact, base)
-        verdict = describe_verdict(inspection)
-        warns = needs_attention(inspection) or bool(inspection.misfits)
+        findings = [*inspection.findings, *find_skipped(inspection)]
+        verdict = Report(describe_verdict(inspection), findings)
         table = build_table(inspection, sort_by)
         heat_map = build_image(draw_heat_map(inspection, statistic))
         shown = {
-            **show_report(verdict, warning=warns),
+            **show_report(verdict),
             "images": ui.PreviewImage(heat_map, cls=cls).values,
         }
         return io.NodeOutput(
-            f"{verdict}\n\n{table}",
-            json.dumps(inspection.to_dict(), indent=1),
+            Report(f"{verdict}\n\n{table}", findings),
+            write_json(
+                {**inspection.to_dict(), "findings": [asdict(one) for one in findings]}, indent=1
+            ),
             heat_map,
             build_image(draw_histogram(inspection)),
             build_image(draw_spectrum(inspection)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,23 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..lora_core import ConfigError, read_adapter
+from ..lora_core import ConfigError, FileError, read_adapter
 from ..lora_core.contact_sheet import Row, Tile, draw_sheet
+from ..lora_core.findings import WARNING, Finding
 from ..lora_core.jobs.job import Job, JobStatus
 from ..lora_core.jobs.pictures import Picture, order, parse_name
+from ..lora_core.jobs.store import JobStore
 from ..lora_core.plots import draw_message
+from ..lora_core.report import shorten_list
 from ..lora_core.stored import SafetensorsFile
+from ..lora_core.text import shorten
 from ..lora_core.training_plot import draw_training
 from . import host, job_host
+from .plain_json import write_json
 from .sockets import (
     CATEGORY,
     AdapterSocket,
+    Report,
     build_image,
     report_output,
     show_job,
@@ -32,6 +40,8 @@ from .sockets import (
 
 #: Sides of a picture on the sheet of samples, in pixels.
 TILE_SIDE = 512
+#: Of a sample; 16 times the pixels that models are trained on.
+MAX_SIDE_PX = 4096
 
 
 class QwenEditLoraJob(io.ComfyNode):
@@ -95,9 +105,16 @@ class QwenEditLoraJob(io.ComfyNode):
             job = wait_for(job.id)
         metrics = store.read_metrics(job.id)
         plot = build_image(draw_training(job.name, metrics, job.state.num_steps))
-        sheet = build_image(draw_samples(job, vae))
-        text = "\n".join(describe(job, needs_vae(job) and vae is None))
-        figures = {**job.to_dict(), "last_step": metrics[-1] if metrics else None}
+        pictures, findings = draw_samples(job, vae)
+        sheet = build_image(pictures)
+        lines = describe(job, needs_vae(job) and vae is None)
+        lines += [f"Warning: {finding.text}" for finding in findings]
+        text = Report("\n".join(lines), findings)
+        figures = {
+            **job.to_dict(),
+            "last_step": metrics[-1] if metrics else None,
+            "findings": [asdict(finding) for finding in findings],
+        }
         warning = job.status in (JobStatus.FAILED, JobStatus.CANCELLED)
         shown = {
             **show_report(text, warning=warning),
@@ -105,7 +122,7 @@ class QwenEditLoraJob(io.ComfyNode):
             "images": ui.PreviewImage(plot, cls=cls).values,
         }
         return io.NodeOutput(
-            take_adapter(job), text, plot, sheet, json.dumps(figures, indent=1), ui=shown
+            take_adapter(job), text, plot, sheet, write_json(figures, indent=1), ui=shown
         )
 
 
@@ -160,21 +177,36 @@ def needs_vae(job: Job) -> bool:
     return bool(list_latents(job))
 
 
-def draw_samples(job: Job, vae: Any) -> np.ndarray:
-    """Rows of items: references, target and steps; uint8 (height, width, 3)."""
+def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
+    """Rows of items: references, target and steps, uint8 (height, width, 3); what was left out."""
     store = job_host.get_store()
-    found = [
-        (picture, read_picture(store.read_picture(job.id, picture.name)))
-        for picture in store.list_pictures(job.id)
-    ]
     latents = list_latents(job)
-    for path in latents if vae is not None else ():
-        # by the name that its picture would have
-        if picture := parse_name(f"{path.stem}.png"):
-            found.append((picture, decode(path, vae)))
+    named = [(path, parse_name(f"{path.stem}.png")) for path in latents if vae is not None]
+    # Latents go by the name that their picture would have.
+    sources: list[tuple[Picture, Callable[[], np.ndarray]]] = [
+        *(
+            (picture, partial(read_picture, store, job.id, picture.name))
+            for picture in store.list_pictures(job.id)
+        ),
+        *((picture, partial(decode, path, vae)) for path, picture in named if picture),
+    ]
+    found, broken = [], []
+    for picture, read in sources:
+        try:
+            found.append((picture, read()))
+        except FileError as e:  # is no reason to hold back the LoRA
+            broken.append(str(e))
+    findings = []
+    if broken:
+        text = f"{len(broken)} samples cannot be shown: {shorten_list(broken, 2)}"
+        findings.append(Finding("samples_unreadable", WARNING, text, len(broken)))
+    return lay_out(job, found, bool(latents)), findings
+
+
+def lay_out(job: Job, found: list[tuple[Picture, np.ndarray]], has_latents: bool) -> np.ndarray:
     if not any(picture.kind == "sample" for picture, _ in found):
         return draw_message(
-            "Connect the VAE to see the samples." if latents else "No sample was taken yet."
+            "Connect the VAE to see the samples." if has_latents else "No sample was taken yet."
         )
     rows: dict[str, list[Tile]] = {}
     for picture, pixels in sorted(found, key=lambda one: order(one[0])):
@@ -192,10 +224,29 @@ def name_tile(picture: Picture) -> str:
     return "target" if picture.kind == "target" else f"reference {(picture.index or 0) + 1}"
 
 
-def read_picture(data: bytes) -> np.ndarray:
-    """A PNG as a small picture, uint8 (height, width, 3)."""
-    with Image.open(BytesIO(data)) as image:
-        small = image.convert("RGB")
+def read_picture(store: JobStore, job_id: str, name: str) -> np.ndarray:
+    """A PNG of the job as a small picture, uint8 (height, width, 3).
+
+    Raises:
+        FileError: it is no PNG, a damaged one, or larger than any sample.
+    """
+    data = store.read_picture(job_id, name)
+    try:
+        # The one format that a worker writes. Some readers of others start programs.
+        with Image.open(BytesIO(data), formats=("PNG",)) as image:
+            if max(image.size) > MAX_SIDE_PX:
+                raise FileError(
+                    f"{name} is {image.width} x {image.height} px; expected at most "
+                    f"{MAX_SIDE_PX:,} a side. Remove it from the job's samples."
+                )
+            small = image.convert("RGB")
+    except FileError:
+        raise
+    except Exception as e:  # noqa: BLE001 - Pillow raises nearly anything on damaged files
+        raise FileError(
+            f"{name} is no PNG that can be read ({shorten(str(e) or type(e).__name__)}); remove it "
+            "from the job's samples."
+        ) from None
     small.thumbnail((TILE_SIDE, TILE_SIDE))
     return np.asarray(small)
 
@@ -203,6 +254,8 @@ def read_picture(data: bytes) -> np.ndarray:
 def decode(path: Path, vae: Any) -> np.ndarray:
     """A sample's latents as a small picture, uint8 (height, width, 3)."""
     file = SafetensorsFile(path)
+    if "samples" not in file.tensors:
+        raise FileError(f"{shorten(path.name)} holds no latents; remove it from the job's samples.")
     latents = file.tensors["samples"].load().clone()
     file.release()
     images = host.decode_latents(vae, latents)

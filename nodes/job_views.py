@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from ..lora_core.errors import ConfigError
 from ..lora_core.jobs.curves import MetricsReader, build_curves, build_health
 from ..lora_core.jobs.job import Job
+from ..lora_core.text import shorten
 from ..lora_core.training.adapter_files import strip_paths
 from ..lora_core.training.config_files import PATHS, config_to_dict
 from . import job_host
@@ -82,7 +82,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def parse_number(query: Mapping[str, str], name: str) -> int:
     text = query[name]
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise ConfigError(f"{name} is {text[:20]!r}; expected a whole number from 0")
+        raise ConfigError(f"{name} is {shorten(text)!r}; expected a whole number from 0")
     return int(text)
 
 
@@ -104,7 +104,7 @@ def cancel(job_id: str, options: Options) -> dict[str, Any]:
 def delete(job_id: str, options: Options) -> dict[str, Any]:
     with_adapter = options.get("with_adapter", False)
     if not isinstance(with_adapter, bool):
-        raise ConfigError(f"with_adapter is {with_adapter!r}; expected true or false")
+        raise ConfigError(f"with_adapter is {shorten(repr(with_adapter))}; expected true or false")
     job_host.get_store().delete(job_id, with_adapter)
     return {"id": job_id, "deleted": True}
 
@@ -117,7 +117,7 @@ def clone(job_id: str, options: Options) -> dict[str, Any]:
     for name in changes:
         # a table as a whole ("model") could hold a place too
         if name in PLACES or any(place.startswith(f"{name}.") for place in PLACES):
-            raise ConfigError(f"{str(name)[:40]} cannot be changed here; queue a Train Edit LoRA")
+            raise ConfigError(f"{shorten(name)} cannot be changed here; queue a Train Edit LoRA")
     store = job_host.get_store()
     return store.get(store.clone(job_id, changes)).to_dict()
 
@@ -126,7 +126,7 @@ def publish(job_id: str, options: Options) -> dict[str, Any]:
     """Copies an adapter of the job into the loras folder; answers with its names there."""
     adapter = options.get("adapter")
     if adapter is not None and not isinstance(adapter, str):
-        raise ConfigError(f"adapter is {json.dumps(adapter)[:40]}; expected a file of the job")
+        raise ConfigError(f"adapter is {shorten(repr(adapter))}; expected a file of the job")
     return {"id": job_id, "published": list(job_host.get_store().publish(job_id, adapter))}
 
 

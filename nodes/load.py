@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -11,7 +10,14 @@ from comfy_api.latest import io
 from ..lora_core import Adapter, LoraError, build_state_dict, read_adapter
 from ..lora_core.stored import read_signature
 from . import host
-from .sockets import CATEGORY, AdapterSocket, report_output, show_report, take_adapter
+from .sockets import (
+    CATEGORY,
+    AdapterSocket,
+    Report,
+    report_output,
+    show_report,
+    take_adapter,
+)
 
 # One adapter per file as long as anybody holds it, so that two nodes with the same file share
 # the memory of its side path.
@@ -96,9 +102,8 @@ class QwenEditLoraLoad(io.ComfyNode):
     @classmethod
     def execute(cls, lora_name: str, lora_model: Any = None) -> io.NodeOutput:
         adapter = open_lora(lora_name) if lora_model is None else take_adapter(lora_model)
-        text = adapter.report.to_text()
-        ui = show_report(text, warning=bool(adapter.report.warnings), node_id="QwenEditLoraLoad")
-        ui["qwen_edit_lora_findings"] = [asdict(finding) for finding in adapter.report.findings]
+        text = Report(adapter.report.to_text(), adapter.report.findings)
+        ui = show_report(text, "QwenEditLoraLoad")
         return io.NodeOutput(adapter, build_state_dict(adapter), text, ui=ui)
 
 

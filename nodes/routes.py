@@ -10,9 +10,9 @@
     GET  /qwen_edit_lora/adapters/{id}       one, with its metadata, modules and verdict
     POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
 
-Errors are {"error": one sentence} with 400 for a bad request, 403 for another site's page, 404 for
-an unknown job, 409 for what its state forbids, 413 for a body too large, 500 for what the disk
-refuses. Paths of this machine are neither taken nor told.
+Errors are {"error": one sentence} with 400 for a bad request, 403 for another site's page or name,
+404 for an unknown job, 409 for what its state forbids, 413 for a body too large, 500 for what the
+disk refuses. Paths of this machine are neither taken nor told.
 The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"};
 `qwen_edit_lora.adapters` what was found out: {"adapters": [...], "gone": ids, "pending": number}.
 """
@@ -20,33 +20,34 @@ The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "delete
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from aiohttp import web
 from server import PromptServer
 
-from ..lora_core.errors import ConfigError, LoraError
+from ..lora_core.errors import ConfigError, FileError, LoraError, MissingFileError
 from ..lora_core.jobs.job import JobStateError, UnknownJobError, UnknownPictureError, check_id
+from ..lora_core.json_reader import parse_object
 from ..lora_core.library import library
+from ..lora_core.text import shorten
 from . import adapter_library, host, job_host, job_views
 from .hold import HOLD_ID
+from .origins import ForeignPageError, check_host, check_origin
+from .plain_json import drop_non_finite, write_json
 
 PREFIX = "/qwen_edit_lora/jobs"
 EVENT = "qwen_edit_lora.job"
 ADAPTERS = "/qwen_edit_lora/adapters"
 ADAPTERS_EVENT = "qwen_edit_lora.adapters"
 MAX_BODY_BYTES = 65536
-USUAL_PORTS = (80, 443)
+#: Of an answer's one sentence.
+MAX_SENTENCE = 400
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-
-class ForeignPageError(LoraError):
-    """A page of another site asks for a change."""
 
 
 class BodySizeError(LoraError):
@@ -84,20 +85,21 @@ class PromptQueue:
 def start() -> None:
     """Starts the jobs and adds the routes; called once, when ComfyUI loads the extension."""
     server = PromptServer.instance
-    job_host.start_jobs(PromptQueue(server), lambda data: server.send_sync(EVENT, data))
+    host.connect_queue(server.prompt_queue)
+    job_host.start_jobs(PromptQueue(server), lambda data: send(server, EVENT, data))
     server.add_on_prompt_handler(warn_of_conflict)
     server.routes.get(PREFIX)(answer(lambda request: job_views.list_jobs))
     server.routes.get(PREFIX + "/{id}")(answer(with_id(job_views.show_job)))
     server.routes.get(PREFIX + "/{id}/log")(answer(with_id(job_views.show_log)))
-    server.routes.get(PREFIX + "/{id}/pictures/{name}")(send_picture)
+    server.routes.get(PREFIX + "/{id}/pictures/{name}")(guard(send_picture))
     for action, work in job_views.ACTIONS.items():
-        server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(check_id, work))
+        server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(check_id, on_job(work)))
     start_adapters(server)
 
 
 def start_adapters(server: PromptServer) -> None:
     adapter_library.connect(
-        send=lambda data: server.send_sync(ADAPTERS_EVENT, data),
+        send=lambda data: send(server, ADAPTERS_EVENT, data),
         is_busy=lambda: server.prompt_queue.get_current_queue_volatile()[0] != [],
     )
 
@@ -108,6 +110,11 @@ def start_adapters(server: PromptServer) -> None:
     server.routes.get(ADAPTERS)(answer(lambda request: adapter_library.list_adapters))
     server.routes.get(ADAPTERS + "/{id}")(answer(prepare))
     server.routes.post(ADAPTERS + "/{id}/train")(change(library.check_id, train_again))
+
+
+def send(server: PromptServer, event: str, data: dict[str, Any]) -> None:
+    """To every open page."""
+    server.send_sync(event, drop_non_finite(data))
 
 
 def train_again(adapter_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,34 +137,63 @@ def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
 # --- how ---
 
 
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+def guard(handle: Handler) -> Handler:
+    """The handler for requests by a name of this server alone; what is refused is one sentence."""
+
+    async def guarded(request: web.Request) -> web.Response:
+        try:
+            given = request.headers.get("Host")
+            check_host(given, host.get_listen_addresses(), host.get_cors_origin())
+            return await handle(request)
+        except LoraError as e:
+            return refuse(e)
+
+    return guarded
+
+
 def with_id(show: Callable[[str, Mapping[str, str]], dict[str, Any]]):
     def prepare(request: web.Request) -> Callable[[], dict[str, Any]]:
         job_id, query = check_id(request.match_info["id"]), dict(request.query)
-        return lambda: show(job_id, query)
+        return lambda: for_job(job_id, lambda: show(job_id, query))
 
     return prepare
 
 
-def answer(prepare: Callable[[web.Request], Callable[[], dict[str, Any]]]):
-    """A handler that does its work in a thread, so that ComfyUI's loop never waits for a disk."""
+def for_job(job_id: str, work: Callable[[], T]) -> T:
+    """What `work` gives; UnknownJobError where it fails because somebody deleted the job meanwhile.
 
+    Every file of a job goes with it, so that a race shows as whatever file was looked for last.
+    """
+    try:
+        return work()
+    except FileError:
+        job_host.get_store().open_folder(job_id)
+        raise
+
+
+def on_job(work: Callable[[str, Mapping[str, Any]], T]) -> Callable[[str, Mapping[str, Any]], T]:
+    return lambda job_id, options: for_job(job_id, lambda: work(job_id, options))
+
+
+def answer(prepare: Callable[[web.Request], Callable[[], dict[str, Any]]]) -> Handler:
     async def handle(request: web.Request) -> web.Response:
-        try:
-            return await respond(prepare(request))
-        except LoraError as e:
-            return refuse(e)
+        return respond(await run(prepare(request)))
 
-    return handle
+    return guard(handle)
+
+
+async def run(work: Callable[[], T]) -> T:
+    """In a thread, so that ComfyUI's loop never waits for a disk."""
+    return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 async def send_picture(request: web.Request) -> web.Response:
-    try:
-        job_id, name = check_id(request.match_info["id"]), request.match_info["name"]
-        store = job_host.get_store()
-        loop = asyncio.get_running_loop()
-        body = await loop.run_in_executor(None, store.read_picture, job_id, name)
-    except LoraError as e:
-        return refuse(e)
+    job_id, name = check_id(request.match_info["id"]), request.match_info["name"]
+    store = job_host.get_store()
+    body = await run(lambda: for_job(job_id, lambda: store.read_picture(job_id, name)))
     # A picture never changes: its name has the step.
     headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
     return web.Response(body=body, content_type="image/png", headers=headers)
@@ -174,51 +210,12 @@ def change(
     """
 
     async def handle(request: web.Request) -> web.Response:
-        try:
-            check_origin(request.headers, request.host, host.get_cors_origin())
-            one = check(request.match_info["id"])
-            options = await read_options(request)
-            return await respond(lambda: work(one, options))
-        except LoraError as e:
-            return refuse(e)
+        check_origin(request.headers, request.host, host.get_cors_origin())
+        one = check(request.match_info["id"])
+        options = await read_options(request)
+        return respond(await run(lambda: work(one, options)))
 
-    return handle
-
-
-def check_origin(headers: Mapping[str, str], own_host: str, allowed: str | None) -> None:
-    """Raises ForeignPageError where the browser says that another site's page asks.
-
-    ComfyUI's own check ends where the Host is no loopback address, as with --listen. What is not a
-    browser sends neither header.
-
-    Args:
-        headers: Sec-Fetch-Site is the browser's own word; it is missing on plain http, where Origin
-            is compared with the Host.
-        allowed: the origin that --enable-cors-header names; "*" names none.
-    """
-    site, origin = headers.get("Sec-Fetch-Site"), headers.get("Origin")
-    if origin is not None and origin == allowed:
-        return
-    if site is not None:
-        is_own = site in ("same-origin", "none")
-    else:
-        is_own = origin is None or split_origin(origin) == split_origin(f"http://{own_host}")
-    if not is_own:
-        raise ForeignPageError(
-            "this request comes from a page of another site; only ComfyUI's own page may change "
-            "trainings, or the one that --enable-cors-header names"
-        )
-
-
-def split_origin(origin: str) -> tuple[str, int | None] | None:
-    """Host and port, None for a usual one; None for "null" and other texts without a host."""
-    try:
-        parts = urlsplit(origin)
-        port = parts.port
-    except ValueError:
-        return None
-    # A proxy may speak https to the browser and http to us.
-    return (parts.hostname, None if port in USUAL_PORTS else port) if parts.hostname else None
+    return guard(handle)
 
 
 async def read_options(request: web.Request) -> dict[str, Any]:
@@ -228,22 +225,21 @@ async def read_options(request: web.Request) -> dict[str, Any]:
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
     body = bytearray()
-    async for chunk in request.content.iter_any():  # the length may be left unsaid
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
     try:
-        options = json.loads(body)
-    except (ValueError, RecursionError):
-        options = None
-    if not isinstance(options, dict):
-        raise ConfigError('the body is no JSON object; expected {} or {"with_adapter": true}')
-    return options
+        async for chunk in request.content.iter_any():  # the length may be left unsaid
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
+    except (OSError, web.RequestPayloadError):  # who sent it went away, or sent no chunks
+        raise ConfigError("the body broke off; send it whole") from None
+    try:
+        return parse_object(bytes(body), "the body")
+    except FileError as e:
+        raise ConfigError(str(e)) from None
 
 
-async def respond(work: Callable[[], dict[str, Any]]) -> web.Response:
-    result = await asyncio.get_running_loop().run_in_executor(None, work)
-    return web.json_response(result)
+def respond(result: dict[str, Any]) -> web.Response:
+    return web.json_response(result, dumps=write_json)
 
 
 #: The first that fits; a LoraError of another kind is the disk's.
@@ -252,6 +248,7 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
     (UnknownJobError, 404),
     (UnknownPictureError, 404),
     (library.UnknownAdapterError, 404),
+    (MissingFileError, 404),
     (JobStateError, 409),
     (BodySizeError, 413),
     (ConfigError, 400),
@@ -261,4 +258,5 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
 
 def refuse(error: LoraError) -> web.Response:
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
-    return web.json_response({"error": " ".join(str(error).split())}, status=status)
+    sentence = shorten(" ".join(str(error).split()), MAX_SENTENCE)
+    return web.json_response({"error": sentence}, status=status)

@@ -7,30 +7,35 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core import Adapter, write_adapter
+from ..lora_core.findings import WARNING, Finding
 from ..lora_core.formats.schemes import SCHEMES
 from . import host
-from .sockets import CATEGORY, adapter_input, report_output, show_report, take_adapter
+from .sockets import CATEGORY, Report, adapter_input, report_output, show_report, take_adapter
 
 
-def find_warnings(adapter: Adapter, key_format: str) -> list[str]:
+def find_warnings(adapter: Adapter, key_format: str) -> list[Finding]:
     """What ComfyUI's own LoraLoader (0.30) will make of the file."""
     if key_format == "peft":
-        return [
+        text = (
             "ComfyUI's own LoraLoader matches none of PEFT's keys and applies nothing; Load Edit "
             "LoRA reads them"
-        ]
+        )
+        return [Finding("native_loads_nothing", WARNING, text, len(adapter))]
     found = []
-    if key_format == "diffusers" and any(w.scale != 1 for w in adapter.modules.values()):
-        found.append(
+    scaled = sum(weights.scale != 1 for weights in adapter.modules.values())
+    if key_format == "diffusers" and scaled:
+        text = (
             "alpha is in the header, which ComfyUI's own LoraLoader does not read: it would apply "
             "scale 1; Load Edit LoRA reads it"
         )
+        found.append(Finding("native_ignores_alpha", WARNING, text, scaled))
     if "DoRA" in adapter.kinds:
-        found.append(
+        text = (
             "ComfyUI's own LoraLoader gives another result with a DoRA: it drops magnitudes in "
             "diffusers' keys, and normalises others by the base weight alone; Apply Edit LoRA "
             "follows PEFT and LyCORIS"
         )
+        found.append(Finding("native_differs", WARNING, text))
     return found
 
 
@@ -91,9 +96,10 @@ class QwenEditLoraSave(io.ComfyNode):
             f"Wrote {name}: {len(adapter)} modules, {written.stat().st_size / 1e6:.1f} MB, "
             f"format {key_format}"
         ]
-        lines += [f"Warning: {text}" for text in find_warnings(adapter, key_format)]
-        text = "\n".join(lines)
-        return io.NodeOutput(name, text, ui=show_report(text, warning=len(lines) > 1))
+        findings = find_warnings(adapter, key_format)
+        lines += [f"Warning: {finding.text}" for finding in findings]
+        report = Report("\n".join(lines), findings)
+        return io.NodeOutput(name, report, ui=show_report(report))
 
 
 NODES = [QwenEditLoraSave]

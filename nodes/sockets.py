@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..lora_core import Adapter, ConfigError, read_state_dict
+from ..lora_core.findings import NOTE, Finding
 
 CATEGORY = "Qwen Edit LoRA"
 
@@ -51,14 +54,36 @@ def build_image(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).float().div(255)[None]
 
 
-def show_report(text: str, warning: bool = False, node_id: str = "") -> dict[str, list]:
+class Report(str):
+    """A report's text as any STRING input takes it, with its findings as data."""
+
+    findings: tuple[Finding, ...]
+
+    def __new__(cls, text: str, findings: Iterable[Finding] = ()) -> Report:
+        report = super().__new__(cls, text)
+        report.findings = tuple(findings)
+        return report
+
+
+def get_findings(report: str) -> tuple[Finding, ...]:
+    """() for a text that other nodes made."""
+    return report.findings if isinstance(report, Report) else ()
+
+
+def show_report(report: str, node_id: str = "", *, warning: bool = False) -> dict[str, list]:
     """The `ui` part of a NodeOutput; web/report.js draws it on the node.
 
     Args:
         node_id: of a node that also runs inside others, which then do not show its report as
             theirs.
+        warning: the node is amber though no finding says so.
     """
-    shown = {"qwen_edit_lora_report": [text], "qwen_edit_lora_warning": [warning]}
+    findings = get_findings(report)
+    shown: dict[str, list] = {
+        "qwen_edit_lora_report": [str(report)],
+        "qwen_edit_lora_warning": [warning or any(f.severity != NOTE for f in findings)],
+        "qwen_edit_lora_findings": [asdict(finding) for finding in findings],
+    }
     return {**shown, "qwen_edit_lora_node": [node_id]} if node_id else shown
 
 

@@ -7,14 +7,17 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core import Adapter, ConfigError, LoraError
+from ..lora_core.findings import NOTE
 from ..lora_core.stored import read_signature
 from ..lora_core.strengths import Strengths
+from ..lora_core.text import shorten
 from . import host
-from .application import AUTO, apply_adapters
+from .application import AUTO, Application, apply_adapters
 from .apply import mode_input
 from .load import open_lora
 from .sockets import (
     CATEGORY,
+    Report,
     adapter_input,
     report_output,
     show_report,
@@ -36,8 +39,8 @@ def parse_strengths(text: str, count: int) -> list[float]:
         numbers = [float(item) for item in text.split(",")]
     except ValueError:
         raise ConfigError(
-            f"strengths is {text!r}; expected one number per adapter, such as '1, 0.8', or a "
-            "single one for all"
+            f"strengths is {shorten(text)!r}; expected one number per adapter, such as '1, 0.8', "
+            "or a single one for all"
         ) from None
     if len(numbers) == 1:
         numbers *= count
@@ -53,6 +56,9 @@ def name_count(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
 
 
+COUNTS = {name_count(count): count for count in range(MAX_FILES + 1)}
+
+
 def build_file_rows(count: int) -> list[io.Input]:
     """Widgets for `count` files: lora_1, strength_1, lora_2, ..."""
     rows: list[io.Input] = []
@@ -61,7 +67,7 @@ def build_file_rows(count: int) -> list[io.Input]:
             io.Combo.Input(
                 f"lora_{number}",
                 options=host.list_loras(),
-                tooltip="A .safetensors file from models/loras.",
+                tooltip="A .safetensors or .sft file from models/loras.",
             ),
             strength_input(
                 f"strength_{number}", tooltip="How strongly to apply it; 0 switches it off."
@@ -71,10 +77,27 @@ def build_file_rows(count: int) -> list[io.Input]:
 
 
 def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
-    """(lora_name, strength) per row of the DynamicCombo's value."""
+    """(lora_name, strength) per row of the DynamicCombo's value.
+
+    Raises:
+        ConfigError: it is none, as a graph that was written by hand may have it.
+    """
     files = files or {}
-    count = int(files.get("files", "0").split()[0])
-    return [(files[f"lora_{n}"], files[f"strength_{n}"]) for n in range(1, count + 1)]
+    try:
+        count = COUNTS[files.get("files", name_count(0))]
+        return [(files[f"lora_{n}"], files[f"strength_{n}"]) for n in range(1, count + 1)]
+    except (KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"files is {shorten(repr(files))}; expected a number of files, such as '2 files', with "
+            "lora_1, strength_1 and so on for each"
+        ) from None
+
+
+def tell_file(applied: Application, adapter: Adapter) -> None:
+    """What reading the file found, as Load Edit LoRA would tell it."""
+    for finding in adapter.report.findings:
+        add = applied.note if finding.severity == NOTE else applied.warn
+        add(finding.kind, f"{adapter.name}: {finding.text}", finding.count)
 
 
 class QwenEditLoraStack(io.ComfyNode):
@@ -82,8 +105,8 @@ class QwenEditLoraStack(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         options = [
             # No bare numbers: JavaScript would sort them and lose the default.
-            io.DynamicCombo.Option(name_count(count), build_file_rows(count))
-            for count in range(MAX_FILES + 1)
+            io.DynamicCombo.Option(name, build_file_rows(count))
+            for name, count in COUNTS.items()
         ]
         return io.Schema(
             node_id="QwenEditLoraStack",
@@ -96,6 +119,7 @@ class QwenEditLoraStack(io.ComfyNode):
             ),
             search_aliases=["lora stack", "multi lora", "power lora"],
             has_intermediate_output=True,
+            hidden=[io.Hidden.dynprompt],
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, from UNETLoader."),
                 mode_input(),
@@ -133,8 +157,9 @@ class QwenEditLoraStack(io.ComfyNode):
     def fingerprint_inputs(cls, files: dict[str, Any] | None = None, **_: Any) -> Any:
         try:
             names = [name for name, _ in read_file_rows(files)]
-            return [read_signature(host.find_lora(name)) for name in names]
-        except (LoraError, KeyError, ValueError):
+            signatures = [read_signature(host.find_lora(name)) for name in names]
+            return [*signatures, host.find_queued_readers()]
+        except LoraError:
             return None  # execute says what is wrong
 
     @classmethod
@@ -146,8 +171,9 @@ class QwenEditLoraStack(io.ComfyNode):
         files: dict[str, Any] | None = None,
         adapters: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
+        rows = read_file_rows(files)
         layers: list[tuple[Adapter, Strengths]] = [
-            (open_lora(name), Strengths(strength)) for name, strength in read_file_rows(files)
+            (open_lora(name), Strengths(strength)) for name, strength in rows
         ]
         connected = [
             take_adapter(value) for value in (adapters or {}).values() if value is not None
@@ -156,10 +182,14 @@ class QwenEditLoraStack(io.ComfyNode):
         layers += [(a, Strengths(number)) for a, number in zip(connected, numbers, strict=True)]
         if not layers:
             raise ConfigError("the stack is empty; choose a number of files, or connect an adapter")
-        applied = apply_adapters(model, layers, mode)
-        text = applied.to_text()
-        ui = show_report(text, warning=bool(applied.warnings))
-        return io.NodeOutput(applied.model, text, ui=ui)
+        readers = host.find_weight_readers(cls.hidden.dynprompt)
+        applied = apply_adapters(model, layers, mode, readers)
+        # Nothing else tells of these files, which no Load node read.
+        opened = {id(adapter): adapter for adapter, _ in layers[: len(rows)]}
+        for adapter in opened.values():
+            tell_file(applied, adapter)
+        report = Report(applied.to_text(), applied.findings)
+        return io.NodeOutput(applied.model, report, ui=show_report(report))
 
 
 NODES = [QwenEditLoraStack]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -10,19 +11,30 @@ from comfy_api.latest import io
 
 from ..lora_core import Adapter, ConfigError, LoraError
 from ..lora_core.cells import Cell, build_cells, build_label, name_adapters
+from ..lora_core.findings import ERROR, NOTE, WARNING
 from ..lora_core.lora_patterns import find_loras
 from ..lora_core.report import shorten_list
 from ..lora_core.stored import read_signature
 from ..lora_core.strength_grammar import parse_seeds, parse_strengths
 from . import host
+from .application import AUTO, MERGE
 from .load import open_lora
-from .sockets import CATEGORY, adapter_input, report_output, show_report, take_adapter
+from .sockets import (
+    CATEGORY,
+    Report,
+    adapter_input,
+    get_findings,
+    report_output,
+    show_report,
+    take_adapter,
+)
 from .stack import MAX_ADAPTERS
 from .strength_choice import resolve_strengths
 from .sweep_graph import Sampling, SweepGraph
 
 SETTINGS = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
 SAMPLING_LINKS = ("positive", "negative", "latent_image", "vae", "sampler", "sigmas")
+TITLES = {ERROR: "Warning", WARNING: "Warning", NOTE: "Note"}
 IMAGES, LATENTS = 0, 1  # places of these outputs
 
 NO_IMAGES = (
@@ -200,7 +212,8 @@ class QwenEditLoraSweep(io.ComfyNode):
     def fingerprint_inputs(cls, loras: Any = None, **_: Any) -> Any:
         try:
             names = find_loras((loras or [""])[0] or "", host.list_loras())
-            return [(name, *read_signature(host.find_lora(name))) for name in names]
+            signatures = [(name, *read_signature(host.find_lora(name))) for name in names]
+            return [*signatures, host.find_queued_readers()]
         except LoraError:
             return None  # execute says what is wrong
 
@@ -227,7 +240,9 @@ class QwenEditLoraSweep(io.ComfyNode):
         cells = build_cells(numbers, seeds, list(sources))
         sampling = choose_sampling(links, given)
         check_outputs(host.find_wired_outputs(dynprompt, node_id), sampling)
-        graph = SweepGraph(links["model"], sources)
+        # The nodes that a sweep expands into are behind it in no graph.
+        mode = MERGE if host.find_weight_readers(dynprompt) else AUTO
+        graph = SweepGraph(links["model"], sources, mode)
         chains = [graph.add_cell(cell, sampling) for cell in cells]
         text = describe(cells, numbers, seeds, list(sources), note)
         collected = graph.collect(cells, chains, text)
@@ -337,9 +352,16 @@ class QwenEditLoraSweepCollect(io.ComfyNode):
 
     @classmethod
     def execute(cls, text: str, **parts: Any) -> io.NodeOutput:
-        report = "\n".join([text, *pick(parts, "report")])
+        reports = pick(parts, "report")
+        told = [
+            replace(finding, text=f"{name}: {finding.text}")
+            for name, load in zip(pick(parts, "name"), pick(parts, "load"), strict=True)
+            for finding in get_findings(load)
+        ]
+        lines = [text, *reports, *(f"{TITLES[one.severity]}: {one.text}" for one in told)]
+        report = Report("\n".join(lines), chain(*map(get_findings, reports), told))
         lists = [pick(parts, name) for name in ("image", "latent", "model")]
-        return io.NodeOutput(*lists, report, ui=show_report(report, "Warning:" in report))
+        return io.NodeOutput(*lists, report, ui=show_report(report))
 
 
 def pick(parts: Mapping[str, Any], name: str) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..lora_core.cells import Cell, build_label
 from . import host
+from .application import AUTO
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,20 @@ class Chain:
 
 
 class SweepGraph:
-    """Builds the chains; `adapters` maps the adapters' names to links, or to files by name."""
+    """Builds the chains; `adapters` maps the adapters' names to links, or to files by name.
 
-    def __init__(self, model: host.Link, adapters: Mapping[str, host.Link | str]):
+    Args:
+        mode: of the Apply nodes.
+    """
+
+    def __init__(self, model: host.Link, adapters: Mapping[str, host.Link | str], mode: str = AUTO):
         self.graph = host.build_graph()
         self.model = model
         self.adapters = adapters
+        #: Name of a file -> the report of its Load node.
+        self.loads: dict[str, host.Link] = {}
+        #: Only where it is another than Apply's own, so that cells are known again.
+        self.more = {} if mode == AUTO else {"mode": mode}
 
     def add_cell(self, cell: Cell, sampling: Sampling | None) -> Chain:
         model, report = self.add_model(cell)
@@ -62,13 +71,15 @@ class SweepGraph:
         name = cell.adapter or next(iter(self.adapters))
         adapter = self.adapters[name]
         if isinstance(adapter, str):
-            adapter = self.graph.node("QwenEditLoraLoad", f"load {name}", lora_name=adapter).out(0)
+            load = self.graph.node("QwenEditLoraLoad", f"load {name}", lora_name=adapter)
+            adapter, self.loads[name] = load.out(0), load.out(2)
         apply = self.graph.node(
             "QwenEditLoraApply",
             f"apply {name} {cell.strength!r}",
             model=self.model,
             adapter=adapter,
             strength=cell.strength,
+            **self.more,
         )
         return apply.out(0), apply.out(1)
 
@@ -114,6 +125,8 @@ class SweepGraph:
             links = {f"{part}_{i}": getattr(chains[i], part) for i in reversed(order)}
             inputs |= {name: link for name, link in links.items() if link is not None}
         inputs |= {f"report_{i}": report for i, report in self.choose_reports(cells, chains)}
+        for index, (name, report) in enumerate(self.loads.items()):
+            inputs |= {f"load_{index}": report, f"name_{index}": name}
         return self.graph.node("QwenEditLoraSweepCollect", "collect", text=text, **inputs)
 
     def find_adapter(self, cell: Cell) -> int:

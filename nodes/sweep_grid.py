@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 from comfy_api.latest import io, ui
 
@@ -14,7 +12,8 @@ from ..lora_core.sweep_pictures import draw_contact_sheet, draw_curve, draw_diff
 from ..lora_core.sweep_table import build_sweep_table
 from ..lora_core.sweep_verdict import judge_sweep
 from . import host
-from .sockets import CATEGORY, build_image, report_output, show_report
+from .plain_json import write_json
+from .sockets import CATEGORY, Report, build_image, report_output, show_report
 
 DEFAULT_PREFIX = "qwen_edit_lora/sweep"
 DEFAULT_THUMBNAIL_PX = 256
@@ -116,7 +115,8 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
             (thumbnail_px or [DEFAULT_THUMBNAIL_PX])[0],
         )
         verdict = judge_sweep(sweep)
-        report, table = verdict.to_text(), build_sweep_table(sweep, verdict)
+        report = Report(verdict.to_text(), verdict.findings)
+        table = build_sweep_table(sweep, verdict)
         sheet = build_image(draw_contact_sheet(sweep, verdict))
         figures = {
             **verdict.to_dict(),
@@ -127,13 +127,13 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
             ],
         }
         return io.NodeOutput(
-            f"{report}\n\n{table}",
+            Report(f"{report}\n\n{table}", verdict.findings),
             sheet,
             build_image(draw_differences(sweep, verdict)),
             build_image(draw_curve(verdict)),
             table,
-            json.dumps(figures, indent=1),
-            ui={**show_report(report, verdict.needs_attention), **cls.save(sheet, prefix)},
+            write_json(figures, indent=1),
+            ui={**show_report(report), **cls.save(sheet, prefix)},
         )
 
     @classmethod

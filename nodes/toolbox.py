@@ -19,6 +19,7 @@ from . import host
 from .sockets import (
     CATEGORY,
     AdapterSocket,
+    Report,
     adapter_input,
     report_output,
     show_report,
@@ -34,9 +35,8 @@ def adapter_output(tooltip: str) -> io.Output:
 
 
 def build_output(composition: Composition) -> io.NodeOutput:
-    text = composition.to_text()
-    warning = bool(composition.adapter.report.warnings)
-    return io.NodeOutput(composition.adapter, text, ui=show_report(text, warning))
+    report = Report(composition.to_text(), composition.adapter.report.findings)
+    return io.NodeOutput(composition.adapter, report, ui=show_report(report))
 
 
 class QwenEditLoraResize(io.ComfyNode):

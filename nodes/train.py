@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core import ConfigError
+from ..lora_core.findings import NOTE, WARNING, Finding
 from ..lora_core.jobs.devices import Device
 from ..lora_core.jobs.forecast import estimate_in_process
 from ..lora_core.jobs.job import MAX_DEVICES
@@ -21,7 +22,7 @@ from ..lora_core.training.presets import PRESETS
 from ..lora_core.training.quantization import STORAGES
 from . import host, job_devices, job_host
 from .base_choice import choose_base
-from .sockets import CATEGORY, DatasetSocket, report_output, show_job, show_report
+from .sockets import CATEGORY, DatasetSocket, Report, report_output, show_job, show_report
 from .train_settings import (
     AS_PRESET,
     AS_PRESET_CHOICE,
@@ -164,26 +165,34 @@ class QwenEditLoraTrain(io.ComfyNode):
         devices, taken = job_devices.choose_for_job(job_host.get_store(), asked.model.device, gpus)
         own = read_more(more_settings).get("model", {})
         base, lines, needed_bytes = choose_base(asked, storage, own, devices)
+        findings = [Finding("storage_chosen", NOTE, line) for line in lines]
         config = build(base=base)
         vae = find_vae(Path(dataset.folder)) if sample_every else None
         if estimate == MEASURE:
             obstacle = job_devices.prepare_measuring(devices, taken)
             if obstacle:
                 lines.append(f"not estimated: {obstacle}")
+                findings.append(Finding("not_estimated", NOTE, lines[-1]))
             else:
                 found = measure(config, devices[0], vae is not None)
                 lines.append(found.to_text())
+                too_large = FITS_NO_HOST if found.fits_device else FITS_NO_DEVICE
                 if not found.fits and if_too_large == REFUSE:
                     text = "\n".join(lines)
                     raise ConfigError(
-                        f"{FITS_NO_HOST if found.fits_device else FITS_NO_DEVICE}.\n{text}\n"
+                        f"{too_large}.\n{text}\n"
                         "Lower what the list names, or set if_too_large to 'start anyway'."
                     )
+                if not found.fits:
+                    sentence = f"{too_large}; started anyway, as if_too_large says"
+                    lines.append(f"Warning: {sentence}")
+                    findings.append(Finding("too_large", WARNING, sentence))
         if sample_every and vae is None:
             lines.append(
                 "the dataset's VAE was not kept, so that samples come without pictures; run Edit "
                 "Dataset again to keep it"
             )
+            findings.append(Finding("samples_without_pictures", NOTE, lines[-1]))
         job_id = job_host.submit(
             config,
             key=key,
@@ -194,7 +203,8 @@ class QwenEditLoraTrain(io.ComfyNode):
             num_devices=gpus,
             gpu_memory_bytes=needed_bytes,
         )
-        text = "\n".join([f"job {job_id}: {job_host.get(job_id).describe()}", *lines])
+        head = f"job {job_id}: {job_host.get(job_id).describe()}"
+        text = Report("\n".join([head, *lines]), findings)
         return io.NodeOutput(job_id, text, ui=show_report(text) | show_job(job_id))
 
 

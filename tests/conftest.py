@@ -70,6 +70,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     needs_comfyui = item.get_closest_marker("comfy") or item.get_closest_marker("web")
     if needs_comfyui and find_comfyui() is None:
         pytest.skip("needs ComfyUI: run `python dev.py setup` or set COMFYUI_PATH")
+    if item.get_closest_marker("nightly") and os.environ.get("QWEN_EDIT_LORA_FUZZ") != "all":
+        pytest.skip("takes long: run `python dev.py test --all`")
     if item.get_closest_marker("web"):
         find_browser()
     if item.get_closest_marker("gpu"):
@@ -201,6 +203,17 @@ def server(comfyui_path: Path, base_directory: Path) -> Iterator[Any]:
     options = {"extra_args": extra, "cpu": not USE_GPU}
     with ComfyServer.start(base_directory, sys.executable, comfyui_path, **options) as server:
         yield server.wait_ready()
+
+
+@pytest.fixture(scope="module")
+def routes(
+    comfyui: SimpleNamespace, demo_models: DemoModels, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """A demo_base.route_server.RouteServer: our HTTP routes in this process, without workers."""
+    from demo_base.route_server import serve_routes
+
+    with serve_routes(tmp_path_factory.mktemp("routes"), demo_models.root / "loras") as routes:
+        yield routes
 
 
 def find_browser() -> str:

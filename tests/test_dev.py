@@ -122,6 +122,31 @@ def test_the_check_for_a_card_gets_its_arguments_in_their_place(dev, monkeypatch
     assert check.is_file()
 
 
+@pytest.mark.parametrize(
+    ("given", "handed_on", "fuzz"),
+    [
+        (["--all", "-x", "tests/fuzz"], ["-x", "tests/fuzz"], "all"),
+        (["tests/fuzz", "--all"], ["tests/fuzz"], "all"),
+        (["tests/fuzz"], ["tests/fuzz"], None),
+    ],
+)
+def test_all_of_the_fuzzing_is_asked_for_by_a_word_that_pytest_never_sees(
+    dev, monkeypatch, tmp_path, given, handed_on, fuzz
+):
+    ran = []
+    monkeypatch.setattr(dev, "run_child", lambda command, **options: ran.append((command, options)))
+    monkeypatch.delenv("QWEN_EDIT_LORA_FUZZ", raising=False)
+    dev.test(tmp_path, given)
+    ((command, options),) = ran
+    assert command[1:] == handed_on
+    assert options["env"].get("QWEN_EDIT_LORA_FUZZ") == fuzz
+    ran.clear()
+    dev.test(tmp_path, ["--all"])
+    ((command, options),) = ran
+    assert "--dist=loadfile" in command
+    assert options["env"]["QWEN_EDIT_LORA_FUZZ"] == "all"
+
+
 def test_the_benchmarks_that_all_run_are_those_that_need_no_card(dev, monkeypatch, tmp_path):
     names = []
     monkeypatch.setattr(dev, "run", lambda command, comfyui: names.append(command[1].stem) or 0)

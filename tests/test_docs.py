@@ -94,7 +94,9 @@ def bind(function: ast.FunctionDef, call: ast.Call) -> dict[str, str]:
     return {**bound, "tooltip": "default"} if sets_default else bound
 
 
-def list_sockets(tree: ast.AST, bound: Mapping[str, str] | None = None) -> Iterator[Socket]:
+def list_sockets(
+    tree: ast.AST, bound: Mapping[str, str] | None = None, inside: frozenset[str] = frozenset()
+) -> Iterator[Socket]:
     """Every Input and Output that `tree` builds, the shared helpers of nodes/ followed."""
     bound = bound or {}
     for node in ast.iter_child_nodes(tree):
@@ -107,15 +109,16 @@ def list_sockets(tree: ast.AST, bound: Mapping[str, str] | None = None) -> Itera
                 id_ = read_text(node.args[0], bound)
                 assert id_ is not None, f"cannot read the id in {ast.unparse(node)}"
                 yield Socket(id_, name, has_tooltip)
-            elif isinstance(node.func, ast.Name) and name in FUNCTIONS:
-                yield from list_sockets(FUNCTIONS[name], bind(FUNCTIONS[name], node))
+            elif isinstance(node.func, ast.Name) and name in FUNCTIONS.keys() - inside:
+                helper = FUNCTIONS[name]  # followed once: some call themselves
+                yield from list_sockets(helper, bind(helper, node), inside | {name})
             elif name == "TemplatePrefix":
                 # The template's own id is replaced by prefix + number.
                 prefix = next(read_text(k.value, {}) for k in node.keywords if k.arg == "prefix")
                 for inner in list_sockets(ast.Expression(node.args[0])):
                     yield inner._replace(id=f"{prefix}0")
                 continue
-        yield from list_sockets(node, bound)
+        yield from list_sockets(node, bound, inside)
 
 
 def find_nodes() -> dict[str, list[Socket]]:

@@ -1,12 +1,10 @@
 // Shows what a node reported (matched keys, side path or merge, warnings) on the node itself.
 // A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
 
+import { buildLine, buildSummary, COLORS, findTold, readFindings } from "./findings.js";
+
 const MIN_HEIGHT = 64; // px, about four lines
-const COLORS = {
-  fine: "var(--p-green-500, #4caf7d)",
-  warning: "var(--p-amber-400, #f5b942)",
-  error: "var(--p-red-500, #e5534b)",
-};
+const NOTHING = readFindings(null);
 
 export function createReportView(t) {
   const element = document.createElement("div");
@@ -32,16 +30,18 @@ export function createReportView(t) {
   const view = {
     element,
     text: "",
-    show(text, state) {
+    show(text, state, found = NOTHING) {
       view.text = text ?? "";
-      element.replaceChildren();
-      for (const line of (view.text || t("report.waiting")).split("\n")) {
-        const row = document.createElement("div");
-        row.textContent = line; // never innerHTML: file names and metadata are not ours
-        if (line.startsWith("Warning:")) row.style.color = COLORS.warning;
-        if (!view.text) row.style.opacity = "0.6";
-        element.append(row);
-      }
+      const lines = (view.text || t("report.waiting")).split("\n");
+      const told = lines.map((line) => findTold(line, found.findings));
+      const untold = found.findings.filter((finding) => !told.includes(finding));
+      const summary = buildSummary(found, t);
+      element.replaceChildren(
+        ...(summary ? [summary] : []),
+        ...lines.map((line, index) => buildLine(line, told[index])),
+        ...untold.map((finding) => buildLine(finding.text, finding)),
+      );
+      element.style.opacity = view.text ? "" : "0.6";
       element.style.borderLeftColor = view.text ? COLORS[state] : "transparent";
     },
   };
@@ -69,7 +69,8 @@ export function addReportWidget(node, t) {
     if (text === undefined || (source && source !== node.comfyClass)) return;
     // A sweep that is cached as a whole sends the first lines of its report only.
     if (view.text !== text && view.text.startsWith(`${text}\n`)) return;
-    view.show(text, output.qwen_edit_lora_warning?.[0] ? "warning" : "fine");
+    const state = output.qwen_edit_lora_warning?.[0] ? "warning" : "fine";
+    view.show(text, state, readFindings(output));
   };
   // ComfyUI's own message says only that the node failed, and hides the reason behind a button.
   node.showError = (message) => view.show(message, "error");

@@ -39,6 +39,9 @@ from .graphs import (
     Link,
     block_output,
     build_graph,
+    connect_queue,
+    find_queued_readers,
+    find_weight_readers,
     find_wired_outputs,
     get_links,
 )
@@ -74,7 +77,7 @@ from .sampling import (
     list_schedulers,
     predict,
 )
-from .startup import get_cors_origin
+from .startup import get_cors_origin, get_listen_addresses
 from .weights import (
     PackedWeights,
     prioritize,

@@ -65,11 +65,11 @@ def find_diffusion_model(model_name: str) -> Path:
         FileError: no such file.
     """
     # Only names from the list: those cannot point outside.
-    known = model_name in list_diffusion_models()
+    known = isinstance(model_name, str) and model_name in list_diffusion_models()
     path = folder_paths.get_full_path("diffusion_models", model_name) if known else None
     if path is None:
         raise FileError(
-            f"{shorten(model_name)!r} is not in the diffusion_models folders; expected a "
+            f"{shorten(str(model_name))!r} is not in the diffusion_models folders; expected a "
             ".safetensors file there. Put it into models/diffusion_models, press R, and choose it."
         )
     return Path(path)
@@ -86,7 +86,7 @@ def find_training_base(model_name: str) -> Path:
     Raises:
         FileError: no such file.
     """
-    if model_name.lower().endswith(".gguf"):
+    if isinstance(model_name, str) and model_name.lower().endswith(".gguf"):
         path = map_gguf_files().get(model_name)
         if path is None:
             raise FileError(
@@ -128,14 +128,14 @@ def choose_output_path(filename_prefix: str) -> Path:
     """
     output = folder_paths.get_output_directory()
     try:
-        filename_prefix.encode()
-        if "\0" in filename_prefix:
+        if not isinstance(filename_prefix, str) or "\0" in filename_prefix:
             raise ValueError
+        filename_prefix.encode()
         folder = Path(output, os.path.dirname(os.path.normpath(filename_prefix)))  # noqa: PTH120
         is_inside = folder_paths.is_within_directory(output, str(folder))
     except ValueError:  # a null character, or half a surrogate pair
         raise FileError(
-            f"{shorten(filename_prefix)!r} is no name of a file; expected one such as "
+            f"{shorten(str(filename_prefix))!r} is no name of a file; expected one such as "
             "'loras/my_lora'."
         ) from None
     if not is_inside:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_execution.graph_utils import ExecutionBlocker, GraphBuilder, is_link
+from comfy_execution.utils import get_executing_context
 
 Link = list
 """[node id, output index], as in a graph of the API."""
+
+_queue: Any = None
+
+
+def connect_queue(queue: Any) -> None:
+    """Once: ComfyUI's queue of prompts, which knows the graph that runs."""
+    global _queue
+    _queue = queue
 
 
 def build_graph() -> GraphBuilder:
@@ -29,6 +39,59 @@ def find_wired_outputs(dynprompt: Any, node_id: str) -> set[int]:
         for link in get_links(dynprompt, other).values()
         if link[0] == node_id
     }
+
+
+def find_weight_readers(dynprompt: Any) -> tuple[str, ...]:
+    """Classes of the nodes behind the running one that look at a MODEL's weights themselves.
+
+    They know ComfyUI's patches, and nothing of what runs beside the weights.
+    """
+    context = get_executing_context()
+    if dynprompt is None or context is None:
+        return ()
+    graph = {node_id: dynprompt.get_node(node_id) for node_id in dynprompt.all_node_ids()}
+    return list_weight_readers(graph, context.node_id)
+
+
+def find_queued_readers() -> tuple[str, ...]:
+    """The same while ComfyUI asks whether the node has to run again, which tells no graph."""
+    context = get_executing_context()
+    if context is None or _queue is None:
+        return ()
+    running, _ = _queue.get_current_queue_volatile()
+    graph = next((item[2] for item in running if item[1] == context.prompt_id), {})
+    return list_weight_readers(graph, context.node_id)
+
+
+def list_weight_readers(graph: Mapping[str, Any], node_id: str) -> tuple[str, ...]:
+    """Those that a MODEL reaches from this node of a graph, however many nodes hand it on."""
+    behind: dict[str, set[str]] = {}
+    for other, node in graph.items():
+        for link in filter(is_link, node["inputs"].values()):
+            if gives_model(graph, *link[:2]):
+                behind.setdefault(link[0], set()).add(other)
+    found, reached, open_ids = set(), set(), [node_id]
+    while open_ids:
+        for other in behind.get(open_ids.pop(), set()) - reached:
+            reached.add(other)
+            open_ids.append(other)
+            found.add(graph[other]["class_type"])
+    return tuple(sorted(filter(reads_weights, found)))
+
+
+def gives_model(graph: Mapping[str, Any], node_id: str, output: int) -> bool:
+    import nodes
+
+    node_class = nodes.NODE_CLASS_MAPPINGS.get(graph.get(node_id, {}).get("class_type"))
+    types = getattr(node_class, "RETURN_TYPES", ())
+    return output < len(types) and types[output] in ("MODEL", "*")
+
+
+def reads_weights(class_type: str) -> bool:
+    """By ComfyUI's own names, which other extensions' savers and mergers follow."""
+    return class_type == "LoraSave" or any(
+        part in class_type for part in ("ModelSave", "CheckpointSave", "ModelMerge")
+    )
 
 
 def block_output(message: str) -> ExecutionBlocker:

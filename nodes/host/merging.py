@@ -1,18 +1,82 @@
-"""LoRAs as ComfyUI's own patches."""
+"""LoRAs as ComfyUI's own patches.
+
+ComfyUI keeps a patch's tensors for as long as any MODEL has it, and computes a weight anew whenever
+the model comes back to its device. They are views of the file, as with its own loader; so each
+patch looks at the file's stamp before it is used, which takes microseconds where a copy would take
+the size of the LoRA.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.weight_adapter
 import torch
 
-from ...lora_core import ConfigError, ModuleWeights, compute_delta
-from ...lora_core.stored import load
+from ...lora_core import ConfigError, FileError, ModuleWeights, compute_delta
+from ...lora_core.stored import SafetensorsFile, StoredTensor, load, read_signature
 from ...lora_core.strengths import Strengths
+from ...lora_core.text import shorten
 from .models import ModelPatcher
+
+
+def find_files(weights: ModuleWeights) -> tuple[SafetensorsFile, ...]:
+    """Those that its tensors are views of."""
+    parts = weights.parts.values()
+    return tuple({part.file: None for part in parts if isinstance(part, StoredTensor)})
+
+
+def check_not_overwritten(files: Iterable[SafetensorsFile]) -> None:
+    """Raises FileError where a file has other content in the place that its views show.
+
+    One that was deleted, or replaced by another of its name, is still there for who mapped it.
+    """
+    for file in files:
+        try:
+            found = read_signature(file.path)
+        except FileError:
+            continue
+        if found != file.signature and found[2] == file.signature[2]:
+            raise FileError(
+                f"{shorten(file.name)} was overwritten on disk while this MODEL held it merged; "
+                "queue the prompt again to read the new file."
+            )
+
+
+class CheckedLora(comfy.weight_adapter.LoRAAdapter):
+    """ComfyUI's own, whose six weights are followed by the files that they are views of."""
+
+    def calculate_weight(self, *args, **kwargs):
+        check_not_overwritten(self.weights[6])
+        return super().calculate_weight(*args, **kwargs)
+
+
+class CheckedDiff(comfy.weight_adapter.WeightAdapterBase):
+    """A whole delta as ComfyUI's "diff" adds it; `weights` are the delta and its files."""
+
+    name = "qwen_edit_lora_diff"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[torch.Tensor, tuple]):
+        self.loaded_keys = loaded_keys
+        self.weights = weights
+
+    def calculate_weight(
+        self,
+        weight,
+        key,
+        strength,
+        strength_model,
+        offset,
+        function,
+        intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):
+        diff, files = self.weights
+        check_not_overwritten(files)
+        weight += function(strength * diff.to(weight.device, weight.dtype))
+        return weight
 
 
 class MergedWeights(comfy.weight_adapter.WeightAdapterBase):
@@ -48,6 +112,7 @@ class MergedWeights(comfy.weight_adapter.WeightAdapterBase):
         original_weight=None,
     ):
         stored, *tensors = self.weights
+        check_not_overwritten(find_files(stored))
         parts = dict(zip(stored.parts, tensors, strict=True))
         module_weights = stored.with_parts(parts).to(weight.device)
         delta = compute_delta(module_weights, weight).reshape(weight.shape)
@@ -57,11 +122,12 @@ class MergedWeights(comfy.weight_adapter.WeightAdapterBase):
 
 def build_patch(weights: ModuleWeights) -> Any:
     """ComfyUI's own patch where it computes the same, so that its memory management knows it."""
+    files = find_files(weights)
     if weights.kind == "LoRA":
-        values = (weights.lora_B, weights.lora_A, weights.alpha, None, None, None)
-        return comfy.weight_adapter.LoRAAdapter(set(), values)
+        values = (weights.lora_B, weights.lora_A, weights.alpha, None, None, None, files)
+        return CheckedLora(set(), values)
     if weights.kind == "diff" and weights.shape is not None:
-        return ("diff", (weights.part("diff"),))
+        return CheckedDiff(set(), (weights.part("diff"), files))
     return MergedWeights.wrap(weights)
 
 
@@ -79,7 +145,8 @@ def add_merge(
         if weights.kind != "diff" or weights.shape is not None:
             patches[f"diffusion_model.{path}.weight"] = build_patch(weights)
         if weights.bias_delta is not None:
-            patches[f"diffusion_model.{path}.bias"] = ("diff", (weights.bias_delta,))
+            bias = (weights.bias_delta, find_files(weights))
+            patches[f"diffusion_model.{path}.bias"] = CheckedDiff(set(), bias)
     for strength, patches in by_strength.items():
         taken = model.add_patches(patches, strength)
         missing = [key for key in patches if key.endswith(".weight") and key not in taken]

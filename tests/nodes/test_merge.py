@@ -8,11 +8,13 @@ from demo_base.dit import WIDTH
 from qwen_edit_lora.lora_core import (
     Adapter,
     DoraWeights,
+    FileError,
     LoraWeights,
     OftWeights,
     compute_delta,
     read_adapter,
 )
+from safetensors.torch import save_file
 
 from .conftest import worst
 
@@ -89,3 +91,67 @@ def test_torch_compile_after_apply_samples_on_merged_weights(
     assert torch.equal(sample(compiled), sample(compiled))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
     assert torch.equal(sample(base), before)
+
+
+def write_kind(path, kind: str, seed: int) -> None:
+    """A file of one module, always as many bytes."""
+    prefix = f"diffusion_model.{PATH}"
+    pieces = {
+        "LoRA": {"lora_A.weight": draw(4, WIDTH, seed=seed), "lora_B.weight": draw(WIDTH, 4)},
+        "LoKr": {"lokr_w1": draw(4, 4, seed=seed), "lokr_w2": draw(WIDTH // 4, WIDTH // 4)},
+        "diff": {"diff": draw(WIDTH, WIDTH, seed=seed), "diff_b": draw(WIDTH, seed=seed)},
+    }[kind]
+    save_file({f"{prefix}.{name}": tensor for name, tensor in pieces.items()}, path)
+
+
+def overwrite(path, data: bytes) -> None:
+    """In place: what maps the file sees it."""
+    with path.open("r+b") as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoKr", "diff"])
+def test_a_merged_file_that_is_overwritten_between_two_samplings_is_told(
+    kind, comfyui, base, sample, apply_ours, tmp_path
+):
+    path, other = tmp_path / "held.safetensors", tmp_path / "other.safetensors"
+    write_kind(path, kind, seed=5)
+    write_kind(other, kind, seed=6)
+    before = sample(base)
+    model = apply_ours(base, path, 1.0, mode="merge")
+    first = sample(model)
+    assert worst(first, before) > 1e-3
+    comfyui.model_management.unload_all_models()
+    assert torch.equal(sample(model), first)
+    comfyui.model_management.unload_all_models()
+    overwrite(path, other.read_bytes())
+    with pytest.raises(FileError, match=r"held\.safetensors was overwritten on disk while this"):
+        sample(model)
+    assert torch.equal(sample(base), before)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["deleted", "replaced"])
+def test_a_merged_file_that_is_deleted_or_replaced_is_held_as_it_was(
+    is_replaced, comfyui, base, sample, apply_ours, tmp_path
+):
+    path, other = tmp_path / "held.safetensors", tmp_path / "other.safetensors"
+    write_kind(path, "LoRA", seed=5)
+    write_kind(other, "LoRA", seed=6)
+    model = apply_ours(base, path, 1.0, mode="merge")
+    first = sample(model)
+    comfyui.model_management.unload_all_models()
+    if is_replaced:
+        other.replace(path)
+    else:
+        path.unlink()
+    assert torch.equal(sample(model), first)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "diff"])
+def test_a_merged_file_gives_the_very_bits_of_the_native_loader(
+    kind, base, sample, apply_native, apply_ours, tmp_path
+):
+    path = tmp_path / "held.safetensors"
+    write_kind(path, kind, seed=5)
+    native = sample(apply_native(base, path, 0.7))
+    assert torch.equal(sample(apply_ours(base, path, 0.7, mode="merge")), native)

@@ -3,6 +3,10 @@
 export const EN = {
   "report.label": "Report of this node",
   "report.waiting": "The report appears here when the node has run.",
+  "report.pairs": "{n} of {all} pairs",
+  "report.error": "errors: {n}",
+  "report.warning": "warnings: {n}",
+  "report.note": "notes: {n}",
 
   "tab.title": "LoRA training",
   "tab.tooltip": "LoRA training: jobs and adapters",

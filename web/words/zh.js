@@ -3,6 +3,10 @@
 export const ZH = {
   "report.label": "此节点的报告",
   "report.waiting": "节点运行后，报告显示在这里。",
+  "report.pairs": "{all} 对中可用 {n} 对",
+  "report.error": "错误：{n}",
+  "report.warning": "警告：{n}",
+  "report.note": "提示：{n}",
 
   "tab.title": "LoRA 训练",
   "tab.tooltip": "LoRA 训练：任务与 LoRA 文件",

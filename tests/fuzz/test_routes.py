@@ -1,0 +1,249 @@
+"""Our HTTP routes, live: any method, id, query and body has an answer, or a refusal in a sentence.
+
+The routes run on ComfyUI's own application, without workers. Never a 500, never NaN, and what was
+refused leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from demo_base.route_server import JSON, Answer, encode
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.comfy
+
+MAX_MESSAGE = 400
+SHARE = settings.default.max_examples
+JOBS, ADAPTERS = "/qwen_edit_lora/jobs", "/qwen_edit_lora/adapters"
+ACTIONS = ("pause", "resume", "cancel", "delete", "clone", "publish")
+UNKNOWN = "20260131-120000-0123abcd"
+#: What our routes never give: the rest of ComfyUI answers what is no route of ours in its way.
+OURS = {200, 400, 403, 404, 405, 409, 413}
+
+
+class Place:
+    """The server with a job of each state, made anew when a request took one away."""
+
+    def __init__(self, routes: Any, folder: Path):
+        self.routes, self.folder, self.store = routes, folder, routes.store
+        self.ids: dict[str, str] = {}
+
+    def fill(self) -> None:
+        from qwen_edit_lora.lora_core.jobs.job import JobStatus
+
+        states = {job.id: job.status for job in self.store.list()}
+        wanted = {"paused": JobStatus.PAUSED, "cancelled": JobStatus.CANCELLED}
+        for name, status in wanted.items():
+            if states.get(self.ids.get(name, "")) is not status:
+                self.ids[name] = self.submit()
+                {"paused": self.store.pause, "cancelled": self.store.cancel}[name](self.ids[name])
+        if self.ids.get("completed", "") not in states:
+            self.ids["completed"] = self.complete(self.submit())
+        for job_id in states.keys() - set(self.ids.values()):
+            self.store.delete(job_id)
+
+    def submit(self) -> str:
+        from qwen_edit_lora.lora_core.training.config_files import config_from_dict
+
+        train = {
+            "name": "fuzzed",
+            "output": "unused",
+            "steps": 6,
+            "model": {"source": str(self.folder / "base.safetensors"), "device": "cpu"},
+            "data": {"folder": str(self.folder / "data")},
+        }
+        return self.store.submit(config_from_dict(train), loras=str(self.folder / "loras"))
+
+    def complete(self, job_id: str) -> str:
+        """As a worker leaves it, with an adapter and a sample."""
+        import dataclasses
+
+        import torch
+        from PIL import Image
+        from qwen_edit_lora.lora_core.jobs.job import JobStatus
+        from safetensors.torch import save_file
+
+        folder = self.store.open_folder(job_id)
+        save_file({"a": torch.zeros(1)}, folder.path / "fuzzed.safetensors")
+        folder.samples.mkdir()
+        Image.new("RGB", (8, 8)).save(folder.samples / "step_00000004_item.png")
+        folder.log.write_bytes(b"line\n" * 100 + b"\xff\x00")
+        done = {"status": JobStatus.COMPLETED, "step": 6, "adapters": ("fuzzed.safetensors",)}
+        folder.write_state(dataclasses.replace(folder.read_state(), **done))
+        return job_id
+
+    def list_places(self) -> set[str]:
+        """All that lies in the jobs' folder and the loras folder but the jobs themselves."""
+        found = {path.name for path in (self.store.root / "jobs").iterdir()}
+        known = {job.id for job in self.store.list()}
+        return (found - known) | {p.name for p in (self.folder / "loras").glob(".*")}
+
+
+@pytest.fixture(scope="module")
+def place(routes: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("fuzzed")
+    for name in ("data", "loras"):
+        (folder / name).mkdir()
+    (folder / "base.safetensors").write_bytes(b"")
+    place = Place(routes, folder)
+    place.fill()
+    yield place
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No traceback in the log, whatever came."""
+    caplog.set_level(logging.WARNING)
+    yield
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
+
+
+def check_answer(place: Place, answer: Answer, is_ours: bool = True) -> None:
+    assert answer.status < 500, (answer.status, answer.body[:500])
+    if not is_ours:
+        return
+    assert answer.status in OURS
+    if answer.headers.get("Content-Type", "").startswith("application/json"):
+        value = answer.read()  # no NaN
+        assert str(place.folder) not in answer.body.decode()
+        if answer.status != 200:
+            assert value.keys() == {"error"}
+            sentence = value["error"]
+            assert 0 < len(sentence) <= MAX_MESSAGE, sentence
+            assert sentence.isprintable()
+    assert place.list_places() == set()
+
+
+TEXTS = st.one_of(
+    st.text(max_size=60),
+    st.sampled_from(["..", ".", "\0", "\ud800", "%2e%2e", "../config.json", "x" * 3000, "/etc"]),
+    st.from_regex(r"\d{8}-\d{6}-[0-9a-f]{8}", fullmatch=True),
+    st.from_regex(r"[0-9a-f]{16}", fullmatch=True),
+)
+#: Of a job that is there, by its state, or any text.
+IDS = st.one_of(st.sampled_from(["paused", "cancelled", "completed", UNKNOWN]), TEXTS)
+SETTINGS = (
+    *("steps", "name", "seed", "lora.rank", "lora.targets", "lora.alpha", "lora.use_dora"),
+    *("optimizer.name", "optimizer.options", "optimizer.learning_rate", "optimizer.ema_decay"),
+    *("model.storage", "model.device", "model.offload_blocks", "data.batch_size", "samples"),
+    *("samples.every", "samples.items", "samples.guidance", "niceness", "num_devices"),
+    *("saving.adapter_every", "objective.sampling", "max_restarts", "model", "train", "loras"),
+    *("objective", "optimizer", "lora", "no.such", "steps.more", "lora.rank.more", ""),
+)
+NUMBERS = st.one_of(
+    st.integers(),
+    st.integers(min_value=-(10**400), max_value=10**400),
+    st.floats(),
+    st.sampled_from([0, 1, -1, 2**63, 2**64, 1e308, 5e-324]),
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+OPTIONS = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries({"with_adapter": st.booleans() | VALUES}),
+    st.fixed_dictionaries({"adapter": st.just("fuzzed.safetensors") | VALUES}),
+    st.builds(
+        lambda changes: {"changes": changes},
+        st.dictionaries(st.sampled_from(SETTINGS) | TEXTS, VALUES, max_size=3),
+    ),
+    st.dictionaries(TEXTS, VALUES, max_size=3),
+)
+BODIES = st.one_of(
+    OPTIONS.map(lambda value: json.dumps(value).encode()),
+    OPTIONS.map(lambda value: json.dumps(value, ensure_ascii=False).encode(errors="replace")),
+    VALUES.map(lambda value: json.dumps(value).encode()),
+    st.binary(max_size=200),
+    st.integers(min_value=1, max_value=30_000).map(lambda depth: b'{"a":' * depth),
+    st.integers(min_value=60_000, max_value=70_000).map(lambda size: b'{"a": "' + b"x" * size),
+)
+QUERIES = st.dictionaries(st.sampled_from(["offset", "limit", "x"]), TEXTS | NUMBERS.map(str))
+
+
+def write_query(query: dict[str, str]) -> str:
+    found = "&".join(f"{name}={encode(value)}" for name, value in query.items())
+    return f"?{found}" if found else ""
+
+
+@settings(max_examples=SHARE)
+@given(IDS, st.sampled_from(["", "/log", "/pictures/"]), TEXTS, QUERIES)
+@example("completed", "/log", "", {"offset": "9" * 15, "limit": "0"})
+@example("completed", "/pictures/", "step_00000004_item.png", {})
+def test_any_look_at_a_job_is_answered(place, job_id, part, name, query):
+    place.fill()
+    path = f"{JOBS}/{encode(place.ids.get(job_id, job_id))}{part}"
+    if part == "/pictures/":
+        path += encode(name)
+    check_answer(place, place.routes.ask("GET", path + write_query(query)), is_route(job_id, path))
+
+
+def is_route(name: str, path: str) -> bool:
+    """Whether aiohttp takes the path for one of ours: no part of it is empty or a dot."""
+    return name not in ("", ".", "..") and not path.endswith(("/", "/.", "/.."))
+
+
+@settings(max_examples=2 * SHARE)
+@given(IDS, st.sampled_from(ACTIONS), BODIES)
+@example("completed", "publish", b'{"adapter": "fuzzed.safetensors"}')
+@example("paused", "clone", b'{"changes": {"optimizer.options": {"eps": 1e999}}}')
+@example("paused", "clone", b'{"changes": {"name": "\\ud800"}}')
+def test_any_wish_is_done_or_refused_in_a_sentence(place, job_id, action, body):
+    place.fill()
+    before = {job.id for job in place.store.list()}
+    path = f"{JOBS}/{encode(place.ids.get(job_id, job_id))}/{action}"
+    answer = place.routes.ask("POST", path, body, JSON)
+    check_answer(place, answer, is_route(job_id, path))
+    after = {job.id for job in place.store.list()}
+    if answer.status != 200:
+        assert after == before
+    for made in after - before:  # whatever was let in can be shown
+        assert place.routes.ask("GET", f"{JOBS}/{made}").read()["id"] == made
+    assert [job["id"] for job in place.routes.ask("GET", JOBS).read()["jobs"]] != []
+
+
+@settings(max_examples=SHARE // 2)
+@given(TEXTS, st.sampled_from(["GET", "POST"]), st.sampled_from(["", "/train"]), BODIES)
+def test_any_adapter_is_answered(place, adapter_id, method, part, body):
+    path = f"{ADAPTERS}/{encode(adapter_id)}{part}"
+    known = [entry["id"] for entry in place.routes.ask("GET", ADAPTERS).read()["adapters"]]
+    for one in (path, f"{ADAPTERS}/{known[0]}{part}"):
+        is_ours = is_route(adapter_id, one) and (method == "GET") == (part == "")
+        check_answer(place, place.routes.ask(method, one, body, JSON), is_ours)
+
+
+HEADERS = st.dictionaries(
+    st.sampled_from(["Host", "Origin", "Sec-Fetch-Site", "Content-Type", "Accept"]),
+    st.sampled_from(
+        [
+            *("127.0.0.1", "localhost:1", "[::1]:8188", "evil.localhost", "http://127.0.0.1"),
+            *("http://127.0.0.1:9", "null", "same-origin", "same-site", "none", "text/plain"),
+            *("application/json", "application/json; charset=utf-16", "[", "]", ":", "a b", "@"),
+        ]
+    ),
+)
+
+
+@settings(max_examples=SHARE)
+@given(st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH", "X"]), IDS, HEADERS)
+def test_any_method_and_headers_are_answered_and_only_a_wish_of_ours_changes_anything(
+    place, method, job_id, headers
+):
+    place.fill()
+    before = [(job.id, job.status) for job in place.store.list()]
+    for path in (JOBS, f"{JOBS}/{encode(place.ids.get(job_id, job_id))}", ADAPTERS):
+        answer = place.routes.ask(method, path, b"{}", headers)
+        assert answer.status < 500 or headers.get("Origin"), (answer.status, answer.body[:300])
+        if answer.status == 200 and method == "GET":
+            answer.read()
+    assert [(job.id, job.status) for job in place.store.list()] == before

@@ -1,0 +1,54 @@
+// What a node found out, as data beside its report: kind, severity, text, count.
+
+import { build } from "./elements.js";
+
+export const COLORS = {
+  fine: "var(--p-green-500, #4caf7d)",
+  note: "",
+  warning: "var(--p-amber-400, #f5b942)",
+  error: "var(--p-red-500, #e5534b)",
+};
+const SEVERITIES = ["error", "warning", "note"];
+
+/** The findings of a node's output; null where the server sends none. */
+export function readFindings(output) {
+  const pairs = output?.qwen_edit_lora_pairs?.[0] ?? null;
+  return { findings: output?.qwen_edit_lora_findings ?? [], pairs };
+}
+
+/** The finding that a line of the report tells, if any. The server puts its text there as it is. */
+export function findTold(line, findings) {
+  return findings.find((finding) => finding.text && line.endsWith(finding.text));
+}
+
+/** "4 of 5 pairs · 1 warning · 2 notes", or null where there is nothing to tell. */
+export function buildSummary({ findings, pairs }, t) {
+  const parts = [];
+  if (pairs) {
+    const all = { n: pairs.num_pairs, all: pairs.num_found };
+    parts.push(build("span", { "data-severity": "fine" }, t("report.pairs", all)));
+  }
+  for (const severity of SEVERITIES) {
+    const n = findings.filter((finding) => finding.severity === severity).length;
+    if (!n) continue;
+    const part = build("span", { "data-severity": severity }, t(`report.${severity}`, { n }));
+    part.style.color = COLORS[severity];
+    parts.push(part);
+  }
+  if (!parts.length) return null;
+  const row = build("div", { class: "qwen-edit-lora-summary" });
+  row.style.fontWeight = "600";
+  parts.forEach((part, index) => row.append(...(index ? [" · ", part] : [part])));
+  return row;
+}
+
+/** A line of the report; one of a finding has its color, and its kind and number on hover. */
+export function buildLine(line, finding) {
+  const row = build("div", {}, line || "\u00a0"); // never innerHTML: file names are not ours
+  if (!finding) return row;
+  row.dataset.kind = finding.kind;
+  row.dataset.severity = finding.severity;
+  row.title = finding.count === null ? finding.kind : `${finding.kind}: ${finding.count}`;
+  row.style.color = COLORS[finding.severity] ?? "";
+  return row;
+}
