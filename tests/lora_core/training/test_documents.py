@@ -20,9 +20,9 @@ from qwen_edit_lora.lora_core.training.presets import (
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "lora_core" / "training" / "example.toml"
-HARDWARE, COMMAND_LINE = (
-    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("hardware", "command-line")
-)
+DOCS = ROOT / "docs"
+HARDWARE = (DOCS / "hardware.md").read_text(encoding="utf-8")
+COMMAND_LINE = (DOCS / "command-line.md").read_text(encoding="utf-8")
 #: TOML has no null: the example shows the rank instead, which is what alpha is then.
 SHOWN_OTHERWISE = {("lora", "alpha"): 16}
 
