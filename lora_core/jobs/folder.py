@@ -65,6 +65,19 @@ class JobFolder:
                     f"{LOCK_FILE} of job {self.id} is no regular file; delete the job's folder"
                 )
 
+    def open_log(self) -> BinaryIO:
+        """To write at its end. A link or pipe in its place is removed, not followed.
+
+        Raises:
+            OSError: it cannot be opened or removed.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(self.log.lstat().st_mode):
+                self.log.unlink()
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        return os.fdopen(os.open(self.log, flags, 0o666), "ab")
+
     def read_settings(self) -> JobSettings:
         """Raises FileError where config.json is missing or broken."""
         values = self._read(CONFIG_FILE)

@@ -74,23 +74,28 @@ def run_job(
     sampler = Sampler(samples, session, run, folder.samples, pulse.note)
     alarms = Alarms(config)
     pulse.update(phase=Phase.TRAINING, step=run.step, num_steps=config.steps)
-    if sampler.list_missing_examples():
+    while sampler.list_missing_examples() and not pulse.should_stop():
         with sampling(sampler, pulse):
             sampler.make_examples(pulse.should_stop)
-    take_sample(sampler, run.step, pulse)
-    for report in run.take_steps(pulse.should_stop):
-        pulse.report(report)
-        for sentence in alarms.look(report):
-            pulse.alarm(sentence)
-        if report.step == 1 or report.step % LOG_EVERY == 0 or report.step == config.steps:
-            pulse.say(describe_report(report))
-        take_sample(sampler, report.step, pulse)
-    pulse.update(phase=Phase.SAVING)
-    if run.step < config.steps:
+    while True:
+        take_sample(sampler, run.step, pulse)
+        for report in run.take_steps(pulse.should_stop):
+            pulse.report(report)
+            for sentence in alarms.look(report):
+                pulse.alarm(sentence)
+            if report.step == 1 or report.step % LOG_EVERY == 0 or report.step == config.steps:
+                pulse.say(describe_report(report))
+            take_sample(sampler, report.step, pulse)
+        pulse.update(phase=Phase.SAVING)
+        if run.step == config.steps:
+            break
         adapters = run.save_adapters(run.step) if run.step else ()
         pulse.update(adapters=adapters, checkpoint_step=run.step)
-        pulse.say(f"stopped after step {run.step}")
-        return False
+        if run.is_still_to_stop(pulse.should_stop):
+            pulse.say(f"stopped after step {run.step}")
+            return False
+        pulse.say(f"asked to go on after all; goes on after step {run.step}")
+        pulse.update(phase=Phase.TRAINING)
     suffixes = ("", EMA_SUFFIX) if run.ema is not None else ("",)
     adapters = tuple(f"{config.name}{suffix}.safetensors" for suffix in suffixes)
     pulse.update(adapters=adapters, checkpoint_step=run.step)
@@ -122,12 +127,14 @@ def open_run(
 
 
 def take_sample(sampler: Sampler, step: int, pulse: Pulse | MutedPulse) -> None:
-    """Makes the step's samples where they are due."""
-    if not sampler.is_due(step) or pulse.should_stop():
-        return
-    with sampling(sampler, pulse):
-        seconds = sampler.make(step, pulse.should_stop)
-        pulse.say(f"sampled {len(sampler.indices)} pictures after step {step} in {seconds:.1f} s")
+    """Makes the step's samples where they are due; again where a stop that was asked for meanwhile
+    was taken back.
+    """
+    while sampler.is_due(step) and not pulse.should_stop():
+        with sampling(sampler, pulse):
+            seconds = sampler.make(step, pulse.should_stop)
+            count = len(sampler.indices)
+            pulse.say(f"sampled {count} pictures after step {step} in {seconds:.1f} s")
 
 
 @contextmanager
