@@ -222,7 +222,7 @@ class Supervisor:
     def _settle(self, job: Job, folder: JobFolder) -> Job:
         """Writes down what became of a job without a worker; its lock is held."""
         self._first_seen_dead.pop(job.id, None)
-        code = self._exit_codes.pop(job.id, None)
+        code = self._exit_codes.get(job.id)
         state = job.state
         if code == LAUNCHER_FAILED:
             code = None if state.status is JobStatus.IN_PROGRESS else EXIT_FAILED
@@ -242,6 +242,7 @@ class Supervisor:
         if state != job.state:
             folder.write_state(state)
             job = dataclasses.replace(job, state=state)
+        self._exit_codes.pop(job.id, None)  # not before it is written down
         return self.store.apply_request(job) if job.request else job
 
     def _judge(self, job: Job, folder: JobFolder, code: int | None) -> JobState:

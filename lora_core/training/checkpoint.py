@@ -107,6 +107,7 @@ class CheckpointFolder:
         path = self.get_path(step)
         temporary = self._name_temporary(step)
         try:
+            self.folder.mkdir(exist_ok=True)
             temporary.mkdir()
             for group, named in tensors.items():
                 save_file(separate(named), temporary / f"{group}.safetensors")
