@@ -344,7 +344,7 @@ def test_an_adapter_with_a_damaged_header_is_not_published(store, submit, loras)
 
 # --- kills while a job is submitted ---
 
-TRACED = ("store.py", "publication.py", "folder.py", "files.py")
+TRACED = tuple(f"{os.sep}{name}.py" for name in ("store", "publication", "folder", "files"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks what is killed")
