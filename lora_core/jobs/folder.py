@@ -21,7 +21,7 @@ from ..json_reader import describe_kind, parse_object
 from ..regular_files import open_regular, read_bytes
 from ..text import shorten
 from ..training.config import MAX_WHOLE, show
-from ..training.config_files import build, config_to_dict
+from ..training.config_files import build, config_to_dict, get_hints
 from ..training.metrics import METRICS_FILE
 from .job import JobSettings, JobState, Request
 from .locks import FileLock
@@ -114,6 +114,12 @@ class JobFolder:
 
     def read_request(self) -> Request | None:
         """None where nothing was asked for, or nothing that can be read."""
+        try:
+            os.stat(self.path / REQUEST_FILE)  # noqa: PTH116 - asked of every job all the time
+        except FileNotFoundError:
+            return None
+        except OSError:
+            pass  # Windows, for a moment
         try:
             return Request(self._read(REQUEST_FILE).get("request"))
         except ValueError:
@@ -217,7 +223,7 @@ def restore(kind: type, values: Any) -> Any:
     """
     if not isinstance(values, dict):
         raise ValueError(f"{describe_kind(values)} where an object was expected")
-    hints = typing.get_type_hints(kind)
+    hints = get_hints(kind)
     known = {name: convert(hints[name], values[name], name) for name in hints if name in values}
     try:
         return kind(**known)

@@ -9,6 +9,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,7 +100,7 @@ def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
             elsewhere = find_section(key) if not where else None
             hint = f"[{elsewhere}] {key}" if elsewhere else near[0]
             raise ConfigError(f"{place} has no setting {show(key)}; did you mean {hint}?")
-    types_of = typing.get_type_hints(section)
+    types_of = get_hints(section)
     arguments = {}
     for name, field in fields.items():
         if name in values:
@@ -112,9 +113,15 @@ def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
         raise ConfigError(f"[{where}] {e}" if where else str(e)) from None
 
 
+@cache
+def get_hints(section: type) -> dict[str, Any]:
+    """Field -> its type; a list of many jobs asks for the same few classes each time."""
+    return typing.get_type_hints(section)
+
+
 def find_section(key: str) -> str | None:
     """The table in which a key that was put on top belongs."""
-    for name, hint in typing.get_type_hints(TrainConfig).items():
+    for name, hint in get_hints(TrainConfig).items():
         if dataclasses.is_dataclass(hint) and key in {f.name for f in dataclasses.fields(hint)}:
             return name
     return None
