@@ -26,6 +26,10 @@ class MissingFileError(FileError):
     """There is no such file, which is no fault where the file is optional."""
 
 
+class DeniedFileError(FileError):
+    """The system does not let the file be opened now; on Windows perhaps a moment later."""
+
+
 class KeyFormatError(LoraError, ValueError):
     """The keys are not those of a Qwen-Image adapter, or a module is incomplete."""
 

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import FileError, MissingFileError
+from .errors import DeniedFileError, FileError, MissingFileError
 from .text import shorten
 
 #: Nothing that is read whole as text comes near it.
@@ -45,7 +45,8 @@ def open_regular(path: str | os.PathLike[str], shown: str = "") -> BinaryIO:
     except OSError as e:
         if os.path.isdir(path):  # noqa: PTH112 - Windows opens none; Path.is_dir may raise
             raise FileError(f"{name} is a folder; expected a file.") from None
-        raise FileError(f"{name} cannot be opened: {e.strerror}.") from None
+        kind = DeniedFileError if isinstance(e, PermissionError) else FileError
+        raise kind(f"{name} cannot be opened: {e.strerror}.") from None
     except ValueError:  # a null character or half a surrogate pair
         raise FileError(f"{name!r} is no name of a file; expected one.") from None
     try:
@@ -71,7 +72,8 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) ->
         try:
             data = file.read(max_bytes + 1)
         except OSError as e:
-            raise FileError(f"{name} cannot be read: {e.strerror}.") from None
+            kind = DeniedFileError if isinstance(e, PermissionError) else FileError
+            raise kind(f"{name} cannot be read: {e.strerror}.") from None
     if len(data) > max_bytes:
         raise FileError(
             f"{name} is larger than {max_bytes / 1e6:,.3g} MB; expected a file of text. Remove or "

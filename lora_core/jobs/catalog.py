@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, FileError
+from ..files import explain
 from ..training.config_files import build, config_from_dict, config_to_dict
 from .folder import STATE_FILE, BusyFileError, JobFolder, restore
 from .index import JobIndex
@@ -21,6 +24,8 @@ from .job import (
     check_id,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class Catalog:
     """The jobs in a folder; nothing here changes one."""
@@ -30,9 +35,16 @@ class Catalog:
         self.index = index
         self._settings: dict[str, JobSettings] = {}
         self._read_jobs: dict[str, tuple[str, Job]] = {}
+        self._strange: set[str] = set()
 
     def list(self) -> list[Job]:
-        """All jobs, the oldest first; those whose files are damaged are failed ones."""
+        """All jobs, the oldest first.
+
+        Whatever a folder holds, it is one job: a failed one where its files are damaged.
+
+        Raises:
+            FileError: the folder of all jobs cannot be read.
+        """
         folders = self._list_folders()
         stamps = {folder.id: read_stamp(folder) for folder in folders}
         known: dict[str, tuple[str, dict[str, Any]]] | None = None
@@ -51,6 +63,13 @@ class Catalog:
                 job, stamp = last or build_broken(folder, str(e)), ""
             except FileError as e:
                 job, stamp = build_broken(folder, str(e)), ""
+            except Exception as e:
+                # Of one folder, it must not keep anybody from all the others.
+                sentence = f"job {folder.id} is damaged ({type(e).__name__}); delete the job"
+                if folder.id not in self._strange:
+                    self._strange.add(folder.id)
+                    logger.exception("Qwen Edit LoRA: %s", sentence)
+                job, stamp = build_broken(folder, sentence), ""
             else:
                 self._read_jobs[folder.id] = (stamp, job)
             if stamp and known is not None and known.get(folder.id, ("",))[0] != stamp:
@@ -66,14 +85,35 @@ class Catalog:
         """Raises ConfigError for what is no id, and UnknownJobError where there is no such job."""
         path = self.folder / check_id(job_id)
         if not path.is_dir() or path.is_symlink():
-            raise UnknownJobError(f"there is no job {job_id}; it may have been deleted")
+            raise explain_absence(job_id)
         return JobFolder(path)
+
+    @contextmanager
+    def using(self, folder: JobFolder) -> Iterator[None]:
+        """Inside the block, what fails because somebody deleted the job meanwhile says so.
+
+        Raises:
+            UnknownJobError: the folder is not there any more.
+            FileError: instead of any OSError, where it is.
+        """
+        try:
+            yield
+        except (FileError, OSError) as e:
+            if not folder.path.is_dir():
+                raise explain_absence(folder.id) from None
+            if isinstance(e, FileError):
+                raise
+            raise FileError(f"job {folder.id} cannot be used: {explain(e)}") from None
 
     def _list_folders(self) -> list[JobFolder]:
         folders = []
-        for path in (self.folder).iterdir():
+        try:
+            names = [path.name for path in self.folder.iterdir()]
+        except OSError as e:
+            raise FileError(f"the jobs' folder cannot be read: {explain(e)}") from None
+        for name in names:
             try:
-                folders.append(self.find(path.name))
+                folders.append(self.find(name))
             except (ConfigError, UnknownJobError):
                 continue
         return folders
@@ -87,7 +127,7 @@ class Catalog:
             try:
                 return from_row(folder, row[1])
             except (LookupError, TypeError, ValueError):
-                pass  # of an older version
+                pass  # of another version
         return self.read(folder)
 
     def _remember(self, folder: JobFolder, row: tuple[str, dict[str, Any]] | None) -> Job | None:
@@ -102,16 +142,15 @@ class Catalog:
     def read(self, folder: JobFolder) -> Job:
         """The job as it is now."""
         settings = self._settings.get(folder.id)
-        try:
+        with self.using(folder):
+            folder.check_lock()
             if settings is None:
                 settings = self._settings[folder.id] = folder.read_settings()
             return Job(folder.id, settings, folder.read_state(), folder.read_request())
-        except FileError:
-            if not folder.path.exists():
-                raise UnknownJobError(
-                    f"there is no job {folder.id}; it may have been deleted"
-                ) from None
-            raise
+
+
+def explain_absence(job_id: str) -> UnknownJobError:
+    return UnknownJobError(f"there is no job {job_id}; it may have been deleted")
 
 
 def read_stamp(folder: JobFolder) -> str:
@@ -136,7 +175,10 @@ def from_row(folder: JobFolder, row: Mapping[str, Any]) -> Job:
 
 def build_broken(folder: JobFolder, sentence: str) -> Job:
     """In the place of a job whose files cannot be read."""
-    created = folder.path.stat().st_mtime if folder.path.exists() else 0.0
+    try:
+        created = folder.path.stat().st_mtime
+    except OSError:  # deleted meanwhile
+        created = 0.0
     train = config_from_dict(
         {
             "name": folder.id,

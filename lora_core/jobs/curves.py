@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError
+from ..errors import FileError, MissingFileError
 from ..training.metrics import FIGURES, parse_row
+from .folder import open_inside
 
 #: One value for each step.
 CURVES = ("step", *FIGURES)
@@ -40,13 +41,16 @@ class MetricsReader:
         """
         with self._lock:
             try:
-                with path.open("rb") as file:
+                with open_inside(path) as file:
                     return list(self._read_on(path, file))
-            except FileNotFoundError:
+            except MissingFileError:
                 return []
+            except FileError:
+                self._known.pop(path, None)
+                raise
             except OSError as e:
                 self._known.pop(path, None)
-                raise FileError(f"{path.name} cannot be read: {e}") from None
+                raise FileError(f"{path.name} cannot be read: {e.strerror}") from None
 
     def _read_on(self, path: Path, file: Any) -> list[Row]:
         found = os.fstat(file.fileno())

@@ -7,10 +7,10 @@ import os
 import signal
 import time
 
-from ..errors import LoraError, OutOfMemoryError
+from ..errors import FileError, LoraError, OutOfMemoryError
 from ..training.config import TrainConfig
 from ..training.memory import is_out_of_memory
-from .folder import JobFolder
+from .folder import JobFolder, open_inside
 from .job import JobFailure, JobSettings, JobState, JobStatus
 from .nccl import explain_shared_memory, is_communication_error
 
@@ -39,7 +39,7 @@ def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
         )
     if isinstance(error, LoraError):
         return JobFailure(sentence=" ".join(str(error).split()))
-    text = " ".join(str(error).split())[:500]
+    text = " ".join(str(error).split())
     advice: tuple[str, ...] = (LOOK_AT_LOG,)
     if is_communication_error(error):
         count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -94,10 +94,10 @@ def name_signal(number: int) -> str:
 
 def read_log_tail(folder: JobFolder) -> str:
     try:
-        with folder.log.open("rb") as file:
+        with open_inside(folder.log) as file:
             file.seek(max(0, file.seek(0, 2) - LOG_TAIL_BYTES))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
+            text = file.read(LOG_TAIL_BYTES).decode("utf-8", "replace")
+    except (FileError, OSError):
         return ""
     return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import secrets
+import stat
+import types
 import typing
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ..errors import ConfigError, FileError
+from ..errors import ConfigError, DeniedFileError, FileError
 from ..files import BRIEF_PATIENCE_S, PATIENCE_S, explain, insist, replace
-from ..training.config_files import build, config_to_dict
+from ..json_reader import describe_kind, parse_object
+from ..regular_files import open_regular, read_bytes
+from ..text import shorten
+from ..training.config import MAX_WHOLE, show
+from ..training.config_files import build, config_to_dict, get_hints
 from ..training.metrics import METRICS_FILE
 from .job import JobSettings, JobState, Request
 from .locks import FileLock
@@ -25,6 +33,10 @@ REQUEST_FILE = "request.json"
 LOCK_FILE = "lock"
 LOG_FILE = "log.txt"
 SAMPLES = "samples"
+#: Of a JSON file here; a state's notes, alarms and end of the log are limited.
+MAX_JSON_BYTES = 4 << 20
+#: Characters of what a sentence repeats about a damaged file.
+MAX_REASON = 200
 
 
 class BusyFileError(FileError):
@@ -45,16 +57,37 @@ class JobFolder:
     def id(self) -> str:
         return self.path.name
 
+    def check_lock(self) -> None:
+        """Raises FileError where something lies in the lock's place that cannot be locked."""
+        with contextlib.suppress(OSError):  # mostly there is none yet
+            if not stat.S_ISREG((self.path / LOCK_FILE).lstat().st_mode):
+                raise FileError(
+                    f"{LOCK_FILE} of job {self.id} is no regular file; delete the job's folder"
+                )
+
+    def open_log(self) -> BinaryIO:
+        """To write at its end. A link or pipe in its place is removed, not followed.
+
+        Raises:
+            OSError: it cannot be opened or removed.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(self.log.lstat().st_mode):
+                self.log.unlink()
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        return os.fdopen(os.open(self.log, flags, 0o666), "ab")
+
     def read_settings(self) -> JobSettings:
         """Raises FileError where config.json is missing or broken."""
         values = self._read(CONFIG_FILE)
+        train = values.get("train")
+        if isinstance(train, dict):
+            train["output"] = str(self.path)  # the folder may have been moved
         try:
-            values["train"]["output"] = str(self.path)  # the folder may have been moved
             return build(JobSettings, values, "")
-        except (ConfigError, KeyError, TypeError, AttributeError) as e:
-            raise FileError(
-                f"{CONFIG_FILE} of job {self.id} is damaged ({e}); delete the job"
-            ) from None
+        except ConfigError as e:
+            raise self._explain_damage(CONFIG_FILE, e) from None
 
     def write_settings(self, settings: JobSettings) -> None:
         values = config_to_dict(settings)
@@ -68,10 +101,8 @@ class JobFolder:
         values = self._read(STATE_FILE)
         try:
             return restore(JobState, values)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise FileError(
-                f"{STATE_FILE} of job {self.id} is damaged ({e}); delete the job"
-            ) from None
+        except ValueError as e:
+            raise self._explain_damage(STATE_FILE, e) from None
 
     def write_state(self, state: JobState, durable: bool = True) -> None:
         """Only for who holds the lock.
@@ -82,9 +113,16 @@ class JobFolder:
         self._write(STATE_FILE, dataclasses.asdict(state), durable)
 
     def read_request(self) -> Request | None:
+        """None where nothing was asked for, or nothing that can be read."""
         try:
-            return Request(self._read(REQUEST_FILE)["request"])
-        except (FileError, ValueError, KeyError, TypeError):
+            os.stat(self.path / REQUEST_FILE)  # noqa: PTH116 - asked of every job all the time
+        except FileNotFoundError:
+            return None
+        except OSError:
+            pass  # Windows, for a moment
+        try:
+            return Request(self._read(REQUEST_FILE).get("request"))
+        except ValueError:
             return None
 
     def write_request(self, request: Request) -> None:
@@ -94,35 +132,47 @@ class JobFolder:
         insist(lambda: (self.path / REQUEST_FILE).unlink(missing_ok=True))
 
     def _read(self, name: str) -> dict[str, Any]:
-        path = self.path / name
         try:
-            text = insist(lambda: path.read_text(encoding="utf-8"), BRIEF_PATIENCE_S)
-            values = json.loads(text)
+            data = insist(lambda: self._read_bytes(name), BRIEF_PATIENCE_S)
         except PermissionError as e:
-            raise BusyFileError(f"{name} of job {self.id} cannot be read: {e.strerror}") from None
-        except OSError as e:
-            raise FileError(f"{name} of job {self.id} cannot be read: {e.strerror}") from None
-        except ValueError:
-            raise FileError(f"{name} of job {self.id} is damaged; delete the job") from None
-        if not isinstance(values, dict) or values.pop("version", None) != VERSION:
-            raise FileError(
-                f"{name} of job {self.id} is damaged or of another version; delete the job"
-            )
+            raise BusyFileError(f"{name} of job {self.id} cannot be read: {e}") from None
+        try:
+            values = parse_object(data, name)
+        except FileError as e:
+            raise self._explain_damage(name, e) from None
+        if values.pop("version", None) != VERSION:
+            raise FileError(f"{name} of job {self.id} is of another version; delete the job")
         return values
+
+    def _read_bytes(self, name: str) -> bytes:
+        try:
+            return read_bytes(self.path / name, MAX_JSON_BYTES)
+        except DeniedFileError as e:
+            raise PermissionError(str(e).rstrip(".")) from None  # what `insist` tries again
+        except FileError as e:
+            raise self._explain_damage(name, e) from None
+
+    def _explain_damage(self, name: str, error: Exception) -> FileError:
+        reason = shorten(str(error).rstrip("."), MAX_REASON)
+        return FileError(f"{name} of job {self.id} is damaged ({reason}); delete the job")
 
     def _write(self, name: str, values: dict[str, Any], durable: bool) -> None:
         # Not the name of a training run's temporary files, which a run that starts clears away.
         temporary = self.path / f".{name}.{secrets.token_hex(4)}.new"
         try:
             with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps({"version": VERSION, **values}, indent=1))
+                record = {"version": VERSION, **values}
+                file.write(json.dumps(record, indent=1, allow_nan=False))
                 if durable:
                     file.flush()
                     os.fsync(file.fileno())
             patience_s = PATIENCE_S if durable else BRIEF_PATIENCE_S
             replace(temporary, self.path / name, patience_s)
-        except OSError as e:
-            temporary.unlink(missing_ok=True)
+        except BaseException as e:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            if not isinstance(e, OSError | ValueError):  # ValueError: NaN or an infinity
+                raise
             raise FileError(f"{name} of job {self.id} cannot be written: {explain(e)}") from None
 
     def clear_leftovers(self) -> None:
@@ -132,23 +182,93 @@ class JobFolder:
                 path.unlink(missing_ok=True)
 
 
-def restore(kind: type, values: dict[str, Any]) -> Any:
-    """A dataclass from what `dataclasses.asdict` and JSON made of it; unknown names are skipped."""
-    hints = typing.get_type_hints(kind)
-    return kind(**{name: convert(hints[name], v) for name, v in values.items() if name in hints})
+def open_inside(path: Path) -> BinaryIO:
+    """A regular file of a job's folder or of a folder in it, opened for reading; never a link,
+    which could show a file from anywhere.
+
+    Raises:
+        MissingFileError, FileError: as `open_regular`, or it is a link.
+    """
+    file = open_regular(path)
+    try:
+        is_own = os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+        if not is_own or path.parent.is_symlink():
+            raise FileError(f"{shorten(path.name)} is a link; expected a file of the job's own.")
+    except OSError as e:
+        file.close()
+        raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
-def convert(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    options = [option for option in typing.get_args(hint) if option is not type(None)]
-    if typing.get_origin(hint) is tuple:
-        return tuple(value)
-    kind = options[0] if options else hint
-    if dataclasses.is_dataclass(kind):
-        return restore(kind, value)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind(value)
-    if kind in (int, float, str) and not isinstance(value, (int, float) if kind is float else kind):
-        raise ValueError(f"{value!r} where a {kind.__name__} was expected")
+def list_inside(folder: Path) -> list[Path]:
+    """The regular files in a folder of a job by their names; none through a link."""
+    try:
+        if folder.is_symlink():
+            return []
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+    except OSError:  # not there, or no folder
+        return []
+    return [folder / name for name in sorted(names)]
+
+
+def restore(kind: type, values: Any) -> Any:
+    """A dataclass from what `dataclasses.asdict` and JSON made of it; unknown names are skipped.
+
+    Raises:
+        ValueError: a value is not of its field's kind, or one without a default is missing.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{describe_kind(values)} where an object was expected")
+    hints = get_hints(kind)
+    known = {name: convert(hints[name], values[name], name) for name in hints if name in values}
+    try:
+        return kind(**known)
+    except TypeError:
+        missing = [
+            field.name
+            for field in dataclasses.fields(kind)
+            if field.default is field.default_factory is dataclasses.MISSING
+            and field.name not in known
+        ]
+        raise ValueError(f"it lacks {', '.join(missing)}") from None
+
+
+def convert(hint: Any, value: Any, name: str) -> Any:
+    """A field's value; None only where the field allows it, numbers only where JSON has them."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (hint,) = (option for option in options if option is not type(None))
+    elif origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is {show(value)}; expected a list")
+        return tuple(convert(options[0], item, name) for item in value)
+    if dataclasses.is_dataclass(hint):
+        return restore(hint, value)
+    if issubclass(hint, Enum):
+        try:
+            return hint(value)
+        except ValueError:
+            raise ValueError(f"{name} is {show(value)}") from None
+    if not is_plain(value, hint):
+        raise ValueError(f"{name} is {show(value)}; expected {NAMES[hint]}")
     return value
+
+
+NAMES = {str: "a text", int: "a whole number", float: "a finite number"}
+
+
+def is_plain(value: Any, kind: type) -> bool:
+    """Whether it is a text, a whole number of 64 bits or a finite one, as `kind` says."""
+    if isinstance(value, bool):
+        return False
+    if kind is float and isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return kind in (int, float) and abs(value) <= MAX_WHOLE
+    return isinstance(value, kind)

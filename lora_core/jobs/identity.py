@@ -29,6 +29,8 @@ def read_start(pid: int) -> float | None:
 
     A process that has ended and waits for its parent to notice (a zombie) counts as none.
     """
+    if not 0 < pid < 2**32:  # of a file that somebody wrote
+        return None
     try:
         # pid (name) state ppid ...: the name may hold spaces and brackets
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

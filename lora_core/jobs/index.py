@@ -7,6 +7,7 @@ their locks are what keeps a job from running twice.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sqlite3
@@ -20,9 +21,12 @@ from ..files import BRIEF_PATIENCE_S, replace
 T = TypeVar("T")
 
 BUSY_TIMEOUT = 5.0  # seconds to wait for another process that writes
-VERSION = 1
+VERSION = 2
+SQLITE_ERROR = 1  # the generic one, as of sqlite3.h
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (id TEXT PRIMARY KEY, stamp TEXT NOT NULL, job TEXT NOT NULL);
+DROP TABLE IF EXISTS jobs;
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY, stamp TEXT NOT NULL, job TEXT NOT NULL, digest TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS claims (
     job TEXT PRIMARY KEY, device TEXT UNIQUE NOT NULL, owner TEXT NOT NULL, until REAL NOT NULL);
 """
@@ -53,8 +57,11 @@ class JobIndex:
         """Job id -> stamp and what was kept of the job."""
 
         def query(connection: sqlite3.Connection):
-            rows = connection.execute("SELECT id, stamp, job FROM jobs").fetchall()
-            return {id_: (stamp, json.loads(job)) for id_, stamp, job in rows}
+            rows = connection.execute("SELECT id, stamp, job, digest FROM jobs").fetchall()
+            for *row, digest in rows:
+                if compute_digest(*row) != digest:
+                    raise ValueError("a row is not what was written")
+            return {id_: (stamp, json.loads(job)) for id_, stamp, job, _ in rows}
 
         return self._use(query, {})
 
@@ -62,12 +69,13 @@ class JobIndex:
         self, changed: Iterable[tuple[str, str, dict[str, Any]]], gone: Iterable[str] = ()
     ) -> None:
         """Puts in (id, stamp, job) and takes out ids."""
-        rows = [(id_, stamp, json.dumps(job)) for id_, stamp, job in changed]
+        texts = [(id_, stamp, json.dumps(job)) for id_, stamp, job in changed]
+        rows = [(*row, compute_digest(*row)) for row in texts]
         gone = [(id_,) for id_ in gone]
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany("REPLACE INTO jobs VALUES (?, ?, ?)", rows)
+            connection.executemany("REPLACE INTO jobs VALUES (?, ?, ?, ?)", rows)
             connection.executemany("DELETE FROM jobs WHERE id = ?", gone)
             connection.executemany("DELETE FROM claims WHERE job = ?", gone)
             connection.commit()
@@ -131,15 +139,14 @@ class JobIndex:
                     result = action(self._open())
                     self._told = ""
                     return result
-                except sqlite3.OperationalError as e:  # locked, read-only, disk full
-                    self._close()
-                    self._tell(
-                        f"the job index cannot be used ({e}); the jobs are read from their "
-                        "folders instead"
-                    )
-                    return otherwise
                 except (sqlite3.DatabaseError, ValueError) as e:
                     self._close()
+                    if isinstance(e, sqlite3.OperationalError) and not lacks_table(e):
+                        self._tell(
+                            f"the job index cannot be used ({e}); the jobs are read from their "
+                            "folders instead"
+                        )
+                        return otherwise
                     self._tell(f"the job index was broken ({e}) and is made anew from the folders")
                     self._put_aside()
             return otherwise
@@ -152,6 +159,8 @@ class JobIndex:
             self.path, timeout=BUSY_TIMEOUT, check_same_thread=False, isolation_level=None
         )
         self._connection = connection
+        # What is not UTF-8 any more is told by the digest.
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
         if connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("BEGIN IMMEDIATE")
@@ -190,3 +199,15 @@ class JobIndex:
         if sentence != self._told:
             logger.warning("Qwen Edit LoRA: %s.", sentence)
             self._told = sentence
+
+
+def lacks_table(error: sqlite3.OperationalError) -> bool:
+    """Whether it tells of a table or column that is not there; else the file is locked, read-only,
+    or the disk full. False before Python 3.11, which does not say.
+    """
+    return getattr(error, "sqlite_errorcode", None) == SQLITE_ERROR
+
+
+def compute_digest(*row: object) -> str:
+    """BLAKE2b of a row's columns: a job out of a damaged row would be wrong in silence."""
+    return hashlib.blake2b(repr(row).encode(), digest_size=8).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
@@ -11,12 +12,15 @@ from enum import Enum
 from typing import Any
 
 from ..errors import ConfigError, LoraError
+from ..text import shorten
 from ..training.config import TrainConfig, check_number
 
 #: Seconds without a heartbeat after which a worker that lives is said not to answer.
 SILENCE_TIMEOUT = 60.0
 
 MAX_DEVICES = 16
+#: Characters of a failure's sentence and of each advice, whatever wrote them.
+MAX_SENTENCE = 400
 
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
 
@@ -136,6 +140,11 @@ class JobFailure:
     """Of the worker, negative for a signal; None where it told its error itself."""
     log_tail: str = ""
 
+    def __post_init__(self) -> None:
+        advice = tuple(shorten(one, MAX_SENTENCE) for one in self.advice)
+        object.__setattr__(self, "sentence", shorten(self.sentence, MAX_SENTENCE))
+        object.__setattr__(self, "advice", advice)
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
@@ -178,7 +187,8 @@ class JobState:
     def remaining_s(self) -> float | None:
         if self.status is not JobStatus.IN_PROGRESS or self.seconds_per_step is None:
             return None
-        return self.seconds_per_step * (self.num_steps - self.step)
+        seconds = self.seconds_per_step * (self.num_steps - self.step)
+        return seconds if math.isfinite(seconds) else None
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,16 @@ from .folder import JobFolder
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 #: A worker's exit status for "somebody else has the job or the device".
 EXIT_TAKEN = 75
-#: And for "the job does not want to run any more".
-EXIT_NOTHING_TO_DO = 0
+#: And for "the job does not want to run any more". Not 0, which anything that never came to work
+#: on the job may end with.
+EXIT_NOTHING_TO_DO = 76
 #: What `python -m MODULE` does, also for a Python that looks for modules neither in the working
-#: directory nor in PYTHONPATH, as the one of ComfyUI's portable build for Windows.
+#: directory nor in PYTHONPATH, as the one of ComfyUI's portable build for Windows. Before anything
+#: is imported the working directory is left out: its files are no modules. (Python 3.10 has no -P.)
 BOOT = (
-    "import runpy, sys; module = sys.argv.pop(1); sys.path.insert(0, sys.argv.pop(1)); "
-    "runpy.run_module(module, run_name='__main__', alter_sys=True)"
+    "import sys; sys.path[:] = [path for path in sys.path if path]; "
+    "module = sys.argv.pop(1); sys.path.insert(0, sys.argv.pop(1)); "
+    "import runpy; runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
 WORKER = "lora_core.jobs.worker"
 #: Tells a worker that ComfyUI computes on its GPU too.
@@ -89,7 +92,7 @@ def build_command(root: Path, job_id: str, devices: Sequence[Device]) -> list[st
     worker = run_module(WORKER, str(root), job_id, *names, *shared)
     if len(devices) == 1 or (devices[0].is_gpu and not can_join_gpus()):
         return worker
-    launcher = [*get_python(), "-m", "torch.distributed.run"]
+    launcher = run_module("torch.distributed.run")
     options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={len(devices)}"]
     return [*launcher, *options, "--no-python", *worker]
 
@@ -109,10 +112,10 @@ def start_worker(
     if os.name == "nt":
         detached = hide_window(subprocess.CREATE_NEW_PROCESS_GROUP)
     try:
-        with folder.log.open("ab") as log:
+        with folder.open_log() as log:
             return subprocess.Popen(
                 build_command(root, folder.id, devices),
-                cwd=folder.path,
+                cwd=PACKAGE_ROOT,  # a job's folder may come from elsewhere
                 env=build_environment(devices, os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -14,6 +14,8 @@ from ..errors import FileError
 from ..files import explain
 
 POLL_INTERVAL = 0.02  # seconds
+#: A link would make a file elsewhere.
+FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
 #: Errors that say "somebody has it".
 _TAKEN = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
@@ -33,7 +35,7 @@ class FileLock:
             FileError: the file cannot be made, or its file system has no locks.
         """
         try:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self.path, FLAGS, 0o644)
         except OSError as e:
             raise FileError(f"{self.path.parent.name} cannot be locked: {explain(e)}.") from None
         try:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..errors import FileError
 from ..files import explain
+from .folder import list_inside, open_inside
 from .job import UnknownPictureError
 
 Kind = Literal["source", "target", "sample"]
@@ -70,10 +71,8 @@ def order(picture: Picture) -> tuple[str, int, int, int, str]:
 
 
 def list_pictures(folder: Path) -> list[Picture]:
-    """Those in a folder by item, kind (sources, target, samples), step and index."""
-    if not folder.is_dir():
-        return []
-    names = (path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+    """Those in a job's folder of samples, by item, kind (sources, target, samples), step, index."""
+    names = (path.name for path in list_inside(folder))
     pictures = [picture for name in names if (picture := parse_name(name)) is not None]
     return sorted(pictures, key=order)
 
@@ -88,6 +87,7 @@ def read_picture(folder: Path, name: str) -> bytes:
     if name not in {picture.name for picture in list_pictures(folder)}:
         raise UnknownPictureError(f"there is no picture {str(name)[:80]!r}; ask for the list again")
     try:
-        return (folder / name).read_bytes()
+        with open_inside(folder / name) as file:
+            return file.read()
     except OSError as e:
         raise FileError(f"{name} cannot be read: {explain(e)}") from None

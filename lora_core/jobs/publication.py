@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -11,9 +12,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from ..errors import FileError
 from ..files import explain, rename
+from ..json_reader import parse_object
+from ..regular_files import open_regular
+from ..text import shorten
+from .folder import open_inside
+from .identity import identify
+from .job import WorkerIdentity
 
 #: In an adapter's metadata: the job that made it.
 JOB_KEY = "qwen_edit_lora.job"
@@ -49,18 +57,58 @@ def publish(adapters: Sequence[Path], loras: Path, job_id: str) -> tuple[str, ..
             ):
                 return tuple(names)
     except OSError as e:
-        raise FileError(f"the adapter cannot be put into {loras.name}: {explain(e)}") from None
+        raise FileError(
+            f"the adapter cannot be put into {shorten(loras.name)}: {explain(e)}"
+        ) from None
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
     raise AssertionError("unreachable: names never end")
 
 
+def name_temporary(loras: Path, job_id: str) -> Path:
+    """A name for what is not finished yet: of its job, and of the process that works on it."""
+    return loras / f".{job_id}.{name_owner(identify())}.{secrets.token_hex(8)}.tmp"
+
+
+def name_owner(identity: WorkerIdentity | None) -> str:
+    """A process in the name of a file: its number, and a digest of what else tells it."""
+    if identity is None:
+        return "0"
+    told = repr((identity.host, identity.pid, identity.started))
+    return f"{identity.pid}-{hashlib.blake2b(told.encode(), digest_size=8).hexdigest()}"
+
+
+def is_under_way(temporary: Path) -> bool:
+    """Whether the process that began it still lives, which will delete it itself."""
+    owner = temporary.name.split(".")[2]
+    pid = owner.partition("-")[0]
+    is_pid = pid.isascii() and pid.isdigit() and len(pid) < 12
+    identity = identify(int(pid)) if is_pid else None
+    return identity is not None and name_owner(identity) == owner
+
+
 def remove_unfinished(loras: Path, job_id: str) -> None:
-    """Deletes copies that a worker of this job was killed over; nothing that has a name."""
-    for path in loras.glob(f".{job_id}.*.tmp"):
-        with suppress(OSError):  # a folder that takes no more says so when it is to
-            path.unlink(missing_ok=True)
+    """Deletes what somebody who worked for this job was killed over; nothing that has a name, and
+    nothing that is still being written.
+    """
+    with suppress(OSError):  # a folder that takes no more says so when it is to
+        for path in list(loras.glob(f".{job_id}.*.tmp")):
+            if not is_under_way(path):
+                path.unlink(missing_ok=True)
+
+
+def try_folder(loras: Path, job_id: str) -> None:
+    """Raises FileError where a finished adapter could not be written."""
+    try:
+        trial = name_temporary(loras, job_id)
+        trial.touch()
+        trial.unlink()
+    except (OSError, ValueError) as e:  # ValueError: no name of any folder
+        reason = "it is not there" if isinstance(e, FileNotFoundError) else explain(e)
+        raise FileError(
+            f"the loras folder cannot take the adapter: {shorten(reason, 200)}"
+        ) from None
 
 
 def propose_names(adapters: Sequence[Path]) -> Iterator[list[str]]:
@@ -75,11 +123,14 @@ def propose_names(adapters: Sequence[Path]) -> Iterator[list[str]]:
 
 def copy_with_id(adapter: Path, loras: Path, job_id: str) -> Path:
     """A temporary copy whose header names the job; the tensors' bytes as they are."""
-    temporary = loras / f".{job_id}.{secrets.token_hex(8)}.tmp"
+    temporary = name_temporary(loras, job_id)
     try:
-        with adapter.open("rb") as source, temporary.open("xb") as target:
+        with open_inside(adapter) as source, temporary.open("xb") as target:
             header = read_header(source)
-            header.setdefault("__metadata__", {})[JOB_KEY] = job_id
+            metadata = header.setdefault("__metadata__", {})
+            if not isinstance(metadata, dict):
+                raise FileError(f"{shorten(adapter.name)} has a damaged header; use another file")
+            metadata[JOB_KEY] = job_id
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
             target.write(struct.pack("<Q", len(text)) + text)
@@ -92,31 +143,35 @@ def copy_with_id(adapter: Path, loras: Path, job_id: str) -> Path:
     return temporary
 
 
-def read_header(file) -> dict:
-    (size,) = struct.unpack("<Q", file.read(8))
+def read_header(file: BinaryIO) -> dict[str, Any]:
+    """Raises FileError where the file does not begin with a header."""
+    start = file.read(8)
+    (size,) = struct.unpack("<Q", start) if len(start) == 8 else (MAX_HEADER_BYTES + 1,)
     if size > MAX_HEADER_BYTES:
-        raise FileError(f"{Path(file.name).name} is no safetensors file")
-    return json.loads(file.read(size))
+        raise FileError("the adapter is no safetensors file")
+    return parse_object(file.read(size), "the adapter's header")
 
 
 def read_job_id(path: Path) -> str | None:
     """The job that an adapter file says it is of."""
     try:
-        with path.open("rb") as file:
-            return read_header(file).get("__metadata__", {}).get(JOB_KEY)
-    except (OSError, ValueError, struct.error, AttributeError):
+        with open_regular(path) as file:
+            metadata = read_header(file).get("__metadata__")
+    except (OSError, FileError):
         return None
+    return metadata.get(JOB_KEY) if isinstance(metadata, dict) else None
 
 
 def is_same(path: Path, other: Path) -> bool:
     """Whether both are copies of the same weights by the same job."""
     try:
-        with path.open("rb") as a, other.open("rb") as b:
+        with open_regular(path) as a, open_regular(other) as b:
             headers = []
             for file in (a, b):
                 header = read_header(file)
-                metadata = header.get("__metadata__", {})
-                metadata.pop("modelspec.date", None)
+                metadata = header.get("__metadata__")
+                if isinstance(metadata, dict):
+                    metadata.pop("modelspec.date", None)
                 headers.append(header)
             if headers[0] != headers[1]:
                 return False
@@ -124,7 +179,7 @@ def is_same(path: Path, other: Path) -> bool:
                 if piece != b.read(len(piece)):
                     return False
             return not b.read(1)
-    except (OSError, ValueError, struct.error, AttributeError):
+    except (OSError, FileError):
         return False
 
 
@@ -145,8 +200,22 @@ def take_name(temporary: Path, path: Path) -> bool:
 
 
 def remove_published(names: Sequence[str], loras: Path, job_id: str) -> None:
-    """Deletes a job's copies; a file that is another's by now stays."""
+    """Deletes a job's copies; a file that is another's by now stays.
+
+    Raises:
+        FileError: the folder does not let one go; the others are deleted.
+    """
+    kept = []
     for name in names:
         path = loras / Path(name).name
         if read_job_id(path) == job_id:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as e:
+                kept.append((path.name, e))
+    if kept:
+        name, error = kept[0]
+        raise FileError(
+            f"the job is deleted, but {shorten(name)} stays in {shorten(loras.name)}: "
+            f"{explain(error)}"
+        )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from ..stored import shorten
+from ..errors import ConfigError, FileError
+from ..json_reader import parse_object
+from ..text import shorten
 from ..training.adapter_files import CONFIG_KEY
 from ..training.config import TrainConfig
 from ..training.config_files import config_from_dict
@@ -18,6 +18,10 @@ from ..training.config_files import config_from_dict
 Find = Callable[[str], Sequence[Path]]
 
 MAX_NAME = 300
+#: Characters of why settings cannot be read.
+MAX_REASON = 200
+DAMAGED = "the settings in this LoRA are damaged"
+SET_UP_ANEW = "set the training up anew"
 
 
 def build_again(
@@ -81,13 +85,12 @@ def read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
             "python -m lora_core train made can be trained again"
         )
     try:
-        values = json.loads(text)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict) or not all(
-        isinstance(values.get(table), dict) for table in ("model", "data")
-    ):
-        raise ConfigError("the settings in this LoRA are damaged; set the training up anew")
+        values = parse_object(text, f"the header's {CONFIG_KEY}")
+    except FileError as e:
+        reason = shorten(str(e).rstrip("."), MAX_REASON)
+        raise ConfigError(f"{DAMAGED} ({reason}); {SET_UP_ANEW}") from None
+    if not all(isinstance(values.get(table), dict) for table in ("model", "data")):
+        raise ConfigError(f"{DAMAGED}; {SET_UP_ANEW}")
     return values
 
 

@@ -12,13 +12,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, FileError
+from ..errors import ConfigError, FileError, MissingFileError
 from ..files import explain, rename
-from ..training.config import TrainConfig
+from ..report import shorten_list
+from ..text import shorten
+from ..training.adapter_files import ADAPTERS
+from ..training.config import TrainConfig, show
 from ..training.config_files import build, config_from_dict, config_to_dict
 from ..training.metrics import read_metrics
 from .catalog import Catalog
-from .folder import BusyFileError, JobFolder
+from .folder import BusyFileError, JobFolder, list_inside, open_inside
 from .identity import kill
 from .index import JobIndex
 from .job import (
@@ -28,11 +31,12 @@ from .job import (
     JobStateError,
     JobStatus,
     Request,
+    check_id,
     make_id,
 )
 from .locks import POLL_INTERVAL, FileLock
 from .pictures import Picture, list_pictures, read_picture
-from .publication import publish, remove_published, remove_unfinished
+from .publication import publish, remove_published, remove_unfinished, try_folder
 from .requests import apply, check_allowed
 
 JOBS = "jobs"
@@ -78,7 +82,11 @@ class JobStore:
         return self.catalog.read(self.catalog.find(job_id))
 
     def list(self) -> list[Job]:
-        """All jobs, the oldest first; those whose files are damaged are failed ones."""
+        """All jobs, the oldest first; those whose files are damaged are failed ones.
+
+        Raises:
+            FileError: the folder of all jobs cannot be read.
+        """
         return self.catalog.list()
 
     def find_same(self, key: str) -> Job | None:
@@ -143,35 +151,35 @@ class JobStore:
         """
         folder = self.catalog.find(job_id)
         limit = max(1, min(limit, LOG_MAX_BYTES))
-        try:
-            with folder.log.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                start = max(0, size - limit) if offset is None else min(max(0, offset), size)
-                file.seek(start)
-                data = file.read(limit)
-        except FileNotFoundError:
-            return {"text": "", "offset": 0, "next_offset": 0, "size": 0}
-        except OSError as e:
-            raise FileError(f"the log of job {job_id} cannot be read: {e.strerror}") from None
+        with self.catalog.using(folder):
+            try:
+                with open_inside(folder.log) as file:
+                    size = file.seek(0, os.SEEK_END)
+                    start = max(0, size - limit) if offset is None else min(max(0, offset), size)
+                    file.seek(start)
+                    data = file.read(limit)
+            except MissingFileError:
+                if not folder.path.is_dir():
+                    raise
+                return {"text": "", "offset": 0, "next_offset": 0, "size": 0}
         text = data.decode("utf-8", "replace")
         return {"text": text, "offset": start, "next_offset": start + len(data), "size": size}
 
     def read_metrics(self, job_id: str) -> list[dict[str, Any]]:
         """One dictionary per step; see `lora_core.training.metrics.StepReport`."""
         folder = self.catalog.find(job_id)
-        if not folder.metrics.exists():
-            return []
-        try:
-            return list(read_metrics(folder.metrics))
-        except (OSError, ValueError) as e:
-            raise FileError(f"the metrics of job {job_id} cannot be read: {e}") from None
+        with self.catalog.using(folder):
+            try:
+                return list(read_metrics(folder.metrics))
+            except MissingFileError:
+                if not folder.path.is_dir():
+                    raise
+                return []
 
     def list_samples(self, job_id: str) -> list[Path]:
         """Pictures and latents made on the way, in the order of their steps."""
         folder = self.catalog.find(job_id)
-        if not folder.samples.is_dir():
-            return []
-        return sorted(p for p in folder.samples.iterdir() if not p.name.startswith("."))
+        return [path for path in list_inside(folder.samples) if not path.name.startswith(".")]
 
     def list_pictures(self, job_id: str) -> list[Picture]:
         """Samples, and sources and targets to compare them with; empty until there are some.
@@ -189,14 +197,15 @@ class JobStore:
         Raises:
             UnknownPictureError: it is none of them.
         """
-        return read_picture(self.catalog.find(job_id).samples, name)
+        folder = self.catalog.find(job_id)
+        with self.catalog.using(folder):
+            return read_picture(folder.samples, name)
 
     def list_adapters(self, job_id: str) -> list[Path]:
         """Every adapter file of the job that is there, the finished ones last."""
         folder = self.catalog.find(job_id)
-        found = [*folder.path.glob("adapters/*.safetensors"), *folder.path.glob("*.safetensors")]
-        finished = [path for path in found if path.parent == folder.path]
-        return sorted(set(found) - set(finished)) + sorted(finished)
+        found = [*list_inside(folder.path / ADAPTERS), *list_inside(folder.path)]
+        return [path for path in found if path.suffix == ".safetensors"]
 
     # --- changing ---
 
@@ -294,7 +303,7 @@ class JobStore:
             table = values if (sections or [last])[0] in own else values["train"]
             for section in sections:
                 if not isinstance(table.get(section), dict):
-                    raise ConfigError(f"there is no setting {name!r}")
+                    raise ConfigError(f"there is no setting {show(name)}")
                 table = table[section]
             table[last] = value
         train = config_from_dict(values.pop("train"))
@@ -319,11 +328,12 @@ class JobStore:
         if not job.settings.loras:
             raise ConfigError(f"job {job_id} has no loras folder; submit it with one")
         if not names or any(name not in files for name in names):
+            shown = shorten_list([shorten(name) for name in files], 2)
             raise ConfigError(
-                f"job {job_id} has no adapter {adapter or ''!r}; "
-                f"it has {', '.join(files) or 'none yet'}"
+                f"job {job_id} has no adapter {show(adapter or '')}; it has {shown or 'none yet'}"
             )
-        return publish([files[name] for name in names], Path(job.settings.loras), job_id)
+        with self.catalog.using(folder):
+            return publish([files[name] for name in names], Path(job.settings.loras), job_id)
 
     def delete(self, job_id: str, with_adapter: bool = False) -> None:
         """Deletes the job's folder; a running job has to be paused or cancelled before.
@@ -333,28 +343,32 @@ class JobStore:
 
         Raises:
             JobStateError: a worker has it.
+            FileError: it cannot be deleted; or it is, and a copy in the loras folder stays.
         """
         folder = self.catalog.find(job_id)
-        if not self._acquire(folder):
-            raise JobStateError(f"job {job_id} is running; pause or cancel it first")
+        condemned = folder.path.with_name(f".{job_id}.{secrets.token_hex(4)}.deleted")
+        with self.catalog.using(folder):
+            if not self._acquire(folder):
+                raise JobStateError(f"job {job_id} is running; pause or cancel it first")
+            try:
+                try:
+                    settings, state = folder.read_settings(), folder.read_state()
+                except FileError:
+                    settings = state = None  # damaged: all the more reason to delete it
+                try:
+                    rename(folder.path, condemned)
+                except OSError as e:
+                    raise FileError(f"job {job_id} cannot be deleted: {explain(e)}") from None
+            finally:
+                folder.lock.release()
         try:
-            try:
-                settings, state = folder.read_settings(), folder.read_state()
-            except FileError:
-                settings = state = None  # damaged: all the more reason to delete it
-            condemned = folder.path.with_name(f".{job_id}.{secrets.token_hex(4)}.deleted")
-            try:
-                rename(folder.path, condemned)
-            except OSError as e:
-                raise FileError(f"job {job_id} cannot be deleted: {explain(e)}") from None
+            if settings is not None and settings.loras:
+                remove_unfinished(Path(settings.loras), job_id)
+                if with_adapter:
+                    remove_published(state.published, Path(settings.loras), job_id)
         finally:
-            folder.lock.release()
-        if settings is not None and settings.loras:
-            remove_unfinished(Path(settings.loras), job_id)
-            if with_adapter:
-                remove_published(state.published, Path(settings.loras), job_id)
-        shutil.rmtree(condemned, ignore_errors=True)
-        self.index.update([], [job_id])
+            shutil.rmtree(condemned, ignore_errors=True)
+            self.index.update([], [job_id])
 
     # --- for the supervisor ---
 
@@ -372,15 +386,17 @@ class JobStore:
             except OSError:
                 continue  # somebody else deletes it
             if path.suffix == ".deleted" or (path.suffix == ".new" and age_s > LEFTOVER_AGE):
+                remove_traces(path)
                 shutil.rmtree(path, ignore_errors=True)
 
     def apply_request(self, job: Job) -> Job:
         """What a request comes to where no worker is there to follow it; the lock is held."""
         folder = self.catalog.find(job.id)
         state = apply(job.state, job.request)
-        if state != job.state:
-            folder.write_state(state)
-        folder.clear_request()
+        with self.catalog.using(folder):
+            if state != job.state:
+                folder.write_state(state)
+            folder.clear_request()
         return dataclasses.replace(job, state=state, request=None)
 
     # --- inside ---
@@ -391,11 +407,13 @@ class JobStore:
             temporary.mkdir()
             folder = JobFolder(temporary)
             folder.write_settings(settings)
+            if settings.loras:  # now, that a trial which is left over is found by the settings
+                try_folder(Path(settings.loras), path.name)
             folder.write_state(state)
             rename(temporary, path)
-        except (OSError, FileError) as e:
+        except BaseException as e:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(e, FileError):
+            if not isinstance(e, OSError):
                 raise
             raise FileError(f"the job cannot be written: {explain(e)}") from None
 
@@ -413,16 +431,17 @@ class JobStore:
         folder = self.catalog.find(job_id)
         job = self.catalog.read(folder)
         check_allowed(job, request)
-        if self._acquire(folder):
-            try:
-                # what was asked before and nobody followed is answered by this
-                job = self.catalog.read(folder)
-                check_allowed(job, request)
-                return self.apply_request(dataclasses.replace(job, request=request))
-            finally:
-                folder.lock.release()
-        folder.write_request(request)
-        return self.catalog.read(folder)
+        with self.catalog.using(folder):
+            if self._acquire(folder):
+                try:
+                    # what was asked before and nobody followed is answered by this
+                    job = self.catalog.read(folder)
+                    check_allowed(job, request)
+                    return self.apply_request(dataclasses.replace(job, request=request))
+                finally:
+                    folder.lock.release()
+            folder.write_request(request)
+            return self.catalog.read(folder)
 
 
 def get_device_lock(root: Path, device_key: str) -> FileLock:
@@ -441,18 +460,21 @@ def check_files(settings: JobSettings) -> None:
         ("the VAE", train.model.vae),
     )
     for what, place in places:
-        if place and not Path(place).exists():
+        if place and not os.path.exists(place):  # noqa: PTH110 - Path's may raise
             raise FileError(
-                f"{what}, {Path(place).name}, is not there (any more); choose another one"
+                f"{what}, {shorten(Path(place).name)}, is not there (any more); choose another one"
             )
-    if settings.loras:
-        trial = Path(settings.loras) / f".{secrets.token_hex(8)}.tmp"
-        try:
-            trial.touch()
-            trial.unlink()
-        except OSError as e:
-            reason = "it is not there" if isinstance(e, FileNotFoundError) else explain(e)
-            raise FileError(f"the loras folder cannot take the adapter: {reason}") from None
+
+
+def remove_traces(leftover: Path) -> None:
+    """Of a job that was half submitted or half deleted: what it left in its loras folder."""
+    try:
+        job_id = check_id(leftover.name.split(".")[1])
+        loras = JobFolder(leftover).read_settings().loras
+    except (ConfigError, FileError):
+        return
+    if loras:
+        remove_unfinished(Path(loras), job_id)
 
 
 def to_plain(value: Any) -> Any:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, LoraError
+from ..json_reader import parse_json
 from ..training.checkpoint import CheckpointFolder
 from ..training.run import CHECKPOINTS
 from .devices import Device, choose_devices, list_devices
 from .failure import explain_death, fail, is_from_outside, restart_or_fail
-from .folder import JobFolder
+from .folder import JobFolder, restore
 from .identity import describe_host, identify, is_running
 from .job import Job, JobState, JobStatus, UnknownJobError, WorkerIdentity
 from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN, start_worker
@@ -33,8 +34,10 @@ CLAIM_TIMEOUT = 60.0  # seconds from the claim to the worker's first sign of lif
 #: Seconds that the one who started a worker has to tell its exit status before others settle it.
 PARENT_TIMEOUT = 3.0
 EXIT_FAILED = 1
-#: In the place of a launcher's exit status; no process has it.
+#: In the place of a launcher's exit status, or of 0 where the worker did nothing; no process has
+#: them.
 LAUNCHER_FAILED = 1 << 16
+DID_NOTHING = 1 << 17
 
 Listener = Callable[[str, Job | None], None]
 Launch = Callable[[Path, JobFolder, Sequence[Device]], Any]
@@ -50,6 +53,8 @@ class Child:
     process: Any
     job_id: str
     devices: tuple[Device, ...]
+    before: JobState
+    """The job's when the worker was started."""
 
 
 class Supervisor:
@@ -84,6 +89,8 @@ class Supervisor:
         self._first_seen_dead: dict[str, float] = {}
         self._told: dict[str, Job] = {}
         self._problem = ""
+        self._said: set[str] = set()
+        self._said_before: set[str] = set()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -105,9 +112,12 @@ class Supervisor:
 
     def run(self) -> None:
         """Ticks until `stop`."""
-        self.store.remove_leftovers()
+        is_first = True
         while not self._stop.is_set():
             try:
+                if is_first:
+                    is_first = False
+                    self.store.remove_leftovers()
                 self.tick()
                 self._problem = ""
             except Exception as e:
@@ -119,9 +129,9 @@ class Supervisor:
 
     def tick(self) -> None:
         """Looks once at everything: ended workers, requests, free devices, changes."""
+        self._said_before, self._said = self._said, set()
         self._collect()
-        jobs = self.store.list()
-        jobs = [self._look_at(job) for job in jobs]
+        jobs = [self._look_at(job) for job in self.store.list()]
         self._start_next(jobs)
         self._tell(jobs)
 
@@ -139,6 +149,8 @@ class Supervisor:
                 elif code and not self._has_spoken(child):
                     # A launcher's own status hides how the process under it ended.
                     self._exit_codes[job_id] = LAUNCHER_FAILED
+                if code == 0 and self._did_nothing(child):
+                    self._exit_codes[job_id] = DID_NOTHING
 
     def _has_spoken(self, child: Child) -> bool:
         """Whether the worker under a launcher wrote down itself what became of the job."""
@@ -149,13 +161,28 @@ class Supervisor:
         began = state.parent is not None and state.parent.pid == child.process.pid
         return began and state.status is not JobStatus.IN_PROGRESS
 
+    def _did_nothing(self, child: Child) -> bool:
+        """Whether a worker that ended as if all were well never touched a job that waits for it."""
+        try:
+            job = self.store.get(child.job_id)
+        except LoraError:
+            return False
+        return job.request is None and job.state == child.before
+
     def _look_at(self, job: Job) -> Job:
-        """The job after what had to be done about it."""
+        """The job after what had to be done about it; of one job, nothing keeps from the others."""
+        try:
+            return self._look_closely_at(job)
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is told
+            self._tell_trouble(job, e)
+            return job
+
+    def _look_closely_at(self, job: Job) -> Job:
         started_badly = (
             job.status is JobStatus.PENDING
             and job.id not in self._children
             and self._exit_codes.get(job.id, EXIT_NOTHING_TO_DO)
-            not in (EXIT_NOTHING_TO_DO, EXIT_TAKEN)
+            not in (0, EXIT_NOTHING_TO_DO, EXIT_TAKEN)
         )
         if not (job.status is JobStatus.IN_PROGRESS or job.request or started_badly):
             self._exit_codes.pop(job.id, None)
@@ -174,6 +201,8 @@ class Supervisor:
             return job
         try:
             return self._settle(self.store.get(job.id), folder)
+        except UnknownJobError:
+            return job
         except FileError as e:
             self._say_once(str(e))  # a full disk: again at the next tick
             return job
@@ -193,13 +222,18 @@ class Supervisor:
     def _settle(self, job: Job, folder: JobFolder) -> Job:
         """Writes down what became of a job without a worker; its lock is held."""
         self._first_seen_dead.pop(job.id, None)
-        code = self._exit_codes.pop(job.id, None)
+        code = self._exit_codes.get(job.id)
         state = job.state
         if code == LAUNCHER_FAILED:
             code = None if state.status is JobStatus.IN_PROGRESS else EXIT_FAILED
+        did_nothing = code == DID_NOTHING
+        if did_nothing:
+            code = 0
         if state.status is JobStatus.IN_PROGRESS:
             state = self._judge(job, folder, code)
-        elif state.status is JobStatus.PENDING and code not in (None, 0, EXIT_TAKEN):
+        elif state.status is JobStatus.PENDING and (
+            did_nothing or code not in (None, 0, EXIT_TAKEN, EXIT_NOTHING_TO_DO)
+        ):
             failure = explain_death(code, folder, state.restarts)
             if is_from_outside(code):
                 state = restart_or_fail(state, job.settings, state.checkpoint_step, failure)
@@ -208,6 +242,7 @@ class Supervisor:
         if state != job.state:
             folder.write_state(state)
             job = dataclasses.replace(job, state=state)
+        self._exit_codes.pop(job.id, None)  # not before it is written down
         return self.store.apply_request(job) if job.request else job
 
     def _judge(self, job: Job, folder: JobFolder, code: int | None) -> JobState:
@@ -234,7 +269,8 @@ class Supervisor:
         taken = {device for child in self._children.values() for device in child.devices}
         taken |= {d for d in self.devices if self.store.get_device_lock(d.key).is_held()}
         for job in waiting:
-            if job.id in self._children:
+            # one that ended badly waits until that is written down
+            if job.id in self._children or job.id in self._exit_codes:
                 continue
             settings = job.settings
             chosen = choose_devices(
@@ -246,8 +282,11 @@ class Supervisor:
             )
             is_free = bool(chosen) and taken.isdisjoint(chosen)
             taken.update(chosen)  # kept for it, also while it waits for others
-            if is_free and self._is_prepared(job, chosen):
-                self._start(job, chosen)
+            try:
+                if is_free and self._is_prepared(job, chosen):
+                    self._start(job, chosen)
+            except Exception as e:  # noqa: BLE001 - whatever it is, it is told
+                self._tell_trouble(job, e)
 
     def _is_prepared(self, job: Job, devices: Sequence[Device]) -> bool:
         """Asked again at the next tick until it is."""
@@ -281,7 +320,7 @@ class Supervisor:
             self._release(job.id, len(devices))
             self._say_once(str(e))
             return
-        self._children[job.id] = Child(process, job.id, tuple(devices))
+        self._children[job.id] = Child(process, job.id, tuple(devices), job.state)
 
     # --- telling ---
 
@@ -297,9 +336,17 @@ class Supervisor:
         self._told = told
 
     def _say_once(self, sentence: str) -> None:
-        if sentence != self._problem:
-            self._problem = sentence
+        """Not again at each tick as long as it is so."""
+        if sentence not in self._said | self._said_before:
             logger.warning("Qwen Edit LoRA: %s", sentence)
+        self._said.add(sentence)
+
+    def _tell_trouble(self, job: Job, error: Exception) -> None:
+        """As `_say_once`, with what a programmer wants to know."""
+        sentence = f"job {job.id} could not be looked after ({type(error).__name__})"
+        if sentence not in self._said | self._said_before:
+            logger.error("Qwen Edit LoRA: %s.", sentence, exc_info=error)
+        self._said.add(sentence)
 
 
 def name_claim(job_id: str, index: int) -> str:
@@ -315,7 +362,7 @@ def to_owner(identity: WorkerIdentity | None) -> str:
 def is_gone(owner: str) -> bool:
     """Whether a supervisor of this machine has ended; False where that cannot be known."""
     try:
-        identity = WorkerIdentity(**json.loads(owner))
-    except (ValueError, TypeError):
+        identity = restore(WorkerIdentity, parse_json(owner, "a claim's owner"))
+    except ValueError:  # a FileError is one
         return False
     return identity.host == describe_host() and not is_running(identity)

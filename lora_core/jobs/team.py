@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..files import replace
-from .folder import JobFolder, restore
+from ..json_reader import parse_json
+from .folder import MAX_JSON_BYTES, JobFolder, open_inside, restore
 from .identity import identify, is_running
 from .job import JobFailure, WorkerIdentity
 from .nccl import choose_settings, explain_shared_memory
@@ -148,8 +149,9 @@ def take_failure(folder: JobFolder, index: int) -> JobFailure | None:
     """What a process said before it ended; None if it was ended from outside."""
     path = get_failure_path(folder, index)
     try:
-        return restore(JobFailure, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        with open_inside(path) as file:
+            return restore(JobFailure, parse_json(file.read(MAX_JSON_BYTES), path.name))
+    except (OSError, ValueError):  # a FileError is one
         return None
     finally:
         path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import ConfigError
+from ..progress import ShouldStop
 from ..training.adapter_files import EMA_SUFFIX
 from ..training.command_line import describe_report, quiet_libraries
 from ..training.config import TrainConfig
@@ -31,6 +32,25 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOG_EVERY = 10  # steps
+
+
+class Stop:
+    """Whether the training is to stop: once it was said, it stays said until `forget`.
+
+    What is left out for a stop must not be missing where the stop is taken back a moment later; so
+    all who ask hear the same, and `run_job` asks anew when everything is saved.
+    """
+
+    def __init__(self, ask: ShouldStop):
+        self._ask = ask
+        self._is_said = False
+
+    def __call__(self) -> bool:
+        self._is_said = self._is_said or self._ask()
+        return self._is_said
+
+    def forget(self) -> None:
+        self._is_said = False
 
 
 def run_job(
@@ -74,23 +94,34 @@ def run_job(
     sampler = Sampler(samples, session, run, folder.samples, pulse.note)
     alarms = Alarms(config)
     pulse.update(phase=Phase.TRAINING, step=run.step, num_steps=config.steps)
-    if sampler.list_missing_examples():
-        with sampling(sampler, pulse):
-            sampler.make_examples(pulse.should_stop)
-    take_sample(sampler, run.step, pulse)
-    for report in run.take_steps(pulse.should_stop):
-        pulse.report(report)
-        for sentence in alarms.look(report):
-            pulse.alarm(sentence)
-        if report.step == 1 or report.step % LOG_EVERY == 0 or report.step == config.steps:
-            pulse.say(describe_report(report))
-        take_sample(sampler, report.step, pulse)
-    pulse.update(phase=Phase.SAVING)
-    if run.step < config.steps:
+    stop = Stop(pulse.should_stop)
+    while True:
+        stop.forget()
+        if sampler.list_missing_examples():
+            with sampling(sampler, pulse):
+                sampler.make_examples(stop)
+        take_sample(sampler, run.step, pulse, stop)
+        for report in run.take_steps(stop):
+            pulse.report(report)
+            for sentence in alarms.look(report):
+                pulse.alarm(sentence)
+            if report.step == 1 or report.step % LOG_EVERY == 0 or report.step == config.steps:
+                pulse.say(describe_report(report))
+            take_sample(sampler, report.step, pulse, stop)
+        if run.step == config.steps:
+            break
+        pulse.update(phase=Phase.SAVING)
         adapters = run.save_adapters(run.step) if run.step else ()
         pulse.update(adapters=adapters, checkpoint_step=run.step)
-        pulse.say(f"stopped after step {run.step}")
-        return False
+        stop.forget()
+        if run.is_still_to_stop(stop):
+            pulse.say(f"stopped after step {run.step}")
+            return False
+        pulse.say(f"asked to go on after all; goes on after step {run.step}")
+        pulse.update(phase=Phase.TRAINING)
+    stop.forget()
+    take_sample(sampler, run.step, pulse, stop)
+    pulse.update(phase=Phase.SAVING)
     suffixes = ("", EMA_SUFFIX) if run.ema is not None else ("",)
     adapters = tuple(f"{config.name}{suffix}.safetensors" for suffix in suffixes)
     pulse.update(adapters=adapters, checkpoint_step=run.step)
@@ -121,12 +152,12 @@ def open_run(
     )
 
 
-def take_sample(sampler: Sampler, step: int, pulse: Pulse | MutedPulse) -> None:
+def take_sample(sampler: Sampler, step: int, pulse: Pulse | MutedPulse, stop: Stop) -> None:
     """Makes the step's samples where they are due."""
-    if not sampler.is_due(step) or pulse.should_stop():
+    if not sampler.is_due(step) or stop():
         return
     with sampling(sampler, pulse):
-        seconds = sampler.make(step, pulse.should_stop)
+        seconds = sampler.make(step, stop)
         pulse.say(f"sampled {len(sampler.indices)} pictures after step {step} in {seconds:.1f} s")
 
 

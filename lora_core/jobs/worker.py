@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     status = team.agree(take(folder, locks) if team.is_main else None)
     if status is not None:
         # A launcher takes every other status for a failure of its own.
-        return status if team.count == 1 or status == EXIT_FAILED else EXIT_NOTHING_TO_DO
+        return status if team.count == 1 or status == EXIT_FAILED else 0
     try:
         settings = folder.read_settings()
         give_way(settings.niceness)
@@ -226,12 +226,14 @@ def finish_stopped(settings: JobSettings, folder: JobFolder, pulse: Pulse) -> No
         pulse.finish(JobStatus.CANCELLED)
     elif request is Request.PAUSE:
         pulse.finish(JobStatus.PAUSED)
-    else:
+    elif pulse.is_terminated():
         failure = JobFailure(
             sentence="the worker was told to end, as at a shutdown, and saved first"
         )
         state = restart_or_fail(pulse.state, settings, pulse.state.step, failure)
         pulse.finish_as(state)
+    else:  # taken back after the worker had asked for the last time: no fault of the job's
+        pulse.finish(JobStatus.PENDING)
 
 
 def fail(error: BaseException, settings: JobSettings, folder: JobFolder, pulse: Pulse) -> int:

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 from ..adapter import Adapter
+from ..errors import FileError
 from ..files import write_adapter
 from ..formats.architectures import ARCHITECTURES
+from ..text import shorten
 from .config import TrainConfig
 from .config_files import config_to_dict
 from .dataset import CachedDataset
@@ -91,7 +93,12 @@ def write_adapters(
 
     Returns:
         Paths relative to `folder`.
+
+    Raises:
+        FileError: the disk does not take them, or `folder` is not there: it is never made again.
     """
+    if not folder.is_dir():
+        raise FileError(f"{shorten(folder.name)} is not there any more; nothing is written to it.")
     written = []
     for suffix, adapter in adapters.items():
         if step is None:

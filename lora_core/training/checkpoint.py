@@ -29,6 +29,7 @@ from ..errors import FileError
 from ..files import explain, rename, separate
 from ..regular_files import open_regular, read_bytes
 from ..stored import SafetensorsFile
+from ..text import shorten
 
 VERSION = 2
 STATE_FILE = "state.json"
@@ -69,11 +70,14 @@ class CheckpointFolder:
     def prepare(self) -> None:
         """Makes the folder, tries to write to it, and clears away what a killed process left.
 
+        The run's own folder has to be there: who moved it away while it was waited for would find
+        it made again.
+
         Raises:
-            FileError: the folder is read-only or its disk is full.
+            FileError: the folder is read-only or its disk is full, or the run's is not there.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
             trial = self.folder / f".{secrets.token_hex(8)}.tmp"
             trial.write_bytes(b"\0" * 4096)
             trial.unlink()
@@ -103,7 +107,8 @@ class CheckpointFolder:
         path = self.get_path(step)
         temporary = self._name_temporary(step)
         try:
-            temporary.mkdir(parents=True)
+            self.folder.mkdir(exist_ok=True)
+            temporary.mkdir()
             for group, named in tensors.items():
                 save_file(separate(named), temporary / f"{group}.safetensors")
             files = {file.name: describe_file(file) for file in sorted(temporary.iterdir())}
@@ -150,6 +155,20 @@ class CheckpointFolder:
             condemned = self._name_temporary(step)
             rename(path, condemned)
             shutil.rmtree(condemned, ignore_errors=True)
+
+
+def make_folder(folder: Path, what: str = "checkpoints") -> None:
+    """A folder with all above it, for what is to be written. Nothing makes one later, while a run
+    goes on.
+
+    Raises:
+        FileError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as e:  # ValueError: no name of any folder
+        name, reason = shorten(folder.name), shorten(explain(e), 200)
+        raise FileError(f"{name} cannot take {what}: {reason}.") from None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

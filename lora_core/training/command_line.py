@@ -153,6 +153,7 @@ def find_accelerator(on_cpu: bool, patience_h: float | None = None):
 def run_sample(options: argparse.Namespace) -> None:
     """Writes each item's latents, and its picture where the configuration names a VAE."""
     from ..files import read_adapter
+    from .checkpoint import make_folder
     from .config_files import read_config
     from .dataset import read_dataset
     from .image_decoder import load_decoder
@@ -170,6 +171,7 @@ def run_sample(options: argparse.Namespace) -> None:
     adapter = read_adapter(options.adapter) if options.adapter else None
     model = load_model(config.model, device)
     decode = load_decoder(config.model.vae, device) if config.model.vae else None
+    make_folder(Path(options.out), "samples")
     with applied(model.transformer, adapter, options.strength):
         for index in indices:
             latents = sample(

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..injection_plan import LoraSettings
+from ..text import shorten
 from .edit_block import SELECTIVE
 from .flow import SAMPLINGS, SCHEDULES, WEIGHTINGS
 from .losses import AUXILIARY_LOSSES
@@ -40,6 +41,8 @@ MOST_NAME_BYTES = 255
 #: What files of a run add to its name at most: an adapter of a step, published under a number.
 LONGEST_ENDING = "_00000000_ema_99.safetensors"
 VARIANTS = ("auto", "original", "2509", "2511")
+#: Of a whole number: the largest seed that PyTorch's generators and ComfyUI's fields take.
+MAX_WHOLE = 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,8 @@ class ModelConfig:
         check_number(self, "offload_blocks", 0)
         if self.gradient_checkpointing not in (AUTO, True, False, SELECTIVE):
             raise ConfigError(
-                f'gradient_checkpointing is {self.gradient_checkpointing!r}; expected "auto", '
+                f"gradient_checkpointing is {show(self.gradient_checkpointing)}; expected "
+                '"auto", '
                 'true, false or "selective"'
             )
 
@@ -133,12 +137,12 @@ class ObjectiveConfig:
         for name, weight in self.auxiliary.items():
             if name not in AUXILIARY_LOSSES:
                 raise ConfigError(
-                    f"unknown auxiliary loss {name!r}; expected one of "
+                    f"unknown auxiliary loss {show(name)}; expected one of "
                     f"{', '.join(AUXILIARY_LOSSES)}"
                 )
             if not is_number(weight) or not 0 <= weight < math.inf:
                 raise ConfigError(
-                    f"the weight of the auxiliary loss {name!r} is {weight!r}; "
+                    f"the weight of the auxiliary loss {show(name)} is {show(weight)}; "
                     "expected a number from 0, e.g. 0.1"
                 )
 
@@ -252,8 +256,19 @@ def check_file_name(name: str) -> None:
         )
 
 
+def show(value: object) -> str:
+    """A value as a sentence repeats it, of whatever kind and size."""
+    try:
+        return shorten(repr(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, endless nesting
+        return f"a {type(value).__name__} too large to be shown"
+
+
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    """A whole number of up to 64 bits, or a float that may be infinite; no NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return not math.isnan(value) if isinstance(value, float) else abs(value) <= MAX_WHOLE
 
 
 def check_number(
@@ -274,13 +289,13 @@ def check_number(
         expected = f"a number above {low:g}" if exclusive else f"{low:g} or more"
     if math.isfinite(high):
         expected = f"{low:g} to {high:g}"
-    raise ConfigError(f"{name} is {value!r}; expected {expected}")
+    raise ConfigError(f"{name} is {show(value)}; expected {expected}")
 
 
 def check_choice(section: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(section, name)
     if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+        raise ConfigError(f"{name} is {show(value)}; expected one of {', '.join(choices)}")
 
 
 def check_text(section: object, name: str) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import math
 import os
 import types
 import typing
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigError, FileError
-from .config import TrainConfig
+from ..json_reader import parse_json
+from ..regular_files import read_text
+from ..text import shorten
+from .config import MAX_WHOLE, TrainConfig, show
 
 T = TypeVar("T")
+
+#: Lists and tables inside each other, of a setting that takes any.
+MAX_DEPTH = 8
 
 #: Paths that a file gives relative to its own folder.
 PATHS = (("output",), ("model", "source"), ("model", "vae"), ("data", "folder"), ("data", "prior"))
@@ -46,13 +53,7 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
         ConfigError: as `config_from_dict`, with the file's name in front.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise FileError(f"{path.name} cannot be opened: {e.strerror}.") from None
-    except UnicodeDecodeError:
-        raise FileError(f"{path.name} is no text file; expected TOML or JSON.") from None
-    values = parse(text, path)
+    values = parse(read_text(path), path)
     for section, *names in PATHS:
         table = values.get(section) if names else values
         name = names[0] if names else section
@@ -61,46 +62,45 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
     try:
         return config_from_dict(values)
     except ConfigError as e:
-        raise ConfigError(f"{path.name}: {e}") from None
+        raise ConfigError(f"{shorten(path.name)}: {e}") from None
 
 
 def parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        if path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            try:
-                import tomllib
-            except ImportError:  # Python 3.10
-                raise ConfigError(
-                    f"{path.name}: TOML needs Python 3.11 or newer; give the same settings as a "
-                    ".json file."
-                ) from None
-            values = tomllib.loads(text)
-    except ValueError as e:
-        if isinstance(e, ConfigError):
-            raise
-        raise FileError(
-            f"{path.name} cannot be read as {path.suffix[1:] or 'TOML'}: {e}."
-        ) from None
+    name = shorten(path.name)
+    values = parse_json(text, path.name) if path.suffix == ".json" else parse_toml(text, name)
     if not isinstance(values, dict):
-        raise FileError(f"{path.name} holds no table of settings.")
+        raise FileError(f"{name} holds no table of settings.")
     return values
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        raise ConfigError(
+            f"{name}: TOML needs Python 3.11 or newer; give the same settings as a .json file."
+        ) from None
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise FileError(f"{name} cannot be read as TOML: it is nested too deep.") from None
+    except ValueError as e:
+        raise FileError(f"{name} cannot be read as TOML: {shorten(str(e), 200)}.") from None
 
 
 def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
     """One dataclass of the tree from a dictionary of its fields."""
     place = f"[{where}]" if where else "the configuration"
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{place} is {values!r}; expected a table of settings")
+        raise ConfigError(f"{place} is {show(values)}; expected a table of settings")
     fields = {field.name: field for field in dataclasses.fields(section)}
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0)
+            near = difflib.get_close_matches(shorten(str(key)), fields, n=1, cutoff=0)
             elsewhere = find_section(key) if not where else None
             hint = f"[{elsewhere}] {key}" if elsewhere else near[0]
-            raise ConfigError(f"{place} has no setting {key!r}; did you mean {hint}?")
-    types_of = typing.get_type_hints(section)
+            raise ConfigError(f"{place} has no setting {show(key)}; did you mean {hint}?")
+    types_of = get_hints(section)
     arguments = {}
     for name, field in fields.items():
         if name in values:
@@ -113,9 +113,15 @@ def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
         raise ConfigError(f"[{where}] {e}" if where else str(e)) from None
 
 
+@cache
+def get_hints(section: type) -> dict[str, Any]:
+    """Field -> its type; a list of many jobs asks for the same few classes each time."""
+    return typing.get_type_hints(section)
+
+
 def find_section(key: str) -> str | None:
     """The table in which a key that was put on top belongs."""
-    for name, hint in typing.get_type_hints(TrainConfig).items():
+    for name, hint in get_hints(TrainConfig).items():
         if dataclasses.is_dataclass(hint) and key in {f.name for f in dataclasses.fields(hint)}:
             return name
     return None
@@ -124,7 +130,7 @@ def find_section(key: str) -> str | None:
 def convert(value: Any, hint: Any, where: str) -> Any:
     """A value as its field's type says; whole numbers stand for floats, lists for tuples."""
     if hint is typing.Any:
-        return value
+        return check_plain(value, where)
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -136,17 +142,42 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             if isinstance(kind, type) and isinstance(value, kind):
                 return convert(value, kind, where)
         return convert(value, kinds[-1], where)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(convert(item, arguments[0], where) for item in value)
-    if origin is tuple and isinstance(value, arguments[0]):
-        return (value,)
-    if origin is not None and isinstance(value, Mapping) and len(arguments) == 2:
-        return {str(k): convert(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is None and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(convert(item, arguments[0], where) for item in value)
+        if isinstance(value, arguments[0]):
+            return (value,)
+    elif origin is not None and isinstance(value, Mapping):
+        return {
+            str(k): convert(v, arguments[1], f"{where}.{shorten(str(k))}") for k, v in value.items()
+        }
+    is_flag = isinstance(value, bool)  # an int to Python
+    if isinstance(value, int) and not is_flag and hint in (int, float):
+        if abs(value) <= MAX_WHOLE:
+            return hint(value)
+    elif origin is None and isinstance(value, hint) and (hint is bool or not is_flag):
         return value
-    raise ConfigError(f"{where} is {value!r}; expected {describe_type(hint)}")
+    raise ConfigError(f"{where} is {show(value)}; expected {describe_type(hint)}")
+
+
+def check_plain(value: Any, where: str, depth: int = 0) -> Any:
+    """The value itself, of a setting that takes any: what JSON can hold, and not too much of it."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, int) and abs(value) <= MAX_WHOLE:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, list | tuple | Mapping) and depth < MAX_DEPTH:
+        is_table = isinstance(value, Mapping)
+        for item in value.values() if is_table else value:
+            check_plain(item, where, depth + 1)
+        if not is_table or all(isinstance(key, str) for key in value):
+            return value
+    raise ConfigError(
+        f"{where} is or holds {show(value)}; expected true, false, a text, a finite number, or up "
+        f"to {MAX_DEPTH} lists and tables of them inside each other"
+    )
 
 
 def describe_type(hint: Any) -> str:

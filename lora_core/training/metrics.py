@@ -14,6 +14,7 @@ import torch
 from ..errors import FileError
 from ..files import explain, write_then_rename
 from ..json_reader import parse_json
+from ..regular_files import open_regular
 
 METRICS_FILE = "metrics.jsonl"
 #: Of a line, the numbers that are drawn as curves.
@@ -21,6 +22,8 @@ FIGURES = (
     *("loss", "smoothed_loss", "learning_rate", "grad_norm"),
     *("tokens_per_s", "seconds", "memory_bytes"),
 )
+#: No run has so many; what names a later step is no line of ours.
+MOST_STEPS = 2**53
 #: Weight of the past in the smoothed loss, of about 50 steps' memory.
 SMOOTHING = 0.98
 
@@ -116,7 +119,8 @@ class MetricsFile:
         if not self.path.exists():
             return 0
         try:
-            lines = self.path.read_bytes().split(b"\n")[:-1]
+            with open_regular(self.path) as file:
+                lines = file.read().split(b"\n")[:-1]
             rows = [row for line in lines if (row := parse_row(line)) is not None]
             kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
             write_then_rename(self.path, lambda new: new.write_text(kept, encoding="utf-8"))
@@ -127,7 +131,7 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics file, but for those that cannot be read and a last one cut short."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for line in file:
             if line.endswith(b"\n") and (row := parse_row(line)) is not None:
                 yield row
@@ -140,6 +144,8 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
     except FileError:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    if not 0 <= row["step"] < MOST_STEPS:
         return None
     health = row.get("health", {})
     figures = [row.get(name) for name in FIGURES]

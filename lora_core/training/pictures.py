@@ -31,7 +31,7 @@ def write_picture(image: torch.Tensor, stem: Path) -> Path:
 
 def write(path: Path, save) -> Path:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # no more: a job's folder may have been moved away
         write_then_rename(path, save)
     except (OSError, SafetensorError) as e:
         raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None

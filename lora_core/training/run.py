@@ -310,6 +310,11 @@ class Run:
             self.is_stopping = self.processes.sum(should_stop(), self.device) > 0
         return self.is_stopping
 
+    def is_still_to_stop(self, should_stop: ShouldStop) -> bool:
+        """Once the steps have ended: asks again, on all processes. False: `take_steps` goes on."""
+        self.is_stopping = None
+        return self.is_asked_to_stop(should_stop)
+
     def save_checkpoint(self) -> str | None:
         """Its name; None where this step needs none or another process writes it."""
         if self.step in (0, self.checkpointed_step):

@@ -8,10 +8,12 @@ killed and resumed is the same run, to the bit where the device computes the sam
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..injection import Injection
 from ..progress import ShouldStop
+from .checkpoint import make_folder
 from .config import TrainConfig
 from .dataset import CachedDataset
 from .losses import AuxiliaryLoss, Decode
@@ -63,6 +65,7 @@ def train(
         NonFiniteLossError: while reports are taken; the step was not applied, or not saved.
         OutOfMemoryError: while reports are taken; with what would lower the memory.
     """
+    make_folder(Path(config.output))
     return Run(
         config,
         model,
@@ -86,4 +89,5 @@ def check_output(config: TrainConfig, resume: bool) -> None:
     """
     checkpoints = open_checkpoints(config)
     check_is_free(checkpoints, resume)
+    make_folder(Path(config.output))
     checkpoints.prepare()

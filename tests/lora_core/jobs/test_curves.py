@@ -73,7 +73,7 @@ def test_a_file_that_cannot_be_read_is_a_sentence_and_no_other_file_suffers(tmp_
     good, bad, reader = tmp_path / "good.jsonl", tmp_path / "bad.jsonl", MetricsReader()
     write(good, [make_row(1)])
     bad.mkdir()
-    with pytest.raises(FileError, match=r"bad\.jsonl cannot be read"):
+    with pytest.raises(FileError, match=r"bad\.jsonl is a folder"):
         reader.read(bad)
     assert len(reader.read(good)) == 1
 

@@ -322,16 +322,16 @@ def in_use(monkeypatch):
     """`in_use(name, times)`: Windows lets nobody read files of that name for so many tries."""
 
     def deny(name: str, times: float) -> None:
-        read_text = Path.read_text
+        open_any = os.open
         left = {"tries": times}
 
-        def read(path: Path, *arguments, **named) -> str:
-            if path.name == name and left["tries"] > 0:
+        def open_one(path, *arguments, **named) -> int:
+            if Path(path).name == name and left["tries"] > 0:
                 left["tries"] -= 1
                 raise PermissionError(13, "The process cannot access the file")
-            return read_text(path, *arguments, **named)
+            return open_any(path, *arguments, **named)
 
-        monkeypatch.setattr(Path, "read_text", read)
+        monkeypatch.setattr(os, "open", open_one)
 
     monkeypatch.setattr(folder, "BRIEF_PATIENCE_S", 0.05)
     monkeypatch.setattr(files, "RETRY_INTERVAL_S", 0.0)

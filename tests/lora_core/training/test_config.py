@@ -114,8 +114,8 @@ def test_relative_paths_are_relative_to_the_file(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"name = ", r"config\.toml cannot be read as toml: "),
-        (b"\xff\xfe\x00", r"config\.toml is no text file"),
+        (b"name = ", r"config\.toml cannot be read as TOML: "),
+        (b"\xff\xfe\x00", r"config\.toml is UTF-16 text; save it again as UTF-8"),
         (b"name = 'a'", r"config\.toml: the configuration lacks output; add it"),
     ],
 )
@@ -127,5 +127,5 @@ def test_a_file_that_is_no_configuration_is_a_sentence_with_its_name(tmp_path, c
 
 
 def test_a_missing_file_is_a_sentence(tmp_path):
-    with pytest.raises(FileError, match=r"nothing\.toml cannot be opened: No such file"):
+    with pytest.raises(FileError, match=r"nothing\.toml is not there"):
         read_config(tmp_path / "nothing.toml")
