@@ -194,8 +194,8 @@ def inspect_adapter(
     """Inspects every module of an adapter.
 
     Args:
-        base: the model's file, or its tensors by key; read one module at a time. Adds
-            `ModuleInspection.base`, and gives DoRA and OFT their true delta.
+        base: the model's file, GGUF or diffusers folder, or its tensors by key; read one module at
+            a time. Adds `ModuleInspection.base`, and gives DoRA and OFT their true delta.
         exact: also look at every entry: largest value, shares, quantiles, histogram.
         progress: called with (modules done, modules in all).
         should_stop: asked between modules and between the chunks of a scan.

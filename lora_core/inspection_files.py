@@ -14,7 +14,7 @@ from .files import write_then_rename
 from .inspection import Inspection, ModuleInspection
 from .json_reader import read_object
 from .regular_files import open_regular
-from .stored import StoredTensor, read_signature
+from .stored import BASE_MODEL, StoredTensor, read_signature
 from .text import shorten
 
 #: Goes up when the same file would get other figures; the fields are compared anyway.
@@ -60,7 +60,7 @@ def compute_file_identity(path: Path) -> str:
     Raises:
         FileError: the file is missing or cannot be opened.
     """
-    size, modified, *_ = read_signature(path)
+    size, modified, *_ = read_signature(path, BASE_MODEL)
     digest = hashlib.blake2b(f"{path.name} {size} {modified}\n".encode(), digest_size=12)
     try:
         with open_regular(path) as file:
