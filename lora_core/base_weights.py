@@ -174,7 +174,7 @@ def read_rotation(note: Mapping[str, Any]) -> int | None:
     if not isinstance(is_rotated, int):  # a text such as "false" is true for Python
         return None
     is_whole = isinstance(group, float) and group.is_integer()
-    return int(group) if is_whole or type(group) is int else None
+    return int(group) or None if is_whole or type(group) is int else None
 
 
 def read_layers(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:

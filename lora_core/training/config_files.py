@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -13,7 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigError, FileError
+from ..json_reader import parse_json
+from ..regular_files import read_text
+from ..text import shorten
 from .config import TrainConfig
+from .setting_names import suggest
 
 T = TypeVar("T")
 
@@ -46,17 +49,12 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
         ConfigError: as `config_from_dict`, with the file's name in front.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise FileError(f"{path.name} cannot be opened: {e.strerror}.") from None
-    except UnicodeDecodeError:
-        raise FileError(f"{path.name} is no text file; expected TOML or JSON.") from None
-    values = parse(text, path)
+    values = parse(read_text(path), path)
     for section, *names in PATHS:
         table = values.get(section) if names else values
         name = names[0] if names else section
         if isinstance(table, dict) and isinstance(table.get(name), str) and table[name]:
+            check_path(table[name], f"{shorten(path.name)}: {'.'.join((section, *names))}")
             table[name] = os.path.normpath(path.parent.absolute() / table[name])
     try:
         return config_from_dict(values)
@@ -65,27 +63,44 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
 
 
 def parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        if path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            try:
-                import tomllib
-            except ImportError:  # Python 3.10
-                raise ConfigError(
-                    f"{path.name}: TOML needs Python 3.11 or newer; give the same settings as a "
-                    ".json file."
-                ) from None
-            values = tomllib.loads(text)
-    except ValueError as e:
-        if isinstance(e, ConfigError):
-            raise
-        raise FileError(
-            f"{path.name} cannot be read as {path.suffix[1:] or 'TOML'}: {e}."
-        ) from None
+    name = shorten(path.name)
+    values = parse_json(text, path.name) if path.suffix == ".json" else parse_toml(text, name)
     if not isinstance(values, dict):
-        raise FileError(f"{path.name} holds no table of settings.")
+        raise FileError(f"{name} holds no table of settings.")
     return values
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        raise ConfigError(
+            f"{name}: TOML needs Python 3.11 or newer; give the same settings as a .json file."
+        ) from None
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise FileError(f"{name} cannot be read as TOML: it is nested too deep.") from None
+    except ValueError as e:
+        hint = f" {BACKSLASHES}" if QUOTED_BACKSLASH.search(text) else ""
+        raise FileError(f"{name} cannot be read as TOML: {shorten(str(e), 200)}.{hint}") from None
+
+
+#: As in "C:\models"; the first backslash between double quotes on one line.
+QUOTED_BACKSLASH = re.compile(r'"[^"\\\n]{0,1000}\\')
+BACKSLASHES = (
+    "In double quotes a backslash begins a special character: write paths with / or in single "
+    "quotes."
+)
+
+
+def check_path(text: str, where: str) -> None:
+    """ConfigError for what stands in no path: "C:\new" in double quotes holds a line break."""
+    if any(ord(character) < ord(" ") for character in text):
+        raise ConfigError(
+            f"{where} is {shorten(repr(text))}, with a line break, a tab or another control "
+            f"character. {BACKSLASHES}"
+        )
 
 
 def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -96,10 +111,8 @@ def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(section)}
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0)
-            elsewhere = find_section(key) if not where else None
-            hint = f"[{elsewhere}] {key}" if elsewhere else near[0]
-            raise ConfigError(f"{place} has no setting {key!r}; did you mean {hint}?")
+            hint = suggest(str(key), fields, where, list_places())
+            raise ConfigError(f"{place} has no setting {shorten(repr(key))}{hint}")
     types_of = typing.get_type_hints(section)
     arguments = {}
     for name, field in fields.items():
@@ -113,12 +126,14 @@ def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
         raise ConfigError(f"[{where}] {e}" if where else str(e)) from None
 
 
-def find_section(key: str) -> str | None:
-    """The table in which a key that was put on top belongs."""
+def list_places() -> list[str]:
+    """Every setting by its dotted place; those above all tables by their names."""
+    places = []
     for name, hint in typing.get_type_hints(TrainConfig).items():
-        if dataclasses.is_dataclass(hint) and key in {f.name for f in dataclasses.fields(hint)}:
-            return name
-    return None
+        is_table = dataclasses.is_dataclass(hint)
+        inside = [f"{name}.{field.name}" for field in dataclasses.fields(hint)] if is_table else []
+        places += [name, *inside]
+    return places
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
