@@ -12,7 +12,7 @@ import torch
 from .adapter import Adapter, is_computable
 from .against_base import BaseFigures, compare_with_base
 from .base_weights import BaseWeight, BaseWeights, open_base
-from .entries import Entries, scan_dense, scan_factors
+from .entries import Entries, scan_dense, scan_factors, scan_kronecker
 from .errors import NonFiniteWeightsError
 from .factors import get_factors
 from .findings import Finding
@@ -298,11 +298,14 @@ def inspect_module(
         if not delta.isfinite().all():
             raise NonFiniteWeightsError("the delta beside this base holds NaN or Inf")
         measures = measure_dense(delta)
-    if delta is None and factors is None and (exact or base is not None):
+    if delta is None and factors is None and base is not None:
         delta = inspected.delta()
     entries = None
     if exact and factors is not None:
         entries = scan_factors(factors, measures.std, should_stop)
+    elif exact and delta is None:
+        w1, w2 = inspected.factor("lokr_w1"), inspected.factor("lokr_w2")
+        entries = scan_kronecker(w1, w2, inspected.scale, measures.std, should_stop)
     elif exact:
         entries = scan_dense(delta, measures.std, should_stop)
     beside = None

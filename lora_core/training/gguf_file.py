@@ -87,6 +87,8 @@ class GgufFile:
         entry, dtype = self.entries[key], self.tensors[key].dtype
         data = self.read_codes(key, rows, buffer)
         shape = (len(data), *entry.shape[1:]) if len(entry.shape) > 1 else entry.shape
+        if not data.numel():
+            return torch.empty(shape, dtype=dtype)
         if dtype != torch.float32:
             return data.view(dtype).reshape(shape)
         gguf = import_gguf()
@@ -115,7 +117,7 @@ class GgufFile:
             raise FileError(
                 f"{shorten(self.name)} was changed on disk since it was opened; start again."
             )
-        return data.reshape(stop - start, -1)
+        return data.reshape(stop - start, row_bytes)
 
     def release(self) -> None:
         """Nothing is held."""
