@@ -15,10 +15,14 @@ from pathlib import Path
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen_edit_lora.lora_core import LoraError
-from qwen_edit_lora.lora_core.inspection_files import read_inspection
-from qwen_edit_lora.lora_core.library.cache import read_cache
+from qwen_edit_lora.lora_core import LoraError, LoraWeights
+from qwen_edit_lora.lora_core.inspection import Inspection, inspect_module
+from qwen_edit_lora.lora_core.inspection_files import read_inspection, write_inspection
+from qwen_edit_lora.lora_core.library.cache import Known, read_cache, write_cache
+from qwen_edit_lora.lora_core.library.facts import AdapterFacts
+from qwen_edit_lora.lora_core.library.health import Health
 from qwen_edit_lora.lora_core.pairs.vae_copy import find_vae
+from qwen_edit_lora.lora_core.tables import build_table, describe_verdict
 from qwen_edit_lora.lora_core.training.batches import DataOrder, load_batch
 from qwen_edit_lora.lora_core.training.dataset import (
     CachedDataset,
@@ -241,3 +245,72 @@ def test_any_cache_of_figures_is_read_or_left_alone(values):
         path.write_text(json.dumps(values))
         assert read_inspection(path, "a") is None
         assert read_cache(path) == {}
+
+
+INSPECTION = Inspection(
+    "a",
+    {"img_in": inspect_module(LoraWeights(torch.ones(2, 4), torch.ones(6, 2)), exact=True)},
+    {"txt_in": "an OFT"},
+)
+
+
+@st.composite
+def places(draw, tree: object) -> tuple:
+    """A way into a tree of JSON, a list or a table deep at a time."""
+    path = []
+    while isinstance(tree, list | dict) and tree and (not path or draw(st.booleans())):
+        step = draw(st.sampled_from(range(len(tree)) if isinstance(tree, list) else sorted(tree)))
+        path.append(step)
+        tree = tree[step]
+    return tuple(path)
+
+
+@settings(max_examples=SHARE)
+@given(st.data(), VALUES)
+def test_a_changed_inspection_is_read_whole_or_not_at_all(data, value):
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "cache.json"
+        write_inspection(INSPECTION, path)
+        assert read_inspection(path, "a") == INSPECTION
+        tree = json.loads(path.read_text())
+        *way, last = data.draw(places(tree))
+        table = tree
+        for step in way:
+            table = table[step]
+        table[last] = value
+        path.write_text(json.dumps(tree))
+        found = read_inspection(path, "a")
+        if found is not None:
+            json.dumps(found.to_dict(), allow_nan=False)
+            build_table(found)
+            describe_verdict(found)
+
+
+KNOWN = {
+    "a.safetensors": Known(
+        (1, 2, 3),
+        AdapterFacts(kinds=("LoRA",), ranks=(4,), alphas=(4.0,), num_modules=3),
+        Health("healthy", "fine", ("fine",), ({"name": "attn.to_q"},)),
+    )
+}
+
+
+@settings(max_examples=SHARE // 2)
+@given(st.data(), VALUES)
+def test_a_changed_cache_of_facts_is_read_whole_or_not_at_all(data, value):
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "cache.json"
+        write_cache(path, KNOWN)
+        assert read_cache(path) == KNOWN
+        tree = json.loads(path.read_text())
+        *way, last = data.draw(places(tree))
+        table = tree
+        for step in way:
+            table = table[step]
+        table[last] = value
+        path.write_text(json.dumps(tree))
+        for known in read_cache(path).values():
+            assert all(type(part) is int for part in known.stamp)
+            if known.facts is not None:
+                assert all(type(rank) is int for rank in known.facts.ranks)
+                assert isinstance(known.facts.title, str)
