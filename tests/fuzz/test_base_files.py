@@ -82,7 +82,7 @@ ODD_KEYS = st.one_of(
     ODD_NUMBERS.map(lambda number: f"transformer_blocks.{number}.attn.to_q.weight"),
     ODD_NUMBERS.map(lambda number: f"transformer_blocks.{number}"),
     st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30),
-    st.integers(500, 90_000).map(lambda size: "k" * size),
+    st.sampled_from([500, 30_000]).map(lambda size: "k" * size),
     st.sampled_from([f"{TO_Q}.comfy_quant", f"{TO_Q}.weight_scale", "scaled_fp8", f"{TO_Q}.diff"]),
 )
 SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 7, 8, 16, 64]), max_size=4)
@@ -94,8 +94,20 @@ DTYPES = st.sampled_from(
 )
 
 
+class Model(dict):
+    """A state dict that a failure prints as what is odd about it."""
+
+    def __repr__(self) -> str:
+        odd = {
+            key[:80]: (str(tensor.dtype), tuple(tensor.shape), tensor.flatten()[:1].tolist())
+            for key, tensor in self.items()
+            if not any(tensor is whole for whole in BASE.values())
+        }
+        return f"Model({odd}, lacks={sorted(BASE.keys() - self.keys())})"
+
+
 @st.composite
-def changes(draw) -> dict[str, torch.Tensor]:
+def changes(draw) -> Model:
     """The model with some tensors missing, of other shapes or dtypes, or odd ones beside them."""
     state_dict = dict(BASE)
     for _ in range(draw(st.integers(0, 3))):
@@ -114,7 +126,7 @@ def changes(draw) -> dict[str, torch.Tensor]:
             value = draw(st.sampled_from([float("nan"), float("inf"), 1e38, 0.0]))
             state_dict[key] = torch.full_like(BASE[key], value)
     prefix = draw(st.sampled_from(["", "model.diffusion_model.", "transformer.", "x."]))
-    return {prefix + key: tensor for key, tensor in state_dict.items()}
+    return Model({prefix + key: tensor for key, tensor in state_dict.items()})
 
 
 def load(source: Path, storage: str = "as stored") -> dict[str, torch.Tensor] | None:
@@ -152,7 +164,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and bool(tensor.float().isfinite().all())
 
 
-@settings(max_examples=SHARE // 2)
+@settings(max_examples=SHARE // 4)
 @given(changes())
 def test_a_changed_file_is_loaded_as_it_is_or_refused_in_a_sentence(state_dict):
     with make_folder() as folder:
