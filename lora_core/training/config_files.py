@@ -111,7 +111,7 @@ def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(section)}
     for key in values:
         if key not in fields:
-            hint = suggest(str(key), fields, where, list_places())
+            hint = suggest(shorten(str(key)), fields, where, list_places())
             raise ConfigError(f"{place} has no setting {shorten(repr(key))}{hint}")
     types_of = typing.get_type_hints(section)
     arguments = {}
