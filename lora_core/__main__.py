@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 import torch
 
@@ -49,8 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("inspect", help="what a LoRA adds, and whether that is normal")
-    command.add_argument("file", help="a LoRA, or a folder that PEFT wrote")
-    command.add_argument("--base", metavar="MODEL", help="also compare with this model file")
+    command.add_argument("file", help="a LoRA, or a folder that PEFT or diffusers wrote")
+    command.add_argument(
+        "--base", metavar="MODEL", help="also compare with this model: a file, a GGUF or a folder"
+    )
     command.add_argument("--exact", action="store_true", help="look at every entry")
     command.add_argument("--json", action="store_true", help="every figure of every module")
     command.add_argument("--sort-by", choices=SORT_KEYS, default="std", help="order of the table")
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_merge)
 
     command = commands.add_parser("extract", help="a LoRA from a model and its fine-tune")
-    command.add_argument("base", help="the original model")
+    command.add_argument("base", help="the original model: a file, a GGUF or a folder")
     command.add_argument("tuned", help="the fine-tuned model")
     add_output(command)
     command.add_argument("--rank", type=int, required=True)
@@ -173,7 +174,7 @@ def split_strength(text: str) -> tuple[str, float]:
         ConfigError: what follows the colon is no number.
     """
     path, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or os.path.exists(text):  # noqa: PTH110 - never raises
         return text, 1.0
     try:
         return path, float(number)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from .errors import NonFiniteWeightsError
 from .factors import Factors
 from .stored_weight import BaseWeight
 from .survival import choose_rows, find_peak, measure_error, predict_error
@@ -59,9 +61,14 @@ def compare_with_base(
 
     Args:
         is_sampled: also round some rows for real.
+
+    Raises:
+        NonFiniteWeightsError: the base weight holds NaN or Inf.
     """
     values = weight.values
     norm = values.norm(dtype=torch.float64).item()
+    if not math.isfinite(norm):
+        raise NonFiniteWeightsError("the base's weight holds NaN or Inf")
     if isinstance(delta, Factors):
         # <W, up down> = sum(up * (W down^T)): W is read once, the product never formed.
         inner = (delta.up * (values @ delta.down.T.float()).double()).sum().item()

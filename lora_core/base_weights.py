@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 
 from .errors import FileError, KeyFormatError
 from .json_reader import parse_object
-from .stored import AnyTensor, SafetensorsFile, load
+from .stored import AnyTensor, load
 from .stored_weight import MX_BLOCK, BaseWeight, count_factors, untile_scales, widen_exponents
 from .targets import is_known
+from .text import shorten
 
 #: What ComfyUI's and diffusers' single files put in front of the transformer's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
@@ -25,17 +26,26 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "mxfp8")
 ROTATION_GROUP = 256  # ComfyUI's default
+#: Of one weight; ComfyUI writes fewer than a hundred.
+MAX_NOTE_BYTES = 1 << 16
+#: A note that is refused where it matters.
+UNREADABLE: Mapping[str, Any] = {"format": "an unreadable note"}
 
 
 class BaseWeights:
-    """Looks weights up by module path; copies none of them before it is asked for."""
+    """Looks weights up by module path; copies none of them before it is asked for.
+
+    Attributes:
+        prefix: in front of every key, such as "model.diffusion_model.".
+    """
 
     def __init__(self, tensors: Mapping[str, AnyTensor], name: str, file=None):
         self.name = name
         self._tensors = tensors
         self._file = file
-        self._prefix = find_prefix(tensors, name)
+        self.prefix = find_prefix(tensors, name)
         self._layers = read_layers(file.metadata if file is not None else {})
+        self._storages: Mapping[str, str] = getattr(file, "storages", {})
 
     def get(self, module_path: str) -> BaseWeight | None:
         """The weight of a module, on the CPU; None if the base has none of that name.
@@ -48,7 +58,7 @@ class BaseWeights:
 
     def find(self, module_path: str) -> BaseWeight | None:
         """The same, but its codes stay where they are: perhaps on disk."""
-        stem = f"{self._prefix}{module_path}"
+        stem = f"{self.prefix}{module_path}"
         stored = self._tensors.get(f"{stem}.weight")
         if stored is None:
             return None
@@ -58,10 +68,10 @@ class BaseWeights:
         if is_readable(stored, scale, note):
             weight = build_weight(stored, None if scale is None else fetch(scale), note)
             if weight is not None:
-                return weight
-        kind = note.get("format") or str(stored.dtype).removeprefix("torch.")
+                return replace(weight, decoded_from=self._storages.get(f"{stem}.weight", ""))
+        kind = str(note.get("format") or stored.dtype).removeprefix("torch.")
         raise FileError(
-            f"{self.name} stores {module_path} as {kind}"
+            f"{shorten(self.name)} stores {module_path} as {shorten(kind, 40)}"
             + (f" with {scale.numel()} scales" if scale is not None else "")
             + ", which cannot be read here yet; expected bf16, fp16, fp32, or fp8 and int8 with "
             "one scale per weight or row, or mxfp8. Choose such a file of the same model."
@@ -69,7 +79,7 @@ class BaseWeights:
 
     def get_tensor(self, key: str) -> torch.Tensor | None:
         """A bias or norm by its whole name after the prefix, such as "txt_norm.weight"."""
-        tensor = self._tensors.get(f"{self._prefix}{key}")
+        tensor = self._tensors.get(f"{self.prefix}{key}")
         return None if tensor is None else fetch(tensor)
 
     def _read_note(self, stem: str, module_path: str) -> dict[str, Any]:
@@ -77,6 +87,8 @@ class BaseWeights:
         note = self._tensors.get(f"{stem}.comfy_quant")
         if note is None:
             return self._layers.get(stem) or self._layers.get(module_path) or {}
+        if note.numel() > MAX_NOTE_BYTES:
+            return UNREADABLE
         return parse_note(bytes(fetch(note).flatten().to(torch.uint8).tolist()))
 
     def list_matrices(self) -> dict[str, AnyTensor]:
@@ -96,11 +108,11 @@ class BaseWeights:
         }
 
     def _list_known(self) -> list[tuple[str, AnyTensor]]:
-        start = len(self._prefix)
+        start = len(self.prefix)
         return [
             (key[start:], tensor)
             for key, tensor in self._tensors.items()
-            if key.startswith(self._prefix) and is_known(key[start:].rpartition(".")[0])
+            if key.startswith(self.prefix) and is_known(key[start:].rpartition(".")[0])
         ]
 
     def release(self) -> None:
@@ -116,6 +128,8 @@ def fetch(tensor: AnyTensor) -> torch.Tensor:
 def is_readable(stored: AnyTensor, scale: AnyTensor | None, note: Mapping[str, Any]) -> bool:
     """Whether the dtypes are those of a known format; nothing is read for it."""
     if note and note.get("format") not in FORMATS:
+        return False
+    if not stored.numel() or (scale is not None and not scale.numel()):
         return False
     if stored.dtype in FLOATS:
         return not note and (scale is None or scale.numel() == 1)
@@ -133,48 +147,69 @@ def build_weight(
             return None
         return BaseWeight(stored, widen_exponents(exponents))
     rotation = read_rotation(note)
-    if rotation and (not count_factors(rotation) or stored.shape[-1] % rotation):
+    if rotation is None or (rotation and not can_rotate(stored.shape, rotation)):
         return None
     if scale is None or scale.numel() == 1:
         return BaseWeight(stored, None if scale is None else scale.float(), rotation)
-    if scale.numel() == stored.shape[0] == scale.shape[0]:
+    if stored.ndim and scale.numel() == stored.shape[0] == scale.shape[0]:
         return BaseWeight(stored, scale.float().reshape(-1, 1), rotation)
     return None
 
 
-def read_rotation(note: Mapping[str, Any]) -> int:
-    """As ComfyUI looks it up: in the note itself, or below its "params"."""
+def can_rotate(shape: Sequence[int], group: int) -> bool:
+    return len(shape) == 2 and bool(count_factors(group)) and shape[1] % group == 0
+
+
+def read_rotation(note: Mapping[str, Any]) -> int | None:
+    """As ComfyUI looks it up: in the note itself, or below its "params".
+
+    Returns:
+        Columns per group, 0 for none; None where that cannot be told.
+    """
     inner = note.get("params")
     both = {**(inner if isinstance(inner, dict) else {}), **note}
-    return int(both.get("convrot_groupsize", ROTATION_GROUP)) if both.get("convrot") else 0
+    is_rotated, group = both.get("convrot"), both.get("convrot_groupsize", ROTATION_GROUP)
+    if not is_rotated:
+        return 0
+    if not isinstance(is_rotated, int):  # a text such as "false" is true for Python
+        return None
+    is_whole = isinstance(group, float) and group.is_integer()
+    return int(group) or None if is_whole or type(group) is int else None
 
 
-def read_layers(metadata: Mapping[str, str]) -> dict[str, Any]:
+def read_layers(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """Module path, perhaps behind a prefix -> what a file's header says of how it is stored."""
     layers = parse_note(metadata.get(QUANTIZATION_METADATA, "{}")).get("layers")
-    return layers if isinstance(layers, dict) else {}
+    if not isinstance(layers, dict):
+        return {}
+    return {
+        path: layer if isinstance(layer, dict) else UNREADABLE for path, layer in layers.items()
+    }
 
 
-def parse_note(text: str | bytes) -> dict[str, Any]:
+def parse_note(text: str | bytes) -> Mapping[str, Any]:
     """An unreadable note becomes one of an unknown format, which is refused where it matters."""
     try:
         return parse_object(text, "the note")
     except FileError:
-        return {"format": "an unreadable note"}
+        return UNREADABLE
 
 
 def open_base(base: BaseWeights | Mapping[str, AnyTensor] | str | os.PathLike[str]) -> BaseWeights:
-    """A base from a model file or from tensors by key.
+    """A base from tensors by key, or from whatever training takes: a file, a GGUF, a folder.
 
     Raises:
         FileError: the file is missing or damaged.
         KeyFormatError: it holds no Qwen-Image transformer.
+        ConfigError: it is a GGUF and the gguf package is missing.
     """
     if isinstance(base, BaseWeights):
         return base
     if isinstance(base, Mapping):
         return BaseWeights(base, "the base")
-    file = SafetensorsFile(base)
-    return BaseWeights(file.tensors, file.name, file)
+    from .training.base_files import open_base_file
+
+    return open_base_file(base).weights
 
 
 def find_prefix(tensors: Mapping[str, AnyTensor], name: str) -> str:
@@ -184,9 +219,9 @@ def find_prefix(tensors: Mapping[str, AnyTensor], name: str) -> str:
                 path = key[len(prefix) :].removesuffix(".weight")
                 if path.startswith("transformer_blocks.") and is_known(path):
                     return prefix
-    example = next(iter(tensors), "none")
+    example = shorten(next(iter(tensors), "none"))
     raise KeyFormatError(
-        f"{name} is no Qwen-Image model: none of its {len(tensors)} keys is like "
+        f"{shorten(name)} is no Qwen-Image model: none of its {len(tensors)} keys is like "
         f"'transformer_blocks.0.attn.to_q.weight' (the first is {example!r}). Choose a diffusion "
         "model of Qwen-Image or Qwen-Image-Edit."
     )

@@ -163,17 +163,18 @@ def add_weights(
         if rank is not None and rank < exact.inner:
             return truncate_factors(exact, rank, None, dtype, bias_delta)
         return concatenate(matrices, exact, dtype, bias_delta)
-    dense = sum(strength * weights.delta() for weights, strength in matrices)
-    if any(isinstance(weights, DiffWeights) for weights, _ in matrices):
-        diff = dense.to(dtype)
-        loss = dot(error := (dense - diff).double(), error)
-        return Truncated(DiffWeights(diff, bias_delta), dot(dense, dense), loss)
-    if rank is None:
+    is_dense = any(isinstance(weights, DiffWeights) for weights, _ in matrices)
+    if rank is None and not is_dense:  # said before matrices are made that take gigabytes
         whole = next(w for (w, _), (f, _) in zip(matrices, found, strict=True) if f is None)
         raise ConfigError(
             f"{path} holds {whole.kind} weights without low-rank factors, so the sum has no exact "
             "low rank; give a rank to cut it to."
         )
+    dense = sum(strength * weights.delta() for weights, strength in matrices)
+    if is_dense:
+        diff = dense.to(dtype)
+        loss = dot(error := (dense - diff).double(), error)
+        return Truncated(DiffWeights(diff, bias_delta), dot(dense, dense), loss)
     return truncate_dense(dense, rank, None, dtype, bias_delta)
 
 

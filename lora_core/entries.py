@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .delta import kronecker
 from .factors import Factors
 
 CHUNK_ENTRIES = 3 << 17
@@ -71,6 +72,27 @@ def scan_dense(
     parts = delta.split(count_rows(delta.shape[1]))
     chunks = (rows.double().mul(TO_POWER_OF_TWO).float() for rows in parts)
     return scan_chunks(chunks, delta.numel(), std, should_stop)
+
+
+def scan_kronecker(
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    scale: float,
+    std: float,
+    should_stop: Callable[[], bool] | None = None,
+) -> Entries:
+    """Scans scale * kron(w1, w2) without holding it: a file of kilobytes may stand for gigabytes.
+
+    The same figures as `scan_dense` of the whole gives: every entry is one product.
+    """
+    columns = w1.shape[1] * w2.shape[1]
+
+    def form_chunks() -> Iterator[torch.Tensor]:
+        for row in w1.split(1):
+            for rows in w2.split(count_rows(columns)):
+                yield kronecker(row, rows, scale).double().mul(TO_POWER_OF_TWO).float()
+
+    return scan_chunks(form_chunks(), len(w1) * len(w2) * columns, std, should_stop)
 
 
 def count_rows(columns: int) -> int:

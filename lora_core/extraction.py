@@ -42,8 +42,9 @@ def extract_adapter(
     `.diff_b` and `.diff` entries that ComfyUI applies too; they are no part of the energy.
 
     Args:
-        base: a model file, or tensors by `<module_path>.weight`; bf16, fp16, fp32, fp8, int8 or
-            mxfp8, with or without the prefix of ComfyUI's or diffusers' files.
+        base: a model file, a GGUF, a diffusers folder, or tensors by `<module_path>.weight`; bf16,
+            fp16, fp32, fp8, int8 or mxfp8, with or without the prefix of ComfyUI's or diffusers'
+            files.
         tuned: the same for the fine-tuned model.
         biases: whether to include biases and norms that differ.
         device: where a module's difference is decomposed; the result is on the CPU.

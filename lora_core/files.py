@@ -23,6 +23,8 @@ from .stored import SafetensorsFile, read_signature
 from .text import shorten
 
 PEFT_FILE = "adapter_model.safetensors"
+#: As diffusers' `save_lora_weights` names it in a folder of its own, also on the Hub.
+HUB_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 #: For what must not fail; a scanner may take seconds over a checkpoint of gigabytes.
 PATIENCE_S = 10.0
@@ -42,23 +44,30 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     it is asked for.
 
     Args:
-        path: a safetensors file, or a folder that PEFT's `save_pretrained` wrote.
+        path: a safetensors file, or a folder that PEFT's `save_pretrained` or diffusers'
+            `save_lora_weights` wrote.
 
     Raises:
         FileError: missing, damaged, or not safetensors.
         KeyFormatError: no key belongs to Qwen-Image, or a module lacks a partner key.
         ShapeError: tensors of one module do not fit each other.
     """
-    path = find_file(Path(path))
+    given = Path(path)
+    path = find_file(given)
     file = SafetensorsFile(path)
-    # PEFT names every adapter's file the same; its folder tells them apart.
-    name = path.parent.name if path.name == PEFT_FILE else path.name
+    # Every adapter's file has the same name there; its folder tells them apart.
+    is_alike = path.name == PEFT_FILE or (path.name == HUB_FILE and path != given)
+    name = path.parent.name if is_alike else path.name
     modules, key_format, report = read_modules(file.tensors, file.metadata, path, name)
     return Adapter(modules, file.metadata, key_format, report, name, file)
 
 
 def find_file(path: Path) -> Path:
-    """The path itself, the file that lacks only its ending, or the one in PEFT's folder."""
+    """The path itself, the file that lacks only its ending, or the one in an adapter's folder.
+
+    Raises:
+        FileError: there is nothing, or a folder without such a file.
+    """
     try:
         read_signature(path)  # says in a sentence why a path cannot be opened
     except MissingFileError:
@@ -66,8 +75,15 @@ def find_file(path: Path) -> Path:
         if not path.name or not os.path.isfile(named):  # noqa: PTH113 - never raises
             raise
         return named
-    inside = path / PEFT_FILE
-    return inside if inside.is_file() else path
+    if not path.is_dir():
+        return path
+    for name in (PEFT_FILE, HUB_FILE):
+        if (path / name).is_file():
+            return path / name
+    raise FileError(
+        f"{shorten(path.name)} is a folder without {PEFT_FILE} and {HUB_FILE}; expected a LoRA "
+        "file, or a folder that holds one of these."
+    )
 
 
 def read_state_dict(

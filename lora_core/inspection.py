@@ -12,7 +12,8 @@ import torch
 from .adapter import Adapter, is_computable
 from .against_base import BaseFigures, compare_with_base
 from .base_weights import BaseWeight, BaseWeights, open_base
-from .entries import Entries, scan_dense, scan_factors
+from .entries import Entries, scan_dense, scan_factors, scan_kronecker
+from .errors import NonFiniteWeightsError
 from .factors import get_factors
 from .findings import Finding
 from .measures import (
@@ -194,8 +195,8 @@ def inspect_adapter(
     """Inspects every module of an adapter.
 
     Args:
-        base: the model's file, or its tensors by key; read one module at a time. Adds
-            `ModuleInspection.base`, and gives DoRA and OFT their true delta.
+        base: the model's file, GGUF or diffusers folder, or its tensors by key; read one module at
+            a time. Adds `ModuleInspection.base`, and gives DoRA and OFT their true delta.
         exact: also look at every entry: largest value, shares, quantiles, histogram.
         progress: called with (modules done, modules in all).
         should_stop: asked between modules and between the chunks of a scan.
@@ -217,7 +218,10 @@ def inspect_adapter(
             return obstacle
         if not is_computable(weights):
             return None
-        return inspect_module(weights, exact, weight, path in sampled, stop)
+        try:
+            return inspect_module(weights, exact, weight, path in sampled, stop)
+        except NonFiniteWeightsError as e:
+            return Obstacle(str(e))
 
     paths = list(adapter.modules)
     if weights_of_base is None:
@@ -276,7 +280,11 @@ def inspect_module(
     is_sampled: bool = False,
     should_stop: ShouldStop | None = None,
 ) -> ModuleInspection:
-    """The shortest exact route for the kind: factors, Kronecker factors, or the matrix."""
+    """The shortest exact route for the kind: factors, Kronecker factors, or the matrix.
+
+    Raises:
+        NonFiniteWeightsError: the base weight holds NaN or Inf.
+    """
     is_direction_only = isinstance(weights, DoraWeights) and base is None
     inspected = weights.direction if is_direction_only else weights
     factors = get_factors(inspected)
@@ -287,12 +295,17 @@ def inspect_module(
         measures = measure_kronecker(inspected)
     else:
         delta = inspected.delta(None if base is None else base.values)
+        if not delta.isfinite().all():
+            raise NonFiniteWeightsError("the delta beside this base holds NaN or Inf")
         measures = measure_dense(delta)
-    if delta is None and factors is None and (exact or base is not None):
+    if delta is None and factors is None and base is not None:
         delta = inspected.delta()
     entries = None
     if exact and factors is not None:
         entries = scan_factors(factors, measures.std, should_stop)
+    elif exact and delta is None:
+        w1, w2 = inspected.factor("lokr_w1"), inspected.factor("lokr_w2")
+        entries = scan_kronecker(w1, w2, inspected.scale, measures.std, should_stop)
     elif exact:
         entries = scan_dense(delta, measures.std, should_stop)
     beside = None

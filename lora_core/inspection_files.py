@@ -10,11 +10,12 @@ from pathlib import Path
 from .adapter import Adapter
 from .against_base import BaseFigures
 from .errors import FileError
+from .field_types import check_fields
 from .files import write_then_rename
 from .inspection import Inspection, ModuleInspection
 from .json_reader import read_object
 from .regular_files import open_regular
-from .stored import StoredTensor, read_signature
+from .stored import BASE_MODEL, StoredTensor, read_signature
 from .text import shorten
 
 #: Goes up when the same file would get other figures; the fields are compared anyway.
@@ -60,7 +61,7 @@ def compute_file_identity(path: Path) -> str:
     Raises:
         FileError: the file is missing or cannot be opened.
     """
-    size, modified, *_ = read_signature(path)
+    size, modified, *_ = read_signature(path, BASE_MODEL)
     digest = hashlib.blake2b(f"{path.name} {size} {modified}\n".encode(), digest_size=12)
     try:
         with open_regular(path) as file:
@@ -97,7 +98,9 @@ def read_inspection(path: Path, name: str) -> Inspection | None:
             return None
         modules = {path: build_module(figures) for path, figures in saved["modules"].items()}
         lists = (tuple(saved[field]) for field in ("non_finite", "misfits"))
-        return Inspection(name, modules, saved["skipped"], *lists)
+        inspection = Inspection(name, modules, saved["skipped"], *lists)
+        check_fields(inspection)
+        return inspection
     except (FileError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -107,10 +110,14 @@ def list_fields() -> list[str]:
 
 
 def build_module(figures: dict) -> ModuleInspection:
-    """JSON has no tuples, and no numbers as keys."""
+    """JSON has no tuples, and no numbers as keys.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: not what `write_inspection` wrote.
+    """
     quantiles, histogram = figures["quantiles"], figures["histogram"]
     base = figures["base"]
-    return ModuleInspection(
+    module = ModuleInspection(
         **{
             **figures,
             "shape": tuple(figures["shape"]),
@@ -120,3 +127,7 @@ def build_module(figures: dict) -> ModuleInspection:
             "histogram": histogram and tuple((edge, number) for edge, number in histogram),
         }
     )
+    check_fields(module)
+    if module.base is not None:
+        check_fields(module.base)
+    return module

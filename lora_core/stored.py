@@ -35,6 +35,8 @@ DTYPES = {
 
 #: Endings of a safetensors file's name, in any case; ComfyUI lists both.
 SUFFIXES = (".safetensors", ".sft")
+#: What messages say was expected of a path.
+LORA_FILE, BASE_MODEL = "a LoRA file", "a diffusion model"
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -100,12 +102,16 @@ class SafetensorsFile:
     The file is memory-mapped when the first tensor is asked for. `release` gives the mapping
     back, so that a trainer may replace the file on systems which lock mapped files; the next read
     maps it again, and refuses if it is no longer the same file.
+
+    Args:
+        expected: what messages say should be there.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], expected: str = LORA_FILE):
         self.path = Path(path)
-        self._signature = read_signature(self.path)
-        self._handle = open_checked(self.path)
+        self._expected = expected
+        self._signature = read_signature(self.path, expected)
+        self._handle = open_checked(self.path, expected)
         self.metadata: dict[str, str] = dict(self._handle.metadata() or {})
         self.tensors = dict(self._describe())
 
@@ -132,7 +138,7 @@ class SafetensorsFile:
     def read(self, key: str) -> torch.Tensor:
         self.check_unchanged()
         if self._handle is None:
-            self._handle = open_checked(self.path)
+            self._handle = open_checked(self.path, self._expected)
         return self._handle.get_tensor(key)
 
     def read_rows(self, key: str, rows: slice, buffer: torch.Tensor | None = None) -> torch.Tensor:
@@ -143,7 +149,7 @@ class SafetensorsFile:
 
         A mapped file that was cut short would otherwise end the whole process with SIGBUS.
         """
-        if read_signature(self.path) != self._signature:
+        if read_signature(self.path, self._expected) != self._signature:
             raise FileError(
                 f"{shorten(self.name)} was changed on disk since it was opened. "
                 "Queue the prompt again to read the new file."
@@ -160,8 +166,8 @@ class UnmappedFile(SafetensorsFile):
     by one more copy. Here bytes go from the system's cache to where they are wanted.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        super().__init__(path)
+    def __init__(self, path: str | os.PathLike[str], expected: str = LORA_FILE):
+        super().__init__(path, expected)
         super().release()
         self._places = locate_tensors(self.path)
         self._file = None
@@ -183,7 +189,9 @@ class UnmappedFile(SafetensorsFile):
         start = self._places[key] + rows.start * row_bytes
         data = read_bytes(self._file, start, (rows.stop - rows.start) * row_bytes, buffer)
         if data is None:
-            raise FileError(f"{self.name} was changed on disk since it was opened; start again.")
+            raise FileError(
+                f"{shorten(self.name)} was changed on disk since it was opened; start again."
+            )
         return data.view(tensor.dtype).view(shape)
 
     def release(self) -> None:
@@ -213,23 +221,29 @@ def read_bytes(
     return data if file.readinto(data.numpy()) == num_bytes else None
 
 
-def read_signature(path: Path) -> tuple[int, ...]:
+def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
+    """Size in bytes, modification time in ns, and inode.
+
+    Raises:
+        MissingFileError: nothing has this path.
+        FileError: it cannot be looked at.
+    """
     name = shorten(path.name)
     try:
         found = path.stat()
     except FileNotFoundError:
         raise MissingFileError(
-            f"{name} is not there any more; expected a LoRA file. Put it back, or choose another "
+            f"{name} is not there any more; expected {expected}. Put it back, or choose another "
             "one."
         ) from None
     except OSError as e:
         raise FileError(f"{name} cannot be opened: {e.strerror}.") from None
     except ValueError:  # a null character or half a surrogate pair
-        raise FileError(f"{name!r} is no name of a file; expected a LoRA file.") from None
+        raise FileError(f"{name!r} is no name of a file; expected {expected}.") from None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def open_checked(path: Path):
+def open_checked(path: Path, expected: str = LORA_FILE):
     """Opens a safetensors file, or says in one sentence why it is none."""
     name = shorten(path.name)
     if path.is_dir():
@@ -251,7 +265,7 @@ def open_checked(path: Path):
             "Pickles can run code when opened and are refused: convert it where you trust it."
         )
     if start.startswith(b"GGUF"):
-        raise FileError(f"{name} is a GGUF file; expected a LoRA in safetensors format.")
+        raise FileError(f"{name} is a GGUF file; expected {expected} in safetensors format.")
     header_size = int.from_bytes(start[:8], "little")
     if size < 8 or 8 + header_size > size:
         raise FileError(

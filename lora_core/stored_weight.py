@@ -29,6 +29,8 @@ class BaseWeight:
     """One number, (out, 1), or (out, in / 32) in mxfp8."""
     rotation: int = 0
     """Columns per group of a ConvRot rotation; 0 for none."""
+    decoded_from: str = ""
+    """What the file holds where `stored` is already decoded, e.g. "GGUF Q4_K"."""
 
     @property
     def scaling(self) -> Scaling:
@@ -52,7 +54,9 @@ class BaseWeight:
 
     @property
     def storage(self) -> str:
-        """E.g. "bfloat16", "scaled float8_e4m3fn", "row-wise int8"."""
+        """E.g. "bfloat16", "scaled float8_e4m3fn", "row-wise int8", "GGUF Q4_K"."""
+        if self.decoded_from:
+            return self.decoded_from
         name = str(self.stored.dtype).removeprefix("torch.")
         if self.rotation:
             return f"rotated {name}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import inspection_files
 from ..errors import FileError
+from ..field_types import check_fields
 from ..files import explain, write_then_rename
 from ..json_reader import read_object
 from .facts import AdapterFacts
@@ -66,11 +67,15 @@ def describe_version() -> list[Any]:
 
 def restore(values: dict[str, Any]) -> Known:
     facts, health = values["facts"], values["health"]
-    return Known(
+    known = Known(
         tuple(values["stamp"]),
         facts and AdapterFacts(**with_tuples(facts)),
         health and Health(**with_tuples(health)),
     )
+    for part in (known, known.facts, known.health):
+        if part is not None:
+            check_fields(part)
+    return known
 
 
 def with_tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,16 @@ from pathlib import Path
 from ..errors import FileError, LoraError
 from ..files import explain, replace
 from ..progress import Progress, ShouldStop, track
+from ..stored import SafetensorsFile
 from ..text import shorten
-from ..training.dataset import ITEMS_FOLDER, CachedItem, DatasetWriter, read_dataset
+from ..training.dataset import (
+    CACHED_ITEM,
+    ITEMS_FOLDER,
+    CachedItem,
+    DatasetWriter,
+    read_dataset,
+)
+from ..training.item_checks import find_fault
 from .preflight import CheckedPair
 
 #: Goes up when the same pair would be encoded otherwise.
@@ -121,16 +129,13 @@ def get_path(store: Path, key: str) -> Path:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether an item is there and whole, by its header."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():  # opening a pipe would wait for ever
-        return False
+    """Whether an item is there and whole, by its header; any other is encoded again."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return "target" in file.keys()
-    except (OSError, SafetensorError):
+        file = SafetensorsFile(path, CACHED_ITEM)
+    except FileError:
         return False
+    file.release()
+    return find_fault(file.tensors) is None
 
 
 def write_set(

@@ -8,17 +8,18 @@ A job's worker decodes its sample pictures with it, also when no ComfyUI runs an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import ConfigError, FileError, LoraError
 from ..files import explain, write_then_rename
 from ..json_reader import read_object
-from ..training.dataset import INDEX_FILE
+from ..stored import AnyTensor, SafetensorsFile
+from ..training.dataset import INDEX_FILE, MAX_INDEX_BYTES
 from ..training.latents import NUM_CHANNELS
 
 VAES_FOLDER = "vaes"
@@ -48,10 +49,8 @@ def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tens
     if is_readable(path):
         return path
     tensors = {key: tensor.detach() for key, tensor in weights if key.startswith(PARTS)}
-    for key, (axis, size) in MARKS.items():
-        tensor = tensors.get(key)
-        if tensor is None or tensor.ndim <= axis or tensor.shape[axis] != size:
-            raise ConfigError("it is no VAE of Qwen-Image or Wan 2.1")
+    if find_fault(tensors) is not None:
+        raise ConfigError("it is no VAE of Qwen-Image or Wan 2.1")
     for tensor in tensors.values():
         if hasattr(tensor, "_qdata") or tensor.is_meta or not tensor.is_floating_point():
             raise ConfigError("its weights are not held in plain numbers")
@@ -68,7 +67,7 @@ def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tens
 def find_vae(dataset_folder: Path) -> Path | None:
     """The copy of the VAE that a training set of this cache was made with, where there is one."""
     try:
-        index = read_object(dataset_folder / INDEX_FILE)
+        index = read_object(dataset_folder / INDEX_FILE, MAX_INDEX_BYTES)
         path = get_path(dataset_folder.parents[1], index["metadata"]["vae"])
     except (LoraError, KeyError, TypeError, IndexError):
         return None  # of another program, or of an older version
@@ -83,10 +82,19 @@ def get_path(store: Path, identity: object) -> Path:
 
 
 def is_readable(path: Path) -> bool:
-    if not path.is_file():  # opening a pipe would wait for ever
-        return False
+    """By the header: whether its keys and their shapes are those of such a decoder."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return MARKS.keys() <= set(file.keys())
-    except (OSError, SafetensorError):
+        file = SafetensorsFile(path, "a VAE")
+    except FileError:
         return False
+    file.release()
+    return find_fault(file.tensors) is None
+
+
+def find_fault(tensors: Mapping[str, AnyTensor]) -> str | None:
+    """The first of MARKS that these weights do not bear; None for those of such a decoder."""
+    for key, (axis, size) in MARKS.items():
+        tensor = tensors.get(key)
+        if tensor is None or tensor.ndim <= axis or tensor.shape[axis] != size:
+            return key
+    return None

@@ -178,9 +178,10 @@ def load_batch(
             for item in items
         ]
         mask = torch.stack(masks)[:, None]
-    x_0 = normalize(torch.stack([item.target for item in items]))
+    # Widened first: items of one set may be stored in different dtypes.
+    x_0 = normalize(torch.stack([item.target.float() for item in items]))
     references = [
-        normalize(torch.stack([item.references[i] for item in items]))
+        normalize(torch.stack([item.references[i].float() for item in items]))
         for i in range(len(items[0].references))
     ]
     image_tokens = sum(count_target_tokens(*latents.shape[-2:]) for latents in (x_0, *references))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from ..json_reader import parse_json
 from ..regular_files import read_text
 from ..text import shorten
 from .config import MAX_WHOLE, TrainConfig, show
+from .setting_names import suggest
 
 T = TypeVar("T")
 
@@ -58,6 +59,7 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
         table = values.get(section) if names else values
         name = names[0] if names else section
         if isinstance(table, dict) and isinstance(table.get(name), str) and table[name]:
+            check_path(table[name], f"{shorten(path.name)}: {'.'.join((section, *names))}")
             table[name] = os.path.normpath(path.parent.absolute() / table[name])
     try:
         return config_from_dict(values)
@@ -85,7 +87,25 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
     except RecursionError:
         raise FileError(f"{name} cannot be read as TOML: it is nested too deep.") from None
     except ValueError as e:
-        raise FileError(f"{name} cannot be read as TOML: {shorten(str(e), 200)}.") from None
+        hint = f" {BACKSLASHES}" if QUOTED_BACKSLASH.search(text) else ""
+        raise FileError(f"{name} cannot be read as TOML: {shorten(str(e), 200)}.{hint}") from None
+
+
+#: As in "C:\models"; the first backslash between double quotes on one line.
+QUOTED_BACKSLASH = re.compile(r'"[^"\\\n]{0,1000}\\')
+BACKSLASHES = (
+    "In double quotes a backslash begins a special character: write paths with / or in single "
+    "quotes."
+)
+
+
+def check_path(text: str, where: str) -> None:
+    """ConfigError for what stands in no path: "C:\new" in double quotes holds a line break."""
+    if any(ord(character) < ord(" ") for character in text):
+        raise ConfigError(
+            f"{where} is {shorten(repr(text))}, with a line break, a tab or another control "
+            f"character. {BACKSLASHES}"
+        )
 
 
 def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -96,10 +116,8 @@ def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(section)}
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(shorten(str(key)), fields, n=1, cutoff=0)
-            elsewhere = find_section(key) if not where else None
-            hint = f"[{elsewhere}] {key}" if elsewhere else near[0]
-            raise ConfigError(f"{place} has no setting {show(key)}; did you mean {hint}?")
+            hint = suggest(shorten(str(key)), fields, where, list_places())
+            raise ConfigError(f"{place} has no setting {show(key)}{hint}")
     types_of = get_hints(section)
     arguments = {}
     for name, field in fields.items():
@@ -119,12 +137,14 @@ def get_hints(section: type) -> dict[str, Any]:
     return typing.get_type_hints(section)
 
 
-def find_section(key: str) -> str | None:
-    """The table in which a key that was put on top belongs."""
+def list_places() -> list[str]:
+    """Every setting by its dotted place; those above all tables by their names."""
+    places = []
     for name, hint in get_hints(TrainConfig).items():
-        if dataclasses.is_dataclass(hint) and key in {f.name for f in dataclasses.fields(hint)}:
-            return name
-    return None
+        is_table = dataclasses.is_dataclass(hint)
+        inside = [f"{name}.{field.name}" for field in dataclasses.fields(hint)] if is_table else []
+        places += [name, *inside]
+    return places
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:

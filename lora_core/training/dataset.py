@@ -16,25 +16,40 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..errors import ConfigError, FileError, ShapeError
+from ..errors import ConfigError, FileError, MissingFileError, ShapeError
 from ..files import explain, write_then_rename
+from ..json_reader import read_object
 from ..stored import AnyTensor, SafetensorsFile
+from ..text import shorten
 from .flow import count_target_tokens
+from .item_checks import (
+    KEY,
+    MAX_TEXT_TOKENS,
+    MAX_TEXT_WIDTH,
+    count_references,
+    find_fault,
+    find_text_fault,
+    is_count,
+    is_mask,
+    is_size,
+)
 from .latents import NUM_CHANNELS
 
 VERSION = 1
 INDEX_FILE = "index.json"
 EMPTY_FILE = "empty.safetensors"
 ITEMS_FOLDER = "items"
+CACHED_ITEM = "a cached item"
+#: Of an index: a million items.
+MAX_INDEX_BYTES = 512 << 20
 
 Size = tuple[int, int]
 
@@ -102,7 +117,7 @@ class DatasetWriter:
             ShapeError: tensors of other shapes than the module's docstring gives.
             FileError: non-finite values, or the file cannot be written.
         """
-        if not re.fullmatch(r"[\w.-]{1,200}", key, re.ASCII) or key.startswith("."):
+        if not KEY.fullmatch(key):
             raise ConfigError(
                 f"{key!r} cannot name a cached item; expected letters, digits, '.', '_' and '-'"
             )
@@ -120,17 +135,16 @@ class DatasetWriter:
             FileError: no such file, or no item.
             ShapeError: its text embedding is as wide as no other.
         """
-        file = SafetensorsFile(self.folder / ITEMS_FOLDER / f"{key}.safetensors")
-        try:
-            self._check_text(key, file.tensors["text"])
-            return self._record(key, file.tensors, caption)
-        except KeyError as e:
-            raise FileError(f"{key}.safetensors is no item: it lacks {e.args[0]}.") from None
-        finally:
-            file.release()
+        file = open_item(self.folder / ITEMS_FOLDER / f"{key}.safetensors")
+        file.release()
+        fault = find_fault(file.tensors)
+        if fault is not None:
+            raise FileError(f"{shorten(key)}.safetensors is no item: {fault}.")
+        self._check_text(key, file.tensors["text"])
+        return self._record(key, file.tensors, caption)
 
     def _record(self, key: str, tensors: Mapping[str, AnyTensor], caption: str) -> ItemInfo:
-        num_references = sum(name.startswith("reference_") for name in tensors)
+        num_references = count_references(tensors)
         info = ItemInfo(
             key=key,
             target=get_size(tensors["target"]),
@@ -249,29 +263,39 @@ class CachedDataset:
         """
         info = self.items[index]
         tensors = self._read(f"{ITEMS_FOLDER}/{info.key}.safetensors")
-        try:
-            item = CachedItem(
-                target=tensors["target"],
-                references=tuple(tensors[f"reference_{i}"] for i in range(len(info.references))),
-                text=tensors["text"],
-                text_empty=tensors["text_empty"] if info.has_empty_text else None,
-                mask=tensors["mask"] if info.has_mask else None,
+        fault = find_fault(tensors, info, self.text_width)
+        if fault is not None:
+            raise FileError(
+                f"{shorten(info.key)}.safetensors does not fit {INDEX_FILE}: {fault}; make the "
+                "training set again."
             )
-        except KeyError as e:
+        item = CachedItem(
+            target=tensors["target"],
+            references=tuple(tensors[f"reference_{i}"] for i in range(len(info.references))),
+            text=tensors["text"],
+            text_empty=tensors["text_empty"] if info.has_empty_text else None,
+            mask=tensors["mask"] if info.has_mask else None,
+        )
+        if item.mask is not None and not is_mask(item.mask):
             raise FileError(
-                f"{info.key}.safetensors lacks {e.args[0]}, which {INDEX_FILE} promises; "
-                "make the training set again."
-            ) from None
-        if (get_size(item.target), *map(get_size, item.references)) != info.bucket:
-            raise FileError(
-                f"{info.key}.safetensors holds other sizes than {INDEX_FILE} says; "
-                "make the training set again."
+                f"{shorten(info.key)}.safetensors has a mask that is 0 everywhere, negative or not "
+                "finite; make the training set again."
             )
         return item
 
     def load_empty_text(self) -> torch.Tensor:
-        """(T, D), shared by the items without one of their own."""
-        return self._read(EMPTY_FILE)["text_empty"]
+        """(T, D), shared by the items without one of their own.
+
+        Raises:
+            FileError: the file is gone, damaged, or holds no such embedding.
+        """
+        tensors = self._read(EMPTY_FILE)
+        fault = find_text_fault(tensors, "text_empty", self.text_width)
+        if fault is not None:
+            raise FileError(
+                f"{EMPTY_FILE} does not fit {INDEX_FILE}: {fault}; make the training set again."
+            )
+        return tensors["text_empty"]
 
     def check_captions_can_drop(self) -> None:
         """ConfigError unless every item has the embedding of an empty caption."""
@@ -284,60 +308,104 @@ class CachedDataset:
             )
 
     def _read(self, name: str) -> dict[str, torch.Tensor]:
-        file = SafetensorsFile(self.folder / name)
-        tensors = {key: tensor.load() for key, tensor in file.tensors.items()}
-        file.release()
-        return tensors
+        file = open_item(self.folder / name)
+        try:
+            return {key: tensor.load() for key, tensor in file.tensors.items()}
+        finally:
+            file.release()
+
+
+def open_item(path: Path) -> SafetensorsFile:
+    """FileError with what to do where it is none."""
+    try:
+        return SafetensorsFile(path, CACHED_ITEM)
+    except FileError as e:
+        raise type(e)(f"{e} If that does not help, make the training set again.") from None
 
 
 def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
     """Opens a cached training set.
 
     Raises:
-        FileError: no index, one of another version, or files missing that it names.
+        FileError: no index, one of another version, one that no `DatasetWriter` wrote, or files
+            missing that it names.
     """
     folder = Path(folder)
     path = folder / INDEX_FILE
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
+        index = read_object(path, MAX_INDEX_BYTES)
+    except MissingFileError:
         raise FileError(
-            f"{folder.name} is no cached training set: its {INDEX_FILE} cannot be read "
-            f"({e.strerror}). Make one first, or correct the folder's name."
+            f"{shorten(folder.name)} is no cached training set: it holds no {INDEX_FILE}. Make one "
+            "first, or correct the folder's name."
         ) from None
-    except ValueError as e:
-        raise FileError(f"{path.name} is damaged ({e}); make the training set again.") from None
-    try:
-        if index["version"] != VERSION:
-            raise FileError(
-                f"{folder.name} was cached by another version of this package (format "
-                f"{index['version']}, this is {VERSION}); make the training set again."
-            )
-        items = tuple(map(build_info, index["items"]))
-        dataset = CachedDataset(
-            folder, items, index["text_width"], index["has_empty_text"], index["metadata"]
+    except FileError as e:
+        raise FileError(f"{e} Make the training set again.") from None
+    version = index.get("version")
+    if version != VERSION:
+        raise FileError(
+            f"{shorten(folder.name)} was cached by another version of this package (format "
+            f"{shorten(str(version), 20)}, this is {VERSION}); make the training set again."
         )
-    except (KeyError, TypeError) as e:
-        raise FileError(f"{path.name} is damaged ({e!r}); make the training set again.") from None
+    lines, width = index.get("items"), index.get("text_width")
+    has_empty_text, metadata = index.get("has_empty_text"), index.get("metadata")
+    if not (isinstance(lines, list) and isinstance(metadata, dict)):
+        raise FileError(refuse_index("it has no list of items, or no metadata"))
+    if not (is_count(width, MAX_TEXT_WIDTH) and isinstance(has_empty_text, bool)):
+        raise FileError(refuse_index("its text_width or has_empty_text is of another kind"))
+    items = tuple(build_info(line, number) for number, line in enumerate(lines))
+    dataset = CachedDataset(folder, items, width, has_empty_text, metadata)
     check_files(dataset)
     return dataset
 
 
+def refuse_index(what: str) -> str:
+    return f"{INDEX_FILE} is damaged ({what}); make the training set again."
+
+
 def check_files(dataset: CachedDataset) -> None:
     folder = dataset.folder / ITEMS_FOLDER
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    try:
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as e:
+        raise FileError(f"{shorten(folder.name)} cannot be listed: {e.strerror}.") from None
     lacking = [info.key for info in dataset.items if f"{info.key}.safetensors" not in there]
     if lacking or not dataset.items:
         raise FileError(
-            f"{dataset.folder.name} lacks {len(lacking)} of the {len(dataset)} items its "
-            f"{INDEX_FILE} names, such as {(lacking or ['any'])[0]}; make the training set again."
+            f"{shorten(dataset.folder.name)} lacks {len(lacking)} of the {len(dataset)} items its "
+            f"{INDEX_FILE} names, such as {shorten((lacking or ['any'])[0])}; make the training "
+            "set again."
         )
 
 
-def build_info(line: Mapping[str, object]) -> ItemInfo:
-    """JSON has no tuples."""
-    references = tuple(map(tuple, line["references"]))
-    return ItemInfo(**{**line, "target": tuple(line["target"]), "references": references})
+def build_info(line: object, number: int) -> ItemInfo:
+    """A line of the index as somebody may have changed it; JSON has no tuples.
+
+    Raises:
+        FileError: not what `DatasetWriter` writes.
+    """
+    if not isinstance(line, dict) or not (REQUIRED <= line.keys() <= FIELDS):
+        raise FileError(refuse_index(f"item {number} has other entries than an item"))
+    target, references = line["target"], line["references"]
+    faults = {
+        "key": not (isinstance(line["key"], str) and KEY.fullmatch(line["key"])),
+        "target": not is_size(target),
+        "references": not (isinstance(references, list) and all(map(is_size, references))),
+        "num_text_tokens": not is_count(line["num_text_tokens"], MAX_TEXT_TOKENS),
+        "caption": not isinstance(line.get("caption", ""), str),
+        "has_mask": not isinstance(line.get("has_mask", False), bool),
+        "has_empty_text": not isinstance(line.get("has_empty_text", False), bool),
+    }
+    for name, is_wrong in faults.items():
+        if is_wrong:
+            what = f"the {name} of item {number} is {shorten(repr(line.get(name)))}"
+            raise FileError(refuse_index(what))
+    references = tuple(map(tuple, references))
+    return ItemInfo(**{**line, "target": tuple(target), "references": references})
+
+
+FIELDS = {field.name for field in fields(ItemInfo)}
+REQUIRED = {field.name for field in fields(ItemInfo) if field.default is MISSING}
 
 
 def get_size(latents: AnyTensor) -> Size:

@@ -21,6 +21,7 @@ from .base_files import BaseFile, open_base_file
 from .config import AUTO, TrainConfig
 from .dataset import CachedDataset, ItemInfo, read_dataset
 from .image_decoder import DECODING_BYTES
+from .loading import check_keys
 from .memory import MemoryMeter, find_free_host_memory
 from .memory_limit import limit_memory
 from .offload import choose_offloaded
@@ -130,7 +131,9 @@ def estimate_run(
     largest = dataset.find_largest()
     base = open_base_file(config.model.source)
     try:
-        num_blocks = read_architecture(base.shapes, base.name, base.axes).num_layers
+        architecture = read_architecture(base.shapes, base.name, base.axes)
+        check_keys(architecture, base)
+        num_blocks = architecture.num_layers
         width = base.shapes["img_in.weight"][0]
         num_parameters = count_parameters(config, base)
         choose_offloaded(num_blocks, config.model.offload_blocks)

@@ -83,7 +83,7 @@ def compute_mu(num_tokens: int) -> float:
 
 def count_target_tokens(height: int, width: int) -> int:
     """Tokens of latents of that size; odd sides are padded to whole patches."""
-    return math.ceil(height / 2) * math.ceil(width / 2)
+    return -(-height // 2) * -(-width // 2)
 
 
 def apply_schedule(t: torch.Tensor, schedule: str, num_tokens: int) -> torch.Tensor:

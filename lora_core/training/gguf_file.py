@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from ..errors import ConfigError, FileError
-from ..stored import StoredTensor, read_bytes, shorten
+from ..regular_files import open_regular
+from ..stored import StoredTensor, read_bytes
+from ..text import shorten
+
+#: Sizes of a header's numbers by their type; from the GGUF specification, as all below.
+NUMBER_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+TEXT, ARRAY = 8, 9
+MAX_DIMENSIONS = 4
+#: Numbers of a key's value; a language model's vocabulary has some hundred thousand.
+MAX_ARRAY = 1 << 24
+#: Entries that a byte of data may hold: no code takes fewer than 1.5 bits.
+MAX_ENTRIES_PER_BYTE = 6
 
 
 @dataclass(frozen=True)
@@ -36,25 +50,25 @@ class GgufFile:
         gguf = import_gguf()
         self.path = path
         self.metadata: dict[str, str] = {}
-        size = path.stat().st_size
+        size = check_header(path)
         try:
             reader = gguf.GGUFReader(path)
             self.entries = {tensor.name: describe(tensor) for tensor in reader.tensors}
-        except (ValueError, KeyError, IndexError, OSError, OverflowError) as e:
-            raise FileError(
-                f"{self.name} is damaged ({shorten(str(e))}): it is truncated or was written "
-                "wrongly. Download or copy it again."
-            ) from None
+        except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError) as e:
+            raise refuse(path, shorten(str(e))) from None
+        #: Key -> how it is stored, of those that are not plain numbers.
+        self.storages = {
+            key: f"GGUF {gguf.GGMLQuantizationType(entry.kind).name}"
+            for key, entry in self.entries.items()
+            if entry.kind not in (gguf.GGMLQuantizationType.F32, *plain_kinds(gguf))
+        }
         end = max((e.offset + e.num_bytes for e in self.entries.values()), default=0)
         if end > size:
             raise FileError(
-                f"{self.name} ends early: {size:,} bytes, but its header promises {end:,}. "
-                "Download or copy it again."
+                f"{shorten(self.name)} ends early: {size:,} bytes, but its header promises "
+                f"{end:,}. Download or copy it again."
             )
-        plain = {
-            int(gguf.GGMLQuantizationType.F16): torch.float16,
-            int(gguf.GGMLQuantizationType.BF16): torch.bfloat16,
-        }
+        plain = plain_kinds(gguf)
         self.tensors = {
             key: StoredTensor(self, key, torch.Size(e.shape), plain.get(e.kind, torch.float32))
             for key, e in self.entries.items()
@@ -73,6 +87,8 @@ class GgufFile:
         entry, dtype = self.entries[key], self.tensors[key].dtype
         data = self.read_codes(key, rows, buffer)
         shape = (len(data), *entry.shape[1:]) if len(entry.shape) > 1 else entry.shape
+        if not data.numel():
+            return torch.empty(shape, dtype=dtype)
         if dtype != torch.float32:
             return data.view(dtype).reshape(shape)
         gguf = import_gguf()
@@ -81,8 +97,8 @@ class GgufFile:
             values = gguf.quants.dequantize(data.numpy(), kind)
         except NotImplementedError:
             raise FileError(
-                f"{self.name} stores {key} as {kind.name}, which the gguf package cannot read; "
-                "choose a file with another quantisation, e.g. Q8_0 or Q4_K_M."
+                f"{shorten(self.name)} stores {shorten(key)} as {kind.name}, which the gguf "
+                "package cannot read; choose a file with another quantisation, e.g. Q8_0 or Q4_K_M."
             ) from None
         return torch.from_numpy(values).reshape(shape)
 
@@ -98,8 +114,10 @@ class GgufFile:
             place = entry.offset + start * row_bytes
             data = read_bytes(file, place, (stop - start) * row_bytes, buffer)
         if data is None:
-            raise FileError(f"{self.name} was changed on disk since it was opened; start again.")
-        return data.reshape(stop - start, -1)
+            raise FileError(
+                f"{shorten(self.name)} was changed on disk since it was opened; start again."
+            )
+        return data.reshape(stop - start, row_bytes)
 
     def release(self) -> None:
         """Nothing is held."""
@@ -109,6 +127,104 @@ def describe(tensor) -> GgufEntry:
     # GGUF lists the fastest dimension first.
     shape = tuple(int(side) for side in reversed(tensor.shape.tolist()))
     return GgufEntry(int(tensor.data_offset), int(tensor.n_bytes), int(tensor.tensor_type), shape)
+
+
+def plain_kinds(gguf) -> dict[int, torch.dtype]:
+    """Those of half precision, whose bytes are read as they are."""
+    return {
+        int(gguf.GGMLQuantizationType.F16): torch.float16,
+        int(gguf.GGMLQuantizationType.BF16): torch.bfloat16,
+    }
+
+
+def refuse(path: Path, reason: str) -> FileError:
+    return FileError(
+        f"{shorten(path.name)} is damaged ({reason}): it is truncated or was written wrongly. "
+        "Download or copy it again."
+    )
+
+
+def check_header(path: Path) -> int:
+    """Walks over a GGUF's header, so that what it promises fits into the file.
+
+    The package believes every length: an array that claims 2^60 numbers keeps it busy for ever.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        FileError: it is damaged, or of a machine of the other byte order.
+    """
+    with open_regular(path) as file:
+        size = file.seek(0, 2)
+        file.seek(4)
+        walk = HeaderWalk(path, file, size)
+        version = walk.read("I")
+        if not version & 0xFFFF:
+            raise refuse(path, "its numbers are big-endian, which nothing here reads")
+        num_tensors, num_values = walk.read("Q"), walk.read("Q")
+        for _ in range(num_values):
+            walk.skip_text()
+            walk.skip_value(walk.read("I"))
+        for _ in range(num_tensors):
+            walk.skip_tensor()
+    return size
+
+
+class HeaderWalk:
+    """A place in a GGUF's header that only moves forward, and never past the end.
+
+    Raises:
+        FileError: from every method, where the file ends before.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, size: int):
+        self.path = path
+        self.file = file
+        self.size = size
+
+    def read(self, kind: str) -> int:
+        data = self.file.read(struct.calcsize(f"<{kind}"))
+        if len(data) < struct.calcsize(f"<{kind}"):
+            raise refuse(self.path, "its header ends early")
+        return struct.unpack(f"<{kind}", data)[0]
+
+    def skip(self, num_bytes: int) -> None:
+        if self.file.tell() + num_bytes > self.size:
+            raise refuse(self.path, "its header ends early")
+        self.file.seek(num_bytes, 1)
+
+    def skip_text(self) -> None:
+        self.skip(self.read("Q"))
+
+    def skip_value(self, kind: int) -> None:
+        if kind == TEXT:
+            self.skip_text()
+        elif kind == ARRAY:
+            inner, count = self.read("I"), self.read("Q")
+            if inner == ARRAY or count > MAX_ARRAY:
+                raise refuse(self.path, "its header holds an array of arrays, or too long a one")
+            if inner in NUMBER_BYTES:
+                self.skip(count * NUMBER_BYTES[inner])
+            else:
+                for _ in range(count):
+                    self.skip_value(inner)
+        elif kind in NUMBER_BYTES:
+            self.skip(NUMBER_BYTES[kind])
+        else:
+            raise refuse(self.path, f"its header holds a value of the unknown type {kind}")
+
+    def skip_tensor(self) -> None:
+        self.skip_text()
+        num_dimensions = self.read("I")
+        if num_dimensions > MAX_DIMENSIONS:
+            raise refuse(self.path, f"a tensor has {num_dimensions} dimensions")
+        sides = [self.read("Q") for _ in range(num_dimensions)]
+        if math.prod(sides) > self.size * MAX_ENTRIES_PER_BYTE:
+            raise refuse(self.path, "a tensor is larger than the file")
+        self.skip(4)  # its type
+        if self.read("Q") > self.size:
+            raise refuse(self.path, "a tensor begins behind the file's end")
 
 
 def import_gguf():

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import FileError
 from ..stored import SafetensorsFile
+from ..text import shorten
 from .latents import NUM_CHANNELS, denormalize
 from .libraries import import_from_diffusers
 
@@ -67,9 +68,11 @@ def load_decoder(
         try:
             vae = AutoencoderKLQwenImage.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as e:
-            raise FileError(f"{path.name} is no folder of Qwen-Image's VAE ({e}).") from None
+            raise FileError(
+                f"{shorten(path.name)} is no folder of Qwen-Image's VAE ({shorten(str(e))})."
+            ) from None
         return ImageDecoder(vae.to(device, dtype))
-    file = SafetensorsFile(path)
+    file = SafetensorsFile(path, "a VAE")
     tensors = {
         key: tensor.load().clone() for key, tensor in file.tensors.items() if key.startswith(PARTS)
     }

@@ -9,6 +9,7 @@ blocks wait in host memory one of them twice.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from torch import nn
 from ..errors import KeyFormatError, ShapeError
 from ..progress import Progress, ShouldStop, track
 from ..report import shorten_list
-from .architecture import read_architecture
+from ..text import shorten
+from .architecture import BLOCKS, FIRST_BLOCK, Architecture, read_architecture
 from .base_files import BaseFile, open_base_file
 from .edit_block import EditBlock
 from .host_blocks import HostBlocks
@@ -68,8 +70,8 @@ def load_transformer(
             base.axes,
             base.zero_cond_t if zero_cond_t is None else zero_cond_t,
         )
+        check_keys(architecture, base)
         transformer = architecture.build_empty()
-        check_keys(transformer, base)
         device = torch.device(device)
         offloaded = choose_offloaded(architecture.num_layers, num_offloaded)
         reader, host = WeightReader(base, device), HostBlocks(device)
@@ -113,30 +115,51 @@ def find_block(path: str) -> int:
     return int(rest.partition(".")[0]) if first == "transformer_blocks" else -1
 
 
-def check_keys(transformer: nn.Module, base: BaseFile) -> None:
-    """Raises KeyFormatError or ShapeError unless the file holds this model, whole and alone."""
-    expected = {name: tuple(p.shape) for name, p in transformer.named_parameters()}
+def check_keys(architecture: Architecture, base: BaseFile) -> None:
+    """That the file holds this model, whole and alone; one block is built for it, not all.
+
+    Raises:
+        KeyFormatError: tensors are missing, or are none of this model's.
+        ShapeError: one has another shape.
+    """
+    expected = list_shapes(architecture)
     missing = [key for key in expected if key not in base.shapes]
     if missing:
         raise KeyFormatError(
-            f"{base.name} lacks {len(missing)} of {len(expected)} tensors of a Qwen-Image model "
-            f"({shorten_list(missing, 3)}): it is another model or incomplete. Choose a whole "
-            "diffusion model of Qwen-Image-Edit."
+            f"{shorten(base.name)} lacks {len(missing)} of {len(expected)} tensors of a Qwen-Image "
+            f"model ({shorten_list(missing, 2)}): it is another model or incomplete. Choose a "
+            "whole diffusion model of Qwen-Image-Edit."
         )
-    unknown = [key for key in base.shapes if key not in expected]
+    unknown = [shorten(key) for key in base.shapes if key not in expected]
     if unknown:
         raise KeyFormatError(
-            f"{base.name} holds {len(unknown)} tensors that a Qwen-Image-Edit model has not "
-            f"({shorten_list(unknown, 3)}); it is another model, or already changed by one. Choose "
-            "a diffusion model of Qwen-Image-Edit."
+            f"{shorten(base.name)} holds {len(unknown)} tensors that a Qwen-Image-Edit model has "
+            f"not ({shorten_list(unknown, 1)}); it is another model, or already changed by one. "
+            "Choose a diffusion model of Qwen-Image-Edit."
         )
     for key, shape in expected.items():
         found = tuple(base.shapes[key])
         if found != shape and not base.is_packed(key):
             raise ShapeError(
-                f"{base.name}: {key} is {found}, but {shape} follows from the other tensors. The "
-                "file is damaged or of another model: choose a diffusion model of Qwen-Image-Edit."
+                f"{shorten(base.name)}: {key} is {shorten(str(found))}, but {shape} follows from "
+                "the other tensors. The file is damaged or of another model: choose a diffusion "
+                "model of Qwen-Image-Edit."
             )
+
+
+def list_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every parameter; blocks are all alike."""
+    model = replace(architecture, num_layers=1).build_empty()
+    first = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    in_block = {
+        name.removeprefix(FIRST_BLOCK): shape
+        for name, shape in first.items()
+        if name.startswith(FIRST_BLOCK)
+    }
+    shapes = {name: shape for name, shape in first.items() if not name.startswith(FIRST_BLOCK)}
+    for block in range(architecture.num_layers):
+        shapes.update({f"{BLOCKS}.{block}.{name}": s for name, s in in_block.items()})
+    return shapes
 
 
 def load_leaf(

@@ -191,3 +191,124 @@ def test_every_command_line_in_the_manual_parses():
     }
     for line in lines:
         assert callable(build_parser().parse_args(shlex.split(line)).run)
+
+
+# bases of every kind, and adapters in folders
+
+
+def write_models(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """A base, and the same with a.safetensors merged in."""
+    base = {f"{path}.weight": torch.randn(32, 32) for path in PATHS}
+    tuned = {key: w + get_delta("a.safetensors", key[: -len(".weight")]) for key, w in base.items()}
+    return {"base": base, "tuned": tuned}
+
+
+def write_gguf(path: Path, tensors: dict[str, torch.Tensor], kind: str = "F32") -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "qwen_image")
+    for key, tensor in tensors.items():
+        type_ = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(key, gguf.quants.quantize(tensor.numpy(), type_), raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_parts(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    (folder / "transformer").mkdir(parents=True)
+    stem = "diffusion_pytorch_model"
+    names = {key: f"{stem}-{n:05}-of-00002.safetensors" for n, key in enumerate(tensors, 1)}
+    for key, name in names.items():
+        save_file({key: tensors[key]}, folder / "transformer" / name)
+    index = json.dumps({"weight_map": names})
+    (folder / "transformer" / f"{stem}.safetensors.index.json").write_text(index)
+    (folder / "transformer" / "config.json").write_text("{}")
+
+
+@pytest.fixture(params=["a GGUF", "a folder in parts", "a pipeline's folder in parts"])
+def write_base(request, folder):
+    def write(name: str, tensors: dict[str, torch.Tensor]) -> str:
+        if request.param == "a GGUF":
+            write_gguf(folder / f"{name}.gguf", tensors)
+            return f"{name}.gguf"
+        write_parts(folder / name, tensors)
+        return name if "pipeline" in request.param else f"{name}/transformer"
+
+    return write
+
+
+def test_extract_opens_bases_as_training_does(run, folder, write_base):
+    models = write_models(folder)
+    names = [write_base(name, tensors) for name, tensors in models.items()]
+    run("extract", *names, "found.safetensors", "--rank", "4")
+    found, expected = get_delta("found.safetensors"), get_delta("a.safetensors")
+    assert (found - expected).norm() / expected.norm() < 1e-3
+
+
+def test_inspect_opens_a_base_as_training_does(run, folder, write_base):
+    models = write_models(folder)
+    save_file(models["base"], folder / "base.safetensors")
+    name = write_base("other", models["base"])
+    wanted, found = (
+        json.loads(run("inspect", "a.safetensors", "--base", base, "--json"))["modules"]
+        for base in ("base.safetensors", name)
+    )
+    assert found == wanted
+
+
+def test_a_ggufs_storage_is_called_what_it_is(run, folder):
+    write_gguf(folder / "base.gguf", write_models(folder)["base"], "Q8_0")
+    found = json.loads(run("inspect", "a.safetensors", "--base", "base.gguf", "--json"))
+    assert found["modules"][PATHS[0]]["base"]["storage"] == "GGUF Q8_0"
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "a\0b", "x" * 300, "."])
+def test_a_base_that_is_none_is_not_called_a_lora(name, folder, capsys):
+    for argv in (
+        ["inspect", "a.safetensors", "--base", name],
+        ["extract", name, name, "out.safetensors", "--rank", "4"],
+    ):
+        assert main(argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "LoRA" not in line
+        assert len(line) <= 400
+
+
+def test_a_missing_lora_is_called_a_lora_and_a_missing_base_a_model(capsys):
+    assert main(["inspect", "none.safetensors"]) == 2
+    assert "expected a LoRA" in capsys.readouterr().err
+    assert main(["inspect", "a.safetensors", "--base", "none.safetensors"]) == 2
+    assert "expected a diffusion model" in capsys.readouterr().err
+
+
+def test_a_folder_from_the_hub_is_read_by_the_file_that_diffusers_writes(run, folder):
+    (folder / "my_edit").mkdir()
+    (folder / "a.safetensors").rename(folder / "my_edit" / "pytorch_lora_weights.safetensors")
+    assert run("inspect", "my_edit").startswith("my_edit: 2 modules")
+    inside = "my_edit/pytorch_lora_weights.safetensors"
+    assert run("inspect", inside).startswith("pytorch_lora_weights.safetensors: 2 modules")
+
+
+def test_a_folder_without_an_adapter_says_what_was_looked_for(folder, capsys):
+    (folder / "empty").mkdir()
+    assert main(["inspect", "empty"]) == 2
+    assert "without adapter_model.safetensors and pytorch_lora_weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_with_nan_leaves_valid_json_and_says_so(value, run, folder):
+    base = write_models(folder)["base"]
+    base[f"{PATHS[0]}.weight"][3, 3] = value
+    save_file(base, folder / "base.safetensors")
+    text = run("inspect", "a.safetensors", "--base", "base.safetensors", "--json")
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert set(found["modules"]) == {PATHS[1]}
+    assert found["skipped"] == {PATHS[0]: "the base's weight holds NaN or Inf"}
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
+def test_a_file_to_merge_of_an_impossible_name_is_one_line(name, capsys):
+    assert main(["merge", "out.safetensors", name, f"{name}:0.5"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -61,7 +61,7 @@ DAMAGED = {
         "is damaged: its header is not readable",
     ),
     "text": (b"<!DOCTYPE html><html>404</html>", "truncated or no safetensors file: download"),
-    "GGUF": (b"GGUF\x03\x00\x00\x00" + b"\0" * 64, "is a GGUF file; expected a LoRA in safetens"),
+    "GGUF": (b"GGUF\x03\x00\x00\x00" + b"\0" * 64, "is a GGUF file; expected a LoRA file in safet"),
     "pickle": (pickle.dumps({"a": 1}), "is a PyTorch pickle, whatever its name says"),
 }
 
@@ -114,7 +114,9 @@ def test_a_header_size_that_looks_like_a_pickle_is_read(header_size, make_state_
 
 def test_a_folder_is_refused(tmp_path):
     (tmp_path / "lora.safetensors").mkdir()
-    with pytest.raises(FileError, match=r"is a folder; expected a .safetensors file"):
+    with pytest.raises(
+        FileError, match=r"is a folder without adapter_model.safetensors and pytorch"
+    ):
         read_adapter(tmp_path / "lora.safetensors")
 
 

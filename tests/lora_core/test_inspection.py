@@ -321,3 +321,27 @@ def test_threads_compute_in_the_callers_mode():
 def test_an_inspection_is_json():
     text = json.dumps(inspect_adapter(make_adapter(3e-4), exact=True).to_dict())
     assert json.loads(text)["modules"][TO_Q]["rank"] == 16
+
+
+def test_a_lokrs_entries_are_looked_at_without_its_matrix(monkeypatch):
+    weights = LokrWeights(w1=draw(40, 30), w2=draw(24, 20).bfloat16())
+    dense = DiffWeights(compute_delta(weights))
+    expected = inspect_module(dense, exact=True)
+
+    def refuse(self, base_weight=None):
+        raise AssertionError("the whole matrix was made")
+
+    monkeypatch.setattr(LokrWeights, "delta", refuse)
+    found = inspect_module(weights, exact=True)
+    names = ("abs_max", "fraction_below_1e6", "quantiles", "histogram")
+    assert all(getattr(found, name) == getattr(expected, name) for name in names)
+    assert abs(found.fraction_below_std - expected.fraction_below_std) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_a_base_with_nan_is_told_and_no_figure_is_made_of_it(kind):
+    base = {f"{TO_Q}.weight": torch.full((ROWS, COLUMNS), float("nan"))}
+    found = inspect_adapter(Adapter({TO_Q: make(kind)}), base)
+    assert found.modules == {}
+    assert "base" in found.skipped[TO_Q]
+    assert "NaN or Inf" in found.skipped[TO_Q]

@@ -23,6 +23,7 @@ from qwen_edit_lora.lora_core import (
     ConfigError,
     DiffWeights,
     DoraWeights,
+    LokrWeights,
     LoraWeights,
     NonFiniteWeightsError,
     OftWeights,
@@ -188,3 +189,13 @@ def test_a_rank_far_above_the_sides_merges_at_what_the_delta_can_have():
 def test_a_strength_beyond_any_use_is_refused(strength):
     with pytest.raises(ConfigError, match="expected a finite number up to 10,000"):
         merge_adapters([(make_adapter({TO_Q: make_lora()}), strength)])
+
+
+def test_a_sum_without_an_exact_rank_is_refused_before_a_matrix_is_made(monkeypatch):
+    def refuse(self, base_weight=None):
+        raise AssertionError("the whole matrix was made")
+
+    monkeypatch.setattr(LokrWeights, "delta", refuse)
+    adapter = make_adapter({TO_Q: make_lokr()})
+    with pytest.raises(ConfigError, match="give a rank to cut it to"):
+        merge_adapters([(adapter, 1.0), (make_adapter({TO_Q: make_lora()}), 1.0)])

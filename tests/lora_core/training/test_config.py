@@ -9,8 +9,10 @@ from qwen_edit_lora.lora_core import ConfigError, FileError, LoraError
 from qwen_edit_lora.lora_core.training.config_files import (
     config_from_dict,
     config_to_dict,
+    list_places,
     read_config,
 )
+from qwen_edit_lora.lora_core.training.setting_names import ELSEWHERE, OTHER_NAMES
 
 SMALLEST = {
     "name": "my edit",
@@ -129,3 +131,87 @@ def test_a_file_that_is_no_configuration_is_a_sentence_with_its_name(tmp_path, c
 def test_a_missing_file_is_a_sentence(tmp_path):
     with pytest.raises(FileError, match=r"nothing\.toml is not there"):
         read_config(tmp_path / "nothing.toml")
+
+
+TOML = """name = "my edit"
+output = "run"
+model.source = "m.safetensors"
+data.folder = "d"
+"""
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_a_byte_order_mark_in_front_of_settings_is_read(tmp_path, suffix):
+    text = TOML if suffix == "toml" else json.dumps(SMALLEST)
+    path = tmp_path / f"config.{suffix}"
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_config(path).name == "my edit"
+
+
+def test_settings_that_are_no_utf8_are_told_what_to_do(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_bytes(TOML.replace("my edit", "\u6211\u7684").encode("gbk"))
+    with pytest.raises(
+        FileError, match=r"config\.toml is not UTF-8 text .* save it again as UTF-8"
+    ):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    "path", [r"C:\models\qwen.safetensors", r"C:\Users\me", r"D:\x\new", r"a\tb"]
+)
+@pytest.mark.parametrize("place", ["model.source", "data.folder", "output"])
+def test_a_backslash_in_double_quotes_gets_a_hint_and_is_never_a_line_break(tmp_path, path, place):
+    lines = [line for line in TOML.splitlines() if not line.startswith(place)]
+    config = tmp_path / "config.toml"
+    config.write_text("\n".join([f'{place} = "{path}"', *lines]))
+    with pytest.raises(LoraError, match=r"write paths with / or in single quotes"):
+        read_config(config)
+    config.write_text("\n".join([f"{place} = '{path}'", *lines]))
+    assert read_config(config).name == "my edit"
+
+
+@pytest.mark.parametrize(
+    ("place", "hint"),
+    [
+        ("lora.network_dim", "did you mean rank?"),
+        ("lora.network_alpha", "did you mean alpha?"),
+        ("network_dim", "did you mean [lora] rank?"),
+        ("lora.lr", "did you mean [optimizer] learning_rate?"),
+        ("optimizer.lr", "did you mean learning_rate?"),
+        ("optimizer.unet_lr", "did you mean learning_rate?"),
+        ("lora.max_train_steps", "did you mean steps, above all tables?"),
+        ("max_train_steps", "did you mean steps?"),
+        ("lora.resolution", "the size is chosen where the training set is made"),
+        ("train_batch_size", "did you mean [data] batch_size?"),
+        ("data.train_batch_size", "did you mean batch_size?"),
+        ("lora.learning_rate", "did you mean [optimizer] learning_rate?"),
+        ("optimizer.learning-rate", "did you mean learning_rate?"),
+        ("lora.rnak", "did you mean rank?"),
+    ],
+)
+def test_another_trainers_name_is_told_as_ours(place, hint):
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(change(place, 1))
+    assert str(caught.value).endswith(hint) or hint in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["xyzzy", "q" * 5000, "\n", ""])
+def test_a_name_that_is_like_none_gets_no_guess(key):
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict({**SMALLEST, key: 1})
+    assert "did you mean" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+    assert str(caught.value).isprintable()
+
+
+def test_every_name_that_is_suggested_is_a_setting():
+    assert set(OTHER_NAMES.values()) <= set(list_places())
+    assert not set(OTHER_NAMES) & set(ELSEWHERE)
+
+
+def test_settings_that_are_a_pipe_or_nested_without_end_are_refused(tmp_path):
+    for name, text in (("a.toml", "x = " + "[" * 10_000), ("a.json", "[" * 10_000)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(FileError, match="cannot be read as"):
+            read_config(tmp_path / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from qwen_edit_lora.lora_core import ConfigError, FileError, ShapeError
 from qwen_edit_lora.lora_core.training import latents
 from qwen_edit_lora.lora_core.training.batches import DataOrder, Slot, load_batch
 from qwen_edit_lora.lora_core.training.dataset import DatasetWriter, ItemInfo, read_dataset
+from qwen_edit_lora.lora_core.training.flow import count_target_tokens
+from safetensors.torch import save_file
 from tiny import TEXT_WIDTH, make_dataset, make_item
 
 
@@ -96,7 +99,7 @@ def test_a_folder_without_an_index_is_no_training_set(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is damaged"),
+        ("{", "cannot be read as JSON.*ake the training set again"),
         ('{"version": 1}', "is damaged"),
         ('{"version": 9}', "cached by another version"),
     ],
@@ -118,7 +121,9 @@ def test_a_missing_item_is_found_before_training(tmp_path):
 def test_an_item_that_was_replaced_by_another_size_is_a_sentence(tmp_path):
     dataset = make_dataset(tmp_path)
     DatasetWriter(tmp_path).add("item_0", make_item(0, (4, 4)))
-    with pytest.raises(FileError, match=r"item_0\.safetensors holds other sizes"):
+    with pytest.raises(
+        FileError, match=r"item_0\.safetensors does not fit index.json: target is \(16, 4, 4\)"
+    ):
         dataset.load(0)
 
 
@@ -229,3 +234,131 @@ def test_the_index_keeps_captions_and_what_it_was_made_with(tmp_path):
     assert dataset.items[0].caption == "make it dusk"
     assert dataset.metadata == {"vae": "qwen_image_vae"}
     assert json.loads((tmp_path / "index.json").read_text())["latents"] == "raw"
+
+
+# what somebody changed
+
+HUGE = 10**400
+
+
+def change_index(folder, **changes):
+    index = json.loads((folder / "index.json").read_text())
+    for place, value in changes.items():
+        table, _, key = place.rpartition("__")
+        (index["items"][0] if table else index)[key] = value
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("place", "values"),
+    [
+        ("items__target", [None, 8, "8", [8], [8, 8, 8], [0, 8], [-8, 8], [8.0, 8], ["8", 8]]),
+        ("items__target", [[True, 8], [1e308, 8], [10**300, 8], [HUGE, 8], {}]),
+        ("items__references", [None, 8, [8, 8], [[8, 8], None], [[0, 8]], "xy", {"a": [8, 8]}]),
+        ("items__num_text_tokens", [None, "5", 0, -1, 5.0, True, HUGE, []]),
+        ("items__key", [None, 5, "", "..", "../a", "a/b", "a\0", "x" * 300, ".hidden", "\ud800"]),
+        ("items__caption", [None, 5, ["a"]]),
+        ("items__has_mask", [None, 1, "false"]),
+        ("items__has_empty_text", [None, 1, "false"]),
+        ("items__more", [1]),
+        ("items", [None, [], {}, "ab", [None], [[]], [{}], 5]),
+        ("text_width", [None, "64", 0, -1, 64.0, True, HUGE]),
+        ("has_empty_text", [None, 1, "false"]),
+        ("metadata", [None, [], "x"]),
+        ("version", [None, "1", [1], {}, HUGE, "x" * 3000]),
+    ],
+)
+def test_sizes_and_counts_of_an_index_are_checked(tmp_path, place, values):
+    make_dataset(tmp_path)
+    kept = (tmp_path / "index.json").read_text()
+    for value in values:
+        (tmp_path / "index.json").write_text(kept)
+        change_index(tmp_path, **{place: value})
+        with pytest.raises(FileError, match=r"[Mm]ake the training set again") as caught:
+            read_dataset(tmp_path)
+        assert len(str(caught.value)) <= 400
+        assert str(caught.value).isprintable()
+
+
+def test_an_index_that_is_deep_no_object_or_a_pipe_is_refused(tmp_path):
+    make_dataset(tmp_path)
+    for text in ("[" * 100_000, "[]", "null", '{"version": NaN}', "\ufffe"):
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(FileError, match=r"Make the training set again"):
+            read_dataset(tmp_path)
+    if hasattr(os, "mkfifo"):
+        (tmp_path / "index.json").unlink()
+        os.mkfifo(tmp_path / "index.json")
+        with pytest.raises(FileError, match="is a pipe"):
+            read_dataset(tmp_path)
+
+
+def draw(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.rand(shape).to(dtype)
+
+
+MASKED = {"mask": draw(8, 8), "text_empty": draw(2, TEXT_WIDTH)}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("target", [draw(16, 8), draw(1, 16, 8, 8), draw(4, 8, 8), draw(16, 8, 9), draw(), None]),
+        ("target", [draw(16, 8, 8, dtype=torch.int32), draw(16, 8, 8, dtype=torch.bool)]),
+        ("reference_0", [draw(16, 8), draw(3, 8, 8), draw(16, 4, 8), draw(0), None]),
+        ("text", [draw(5), draw(5, 32), draw(4, TEXT_WIDTH), draw(1, 5, TEXT_WIDTH), None]),
+        ("text", [draw(5, TEXT_WIDTH, dtype=torch.int64)]),
+        ("text_empty", [draw(2), draw(2, 32), draw(0, TEXT_WIDTH), draw(TEXT_WIDTH), None]),
+        ("mask", [draw(8), draw(1, 8, 8), draw(4, 4), draw(), None]),
+        ("mask", [torch.zeros(8, 8), -draw(8, 8), torch.full((8, 8), float("nan"))]),
+        ("mask", [torch.full((8, 8), float("inf"))]),
+    ],
+)
+def test_tensors_of_an_item_are_checked_before_they_are_trained_on(tmp_path, name, tensors):
+    dataset = make_dataset(tmp_path, {"a": make_item(0, **MASKED)})
+    path = tmp_path / "items" / "a.safetensors"
+    for tensor in tensors:
+        changed = {**make_item(0, **MASKED).tensors, name: tensor}
+        save_file({key: t for key, t in changed.items() if t is not None}, path)
+        with pytest.raises(FileError, match=r"ake the training set again") as caught:
+            load_batch(dataset, [Slot(0, 0, 0)], 0)
+        assert len(str(caught.value)) <= 400
+
+
+def test_an_item_that_is_cut_short_missing_or_no_file_says_what_to_do(tmp_path):
+    dataset = make_dataset(tmp_path)
+    path = tmp_path / "items" / "item_0.safetensors"
+    data = path.read_bytes()
+    for content in (b"", data[:-4], data[:20], b"\xff" * 100):
+        path.write_bytes(content)
+        with pytest.raises(FileError, match="make the training set again"):
+            dataset.load(0)
+    path.unlink()
+    with pytest.raises(FileError, match=r"expected a cached item.*make the training set again"):
+        dataset.load(0)
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"text": draw(2, TEXT_WIDTH)}, {"text_empty": draw(2, 8)}, {"text_empty": draw(2)}]
+)
+def test_an_empty_caption_without_its_key_or_of_another_width_is_a_sentence(tmp_path, tensors):
+    writer = DatasetWriter(tmp_path)
+    writer.add("a", make_item(0))
+    writer.set_empty_text(draw(2, TEXT_WIDTH))
+    dataset = read_dataset(writer.finish())
+    save_file(tensors, tmp_path / "empty.safetensors")
+    with pytest.raises(FileError, match=r"empty\.safetensors .* make the training set again"):
+        load_batch(dataset, [Slot(0, 0, 0)], 0, caption_dropout=1.0)
+
+
+def test_items_of_one_size_in_different_dtypes_make_one_batch(tmp_path):
+    items = {"a": make_item(0), "b": make_item(1)}
+    expected = load_batch(make_dataset(tmp_path, items), [Slot(0, 0, 0), Slot(1, 0, 1)], 0)
+    items["b"] = replace(items["b"], target=items["b"].target.double())
+    mixed = load_batch(make_dataset(tmp_path, items), [Slot(0, 0, 0), Slot(1, 0, 1)], 0)
+    assert torch.equal(mixed.x_0, expected.x_0)
+
+
+def test_sizes_of_latents_are_counted_in_whole_numbers():
+    assert count_target_tokens(7, 8) == 16
+    assert count_target_tokens(10**400, 2) == 10**400 // 2
