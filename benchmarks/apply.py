@@ -68,7 +68,7 @@ def build_model(storage: str, num_blocks: int, device: str) -> Any:
     import comfy.model_patcher
     import comfy.ops
     import torch
-    from qwen_edit_lora.lora_core.targets import BLOCK_LINEARS, compute_shape
+    from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS, compute_shape
 
     dtype = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}.get(storage)
     ops = {"bf16": comfy.ops.disable_weight_init, "fp8": comfy.ops.manual_cast}.get(storage)
@@ -118,7 +118,7 @@ def put(root: Any, path: str, module: Any) -> None:
 def build_adapter(num_blocks: int, rank: int) -> Any:
     import torch
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
-    from qwen_edit_lora.lora_core.targets import BLOCK_LINEARS, compute_shape
+    from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS, compute_shape
 
     modules = {}
     for block in range(num_blocks):
@@ -162,8 +162,8 @@ def measure(storage: str, options: argparse.Namespace) -> dict[str, Any]:
     import comfy.model_management as mm
     import torch
     from qwen_edit_lora.lora_core import build_state_dict
-    from qwen_edit_lora.lora_core.strengths import Strengths
-    from qwen_edit_lora.nodes import application, side_path
+    from qwen_edit_lora.lora_core.adapter.strengths import Strengths
+    from qwen_edit_lora.nodes.patching import application, side_path
 
     model = build_model(storage, options.blocks, options.device)
     adapter = build_adapter(options.blocks, options.rank)
@@ -229,9 +229,9 @@ def measure_840_modules() -> dict[str, float]:
     import comfy.model_patcher
     import torch
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
-    from qwen_edit_lora.lora_core.strengths import Strengths
-    from qwen_edit_lora.lora_core.targets import BLOCK_LINEARS
-    from qwen_edit_lora.nodes import application, side_path
+    from qwen_edit_lora.lora_core.adapter.strengths import Strengths
+    from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS
+    from qwen_edit_lora.nodes.patching import application, side_path
 
     root, modules = torch.nn.Module(), {}
     for block in range(60):
@@ -295,9 +295,13 @@ def count_traffic(placement: str, rank: int, shares: bool) -> dict[str, Any]:
     import torch
     from demo_base.fake_gpu import PagedMemory, Traffic
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
-    from qwen_edit_lora.lora_core.targets import TARGET_PRESETS, WIDTH, compute_shape
-    from qwen_edit_lora.nodes.bank import Bank
-    from qwen_edit_lora.nodes.layouts import PLAIN
+    from qwen_edit_lora.lora_core.base_model.module_paths import (
+        TARGET_PRESETS,
+        WIDTH,
+        compute_shape,
+    )
+    from qwen_edit_lora.nodes.patching.bank import Bank
+    from qwen_edit_lora.nodes.patching.layouts import PLAIN
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     cuda, dtype = torch.device("cuda:0"), torch.bfloat16
@@ -354,9 +358,9 @@ def measure_python(placement: str, rounds: int) -> dict[str, Any]:
     import torch
     from demo_base.fake_gpu import PagedMemory, page_on_the_cpu
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
-    from qwen_edit_lora.lora_core.targets import BLOCK_LINEARS
-    from qwen_edit_lora.nodes.bank import Bank
-    from qwen_edit_lora.nodes.layouts import PLAIN
+    from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS
+    from qwen_edit_lora.nodes.patching.bank import Bank
+    from qwen_edit_lora.nodes.patching.layouts import PLAIN
 
     cpu, width = torch.device("cpu"), 128
     paths = [f"transformer_blocks.{block}.{name}" for block in range(60) for name in BLOCK_LINEARS]

@@ -28,17 +28,17 @@ from apply import import_extension
 import_extension()
 
 import torch  # noqa: E402
-from qwen_edit_lora.lora_core.training.architecture import Architecture  # noqa: E402
-from qwen_edit_lora.lora_core.training.config_files import config_from_dict  # noqa: E402
-from qwen_edit_lora.lora_core.training.dataset import (  # noqa: E402
+from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict  # noqa: E402
+from qwen_edit_lora.lora_core.training.data.dataset import (  # noqa: E402
     CachedItem,
     DatasetWriter,
     read_dataset,
 )
-from qwen_edit_lora.lora_core.training.estimate import estimate_run  # noqa: E402
-from qwen_edit_lora.lora_core.training.memory import MemoryMeter  # noqa: E402
-from qwen_edit_lora.lora_core.training.session import open_session  # noqa: E402
-from qwen_edit_lora.lora_core.training.trainer import train  # noqa: E402
+from qwen_edit_lora.lora_core.training.estimate.estimate import estimate_run  # noqa: E402
+from qwen_edit_lora.lora_core.training.machine.memory import MemoryMeter  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.architecture import Architecture  # noqa: E402
+from qwen_edit_lora.lora_core.training.run.session import open_session  # noqa: E402
+from qwen_edit_lora.lora_core.training.run.trainer import train  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 TEXT_WIDTH = 256

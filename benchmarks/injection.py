@@ -86,8 +86,8 @@ def build_variants(model: Any, options: argparse.Namespace) -> dict[str, tuple[A
     """Name -> (model, context under which it runs)."""
     import peft
     import torch
-    from qwen_edit_lora.lora_core.injection import LoraSettings, inject, plan_injection
-    from qwen_edit_lora.lora_core.lora_layers import LoraLinear
+    from qwen_edit_lora.lora_core.injection.inject import LoraSettings, inject, plan_injection
+    from qwen_edit_lora.lora_core.injection.layers import LoraLinear
 
     settings = LoraSettings(rank=options.rank, exclude=("*.1.*",), use_dora=options.dora)
     plan = plan_injection(model, settings)

@@ -25,8 +25,8 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from lora_core import Adapter, LoraWeights, compute_delta, read_adapter  # noqa: E402
-from lora_core.inspection import inspect_adapter  # noqa: E402
-from lora_core.targets import TARGET_PRESETS, compute_shape  # noqa: E402
+from lora_core.base_model.module_paths import TARGET_PRESETS, compute_shape  # noqa: E402
+from lora_core.inspection.inspection import inspect_adapter  # noqa: E402
 
 
 def make_state_dict(num_blocks: int, rank: int) -> dict[str, torch.Tensor]:

@@ -94,8 +94,8 @@ def build_graph(seed: int) -> dict[str, Any]:
 def submit_job(store: Any, folder: Path, base: Path) -> str:
     """A job on pairs of the prompts' size that never ends by itself."""
     import torch
-    from qwen_edit_lora.lora_core.training.config_files import config_from_dict
-    from qwen_edit_lora.lora_core.training.dataset import CachedItem, DatasetWriter
+    from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
+    from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, DatasetWriter
 
     writer = DatasetWriter(folder / "data")
     generator = torch.Generator().manual_seed(0)

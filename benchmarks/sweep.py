@@ -254,7 +254,7 @@ def build_small_adapter(options: argparse.Namespace) -> Any:
     """For a quick look at another width."""
     import torch
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
-    from qwen_edit_lora.lora_core.targets import BLOCK_LINEARS
+    from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS
 
     shapes = list_shapes(options.blocks, options.width)
     modules = {}

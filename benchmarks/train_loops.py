@@ -22,25 +22,28 @@ from apply import import_extension
 
 import_extension()
 
-from qwen_edit_lora.lora_core.injection import LoraSettings, inject, plan_injection  # noqa: E402
-from qwen_edit_lora.lora_core.stored_weight import BaseWeight  # noqa: E402
-from qwen_edit_lora.lora_core.training import config as configuration  # noqa: E402
-from qwen_edit_lora.lora_core.training.architecture import Architecture  # noqa: E402
-from qwen_edit_lora.lora_core.training.batches import load_repeated  # noqa: E402
-from qwen_edit_lora.lora_core.training.dataset import (  # noqa: E402
+from qwen_edit_lora.lora_core.base_model.base_weight import BaseWeight  # noqa: E402
+from qwen_edit_lora.lora_core.injection.inject import LoraSettings, inject, plan_injection  # noqa: E402
+from qwen_edit_lora.lora_core.training.config import config as configuration  # noqa: E402
+from qwen_edit_lora.lora_core.training.data import data_config  # noqa: E402
+from qwen_edit_lora.lora_core.training.data.batches import load_repeated  # noqa: E402
+from qwen_edit_lora.lora_core.training.data.dataset import (  # noqa: E402
     CachedDataset,
     CachedItem,
     DatasetWriter,
     read_dataset,
 )
-from qwen_edit_lora.lora_core.training.gradient_checkpointing import adapt_to_memory  # noqa: E402
-from qwen_edit_lora.lora_core.training.loading import list_leaves, load_leaf  # noqa: E402
-from qwen_edit_lora.lora_core.training.memory import MemoryMeter  # noqa: E402
-from qwen_edit_lora.lora_core.training.metrics import StepReport  # noqa: E402
-from qwen_edit_lora.lora_core.training.offload import choose_offloaded  # noqa: E402
-from qwen_edit_lora.lora_core.training.trainer import train  # noqa: E402
-from qwen_edit_lora.lora_core.training.transformer import EditTransformer, pack  # noqa: E402
-from qwen_edit_lora.lora_core.training.weight_reader import WeightReader  # noqa: E402
+from qwen_edit_lora.lora_core.training.machine.memory import MemoryMeter  # noqa: E402
+from qwen_edit_lora.lora_core.training.model import model_config  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.architecture import Architecture  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.gradient_checkpointing import adapt_to_memory  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.loading import list_leaves, load_leaf  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.offload import choose_offloaded  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.transformer import EditTransformer, pack  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.weight_reader import WeightReader  # noqa: E402
+from qwen_edit_lora.lora_core.training.optimizer import optimizer_config  # noqa: E402
+from qwen_edit_lora.lora_core.training.run.metrics import StepReport  # noqa: E402
+from qwen_edit_lora.lora_core.training.run.trainer import train  # noqa: E402
 
 LEARNING_RATE = 1e-4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -154,7 +157,7 @@ def build_ours(
         for index in indices:
             ours.blocks[index].to("cpu")
         ours.offload_blocks(indices, device)
-    is_auto = checkpointing == configuration.AUTO
+    is_auto = checkpointing == model_config.AUTO
     ours.enable_gradient_checkpointing(True if is_auto else checkpointing)
     settings = LoraSettings(rank=rank)
     injection = inject(ours.transformer, settings, device=device)
@@ -167,11 +170,11 @@ def build_ours(
     config = configuration.TrainConfig(
         name="benchmark",
         output=tempfile.mkdtemp(dir=folder),
-        model=configuration.ModelConfig(source="random", compute_dtype=options.dtype),
-        data=configuration.DataConfig(folder=str(dataset.folder)),
+        model=model_config.ModelConfig(source="random", compute_dtype=options.dtype),
+        data=data_config.DataConfig(folder=str(dataset.folder)),
         steps=10**6,
         lora=settings,
-        optimizer=configuration.OptimizerConfig(learning_rate=LEARNING_RATE),
+        optimizer=optimizer_config.OptimizerConfig(learning_rate=LEARNING_RATE),
         saving=configuration.SavingConfig(checkpoint_every=10**6, adapter_every=0, health_every=0),
     )
     if is_auto:

@@ -29,11 +29,11 @@ from apply import import_extension
 
 import_extension()
 
-from qwen_edit_lora.lora_core.injection import LoraSettings, inject, plan_injection  # noqa: E402
-from qwen_edit_lora.lora_core.training import head_rotation  # noqa: E402
-from qwen_edit_lora.lora_core.training.architecture import Architecture  # noqa: E402
-from qwen_edit_lora.lora_core.training.gradient_checkpointing import LiveBytes  # noqa: E402
-from qwen_edit_lora.lora_core.training.transformer import EditTransformer  # noqa: E402
+from qwen_edit_lora.lora_core.injection.inject import LoraSettings, inject, plan_injection  # noqa: E402
+from qwen_edit_lora.lora_core.training.model import head_rotation  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.architecture import Architecture  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.gradient_checkpointing import LiveBytes  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.transformer import EditTransformer  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from traffic import Traffic, counting_as_on_cuda  # noqa: E402
 

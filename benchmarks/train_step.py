@@ -8,8 +8,8 @@ One process, random weights at full layer width (3072), batch of one, AdamW, cli
 attention and MLP of both streams. The variants share the weights and take their steps in turn, so
 that each round gives ratios; medians are reported.
 
-    ours, true        a step of `lora_core.training.trainer.train`, all of it, that keeps as little
-                      for the backward pass as the plain loops do
+    ours, true        a step of `lora_core.training.run.trainer.train`, all of it, that keeps as
+                      little for the backward pass as the plain loops do
     ours, selective   the same with gradient_checkpointing = "selective", which keeps more
     ours, false       the same that keeps everything: what "auto", the default, does for few blocks
     plain, script     diffusers' model and PEFT as diffusers' own scripts train (LoRA in the base's

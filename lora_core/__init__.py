@@ -1,9 +1,18 @@
 """LoRA math and files for Qwen-Image-Edit, without ComfyUI."""
 
-from .adapter import Adapter
-from .compare import Comparison, ModuleComparison, compare_adapters
-from .compose import merge_adapters, resize_adapter
-from .composition import Composition
+from .adapter.adapter import Adapter
+from .adapter.load_report import DroppedKey, LoadReport
+from .adapter.weights import (
+    DiffWeights,
+    DoraWeights,
+    LohaWeights,
+    LokrWeights,
+    LoraWeights,
+    ModuleWeights,
+    OftWeights,
+    compute_delta,
+)
+from .base_model.module_paths import TARGET_PRESETS, count_parameters, parse_block_ranges
 from .errors import (
     ConfigError,
     FileError,
@@ -15,21 +24,13 @@ from .errors import (
     ShapeError,
     TargetError,
 )
-from .extraction import extract_adapter
-from .files import build_state_dict, read_adapter, read_state_dict, write_adapter
 from .findings import Finding
-from .report import DroppedKey, LoadReport
-from .targets import TARGET_PRESETS, count_parameters, parse_block_ranges
-from .weights import (
-    DiffWeights,
-    DoraWeights,
-    LohaWeights,
-    LokrWeights,
-    LoraWeights,
-    ModuleWeights,
-    OftWeights,
-    compute_delta,
-)
+from .formats.files import build_state_dict, read_adapter, read_state_dict, write_adapter
+from .inspection.compare import Comparison, ModuleComparison, compare_adapters
+from .inspection.inspection import Inspection, ModuleInspection, inspect_adapter
+from .toolbox.compose import merge_adapters, resize_adapter
+from .toolbox.composition import Composition
+from .toolbox.extraction import extract_adapter
 
 __all__ = [
     "TARGET_PRESETS",
@@ -42,6 +43,7 @@ __all__ = [
     "DroppedKey",
     "FileError",
     "Finding",
+    "Inspection",
     "KeyFormatError",
     "LoadReport",
     "LohaWeights",
@@ -49,6 +51,7 @@ __all__ = [
     "LoraError",
     "LoraWeights",
     "ModuleComparison",
+    "ModuleInspection",
     "ModuleWeights",
     "NonFiniteLossError",
     "NonFiniteWeightsError",
@@ -61,6 +64,7 @@ __all__ = [
     "compute_delta",
     "count_parameters",
     "extract_adapter",
+    "inspect_adapter",
     "merge_adapters",
     "parse_block_ranges",
     "read_adapter",

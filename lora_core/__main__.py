@@ -9,17 +9,17 @@ import sys
 
 import torch
 
-from .compare import compare_adapters
-from .compose import merge_adapters, resize_adapter
-from .composition import Composition
+from .disk.safetensors_file import is_safetensors
 from .errors import ConfigError, LoraError
-from .extraction import extract_adapter
-from .files import read_adapter, write_adapter
+from .formats.files import read_adapter, write_adapter
 from .formats.schemes import SCHEMES
-from .inspection import inspect_adapter
-from .statistics import SORT_KEYS
-from .stored import is_safetensors
-from .tables import build_comparison_table, build_table, describe_verdict
+from .inspection.compare import compare_adapters
+from .inspection.inspection import inspect_adapter
+from .inspection.statistics import SORT_KEYS
+from .inspection.tables import build_comparison_table, build_table, describe_verdict
+from .toolbox.compose import merge_adapters, resize_adapter
+from .toolbox.composition import Composition
+from .toolbox.extraction import extract_adapter
 from .training.command_line import add_commands
 
 FAILED = 2  # as argparse exits for a wrong command line

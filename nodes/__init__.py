@@ -22,7 +22,7 @@ from . import (
 
 class QwenEditLoraExtension(ComfyExtension):
     async def on_load(self) -> None:
-        from . import routes  # here, so that the nodes can be imported without a server
+        from .server import routes  # here, so that the nodes can be imported without a server
 
         routes.start()
 

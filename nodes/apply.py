@@ -7,9 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core import parse_block_ranges
-from ..lora_core.strengths import Strengths
+from ..lora_core.adapter.strengths import Strengths
 from . import host
-from .application import AUTO, MODES, apply_adapters
+from .patching.application import AUTO, MODES, apply_adapters
 from .sockets import (
     CATEGORY,
     Report,

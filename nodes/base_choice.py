@@ -7,16 +7,16 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..lora_core import count_parameters
+from ..lora_core.base_model.base_files import open_base_file
+from ..lora_core.base_model.module_paths import TARGET_PRESETS
 from ..lora_core.jobs.devices import Device
-from ..lora_core.targets import TARGET_PRESETS
-from ..lora_core.training.architecture import read_architecture
-from ..lora_core.training.base_files import open_base_file
-from ..lora_core.training.config import TrainConfig
-from ..lora_core.training.dataset import read_dataset
-from ..lora_core.training.memory import find_free_host_memory
-from ..lora_core.training.presets import choose_storage, measure_base
-from .job_devices import find_memory
-from .train_settings import AUTO
+from ..lora_core.training.config.config import TrainConfig
+from ..lora_core.training.config.presets import choose_storage, measure_base
+from ..lora_core.training.data.dataset import read_dataset
+from ..lora_core.training.machine.memory import find_free_host_memory
+from ..lora_core.training.model.architecture import read_architecture
+from .server.job_devices import find_memory
+from .training_settings import AUTO
 
 #: Bytes by which GPUs of one kind may differ.
 SAME_KIND = 2**28

@@ -7,10 +7,10 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..lora_core import compare_adapters
-from ..lora_core.plots import draw_comparison
-from ..lora_core.tables import build_comparison_table
+from ..lora_core.disk.plain_json import write_json
+from ..lora_core.inspection.plots import draw_comparison
+from ..lora_core.inspection.tables import build_comparison_table
 from . import host
-from .plain_json import write_json
 from .sockets import (
     CATEGORY,
     Report,

@@ -27,10 +27,10 @@ from ..lora_core.pairs.pair import MAX_REFERENCES, FoundPairs
 from ..lora_core.pairs.preflight import ON_PROBLEM, STOP, Preflight, check_pairs
 from ..lora_core.pairs.preview import build_table, describe_preflight, draw_pairs
 from ..lora_core.text import shorten
-from ..lora_core.training.dataset import read_dataset
+from ..lora_core.training.data.dataset import read_dataset
 from . import host
-from .dataset_encoding import STOCK_REFERENCE_MEGAPIXELS, VARIANTS, PairEncoder
-from .dataset_folders import find_dataset_folder, is_dataset_path
+from .datasets.encoding import STOCK_REFERENCE_MEGAPIXELS, VARIANTS, PairEncoder
+from .datasets.folders import find_dataset_folder, is_dataset_path
 from .sockets import (
     CATEGORY,
     DatasetSocket,

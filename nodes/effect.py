@@ -7,12 +7,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..lora_core.cells import MAX_CELLS
-from ..lora_core.effect import DEFAULT_POINTS, Effect, parse_sigmas
-from ..lora_core.effect_plot import draw_effect
-from ..lora_core.strength_grammar import parse_strengths
-from .effect_measure import measure_effect
-from .plain_json import write_json
+from ..lora_core.disk.plain_json import write_json
+from ..lora_core.sweep.cells import MAX_CELLS
+from ..lora_core.sweep.effect import DEFAULT_POINTS, Effect, parse_sigmas
+from ..lora_core.sweep.effect_plot import draw_effect
+from ..lora_core.sweep.strength_grammar import parse_strengths
 from .sockets import (
     CATEGORY,
     adapter_input,
@@ -21,7 +20,8 @@ from .sockets import (
     show_report,
     take_adapter,
 )
-from .strength_choice import resolve_strengths
+from .sweeping.effect_measure import measure_effect
+from .sweeping.strengths import resolve_strengths
 
 
 class QwenEditLoraEffect(io.ComfyNode):

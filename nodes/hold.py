@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import job_host
+from .server import job_host
 from .sockets import CATEGORY
-
-HOLD_ID = "QwenEditLoraHold"
 
 
 class QwenEditLoraHold(io.ComfyNode):

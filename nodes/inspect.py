@@ -8,13 +8,13 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..lora_core import ConfigError, LoraError
-from ..lora_core.plots import draw_heat_map, draw_histogram, draw_spectrum
-from ..lora_core.statistics import SORT_KEYS, STATISTICS
-from ..lora_core.stored import read_signature
-from ..lora_core.tables import build_table, describe_verdict, find_skipped
+from ..lora_core.disk.plain_json import write_json
+from ..lora_core.disk.safetensors_file import read_signature
+from ..lora_core.inspection.plots import draw_heat_map, draw_histogram, draw_spectrum
+from ..lora_core.inspection.statistics import SORT_KEYS, STATISTICS
+from ..lora_core.inspection.tables import build_table, describe_verdict, find_skipped
 from . import host
 from .inspections import get_inspection
-from .plain_json import write_json
 from .sockets import (
     CATEGORY,
     Report,

@@ -8,9 +8,9 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from ..lora_core import Adapter, LoraError
-from ..lora_core.base_weights import BaseWeights
-from ..lora_core.inspection import Inspection, inspect_adapter
-from ..lora_core.inspection_files import (
+from ..lora_core.base_model.base_weights import BaseWeights
+from ..lora_core.inspection.inspection import Inspection, inspect_adapter
+from ..lora_core.inspection.saved import (
     compute_content_hash,
     compute_file_identity,
     read_inspection,

@@ -16,18 +16,18 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..lora_core import ConfigError, FileError, read_adapter
-from ..lora_core.contact_sheet import Row, Tile, draw_sheet
+from ..lora_core.disk.plain_json import write_json
+from ..lora_core.disk.safetensors_file import SafetensorsFile
+from ..lora_core.drawing.contact_sheet import Row, Tile, draw_sheet
+from ..lora_core.drawing.style import draw_message
 from ..lora_core.findings import WARNING, Finding
 from ..lora_core.jobs.job import Job, JobStatus
 from ..lora_core.jobs.pictures import Picture, order, parse_name
 from ..lora_core.jobs.store import JobStore
-from ..lora_core.plots import draw_message
-from ..lora_core.report import shorten_list
-from ..lora_core.stored import SafetensorsFile
-from ..lora_core.text import shorten
-from ..lora_core.training_plot import draw_training
-from . import host, job_host
-from .plain_json import write_json
+from ..lora_core.jobs.training_plot import draw_training
+from ..lora_core.text import shorten, shorten_list
+from . import host
+from .server import job_host
 from .sockets import (
     CATEGORY,
     AdapterSocket,

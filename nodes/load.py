@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 from comfy_api.latest import io
 
 from ..lora_core import Adapter, LoraError, build_state_dict, read_adapter
-from ..lora_core.stored import read_signature
+from ..lora_core.disk.safetensors_file import read_signature
 from . import host
 from .sockets import (
     CATEGORY,

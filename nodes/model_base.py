@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..lora_core.base_weights import BaseWeights
+from ..lora_core.base_model.base_weights import BaseWeights
 from .host import ModelPatcher
 
 NAME = "the connected MODEL"

@@ -7,14 +7,14 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core import Adapter, ConfigError, LoraError
+from ..lora_core.adapter.strengths import Strengths
+from ..lora_core.disk.safetensors_file import read_signature
 from ..lora_core.findings import NOTE
-from ..lora_core.stored import read_signature
-from ..lora_core.strengths import Strengths
 from ..lora_core.text import shorten
 from . import host
-from .application import AUTO, Application, apply_adapters
 from .apply import mode_input
 from .load import open_lora
+from .patching.application import AUTO, Application, apply_adapters
 from .sockets import (
     CATEGORY,
     Report,

@@ -10,15 +10,15 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core import Adapter, ConfigError, LoraError
-from ..lora_core.cells import Cell, build_cells, build_label, name_adapters
+from ..lora_core.disk.safetensors_file import read_signature
 from ..lora_core.findings import ERROR, NOTE, WARNING
-from ..lora_core.lora_patterns import find_loras
-from ..lora_core.report import shorten_list
-from ..lora_core.stored import read_signature
-from ..lora_core.strength_grammar import parse_seeds, parse_strengths
+from ..lora_core.sweep.cells import Cell, build_cells, build_label, name_adapters
+from ..lora_core.sweep.lora_patterns import find_loras
+from ..lora_core.sweep.strength_grammar import parse_seeds, parse_strengths
+from ..lora_core.text import shorten_list
 from . import host
-from .application import AUTO, MERGE
 from .load import open_lora
+from .patching.application import AUTO, MERGE
 from .sockets import (
     CATEGORY,
     Report,
@@ -29,8 +29,8 @@ from .sockets import (
     take_adapter,
 )
 from .stack import MAX_ADAPTERS
-from .strength_choice import resolve_strengths
-from .sweep_graph import Sampling, SweepGraph
+from .sweeping.graph import Sampling, SweepGraph
+from .sweeping.strengths import resolve_strengths
 
 SETTINGS = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
 SAMPLING_LINKS = ("positive", "negative", "latent_image", "vae", "sampler", "sigmas")

@@ -6,13 +6,13 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..lora_core import ConfigError, FileError
-from ..lora_core.cells import MAX_CELLS
-from ..lora_core.sweep_measures import measure_sweep
-from ..lora_core.sweep_pictures import draw_contact_sheet, draw_curve, draw_differences
-from ..lora_core.sweep_table import build_sweep_table
-from ..lora_core.sweep_verdict import judge_sweep
+from ..lora_core.disk.plain_json import write_json
+from ..lora_core.sweep.cells import MAX_CELLS
+from ..lora_core.sweep.measures import measure_sweep
+from ..lora_core.sweep.plots import draw_contact_sheet, draw_curve, draw_differences
+from ..lora_core.sweep.table import build_sweep_table
+from ..lora_core.sweep.verdict import judge_sweep
 from . import host
-from .plain_json import write_json
 from .sockets import CATEGORY, Report, build_image, report_output, show_report
 
 DEFAULT_PREFIX = "qwen_edit_lora/sweep"

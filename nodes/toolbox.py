@@ -14,7 +14,7 @@ from ..lora_core import (
     merge_adapters,
     resize_adapter,
 )
-from ..lora_core.stored import read_signature
+from ..lora_core.disk.safetensors_file import read_signature
 from . import host
 from .sockets import (
     CATEGORY,

@@ -9,21 +9,23 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core import ConfigError
+from ..lora_core.base_model.module_paths import TARGET_PRESETS
 from ..lora_core.findings import NOTE, WARNING, Finding
 from ..lora_core.jobs.devices import Device
-from ..lora_core.jobs.forecast import estimate_in_process
+from ..lora_core.jobs.estimate_process import estimate_in_process
 from ..lora_core.jobs.job import MAX_DEVICES
 from ..lora_core.pairs.vae_copy import find_vae
-from ..lora_core.targets import TARGET_PRESETS
-from ..lora_core.training.config import VARIANTS, TrainConfig
-from ..lora_core.training.estimate import Estimate
-from ..lora_core.training.optimization import OPTIMIZERS
-from ..lora_core.training.presets import PRESETS
-from ..lora_core.training.quantization import STORAGES
-from . import host, job_devices, job_host
+from ..lora_core.training.config.config import TrainConfig
+from ..lora_core.training.config.presets import PRESETS
+from ..lora_core.training.estimate.estimate import Estimate
+from ..lora_core.training.model.model_config import VARIANTS
+from ..lora_core.training.model.quantization import STORAGES
+from ..lora_core.training.optimizer.optimization import OPTIMIZERS
+from . import host
 from .base_choice import choose_base
+from .server import job_devices, job_host
 from .sockets import CATEGORY, DatasetSocket, Report, report_output, show_job, show_report
-from .train_settings import (
+from .training_settings import (
     AS_PRESET,
     AS_PRESET_CHOICE,
     AUTO,

@@ -1,4 +1,4 @@
-"""Who may import whom: only nodes/host/ and nodes/routes.py know ComfyUI, the core nothing.
+"""Who may import whom: only nodes/host/ and nodes/server/routes.py know ComfyUI, the core nothing.
 
 The ruff rule TID251 sees absolute imports only; this walks the syntax trees, relative ones
 included, and then imports the package where the host does not exist.
@@ -11,6 +11,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -32,17 +33,65 @@ HOST = {
         ),
         BORDER,
     ),
-    **dict.fromkeys(("server", "aiohttp"), ("nodes/routes.py",)),
+    **dict.fromkeys(("server", "aiohttp"), ("nodes/server/routes.py",)),
 }
-#: Modules of the core by tier: each may import its own tier and those before it.
-TIERS = (
-    ("errors",),
-    ("text", "findings", "regular_files", "json_reader"),
-    ("delta", "stored", "report", "targets", "strengths", "weights", "adapter"),
-    ("formats", "files"),
-    ("progress", "factors", "products", "truncation", "file_size"),
-    ("initialization", "lora_layers", "injection_plan", "injection"),
-)
+#: Modules of the core that every package may use; they use each other alone.
+GROUND = ("checks", "errors", "findings", "progress", "text", "threads")
+#: Files that may import all of the core.
+ABOVE = ("__init__.py", "lora_core/__init__.py", "lora_core/__main__.py")
+#: Package -> packages it may import beside itself and GROUND; those of `nodes` also all of the
+#: core.
+PACKAGES = {
+    "disk": (),
+    "base_model": ("disk",),
+    "adapter": ("disk", "base_model"),
+    "formats": ("disk", "base_model", "adapter"),
+    "algebra": ("disk", "adapter"),
+    "drawing": (),
+    "sweep": ("disk", "drawing"),
+    "inspection": ("disk", "base_model", "adapter", "algebra", "drawing"),
+    "toolbox": ("disk", "base_model", "adapter", "formats", "algebra"),
+    "library": ("disk", "base_model", "adapter", "formats", "inspection"),
+    "injection": ("disk", "base_model", "adapter", "formats", "algebra"),
+    "training.machine": (),
+    "training.data": ("disk",),
+    "training.optimizer": (),
+    "training.objective": ("training.data",),
+    "training.model": ("disk", "base_model", "injection", "training.machine", "training.data"),
+    "training.config": (
+        *("disk", "injection", "training.data", "training.model", "training.objective"),
+        "training.optimizer",
+    ),
+    "training.sampling": (
+        *("disk", "adapter", "training.data", "training.model", "training.objective"),
+    ),
+    "training.run": (
+        *("disk", "adapter", "formats", "algebra", "injection", "training.machine"),
+        *("training.data", "training.model", "training.objective", "training.optimizer"),
+        *("training.config", "training.sampling"),
+    ),
+    "training.estimate": (
+        *("base_model", "injection", "training.machine", "training.data", "training.model"),
+        *("training.objective", "training.optimizer", "training.config", "training.sampling"),
+        "training.run",
+    ),
+    "training": (
+        *("formats", "training.data", "training.model", "training.config", "training.sampling"),
+        *("training.run", "training.estimate"),
+    ),
+    "pairs": ("disk", "drawing", "training.data"),
+    "jobs": (
+        *("disk", "drawing", "inspection", "training", "training.machine", "training.data"),
+        *("training.objective", "training.config", "training.sampling", "training.run"),
+        "training.estimate",
+    ),
+    "nodes.host": (),
+    "nodes.patching": ("nodes.host",),
+    "nodes.sweeping": ("nodes.host", "nodes.patching"),
+    "nodes.datasets": ("nodes.host",),
+    "nodes.server": ("nodes.host",),
+    "nodes": ("nodes.host", "nodes.patching", "nodes.sweeping", "nodes.datasets", "nodes.server"),
+}
 EXTRAS = (
     *("diffusers", "peft", "matplotlib", "accelerate", "transformers", "kornia"),
     *("bitsandbytes", "prodigyopt", "schedulefree"),
@@ -65,24 +114,31 @@ def list_imports(source: str, file: str) -> Iterator[str]:
                 yield str(node.args[0].value)
 
 
-def find_tier(name: str) -> int:
-    """Tier of a module of the core, by its first name; later modules may import every tier."""
-    return next((i for i, names in enumerate(TIERS) if name in names), len(TIERS))
+def find_package(name: str) -> str:
+    """Row of PACKAGES that a module belongs to, or "ground", or "" where there is none."""
+    parts = name.split(".")
+    if parts[0] == "lora_core":
+        parts = parts[1:]
+        if parts[:1] and parts[0] in GROUND:
+            return "ground"
+    rows = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((row for row in rows if row in PACKAGES), "")
 
 
 def find_violations(source: str, file: str) -> list[str]:
     """Imports of `source` that a file at this place must not have."""
     in_core, in_nodes = file.startswith("lora_core/"), file.startswith("nodes/")
+    own = find_package(".".join(Path(file).with_suffix("").parts))
     violations = []
     for name in list_imports(source, file):
         top, *rest = name.split(".")
-        if top == PACKAGE and in_core:
-            if rest[:1] != ["lora_core"]:
+        if top == PACKAGE:
+            is_of_core = rest[:1] == ["lora_core"]
+            other = find_package(".".join(rest))
+            if in_core and not is_of_core:
                 violations.append(name)
-            elif file not in ("lora_core/__init__.py", "lora_core/__main__.py"):
-                own = Path(file).with_suffix("").parts[1]
-                # `from . import X`: a name that is no module of the core is one of its __init__
-                if find_tier(rest[1] if len(rest) > 1 else "") > find_tier(own):
+            elif file not in ABOVE and not (in_nodes and is_of_core):
+                if other not in (own, "ground", *PACKAGES.get(own, ())):
                     violations.append(name)
         elif top == "comfy_api":
             if not (in_nodes and rest[:1] == ["latest"]):
@@ -98,33 +154,40 @@ def test_a_file_imports_only_what_its_place_allows(file):
 
 
 FORBIDDEN = [
-    ("lora_core/delta.py", "import comfy"),
-    ("lora_core/delta.py", "import torch, comfy.sd"),
-    ("lora_core/delta.py", "from comfy import sd"),
-    ("lora_core/delta.py", "def f():\n    from comfy.utils import load_torch_file"),
-    ("lora_core/delta.py", "from comfy_api.latest import io"),
-    ("lora_core/delta.py", "import folder_paths"),
-    ("lora_core/delta.py", "import server"),
-    ("lora_core/delta.py", "from nodes import NODE_CLASS_MAPPINGS"),
-    ("lora_core/delta.py", "from ..nodes import host"),
-    ("lora_core/delta.py", "from ..nodes.host import lora_path"),
-    ("lora_core/delta.py", "from ..nodes.host.files import find_lora"),
-    ("lora_core/delta.py", "from .. import nodes"),
+    ("lora_core/adapter/delta.py", "import comfy"),
+    ("lora_core/adapter/delta.py", "import torch, comfy.sd"),
+    ("lora_core/adapter/delta.py", "from comfy import sd"),
+    ("lora_core/adapter/delta.py", "def f():\n    from comfy.utils import load_torch_file"),
+    ("lora_core/adapter/delta.py", "from comfy_api.latest import io"),
+    ("lora_core/adapter/delta.py", "import folder_paths"),
+    ("lora_core/adapter/delta.py", "import server"),
+    ("lora_core/adapter/delta.py", "from nodes import NODE_CLASS_MAPPINGS"),
+    ("lora_core/errors.py", "from ..nodes import host"),
+    ("lora_core/errors.py", "from ..nodes.host import lora_path"),
+    ("lora_core/errors.py", "from .. import nodes"),
+    ("lora_core/formats/alpha.py", "from ...nodes.host.files import find_lora"),
     ("lora_core/formats/alpha.py", "from ...nodes import host"),
     ("lora_core/formats/alpha.py", "from ... import WEB_DIRECTORY"),
-    ("lora_core/delta.py", "import importlib\nimportlib.import_module('comfy.sd')"),
-    ("lora_core/delta.py", "__import__('comfy')"),
+    ("lora_core/adapter/delta.py", "import importlib\nimportlib.import_module('comfy.sd')"),
+    ("lora_core/adapter/delta.py", "__import__('comfy')"),
     ("lora_core/__init__.py", "from ..nodes import host"),
     ("lora_core/__main__.py", "import comfy"),
-    ("lora_core/delta.py", "from qwen_edit_lora.nodes import host"),
-    ("lora_core/errors.py", "from .targets import NUM_BLOCKS"),
-    ("lora_core/targets.py", "from .formats import reading"),
-    ("lora_core/targets.py", "from . import files"),
-    ("lora_core/adapter.py", "from .files import read_adapter"),
-    ("lora_core/truncation.py", "from .injection import inject"),
-    ("lora_core/injection.py", "from .training import trainer"),
+    ("lora_core/adapter/delta.py", "from qwen_edit_lora.nodes import host"),
+    ("lora_core/errors.py", "from .base_model.module_paths import NUM_BLOCKS"),
+    ("lora_core/base_model/module_paths.py", "from ..formats import reading"),
+    ("lora_core/base_model/module_paths.py", "from .. import formats"),
+    ("lora_core/adapter/adapter.py", "from ..formats.files import read_adapter"),
+    ("lora_core/algebra/truncation.py", "from ..injection.inject import inject"),
+    ("lora_core/injection/inject.py", "from ..training.run import trainer"),
     ("lora_core/formats/alpha.py", "from ..training import train"),
-    ("lora_core/stored.py", "from . import read_adapter"),
+    ("lora_core/disk/safetensors_file.py", "from .. import read_adapter"),
+    ("lora_core/training/run/run.py", "def f():\n    from ...jobs.job import JobState"),
+    ("lora_core/training/run/run.py", "from ..estimate.probe import measure"),
+    ("lora_core/training/run/run.py", "from .. import command_line"),
+    ("lora_core/training/model/rope.py", "from ..config.config import ModelConfig"),
+    ("lora_core/training/data/dataset.py", "from ...pairs import pair"),
+    ("lora_core/inspection/verdict.py", "from ..library import health"),
+    ("lora_core/no_package/module.py", "from ..jobs import job"),
     ("nodes/load.py", "import comfy.utils"),
     ("nodes/load.py", "import folder_paths"),
     ("nodes/load.py", "from aiohttp import web"),
@@ -132,24 +195,49 @@ FORBIDDEN = [
     ("nodes/load.py", "from comfy_execution.graph_utils import is_link"),
     ("nodes/host_files.py", "import folder_paths"),
     ("nodes/host/files.py", "from server import PromptServer"),
-    ("nodes/routes.py", "import comfy.model_management"),
+    ("nodes/host/files.py", "from ..patching import bank"),
+    ("nodes/patching/bank.py", "from ..sockets import CATEGORY"),
+    ("nodes/server/routes.py", "import comfy.model_management"),
+    ("nodes/server/routes.py", "from ..hold import NODES"),
     ("__init__.py", "import comfy"),
     ("__init__.py", "from comfy_api.latest import ComfyExtension"),
 ]
 ALLOWED = [
-    ("lora_core/delta.py", "import torch\nfrom .errors import ConfigError"),
-    ("lora_core/adapter.py", "from . import delta\nfrom .stored import load"),
-    ("lora_core/formats/alpha.py", "from .. import targets\nfrom ..adapter import Adapter"),
+    ("lora_core/adapter/delta.py", "import torch\nfrom ..errors import ConfigError"),
+    ("lora_core/adapter/delta.py", "from .. import errors, text"),
+    ("lora_core/adapter/adapter.py", "from . import delta\nfrom ..disk.writing import explain"),
+    ("lora_core/formats/alpha.py", "from ..base_model import module_paths"),
+    ("lora_core/formats/alpha.py", "from ..adapter.adapter import Adapter"),
     ("lora_core/formats/alpha.py", "from .parsed_key import parse_key"),
-    ("lora_core/training.py", "from .files import read_adapter\nfrom .jobs import x"),
-    ("lora_core/__init__.py", "from .files import read_adapter"),
+    ("lora_core/jobs/job.py", "from ..training.config import config\nfrom . import folder"),
+    ("lora_core/training/command_line.py", "from .run.trainer import train"),
+    ("lora_core/__init__.py", "from .formats.files import read_adapter"),
+    ("lora_core/__main__.py", "from .training.command_line import run_train"),
     ("nodes/host/files.py", "import comfy.sd, folder_paths\nfrom ...lora_core import Adapter"),
     ("nodes/host/__init__.py", "from .files import find_lora"),
-    ("nodes/routes.py", "from aiohttp import web\nfrom server import PromptServer"),
+    ("nodes/server/routes.py", "from aiohttp import web\nfrom server import PromptServer"),
     ("nodes/load.py", "from comfy_api.latest import io, ui\nfrom . import host"),
     ("nodes/load.py", "from ..lora_core.errors import LoraError"),
+    ("nodes/load.py", "from ..lora_core.jobs.store import JobStore\nfrom .server import routes"),
     ("__init__.py", "def f():\n    from .nodes import QwenEditLoraExtension"),
 ]
+
+
+def test_the_table_holds_every_package_once_and_no_cycle():
+    folders = {".".join(Path(file).parts[:-1]).removeprefix("lora_core.") for file in SOURCES}
+    assert folders - {"", "lora_core"} == set(PACKAGES)
+    TopologicalSorter(PACKAGES).prepare()  # CycleError where one comes back to itself
+
+
+def test_only_the_ground_floor_lies_beside_the_packages_of_the_core():
+    beside = {Path(file).stem for file in SOURCES if Path(file).parent.as_posix() == "lora_core"}
+    assert beside == {*GROUND, "__init__", "__main__"}
+
+
+def test_every_package_is_on_the_map():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    folders = {Path(file).parent.as_posix() for file in SOURCES} - {"."}
+    assert [folder for folder in sorted(folders) if f"`{folder}/`" not in text] == []
 
 
 @pytest.mark.parametrize(("file", "source"), FORBIDDEN)
@@ -221,6 +309,30 @@ def test_every_public_name_of_the_core_exists_and_is_listed_once():
     core = importlib.import_module(f"{PACKAGE}.lora_core")
     assert len(set(core.__all__)) == len(core.__all__)
     assert [name for name in core.__all__ if not hasattr(core, name)] == []
+
+
+#: What scripts import from `lora_core`: a name once here stays.
+PROMISED = {
+    *("Adapter", "Comparison", "Composition", "DroppedKey", "Finding", "Inspection"),
+    *("LoadReport", "ModuleComparison", "ModuleInspection", "TARGET_PRESETS"),
+    *("DiffWeights", "DoraWeights", "LohaWeights", "LokrWeights", "LoraWeights"),
+    *("ModuleWeights", "OftWeights"),
+    *("ConfigError", "FileError", "KeyFormatError", "LoraError", "NonFiniteLossError"),
+    *("NonFiniteWeightsError", "OutOfMemoryError", "ShapeError", "TargetError"),
+    *("build_state_dict", "compare_adapters", "compute_delta", "count_parameters"),
+    *("extract_adapter", "inspect_adapter", "merge_adapters", "parse_block_ranges"),
+    *("read_adapter", "read_state_dict", "resize_adapter", "write_adapter"),
+}
+
+
+def test_every_name_that_was_promised_to_scripts_is_public():
+    core = importlib.import_module(f"{PACKAGE}.lora_core")
+    assert PROMISED <= set(core.__all__)
+
+
+def test_the_training_set_of_scripts_is_public():
+    training = importlib.import_module(f"{PACKAGE}.lora_core.training")
+    assert training.__all__ == ["CachedItem", "DatasetWriter", "read_dataset"]
 
 
 def test_every_name_the_core_imports_for_others_is_public():

@@ -15,9 +15,9 @@ from .settings import Sizes
 import_extension()
 
 from qwen_edit_lora.lora_core import Adapter, LoraWeights  # noqa: E402
-from qwen_edit_lora.lora_core.targets import BLOCK_LINEARS, compute_shape  # noqa: E402
-from qwen_edit_lora.lora_core.training.architecture import Architecture  # noqa: E402
-from qwen_edit_lora.lora_core.training.dataset import CachedItem, DatasetWriter  # noqa: E402
+from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS, compute_shape  # noqa: E402
+from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, DatasetWriter  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.architecture import Architecture  # noqa: E402
 
 STD = 0.02
 FP8 = torch.float8_e4m3fn

@@ -193,8 +193,8 @@ def call_model(
 def apply(model: Any, *layers: tuple[Any, float], mode: str = "side path") -> Any:
     """Our Apply on a MODEL: adapters with their strengths."""
     import torch
-    from qwen_edit_lora.lora_core.strengths import Strengths
-    from qwen_edit_lora.nodes import application
+    from qwen_edit_lora.lora_core.adapter.strengths import Strengths
+    from qwen_edit_lora.nodes.patching import application
 
     adapters = [(adapter, Strengths(strength)) for adapter, strength in layers]
     with torch.inference_mode():

@@ -171,7 +171,7 @@ class Measured:
 
     def look_at_bank(self, way: str, patched: Any) -> float | None:
         """Share of the LoRAs' pages that lie on the card after a call; None without pages."""
-        from qwen_edit_lora.nodes import side_path
+        from qwen_edit_lora.nodes.patching import side_path
 
         try:
             bank = side_path.get_side_path(patched).get_bank().patcher.model

@@ -159,8 +159,8 @@ def measure_attention(
 def compare_scales(context: Context) -> None:
     """Whether a scaled fp8 weight is decoded on the card as on a CPU, where it is exact."""
     import_extension()
-    from qwen_edit_lora.lora_core.stored_weight import BaseWeight
-    from qwen_edit_lora.lora_core.training.frozen_linear import build_scaled_linear
+    from qwen_edit_lora.lora_core.base_model.base_weight import BaseWeight
+    from qwen_edit_lora.lora_core.training.model.frozen_linear import build_scaled_linear
 
     generator = torch.Generator().manual_seed(0)
     codes = torch.randn(256, 256, generator=generator).to(torch.float8_e4m3fn)

@@ -17,7 +17,7 @@ CHUNK, MOST_READ = 2**24, 2**30
 def run(context: Context) -> None:
     """Writes a file while the card is used, and loads it once it is free."""
     import_extension()
-    from qwen_edit_lora.lora_core.training.loading import load_transformer
+    from qwen_edit_lora.lora_core.training.model.loading import load_transformer
 
     from .bases import write_large_base
     from .devices import free

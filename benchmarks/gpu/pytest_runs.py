@@ -15,8 +15,8 @@ MARK = "pytest.mark.gpu"
 HOST_TESTS = tuple(
     f"tests/nodes/{name}.py"
     for name in (
-        *("test_side_path", "test_merge", "test_merged_storages"),
-        *("test_low_precision", "test_sweep_bits"),
+        *("patching/test_side_path", "patching/test_merge", "patching/test_merged_storages"),
+        *("patching/test_low_precision", "sweeping/test_sweep_bits"),
     )
 )
 #: In a dry run one test, which shows that the host starts.

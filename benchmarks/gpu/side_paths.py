@@ -133,7 +133,7 @@ def fetched_each_time() -> Iterator[None]:
 def measure_changes(context: Context, model: Any, adapter: Any) -> None:
     """A new strength: Apply, and what a sampler prepares before its first step."""
     import comfy.model_management as management
-    from qwen_edit_lora.nodes import side_path
+    from qwen_edit_lora.nodes.patching import side_path
 
     from .devices import synchronize
 

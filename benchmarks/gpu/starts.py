@@ -175,7 +175,7 @@ def run_out_of_memory(context: Context) -> None:
 
         def fill() -> None:
             """As if another program had taken the rest, once the model has chosen what to keep."""
-            from qwen_edit_lora.lora_core.training import session
+            from qwen_edit_lora.lora_core.training.run import session
 
             original = session.open_session
 

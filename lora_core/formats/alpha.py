@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from ..disk.json_reader import parse_object, read_object
 from ..errors import FileError, KeyFormatError, MissingFileError
 from ..findings import NOTE, WARNING, Finding
-from ..json_reader import parse_object, read_object
 from ..text import shorten
 from .peft_config import PeftConfig, build_config, read_number
 

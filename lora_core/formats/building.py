@@ -7,12 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..delta import widen
-from ..errors import EmptyPartError, KeyFormatError, ShapeError
-from ..report import shorten_list
-from ..stored import AnyTensor, load
-from ..text import shorten
-from ..weights import (
+from ..adapter.delta import widen
+from ..adapter.weights import (
     DiffWeights,
     DoraWeights,
     LohaWeights,
@@ -21,6 +17,9 @@ from ..weights import (
     ModuleWeights,
     OftWeights,
 )
+from ..disk.safetensors_file import AnyTensor, load
+from ..errors import EmptyPartError, KeyFormatError, ShapeError
+from ..text import shorten, shorten_list
 from .alpha import AlphaRules
 from .fused import is_fused, list_members, split_weights
 from .parsed_key import ParsedKey, name_scheme

@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .. import targets
-from ..stored import AnyTensor, StoredTensor
-from ..weights import (
+from ..adapter.weights import (
     DiffWeights,
     DoraWeights,
     LohaWeights,
@@ -19,6 +17,8 @@ from ..weights import (
     LoraWeights,
     ModuleWeights,
 )
+from ..base_model import module_paths
+from ..disk.safetensors_file import AnyTensor, StoredTensor
 
 #: Name inside a block -> the modules it holds, in the order of their rows.
 FUSED = {
@@ -31,7 +31,7 @@ _BLOCK = re.compile(r"transformer_blocks_([0-9]{1,4})_(.+)")
 
 
 def is_fused(module_path: str) -> bool:
-    block, name = targets.split_path(module_path)
+    block, name = module_paths.split_path(module_path)
     return block is not None and name in FUSED
 
 
@@ -42,7 +42,7 @@ def restore_fused_dots(flat: str) -> str | None:
 
 
 def list_members(module_path: str) -> list[str]:
-    block, name = targets.split_path(module_path)
+    block, name = module_paths.split_path(module_path)
     return [f"transformer_blocks.{block}.{member}" for member in FUSED[name]]
 
 

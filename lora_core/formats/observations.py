@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ..adapter.weights import ModuleWeights
 from ..findings import NOTE, WARNING, Finding
-from ..report import shorten_list
-from ..weights import ModuleWeights
+from ..text import shorten_list
 from .alpha import AlphaRules
 from .building import ModuleBuilder
 from .sources import Sources

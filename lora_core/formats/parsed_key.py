@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .. import targets
+from ..base_model import module_paths
 from .architectures import MAX_KEY
 from .fused import is_fused, restore_fused_dots
 
@@ -160,7 +160,7 @@ def parse_key(key: str) -> ParsedKey | UnknownKey:
 
 
 def is_known(module_path: str) -> bool:
-    return targets.is_known(module_path) or is_fused(module_path)
+    return module_paths.is_known(module_path) or is_fused(module_path)
 
 
 @lru_cache(maxsize=4096)  # a module's keys share their stem
@@ -202,7 +202,7 @@ def drop_wrappers(stem: str) -> tuple[str, str]:
 def restore_dots(flat: str) -> str | None:
     """A known module's path from any mixture of dots and underscores; None if it names none."""
     flat = flat.replace(".", "_").rstrip("_")
-    return targets.restore_dots(flat) or restore_fused_dots(flat)
+    return module_paths.restore_dots(flat) or restore_fused_dots(flat)
 
 
 def name_scheme(prefix: str) -> str:
@@ -229,7 +229,11 @@ def explain_stem(stem: str) -> str:
 def find_nearest(rest: str) -> str | None:
     """The known module path that is spelled most like `rest`, or None if nothing is near."""
     block = re.search(r"transformer_blocks[._](\d+)[._](.+)", rest)
-    known = targets.BLOCK_LINEARS + targets.BLOCK_NORMS if block else tuple(targets.TOP_LINEARS)
+    known = (
+        module_paths.BLOCK_LINEARS + module_paths.BLOCK_NORMS
+        if block
+        else tuple(module_paths.TOP_LINEARS)
+    )
     name = (block[2] if block else rest).replace("_", ".")
     spelled = {candidate.replace("_", "."): candidate for candidate in known}
     close = [c for c in spelled if name.startswith(c) or c.startswith(f"{name}.")]

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..findings import WARNING, Finding
-from ..report import shorten_list
-from ..text import shorten
+from ..text import shorten, shorten_list
 from .module_patterns import ModulePatterns, build_masks, matches, parse_pattern
 
 #: Starts that leave the base as it was (peft/tuners/lora/config.py, init_lora_weights).

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import targets
-from ..report import DroppedKey, LoadReport
-from ..stored import AnyTensor
-from ..weights import ModuleWeights
+from ..adapter.load_report import DroppedKey, LoadReport
+from ..adapter.weights import ModuleWeights
+from ..base_model import module_paths
+from ..disk.safetensors_file import AnyTensor
 from .alpha import find_alpha_rules
 from .architectures import could_be_flux, detect_variants
 from .building import ModuleBuilder
@@ -48,8 +48,8 @@ def read_modules(
     dropped_parts = {key.key for key, _ in builder.unused}
     key_format = formats.most_common(1)[0][0]
     variants, hints = detect_variants(dict(metadata), name)
-    preset, width = targets.detect_preset(modules), find_width(modules)
-    blocks = {block for block, _ in map(targets.split_path, modules) if block is not None}
+    preset, width = module_paths.detect_preset(modules), find_width(modules)
+    blocks = {block for block, _ in map(module_paths.split_path, modules) if block is not None}
     if not variants and could_be_flux(preset, blocks, width):
         hints.append(
             "names and sizes would fit Flux as well (attention of the first 19 blocks only): check "
@@ -71,7 +71,7 @@ def read_modules(
         alphas=count(weights.alpha for weights in modules.values() if weights.kind != "diff"),
         alpha_rules=dict(builder.rules),
         preset=preset,
-        blocks=targets.format_blocks(blocks),
+        blocks=module_paths.format_blocks(blocks),
         width=width,
         unmatched=tuple(
             [DroppedKey(key.key, key.reason, key.nearest) for key in unknown]
@@ -136,7 +136,7 @@ def parse_keys(keys: Iterable[str]) -> tuple[list[ParsedKey], list[UnknownKey]]:
 def find_width(modules: Mapping[str, ModuleWeights]) -> int | None:
     """Width of the model the adapter was made for, from the first module that tells."""
     for module_path, weights in modules.items():
-        block, name = targets.split_path(module_path)
-        if block is not None and name in targets.BLOCK_LINEARS and weights.shape is not None:
-            return weights.shape[0] // targets.compute_shape(name, 1)[0]
+        block, name = module_paths.split_path(module_path)
+        if block is not None and name in module_paths.BLOCK_LINEARS and weights.shape is not None:
+            return weights.shape[0] // module_paths.compute_shape(name, 1)[0]
     return None

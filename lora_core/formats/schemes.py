@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapter import Adapter
+from ..adapter.adapter import Adapter
+from ..adapter.weights import ModuleWeights, OftWeights
 from ..errors import ConfigError
-from ..weights import ModuleWeights, OftWeights
 from .architectures import ARCHITECTURES
 
 

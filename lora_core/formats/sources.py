@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..stored import AnyTensor
+from ..disk.safetensors_file import AnyTensor
 from .parsed_key import ParsedKey
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..training.config import TrainConfig
-from ..training.metrics import StepReport
-from ..verdict import GOOD_STD, SATURATED_STD
+from ..inspection.verdict import GOOD_STD, SATURATED_STD
+from ..training.config.config import TrainConfig
+from ..training.run.metrics import StepReport
 
 #: The smoothed loss has this many steps to settle before it is compared with its own minimum.
 SETTLING_STEPS = 50

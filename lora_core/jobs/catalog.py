@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..disk.writing import explain
 from ..errors import ConfigError, FileError
-from ..files import explain
-from ..training.config_files import build, config_from_dict, config_to_dict
+from ..training.config.config_files import build, config_from_dict, config_to_dict
 from .folder import STATE_FILE, BusyFileError, JobFolder, restore
 from .index import JobIndex
 from .job import (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, MissingFileError
-from ..training.metrics import FIGURES, parse_row
+from ..training.run.metrics import FIGURES, parse_row
 from .folder import open_inside
 
 #: One value for each step.

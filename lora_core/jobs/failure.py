@@ -8,8 +8,8 @@ import signal
 import time
 
 from ..errors import FileError, LoraError, OutOfMemoryError
-from ..training.config import TrainConfig
-from ..training.memory import is_out_of_memory
+from ..training.config.config import TrainConfig
+from ..training.machine.memory import is_out_of_memory
 from .folder import JobFolder, open_inside
 from .job import JobFailure, JobSettings, JobState, JobStatus
 from .nccl import explain_shared_memory, is_communication_error
@@ -30,7 +30,7 @@ def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
     if isinstance(error, OutOfMemoryError):
         return JobFailure(sentence=f"{error.sentence}; {LOWER}", advice=error.advice)
     if is_out_of_memory(error):
-        from ..training.estimate import advise
+        from ..training.config.advice import advise
 
         where = "the computer" if isinstance(error, MemoryError) else "the device"
         return JobFailure(

@@ -15,14 +15,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..checks import MAX_WHOLE, show
+from ..disk.json_reader import describe_kind, parse_object
+from ..disk.regular_files import open_regular, read_bytes
+from ..disk.writing import BRIEF_PATIENCE_S, PATIENCE_S, explain, insist, replace
 from ..errors import ConfigError, DeniedFileError, FileError
-from ..files import BRIEF_PATIENCE_S, PATIENCE_S, explain, insist, replace
-from ..json_reader import describe_kind, parse_object
-from ..regular_files import open_regular, read_bytes
 from ..text import shorten
-from ..training.config import MAX_WHOLE, show
-from ..training.config_files import build, config_to_dict, get_hints
-from ..training.metrics import METRICS_FILE
+from ..training.config.config_files import build, config_to_dict, get_hints
+from ..training.run.metrics import METRICS_FILE
 from .job import JobSettings, JobState, Request
 from .locks import FileLock
 

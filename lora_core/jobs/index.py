@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..files import BRIEF_PATIENCE_S, replace
+from ..disk.writing import BRIEF_PATIENCE_S, replace
 
 T = TypeVar("T")
 

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from ..checks import check_number
 from ..errors import ConfigError, LoraError
 from ..text import shorten
-from ..training.config import TrainConfig, check_number
+from ..training.config.config import TrainConfig
 
 #: Seconds without a heartbeat after which a worker that lives is said not to answer.
 SILENCE_TIMEOUT = 60.0

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..disk.writing import explain
 from ..errors import FileError
-from ..files import explain
-from ..training.processes import can_join_gpus
+from ..training.run.processes import can_join_gpus
 from .devices import CUDA_VARIABLE, HIP_VARIABLE, Device, show_only
 from .folder import JobFolder
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..disk.writing import explain
 from ..errors import FileError
-from ..files import explain
 
 POLL_INTERVAL = 0.02  # seconds
 #: A link would make a file elsewhere.

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from ..errors import LoraError
-from ..training.image_decoder import ImageDecoder, load_decoder
-from ..training.losses import Decode
-from ..training.memory import is_out_of_memory
-from ..training.pictures import write_picture
+from ..training.machine.memory import is_out_of_memory
+from ..training.objective.losses import Decode
+from ..training.sampling.image_decoder import ImageDecoder, load_decoder
+from ..training.sampling.pictures import write_picture
 
 IN_TILES = "the pictures do not fit into the device's memory at once and are decoded in tiles"
 ON_CPU = "the pictures do not fit into the device's memory and are decoded on the CPU"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..disk.writing import explain
 from ..errors import FileError
-from ..files import explain
 from .folder import list_inside, open_inside
 from .job import UnknownPictureError
 

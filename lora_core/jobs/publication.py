@@ -14,10 +14,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..disk.json_reader import parse_object
+from ..disk.regular_files import open_regular
+from ..disk.writing import explain, rename
 from ..errors import FileError
-from ..files import explain, rename
-from ..json_reader import parse_object
-from ..regular_files import open_regular
 from ..text import shorten
 from .folder import open_inside
 from .identity import identify

@@ -11,11 +11,11 @@ import torch
 
 from ..errors import ConfigError
 from ..progress import ShouldStop, track
-from ..training.latents import normalize
-from ..training.pictures import write_latents
-from ..training.run import Run
-from ..training.sampling import sample
-from ..training.session import Session
+from ..training.data.latents import normalize
+from ..training.run.run import Run
+from ..training.run.session import Session
+from ..training.sampling.pictures import write_latents
+from ..training.sampling.sampling import sample
 from .job import SampleSettings
 from .picture_writer import PictureWriter
 from .pictures import SUFFIX, name_sample, name_source, name_target

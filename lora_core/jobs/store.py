@@ -12,14 +12,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..checks import show
+from ..disk.writing import explain, rename
 from ..errors import ConfigError, FileError, MissingFileError
-from ..files import explain, rename
-from ..report import shorten_list
-from ..text import shorten
-from ..training.adapter_files import ADAPTERS
-from ..training.config import TrainConfig, show
-from ..training.config_files import build, config_from_dict, config_to_dict
-from ..training.metrics import read_metrics
+from ..text import shorten, shorten_list
+from ..training.config.config import TrainConfig
+from ..training.config.config_files import build, config_from_dict, config_to_dict
+from ..training.run.adapter_files import ADAPTERS
+from ..training.run.metrics import read_metrics
 from .catalog import Catalog
 from .folder import BusyFileError, JobFolder, list_inside, open_inside
 from .identity import kill
@@ -166,7 +166,7 @@ class JobStore:
         return {"text": text, "offset": start, "next_offset": start + len(data), "size": size}
 
     def read_metrics(self, job_id: str) -> list[dict[str, Any]]:
-        """One dictionary per step; see `lora_core.training.metrics.StepReport`."""
+        """One dictionary per step; see `lora_core.training.run.metrics.StepReport`."""
         folder = self.catalog.find(job_id)
         with self.catalog.using(folder):
             try:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..disk.json_reader import parse_json
 from ..errors import FileError, LoraError
-from ..json_reader import parse_json
-from ..training.checkpoint import CheckpointFolder
-from ..training.run import CHECKPOINTS
+from ..training.run.checkpoint import CheckpointFolder
+from ..training.run.run import CHECKPOINTS
 from .devices import Device, choose_devices, list_devices
 from .failure import explain_death, fail, is_from_outside, restart_or_fail
 from .folder import JobFolder, restore

@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..files import replace
-from ..json_reader import parse_json
+from ..disk.json_reader import parse_json
+from ..disk.writing import replace
 from .folder import MAX_JSON_BYTES, JobFolder, open_inside, restore
 from .identity import identify, is_running
 from .job import JobFailure, WorkerIdentity
+from .job_reporter import say
 from .nccl import choose_settings, explain_shared_memory
-from .pulse import say
 
 WATCH_INTERVAL = 0.3  # seconds
 #: Seconds in which the death behind an error of the communication shows.

@@ -12,20 +12,20 @@ import torch
 
 from ..errors import ConfigError
 from ..progress import ShouldStop
-from ..training.adapter_files import EMA_SUFFIX
 from ..training.command_line import describe_report, quiet_libraries
-from ..training.config import TrainConfig
-from ..training.memory import is_out_of_memory
-from ..training.objective import Objective
-from ..training.processes import NO_NCCL, Processes
-from ..training.run import Run, open_checkpoints
-from ..training.session import Session, choose_device, describe_session, open_session
+from ..training.config.config import TrainConfig
+from ..training.machine.memory import is_out_of_memory
+from ..training.objective.objective import Objective
+from ..training.run.adapter_files import EMA_SUFFIX
+from ..training.run.processes import NO_NCCL, Processes
+from ..training.run.run import Run, open_checkpoints
+from ..training.run.session import Session, choose_device, describe_session, open_session
 from .alarms import Alarms
 from .devices import place
 from .folder import JobFolder
 from .job import JobSettings, Phase, SampleSettings
+from .job_reporter import MutedPulse, Pulse
 from .publication import publish, remove_unfinished
-from .pulse import MutedPulse, Pulse
 from .samples import Sampler
 
 if TYPE_CHECKING:

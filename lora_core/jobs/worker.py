@@ -24,14 +24,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FileError, LoraError
-from ..training.interruption import stop_on_signals
+from ..training.run.interruption import stop_on_signals
 from .failure import LOOK_AT_LOG, RESUME, explain_error, read_log_tail, restart_or_fail
 from .folder import JobFolder
 from .identity import identify
 from .job import JobFailure, JobSettings, JobState, JobStatus, Phase, Request
+from .job_reporter import MutedPulse, Pulse, say
 from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN, SHARED
 from .locks import FileLock
-from .pulse import MutedPulse, Pulse, say
 from .store import JOBS, get_device_lock
 from .team import (
     DEATH_TIMEOUT,

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .. import inspection_files
+from ..disk.field_types import check_fields
+from ..disk.json_reader import read_object
+from ..disk.writing import explain, write_then_rename
 from ..errors import FileError
-from ..field_types import check_fields
-from ..files import explain, write_then_rename
-from ..json_reader import read_object
+from ..inspection import saved
 from .facts import AdapterFacts
 from .health import Health
 
@@ -62,7 +62,7 @@ def write_cache(path: Path, known: Mapping[str, Known]) -> None:
 
 def describe_version() -> list[Any]:
     names = [field.name for kind in (AdapterFacts, Health) for field in fields(kind)]
-    return [VERSION, inspection_files.VERSION, *names]
+    return [VERSION, saved.VERSION, *names]
 
 
 def restore(values: dict[str, Any]) -> Known:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import targets
-from ..adapter import Adapter
+from ..adapter.adapter import Adapter
+from ..adapter.weights import ModuleWeights
+from ..base_model import module_paths
+from ..disk.safetensors_file import SafetensorsFile, is_safetensors
 from ..errors import LoraError
-from ..files import read_adapter
-from ..stored import SafetensorsFile, is_safetensors
-from ..weights import ModuleWeights
+from ..formats.files import read_adapter
 from .facts import OK, AdapterFacts
 from .health import Health, finite
 from .metadata import count_tags, list_known_fields
@@ -61,7 +61,7 @@ def tabulate(adapter: Adapter, health: Health | None) -> list[dict[str, Any]]:
     judged = {row["name"]: row for row in health.modules} if health else {}
     groups: dict[str, dict[int | None, ModuleWeights]] = defaultdict(dict)
     for path, weights in adapter.modules.items():
-        block, name = targets.split_path(path)
+        block, name = module_paths.split_path(path)
         groups[name][block] = weights
     rows = []
     for name, by_block in groups.items():
@@ -71,7 +71,7 @@ def tabulate(adapter: Adapter, health: Health | None) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "num_modules": len(weights),
-                "blocks": targets.format_blocks({b for b in by_block if b is not None}),
+                "blocks": module_paths.format_blocks({b for b in by_block if b is not None}),
                 "kind": most(w.kind for w in weights),
                 "shape": most(w.shape for w in weights),
                 "rank": most(w.rank for w in weights),

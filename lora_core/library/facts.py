@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapter import Adapter
+from ..adapter.adapter import Adapter
+from ..disk.safetensors_file import SafetensorsFile, is_safetensors
 from ..errors import FileError, KeyFormatError, LoraError
-from ..files import read_adapter
 from ..formats.architectures import detect_architecture
+from ..formats.files import read_adapter
 from ..formats.reading import parse_keys
-from ..stored import SafetensorsFile, is_safetensors
 from .metadata import OWN_CONFIG, clean, find_title, find_trigger_words
 
 QWEN_IMAGE = "Qwen-Image"

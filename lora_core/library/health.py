@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .. import targets
+from ..base_model import module_paths
 from ..findings import ERROR, NOTE, WARNING, Finding
-from ..inspection import Inspection, ModuleInspection
-from ..verdict import NOTHING
+from ..inspection.inspection import Inspection, ModuleInspection
+from ..inspection.verdict import NOTHING
 
 #: Worst first. "unknown": nothing to judge, such as an OFT without its base.
 LEVELS = ("broken", "warning", "unknown", "healthy")
@@ -54,7 +54,7 @@ def get_level(finding: Finding) -> str:
 def summarise(inspection: Inspection) -> tuple[dict[str, Any], ...]:
     groups: dict[str, list[ModuleInspection]] = defaultdict(list)
     for path, module in inspection.modules.items():
-        groups[targets.split_path(path)[1]].append(module)
+        groups[module_paths.split_path(path)[1]].append(module)
     return tuple(
         {
             "name": name,

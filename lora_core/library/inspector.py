@@ -24,10 +24,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..disk.json_reader import parse_object
+from ..disk.writing import explain
 from ..errors import FileError, LoraError
-from ..files import explain, read_adapter
-from ..inspection import inspect_adapter
-from ..json_reader import parse_object
+from ..formats.files import read_adapter
+from ..inspection.inspection import inspect_adapter
 from .cache import with_tuples
 from .health import UNEXPECTED, Health, judge_health
 

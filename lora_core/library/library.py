@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, FileError, LoraError
-from ..files import PEFT_CONFIG
+from ..formats.files import PEFT_CONFIG
 from .cache import Known, Stamp, read_cache, write_cache
 from .details import describe_file
 from .facts import DAMAGED, OK, AdapterFacts, read_facts

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from ..disk.json_reader import parse_json
 from ..errors import FileError
 from ..formats.peft_config import read_number
-from ..json_reader import parse_json
 
 #: The training configuration that our own trainer writes.
 OWN_CONFIG = "qwen_edit_lora.config"

@@ -19,19 +19,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..disk.safetensors_file import SafetensorsFile
+from ..disk.writing import explain, replace
 from ..errors import FileError, LoraError
-from ..files import explain, replace
 from ..progress import Progress, ShouldStop, track
-from ..stored import SafetensorsFile
 from ..text import shorten
-from ..training.dataset import (
+from ..training.data.dataset import (
     CACHED_ITEM,
     ITEMS_FOLDER,
     CachedItem,
     DatasetWriter,
     read_dataset,
 )
-from ..training.item_checks import find_fault
+from ..training.data.item_checks import find_fault
 from .preflight import CheckedPair
 
 #: Goes up when the same pair would be encoded otherwise.

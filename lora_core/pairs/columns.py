@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from ..disk.json_reader import describe_kind, parse_json
 from ..errors import FileError
-from ..json_reader import describe_kind, parse_json
 from ..text import shorten
+from .images import SUFFIXES
 from .listing import UNREAD_SUFFIXES
 from .pair import CAPTION_COLUMNS
-from .pictures import SUFFIXES
 from .roles import MASK, REFERENCE, TARGET, parse_name
 
 #: Columns by meaning, the surest first.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from .images import Picture
 from .pair import Pair
-from .pictures import Picture
 
 SIGNATURE_PX = 32
 LOOK_PX = 256  # at which colours and details are measured

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import ConfigError
+from .images import ArrayPicture
 from .pair import FoundPairs, Pair
-from .pictures import ArrayPicture
 
 
 def build_graph_pairs(

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..disk.writing import explain
 from ..errors import FileError
-from ..files import explain
 from ..text import shorten
+from .images import SUFFIXES
 from .pair import CAPTION_SUFFIXES, IsAllowed, Level, Problem, check_allowed, list_some
-from .pictures import SUFFIXES
 
 #: What archives and systems leave behind.
 SKIPPED_FOLDERS = ("__MACOSX", "__pycache__")

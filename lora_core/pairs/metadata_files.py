@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import FileError
 from ..text import shorten
 from .columns import KNOWN_COLUMNS, RowFiles, read_columns, read_paths
+from .images import FilePicture
 from .listing import Listing, is_json, make_key
 from .pair import (
     UNUSABLE,
@@ -26,7 +27,6 @@ from .pair import (
     list_some,
     open_file,
 )
-from .pictures import FilePicture
 from .tables import Row, Table, read_table
 
 #: What these trainers call them; any other name is read too where its rows name pairs.

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from ..disk.json_reader import describe_kind, parse_json
+from ..disk.regular_files import decode_text, read_bytes
 from ..errors import FileError
 from ..findings import ERROR, NOTE, WARNING
-from ..json_reader import describe_kind, parse_json
-from ..regular_files import decode_text, read_bytes
 from ..text import shorten
-from .pictures import FilePicture, Picture
+from .images import FilePicture, Picture
 
 MAX_REFERENCES = 3  # sockets of TextEncodeQwenImageEditPlus
 #: The first that is there counts. A .json beside a picture often holds anything but a caption.

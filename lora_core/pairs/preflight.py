@@ -15,8 +15,8 @@ from ..findings import SEVERITIES, Finding
 from ..progress import Progress, ShouldStop, track
 from ..text import shorten
 from .facts import PairFacts, PictureFacts, have_same_pixels, measure_pair
+from .images import Picture
 from .pair import UNUSABLE, FoundPairs, Level, Pair, Problem
-from .pictures import Picture
 from .sizes import Size, check_megapixels, choose_target_size
 from .swapping import find_swaps
 

@@ -7,9 +7,8 @@ from collections import defaultdict
 import numpy as np
 from PIL import Image
 
-from ..contact_sheet import Row, Tile, draw_sheet
-from ..tables import align
-from ..text import shorten
+from ..drawing.contact_sheet import Row, Tile, draw_sheet
+from ..text import align, shorten
 from .pair import Level, Problem
 from .preflight import CheckedPair, Preflight, count_sizes
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..text import shorten
 from .facts import PairFacts
+from .images import Picture
 from .listing import fold
 from .pair import Level, Pair, Problem
-from .pictures import Picture
 from .roles import REFERENCE, TARGET, parse_ending, parse_name
 
 MIN_SHARE = 0.5  # of the pairs a sign speaks about

@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..disk.json_reader import describe_kind, parse_json
+from ..disk.regular_files import read_text
 from ..errors import FileError
-from ..json_reader import describe_kind, parse_json
-from ..regular_files import read_text
 from ..text import shorten
 
 MAX_BYTES = 100_000_000

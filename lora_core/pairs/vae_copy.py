@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..disk.json_reader import read_object
+from ..disk.safetensors_file import AnyTensor, SafetensorsFile
+from ..disk.writing import explain, write_then_rename
 from ..errors import ConfigError, FileError, LoraError
-from ..files import explain, write_then_rename
-from ..json_reader import read_object
-from ..stored import AnyTensor, SafetensorsFile
-from ..training.dataset import INDEX_FILE, MAX_INDEX_BYTES
-from ..training.latents import NUM_CHANNELS
+from ..training.data.dataset import INDEX_FILE, MAX_INDEX_BYTES
+from ..training.data.latents import NUM_CHANNELS
 
 VAES_FOLDER = "vaes"
 PARTS = ("decoder.", "conv2.")

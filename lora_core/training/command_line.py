@@ -53,10 +53,10 @@ def add_commands(commands) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     """Trains; Ctrl-C writes a checkpoint after the step under way."""
-    from .config_files import read_config
-    from .interruption import stop_on_signals
-    from .session import choose_device, describe_session, open_session
-    from .trainer import check_output, train
+    from .config.config_files import read_config
+    from .run.interruption import stop_on_signals
+    from .run.session import choose_device, describe_session, open_session
+    from .run.trainer import check_output, train
 
     quiet_libraries()
     config = read_config(options.config)
@@ -129,8 +129,8 @@ def find_accelerator(on_cpu: bool, patience_h: float | None = None):
     """
     import torch
 
-    from .processes import NO_NCCL, can_join_gpus
-    from .sharding import check_launch
+    from .model.sharding import check_launch
+    from .run.processes import NO_NCCL, can_join_gpus
 
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
@@ -152,14 +152,14 @@ def find_accelerator(on_cpu: bool, patience_h: float | None = None):
 
 def run_sample(options: argparse.Namespace) -> None:
     """Writes each item's latents, and its picture where the configuration names a VAE."""
-    from ..files import read_adapter
-    from .checkpoint import make_folder
-    from .config_files import read_config
-    from .dataset import read_dataset
-    from .image_decoder import load_decoder
-    from .pictures import write_latents, write_picture
-    from .sampling import applied, sample
-    from .session import choose_device, load_model
+    from ..formats.files import read_adapter
+    from .config.config_files import read_config
+    from .data.dataset import read_dataset
+    from .run.checkpoint import make_folder
+    from .run.session import choose_device, load_model
+    from .sampling.image_decoder import load_decoder
+    from .sampling.pictures import write_latents, write_picture
+    from .sampling.sampling import applied, sample
 
     if options.steps < 1:
         raise ConfigError(f"--steps is {options.steps}; expected 1 or more")
@@ -201,9 +201,9 @@ def choose_items(dataset, keys: str | None) -> list[int]:
 
 
 def run_estimate(options: argparse.Namespace) -> None:
-    from .config_files import read_config
-    from .dataset import read_dataset
-    from .estimate import estimate_run
+    from .config.config_files import read_config
+    from .data.dataset import read_dataset
+    from .estimate.estimate import estimate_run
 
     quiet_libraries()
     config = read_config(options.config)

@@ -8,7 +8,7 @@ from pathlib import Path
 import folder_paths
 
 from ...lora_core import FileError
-from ...lora_core.stored import is_safetensors
+from ...lora_core.disk.safetensors_file import is_safetensors
 from ...lora_core.text import shorten
 
 

@@ -16,8 +16,8 @@ import comfy.weight_adapter
 import torch
 
 from ...lora_core import ConfigError, FileError, ModuleWeights, compute_delta
-from ...lora_core.stored import SafetensorsFile, StoredTensor, load, read_signature
-from ...lora_core.strengths import Strengths
+from ...lora_core.adapter.strengths import Strengths
+from ...lora_core.disk.safetensors_file import SafetensorsFile, StoredTensor, load, read_signature
 from ...lora_core.text import shorten
 from .models import ModelPatcher
 

@@ -28,7 +28,7 @@ def build_dit(state_dict: dict[str, torch.Tensor]) -> Any:
     """
     import tempfile
 
-    from qwen_edit_lora.lora_core.training.loading import load_transformer
+    from qwen_edit_lora.lora_core.training.model.loading import load_transformer
 
     with tempfile.TemporaryDirectory() as folder:
         path = dit.write_dit(Path(folder) / "dit.safetensors", "2509", "fp32", state_dict)

@@ -63,7 +63,7 @@ def write_dataset(
     folder: Path, vae: Any, clip: Any, crops: Any = TRAINING_CROPS, side: int = SIDE
 ) -> Path:
     """Caches photographs as references and their grades as targets; stock VAE and CLIP objects."""
-    from qwen_edit_lora.lora_core.training.dataset import CachedItem, DatasetWriter
+    from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, DatasetWriter
 
     writer = DatasetWriter(folder)
     pictures = read_crops(crops, side)
@@ -86,9 +86,9 @@ def train_edit(
 
     The finished LoRA lies in `output`, with one more every `every` steps in its folder `adapters`.
     """
-    from qwen_edit_lora.lora_core.training.config_files import config_from_dict
-    from qwen_edit_lora.lora_core.training.session import open_session
-    from qwen_edit_lora.lora_core.training.trainer import train
+    from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
+    from qwen_edit_lora.lora_core.training.run.session import open_session
+    from qwen_edit_lora.lora_core.training.run.trainer import train
 
     config = config_from_dict(
         {

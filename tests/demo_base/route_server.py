@@ -92,7 +92,8 @@ def serve_routes(folder: Path, loras: Path) -> Iterator[RouteServer]:
     import server
     from aiohttp import web
     from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
-    from qwen_edit_lora.nodes import adapter_library, host, job_host, routes
+    from qwen_edit_lora.nodes import host
+    from qwen_edit_lora.nodes.server import adapter_library, job_host, routes
 
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)

@@ -27,9 +27,9 @@ def import_core() -> None:
 
 def build_surfaces() -> dict[str, Callable[[bytes], object]]:
     from qwen_edit_lora.lora_core import read_adapter
-    from qwen_edit_lora.lora_core.cells import parse_label
-    from qwen_edit_lora.lora_core.json_reader import parse_json
-    from qwen_edit_lora.lora_core.targets import parse_block_ranges
+    from qwen_edit_lora.lora_core.base_model.module_paths import parse_block_ranges
+    from qwen_edit_lora.lora_core.disk.json_reader import parse_json
+    from qwen_edit_lora.lora_core.sweep.cells import parse_label
 
     path = Path(tempfile.mkdtemp(), "fuzzed.safetensors")
 

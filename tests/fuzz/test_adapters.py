@@ -31,14 +31,14 @@ from qwen_edit_lora.lora_core import (
     resize_adapter,
     write_adapter,
 )
+from qwen_edit_lora.lora_core.disk.json_reader import parse_json
 from qwen_edit_lora.lora_core.formats.architectures import detect_variants
 from qwen_edit_lora.lora_core.formats.module_patterns import PatternTable
 from qwen_edit_lora.lora_core.formats.parsed_key import parse_key
-from qwen_edit_lora.lora_core.inspection import inspect_adapter
-from qwen_edit_lora.lora_core.json_reader import parse_json
+from qwen_edit_lora.lora_core.inspection.inspection import inspect_adapter
+from qwen_edit_lora.lora_core.inspection.tables import build_table, describe_verdict
 from qwen_edit_lora.lora_core.library.details import describe_file
 from qwen_edit_lora.lora_core.library.facts import read_facts
-from qwen_edit_lora.lora_core.tables import build_table, describe_verdict
 from safetensors.torch import save
 
 MAX_MESSAGE = 400

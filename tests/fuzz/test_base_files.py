@@ -20,11 +20,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen_edit_lora.lora_core import Adapter, LoraError, LoraWeights, extract_adapter
-from qwen_edit_lora.lora_core.base_weights import open_base
-from qwen_edit_lora.lora_core.inspection import inspect_adapter
-from qwen_edit_lora.lora_core.training import architecture
-from qwen_edit_lora.lora_core.training.base_files import open_base_file
-from qwen_edit_lora.lora_core.training.loading import load_transformer
+from qwen_edit_lora.lora_core.base_model.base_files import open_base_file
+from qwen_edit_lora.lora_core.base_model.base_weights import open_base
+from qwen_edit_lora.lora_core.inspection.inspection import inspect_adapter
+from qwen_edit_lora.lora_core.training.model import architecture
+from qwen_edit_lora.lora_core.training.model.loading import load_transformer
 from safetensors.torch import save, save_file
 
 MAX_MESSAGE = 400
@@ -397,7 +397,9 @@ def test_a_note_gives_the_values_it_means_or_a_sentence(note, dtype, shape, scal
             check_refusal(e)
         else:
             assert isinstance(note, dict)
-            if weight.scaling != "block":  # of which tests/lora_core/test_survival.py knows more
+            if (
+                weight.scaling != "block"
+            ):  # of which tests/lora_core/inspection/test_survival.py knows more
                 expected = stored.float()
                 if scale is not None:
                     expected = (

@@ -16,15 +16,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen_edit_lora.lora_core import LoraError, LoraWeights
-from qwen_edit_lora.lora_core.inspection import Inspection, inspect_module
-from qwen_edit_lora.lora_core.inspection_files import read_inspection, write_inspection
+from qwen_edit_lora.lora_core.inspection.inspection import Inspection, inspect_module
+from qwen_edit_lora.lora_core.inspection.saved import read_inspection, write_inspection
+from qwen_edit_lora.lora_core.inspection.tables import build_table, describe_verdict
 from qwen_edit_lora.lora_core.library.cache import Known, read_cache, write_cache
 from qwen_edit_lora.lora_core.library.facts import AdapterFacts
 from qwen_edit_lora.lora_core.library.health import Health
 from qwen_edit_lora.lora_core.pairs.vae_copy import find_vae
-from qwen_edit_lora.lora_core.tables import build_table, describe_verdict
-from qwen_edit_lora.lora_core.training.batches import DataOrder, load_batch
-from qwen_edit_lora.lora_core.training.dataset import (
+from qwen_edit_lora.lora_core.training.data.batches import DataOrder, load_batch
+from qwen_edit_lora.lora_core.training.data.dataset import (
     CachedDataset,
     CachedItem,
     DatasetWriter,

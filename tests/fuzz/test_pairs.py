@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from qwen_edit_lora.lora_core import LoraError
 from qwen_edit_lora.lora_core.pairs.graph_pairs import split_captions
+from qwen_edit_lora.lora_core.pairs.images import FilePicture
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
 from qwen_edit_lora.lora_core.pairs.pair import FoundPairs, read_caption
-from qwen_edit_lora.lora_core.pairs.pictures import FilePicture
 from qwen_edit_lora.lora_core.pairs.preflight import LEAVE_OUT, STOP, Preflight, check_pairs
 from qwen_edit_lora.lora_core.pairs.preview import build_table, describe_preflight
 

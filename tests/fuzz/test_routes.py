@@ -51,7 +51,7 @@ class Place:
             self.store.delete(job_id)
 
     def submit(self) -> str:
-        from qwen_edit_lora.lora_core.training.config_files import config_from_dict
+        from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
 
         train = {
             "name": "fuzzed",

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from qwen_edit_lora.lora_core import LoraError
-from qwen_edit_lora.lora_core.training.config import TrainConfig
-from qwen_edit_lora.lora_core.training.config_files import (
+from qwen_edit_lora.lora_core.training.config.config import TrainConfig
+from qwen_edit_lora.lora_core.training.config.config_files import (
     config_from_dict,
     config_to_dict,
     list_places,
     read_config,
 )
-from qwen_edit_lora.lora_core.training.setting_names import ELSEWHERE, OTHER_NAMES
+from qwen_edit_lora.lora_core.training.config.setting_names import ELSEWHERE, OTHER_NAMES
 
 tomllib = pytest.importorskip("tomllib", reason="TOML needs Python 3.11")
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from qwen_edit_lora.lora_core import targets
+from qwen_edit_lora.lora_core.base_model import module_paths
 from safetensors.torch import save_file
 
 if "dense_algebra" not in sys.modules:  # importable by the tests beside it
@@ -87,8 +87,8 @@ def make_tensor(
 
 def get_shape(module_path: str) -> tuple[int, int]:
     """(out, in) of a module in a model of WIDTH; the shape on top is ours."""
-    block, name = targets.split_path(module_path)
-    return (2 * WIDTH, WIDTH) if block is None else targets.compute_shape(name, WIDTH)
+    block, name = module_paths.split_path(module_path)
+    return (2 * WIDTH, WIDTH) if block is None else module_paths.compute_shape(name, WIDTH)
 
 
 def get_part_shapes(kind: str, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,8 @@ import torch
 @pytest.fixture(scope="session")
 def ours(comfyui: SimpleNamespace) -> SimpleNamespace:
     """Our own modules that need the host."""
-    from qwen_edit_lora.nodes import application, host, matching, side_path
+    from qwen_edit_lora.nodes import host
+    from qwen_edit_lora.nodes.patching import application, matching, side_path
 
     return SimpleNamespace(
         application=application, host=host, matching=matching, side_path=side_path
@@ -147,7 +148,7 @@ def apply_native(comfyui: SimpleNamespace) -> Callable[[Any, Path, float], Any]:
 def apply_ours(ours: SimpleNamespace) -> Callable[..., Any]:
     """Our Apply on a MODEL: apply_ours(model, path, 0.7, mode="side path", blocks=...)."""
     from qwen_edit_lora.lora_core import Adapter, read_adapter
-    from qwen_edit_lora.lora_core.strengths import Strengths
+    from qwen_edit_lora.lora_core.adapter.strengths import Strengths
 
     def apply(
         model: Any, adapter: Adapter | Path, strength: float, mode="auto", **more: Any

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from qwen_edit_lora.lora_core import FileError, LoraError
-from qwen_edit_lora.lora_core.cells import parse_label
-from qwen_edit_lora.lora_core.strength_grammar import parse_seeds
-from qwen_edit_lora.lora_core.targets import parse_block_ranges
+from qwen_edit_lora.lora_core.base_model.module_paths import parse_block_ranges
+from qwen_edit_lora.lora_core.sweep.cells import parse_label
+from qwen_edit_lora.lora_core.sweep.strength_grammar import parse_seeds
 
 pytestmark = pytest.mark.comfy
 

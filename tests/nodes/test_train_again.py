@@ -9,9 +9,9 @@ import pytest
 import torch
 from qwen_edit_lora.lora_core import ConfigError
 from qwen_edit_lora.lora_core.jobs.publication import publish
-from qwen_edit_lora.lora_core.training.adapter_files import build_run_metadata
-from qwen_edit_lora.lora_core.training.config_files import config_from_dict
-from qwen_edit_lora.lora_core.training.dataset import CachedItem, DatasetWriter, read_dataset
+from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
+from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, DatasetWriter, read_dataset
+from qwen_edit_lora.lora_core.training.run.adapter_files import build_run_metadata
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.comfy
@@ -22,7 +22,7 @@ BASE = "tiny_fp32_2509.safetensors"
 @pytest.fixture
 def job_host(executor: Any, ours: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module with a queue of its own that nobody works on."""
-    from qwen_edit_lora.nodes import job_host, routes
+    from qwen_edit_lora.nodes.server import job_host, routes
 
     prompts = routes.PromptQueue(executor.server)
     jobs = job_host.JobHost(tmp_path / "training", prompts, lambda data: None)
@@ -86,7 +86,7 @@ def test_what_its_job_was_told_beside_the_settings_is_kept(job_host, lora, datas
 
 def test_more_gpus_than_there_are_is_a_sentence(ours):
     from qwen_edit_lora.lora_core.jobs.devices import list_devices
-    from qwen_edit_lora.nodes import job_devices
+    from qwen_edit_lora.nodes.server import job_devices
 
     num_gpus = sum(device.is_gpu for device in list_devices())
     job_devices.check_devices(1)

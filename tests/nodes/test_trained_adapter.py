@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from qwen_edit_lora.lora_core import compute_delta, read_adapter, write_adapter
-from qwen_edit_lora.lora_core.injection import inject
-from qwen_edit_lora.lora_core.training.config_files import config_from_dict
-from qwen_edit_lora.lora_core.training.dataset import CachedItem, DatasetWriter, read_dataset
-from qwen_edit_lora.lora_core.training.loading import load_transformer
-from qwen_edit_lora.lora_core.training.sampling import applied
-from qwen_edit_lora.lora_core.training.trainer import train
+from qwen_edit_lora.lora_core.injection.inject import inject
+from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
+from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, DatasetWriter, read_dataset
+from qwen_edit_lora.lora_core.training.model.loading import load_transformer
+from qwen_edit_lora.lora_core.training.run.trainer import train
+from qwen_edit_lora.lora_core.training.sampling.sampling import applied
 from safetensors import safe_open
 
 from .conftest import worst
@@ -157,7 +157,7 @@ def test_every_module_states_its_alpha_and_the_header_says_what_it_is(demo_model
 def test_diffusers_loads_the_file_to_the_same_weights(name, demo_models, tmp_path):
     pytest.importorskip("peft")
     from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
-    from qwen_edit_lora.lora_core.training.architecture import read_architecture
+    from qwen_edit_lora.lora_core.training.model.architecture import read_architecture
     from safetensors.torch import load_file
 
     source = demo_models.dit["2509_fp32"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from qwen_edit_lora.lora_core.training.loading import load_transformer
+from qwen_edit_lora.lora_core.training.model.loading import load_transformer
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.comfy

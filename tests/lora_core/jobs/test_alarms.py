@@ -7,8 +7,8 @@ import math
 
 import pytest
 from qwen_edit_lora.lora_core.jobs.alarms import Alarms
-from qwen_edit_lora.lora_core.training.config_files import config_from_dict
-from qwen_edit_lora.lora_core.training.metrics import SmoothedLoss, StepReport
+from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
+from qwen_edit_lora.lora_core.training.run.metrics import SmoothedLoss, StepReport
 
 STEPS = 1000
 CONFIG = config_from_dict(

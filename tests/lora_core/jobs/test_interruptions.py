@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from qwen_edit_lora.lora_core import FileError, LoraError, files
+from qwen_edit_lora.lora_core import FileError, LoraError
+from qwen_edit_lora.lora_core.formats import files
 from qwen_edit_lora.lora_core.jobs import publication
 from qwen_edit_lora.lora_core.jobs import store as store_module
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
@@ -23,7 +24,7 @@ from qwen_edit_lora.lora_core.jobs.job import (
     UnknownJobError,
     WorkerIdentity,
 )
-from qwen_edit_lora.lora_core.jobs.pulse import Pulse
+from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
 from qwen_edit_lora.lora_core.jobs.training_job import run_job

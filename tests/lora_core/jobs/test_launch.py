@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from qwen_edit_lora.lora_core import ConfigError
-from qwen_edit_lora.lora_core.jobs import forecast, launch, nccl, team
+from qwen_edit_lora.lora_core.jobs import estimate_process, launch, nccl, team
 from qwen_edit_lora.lora_core.jobs.devices import Device
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
-from qwen_edit_lora.lora_core.jobs.pulse import Pulse
+from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse
 from qwen_edit_lora.lora_core.jobs.training_job import run_job
 from qwen_edit_lora.lora_core.training.command_line import find_accelerator
 from tiny_jobs import make_train
@@ -62,7 +62,7 @@ def test_no_process_opens_a_window_or_sees_the_users_own_packages(
     assert popen["command"][1] == "-s"
     popen.clear()
     with pytest.raises(Started):
-        forecast.estimate_in_process(make_train(material), GPU)
+        estimate_process.estimate_in_process(make_train(material), GPU)
     assert popen["creationflags"] == 0x08000000
     assert popen["command"][1] == "-s"
 
@@ -72,7 +72,7 @@ def test_a_worker_and_an_estimate_are_told_whose_gpu_it_is_too(popen, material, 
     assert "--shared" not in launch.build_command(tmp_path, ID, [GPU])
     for device, is_told in ((SHARED_GPU, True), (GPU, False)):
         with pytest.raises(Started):
-            forecast.estimate_in_process(make_train(material), device, with_samples=is_told)
+            estimate_process.estimate_in_process(make_train(material), device, with_samples=is_told)
         assert ("--shared" in popen["command"]) == is_told
         assert ("--samples" in popen["command"]) == is_told
 

@@ -16,11 +16,11 @@ from qwen_edit_lora.lora_core.jobs.devices import Device
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
 from qwen_edit_lora.lora_core.jobs.identity import is_running
 from qwen_edit_lora.lora_core.jobs.job import JobStatus, UnknownPictureError, WorkerIdentity
-from qwen_edit_lora.lora_core.jobs.repetition import read_settings
+from qwen_edit_lora.lora_core.jobs.retraining import read_settings
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor, is_gone
 from qwen_edit_lora.lora_core.jobs.team import get_failure_path, take_failure
-from qwen_edit_lora.lora_core.training.config_files import config_from_dict
+from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
 from tiny_jobs import make_train
 
 CPU = Device("cpu", "test-cpu", "")

@@ -20,8 +20,8 @@ from qwen_edit_lora.lora_core.jobs.pictures import (
     parse_name,
 )
 from qwen_edit_lora.lora_core.pairs.vae_copy import find_vae, get_path, keep_vae
-from qwen_edit_lora.lora_core.training.dataset import DatasetWriter
-from qwen_edit_lora.lora_core.training.image_decoder import load_decoder
+from qwen_edit_lora.lora_core.training.data.dataset import DatasetWriter
+from qwen_edit_lora.lora_core.training.sampling.image_decoder import load_decoder
 from safetensors.torch import load_file, save_file
 from tiny import make_item
 from tiny_jobs import assert_equal_weights, make_train, train_here

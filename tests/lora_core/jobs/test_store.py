@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from qwen_edit_lora.lora_core import ConfigError, FileError, files
+from qwen_edit_lora.lora_core import ConfigError, FileError
+from qwen_edit_lora.lora_core.disk import writing
 from qwen_edit_lora.lora_core.jobs import folder
 from qwen_edit_lora.lora_core.jobs.folder import BusyFileError, JobFolder
 from qwen_edit_lora.lora_core.jobs.job import (
@@ -25,7 +26,7 @@ from qwen_edit_lora.lora_core.jobs.job import (
     UnknownJobError,
     WorkerIdentity,
 )
-from qwen_edit_lora.lora_core.jobs.pulse import Pulse, is_gone
+from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse, is_gone
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from tiny_jobs import make_train
 
@@ -334,7 +335,7 @@ def in_use(monkeypatch):
         monkeypatch.setattr(os, "open", open_one)
 
     monkeypatch.setattr(folder, "BRIEF_PATIENCE_S", 0.05)
-    monkeypatch.setattr(files, "RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(writing, "RETRY_INTERVAL_S", 0.0)
     return deny
 
 
@@ -455,7 +456,7 @@ spec = importlib.util.spec_from_file_location(
 sys.modules["qwen_edit_lora"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from qwen_edit_lora.lora_core.errors import FileError
-from qwen_edit_lora.lora_core.jobs.pulse import Pulse, is_gone
+from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse, is_gone
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 
 store = JobStore(folder)

@@ -13,8 +13,8 @@ import pytest
 from qwen_edit_lora.lora_core import ConfigError
 from qwen_edit_lora.lora_core.jobs.devices import Device
 from qwen_edit_lora.lora_core.jobs.job import JobFailure, JobStatus
+from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse
 from qwen_edit_lora.lora_core.jobs.launch import build_command, build_environment
-from qwen_edit_lora.lora_core.jobs.pulse import Pulse
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
 from qwen_edit_lora.lora_core.jobs.team import leave_failure, take_failure
 from qwen_edit_lora.lora_core.jobs.training_job import run_job

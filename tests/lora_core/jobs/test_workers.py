@@ -16,7 +16,7 @@ from qwen_edit_lora.lora_core.jobs.identity import is_running
 from qwen_edit_lora.lora_core.jobs.job import JobStateError, JobStatus, Phase, Request
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
-from qwen_edit_lora.lora_core.training.checkpoint import CheckpointFolder
+from qwen_edit_lora.lora_core.training.run.checkpoint import CheckpointFolder
 from safetensors import safe_open
 from tiny_jobs import (
     assert_equal_weights,

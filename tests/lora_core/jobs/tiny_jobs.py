@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from demo_base.dit import write_dit
 from qwen_edit_lora.lora_core.jobs.job import Job, JobStatus
-from qwen_edit_lora.lora_core.jobs.pulse import Pulse
+from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
 from qwen_edit_lora.lora_core.jobs.training_job import run_job

@@ -15,7 +15,7 @@ from demo_base.adapters import make_adapter
 from qwen_edit_lora.lora_core import read_adapter, resize_adapter
 from qwen_edit_lora.lora_core.errors import ConfigError
 from qwen_edit_lora.lora_core.findings import Finding
-from qwen_edit_lora.lora_core.inspection_files import read_inspection
+from qwen_edit_lora.lora_core.inspection.saved import read_inspection
 from qwen_edit_lora.lora_core.library import health, library
 from qwen_edit_lora.lora_core.library.cache import read_cache
 from qwen_edit_lora.lora_core.library.details import describe_file

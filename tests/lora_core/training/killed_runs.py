@@ -34,13 +34,13 @@ tiny = import_by_path("tiny", HERE / "tiny.py")
 
 import torch  # noqa: E402
 from diffusers import QwenImageTransformer2DModel  # noqa: E402, F401 - before the forks
-from qwen_edit_lora.lora_core.training import checkpoint  # noqa: E402
-from qwen_edit_lora.lora_core.training.checkpoint import (  # noqa: E402
+from qwen_edit_lora.lora_core.training.data.dataset import read_dataset  # noqa: E402
+from qwen_edit_lora.lora_core.training.run import checkpoint  # noqa: E402
+from qwen_edit_lora.lora_core.training.run.checkpoint import (  # noqa: E402
     CheckpointFolder,
     read_checkpoint,
 )
-from qwen_edit_lora.lora_core.training.dataset import read_dataset  # noqa: E402
-from qwen_edit_lora.lora_core.training.trainer import train  # noqa: E402
+from qwen_edit_lora.lora_core.training.run.trainer import train  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 STEPS = 6

@@ -27,7 +27,7 @@ def import_extension() -> None:
 
 
 def interpret() -> dict[str, float]:
-    from qwen_edit_lora.lora_core.training import head_rotation, rotation_kernel
+    from qwen_edit_lora.lora_core.training.model import head_rotation, rotation_kernel
 
     def measure(dtype: torch.dtype, result_dtype: torch.dtype) -> float:
         """Largest relative error; 25 rows and 40 rows, so that the last programs are not full."""
@@ -68,7 +68,7 @@ def interpret() -> dict[str, float]:
 def compile_kernels() -> dict[str, list[str]]:
     """The instructions that read and write memory, by kernel, target and type."""
     import triton
-    from qwen_edit_lora.lora_core.training import rotation_kernel
+    from qwen_edit_lora.lora_core.training.model import rotation_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

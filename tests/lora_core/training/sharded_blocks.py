@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from killed_runs import tiny  # has the extension imported
-from qwen_edit_lora.lora_core.injection import LoraSettings, inject
-from qwen_edit_lora.lora_core.training.config import ModelConfig
-from qwen_edit_lora.lora_core.training.gradient_checkpointing import KINDS
-from qwen_edit_lora.lora_core.training.loading import load_transformer
-from qwen_edit_lora.lora_core.training.sharding import choose_sharding
+from qwen_edit_lora.lora_core.injection.inject import LoraSettings, inject
+from qwen_edit_lora.lora_core.training.model.gradient_checkpointing import KINDS
+from qwen_edit_lora.lora_core.training.model.loading import load_transformer
+from qwen_edit_lora.lora_core.training.model.model_config import ModelConfig
+from qwen_edit_lora.lora_core.training.model.sharding import choose_sharding
 
 CASES = {
     **{storage: (storage, LoraSettings(rank=4)) for storage in ("bf16", "fp8", "int8", "nf4")},

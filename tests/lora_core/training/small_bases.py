@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from qwen_edit_lora.lora_core.training.architecture import Architecture
+from qwen_edit_lora.lora_core.training.model.architecture import Architecture
 from safetensors.torch import save_file
 
 TINY = {"attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 64}

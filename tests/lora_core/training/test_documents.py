@@ -6,17 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
-from qwen_edit_lora.lora_core import count_parameters, targets
-from qwen_edit_lora.lora_core.training import dataset
-from qwen_edit_lora.lora_core.training.config_files import config_from_dict, config_to_dict
-from qwen_edit_lora.lora_core.training.dataset import read_dataset
-from qwen_edit_lora.lora_core.training.presets import (
+from qwen_edit_lora.lora_core import count_parameters
+from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict, config_to_dict
+from qwen_edit_lora.lora_core.training.config.presets import (
     GIB,
     PRESETS,
     RESERVE,
     BaseSize,
     choose_storage,
 )
+from qwen_edit_lora.lora_core.training.data import dataset
+from qwen_edit_lora.lora_core.training.data.dataset import read_dataset
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "lora_core" / "training" / "example.toml"
@@ -50,9 +51,7 @@ def test_the_example_shows_every_setting_with_its_default():
 
 def test_the_training_set_of_the_manual_can_be_written_and_read(tmp_path, monkeypatch):
     (example,) = re.findall(r"```py\n(.*?)```", COMMAND_LINE, re.DOTALL)
-    example = example.replace(
-        "from lora_core.training.dataset import CachedItem, DatasetWriter", ""
-    )
+    example = example.replace("from lora_core.training import CachedItem, DatasetWriter", "")
     monkeypatch.chdir(tmp_path)
     names = {"CachedItem": dataset.CachedItem, "DatasetWriter": dataset.DatasetWriter}
     exec(example, names)  # noqa: S102 - our own manual
@@ -79,10 +78,10 @@ def count_weights(shapes) -> int:
 
 
 SIZE = BaseSize(
-    num_blocks=targets.NUM_BLOCKS,
-    block_weights=count_weights(map(targets.compute_shape, targets.BLOCK_LINEARS)),
-    other_weights=count_weights(targets.TOP_LINEARS.values()),
-    width=targets.WIDTH,
+    num_blocks=module_paths.NUM_BLOCKS,
+    block_weights=count_weights(map(module_paths.compute_shape, module_paths.BLOCK_LINEARS)),
+    other_weights=count_weights(module_paths.TOP_LINEARS.values()),
+    width=module_paths.WIDTH,
 )
 NUM_WEIGHTS = SIZE.num_blocks * SIZE.block_weights + SIZE.other_weights
 #: 1024 x 1024, one reference of that size, and a caption.

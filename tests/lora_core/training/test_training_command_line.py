@@ -15,7 +15,7 @@ import torch
 from demo_base import dit
 from qwen_edit_lora.lora_core import read_adapter
 from qwen_edit_lora.lora_core.__main__ import main
-from qwen_edit_lora.lora_core.training.metrics import read_metrics
+from qwen_edit_lora.lora_core.training.run.metrics import read_metrics
 from safetensors.torch import load_file
 from tiny import make_dataset, make_item
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qwen_edit_lora.lora_core.injection import inject
-from qwen_edit_lora.lora_core.training.config_files import config_from_dict
-from qwen_edit_lora.lora_core.training.dataset import (
+from qwen_edit_lora.lora_core.injection.inject import inject
+from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
+from qwen_edit_lora.lora_core.training.data.dataset import (
     CachedDataset,
     CachedItem,
     DatasetWriter,

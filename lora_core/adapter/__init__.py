@@ -1,0 +1,1 @@
+"""What an adapter is: weights by module, their delta, strengths, a report."""

@@ -1,0 +1,134 @@
+"""A whole adapter: module paths and their weights, and what is known of the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..disk.safetensors_file import SafetensorsFile, load
+from ..errors import NonFiniteWeightsError
+from ..text import shorten
+from .load_report import LoadReport
+from .weights import ModuleWeights
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A whole adapter: what `read_adapter` returns and `write_adapter` takes."""
+
+    modules: Mapping[str, ModuleWeights]
+    """Module path such as `transformer_blocks.12.attn.to_q` -> its weights."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    key_format: str = "comfyui"
+    """Scheme of the keys it was read from, e.g. "kohya"; see `lora_core.formats`."""
+    report: LoadReport = field(default_factory=LoadReport)
+    name: str = "adapter"
+    file: SafetensorsFile | None = None
+    """Where the tensors still live, if they come from a file."""
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(weights.kind for weights in self.modules.values())
+
+    def with_modules(self, modules: Mapping[str, ModuleWeights]) -> Adapter:
+        return replace(self, modules=dict(modules))
+
+    def release(self) -> None:
+        """Gives up the mapping of the file; it is mapped again when needed."""
+        if self.file is not None:
+            self.file.release()
+
+    def check_finite(self) -> None:
+        """Reads every tensor once; NonFiniteWeightsError names the first ones with NaN or Inf,
+        or the first module whose delta would have some.
+
+        The answer is remembered, since an adapter never changes.
+        """
+        if self.__dict__.get("_finite"):
+            return
+        bad, beyond = [], None
+        for path, weights in self.modules.items():
+            exponents = read_exponents(weights)
+            bad += [f"{path} ({part})" for part, found in exponents.items() if found is None]
+            if beyond is None and not (bad or has_finite_delta(weights, exponents)):
+                beyond = path
+        if bad:
+            more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+            raise NonFiniteWeightsError(
+                f"{shorten(self.name)} holds NaN or Inf in {bad[0]}{more}; expected finite "
+                "numbers. Its training diverged or the file is damaged: use an earlier checkpoint."
+            )
+        if beyond is not None:
+            raise NonFiniteWeightsError(
+                f"{shorten(self.name)}: the delta of {beyond} is beyond what float32 holds, at "
+                f"alpha {self.modules[beyond].alpha:g}; expected finite numbers. The file is "
+                "damaged or its alpha is wrong: use an earlier checkpoint."
+            )
+        self.__dict__["_finite"] = True
+
+
+#: dtype -> integer of its size, bits that are all set exactly in Inf and NaN (in NaN alone for
+#: e4m3fn, which has no Inf), bits of the mantissa, bias of the exponent.
+_BITS = {
+    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000, 52, 1023),
+    torch.float32: (torch.int32, 0x7F80_0000, 23, 127),
+    torch.bfloat16: (torch.int16, 0x7F80, 7, 127),
+    torch.float16: (torch.int16, 0x7C00, 10, 15),
+    torch.float8_e4m3fn: (torch.int8, 0x7F, 3, 7),
+    torch.float8_e5m2: (torch.int8, 0x7C, 2, 15),
+}
+#: Of what none of these dtypes can hold, and of nothing at all.
+_INTEGER_EXPONENT, _ZERO_EXPONENT = 64, -1100
+#: The largest number of float32 is below 2^128.
+_MAX_EXPONENT = 128
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    return read_exponent(tensor) is not None
+
+
+def read_exponent(tensor: torch.Tensor) -> int | None:
+    """e such that every |entry| is below 2^e, about as small as it can be; None for NaN or Inf.
+
+    Looks at exponent bits through numpy: 0.1 s for an 849 MB file, torch.isfinite takes 20 s.
+    """
+    if tensor.numel() == 0:
+        return _ZERO_EXPONENT
+    if tensor.dtype not in _BITS:
+        return _INTEGER_EXPONENT
+    integer, mask, mantissa, bias = _BITS[tensor.dtype]
+    bits = tensor.detach().cpu().contiguous().view(integer).numpy()
+    largest = int((bits & mask).max())
+    return None if largest == mask else (largest >> mantissa) - bias + 1
+
+
+def read_exponents(weights: ModuleWeights) -> dict[str, int | None]:
+    return {part: read_exponent(load(tensor)) for part, tensor in weights.parts.items()}
+
+
+def is_computable(weights: ModuleWeights) -> bool:
+    """Whether the parts and, as far as it is theirs alone, the delta are finite in float32."""
+    exponents = read_exponents(weights)
+    return None not in exponents.values() and has_finite_delta(weights, exponents)
+
+
+def has_finite_delta(weights: ModuleWeights, exponents: Mapping[str, int | None]) -> bool:
+    """By an upper bound: |scale| times the largest entry of every factor times every rank."""
+    factors = [e for part, e in exponents.items() if part not in ("bias_delta", "magnitude")]
+    if any(exponent is None or exponent > _MAX_EXPONENT for exponent in exponents.values()):
+        return False
+    if not weights.scale or _ZERO_EXPONENT in factors:
+        return True
+    bound = sum(factors) + math.log2(abs(weights.scale))
+    # A product of n matrices has at most n - 1 sums over the rank.
+    bound += max(len(factors) - 1, 0) * math.log2(max(weights.rank, 1))
+    return bound < _MAX_EXPONENT

@@ -1,0 +1,1 @@
+"""Deltas computed in their factors, without forming them."""

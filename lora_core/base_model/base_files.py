@@ -1,0 +1,223 @@
+"""Where base weights come from: ComfyUI's single file, a GGUF, or a diffusers folder.
+
+All three are seen as one mapping of keys to tensors that stay on disk until one is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..disk.json_reader import describe_kind, read_object
+from ..disk.regular_files import open_regular
+from ..disk.safetensors_file import BASE_MODEL, AnyTensor, UnmappedFile
+from ..errors import FileError, KeyFormatError, MissingFileError
+from ..text import shorten
+from .base_weight import BaseWeight
+from .base_weights import SCALE_NAMES, BaseWeights
+from .gguf_file import GgufFile
+
+#: ComfyUI's marker of 2511 (comfy/model_detection.py); a tensor without content.
+MARKER = "__index_timestep_zero__"
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+#: What lies beside weights in quantised files and is no weight itself.
+SIDE_NAMES = (*SCALE_NAMES, "comfy_quant", "input_scale", "scale_input")
+SIDE_KEYS = ("scaled_fp8", MARKER)
+
+
+class Shards:
+    """Several safetensors files that hold one model.
+
+    Raises:
+        FileError: one is damaged, or two hold the same tensor.
+    """
+
+    def __init__(self, paths: Sequence[Path], name: str):
+        self.name = name
+        self.files = [UnmappedFile(path, BASE_MODEL) for path in paths]
+        self.metadata: dict[str, str] = {}
+        self.tensors: dict[str, AnyTensor] = {}
+        for file in self.files:
+            for key, tensor in file.tensors.items():
+                if key in self.tensors:
+                    raise FileError(
+                        f"{shorten(name)} holds {shorten(key)} in two files, and nothing tells "
+                        "which is meant; keep one model's files there and remove the others."
+                    )
+                self.tensors[key] = tensor
+
+    def release(self) -> None:
+        for file in self.files:
+            file.release()
+
+
+class BaseFile:
+    """A base model on disk.
+
+    Attributes:
+        weights: the same one weight at a time.
+        prefix: in front of every key, such as "model.diffusion_model.".
+        shapes: key without prefix -> shape, of every tensor that is a weight.
+        axes: the folder's RoPE axes as its config.json has them; None where nothing says.
+        zero_cond_t: whether it is marked as a 2511.
+
+    Raises:
+        KeyFormatError: it holds no Qwen-Image transformer.
+        FileError: its config.json says neither true nor false of zero_cond_t.
+    """
+
+    def __init__(
+        self, file: UnmappedFile | Shards | GgufFile, config: Mapping[str, Any] | None = None
+    ):
+        config = config or {}
+        self.name = file.name
+        self.file = file
+        self.weights = BaseWeights(file.tensors, file.name, file)
+        self.prefix = self.weights.prefix
+        self.tensors = {
+            key.removeprefix(self.prefix): tensor
+            for key, tensor in file.tensors.items()
+            if key.startswith(self.prefix)
+        }
+        self.shapes = {
+            key: tensor.shape
+            for key, tensor in self.tensors.items()
+            if key not in SIDE_KEYS and key.rpartition(".")[2] not in SIDE_NAMES
+        }
+        self.axes = config.get("axes_dims_rope")
+        self.zero_cond_t = read_marker(config, MARKER in self.tensors)
+
+    def read_weight(self, module_path: str) -> BaseWeight:
+        """A Linear's weight as stored; its codes are still on disk, see `StoredTensor.load_rows`.
+
+        Raises:
+            FileError: stored in a way that is not understood.
+            KeyFormatError: the file has none of that name.
+        """
+        weight = self.weights.find(module_path)
+        if weight is None:
+            raise KeyFormatError(
+                f"{shorten(self.name)} lacks {module_path}; choose a whole diffusion model of "
+                "Qwen-Image-Edit."
+            )
+        return weight
+
+    def read_tensor(self, key: str) -> torch.Tensor:
+        """A bias or norm, on the CPU, as stored."""
+        return self.weights.get_tensor(key)
+
+    def is_packed(self, key: str) -> bool:
+        """Whether its shape is that of packed codes, which `read_weight` judges."""
+        return self.tensors[key].dtype == torch.uint8
+
+    def release(self) -> None:
+        """Closes the file, so that it can be replaced; the next read opens it again."""
+        self.file.release()
+
+
+def open_base_file(source: str | os.PathLike[str]) -> BaseFile:
+    """Opens whatever is there; only headers are read.
+
+    Raises:
+        FileError: it is missing, damaged or of another type.
+        KeyFormatError: it holds no Qwen-Image transformer.
+        ConfigError: it is a GGUF and the gguf package is missing.
+    """
+    path = Path(source)
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir may raise, for a name that is too long
+        return open_folder(path)
+    if is_gguf(path):
+        return BaseFile(GgufFile(path))
+    return BaseFile(UnmappedFile(path, BASE_MODEL))
+
+
+def is_gguf(path: Path) -> bool:
+    """By the first bytes.
+
+    Raises:
+        FileError: it is missing, or no file that can be opened.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read(4) == b"GGUF"
+    except MissingFileError:
+        raise MissingFileError(
+            f"{shorten(path.name)} is not there; expected a diffusion model of Qwen-Image-Edit, as "
+            "a .safetensors or .gguf file or a diffusers folder."
+        ) from None
+    except OSError as e:
+        raise FileError(f"{shorten(path.name)} cannot be read: {e.strerror}.") from None
+
+
+def open_folder(folder: Path) -> BaseFile:
+    """A diffusers model folder, or a pipeline's with the model in `transformer`."""
+    if not (folder / CONFIG).is_file() and (folder / "transformer" / CONFIG).is_file():
+        folder = folder / "transformer"
+    paths = list_shards(folder)
+    if not paths:
+        raise FileError(
+            f"{shorten(folder.name)} holds no .safetensors file; expected a diffusers folder with "
+            f"{WEIGHTS} or its numbered parts."
+        )
+    config = read_downloaded(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    return BaseFile(Shards(paths, folder.name), config)
+
+
+def list_shards(folder: Path) -> list[Path]:
+    """The files that the index names; without one the single file, or all there are."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        weight_map = read_downloaded(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise FileError(f"{index.name} has no weight_map; download or copy it again.")
+        there = list_names(folder)
+        names = dict.fromkeys(name if type(name) is str else "" for name in weight_map.values())
+        # Only names of files beside it: a path that leads elsewhere is not followed.
+        missing = [name for name in names if name not in there]
+        if missing:
+            raise FileError(
+                f"{shorten(folder.name)} lacks {shorten(missing[0]) or 'a file'}, one of the "
+                f"{len(names)} files that its index names; download or copy it again."
+            )
+        return [folder / name for name in sorted(names)]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def list_names(folder: Path) -> set[str]:
+    try:
+        return {path.name for path in folder.iterdir()}
+    except OSError as e:
+        raise FileError(f"{shorten(folder.name)} cannot be listed: {e.strerror}.") from None
+
+
+def read_downloaded(path: Path) -> dict[str, Any]:
+    """An object of a folder whose files came from elsewhere.
+
+    Raises:
+        FileError: as `read_object`, with what to do.
+    """
+    try:
+        return read_object(path)
+    except FileError as e:
+        raise FileError(f"{e} Download or copy it again.") from None
+
+
+def read_marker(config: Mapping[str, Any], default: bool) -> bool:
+    """Whether references are shown at noise level 0, as a config.json says it."""
+    value = config.get("zero_cond_t")
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise FileError(
+            f"{CONFIG}'s zero_cond_t is {describe_kind(value)}; expected true or false. Download "
+            f"or copy {CONFIG} again."
+        )
+    return value

@@ -1,0 +1,227 @@
+"""The weights of a base model, read from its file or a loaded MODEL one module at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..disk.json_reader import parse_object
+from ..disk.safetensors_file import AnyTensor, load
+from ..errors import FileError, KeyFormatError
+from ..text import shorten
+from .base_weight import MX_BLOCK, BaseWeight, count_factors, untile_scales, widen_exponents
+from .module_paths import is_known
+
+#: What ComfyUI's and diffusers' single files put in front of the transformer's keys.
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
+#: Names of the factor of a scaled weight (comfy/quant_ops.py, and older files).
+SCALE_NAMES = ("weight_scale", "scale_weight")
+#: Where a whole file says how its layers are stored (ComfyUI's QUANTIZATION.md).
+QUANTIZATION_METADATA = "_quantization_metadata"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "mxfp8")
+ROTATION_GROUP = 256  # ComfyUI's default
+#: Of one weight; ComfyUI writes fewer than a hundred.
+MAX_NOTE_BYTES = 1 << 16
+#: A note that is refused where it matters.
+UNREADABLE: Mapping[str, Any] = {"format": "an unreadable note"}
+
+
+class BaseWeights:
+    """Looks weights up by module path; copies none of them before it is asked for.
+
+    Attributes:
+        prefix: in front of every key, such as "model.diffusion_model.".
+    """
+
+    def __init__(self, tensors: Mapping[str, AnyTensor], name: str, file=None):
+        self.name = name
+        self._tensors = tensors
+        self._file = file
+        self.prefix = find_prefix(tensors, name)
+        self._layers = read_layers(file.metadata if file is not None else {})
+        self._storages: Mapping[str, str] = getattr(file, "storages", {})
+
+    def get(self, module_path: str) -> BaseWeight | None:
+        """The weight of a module, on the CPU; None if the base has none of that name.
+
+        Raises:
+            FileError: stored in a way that is not understood (4 bits, other scales).
+        """
+        weight = self.find(module_path)
+        return None if weight is None else replace(weight, stored=fetch(weight.stored))
+
+    def find(self, module_path: str) -> BaseWeight | None:
+        """The same, but its codes stay where they are: perhaps on disk."""
+        stem = f"{self.prefix}{module_path}"
+        stored = self._tensors.get(f"{stem}.weight")
+        if stored is None:
+            return None
+        scales = (self._tensors.get(f"{stem}.{name}") for name in SCALE_NAMES)
+        scale = next((scale for scale in scales if scale is not None), None)
+        note = self._read_note(stem, module_path)
+        if is_readable(stored, scale, note):
+            weight = build_weight(stored, None if scale is None else fetch(scale), note)
+            if weight is not None:
+                return replace(weight, decoded_from=self._storages.get(f"{stem}.weight", ""))
+        kind = str(note.get("format") or stored.dtype).removeprefix("torch.")
+        raise FileError(
+            f"{shorten(self.name)} stores {module_path} as {shorten(kind, 40)}"
+            + (f" with {scale.numel()} scales" if scale is not None else "")
+            + ", which cannot be read here yet; expected bf16, fp16, fp32, or fp8 and int8 with "
+            "one scale per weight or row, or mxfp8. Choose such a file of the same model."
+        )
+
+    def get_tensor(self, key: str) -> torch.Tensor | None:
+        """A bias or norm by its whole name after the prefix, such as "txt_norm.weight"."""
+        tensor = self._tensors.get(f"{self.prefix}{key}")
+        return None if tensor is None else fetch(tensor)
+
+    def _read_note(self, stem: str, module_path: str) -> dict[str, Any]:
+        """What the file says about how this weight is stored."""
+        note = self._tensors.get(f"{stem}.comfy_quant")
+        if note is None:
+            return self._layers.get(stem) or self._layers.get(module_path) or {}
+        if note.numel() > MAX_NOTE_BYTES:
+            return UNREADABLE
+        return parse_note(bytes(fetch(note).flatten().to(torch.uint8).tolist()))
+
+    def list_matrices(self) -> dict[str, AnyTensor]:
+        """Module path -> its weight as stored, perhaps still on disk, of every known Linear."""
+        return {
+            key.removesuffix(".weight"): tensor
+            for key, tensor in self._list_known()
+            if key.endswith(".weight") and tensor.ndim == 2
+        }
+
+    def list_vectors(self) -> dict[str, AnyTensor]:
+        """Every known bias and norm by its name after the prefix, perhaps still on disk."""
+        return {
+            key: tensor
+            for key, tensor in self._list_known()
+            if key.endswith((".weight", ".bias")) and tensor.ndim == 1
+        }
+
+    def _list_known(self) -> list[tuple[str, AnyTensor]]:
+        start = len(self.prefix)
+        return [
+            (key[start:], tensor)
+            for key, tensor in self._tensors.items()
+            if key.startswith(self.prefix) and is_known(key[start:].rpartition(".")[0])
+        ]
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.release()
+
+
+def fetch(tensor: AnyTensor) -> torch.Tensor:
+    """From wherever it is, to the CPU; what it came from stays where it was."""
+    return load(tensor).detach().cpu()
+
+
+def is_readable(stored: AnyTensor, scale: AnyTensor | None, note: Mapping[str, Any]) -> bool:
+    """Whether the dtypes are those of a known format; nothing is read for it."""
+    if note and note.get("format") not in FORMATS:
+        return False
+    if not stored.numel() or (scale is not None and not scale.numel()):
+        return False
+    if stored.dtype in FLOATS:
+        return not note and (scale is None or scale.numel() == 1)
+    return stored.dtype in EIGHT_BITS and (stored.dtype != torch.int8 or scale is not None)
+
+
+def build_weight(
+    stored: AnyTensor, scale: torch.Tensor | None, note: Mapping[str, Any]
+) -> BaseWeight | None:
+    """None where the scales are of no known kind."""
+    if note.get("format") == "mxfp8" and scale is not None and stored.ndim == 2:
+        rows, columns = stored.shape
+        exponents = untile_scales(scale, rows, columns // MX_BLOCK)
+        if columns % MX_BLOCK or exponents is None or scale.dtype.itemsize != 1:
+            return None
+        return BaseWeight(stored, widen_exponents(exponents))
+    rotation = read_rotation(note)
+    if rotation is None or (rotation and not can_rotate(stored.shape, rotation)):
+        return None
+    if scale is None or scale.numel() == 1:
+        return BaseWeight(stored, None if scale is None else scale.float(), rotation)
+    if stored.ndim and scale.numel() == stored.shape[0] == scale.shape[0]:
+        return BaseWeight(stored, scale.float().reshape(-1, 1), rotation)
+    return None
+
+
+def can_rotate(shape: Sequence[int], group: int) -> bool:
+    return len(shape) == 2 and bool(count_factors(group)) and shape[1] % group == 0
+
+
+def read_rotation(note: Mapping[str, Any]) -> int | None:
+    """As ComfyUI looks it up: in the note itself, or below its "params".
+
+    Returns:
+        Columns per group, 0 for none; None where that cannot be told.
+    """
+    inner = note.get("params")
+    both = {**(inner if isinstance(inner, dict) else {}), **note}
+    is_rotated, group = both.get("convrot"), both.get("convrot_groupsize", ROTATION_GROUP)
+    if not is_rotated:
+        return 0
+    if not isinstance(is_rotated, int):  # a text such as "false" is true for Python
+        return None
+    is_whole = isinstance(group, float) and group.is_integer()
+    return int(group) or None if is_whole or type(group) is int else None
+
+
+def read_layers(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """Module path, perhaps behind a prefix -> what a file's header says of how it is stored."""
+    layers = parse_note(metadata.get(QUANTIZATION_METADATA, "{}")).get("layers")
+    if not isinstance(layers, dict):
+        return {}
+    return {
+        path: layer if isinstance(layer, dict) else UNREADABLE for path, layer in layers.items()
+    }
+
+
+def parse_note(text: str | bytes) -> Mapping[str, Any]:
+    """An unreadable note becomes one of an unknown format, which is refused where it matters."""
+    try:
+        return parse_object(text, "the note")
+    except FileError:
+        return UNREADABLE
+
+
+def open_base(base: BaseWeights | Mapping[str, AnyTensor] | str | os.PathLike[str]) -> BaseWeights:
+    """A base from tensors by key, or from whatever training takes: a file, a GGUF, a folder.
+
+    Raises:
+        FileError: the file is missing or damaged.
+        KeyFormatError: it holds no Qwen-Image transformer.
+        ConfigError: it is a GGUF and the gguf package is missing.
+    """
+    if isinstance(base, BaseWeights):
+        return base
+    if isinstance(base, Mapping):
+        return BaseWeights(base, "the base")
+    from .base_files import open_base_file
+
+    return open_base_file(base).weights
+
+
+def find_prefix(tensors: Mapping[str, AnyTensor], name: str) -> str:
+    for prefix in PREFIXES:
+        for key in tensors:
+            if key.startswith(prefix) and key.endswith(".weight"):
+                path = key[len(prefix) :].removesuffix(".weight")
+                if path.startswith("transformer_blocks.") and is_known(path):
+                    return prefix
+    example = shorten(next(iter(tensors), "none"))
+    raise KeyFormatError(
+        f"{shorten(name)} is no Qwen-Image model: none of its {len(tensors)} keys is like "
+        f"'transformer_blocks.0.attn.to_q.weight' (the first is {example!r}). Choose a diffusion "
+        "model of Qwen-Image or Qwen-Image-Edit."
+    )

@@ -1,0 +1,59 @@
+"""Checks of one value in a section of settings; each raises ConfigError."""
+
+from __future__ import annotations
+
+import math
+
+from .errors import ConfigError
+from .text import shorten
+
+#: Of a whole number: the largest seed that PyTorch's generators and ComfyUI's fields take.
+MAX_WHOLE = 2**64 - 1
+
+
+def show(value: object) -> str:
+    """A value as a sentence repeats it, of whatever kind and size."""
+    try:
+        return shorten(repr(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits, endless nesting
+        return f"a {type(value).__name__} too large to be shown"
+
+
+def is_number(value: object) -> bool:
+    """A whole number of up to 64 bits, or a float that may be infinite; no NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return not math.isnan(value) if isinstance(value, float) else abs(value) <= MAX_WHOLE
+
+
+def check_number(
+    section: object,
+    name: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    exclusive: bool = False,
+) -> None:
+    """ConfigError unless low <= value <= high, and finite; `exclusive` leaves out `low` itself."""
+    value = getattr(section, name)
+    if is_number(value) and math.isfinite(value) and low <= value <= high:
+        if not (exclusive and value == low):
+            return
+    expected = "a number"
+    if math.isfinite(low):
+        expected = f"a number above {low:g}" if exclusive else f"{low:g} or more"
+    if math.isfinite(high):
+        expected = f"{low:g} to {high:g}"
+    raise ConfigError(f"{name} is {show(value)}; expected {expected}")
+
+
+def check_choice(section: object, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(section, name)
+    if value not in choices:
+        raise ConfigError(f"{name} is {show(value)}; expected one of {', '.join(choices)}")
+
+
+def check_text(section: object, name: str) -> None:
+    value = getattr(section, name)
+    if not value.strip():
+        raise ConfigError(f"{name} is empty; expected a path")

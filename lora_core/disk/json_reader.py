@@ -1,0 +1,132 @@
+"""JSON that anybody may have written: read whole and plain, or refused in one sentence.
+
+The json module alone raises ValueError, RecursionError and MemoryError, takes NaN and Infinity,
+which are no JSON, and whole numbers that no float holds, which fail wherever they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import FileError
+from ..text import shorten
+from .regular_files import MAX_TEXT_BYTES, decode_text, read_bytes
+
+#: Lists and objects inside each other. Python's own limit differs from version to version.
+MAX_DEPTH = 64
+_MAX_NUMBER = int(sys.float_info.max)
+
+
+def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> Any:
+    """The value in a JSON file, read as `parse_json` does.
+
+    Raises:
+        MissingFileError: nothing has this path.
+        FileError: it cannot be opened, is no regular file, is larger than `max_bytes`, or is not
+            what `parse_json` takes.
+    """
+    return parse_json(read_bytes(path, max_bytes), Path(path).name)
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """The value of a JSON text; a byte order mark may stand in front. Of equal keys the last wins.
+
+    Args:
+        name: what the message calls the text: a file's name, or "the header's lora_config".
+
+    Raises:
+        FileError: no JSON, not UTF-8, deeper than `MAX_DEPTH`, or with a number that is not finite
+            as a float.
+    """
+    if isinstance(text, bytes):
+        text = decode_text(text, name)
+    try:
+        value = json.loads(text.removeprefix("\ufeff"), parse_constant=refuse_constant)
+        check_values(value)
+    except json.JSONDecodeError as e:
+        what = f"{e.msg}, line {e.lineno}, column {e.colno}"
+        raise FileError(f"{shorten(name)} cannot be read as JSON: {shorten(what)}.") from None
+    except _Refused as e:
+        raise FileError(f"{shorten(name)} cannot be read as JSON: {e}.") from None
+    except RecursionError:
+        raise FileError(f"{shorten(name)} cannot be read as JSON: {_TOO_DEEP}.") from None
+    except ValueError:  # a whole number of more digits than Python converts
+        raise FileError(f"{shorten(name)} cannot be read as JSON: {_TOO_LARGE}.") from None
+    return value
+
+
+def parse_object(text: str | bytes, name: str) -> dict[str, Any]:
+    """As `parse_json`, where the text must hold an object ({...})."""
+    return check_object(parse_json(text, name), name)
+
+
+def read_object(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> dict[str, Any]:
+    """As `read_json`, where the file must hold an object ({...})."""
+    return check_object(read_json(path, max_bytes), Path(path).name)
+
+
+def check_object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FileError(
+            f"{shorten(name)} holds {describe_kind(value)}; expected a JSON object such as "
+            '{"name": 1}.'
+        )
+    return value
+
+
+def describe_kind(value: Any) -> str:
+    """What a JSON value is, for a sentence that wanted another kind: "a list", "null", ..."""
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    return "null" if value is None else kinds.get(type(value), "a number")
+
+
+class _Refused(ValueError):
+    """Valid for the json module, not for us; the text says why."""
+
+
+_TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
+_TOO_LARGE = "it holds a number that is too large"
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise _Refused(f"it holds {name}, which is no JSON number")
+
+
+def check_values(value: Any) -> None:
+    """Level by level, since a recursion would meet the limit that it checks."""
+    level, depth = [[value]], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise _Refused(_TOO_DEEP)
+        depth += 1
+        below = []
+        for container in level:
+            items = container.values() if type(container) is dict else container
+            if are_finite_floats(items):
+                continue
+            for item in items:
+                kind = type(item)
+                if kind is float:
+                    if item - item:  # NaN, where it was one or an infinity
+                        raise _Refused(_TOO_LARGE)
+                elif kind is dict or kind is list:
+                    below.append(item)
+                elif kind is int and not -_MAX_NUMBER <= item <= _MAX_NUMBER:
+                    raise _Refused(_TOO_LARGE)
+        level = below
+
+
+def are_finite_floats(items: Collection[Any]) -> bool:
+    """Whether all are, for lists of numbers that are worth the shorter way; False if in doubt."""
+    if type(items) is not list or len(items) < MANY or type(items[0]) is not float:
+        return False
+    return set(map(type, items)) == {float} and math.isfinite(sum(items))
+
+
+MANY = 8

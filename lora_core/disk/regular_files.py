@@ -1,0 +1,107 @@
+"""Opening files that a stranger may have put there: regular files only, of a size that is sane.
+
+A pipe or device under a file's name would hang or never end. It is told by its descriptor, so
+nothing can be exchanged between the look and the read.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import DeniedFileError, FileError, MissingFileError
+from ..text import shorten
+
+#: Nothing that is read whole as text comes near it.
+MAX_TEXT_BYTES = 64 << 20
+_BOMS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, with whose mark it begins
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
+def open_regular(path: str | os.PathLike[str], shown: str = "") -> BinaryIO:
+    """The file opened for reading, links followed.
+
+    Args:
+        shown: what messages call the file, where its name alone says too little.
+
+    Raises:
+        MissingFileError: nothing has this path.
+        FileError: it cannot be opened, or is a folder, pipe, socket or device.
+    """
+    name = shorten(shown or Path(path).name)
+    # Without O_NONBLOCK, opening a pipe waits for somebody to write. Windows has no such files.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFileError(f"{name} is not there (any more); expected a file.") from None
+    except OSError as e:
+        if os.path.isdir(path):  # noqa: PTH112 - Windows opens none; Path.is_dir may raise
+            raise FileError(f"{name} is a folder; expected a file.") from None
+        kind = DeniedFileError if isinstance(e, PermissionError) else FileError
+        raise kind(f"{name} cannot be opened: {e.strerror}.") from None
+    except ValueError:  # a null character or half a surrogate pair
+        raise FileError(f"{name!r} is no name of a file; expected one.") from None
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise FileError(f"{name} is a folder; expected a file.")
+        if not stat.S_ISREG(mode):
+            raise FileError(f"{name} is a pipe, socket or device; expected a regular file.")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """The whole file.
+
+    Raises:
+        MissingFileError, FileError: as `open_regular`, or it holds more than `max_bytes`.
+    """
+    name = shorten(Path(path).name)
+    with open_regular(path) as file:
+        try:
+            data = file.read(max_bytes + 1)
+        except OSError as e:
+            kind = DeniedFileError if isinstance(e, PermissionError) else FileError
+            raise kind(f"{name} cannot be read: {e.strerror}.") from None
+    if len(data) > max_bytes:
+        raise FileError(
+            f"{name} is larger than {max_bytes / 1e6:,.3g} MB; expected a file of text. Remove or "
+            "replace it."
+        )
+    return data
+
+
+def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The whole file as text; a byte order mark in front is left out.
+
+    Raises:
+        MissingFileError, FileError: as `read_bytes` and `decode_text`.
+    """
+    return decode_text(read_bytes(path, max_bytes), Path(path).name)
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """
+    Raises:
+        FileError: `data`, which the message calls `name`, is not UTF-8.
+    """
+    for mark, encoding in _BOMS:
+        if data.startswith(mark):
+            raise FileError(f"{shorten(name)} is {encoding} text; save it again as UTF-8.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise FileError(
+            f"{shorten(name)} is not UTF-8 text (byte {e.start}); save it again as UTF-8."
+        ) from None

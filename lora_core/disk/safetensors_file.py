@@ -1,0 +1,292 @@
+"""Tensors that stay in their file until somebody asks for them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import FileError, MissingFileError
+from ..text import shorten
+from .regular_files import open_regular
+
+# Names of the safetensors format specification, section "Format".
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+#: Endings of a safetensors file's name, in any case; ComfyUI lists both.
+SUFFIXES = (".safetensors", ".sft")
+#: What messages say was expected of a path.
+LORA_FILE, BASE_MODEL = "a LoRA file", "a diffusion model"
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """One tensor of a `SafetensorsFile`: shape and dtype are known, the data is still on disk."""
+
+    file: SafetensorsFile = field(repr=False)
+    key: str
+    shape: torch.Size
+    dtype: torch.dtype
+    first_row: int | None = None
+    """Where these rows begin in the tensor of this key; None for all of it."""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def load(self) -> torch.Tensor:
+        """Maps the data into memory and returns it as stored, without a copy.
+
+        Raises:
+            FileError: the file was deleted or replaced since its header was read.
+        """
+        whole = self.file.read(self.key)
+        if self.first_row is None:
+            return whole
+        return whole[self.first_row : self.first_row + self.shape[0]]
+
+    def take_rows(self, first: int, count: int) -> StoredTensor:
+        """Some of the rows, read together with the others and not copied."""
+        shape = torch.Size((count, *self.shape[1:]))
+        return replace(self, shape=shape, first_row=(self.first_row or 0) + first)
+
+    def load_rows(self, rows: slice, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Some rows of it.
+
+        Args:
+            buffer: bytes to read them into, where the file is read and not mapped; what is
+                returned is then a view of them.
+        """
+        return self.file.read_rows(self.key, rows, buffer)
+
+
+AnyTensor = torch.Tensor | StoredTensor
+
+
+def load(tensor: AnyTensor) -> torch.Tensor:
+    return tensor.load() if isinstance(tensor, StoredTensor) else tensor
+
+
+def is_safetensors(name: str) -> bool:
+    """By the ending of the name, as every loader lists files."""
+    return name.lower().endswith(SUFFIXES)
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been read and checked.
+
+    The file is memory-mapped when the first tensor is asked for. `release` gives the mapping
+    back, so that a trainer may replace the file on systems which lock mapped files; the next read
+    maps it again, and refuses if it is no longer the same file.
+
+    Args:
+        expected: what messages say should be there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], expected: str = LORA_FILE):
+        self.path = Path(path)
+        self._expected = expected
+        self._signature = read_signature(self.path, expected)
+        self._handle = open_checked(self.path, expected)
+        self.metadata: dict[str, str] = dict(self._handle.metadata() or {})
+        self.tensors = dict(self._describe())
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def signature(self) -> tuple[int, ...]:
+        """Size in bytes, modification time in ns, and inode at the time the header was read."""
+        return self._signature
+
+    def _describe(self) -> Iterator[tuple[str, StoredTensor]]:
+        for key in self._handle.keys():
+            part = self._handle.get_slice(key)
+            dtype = DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise FileError(
+                    f"{shorten(self.name)}: {shorten(key)} is stored as {part.get_dtype()}; "
+                    f"expected one of {', '.join(DTYPES)}. Save it again as bf16, fp16 or fp32."
+                )
+            yield key, StoredTensor(self, key, torch.Size(part.get_shape()), dtype)
+
+    def read(self, key: str) -> torch.Tensor:
+        self.check_unchanged()
+        if self._handle is None:
+            self._handle = open_checked(self.path, self._expected)
+        return self._handle.get_tensor(key)
+
+    def read_rows(self, key: str, rows: slice, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        return self.read(key)[rows]
+
+    def check_unchanged(self) -> None:
+        """Raises FileError if the file on disk is not the one whose header was read.
+
+        A mapped file that was cut short would otherwise end the whole process with SIGBUS.
+        """
+        if read_signature(self.path, self._expected) != self._signature:
+            raise FileError(
+                f"{shorten(self.name)} was changed on disk since it was opened. "
+                "Queue the prompt again to read the new file."
+            )
+
+    def release(self) -> None:
+        self._handle = None
+
+
+class UnmappedFile(SafetensorsFile):
+    """The same, read by ordinary reads: for what is read once, from its first byte to its last.
+
+    Pages of a mapped file count as the process's memory, come one fault at a time, and reach a GPU
+    by one more copy. Here bytes go from the system's cache to where they are wanted.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], expected: str = LORA_FILE):
+        super().__init__(path, expected)
+        super().release()
+        self._places = locate_tensors(self.path)
+        self._file = None
+
+    def read(self, key: str) -> torch.Tensor:
+        return self.read_rows(key, slice(None))
+
+    def read_rows(self, key: str, rows: slice, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        self.check_unchanged()
+        if self._file is None:
+            self._file = self.path.open("rb")
+        tensor = self.tensors[key]
+        if not tensor.ndim:
+            rows, shape, row_bytes = slice(0, 1), tensor.shape, tensor.dtype.itemsize
+        else:
+            rows = slice(*rows.indices(tensor.shape[0])[:2])
+            shape = (rows.stop - rows.start, *tensor.shape[1:])
+            row_bytes = tensor.shape[1:].numel() * tensor.dtype.itemsize
+        start = self._places[key] + rows.start * row_bytes
+        data = read_bytes(self._file, start, (rows.stop - rows.start) * row_bytes, buffer)
+        if data is None:
+            raise FileError(
+                f"{shorten(self.name)} was changed on disk since it was opened; start again."
+            )
+        return data.view(tensor.dtype).view(shape)
+
+    def release(self) -> None:
+        super().release()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def locate_tensors(path: Path) -> dict[str, int]:
+    """Where the data of each tensor begins, in bytes from the file's start; the header is sound."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {key: 8 + size + entry["data_offsets"][0] for key, entry in header.items()}
+
+
+def read_bytes(
+    file: BinaryIO, start: int, num_bytes: int, buffer: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """uint8, in the buffer where it is large enough; None where the file ends before."""
+    if buffer is None or len(buffer) < num_bytes:
+        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    data = buffer[:num_bytes]
+    file.seek(start)
+    return data if file.readinto(data.numpy()) == num_bytes else None
+
+
+def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
+    """Size in bytes, modification time in ns, and inode.
+
+    Raises:
+        MissingFileError: nothing has this path.
+        FileError: it cannot be looked at.
+    """
+    name = shorten(path.name)
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise MissingFileError(
+            f"{name} is not there any more; expected {expected}. Put it back, or choose another "
+            "one."
+        ) from None
+    except OSError as e:
+        raise FileError(f"{name} cannot be opened: {e.strerror}.") from None
+    except ValueError:  # a null character or half a surrogate pair
+        raise FileError(f"{name!r} is no name of a file; expected {expected}.") from None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def open_checked(path: Path, expected: str = LORA_FILE):
+    """Opens a safetensors file, or says in one sentence why it is none."""
+    name = shorten(path.name)
+    if path.is_dir():
+        raise FileError(f"{name} is a folder; expected a .safetensors file.")
+    with open_regular(path) as file:
+        try:
+            start = file.read(16)
+        except OSError as e:
+            raise FileError(f"{name} cannot be read: {e.strerror}.") from None
+        size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        raise FileError(
+            f"{name} is empty (0 bytes); expected a safetensors file. Download or copy it again."
+        )
+    # The first 8 bytes of safetensors are a size, which may look like a pickle's; then comes "{".
+    if start.startswith(PICKLE_STARTS) and start[8:9] != b"{":
+        raise FileError(
+            f"{name} is a PyTorch pickle, whatever its name says; expected safetensors. "
+            "Pickles can run code when opened and are refused: convert it where you trust it."
+        )
+    if start.startswith(b"GGUF"):
+        raise FileError(f"{name} is a GGUF file; expected {expected} in safetensors format.")
+    header_size = int.from_bytes(start[:8], "little")
+    if size < 8 or 8 + header_size > size:
+        raise FileError(
+            f"{name} ends early: {size:,} bytes, but its header alone claims "
+            f"{header_size:,}. It is truncated or no safetensors file: download or copy it again."
+        )
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8, which safetensors opens nowhere
+        raise FileError(
+            f"{name}: this name or its folder's is not UTF-8 text; rename it."
+        ) from None
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as e:
+        reason = "its header does not match its data"
+        if any(mark in str(e) for mark in ("InvalidHeader", "invalid JSON", "invalid UTF-8")):
+            reason = "its header is not readable"
+        raise FileError(
+            f"{name} is damaged: {reason} ({shorten(str(e))}). It is truncated or was written "
+            "wrongly: download or copy it again."
+        ) from None
+    except OSError as e:
+        raise FileError(f"{name} cannot be mapped: {e.strerror or shorten(str(e))}.") from None

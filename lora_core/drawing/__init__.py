@@ -1,0 +1,1 @@
+"""How pictures for users look: colours, letters, contact sheets."""

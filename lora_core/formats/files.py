@@ -1,0 +1,160 @@
+"""Adapters on disk: `read_adapter` and `write_adapter`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..adapter.adapter import Adapter
+from ..disk.safetensors_file import SafetensorsFile, read_signature
+from ..disk.writing import explain, separate, write_then_rename
+from ..errors import ConfigError, FileError, MissingFileError
+from ..text import shorten
+from .reading import read_modules
+from .schemes import build_lora_config, build_metadata, get_scheme
+
+PEFT_FILE = "adapter_model.safetensors"
+#: As diffusers' `save_lora_weights` names it in a folder of its own, also on the Hub.
+HUB_FILE = "pytorch_lora_weights.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+
+
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+    """Opens an adapter file of any known key format.
+
+    Only the header and the scalar alphas are read; every other tensor stays memory-mapped until
+    it is asked for.
+
+    Args:
+        path: a safetensors file, or a folder that PEFT's `save_pretrained` or diffusers'
+            `save_lora_weights` wrote.
+
+    Raises:
+        FileError: missing, damaged, or not safetensors.
+        KeyFormatError: no key belongs to Qwen-Image, or a module lacks a partner key.
+        ShapeError: tensors of one module do not fit each other.
+    """
+    given = Path(path)
+    path = find_file(given)
+    file = SafetensorsFile(path)
+    # Every adapter's file has the same name there; its folder tells them apart.
+    is_alike = path.name == PEFT_FILE or (path.name == HUB_FILE and path != given)
+    name = path.parent.name if is_alike else path.name
+    modules, key_format, report = read_modules(file.tensors, file.metadata, path, name)
+    return Adapter(modules, file.metadata, key_format, report, name, file)
+
+
+def find_file(path: Path) -> Path:
+    """The path itself, the file that lacks only its ending, or the one in an adapter's folder.
+
+    Raises:
+        FileError: there is nothing, or a folder without such a file.
+    """
+    try:
+        read_signature(path)  # says in a sentence why a path cannot be opened
+    except MissingFileError:
+        named = path.with_name(f"{path.name}.safetensors")
+        if not path.name or not os.path.isfile(named):  # noqa: PTH113 - never raises
+            raise
+        return named
+    if not path.is_dir():
+        return path
+    for name in (PEFT_FILE, HUB_FILE):
+        if (path / name).is_file():
+            return path / name
+    raise FileError(
+        f"{shorten(path.name)} is a folder without {PEFT_FILE} and {HUB_FILE}; expected a LoRA "
+        "file, or a folder that holds one of these."
+    )
+
+
+def read_state_dict(
+    state_dict: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    name: str = "state dict",
+) -> Adapter:
+    """Like `read_adapter`, for tensors in memory such as ComfyUI's LORA_MODEL."""
+    metadata = dict(metadata or {})
+    modules, key_format, report = read_modules(state_dict, metadata, None, name)
+    return Adapter(modules, metadata, key_format, report, name)
+
+
+def build_state_dict(adapter: Adapter, key_format: str = "comfyui") -> dict[str, torch.Tensor]:
+    """Every tensor of the adapter under the keys of `key_format`, bits unchanged.
+
+    Raises:
+        ConfigError: unknown format, one that cannot express the adapter's kinds, or no modules.
+    """
+    scheme = get_scheme(key_format)
+    if not adapter.modules:
+        raise ConfigError(f"{adapter.name} holds no modules, so there is nothing to write")
+    state_dict: dict[str, torch.Tensor] = {}
+    for module_path, weights in adapter.modules.items():
+        state_dict.update(scheme.spell(module_path, weights))
+    return state_dict
+
+
+def write_adapter(
+    adapter: Adapter, path: str | os.PathLike[str], key_format: str = "comfyui"
+) -> Path:
+    """Writes an adapter as safetensors, to a temporary name first, then renamed.
+
+    Args:
+        path: the file. For "peft" a file named `adapter_model.safetensors`, or the folder that
+            shall hold it; PEFT's `adapter_config.json` is written beside it.
+        key_format: "comfyui" and "kohya" carry alpha as tensors, "diffusers" in the header and
+            "peft" in the config file.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ConfigError: unknown format, one that cannot express the adapter's kinds, or no modules.
+        FileError: the folder or disk does not take the file; nothing is left behind.
+    """
+    path = Path(path)
+    check_name(path)
+    scheme = get_scheme(key_format)
+    if scheme.name == "peft" and path.name != PEFT_FILE:
+        if path.suffix == ".safetensors":
+            raise ConfigError(
+                f"PEFT reads a folder with {PEFT_FILE} and {PEFT_CONFIG}, not {path.name}; "
+                "give the folder's name."
+            )
+        path = path / PEFT_FILE
+    state_dict = build_state_dict(adapter, key_format)
+    title = path.parent.name if scheme.name == "peft" else path.stem
+    title = title.encode("utf-8", "replace").decode()  # a name that is no UTF-8 on the disk
+    metadata = build_metadata(adapter, scheme, title)
+    lora_config = build_lora_config(adapter) if scheme.name == "peft" else None
+    tensors = separate(state_dict)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_then_rename(path, lambda temporary: save_file(tensors, temporary, metadata))
+        if lora_config is not None:
+            write_peft_config(lora_config, path.with_name(PEFT_CONFIG))
+    except (OSError, SafetensorError) as e:
+        raise FileError(f"{shorten(path.name)} cannot be written: {explain(e)}.") from None
+    return path
+
+
+def check_name(path: Path) -> None:
+    """Raises FileError for a name with a null character or half a surrogate pair."""
+    try:
+        if b"\0" not in os.fsencode(path):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise FileError(f"{shorten(path.name)!r} is no name of a file; expected one.")
+
+
+def write_peft_config(lora_config: Mapping[str, object], path: Path) -> None:
+    config = {"peft_type": "LORA", "task_type": None, **lora_config}
+    text = json.dumps(config, indent=2, sort_keys=True)
+    write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Trainable LoRA layers in a model: planned, injected, ejected."""

@@ -1,0 +1,60 @@
+"""How a LoRA starts.
+
+In "kaiming", "gaussian" and "orthogonal" lora_A is random and lora_B is 0, so that the first
+forward is the base's to the bit. "pissa" (Meng et al. 2024, arXiv 2404.02948) starts on the base
+weight's own leading singular vectors, see `compute_principal_factors`.
+
+Random numbers are drawn on the CPU from a generator per module, so that neither the device nor the
+choice of other targets changes them.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+from ..adapter.delta import widen
+from ..algebra.truncation import MAX_RANDOMISED, OVERSAMPLING, compute_randomised_svd
+
+INITIALIZATIONS = ("kaiming", "gaussian", "orthogonal", "pissa")
+
+
+def make_generator(module_path: str, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {module_path}".encode()))
+
+
+def draw_down(init: str, rank: int, in_features: int, generator: torch.Generator) -> torch.Tensor:
+    """A starting lora_A, float32 (rank, in_features).
+
+    kaiming: uniform within 1 / sqrt(in), as PEFT and kohya start (He et al. 2015, with a = sqrt 5).
+    gaussian: normal with standard deviation 1 / rank, as PEFT's "gaussian".
+    orthogonal: orthonormal rows (columns, where the rank is above in_features).
+    """
+    lora_A = torch.empty(rank, in_features)
+    if init == "kaiming":
+        bound = in_features**-0.5
+        return lora_A.uniform_(-bound, bound, generator=generator)
+    if init == "gaussian":
+        return lora_A.normal_(std=1 / rank, generator=generator)
+    return torch.nn.init.orthogonal_(lora_A, generator=generator)
+
+
+def compute_principal_factors(
+    base_weight: torch.Tensor, rank: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PiSSA's start: scale * up @ down is the best approximation of the base weight at `rank`.
+
+    Args:
+        base_weight: (out, in), any float dtype, on any device.
+
+    Returns:
+        down (rank, in) and up (out, rank), each with the square root of the singular values.
+    """
+    weight = widen(base_weight)
+    if rank + OVERSAMPLING <= MAX_RANDOMISED * min(weight.shape):
+        u, values, vh = compute_randomised_svd(weight, rank)
+    else:
+        u, values, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (values[:rank] / scale).sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root

@@ -1,0 +1,1 @@
+"""What an adapter adds: statistics, a verdict, comparisons, plots."""

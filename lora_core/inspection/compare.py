@@ -1,0 +1,281 @@
+"""Two adapters side by side: direction, size, shared subspaces, drift, conflict when stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..adapter.adapter import Adapter
+from ..adapter.weights import ModuleWeights
+from ..algebra.factors import get_factors
+from ..algebra.products import (
+    Products,
+    complete,
+    compute_products,
+    compute_square,
+    find_obstacle,
+    measure_difference,
+)
+from ..algebra.subspaces import Overlap, compute_overlap, count_directions, decompose, pool
+from ..findings import WARNING, Finding
+from ..progress import Progress, ShouldStop, track
+from ..text import shorten_list
+
+ENERGY_90 = 0.9
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How delta b stands to delta a. None where a norm is 0 and the question has no answer."""
+
+    products: Products
+
+    @property
+    def norm_a(self) -> float:
+        return self.products.square_a**0.5
+
+    @property
+    def norm_b(self) -> float:
+        return self.products.square_b**0.5
+
+    @property
+    def cosine(self) -> float | None:
+        """<a, b> / (|a| |b|): 1 the same direction, 0 independent, -1 opposed."""
+        if not (self.norm_a and self.norm_b):
+            return None
+        return max(-1.0, min(1.0, self.products.inner / (self.norm_a * self.norm_b)))
+
+    @property
+    def norm_ratio(self) -> float | None:
+        """|b| / |a|."""
+        return self.norm_b / self.norm_a if self.norm_a else None
+
+    @property
+    def drift(self) -> float | None:
+        """|b - a| / |a|: the way from checkpoint a to checkpoint b, in lengths of a."""
+        return self.products.square_difference**0.5 / self.norm_a if self.norm_a else None
+
+    @property
+    def norm_sum(self) -> float:
+        """|a + b|, both stacked at strength 1."""
+        products = self.products
+        return max(products.square_a + products.square_b + 2 * products.inner, 0.0) ** 0.5
+
+    @property
+    def norm_if_independent(self) -> float:
+        """What |a + b| would be at cosine 0."""
+        return (self.products.square_a + self.products.square_b) ** 0.5
+
+    @property
+    def square_weaker(self) -> float:
+        return min(self.products.square_a, self.products.square_b)
+
+    @property
+    def conflict(self) -> float | None:
+        """Share of the weaker delta's energy that the stronger one cancels when both are stacked.
+
+        The weaker delta's component along the stronger has the share cosine^2 of its energy; it
+        is lost where the cosine is negative.
+        """
+        cosine = self.cosine
+        return None if cosine is None else min(cosine, 0.0) ** 2
+
+    def get_figures(self) -> dict[str, float | None]:
+        names = ("norm_a", "norm_b", "cosine", "norm_ratio", "drift", "norm_sum")
+        names += ("norm_if_independent", "conflict")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class ModuleComparison(Relation):
+    """One module that both adapters change."""
+
+    shape: tuple[int, ...]
+    kind_a: str
+    kind_b: str
+    rank_a: int
+    rank_b: int
+    overlap: Overlap | None = None
+    """Of all directions; None where a delta is zero, or of a kind without factors."""
+    overlap_90: Overlap | None = None
+    """Of the fewest directions that hold 90 % of either delta's energy."""
+
+    def to_dict(self) -> dict[str, Any]:
+        rest = {name: value for name, value in asdict(self).items() if name != "products"}
+        return {**self.get_figures(), **rest}
+
+
+@dataclass(frozen=True)
+class Comparison(Relation):
+    """Two whole adapters, each as one long vector: a module that an adapter lacks is zero there.
+
+    `conflict` and the overlaps are ratios of sums over the modules both have.
+    """
+
+    name_a: str
+    name_b: str
+    modules: Mapping[str, ModuleComparison]
+    only_in_a: tuple[str, ...] = ()
+    only_in_b: tuple[str, ...] = ()
+    not_comparable: Mapping[str, str] = field(default_factory=dict)
+    """Module path -> why; these are in no figure."""
+
+    @property
+    def conflict(self) -> float | None:
+        weaker = sum(module.square_weaker for module in self.modules.values())
+        lost = sum((m.conflict or 0.0) * m.square_weaker for m in self.modules.values())
+        return lost / weaker if weaker else None
+
+    @property
+    def overlap(self) -> Overlap | None:
+        return pool([module.overlap for module in self.modules.values() if module.overlap])
+
+    @property
+    def overlap_90(self) -> Overlap | None:
+        return pool([module.overlap_90 for module in self.modules.values() if module.overlap_90])
+
+    def to_dict(self) -> dict[str, Any]:
+        overlaps = {"overlap": self.overlap, "overlap_90": self.overlap_90}
+        return {
+            "name_a": self.name_a,
+            "name_b": self.name_b,
+            **self.get_figures(),
+            **{name: asdict(overlap) if overlap else None for name, overlap in overlaps.items()},
+            "only_in_a": list(self.only_in_a),
+            "only_in_b": list(self.only_in_b),
+            "not_comparable": dict(self.not_comparable),
+            "findings": [asdict(finding) for finding in self.findings],
+            "modules": {path: module.to_dict() for path, module in self.modules.items()},
+        }
+
+    def to_text(self) -> str:
+        lines = [
+            f"a: {self.name_a}; b: {self.name_b}",
+            f"{len(self.modules)} modules compared, {len(self.only_in_a)} only in a, "
+            f"{len(self.only_in_b)} only in b (zero in the other)",
+            f"cosine {show(self.cosine)}; norm {self.norm_a:.4g} and {self.norm_b:.4g}, "
+            f"b / a {show(self.norm_ratio)}; drift |b - a| / |a| {show(self.drift)}",
+        ]
+        for overlap, of in ((self.overlap, "all directions"), (self.overlap_90, "90 % of energy")):
+            if overlap:
+                lines.append(
+                    f"subspace overlap, {of}: outputs {overlap.left:.3f} "
+                    f"(chance {overlap.left_by_chance:.3f}), inputs {overlap.right:.3f} "
+                    f"(chance {overlap.right_by_chance:.3f})"
+                )
+        if self.conflict is not None:
+            lines.append(
+                f"stacked at strength 1: norm {self.norm_sum:.4g}, {self.norm_if_independent:.4g} "
+                f"if independent; {self.conflict:.2%} of the weaker deltas' energy is cancelled"
+            )
+            worst = max(self.modules, key=lambda path: self.modules[path].conflict or 0.0)
+            if (self.modules[worst].conflict or 0.0) > 1e-4:
+                lines[-1] += f", most in {worst} ({self.modules[worst].conflict:.2%})"
+        for label, paths in (("only in a", self.only_in_a), ("only in b", self.only_in_b)):
+            if paths:
+                lines.append(f"{label}: {shorten_list(paths, 3)}")
+        lines += [f"Warning: {finding.text}" for finding in self.findings]
+        return "\n".join(lines)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What no figure is of."""
+        if not self.not_comparable:
+            return ()
+        reasons = [f"{path}: {reason}" for path, reason in self.not_comparable.items()]
+        text = (
+            f"{len(reasons)} modules are not compared and in no figure: {shorten_list(reasons, 3)}"
+        )
+        return (Finding("modules_not_compared", WARNING, text, len(reasons)),)
+
+
+def compare_adapters(
+    a: Adapter,
+    b: Adapter,
+    *,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Comparison:
+    """Compares the deltas of two adapters, module by module and as a whole.
+
+    Ranks, kinds, scales and targets may differ. Everything comes from the factors where a kind
+    has any; the others are compared by their matrices and without subspaces. Bias deltas are left
+    out.
+
+    Raises:
+        NonFiniteWeightsError: an adapter holds NaN or Inf.
+        InterruptedError: `should_stop` returned True.
+    """
+    a.check_finite()
+    b.check_finite()
+    modules: dict[str, ModuleComparison] = {}
+    not_comparable: dict[str, str] = {}
+    total = Products()
+    for path in track(
+        [*a, *(p for p in b if p not in a.modules)], progress, should_stop, "comparison"
+    ):
+        first, second = a.modules.get(path), b.modules.get(path)
+        reason = find_difficulty(first, second)
+        if reason:
+            not_comparable[path] = reason
+        elif first is not None and second is not None:
+            modules[path] = compare_modules(first, second)
+            total += modules[path].products
+        elif first is not None:
+            square = compute_square(first)
+            total += Products(square_a=square, square_difference=square)
+        else:
+            square = compute_square(second)
+            total += Products(square_b=square, square_difference=square)
+    a.release()
+    b.release()
+    return Comparison(
+        total,
+        a.name,
+        b.name,
+        modules,
+        only_in_a=tuple(path for path in a if path not in b.modules),
+        only_in_b=tuple(path for path in b if path not in a.modules),
+        not_comparable=not_comparable,
+    )
+
+
+def find_difficulty(a: ModuleWeights | None, b: ModuleWeights | None) -> str | None:
+    found = [weights for weights in (a, b) if weights is not None]
+    for weights in found:
+        obstacle = find_obstacle(weights)
+        if obstacle:
+            return obstacle
+    if len({weights.shape for weights in found}) > 1:
+        return f"it is {a.shape} in a but {b.shape} in b"
+    return None
+
+
+def compare_modules(a: ModuleWeights, b: ModuleWeights) -> ModuleComparison:
+    """Of additive weights of one shape."""
+    facts = (a.shape, a.kind, b.kind, a.rank, b.rank)
+    factors_a, factors_b = get_factors(a), get_factors(b)
+    if factors_a is None or factors_b is None:
+        return ModuleComparison(compute_products(a, b), *facts)
+    svd_a, svd_b = decompose(factors_a), decompose(factors_b)
+    left, right = svd_a.project(svd_b)
+    outer = svd_a.values[:, None] * svd_b.values
+    products = complete(
+        svd_a.values.square().sum().item(),
+        svd_b.values.square().sum().item(),
+        (outer * left * right).sum().item(),
+        lambda: measure_difference(factors_a, factors_b),
+    )
+    ranks = count_directions(svd_a.values, 1.0), count_directions(svd_b.values, 1.0)
+    ranks_90 = count_directions(svd_a.values, ENERGY_90), count_directions(svd_b.values, ENERGY_90)
+    return ModuleComparison(
+        products,
+        *facts,
+        overlap=compute_overlap(left, right, *ranks, factors_a.shape),
+        overlap_90=compute_overlap(left, right, *ranks_90, factors_a.shape),
+    )
+
+
+def show(value: float | None) -> str:
+    return "undefined (a delta is zero)" if value is None else f"{value:.4g}"

@@ -1,0 +1,133 @@
+"""Inspections on disk, named by the content they are about. For speed only: any may be deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from ..adapter.adapter import Adapter
+from ..disk.field_types import check_fields
+from ..disk.json_reader import read_object
+from ..disk.regular_files import open_regular
+from ..disk.safetensors_file import BASE_MODEL, StoredTensor, read_signature
+from ..disk.writing import write_then_rename
+from ..errors import FileError
+from ..text import shorten
+from .against_base import BaseFigures
+from .inspection import Inspection, ModuleInspection
+
+#: Goes up when the same file would get other figures; the fields are compared anyway.
+VERSION = 3
+HASH_CHUNK_BYTES = 1 << 24
+#: Of an inspection on disk; one of 840 modules of rank 128 has 3 MB.
+MAX_BYTES = 256 << 20
+MAX_HEADER_BYTES = 100_000_000  # as safetensors limits it
+NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+def compute_content_hash(adapter: Adapter) -> str | None:
+    """A digest of everything an inspection depends on; None if not all of it is in one file.
+
+    The file's bytes are not enough: alpha may come from a file beside it, and an adapter may hold
+    only some of a file's modules.
+
+    Raises:
+        FileError: the file went away or changed since it was opened.
+    """
+    file = adapter.file
+    tensors = [tensor for weights in adapter.modules.values() for tensor in weights.parts.values()]
+    if file is None or not all(isinstance(t, StoredTensor) and t.file is file for t in tensors):
+        return None
+    file.check_unchanged()
+    digest = hashlib.blake2b(digest_size=20)
+    with open_regular(file.path) as content:
+        while chunk := content.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    for path, weights in adapter.modules.items():
+        digest.update(f"{path} {weights.kind} {weights.alpha!r} {weights.scale!r}\n".encode())
+    file.check_unchanged()
+    return digest.hexdigest()
+
+
+def compute_file_identity(path: Path) -> str:
+    """A digest that tells one base model's file from another without reading all of it.
+
+    Of the name (it is in the sentences), size, modification time, header, and 4 KiB at each of 64
+    places. Only a file changed elsewhere, at the same size and under its old time, would pass for
+    what it was; hashing tens of gigabytes takes longer than the inspection it would save.
+
+    Raises:
+        FileError: the file is missing or cannot be opened.
+    """
+    size, modified, *_ = read_signature(path, BASE_MODEL)
+    digest = hashlib.blake2b(f"{path.name} {size} {modified}\n".encode(), digest_size=12)
+    try:
+        with open_regular(path) as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header_bytes, MAX_HEADER_BYTES)))
+            for place in range(NUM_SAMPLES):
+                file.seek(size * place // NUM_SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    except OSError as e:
+        raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None
+    return digest.hexdigest()
+
+
+def write_inspection(inspection: Inspection, path: Path) -> None:
+    """Written under another name, then renamed: a reader never sees half a file."""
+    text = json.dumps(
+        {
+            "version": VERSION,
+            "fields": list_fields(),
+            "modules": {path: asdict(module) for path, module in inspection.modules.items()},
+            "skipped": dict(inspection.skipped),
+            "non_finite": list(inspection.non_finite),
+            "misfits": list(inspection.misfits),
+        }
+    )
+    write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_inspection(path: Path, name: str) -> Inspection | None:
+    """What `write_inspection` wrote, for an adapter of this name; None if of another version."""
+    try:
+        saved = read_object(path, MAX_BYTES)
+        if saved["version"] != VERSION or saved["fields"] != list_fields():
+            return None
+        modules = {path: build_module(figures) for path, figures in saved["modules"].items()}
+        lists = (tuple(saved[field]) for field in ("non_finite", "misfits"))
+        inspection = Inspection(name, modules, saved["skipped"], *lists)
+        check_fields(inspection)
+        return inspection
+    except (FileError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def list_fields() -> list[str]:
+    return [field.name for kind in (ModuleInspection, BaseFigures) for field in fields(kind)]
+
+
+def build_module(figures: dict) -> ModuleInspection:
+    """JSON has no tuples, and no numbers as keys.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: not what `write_inspection` wrote.
+    """
+    quantiles, histogram = figures["quantiles"], figures["histogram"]
+    base = figures["base"]
+    module = ModuleInspection(
+        **{
+            **figures,
+            "shape": tuple(figures["shape"]),
+            "singular_values": tuple(figures["singular_values"]),
+            "quantiles": quantiles and {float(key): value for key, value in quantiles.items()},
+            "base": base and BaseFigures(**base),
+            "histogram": histogram and tuple((edge, number) for edge, number in histogram),
+        }
+    )
+    check_fields(module)
+    if module.base is not None:
+        check_fields(module.base)
+    return module

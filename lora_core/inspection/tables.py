@@ -1,0 +1,103 @@
+"""Inspections and comparisons as text: sentences first, then one line per module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..findings import NOTE, WARNING, Finding
+from ..text import align, shorten_list
+from .statistics import BY_BLOCK, STATISTICS, sort_modules
+
+if TYPE_CHECKING:
+    from .compare import Comparison, ModuleComparison
+    from .inspection import Inspection, ModuleInspection
+
+
+def needs_attention(inspection: Inspection) -> bool:
+    """Whether any sentence of the verdict is more than good news."""
+    return any(finding.severity != NOTE for finding in inspection.findings)
+
+
+def describe_verdict(inspection: Inspection) -> str:
+    """The verdict, a sentence a line, then what could not be inspected."""
+    lines = [f"{inspection.name}: {len(inspection.modules)} modules", *inspection.verdict]
+    lines += [f"Warning: {finding.text}" for finding in find_skipped(inspection)]
+    return "\n".join(lines)
+
+
+def find_skipped(inspection: Inspection) -> list[Finding]:
+    """What the figures are not of; a warning where the base model is at fault."""
+    if not inspection.skipped:
+        return []
+    found = [f"{path}: {reason}" for path, reason in inspection.skipped.items()]
+    text = f"{len(found)} modules have no figures: {shorten_list(found, 2)}"
+    severity = WARNING if inspection.misfits else NOTE
+    return [Finding("modules_without_figures", severity, text, len(found))]
+
+
+#: Always shown, then by whichever figure the table is sorted.
+COLUMNS = ("std", "effective rank", "energy rank 99 %", "abs max", "fraction below 1e-6")
+HEADERS = {
+    "frobenius": "norm",
+    "spectral": "sigma 1",
+    "effective rank": "eff. rank",
+    "energy rank 99 %": "99 %",
+    "abs max": "max",
+    "fraction below 1e-6": "< 1e-6",
+}
+FORMATS = {
+    "std": ".2e",
+    "frobenius": ".3g",
+    "spectral": ".3g",
+    "effective rank": ".1f",
+    "stable rank": ".1f",
+    "energy rank 99 %": "d",
+    "abs max": ".2e",
+    "fraction below 1e-6": ".2%",
+}
+
+
+def build_table(inspection: Inspection, sort_by: str = "std") -> str:
+    """One line per module, the worst first; narrow enough for a node.
+
+    Raises:
+        ConfigError: an unknown sort key, or one that needs an exact inspection.
+    """
+    paths = sort_modules(inspection, sort_by)
+    names = [n for n in COLUMNS if inspection.is_exact or not STATISTICS[n].needs_exact]
+    if sort_by != BY_BLOCK and sort_by not in names:
+        names.insert(0, sort_by)
+    rows = [build_row(path, inspection.modules[path], names) for path in paths]
+    header = ["module", "rank", *(HEADERS.get(name, name) for name in names)]
+    order = "in the model's order" if sort_by == BY_BLOCK else f"worst {sort_by} first"
+    return "\n".join([f"{len(rows)} modules, {order}", *align([header, *rows])])
+
+
+def build_row(module_path: str, module: ModuleInspection, names: list[str]) -> list[str]:
+    figures = [format(STATISTICS[name].read(module), FORMATS[name]) for name in names]
+    return [module_path.removeprefix("transformer_blocks."), str(module.rank), *figures]
+
+
+def build_comparison_table(comparison: Comparison) -> str:
+    """One line per module that both adapters change, the most opposed first."""
+    paths = sorted(comparison.modules, key=lambda path: read_cosine(comparison.modules[path]))
+    header = ["module", "cosine", "norm a", "norm b", "b / a", "drift", "overlap"]
+    rows = [build_comparison_row(path, comparison.modules[path]) for path in paths]
+    return "\n".join([f"{len(rows)} modules, lowest cosine first", *align([header, *rows])])
+
+
+def read_cosine(module: ModuleComparison) -> float:
+    return 2.0 if module.cosine is None else module.cosine  # those without one come last
+
+
+def build_comparison_row(module_path: str, module: ModuleComparison) -> list[str]:
+    overlap = module.overlap_90
+    figures = (module.norm_ratio, module.drift)
+    return [
+        module_path.removeprefix("transformer_blocks."),
+        "-" if module.cosine is None else f"{module.cosine:+.3f}",
+        f"{module.norm_a:.3g}",
+        f"{module.norm_b:.3g}",
+        *("-" if figure is None else f"{figure:.3g}" for figure in figures),
+        "-" if overlap is None else f"{overlap.left:.2f}",
+    ]

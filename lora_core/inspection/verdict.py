@@ -1,0 +1,197 @@
+"""Judging an inspection: sentences, each with the figure and the threshold behind it.
+
+The ranges are those of known-good Qwen-Image-Edit LoRAs (DESIGN.md, section 5): std of the delta
+1e-4 to 1e-3, largest entry 1e-3 to 1e-2, fewer than 1 % of the entries below 1e-6.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from ..base_model import module_paths
+from ..findings import ERROR, NOTE, WARNING, Finding
+from ..text import shorten_list
+
+if TYPE_CHECKING:
+    from .inspection import Inspection, ModuleInspection
+
+GOOD_STD = (1e-4, 1e-3)
+GOOD_MAX = (1e-3, 1e-2)
+GOOD_FRACTION = 0.01
+#: Ten times the good range: where a delta starts to overwrite the base (whose std is about 2e-2).
+SATURATED_STD = 1e-2
+#: A tenth of it: hardly visible at strength 1.
+FAINT_STD = 1e-5
+#: Share of the rank that carries the spectrum; below it a smaller rank would do.
+COLLAPSED = 0.05
+#: Noise of a merge, relative to the adapter, that still goes unnoticed.
+MERGE_ERROR = 0.25
+#: The kind of a finding that says there is nothing to judge.
+NOTHING = "nothing_to_judge"
+#: Below this share of the root mean square a delta's mean does not count.
+SMALL_MEAN = 0.1
+#: alpha / rank at which people usually train; far from it the strength at use is off.
+USUAL_SCALE = (1 / 64, 8.0)
+
+
+def judge(inspection: Inspection) -> tuple[Finding, ...]:
+    """The verdict, the gravest first; the last sentence says what kind of adapter this is."""
+    findings = judge_defects(inspection)
+    if inspection.modules:
+        is_untrained = any(finding.kind == "untrained" for finding in findings)
+        findings += judge_scale(inspection)
+        findings += judge_merge(inspection)
+        if not is_untrained:
+            findings.append(judge_size(inspection))
+    elif inspection.misfits and not findings:
+        first = inspection.misfits[0]
+        text = (
+            f"nothing to judge: none of {len(inspection.misfits)} modules fits this base "
+            f"({first}: {inspection.skipped[first]}); choose the base it was trained on"
+        )
+        findings.append(Finding(NOTHING, WARNING, text, len(inspection.misfits)))
+    elif not findings:
+        text = "nothing to judge: no module of this adapter has a delta of its own"
+        findings.append(Finding(NOTHING, WARNING, text))
+    return tuple(findings)
+
+
+def judge_defects(inspection: Inspection) -> list[Finding]:
+    modules = inspection.modules
+    found = []
+    if inspection.non_finite:
+        text = (
+            f"non-finite: {len(inspection.non_finite)} modules hold NaN or Inf "
+            f"({shorten_list(inspection.non_finite, 2)}), as stored or times their alpha; training "
+            "diverged or the file is damaged"
+        )
+        found.append(Finding("non_finite", ERROR, text, len(inspection.non_finite)))
+    last = find_last_block(modules)
+    zero = [path for path, module in modules.items() if module.frobenius == 0]
+    inert = [path for path in zero if is_inert(path, last)]
+    dead = [path for path in zero if path not in inert]
+    if zero and len(zero) == len(modules):
+        text = (
+            f"untrained: the delta of all {len(modules)} modules is exactly 0 (lora_B is zero); "
+            "this adapter does nothing at any strength"
+        )
+        found.append(Finding("untrained", ERROR, text, len(zero)))
+        return found
+    if dead:
+        is_widespread = len(dead) > len(modules) / 10
+        text = (
+            f"{'partly trained' if is_widespread else 'dead modules'}: {len(dead)} of "
+            f"{len(modules)} modules have a delta of exactly 0 ({shorten_list(dead, 3)})"
+        )
+        kind = "partly_trained" if is_widespread else "dead_modules"
+        found.append(Finding(kind, WARNING, text, len(dead)))
+    if inert:
+        text = (
+            f"inert, not broken: {len(inert)} modules of block {last} never get a gradient, since "
+            f"the model discards their output ({shorten_list(inert, 4)})"
+        )
+        found.append(Finding("inert", NOTE, text, len(inert)))
+    return found
+
+
+def judge_scale(inspection: Inspection) -> list[Finding]:
+    found = []
+    low, high = USUAL_SCALE
+    odd = {
+        module.scale
+        for module in inspection.modules.values()
+        if module.kind != "LoKr" and not low <= abs(module.scale) <= high
+    }
+    if odd:
+        shown = ", ".join(f"{scale:g}" for scale in sorted(odd)[:3])
+        text = (
+            f"scale: alpha / rank is {shown}, outside {low:g} to {high:g}; if alpha is wrong in "
+            "the file, the strength is wrong by the same factor"
+        )
+        found.append(Finding("scale", WARNING, text))
+    collapsed = [
+        path
+        for path, module in inspection.modules.items()
+        if module.kind == "LoRA"
+        and module.rank >= 8
+        and 0 < module.effective_rank < max(1.5, COLLAPSED * module.rank)
+    ]
+    if len(collapsed) > len(inspection.modules) / 2:
+        module = inspection.modules[collapsed[0]]
+        text = (
+            f"collapsed rank: in {len(collapsed)} of {len(inspection.modules)} modules the "
+            f"effective rank is below {COLLAPSED:.0%} of the rank (for example "
+            f"{module.effective_rank:.1f} of {module.rank}); a smaller rank would hold the same"
+        )
+        found.append(Finding("collapsed_rank", WARNING, text, len(collapsed)))
+    return found
+
+
+def judge_merge(inspection: Inspection) -> list[Finding]:
+    """Whether the adapter survives being merged into its base as stored."""
+    error = inspection.merge_error
+    if error is None:
+        return []
+    with_base = [m for m in inspection.modules.values() if m.base is not None]
+    storage = Counter(m.base.storage for m in with_base).most_common(1)[0][0]
+    measured = [m for m in with_base if m.base.merge_error_measured is not None]
+    checked = ""
+    if measured:
+        squares = sum((m.base.merge_error_measured * m.frobenius) ** 2 for m in measured)
+        total = sum(m.frobenius**2 for m in measured)
+        real = (squares / total) ** 0.5 if total else 0.0
+        checked = f", {real:.2g} by real rounding in {len(measured)} modules"
+    noise = f"rounding noise is {error:.2g} times the adapter (predicted{checked}; up to "
+    noise += f"{MERGE_ERROR:g} is fine)"
+    if error > MERGE_ERROR:
+        text = f"merged into this {storage} base, {noise}: use the side path"
+        return [Finding("merge_noise", WARNING, text)]
+    return [Finding("merge_survives", NOTE, f"survives merging into this {storage} base: {noise}")]
+
+
+def judge_size(inspection: Inspection) -> Finding:
+    """The answer to "my delta is tiny, is that normal?"."""
+    largest = inspection.abs_max
+    # The good ranges are deviations; a delta that is the same everywhere has none and is large.
+    size = (inspection.std**2 + inspection.mean**2) ** 0.5
+    low, high = GOOD_STD
+    name = "std"
+    if abs(inspection.mean) > SMALL_MEAN * size:
+        name = f"mean {inspection.mean:.2e}, std {inspection.std:.2e}, root mean square"
+    else:
+        size = inspection.std
+    parts = [f"{name} {size:.2e} (known-good LoRAs: {low:g} to {high:g})"]
+    if largest is not None:
+        parts.append(f"largest entry {largest:.1e} ({GOOD_MAX[0]:g} to {GOOD_MAX[1]:g})")
+        parts.append(
+            f"{inspection.fraction_below_1e6:.2%} of the entries below 1e-6 (under "
+            f"{GOOD_FRACTION:.0%})"
+        )
+    figures = ", ".join(parts)
+    if size >= SATURATED_STD:
+        text = f"saturated: {figures}; it overwrites the base, use a strength well below 1"
+        return Finding("saturated", WARNING, text)
+    if size > high:
+        text = f"strong: {figures}; strengths below 1 may look better"
+        return Finding("strong", WARNING, text)
+    if size < FAINT_STD:
+        return Finding("very_faint", WARNING, f"very faint: {figures}; expect little at strength 1")
+    if size < low:
+        text = f"faint: {figures}; a strength above 1 may be needed"
+        return Finding("faint", WARNING, text)
+    small = f"{figures}; small entries are what a LoRA is made of"
+    if largest is None or inspection.fraction_below_1e6 < GOOD_FRACTION:
+        return Finding("healthy", NOTE, f"dense, small, healthy: {small}")
+    return Finding("sparse", WARNING, f"healthy in size, but sparse: {small}")
+
+
+def find_last_block(modules: dict[str, ModuleInspection]) -> int:
+    blocks = [block for block, _ in map(module_paths.split_path, modules) if block is not None]
+    return max(blocks, default=-1)
+
+
+def is_inert(module_path: str, last_block: int) -> bool:
+    """Modules of the model's last block whose output it discards."""
+    block, name = module_paths.split_path(module_path)
+    return block == last_block and name in module_paths.INERT_LAST_BLOCK

@@ -1,0 +1,193 @@
+"""A worker's own voice: writes its state, listens for requests, and knows when it is not wanted."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError
+from ..training.run.metrics import StepReport
+from .folder import STATE_FILE, JobFolder
+from .job import JobState, JobStatus, Phase, Request
+
+LISTEN_INTERVAL = 0.2  # seconds between looks for a request
+WRITE_INTERVAL = 1.0  # seconds between heartbeats
+#: Weight of the past in the seconds per step, whose first steps are slow.
+SMOOTHING = 0.9
+
+logger = logging.getLogger(__name__)
+
+
+class Pulse:
+    """Holds the state of the job that this process has; the only writer of its state.json."""
+
+    def __init__(self, folder: JobFolder, state: JobState):
+        self.folder = folder
+        self.state = state
+        self.is_terminated: Callable[[], bool] = lambda: False
+        """Whether the system asked the process to end."""
+        self._lock = threading.RLock()
+        self._written_at = 0.0
+        self._is_over = False
+        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        folder.write_state(state)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def should_stop(self) -> bool:
+        """Whether somebody wants the training to end."""
+        return self.is_terminated() or self.folder.read_request() in (Request.PAUSE, Request.CANCEL)
+
+    def update(self, **changes: Any) -> None:
+        """Changes the state; it is written at once where more than figures changed."""
+        with self._lock:
+            before, self.state = self.state, dataclasses.replace(self.state, **changes)
+            is_due = time.monotonic() - self._written_at > WRITE_INTERVAL
+            is_news = before.phase is not self.state.phase or before.alarms != self.state.alarms
+            if is_due or is_news:
+                self._write(durable=False)
+
+    def say(self, sentence: str) -> None:
+        """Into the log."""
+        say(sentence)
+
+    def note(self, sentence: str) -> None:
+        """Into the log and the job's notes."""
+        say(sentence)
+        self.update(notes=(*self.state.notes, sentence)[-20:])
+
+    def alarm(self, sentence: str) -> None:
+        """Into the log and the job's alarms, each once."""
+        if sentence not in self.state.alarms:
+            say(f"alarm: {sentence}")
+            self.update(alarms=(*self.state.alarms, sentence)[-20:])
+
+    def report(self, report: StepReport) -> None:
+        """Takes over a step's figures."""
+        past = self.state.seconds_per_step
+        seconds = report.seconds
+        if past is not None:
+            seconds = SMOOTHING * past + (1 - SMOOTHING) * seconds
+        changes: dict[str, Any] = {}
+        if report.checkpoint:
+            changes["checkpoint_step"] = report.step
+        if report.adapters:
+            changes["adapters"] = report.adapters
+        self.update(
+            step=report.step,
+            loss=report.loss,
+            smoothed_loss=report.smoothed_loss,
+            seconds_per_step=seconds,
+            memory_bytes=report.memory_bytes,
+            **changes,
+        )
+
+    def finish(self, status: JobStatus, **changes: Any) -> None:
+        """Writes the last state of this process, in which nobody works on the job.
+
+        Raises:
+            FileError: the disk does not take it.
+        """
+        ended_at = time.time() if status.is_finished else None
+        self.finish_as(
+            dataclasses.replace(
+                self.state, status=status, phase=None, worker=None, ended_at=ended_at, **changes
+            )
+        )
+
+    def finish_as(self, state: JobState) -> None:
+        """As `finish`, with a whole state."""
+        with self._lock:
+            self._is_over = True
+            self.state = state
+            self.folder.write_state(state)
+
+    def _beat(self) -> None:
+        while not self._is_over:
+            time.sleep(LISTEN_INTERVAL)
+            with self._lock:
+                if self._is_over:
+                    return
+                if is_gone(self.folder.path / STATE_FILE):
+                    say("the job's folder is gone; the worker ends")
+                    sys.stdout.flush()
+                    os._exit(0)
+                if self.state.phase is Phase.LOADING:
+                    self._stop_loading()
+                if time.monotonic() - self._written_at > WRITE_INTERVAL:
+                    self._write(durable=False)
+
+    def _stop_loading(self) -> None:
+        """Ends the process where it has nothing yet that would have to be saved."""
+        request = self.folder.read_request()
+        status = {Request.PAUSE: JobStatus.PAUSED, Request.CANCEL: JobStatus.CANCELLED}.get(request)
+        if status is None:
+            return
+        try:
+            self.finish(status)
+        except FileError as e:
+            say(str(e))
+            return
+        say(f"{status.value} while the model was loading")
+        sys.stdout.flush()
+        os._exit(0)
+
+    def _write(self, durable: bool) -> None:
+        self.state = dataclasses.replace(self.state, heartbeat_at=time.time())
+        self._written_at = time.monotonic()
+        try:
+            self.folder.write_state(self.state, durable)
+        except FileError as e:
+            logger.warning("%s", e)  # figures only; training decides for itself what it cannot save
+
+
+def is_gone(path: Path) -> bool:
+    """Not because of a moment in which Windows lets nobody look at the file."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+class MutedPulse:
+    """For the processes of a team that do not speak for it."""
+
+    def __init__(self, folder: JobFolder):
+        self.folder = folder
+        self.is_terminated: Callable[[], bool] = lambda: False
+
+    def should_stop(self) -> bool:
+        """The request itself is the first process's to hear; all stop when one of them does."""
+        return self.is_terminated()
+
+    def update(self, **changes: Any) -> None:
+        pass
+
+    def note(self, sentence: str) -> None:
+        pass
+
+    def alarm(self, sentence: str) -> None:
+        pass
+
+    def report(self, report: StepReport) -> None:
+        pass
+
+    def say(self, sentence: str) -> None:
+        pass
+
+
+def say(sentence: str) -> None:
+    """A line of the log, with its time."""
+    sys.stdout.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
+    sys.stdout.flush()

@@ -1,0 +1,104 @@
+"""Training an adapter again from its own metadata: same settings, same base, same training set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..disk.json_reader import parse_object
+from ..errors import ConfigError, FileError
+from ..text import shorten
+from ..training.config.config import TrainConfig
+from ..training.config.config_files import config_from_dict
+from ..training.run.adapter_files import CONFIG_KEY
+
+#: A file's or folder's own name -> where it is: nothing, one place, or several.
+Find = Callable[[str], Sequence[Path]]
+
+MAX_NAME = 300
+#: Characters of why settings cannot be read.
+MAX_REASON = 200
+DAMAGED = "the settings in this LoRA are damaged"
+SET_UP_ANEW = "set the training up anew"
+
+
+def build_again(
+    metadata: Mapping[str, str], find_model: Find, find_dataset: Find, find_vae: Find | None = None
+) -> TrainConfig:
+    """The configuration of the run that made an adapter, with this machine's paths.
+
+    Adapters hold names and no paths. What is looked for is only ever a name without a folder in
+    it, so that an adapter from elsewhere cannot point at other files.
+
+    Args:
+        metadata: the adapter's.
+        find_model: base models of a name.
+        find_dataset: cached training sets of a name; their names hold a digest of their content.
+        find_vae: VAEs of a name, for runs whose losses look at pictures.
+
+    Returns:
+        A configuration to submit; its `output` is a name alone.
+
+    Raises:
+        ConfigError: the adapter says nothing of a training by this package, or one in another
+            version's words; or a sentence that names all that is missing here.
+    """
+    values = read_settings(metadata)
+    model, data = values["model"], values["data"]
+    wanted = (
+        (model, "source", "the base model", find_model),
+        (data, "folder", "the training set", find_dataset),
+        (data, "prior", "the prior's training set", find_dataset),
+        (model, "vae", "the VAE", find_vae or (lambda name: ())),
+    )
+    missing = []
+    for table, key, what, find in wanted:
+        name = table.get(key, "")
+        if not name:
+            continue  # config_from_dict says so where it is needed
+        found = list(dict.fromkeys(find(name))) if is_plain_name(name) else []
+        if len(found) == 1:
+            table[key] = str(found[0])
+        elif found:
+            missing.append(f"{what} {shorten(name)} is there {len(found)} times")
+        else:
+            missing.append(f"{what} {shorten(str(name))} is not here")
+    if missing:
+        raise ConfigError(
+            f"this LoRA cannot be trained again: {'; '.join(missing)}. Put what is missing where "
+            "it was under the same name, or set the training up anew with Train Edit LoRA"
+        )
+    try:
+        return replace(config_from_dict(values), output="again")
+    except ConfigError as e:
+        raise ConfigError(f"the settings of the LoRA are of another version: {e}") from None
+
+
+def read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The settings as a tree of dictionaries with a table for the model and one for the data."""
+    text = metadata.get(CONFIG_KEY)
+    if text is None:
+        raise ConfigError(
+            "this LoRA says nothing of how it was trained; only those that Train Edit LoRA or "
+            "python -m lora_core train made can be trained again"
+        )
+    try:
+        values = parse_object(text, f"the header's {CONFIG_KEY}")
+    except FileError as e:
+        reason = shorten(str(e).rstrip("."), MAX_REASON)
+        raise ConfigError(f"{DAMAGED} ({reason}); {SET_UP_ANEW}") from None
+    if not all(isinstance(values.get(table), dict) for table in ("model", "data")):
+        raise ConfigError(f"{DAMAGED}; {SET_UP_ANEW}")
+    return values
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether it names a file or folder and no place."""
+    return (
+        isinstance(name, str)
+        and len(name) <= MAX_NAME
+        and name not in (".", "..")
+        and not any(c in "/\\:\0" for c in name)
+    )

@@ -1,0 +1,288 @@
+"""Reading pictures of every kind that lie in people's folders, one at a time."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..disk.regular_files import open_regular
+from ..errors import FileError
+from ..text import shorten
+
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jfif"}
+)
+#: By Pillow's names. Some of its other readers start programs, such as Ghostscript for EPS.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+MAX_SIDE_PX = 16_384  # ComfyUI's own MAX_RESOLUTION
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
+ORIENTATION = 0x0112  # EXIF tag
+MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+MAX_16_BIT = 65_535
+#: EXIF orientation -> what stands the picture upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+HASH_CHUNK_BYTES = 1 << 20
+#: Of a picture that are converted at a time; all at once would need many times the file's own
+#: memory.
+BAND_PIXELS = 1 << 20
+
+
+@dataclass(frozen=True)
+class FilePicture:
+    """A picture in a file."""
+
+    path: Path
+    label: str = ""
+    """Its path inside the set's folder: target and reference often have one file name."""
+
+    @property
+    def name(self) -> str:
+        return self.label or self.path.name
+
+    def read(self) -> np.ndarray:
+        """float32 (height, width, 3) in [0, 1]: turned upright, transparency over white.
+
+        Raises:
+            FileError: no picture, a damaged one, or one too large; the text names the file.
+        """
+        with open_picture(self.path, self.name) as image:
+            upright = turn_upright(image)
+            pixels = np.empty((upright.height, upright.width, 3), np.float32)
+            for top, band in split_image(upright):
+                pixels[top : top + band.height] = convert(band)
+            return pixels
+
+    def read_bands(self) -> Iterator[np.ndarray]:
+        """`read` piece by piece: float32 (rows, width, 3), from the top."""
+        with open_picture(self.path, self.name) as image:
+            for _, band in split_image(turn_upright(image)):
+                yield convert(band)
+
+    def read_small(self, side_px: int) -> np.ndarray:
+        """uint8 (height, width, 3), about as large as asked for; JPEGs are decoded at that size.
+
+        Beside the decoded file, memory goes with `side_px`, not with the picture.
+        """
+        with open_picture(self.path, self.name) as image:
+            image.draft(None, (side_px, side_px))
+            upright = turn_upright(image)
+            bands = ((top, convert_to_bytes(band)) for top, band in split_image(upright))
+            return shrink(bands, upright.size, side_px)
+
+    def compute_digest(self) -> str:
+        """Of the file's bytes, and whether they are a picture at all is not asked.
+
+        Raises:
+            FileError: the file cannot be opened.
+        """
+        digest = hashlib.blake2b(digest_size=20)
+        try:
+            with open_regular(self.path, self.name) as file:
+                while chunk := file.read(HASH_CHUNK_BYTES):
+                    digest.update(chunk)
+        except OSError as e:
+            raise FileError(f"{shorten(self.name)} cannot be read: {e.strerror}.") from None
+        return digest.hexdigest()
+
+    def read_header(self) -> Header:
+        """What can be said without decoding.
+
+        Raises:
+            FileError: as `read`.
+        """
+        with open_picture(self.path, self.name) as image:
+            width, height = image.size
+            orientation = image.getexif().get(ORIENTATION)
+            if orientation in (5, 6, 7, 8):
+                width, height = height, width
+            frames = getattr(image, "n_frames", 1)
+            pages = "pages" if image.format == "TIFF" else "frames"
+            traits = {
+                "CMYK": image.mode == "CMYK",
+                "16-bit": image.mode in MODES_16_BIT,
+                f"{frames} {pages}, the first is used": frames > 1,
+                "turned by EXIF": orientation in TURNS,
+                "transparent": has_alpha(image),
+            }
+        return Header(width, height, tuple(name for name, holds in traits.items() if holds))
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayPicture:
+    """A picture from the graph."""
+
+    name: str
+    pixels: np.ndarray = field(repr=False)
+    """float32 (height, width, 3) in [0, 1]."""
+
+    def read(self) -> np.ndarray:
+        return self.pixels
+
+    def read_bands(self) -> Iterator[np.ndarray]:
+        for rows in slice_rows(*self.pixels.shape[:2]):
+            yield self.pixels[rows]
+
+    def read_small(self, side_px: int) -> np.ndarray:
+        height, width = self.pixels.shape[:2]
+        bands = (
+            (rows.start, Image.fromarray(round_to_bytes(self.pixels[rows])))
+            for rows in slice_rows(height, width)
+        )
+        return shrink(bands, (width, height), side_px)
+
+    def compute_digest(self) -> str:
+        digest = hashlib.blake2b(repr(self.pixels.shape).encode(), digest_size=20)
+        digest.update(np.ascontiguousarray(self.pixels).tobytes())
+        return digest.hexdigest()
+
+    def read_header(self) -> Header:
+        """FileError for one too large, as a file would be."""
+        height, width = self.pixels.shape[:2]
+        check_size(self.name, width, height)
+        return Header(width, height, ())
+
+
+Picture = FilePicture | ArrayPicture
+
+
+@dataclass(frozen=True)
+class Header:
+    width: int
+    """In pixels, turned upright."""
+    height: int
+    traits: tuple[str, ...]
+    """What is unusual about the file: "CMYK", "16-bit", "turned by EXIF", ..."""
+
+
+@contextmanager
+def open_picture(path: Path, name: str) -> Iterator[Image.Image]:
+    """A Pillow image of a bearable size; whatever goes wrong inside becomes one sentence."""
+    name = shorten(name)
+    with open_regular(path, name) as file:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd metadata; too many pixels: see below
+                with Image.open(file, formats=list_formats()) as image:
+                    check_size(name, *image.size)
+                    yield image
+        except FileError:
+            raise
+        except Image.DecompressionBombError:
+            raise FileError(
+                f"{name} is larger than {MAX_PIXELS // 10**6} million pixels; expected at most "
+                f"{MAX_SIDE_PX:,} px a side. Scale it down: training uses about one million."
+            ) from None
+        except Image.UnidentifiedImageError:
+            what = "no picture that can be read" if file.seek(0, 2) else "an empty file"
+            raise FileError(
+                f"{name} is {what}; expected a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF of 8 or 16 "
+                "bits. Save it again, or remove it."
+            ) from None
+        except Exception as e:  # noqa: BLE001 - Pillow raises nearly anything on damaged files
+            reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
+            raise FileError(
+                f"{name} cannot be read ({shorten(reason)}); save it again, or remove it."
+            ) from None
+
+
+@functools.cache
+def list_formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow has; AVIF came with 11.3."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def check_size(name: str, width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE_PX or width * height > MAX_PIXELS:
+        raise FileError(
+            f"{name} is {width:,} x {height:,} px; expected at most {MAX_SIDE_PX:,} px a side and "
+            f"{MAX_PIXELS // 10**6} million in all. Scale it down: training uses about one million."
+        )
+
+
+def has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    turn = TURNS.get(image.getexif().get(ORIENTATION))
+    return image if turn is None else image.transpose(turn)
+
+
+def slice_rows(height: int, width: int) -> Iterator[slice]:
+    """Rows of about BAND_PIXELS pixels together."""
+    step = max(1, BAND_PIXELS // width)
+    for top in range(0, height, step):
+        yield slice(top, min(top + step, height))
+
+
+def split_image(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """(first row, those rows), from the top; a small image as it is."""
+    for rows in slice_rows(image.height, image.width):
+        is_whole = rows == slice(0, image.height)
+        yield rows.start, image if is_whole else image.crop((0, rows.start, image.width, rows.stop))
+
+
+def convert(image: Image.Image) -> np.ndarray:
+    """float32 (height, width, 3) in [0, 1] of any mode.
+
+    Transparent pixels become white: the colour behind them is whatever a program left there.
+    """
+    if image.mode in MODES_16_BIT:
+        grey = np.asarray(image)
+        if grey.min(initial=0) < 0 or grey.max(initial=0) > MAX_16_BIT:
+            raise ValueError("pixels of 32-bit whole numbers, expected 8 or 16 bits")
+        grey = grey.astype(np.float32) / MAX_16_BIT
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(convert_to_bytes(image)).astype(np.float32) / 255
+
+
+def convert_to_bytes(image: Image.Image) -> Image.Image:
+    """As `convert`, in mode RGB."""
+    if image.mode in MODES_16_BIT:
+        return Image.fromarray(round_to_bytes(convert(image)))
+    if image.mode == "F":
+        raise ValueError("pixels of 32-bit floating point, expected 8 or 16 bits")
+    if has_alpha(image):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def round_to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1] -> uint8 of the same shape."""
+    return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def shrink(
+    bands: Iterable[tuple[int, Image.Image]], size: tuple[int, int], side_px: int
+) -> np.ndarray:
+    """uint8 (height, width, 3) whose longer side is at most `side_px`, from `split_image`'s bands.
+
+    Each band is narrowed on its own, as Pillow does before it reduces the height, so that the
+    result is that of the whole picture, bit for bit.
+    """
+    width, height = size
+    scale = min(1.0, side_px / max(size))
+    small = max(1, round(width * scale)), max(1, round(height * scale))
+    narrow = Image.new("RGB", (small[0], height))
+    for top, band in bands:
+        narrow.paste(band.resize((small[0], band.height), Image.Resampling.BOX), (0, top))
+    return np.asarray(narrow.resize(small, Image.Resampling.BOX))

@@ -1,0 +1,1 @@
+"""How strong an adapter should be: cells, measures, a verdict, plots."""

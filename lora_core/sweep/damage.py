@@ -1,0 +1,88 @@
+"""When a picture of a sweep is broken rather than edited, judged beside strength 0.
+
+A LoRA that is too strong fails in one of four ways. Each criterion looks at something that no
+wanted edit does to a whole picture, so that a white background or a night scene is no failure.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .picture_metrics import STEP
+
+if TYPE_CHECKING:
+    from .measures import CellMeasures
+    from .picture_metrics import Appearance
+
+NON_FINITE, BLACK, ONE_COLOUR, BURNT, NOISE = "NaN", "black", "one colour", "burnt colours", "noise"
+
+#: An edit leaves something to see; below a tenth of the contrast of strength 0 nothing is left.
+FLAT_RATIO = 0.1
+#: Less contrast than this is no picture, whatever it is compared with.
+FLAT_CONTRAST = STEP
+#: Mean luma under which one colour is called black.
+BLACK_BRIGHTNESS = 2 * STEP
+#: Values that leave the range of the VAE are cut off, and what is cut at both ends of one pixel is
+#: a pure colour (red, blue, yellow ...). Photographs have next to none; white and black are none.
+BURNT_INCREASE = 0.25
+#: Unrelated photographs still share an SSIM of 0.1 to 0.4 by their smooth parts, so a lost
+#: structure alone may be a new picture. Together with the next it is noise.
+LOST_SSIM = 0.3
+#: Steps from pixel to pixel over those of strength 0. Sharpening doubles them at most; white noise
+#: over a photograph makes them five and more times as large.
+ROUGHNESS_RATIO = 3.0
+
+
+def find_damage(measures: CellMeasures, reference: CellMeasures | None) -> str:
+    """What is wrong with a picture in a word or two; "" if nothing is.
+
+    Args:
+        reference: strength 0 of the same seed; may be the picture itself, or absent.
+    """
+    found = measures.appearance
+    if found.non_finite > 0:
+        return NON_FINITE
+    if reference is None or reference is measures:
+        return name_flat(found) if found.contrast < FLAT_CONTRAST else ""
+    before = reference.appearance
+    if before.contrast < FLAT_CONTRAST or not measures.change:
+        return ""  # strength 0 is broken itself: there is nothing to go by
+    if found.contrast < max(FLAT_CONTRAST, FLAT_RATIO * before.contrast):
+        return name_flat(found)
+    if found.burnt - before.burnt > BURNT_INCREASE:
+        return BURNT
+    ssim = measures.change["whole"].ssim
+    if ssim < LOST_SSIM and found.roughness > ROUGHNESS_RATIO * before.roughness:
+        return NOISE
+    return ""
+
+
+def name_flat(found: Appearance) -> str:
+    return BLACK if found.brightness < BLACK_BRIGHTNESS else ONE_COLOUR
+
+
+def describe_damage(damage: str, measures: CellMeasures, reference: CellMeasures | None) -> str:
+    """The damage with its figures and limits."""
+    found, before = measures.appearance, reference and reference.appearance
+    if damage == NON_FINITE:
+        return f"NaN or Inf in {found.non_finite:.0%} of the pixels, shown as black"
+    if damage in (BLACK, ONE_COLOUR):
+        contrast = f"{damage} (contrast {found.contrast / STEP:.1f} of 255"
+        if before is None:
+            return f"{contrast}; below {FLAT_CONTRAST / STEP:g} there is nothing to see)"
+        return (
+            f"{contrast}, {before.contrast / STEP:.1f} at strength 0; below {FLAT_RATIO:.0%} of "
+            "that nothing is left to see)"
+        )
+    if damage == BURNT and before:
+        return (
+            f"burnt colours ({found.burnt:.0%} of the pixels have one channel at 0 and another at "
+            f"255, {before.burnt:.0%} at strength 0; up to {BURNT_INCREASE:.0%} more is fine)"
+        )
+    if damage == NOISE and before:
+        return (
+            f"noise (SSIM {measures.change['whole'].ssim:.2f} to strength 0, below "
+            f"{LOST_SSIM:g}; {found.roughness / max(before.roughness, 1e-9):.1f} times as rough, "
+            f"over {ROUGHNESS_RATIO:g})"
+        )
+    return damage

@@ -1,0 +1,1 @@
+"""New adapters from old: merged, resized, extracted from a finetune."""

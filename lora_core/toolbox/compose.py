@@ -1,0 +1,284 @@
+"""New adapters from old ones: `resize_adapter` and `merge_adapters`, exact in the factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..adapter.adapter import Adapter
+from ..adapter.weights import DiffWeights, DoraWeights, LokrWeights, LoraWeights, ModuleWeights
+from ..algebra.factors import Factors, compute_inner_product, get_factors
+from ..algebra.products import compute_square, dot
+from ..algebra.truncation import (
+    Truncated,
+    choose_dtype,
+    truncate_dense,
+    truncate_factors,
+    truncate_weights,
+)
+from ..disk.safetensors_file import load
+from ..errors import ConfigError, ShapeError
+from ..progress import Progress, ShouldStop, track
+from ..text import shorten
+from ..threads import map_in_threads
+from .composition import Composition, build_composition, check_energy, check_rank
+
+#: Times the smaller side of a module: a LoRA of a higher rank is not merged bit by bit, but in
+#: factors of the rank its delta can have.
+MAX_EXCESS = 8
+#: Far beyond any use, and far from what a dtype holds.
+MAX_STRENGTH = 1e4
+
+
+def resize_adapter(
+    adapter: Adapter,
+    rank: int | None = None,
+    energy: float | None = None,
+    *,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Composition:
+    """Lowers every module's rank to the best approximation of its delta.
+
+    LoHa and LoKr become LoRA. A LoRA whose rank is already low enough stays as it is, bit for bit;
+    nothing is ever padded. Of a DoRA the direction is resized and the magnitude kept: its energies
+    are those of the direction.
+
+    Args:
+        rank: the highest rank of any module.
+        energy: share of a module's squared Frobenius norm to keep, above 0 and up to 1; the
+            smallest rank that does is taken. With both, `rank` is the limit.
+
+    Raises:
+        ConfigError: neither or a wrong setting, or an OFT module, which has no rank to lower.
+        NonFiniteWeightsError: the adapter holds NaN or Inf.
+        InterruptedError: `should_stop` returned True.
+    """
+    check_rank(rank)
+    check_energy(energy)
+    if rank is None and energy is None:
+        raise ConfigError("resize got neither rank nor energy; give one of them, or both")
+    check_kinds(adapter)
+    adapter.check_finite()
+
+    def resize(weights: ModuleWeights, stop: ShouldStop | None) -> Truncated:
+        return resize_weights(weights, rank, energy)
+
+    found = map_in_threads(resize, adapter.modules.values(), progress, should_stop, "resize")
+    parts = dict(zip(adapter.modules, found, strict=True))
+    notes = []
+    kept = sum(parts[path].weights is weights for path, weights in adapter.modules.items())
+    if kept:
+        notes.append(f"{kept} of {len(parts)} modules were small enough and stay as they are")
+    if "DoRA" in adapter.kinds:
+        notes.append("DoRA: energies are those of the direction; magnitudes are kept")
+    adapter.release()
+    step = {"did": "resize", "rank": rank, "energy": energy, "of": adapter.name}
+    return build_composition(f"{adapter.name}, resized", parts, adapter.metadata, step, notes)
+
+
+def resize_weights(weights: ModuleWeights, rank: int | None, energy: float | None) -> Truncated:
+    if isinstance(weights, DoraWeights):
+        direction = truncate_weights(weights.direction, rank, energy)
+        if direction.weights is weights.direction:
+            return Truncated(weights, direction.energy)
+        resized = DoraWeights(direction.weights, weights.parts["magnitude"])
+        return Truncated(resized, direction.energy, direction.residual)
+    if weights.shape is None or len(weights.shape) != 2:
+        return Truncated(weights, 0.0)  # a norm or a bias
+    return truncate_weights(weights, rank, energy)
+
+
+def merge_adapters(
+    adapters: Sequence[tuple[Adapter, float]],
+    rank: int | None = None,
+    *,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Composition:
+    """One adapter whose deltas are the sums of strength * delta over the given ones.
+
+    Without `rank` the factors are concatenated, so a module's rank is the sum of the ranks; with
+    it the sum is cut to the best approximation. Targets may differ. A module that one adapter
+    alone holds is taken over in its own kind; one at strength 0 counts as absent.
+
+    Raises:
+        ConfigError: nothing to merge, a wrong setting, or a module whose kind cannot be summed.
+        ShapeError: two adapters disagree about the shape of a module.
+        NonFiniteWeightsError: an adapter holds NaN or Inf.
+        InterruptedError: `should_stop` returned True.
+    """
+    check_rank(rank)
+    for adapter, strength in adapters:
+        if not abs(strength) <= MAX_STRENGTH:
+            raise ConfigError(
+                f"{shorten(adapter.name)} has strength {strength:g}; expected a finite number up "
+                f"to {MAX_STRENGTH:,g}"
+            )
+        adapter.check_finite()
+    used = [(adapter, float(strength)) for adapter, strength in adapters if strength]
+    if not used:
+        raise ConfigError("there is nothing to merge; give at least one adapter with a strength")
+    paths = dict.fromkeys(path for adapter, _ in used for path in adapter)
+    parts = {}
+    for path in track(paths, progress, should_stop, "merge"):
+        shares = [(adapter, s) for adapter, s in used if path in adapter.modules]
+        check_shapes(path, [adapter for adapter, _ in shares])
+        parts[path] = add_weights(path, [(a.modules[path], s) for a, s in shares], rank)
+    for adapter, _ in used:
+        adapter.release()
+    name = " + ".join(adapter.name for adapter, _ in used) if len(used) < 4 else "merged"
+    shared = {
+        key: value
+        for key, value in used[0][0].metadata.items()
+        if all(adapter.metadata.get(key) == value for adapter, _ in used)
+    }
+    sources = [[adapter.name, strength] for adapter, strength in used]
+    step = {"did": "merge", "rank": rank, "of": sources}
+    return build_composition(name, parts, shared, step, [])
+
+
+def add_weights(
+    path: str, shares: list[tuple[ModuleWeights, float]], rank: int | None
+) -> Truncated:
+    """strength * delta of every share, summed."""
+    if len(shares) == 1:
+        weights = scale_weights(path, *shares[0])
+        if rank is not None and weights.is_additive:
+            return resize_weights(weights, rank, None)
+        return Truncated(weights, compute_square(weights) if has_delta(weights) else 0.0)
+    for weights, _ in shares:
+        if not weights.is_additive:
+            raise ConfigError(refuse_sum(path, weights, "cannot be summed"))
+    bias_delta = add_biases(shares)
+    matrices = [(weights, strength) for weights, strength in shares if weights.shape is not None]
+    if not matrices:
+        return Truncated(DiffWeights(None, bias_delta), 0.0)
+    dtype = choose_dtype(*(weights for weights, _ in matrices))
+    found = [(get_factors(weights), strength) for weights, strength in matrices]
+    if all(factors is not None for factors, _ in found):
+        exact = sum_factors(found)
+        if rank is not None and rank < exact.inner:
+            return truncate_factors(exact, rank, None, dtype, bias_delta)
+        return concatenate(matrices, exact, dtype, bias_delta)
+    is_dense = any(isinstance(weights, DiffWeights) for weights, _ in matrices)
+    if rank is None and not is_dense:  # said before matrices are made that take gigabytes
+        whole = next(w for (w, _), (f, _) in zip(matrices, found, strict=True) if f is None)
+        raise ConfigError(
+            f"{path} holds {whole.kind} weights without low-rank factors, so the sum has no exact "
+            "low rank; give a rank to cut it to."
+        )
+    dense = sum(strength * weights.delta() for weights, strength in matrices)
+    if is_dense:
+        diff = dense.to(dtype)
+        loss = dot(error := (dense - diff).double(), error)
+        return Truncated(DiffWeights(diff, bias_delta), dot(dense, dense), loss)
+    return truncate_dense(dense, rank, None, dtype, bias_delta)
+
+
+def sum_factors(shares: Iterable[tuple[Factors, float]]) -> Factors:
+    first, *rest = [factors * strength for factors, strength in shares]
+    for factors in rest:
+        first = first + factors
+    return first
+
+
+def concatenate(
+    shares: list[tuple[ModuleWeights, float]],
+    exact: Factors,
+    dtype: torch.dtype,
+    bias_delta: torch.Tensor | None,
+) -> Truncated:
+    """The factors side by side, under the largest of their scales.
+
+    Tensors with just that scale keep their bits; the others shrink, so nothing overflows.
+    """
+    downs, ups, scales = [], [], []
+    for weights, strength in shares:
+        if isinstance(weights, LoraWeights) and weights.rank <= MAX_EXCESS * min(weights.shape):
+            downs.append(weights.lora_A.double())
+            ups.append(weights.lora_B.double())
+            scales.append(weights.scale * strength)
+        else:
+            factors = get_factors(weights)
+            balance = (factors.up.norm() / factors.down.norm().clamp_min(1e-300)).sqrt()
+            balance = balance if balance > 0 else 1.0
+            downs.append(factors.down * balance)
+            ups.append(factors.up / balance)
+            scales.append(strength)
+    largest = max(abs(scale) for scale in scales) or 1.0
+    ups = [up * (scale / largest) for up, scale in zip(ups, scales, strict=True)]
+    down, up = torch.cat(downs), torch.cat(ups, dim=1)
+    lora_A, lora_B = down.to(dtype), up.to(dtype)
+    merged = LoraWeights(lora_A, lora_B, largest * len(lora_A), bias_delta)
+    # up @ down - lora_B @ lora_A, itself as factors, so that nothing cancels
+    lost = Factors(lora_A.double(), up - lora_B) + Factors(down - lora_A, up)
+    is_exact = torch.equal(up, lora_B.double()) and torch.equal(down, lora_A.double())
+    loss = 0.0 if is_exact else largest**2 * compute_inner_product(lost, lost)
+    return Truncated(merged, compute_inner_product(exact, exact), loss)
+
+
+def scale_weights(path: str, weights: ModuleWeights, strength: float) -> ModuleWeights:
+    """The same kind with `strength` times the delta; the scale takes what it can, exactly."""
+    if strength == 1.0:
+        return weights
+    if not weights.is_additive:
+        raise ConfigError(refuse_sum(path, weights, f"cannot be taken at strength {strength:g}"))
+    factors = {}
+    if weights.parts.get("bias_delta") is not None:
+        factors["bias_delta"] = strength
+    has_alpha = not isinstance(weights, DiffWeights) and not (
+        isinstance(weights, LokrWeights) and weights.is_full
+    )
+    scaled = weights.with_alpha(weights.alpha * abs(strength)) if has_alpha else weights
+    names = ("lora_B", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff")
+    carrier = next((name for name in names if name in weights.parts), None)
+    if carrier is not None:
+        factors[carrier] = math.copysign(1.0, strength) if has_alpha else strength
+    parts = dict(weights.parts)
+    for name, factor in factors.items():
+        if factor != 1.0:
+            tensor = load(parts[name])
+            parts[name] = (tensor.double() * factor).to(tensor.dtype)
+    return scaled.with_parts(parts)
+
+
+def refuse_sum(path: str, weights: ModuleWeights, what: str) -> str:
+    return (
+        f"{path} holds {weights.kind} weights, which {what}: their delta depends on the base "
+        "weight. Merge that file into the model instead, or leave it out."
+    )
+
+
+def add_biases(shares: list[tuple[ModuleWeights, float]]) -> torch.Tensor | None:
+    biases = [(w.bias_delta, s) for w, s in shares if w.bias_delta is not None]
+    if not biases:
+        return None
+    total = sum(bias.double() * strength for bias, strength in biases)
+    dtype = biases[0][0].dtype
+    return total.to(torch.bfloat16 if dtype.itemsize == 1 else dtype)
+
+
+def has_delta(weights: ModuleWeights) -> bool:
+    return weights.is_additive and weights.shape is not None
+
+
+def check_kinds(adapter: Adapter) -> None:
+    for path, weights in adapter.modules.items():
+        if weights.kind == "OFT":
+            raise ConfigError(
+                f"{path} holds OFT weights, a rotation of the base weight, which has no rank to "
+                "lower; expected LoRA, LoHa, LoKr or DoRA."
+            )
+
+
+def check_shapes(path: str, adapters: Sequence[Adapter]) -> None:
+    shapes = {adapter.name: adapter.modules[path].shape for adapter in adapters}
+    known = {shape for shape in shapes.values() if shape is not None}
+    if len(known) > 1:
+        found = ", ".join(f"{shape} in {name}" for name, shape in shapes.items())
+        raise ShapeError(
+            f"{path} is {found}; expected one shape. Merge adapters made for the same model."
+        )

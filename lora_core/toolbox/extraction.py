@@ -1,0 +1,184 @@
+"""The difference of two models as a LoRA: `extract_adapter`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from ..adapter.weights import DiffWeights, LoraWeights
+from ..algebra.matmul_precision import exact_products
+from ..algebra.truncation import Truncated, sum_squares, truncate_dense
+from ..base_model.base_weights import BaseWeights, open_base
+from ..disk.safetensors_file import AnyTensor
+from ..errors import ConfigError, KeyFormatError, NonFiniteWeightsError, ShapeError
+from ..progress import Progress, ShouldStop, track
+from ..text import shorten_list
+from .composition import Composition, build_composition, check_rank
+
+Source = BaseWeights | Mapping[str, AnyTensor] | str | os.PathLike[str]
+
+
+def extract_adapter(
+    base: Source,
+    tuned: Source,
+    rank: int,
+    *,
+    biases: bool = True,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Composition:
+    """A LoRA that turns `base` into `tuned`, as far as `rank` allows.
+
+    Linear by Linear, the float32 difference goes through a randomised SVD, by float32 products
+    whatever PyTorch is set to; no more than one module of either model is in memory. `retained` and
+    `residual` are measured on the difference itself, so `residual` is a bound that holds:
+    |tuned - base - delta|_F, which no singular value of what is missing exceeds. What does not
+    differ is left out. Biases and norms are small, so their differences are kept whole, as the
+    `.diff_b` and `.diff` entries that ComfyUI applies too; they are no part of the energy.
+
+    Args:
+        base: a model file, a GGUF, a diffusers folder, or tensors by `<module_path>.weight`; bf16,
+            fp16, fp32, fp8, int8 or mxfp8, with or without the prefix of ComfyUI's or diffusers'
+            files.
+        tuned: the same for the fine-tuned model.
+        biases: whether to include biases and norms that differ.
+        device: where a module's difference is decomposed; the result is on the CPU.
+
+    Raises:
+        ConfigError: a wrong rank, models that do not differ, or a packed storage.
+        FileError: a file is missing, damaged, or stored in a way that cannot be read.
+        KeyFormatError: no Qwen-Image model, or one lacks Linears of the other.
+        ShapeError: the models have Linears of different shapes.
+        NonFiniteWeightsError: a difference holds NaN or Inf.
+        InterruptedError: `should_stop` returned True.
+    """
+    check_rank(rank)
+    if rank is None:
+        raise ConfigError("extract got no rank; expected a whole number of at least 1")
+    base, tuned = open_base(base), open_base(tuned)
+    matrices = check_models(base, tuned)
+    parts = {}
+    try:
+        vectors, notes = compute_vectors(base, tuned) if biases else ({}, [])
+        with exact_products():
+            for path in track(matrices, progress, should_stop, "extraction"):
+                theirs, ours = tuned.get(path).to(device), base.get(path).to(device)
+                difference = theirs.values - ours.values
+                square = sum_squares(difference)
+                check_finite(square, path)
+                bias = vectors.pop(f"{path}.bias", None)
+                if square:
+                    dtype = choose_storage(matrices[path].dtype)
+                    part = truncate_dense(difference, rank, None, dtype)
+                    parts[path] = add_bias(part, bias)
+                elif bias is not None:
+                    parts[path] = Truncated(DiffWeights(bias_delta=bias), 0.0)
+    finally:
+        base.release()
+        tuned.release()
+    num_same = len(matrices) - sum(part.energy > 0 for part in parts.values())
+    for name, difference in vectors.items():  # of norms
+        parts[name.removesuffix(".weight")] = Truncated(DiffWeights(difference), 0.0)
+    if not parts:
+        raise ConfigError(
+            f"{base.name} and {tuned.name} hold the same weights in all {len(matrices)} Linears, "
+            "so there is nothing to extract; choose the model and its fine-tune."
+        )
+    if num_same:
+        notes.insert(0, f"{num_same} of {len(matrices)} Linears do not differ")
+    step = {"did": "extract", "rank": rank, "of": [tuned.name, base.name]}
+    return build_composition(f"{tuned.name} - {base.name}", parts, {}, step, notes)
+
+
+def compute_vectors(
+    base: BaseWeights, tuned: BaseWeights
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Name -> float32 difference of every bias and norm that differs, and what to report.
+
+    Raises:
+        ShapeError: one has two lengths.
+        NonFiniteWeightsError: one differs by NaN or Inf.
+    """
+    found, alone = {}, 0
+    ours = base.list_vectors()
+    theirs = tuned.list_vectors()
+    matrices = tuned.list_matrices()
+    for name, tensor in theirs.items():
+        path, _, part = name.rpartition(".")
+        if name not in ours or (part == "bias" and path not in matrices):
+            alone += name not in ours
+            continue
+        if ours[name].shape != tensor.shape:
+            raise ShapeError(
+                f"{tuned.name} and {base.name} differ in the shape of {name}: "
+                f"{tuple(tensor.shape)} against {tuple(ours[name].shape)}; expected two models of "
+                "the same kind."
+            )
+        difference = tuned.get_tensor(name).float() - base.get_tensor(name).float()
+        square = difference.square().sum().item()
+        check_finite(square, name)
+        if square:
+            found[name] = difference
+    alone += sum(name not in theirs for name in ours)
+    notes = []
+    if found:
+        num_biases = sum(name.endswith(".bias") for name in found)
+        notes.append(f"{num_biases} biases and {len(found) - num_biases} norms differ; included")
+    if alone:
+        notes.append(f"{alone} biases and norms are in one model only and were left out")
+    return found, notes
+
+
+def check_finite(square: float, name: str) -> None:
+    if not math.isfinite(square):
+        raise NonFiniteWeightsError(
+            f"{name} differs by NaN or Inf; expected finite weights. Check that both files are "
+            "whole."
+        )
+
+
+def add_bias(part: Truncated, bias: torch.Tensor | None) -> Truncated:
+    """The part on the CPU, with the difference of the bias."""
+    weights = part.weights.to(torch.device("cpu"))
+    added = LoraWeights(weights.lora_A, weights.lora_B, weights.alpha, bias)
+    return replace(part, weights=added)
+
+
+def check_models(base: BaseWeights, tuned: BaseWeights) -> dict[str, AnyTensor]:
+    """The tuned model's Linears, all of which the base has in the same shape."""
+    ours, theirs = base.list_matrices(), tuned.list_matrices()
+    for there, here, model, other in ((ours, theirs, tuned, base), (theirs, ours, base, tuned)):
+        missing = [path for path in there if path not in here]
+        if missing:
+            raise KeyFormatError(
+                f"{model.name} lacks {len(missing)} of the {len(there)} Linears of {other.name}: "
+                f"{shorten_list(missing, 3)}; expected two models of the same kind."
+            )
+    shapes = [
+        f"{path} {tuple(tensor.shape)} against {tuple(ours[path].shape)}"
+        for path, tensor in theirs.items()
+        if tensor.shape != ours[path].shape
+    ]
+    if shapes:
+        raise ShapeError(
+            f"{tuned.name} and {base.name} differ in the shapes of {len(shapes)} Linears: "
+            f"{shorten_list(shapes, 3)}; expected two models of the same kind."
+        )
+    for model, matrices in ((base, ours), (tuned, theirs)):
+        for path, tensor in matrices.items():
+            if not (tensor.dtype.is_floating_point or tensor.dtype == torch.int8):
+                raise ConfigError(
+                    f"{model.name} stores {path} as {str(tensor.dtype).removeprefix('torch.')}; "
+                    "expected bf16, fp16, fp32, fp8, int8 or mxfp8. Use such a file of the model."
+                )
+    return theirs
+
+
+def choose_storage(dtype: torch.dtype) -> torch.dtype:
+    """As the tuned model is stored; bf16 where that is fp8 or int8."""
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype

@@ -1,0 +1,214 @@
+"""Settings to start from: how much to train, and how to keep the base in the memory there is."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import ConfigError
+from ..model.offload import MOST_BLOCKS
+
+GIB = 2**30
+
+#: Bytes a weight takes, the most exact storage first. nf4 with its modulation in 8 bits, which are
+#: a third of Qwen-Image's weights; see `quantization`.
+BYTES_PER_WEIGHT = {"bf16": 2.0, "fp8": 1.0, "nf4": 0.68}
+#: For the few weights outside the blocks, and for activations.
+BYTES_PER_VALUE = 2
+#: Tensors of the sample's size, beside each block's input, that a step needs at most with
+#: gradient_checkpointing true. 30 were counted on blocks of full width; the rest is for weights
+#: decoded from 8 or 4 bits and for what attention's kernels sum up in float32.
+PASSING_TENSORS = 36
+#: Of a LoRA's parameter in float32: itself, its gradient, two moments of AdamW; an average more.
+BYTES_PER_PARAMETER, BYTES_PER_AVERAGE = 16, 4
+#: Of a GPU, what a run cannot have: a CUDA context each for ComfyUI and the worker, a desktop, and
+#: what `estimate` leaves alone.
+RESERVE = 3 * GIB // 2
+#: Of the free main memory, what blocks that wait there cannot have: it is for the worker itself.
+HOST_RESERVE = 4 * GIB
+#: Storages for blocks that wait in main memory: bf16 would fill it, and double the copying.
+OFFLOADED = ("fp8", "nf4")
+BLOCKS = "transformer_blocks."
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A start: settings as `config_files.config_from_dict` takes them, and what they are for."""
+
+    about: str
+    settings: Mapping[str, Mapping[str, Any]]
+
+
+PRESETS: dict[str, Preset] = {
+    "standard": Preset(
+        "Rank 16 on attention and MLP of both streams: styles, grades, a kind of edit.",
+        {
+            "lora": {"rank": 16, "targets": ("full",)},
+            "optimizer": {"learning_rate": 1e-4, "schedule": "cosine", "final_factor": 0.1},
+        },
+    ),
+    "light": Preset(
+        "Rank 8 on attention only, twice the learning rate: does this idea work at all?",
+        {
+            "lora": {"rank": 8, "targets": ("attention",)},
+            "optimizer": {"learning_rate": 2e-4, "schedule": "constant"},
+        },
+    ),
+    "detailed": Preset(
+        "Rank 64, averaged weights beside the raw ones: a person, a product, fine texture.",
+        {
+            "lora": {"rank": 64, "targets": ("full",)},
+            "optimizer": {
+                "learning_rate": 5e-5,
+                "schedule": "cosine",
+                "final_factor": 0.1,
+                "ema_decay": 0.99,
+            },
+        },
+    ),
+}
+
+
+def apply_preset(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's settings with those given on top, table by table.
+
+    Args:
+        settings: as for `config_files.config_from_dict`; what stands here wins.
+
+    Raises:
+        ConfigError: an unknown preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+    merged: dict[str, Any] = {
+        table: dict(values) for table, values in copy.deepcopy(dict(PRESETS[name].settings)).items()
+    }
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+            merged[key] = {**merged[key], **value}
+        else:
+            merged[key] = value
+    return merged
+
+
+@dataclass(frozen=True)
+class BaseSize:
+    """Numbers of a base model's weights."""
+
+    num_blocks: int
+    block_weights: int
+    """Of one block."""
+    other_weights: int
+    """Outside the blocks."""
+    width: int
+    """Of the stream of tokens."""
+
+    def count_block_bytes(self, storage: str) -> float:
+        return self.block_weights * BYTES_PER_WEIGHT[storage]
+
+    def count_resident(self, storage: str, num_offloaded: int = 0) -> float:
+        """Bytes on the device: all but the blocks that wait, and copies of a few of these."""
+        num_copies = min(MOST_BLOCKS, num_offloaded)
+        num_blocks = self.num_blocks - num_offloaded + num_copies
+        others = self.other_weights * BYTES_PER_VALUE
+        return others + num_blocks * self.count_block_bytes(storage)
+
+    def count_headroom(self, num_tokens: int, num_parameters: int, averaged: bool = False) -> int:
+        """Bytes that training takes beside the base.
+
+        Args:
+            num_tokens: of a batch of the largest sample: targets, references and text.
+            num_parameters: trainable ones.
+            averaged: whether an average of them is kept too.
+        """
+        values = num_tokens * self.width * (self.num_blocks + PASSING_TENSORS)
+        per_parameter = BYTES_PER_PARAMETER + BYTES_PER_AVERAGE * averaged
+        return values * BYTES_PER_VALUE + num_parameters * per_parameter
+
+
+def measure_base(shapes: Mapping[str, Sequence[int]]) -> BaseSize:
+    """The size of a model whose file has these shapes, by `base_files.BaseFile`'s keys."""
+    blocks = [key.split(".")[1] for key in shapes if key.startswith(BLOCKS)]
+    in_blocks = sum(math.prod(shape) for key, shape in shapes.items() if key.startswith(BLOCKS))
+    num_blocks = len(set(blocks))
+    return BaseSize(
+        num_blocks=num_blocks,
+        block_weights=in_blocks // max(1, num_blocks),
+        other_weights=sum(map(math.prod, shapes.values())) - in_blocks,
+        width=shapes["img_in.weight"][0],
+    )
+
+
+@dataclass(frozen=True)
+class BaseChoice:
+    """How a base is kept: values of `ModelConfig`, and what they come to."""
+
+    storage: str
+    compute_dtype: str
+    offload_blocks: int = 0
+    host_bytes: int = 0
+    """Of the blocks that wait in main memory."""
+    problem: str = ""
+    """What stands in the way of training so."""
+
+    def describe(self, size: BaseSize) -> str:
+        text = f"storage auto is {self.storage}"
+        if self.offload_blocks:
+            text += (
+                f" with {self.offload_blocks} of {size.num_blocks} blocks waiting in main memory, "
+                f"{self.host_bytes / GIB:.1f} GiB"
+            )
+        return f"{text}; {self.problem}" if self.problem else text
+
+
+def choose_storage(
+    size: BaseSize,
+    gpu_bytes: int | None,
+    headroom: int,
+    host_bytes: int | None = None,
+    offload_blocks: int | None = None,
+    has_nf4: bool = True,
+) -> BaseChoice:
+    """The most exact storage that leaves room to train; where none does, with blocks that wait.
+
+    Args:
+        gpu_bytes: of the whole GPU; None for a CPU, where float32 is both exact and fast.
+        headroom: bytes that training takes beside the base; see `BaseSize.count_headroom`.
+        host_bytes: of free main memory; None where the system does not tell.
+        offload_blocks: the user's own number of blocks that wait; None leaves it open.
+        has_nf4: whether bitsandbytes is installed.
+
+    Returns:
+        Where nothing leaves room, what comes nearest, and the problem; an estimate then says what
+        to lower.
+    """
+    if gpu_bytes is None:
+        return BaseChoice("fp32", "fp32", offload_blocks or 0)
+    room = gpu_bytes - RESERVE - headroom
+    storages = [name for name in BYTES_PER_WEIGHT if has_nf4 or name != "nf4"]
+    ways = [(storage, offload_blocks or 0) for storage in storages]
+    if offload_blocks is None:
+        most_exact = [name for name in OFFLOADED if name in storages]
+        ways += [(storage, count_offloaded(size, storage, room)) for storage in most_exact]
+    choices = []
+    for storage, num_offloaded in ways:
+        waiting = round(num_offloaded * size.count_block_bytes(storage))
+        problem = ""
+        if size.count_resident(storage, num_offloaded) > room:
+            problem = f"{gpu_bytes / GIB:.1f} GiB of the GPU leave no room to train"
+        elif waiting and host_bytes is not None and waiting + HOST_RESERVE > host_bytes:
+            problem = (
+                f"of main memory {(waiting + HOST_RESERVE) / GIB:.1f} GiB are needed and "
+                f"{host_bytes / GIB:.1f} GiB free"
+            )
+        choices.append(BaseChoice(storage, "bf16", num_offloaded, waiting, problem))
+    return next((choice for choice in choices if not choice.problem), choices[-1])
+
+
+def count_offloaded(size: BaseSize, storage: str, room: float) -> int:
+    """The fewest blocks that have to wait; all where even that is not enough."""
+    numbers = range(size.num_blocks + 1)
+    return next((n for n in numbers if size.count_resident(storage, n) <= room), size.num_blocks)

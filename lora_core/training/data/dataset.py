@@ -1,0 +1,424 @@
+"""The cached training set on disk: what a training step needs, encoded once.
+
+A folder with `index.json`, one safetensors file per item under `items/`, and perhaps
+`empty.safetensors`. Tensors of an item, D being the width of the text embedding (3584):
+
+    target           (16, H, W)   latents as the VAE gives them, not normalised
+    reference_<i>    (16, h, w)   likewise, i = 0, 1, ...; sizes may differ from the target's
+    text             (T, D)       embedding of the caption and of the references it was made with
+    text_empty       (T', D)      the same with an empty caption; optional
+    mask             (H, W)       loss weights >= 0; optional
+
+`empty.safetensors` holds `text_empty` for the items without one of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ...disk.json_reader import read_object
+from ...disk.safetensors_file import AnyTensor, SafetensorsFile
+from ...disk.writing import explain, write_then_rename
+from ...errors import ConfigError, FileError, MissingFileError, ShapeError
+from ...text import shorten
+from .item_checks import (
+    KEY,
+    MAX_TEXT_TOKENS,
+    MAX_TEXT_WIDTH,
+    count_references,
+    find_fault,
+    find_text_fault,
+    is_count,
+    is_mask,
+    is_size,
+)
+from .latents import NUM_CHANNELS, count_target_tokens
+
+VERSION = 1
+INDEX_FILE = "index.json"
+EMPTY_FILE = "empty.safetensors"
+ITEMS_FOLDER = "items"
+CACHED_ITEM = "a cached item"
+#: Of an index: a million items.
+MAX_INDEX_BYTES = 512 << 20
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ItemInfo:
+    """One line of the index: all that batches are made from."""
+
+    key: str
+    """File name without `.safetensors`; letters, digits, `.`, `_` and `-`."""
+    target: Size
+    """(H, W) in latent pixels."""
+    references: tuple[Size, ...]
+    num_text_tokens: int
+    caption: str = ""
+    has_mask: bool = False
+    has_empty_text: bool = False
+
+    @property
+    def bucket(self) -> tuple[Size, ...]:
+        """Items of one bucket can share a batch: RoPE is computed once for all of it."""
+        return (self.target, *self.references)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the joint sequence: target, references and text."""
+        return sum(count_target_tokens(*size) for size in self.bucket) + self.num_text_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class CachedItem:
+    """One item's tensors as stored; see the module's docstring."""
+
+    target: torch.Tensor
+    references: tuple[torch.Tensor, ...]
+    text: torch.Tensor
+    text_empty: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {"target": self.target, "text": self.text}
+        named.update({f"reference_{i}": r for i, r in enumerate(self.references)})
+        optional = {"text_empty": self.text_empty, "mask": self.mask}
+        return named | {name: t for name, t in optional.items() if t is not None}
+
+
+class DatasetWriter:
+    """Writes a training set; nothing is one before `finish` has written the index.
+
+    Adding a key again replaces its item. An existing set is replaced at `finish`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self._items: dict[str, ItemInfo] = {}
+        self._text_width: int | None = None
+        self._has_empty_text = False
+
+    def add(self, key: str, item: CachedItem, caption: str = "") -> ItemInfo:
+        """Checks and writes one item.
+
+        Raises:
+            ConfigError: a key that cannot be a file name.
+            ShapeError: tensors of other shapes than the module's docstring gives.
+            FileError: non-finite values, or the file cannot be written.
+        """
+        if not KEY.fullmatch(key):
+            raise ConfigError(
+                f"{key!r} cannot name a cached item; expected letters, digits, '.', '_' and '-'"
+            )
+        self._check(key, item)
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in item.tensors.items()
+        }
+        self._save(self.folder / ITEMS_FOLDER / f"{key}.safetensors", tensors)
+        return self._record(key, tensors, caption)
+
+    def add_file(self, key: str, caption: str = "") -> ItemInfo:
+        """Takes an item as it is that lies in `items/` already, from `add` of another writer.
+
+        Raises:
+            FileError: no such file, or no item.
+            ShapeError: its text embedding is as wide as no other.
+        """
+        file = open_item(self.folder / ITEMS_FOLDER / f"{key}.safetensors")
+        file.release()
+        fault = find_fault(file.tensors)
+        if fault is not None:
+            raise FileError(f"{shorten(key)}.safetensors is no item: {fault}.")
+        self._check_text(key, file.tensors["text"])
+        return self._record(key, file.tensors, caption)
+
+    def _record(self, key: str, tensors: Mapping[str, AnyTensor], caption: str) -> ItemInfo:
+        num_references = count_references(tensors)
+        info = ItemInfo(
+            key=key,
+            target=get_size(tensors["target"]),
+            references=tuple(get_size(tensors[f"reference_{i}"]) for i in range(num_references)),
+            num_text_tokens=tensors["text"].shape[0],
+            caption=caption,
+            has_mask="mask" in tensors,
+            has_empty_text="text_empty" in tensors,
+        )
+        self._items[key] = info
+        return info
+
+    def set_empty_text(self, text_empty: torch.Tensor) -> None:
+        """(T, D): the embedding of an empty caption for every item without one of its own."""
+        self._check_text("the empty caption", text_empty)
+        tensors = {"text_empty": text_empty.detach().cpu().contiguous()}
+        self._save(self.folder / EMPTY_FILE, tensors)
+        self._has_empty_text = True
+
+    def finish(self, metadata: Mapping[str, object] | None = None) -> Path:
+        """Writes the index, in the order in which items were added.
+
+        Args:
+            metadata: what the caches were made with, such as the VAE's name; kept as it is.
+        """
+        if not self._items:
+            raise ConfigError("the training set holds no items; expected at least one")
+        index = {
+            "version": VERSION,
+            "latents": "raw",
+            "text_width": self._text_width,
+            "has_empty_text": self._has_empty_text,
+            "metadata": dict(metadata or {}),
+            "items": [vars(info) for info in self._items.values()],
+        }
+        path = self.folder / INDEX_FILE
+        text = json.dumps(index, indent=1)
+        try:
+            write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        except OSError as e:
+            raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
+        return self.folder
+
+    def _check(self, key: str, item: CachedItem) -> None:
+        for name, latents in (("target", item.target), *enumerate(item.references)):
+            if latents.ndim != 3 or latents.shape[0] != NUM_CHANNELS or not latents.numel():
+                what = name if name == "target" else f"reference_{name}"
+                raise ShapeError(
+                    f"{key}: {what} is {tuple(latents.shape)}; expected ({NUM_CHANNELS}, height, "
+                    "width), the VAE's latents of one picture"
+                )
+        self._check_text(key, item.text)
+        if item.text_empty is not None:
+            self._check_text(key, item.text_empty)
+        mask = item.mask
+        if mask is not None and (mask.shape != item.target.shape[1:] or not mask.sum() > 0):
+            raise ShapeError(
+                f"{key}: the mask is {tuple(mask.shape)} with a sum of {mask.sum().item():g}; "
+                f"expected {tuple(item.target.shape[1:])} like the target, not all of it 0"
+            )
+        if mask is not None and mask.min() < 0:
+            raise ShapeError(f"{key}: the mask holds negative weights; expected 0 or more")
+        for name, tensor in item.tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise FileError(
+                    f"{key}: {name} holds NaN or Inf; expected finite numbers. Encode it again, "
+                    "in float32 if it was half precision."
+                )
+
+    def _check_text(self, key: str, text: AnyTensor) -> None:
+        if text.ndim != 2 or not text.numel() or self._text_width not in (None, text.shape[1]):
+            width = self._text_width or "width"
+            raise ShapeError(
+                f"{key}: the text embedding is {tuple(text.shape)}; expected (tokens, {width})"
+            )
+        self._text_width = text.shape[1]
+
+    def _save(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_then_rename(path, lambda temporary: save_file(tensors, temporary))
+        except (OSError, SafetensorError) as e:
+            raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
+
+
+@dataclass(frozen=True)
+class CachedDataset:
+    """A training set that `DatasetWriter` wrote; items are read when asked for."""
+
+    folder: Path
+    items: tuple[ItemInfo, ...]
+    text_width: int
+    has_empty_text: bool
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when items come, go or change their sizes: data order would not be the same."""
+        import hashlib
+
+        text = json.dumps([vars(info) for info in self.items])
+        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+    def find_largest(self) -> int:
+        """Index of the item with the most tokens."""
+        return max(range(len(self)), key=lambda index: self.items[index].num_tokens)
+
+    def load(self, index: int) -> CachedItem:
+        """Reads one item.
+
+        Raises:
+            FileError: the file is gone, damaged, or does not fit the index.
+        """
+        info = self.items[index]
+        tensors = self._read(f"{ITEMS_FOLDER}/{info.key}.safetensors")
+        fault = find_fault(tensors, info, self.text_width)
+        if fault is not None:
+            raise FileError(
+                f"{shorten(info.key)}.safetensors does not fit {INDEX_FILE}: {fault}; make the "
+                "training set again."
+            )
+        item = CachedItem(
+            target=tensors["target"],
+            references=tuple(tensors[f"reference_{i}"] for i in range(len(info.references))),
+            text=tensors["text"],
+            text_empty=tensors["text_empty"] if info.has_empty_text else None,
+            mask=tensors["mask"] if info.has_mask else None,
+        )
+        if item.mask is not None and not is_mask(item.mask):
+            raise FileError(
+                f"{shorten(info.key)}.safetensors has a mask that is 0 everywhere, negative or not "
+                "finite; make the training set again."
+            )
+        return item
+
+    def load_empty_text(self) -> torch.Tensor:
+        """(T, D), shared by the items without one of their own.
+
+        Raises:
+            FileError: the file is gone, damaged, or holds no such embedding.
+        """
+        tensors = self._read(EMPTY_FILE)
+        fault = find_text_fault(tensors, "text_empty", self.text_width)
+        if fault is not None:
+            raise FileError(
+                f"{EMPTY_FILE} does not fit {INDEX_FILE}: {fault}; make the training set again."
+            )
+        return tensors["text_empty"]
+
+    def check_captions_can_drop(self) -> None:
+        """ConfigError unless every item has the embedding of an empty caption."""
+        lacking = [info.key for info in self.items if not info.has_empty_text]
+        if lacking and not self.has_empty_text:
+            raise ConfigError(
+                f"caption_dropout needs the embedding of an empty caption, which {lacking[0]} and "
+                f"{len(lacking) - 1} more items lack; cache it with the training set, or set "
+                "caption_dropout to 0"
+            )
+
+    def _read(self, name: str) -> dict[str, torch.Tensor]:
+        file = open_item(self.folder / name)
+        try:
+            return {key: tensor.load() for key, tensor in file.tensors.items()}
+        finally:
+            file.release()
+
+
+def open_item(path: Path) -> SafetensorsFile:
+    """FileError with what to do where it is none."""
+    try:
+        return SafetensorsFile(path, CACHED_ITEM)
+    except FileError as e:
+        raise type(e)(f"{e} If that does not help, make the training set again.") from None
+
+
+def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
+    """Opens a cached training set.
+
+    Raises:
+        FileError: no index, one of another version, one that no `DatasetWriter` wrote, or files
+            missing that it names.
+    """
+    folder = Path(folder)
+    path = folder / INDEX_FILE
+    try:
+        index = read_object(path, MAX_INDEX_BYTES)
+    except MissingFileError:
+        raise FileError(
+            f"{shorten(folder.name)} is no cached training set: it holds no {INDEX_FILE}. Make one "
+            "first, or correct the folder's name."
+        ) from None
+    except FileError as e:
+        raise FileError(f"{e} Make the training set again.") from None
+    version = index.get("version")
+    if version != VERSION:
+        raise FileError(
+            f"{shorten(folder.name)} was cached by another version of this package (format "
+            f"{shorten(str(version), 20)}, this is {VERSION}); make the training set again."
+        )
+    lines, width = index.get("items"), index.get("text_width")
+    has_empty_text, metadata = index.get("has_empty_text"), index.get("metadata")
+    if not (isinstance(lines, list) and isinstance(metadata, dict)):
+        raise FileError(refuse_index("it has no list of items, or no metadata"))
+    if not (is_count(width, MAX_TEXT_WIDTH) and isinstance(has_empty_text, bool)):
+        raise FileError(refuse_index("its text_width or has_empty_text is of another kind"))
+    items = tuple(build_info(line, number) for number, line in enumerate(lines))
+    dataset = CachedDataset(folder, items, width, has_empty_text, metadata)
+    check_files(dataset)
+    return dataset
+
+
+def refuse_index(what: str) -> str:
+    return f"{INDEX_FILE} is damaged ({what}); make the training set again."
+
+
+def check_files(dataset: CachedDataset) -> None:
+    folder = dataset.folder / ITEMS_FOLDER
+    try:
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as e:
+        raise FileError(f"{shorten(folder.name)} cannot be listed: {e.strerror}.") from None
+    lacking = [info.key for info in dataset.items if f"{info.key}.safetensors" not in there]
+    if lacking or not dataset.items:
+        raise FileError(
+            f"{shorten(dataset.folder.name)} lacks {len(lacking)} of the {len(dataset)} items its "
+            f"{INDEX_FILE} names, such as {shorten((lacking or ['any'])[0])}; make the training "
+            "set again."
+        )
+
+
+def build_info(line: object, number: int) -> ItemInfo:
+    """A line of the index as somebody may have changed it; JSON has no tuples.
+
+    Raises:
+        FileError: not what `DatasetWriter` writes.
+    """
+    if not isinstance(line, dict) or not (REQUIRED <= line.keys() <= FIELDS):
+        raise FileError(refuse_index(f"item {number} has other entries than an item"))
+    target, references = line["target"], line["references"]
+    faults = {
+        "key": not (isinstance(line["key"], str) and KEY.fullmatch(line["key"])),
+        "target": not is_size(target),
+        "references": not (isinstance(references, list) and all(map(is_size, references))),
+        "num_text_tokens": not is_count(line["num_text_tokens"], MAX_TEXT_TOKENS),
+        "caption": not isinstance(line.get("caption", ""), str),
+        "has_mask": not isinstance(line.get("has_mask", False), bool),
+        "has_empty_text": not isinstance(line.get("has_empty_text", False), bool),
+    }
+    for name, is_wrong in faults.items():
+        if is_wrong:
+            what = f"the {name} of item {number} is {shorten(repr(line.get(name)))}"
+            raise FileError(refuse_index(what))
+    references = tuple(map(tuple, references))
+    return ItemInfo(**{**line, "target": tuple(target), "references": references})
+
+
+FIELDS = {field.name for field in fields(ItemInfo)}
+REQUIRED = {field.name for field in fields(ItemInfo) if field.default is MISSING}
+
+
+def get_size(latents: AnyTensor) -> Size:
+    return latents.shape[-2], latents.shape[-1]
+
+
+def collect_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings (T_i, D) -> (B, T, D) padded with 0, and which tokens are real, (B, T).
+
+    No mask where all are as long: an all-true mask makes attention take a slower kernel, and on a
+    GPU nobody could look at it without waiting.
+    """
+    lengths = [text.shape[0] for text in texts]
+    padded = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+    if min(lengths) == max(lengths):
+        return padded, None
+    return padded, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

@@ -1,0 +1,96 @@
+"""What a cached item may be: its entries in an index, its tensors by shape and dtype."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...disk.safetensors_file import AnyTensor
+from ...text import shorten
+from .latents import NUM_CHANNELS
+
+if TYPE_CHECKING:
+    from .dataset import ItemInfo
+
+#: Of a key, which names a file.
+KEY = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,200}")
+#: Latent pixels of a side, tokens of a text and their width; far beyond what any model takes.
+MAX_SIDE = MAX_TEXT_TOKENS = MAX_TEXT_WIDTH = 1 << 16
+
+
+def is_count(value: object, highest: int) -> bool:
+    return type(value) is int and 0 < value <= highest
+
+
+def is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(is_count(s, MAX_SIDE) for s in value)
+
+
+def count_references(names: Iterable[str]) -> int:
+    return sum(name.startswith("reference_") for name in names)
+
+
+def find_fault(
+    tensors: Mapping[str, AnyTensor], info: ItemInfo | None = None, text_width: int | None = None
+) -> str | None:
+    """Why these are not the tensors of an item, by names, shapes and dtypes; None where they are.
+
+    Args:
+        info: what the index says of it.
+        text_width: likewise, of all embeddings.
+    """
+    num_references = count_references(tensors) if info is None else len(info.references)
+    sizes: list[tuple[int, int] | None] = (
+        [None] * (1 + num_references) if info is None else [*info.bucket]
+    )
+    for index, size in enumerate(sizes):
+        name = f"reference_{index - 1}" if index else "target"
+        tensor = tensors.get(name)
+        if tensor is None:
+            return f"it lacks {name}"
+        shape = tuple(tensor.shape)
+        is_latents = len(shape) == 3 and shape[0] == NUM_CHANNELS and all(shape)
+        if not is_latents or size not in (None, shape[1:]) or not tensor.dtype.is_floating_point:
+            wanted = "height, width" if size is None else f"{size[0]}, {size[1]}"
+            return f"{name} is {describe(tensor)}, expected ({NUM_CHANNELS}, {wanted})"
+    num_tokens = None if info is None else info.num_text_tokens
+    fault = find_text_fault(tensors, "text", text_width, num_tokens)
+    has_empty = "text_empty" in tensors if info is None else info.has_empty_text
+    if fault is None and has_empty:
+        fault = find_text_fault(tensors, "text_empty", text_width)
+    has_mask = "mask" in tensors if info is None else info.has_mask
+    if fault is None and has_mask:
+        mask, size = tensors.get("mask"), tuple(tensors["target"].shape[1:])
+        if mask is None:
+            return "it lacks mask"
+        if tuple(mask.shape) != size or mask.dtype.is_complex:
+            return f"mask is {describe(mask)}, expected {size}"
+    return fault
+
+
+def find_text_fault(
+    tensors: Mapping[str, AnyTensor], name: str, width: int | None, length: int | None = None
+) -> str | None:
+    tensor = tensors.get(name)
+    if tensor is None:
+        return f"it lacks {name}"
+    shape = tuple(tensor.shape)
+    is_text = len(shape) == 2 and all(shape) and tensor.dtype.is_floating_point
+    if not is_text or width not in (None, shape[1]) or length not in (None, shape[0]):
+        return f"{name} is {describe(tensor)}, expected ({length or 'tokens'}, {width or 'width'})"
+    return None
+
+
+def describe(tensor: AnyTensor) -> str:
+    shape = shorten(str(tuple(tensor.shape)), 40)
+    return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def is_mask(mask: torch.Tensor) -> bool:
+    """Whether weights can be taken as they are: finite, none below 0, not all of them 0."""
+    low, high = mask.float().aminmax()
+    return low.item() >= 0 and 0 < high.item() < math.inf

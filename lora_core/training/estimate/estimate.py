@@ -1,0 +1,290 @@
+"""Memory and time of a run before it starts, from steps of a model of very few blocks.
+
+All blocks are alike, so everything is linear in their number: the full model's figures follow from
+those of one and of three blocks (`probe`), which run the true weights of the first blocks in their
+storage, with LoRAs, checkpointing, optimizer and the training set's own sizes. What lies in memory
+all the time is counted; what comes and goes is measured. Blocks that wait in host memory are
+measured on their own, two and three of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from ...base_model.base_files import BaseFile, open_base_file
+from ...injection.plan import plan_injection
+from ..config.advice import advise
+from ..config.config import TrainConfig
+from ..data.dataset import CachedDataset, ItemInfo, read_dataset
+from ..machine.memory import MemoryMeter, find_free_host_memory
+from ..machine.memory_limit import limit_memory
+from ..model.architecture import read_architecture
+from ..model.loading import check_keys
+from ..model.offload import choose_offloaded
+from ..run.session import choose_device
+from ..sampling.image_decoder import DECODING_BYTES
+from .probe import Measurement, measure
+
+#: Of a device's free memory, left alone: samples' sizes change from step to step and leave gaps.
+MARGIN = 2**29
+#: Of free main memory, left alone beside blocks that wait there: for the process itself.
+HOST_MARGIN = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need."""
+
+    device: str
+    memory_bytes: int | None
+    """Most that will be in use at once, on a CPU by the whole process; None where the system does
+    not tell."""
+    available_bytes: int | None
+    """Free for the run, with ComfyUI's models off the device."""
+    seconds_per_step: float
+    """Mean over the training set."""
+    longest_step_s: float
+    """Of the largest item."""
+    total_s: float
+    """Of all steps, and of compiling."""
+    num_parameters: int
+    num_tokens: int
+    """Of the largest item: target, references and text."""
+    advice: tuple[str, ...] = ()
+    """What to lower, in the order of what costs least; empty where it fits."""
+    compile_s: float = 0.0
+    """Compiling the blocks, in the first steps."""
+    gradient_checkpointing: bool | str = True
+    """Chosen for what memory is free now, where the configuration leaves it open."""
+    offloaded_bytes: int = 0
+    """Of the blocks that wait in host memory, locked there; on a CPU part of the memory above."""
+    host_available_bytes: int | None = None
+    """Free main memory for them; None on a CPU, or where the system does not tell."""
+
+    @property
+    def fits_device(self) -> bool:
+        known = self.memory_bytes is not None and self.available_bytes is not None
+        return not known or self.memory_bytes + MARGIN <= self.available_bytes
+
+    @property
+    def fits_host(self) -> bool:
+        if not self.offloaded_bytes or self.host_available_bytes is None:
+            return True
+        return self.offloaded_bytes + HOST_MARGIN <= self.host_available_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.fits_device and self.fits_host
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self) | {"fits": self.fits}
+
+    def to_text(self) -> str:
+        def show(size: int | None) -> str:
+            return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
+
+        lines = [
+            f"{self.num_parameters / 1e6:.1f} M trainable parameters, up to {self.num_tokens} "
+            "tokens a sample",
+            f"memory: {show(self.memory_bytes)} of {show(self.available_bytes)} free on "
+            f"{self.device}",
+            f"time: {self.seconds_per_step:.2f} s a step ({self.longest_step_s:.2f} s the "
+            f"longest), {self.total_s / 3600:.2f} h in all",
+        ]
+        if self.gradient_checkpointing is not True:
+            kept = json.dumps(self.gradient_checkpointing)
+            lines.append(f"gradient_checkpointing is {kept}, which is part of memory and time")
+        if self.offloaded_bytes:
+            free = self.host_available_bytes
+            of = "" if free is None else f" of {show(free)} free"
+            lines.insert(2, f"waiting in host memory: {show(self.offloaded_bytes)}{of}")
+        if self.compile_s:
+            lines.append(f"compiling: {self.compile_s:.0f} s once, part of the time in all")
+        lines += [f"does not fit: {sentence}" for sentence in self.advice]
+        return "\n".join(lines)
+
+
+def estimate_run(
+    config: TrainConfig,
+    dataset: CachedDataset,
+    is_shared: bool = False,
+    with_samples: bool = False,
+) -> Estimate:
+    """Loads three blocks, takes some steps with them, and computes the whole from that.
+
+    Auxiliary losses are not part of it; of several processes it is the figure of each.
+
+    Args:
+        is_shared: whether ComfyUI computes on the same GPU.
+        with_samples: whether sample images are decoded meanwhile, in tiles where nothing else fits.
+
+    Raises:
+        FileError, KeyFormatError, ConfigError: as opening the model does.
+    """
+    device = choose_device(config.model)
+    limit_memory(device)
+    host_free = None if device.type == "cpu" else find_free_host_memory()
+    meter = MemoryMeter(device)
+    largest = dataset.find_largest()
+    base = open_base_file(config.model.source)
+    try:
+        architecture = read_architecture(base.shapes, base.name, base.axes)
+        check_keys(architecture, base)
+        num_blocks = architecture.num_layers
+        width = base.shapes["img_in.weight"][0]
+        num_parameters = count_parameters(config, base)
+        choose_offloaded(num_blocks, config.model.offload_blocks)
+        arguments = (config, dataset, largest, base, device)
+        whole = measure_all(*arguments, num_blocks, num_parameters, is_shared)
+    finally:
+        base.release()
+    passes = 1.0
+    costs = [compute_cost(info, width) for info in dataset.items]
+    mean_cost = sum(costs) / len(costs)
+    if config.data.prior and config.data.prior_weight:
+        prior = [compute_cost(info, width) for info in read_dataset(config.data.prior).items]
+        passes += sum(prior) / len(prior) / mean_cost
+    options = config.optimizer
+    micro_s = whole.micro_step_s * options.accumulation * passes
+    mean_s = micro_s * mean_cost / costs[largest] + whole.optimizer_s
+    memory = None
+    if whole.passing_bytes is not None:
+        kept = whole.kept_bytes + num_parameters * whole.trained_bytes
+        passing = whole.passing_bytes
+        if with_samples and device.type != "cpu":
+            passing = max(passing, DECODING_BYTES)
+        memory = whole.process_bytes + round(
+            max(kept + passing, whole.kept_bytes + whole.loading_bytes)
+        )
+    estimate = Estimate(
+        device=str(device),
+        memory_bytes=memory,
+        available_bytes=meter.find_available(),
+        seconds_per_step=mean_s,
+        longest_step_s=micro_s + whole.optimizer_s,
+        total_s=mean_s * config.steps + whole.compile_s,
+        num_parameters=num_parameters,
+        num_tokens=dataset.items[largest].num_tokens,
+        compile_s=whole.compile_s,
+        gradient_checkpointing=whole.gradient_checkpointing,
+        offloaded_bytes=config.model.offload_blocks * whole.block_bytes,
+        host_available_bytes=host_free,
+    )
+    advice: tuple[str, ...] = ()
+    if not estimate.fits_device:
+        advice = advise(config)
+    if not estimate.fits_host:
+        advice = (*advice, FREE_HOST_MEMORY)
+    return replace(estimate, advice=advice)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What training on all blocks takes."""
+
+    micro_step_s: float
+    optimizer_s: float
+    compile_s: float
+    passing_bytes: float | None
+    """Most of what comes and goes, with the allocator's gaps."""
+    loading_bytes: int
+    kept_bytes: int
+    """Frozen, on the device."""
+    process_bytes: int
+    trained_bytes: float
+    block_bytes: int
+    gradient_checkpointing: bool | str
+
+
+def measure_all(
+    config: TrainConfig,
+    dataset: CachedDataset,
+    index: int,
+    base: BaseFile,
+    device: torch.device,
+    num_blocks: int,
+    num_parameters: int,
+    is_shared: bool,
+) -> Whole:
+    num_offloaded = config.model.offload_blocks
+    num_resident = num_blocks - num_offloaded
+    arguments = (config, dataset, index, base, device)
+    found = []
+    if num_resident:
+        counts = sorted({1, min(3, num_blocks)})
+        found.append(measure(*arguments, counts, False, num_parameters, is_shared))
+    if num_offloaded:
+        counts = (2, 3) if num_blocks > 2 else (1, 2) if num_blocks > 1 else (1,)
+        found.append(measure(*arguments, counts, True, num_parameters, is_shared))
+    first, last = found[0], found[-1]
+    passing = reckon_passing(first, last, num_blocks, num_offloaded)
+    if passing is not None:
+        passing += first.gap_bytes(num_resident)
+    return Whole(
+        micro_step_s=reckon_time(first, last, num_blocks, num_offloaded, device),
+        optimizer_s=first.optimizer_s(num_blocks),
+        compile_s=max(one.compile_s for one in found),
+        passing_bytes=passing,
+        loading_bytes=first.loading_bytes or 0,
+        kept_bytes=count_kept(first, num_blocks, num_offloaded, device),
+        process_bytes=first.process_bytes,
+        trained_bytes=first.trained_bytes,
+        block_bytes=first.block_bytes,
+        gradient_checkpointing=first.gradient_checkpointing,
+    )
+
+
+def count_kept(
+    found: Measurement, num_blocks: int, num_offloaded: int, device: torch.device
+) -> int:
+    """Bytes of frozen weights; a CPU's own memory is where offloaded blocks wait."""
+    if device.type != "cpu":
+        num_blocks -= num_offloaded
+    return found.other_bytes + num_blocks * found.block_bytes
+
+
+def reckon_time(
+    resident: Measurement,
+    offloaded: Measurement,
+    num_blocks: int,
+    num_offloaded: int,
+    device: torch.device,
+) -> float:
+    """Seconds of a micro-step; both are the same where all blocks are of one kind."""
+    if resident is offloaded:
+        return resident.micro_step_s(num_blocks)
+    time = resident.micro_step_s
+    if device.type == "cpu":  # copies and products take turns
+        return time(num_blocks - num_offloaded) + num_offloaded * offloaded.micro_step_s.per_block
+    # A block's weights come while those before it compute, so that the slower of both tells.
+    return max(time(num_blocks), time.fixed + num_offloaded * offloaded.micro_step_s.per_block)
+
+
+def reckon_passing(
+    resident: Measurement, offloaded: Measurement, num_blocks: int, num_offloaded: int
+) -> float | None:
+    """Most that comes and goes: activations of all blocks and copies of few, or an update."""
+    if resident.passing_bytes is None or offloaded.passing_bytes is None:
+        return None
+    passing = resident.passing_bytes(num_blocks)
+    if resident is not offloaded:
+        copies = offloaded.passing_bytes(num_blocks) - passing
+        passing += min(max(0.0, copies), num_offloaded * resident.block_bytes)
+    return max(passing, resident.updating_bytes(num_blocks))
+
+
+def compute_cost(info: ItemInfo, width: int) -> float:
+    """Proportional to a sample's time: products by 24 w^2 per token, attention by 4 w per pair."""
+    return info.num_tokens * (24 * width + 4 * info.num_tokens)
+
+
+def count_parameters(config: TrainConfig, base: BaseFile) -> int:
+    """Of the LoRA on the whole model."""
+    transformer = read_architecture(base.shapes, base.name, base.axes).build_empty()
+    return plan_injection(transformer, config.lora).num_parameters
+
+
+FREE_HOST_MEMORY = "free main memory, or lower model.offload_blocks with a smaller model.storage"

@@ -1,0 +1,1 @@
+"""What memory the machine has, and how much of it is taken."""

@@ -1,0 +1,1 @@
+"""The base that is trained on: loaded, stored small, computed."""

@@ -1,0 +1,38 @@
+"""Names out of diffusers, or a sentence where it is missing or broken."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ...errors import ConfigError
+
+INSTALL = 'pip install --upgrade "diffusers>=0.35"'
+
+
+def import_from_diffusers(*names: str, module: str = "diffusers") -> tuple[Any, ...]:
+    """Objects of a module of diffusers.
+
+    Raises:
+        ConfigError: diffusers is not installed, or cannot be imported: it raises RuntimeError where
+            another package that it looks for is there in a version it does not know.
+    """
+    try:
+        loaded = importlib.import_module(module)
+        return tuple(getattr(loaded, name) for name in names)
+    except ModuleNotFoundError as e:
+        if e.name != "diffusers":
+            raise_broken(e)
+        raise ConfigError(
+            f"training needs diffusers 0.35 or newer, which is not installed; run {INSTALL}"
+        ) from None
+    except (ImportError, AttributeError, RuntimeError) as e:
+        raise_broken(e)
+
+
+def raise_broken(error: Exception) -> None:
+    reason = " ".join(str(error).split()).rstrip(".")
+    raise ConfigError(
+        f"training needs diffusers 0.35 or newer, and the one that is installed cannot be used "
+        f"({reason}); run {INSTALL}"
+    ) from None

@@ -1,0 +1,181 @@
+"""From a file to a model that can be trained on, one tensor at a time.
+
+The base is never in memory twice: the model is built without data, and each tensor is read, brought
+into its storage on its device and put in place before the next one is read. Beside the model itself
+memory holds no more than some chunks of 16 MB (DESIGN section 8), see `weight_reader`, and where
+blocks wait in host memory one of them twice.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ...base_model.base_files import BaseFile, open_base_file
+from ...errors import KeyFormatError, ShapeError
+from ...progress import Progress, ShouldStop, track
+from ...text import shorten, shorten_list
+from .architecture import BLOCKS, FIRST_BLOCK, Architecture, read_architecture
+from .edit_block import EditBlock
+from .host_blocks import HostBlocks
+from .offload import choose_offloaded
+from .quantization import GGUF_COST, build_linear, check_storage, is_gguf_kept
+from .sharding import Sharding
+from .transformer import EditTransformer
+from .weight_reader import WeightReader
+
+
+def load_transformer(
+    source: str | os.PathLike[str],
+    storage: str = "bf16",
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.bfloat16,
+    *,
+    zero_cond_t: bool | None = None,
+    num_offloaded: int = 0,
+    sharding: Sharding | None = None,
+    progress: Progress | None = None,
+    should_stop: ShouldStop | None = None,
+) -> EditTransformer:
+    """A frozen base model of any size.
+
+    Args:
+        source: ComfyUI's single file (bf16, fp16, fp32, plain or scaled fp8, int8, mxfp8), a GGUF,
+            or a diffusers folder.
+        storage: one of `quantization.STORAGES`; what each is, is told there.
+        zero_cond_t: whether references are shown at noise level 0, as 2511 does; None: as the file
+            is marked.
+        num_offloaded: so many of the blocks stay in host memory; see `offload`.
+        sharding: spreads each block over several processes as soon as it is whole.
+
+    Raises:
+        FileError: the source is missing, damaged, or stored in a way that is not understood.
+        KeyFormatError: it is another model, or tensors are missing.
+        ShapeError: a tensor's shape contradicts the others.
+        NonFiniteWeightsError: NaN or Inf in a tensor.
+        ConfigError: an unknown storage, a package that it needs is missing, or more blocks to
+            offload than there are.
+        InterruptedError: `should_stop` returned True.
+    """
+    check_storage(storage)
+    base = open_base_file(source)
+    try:
+        architecture = read_architecture(
+            base.shapes,
+            base.name,
+            base.axes,
+            base.zero_cond_t if zero_cond_t is None else zero_cond_t,
+        )
+        check_keys(architecture, base)
+        transformer = architecture.build_empty()
+        device = torch.device(device)
+        offloaded = choose_offloaded(architecture.num_layers, num_offloaded)
+        reader, host = WeightReader(base, device), HostBlocks(device)
+        leaves = list_leaves(transformer)
+        last_leaves = {find_block(path): path for path in leaves}
+        for path in track(leaves, progress, should_stop, "loading"):
+            index = find_block(path)
+            place = torch.device("cpu") if index in offloaded else device
+            load_leaf(transformer, path, reader, storage, compute_dtype, place)
+            if index >= 0 and path == last_leaves[index]:
+                block = EditBlock(transformer.transformer_blocks[index])
+                if index in offloaded:
+                    host.add(block)
+                if sharding is not None:
+                    block = sharding.shard_block(block)
+                transformer.transformer_blocks[index] = block
+        reader.finish()
+    finally:
+        base.release()
+    transformer.requires_grad_(False)
+    model = EditTransformer(transformer.eval(), compute_dtype)
+    if any(is_gguf_kept(module) for module in transformer.modules()):
+        model.notes.append(GGUF_COST)
+    if offloaded:
+        model.offload_blocks(offloaded, device, host)
+    return model if sharding is None else sharding.finish(model)
+
+
+def list_leaves(transformer: nn.Module) -> list[str]:
+    """Paths of the modules that have parameters of their own."""
+    return [
+        path
+        for path, module in transformer.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def find_block(path: str) -> int:
+    """The number of the block a module is in; -1 outside."""
+    first, _, rest = path.partition(".")
+    return int(rest.partition(".")[0]) if first == "transformer_blocks" else -1
+
+
+def check_keys(architecture: Architecture, base: BaseFile) -> None:
+    """That the file holds this model, whole and alone; one block is built for it, not all.
+
+    Raises:
+        KeyFormatError: tensors are missing, or are none of this model's.
+        ShapeError: one has another shape.
+    """
+    expected = list_shapes(architecture)
+    missing = [key for key in expected if key not in base.shapes]
+    if missing:
+        raise KeyFormatError(
+            f"{shorten(base.name)} lacks {len(missing)} of {len(expected)} tensors of a Qwen-Image "
+            f"model ({shorten_list(missing, 2)}): it is another model or incomplete. Choose a "
+            "whole diffusion model of Qwen-Image-Edit."
+        )
+    unknown = [shorten(key) for key in base.shapes if key not in expected]
+    if unknown:
+        raise KeyFormatError(
+            f"{shorten(base.name)} holds {len(unknown)} tensors that a Qwen-Image-Edit model has "
+            f"not ({shorten_list(unknown, 1)}); it is another model, or already changed by one. "
+            "Choose a diffusion model of Qwen-Image-Edit."
+        )
+    for key, shape in expected.items():
+        found = tuple(base.shapes[key])
+        if found != shape and not base.is_packed(key):
+            raise ShapeError(
+                f"{shorten(base.name)}: {key} is {shorten(str(found))}, but {shape} follows from "
+                "the other tensors. The file is damaged or of another model: choose a diffusion "
+                "model of Qwen-Image-Edit."
+            )
+
+
+def list_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every parameter; blocks are all alike."""
+    model = replace(architecture, num_layers=1).build_empty()
+    first = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    in_block = {
+        name.removeprefix(FIRST_BLOCK): shape
+        for name, shape in first.items()
+        if name.startswith(FIRST_BLOCK)
+    }
+    shapes = {name: shape for name, shape in first.items() if not name.startswith(FIRST_BLOCK)}
+    for block in range(architecture.num_layers):
+        shapes.update({f"{BLOCKS}.{block}.{name}": s for name, s in in_block.items()})
+    return shapes
+
+
+def load_leaf(
+    transformer: nn.Module,
+    path: str,
+    reader: WeightReader,
+    storage: str,
+    compute_dtype: torch.dtype,
+    place: torch.device,
+) -> None:
+    """Gives one module its data: computed on the reader's device, kept on `place`."""
+    module = transformer.get_submodule(path)
+    if isinstance(module, nn.Linear):
+        linear = build_linear(reader, path, storage, compute_dtype)
+        parent, _, name = path.rpartition(".")
+        setattr(transformer.get_submodule(parent), name, linear.to(place))
+        return
+    for name, _ in list(module.named_parameters(recurse=False)):
+        tensor = reader.read_parameter(f"{path}.{name}", compute_dtype)
+        setattr(module, name, nn.Parameter(tensor.to(place), requires_grad=False))

@@ -1,0 +1,1 @@
+"""The loss: noise levels, weightings, auxiliary terms."""

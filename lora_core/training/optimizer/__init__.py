@@ -1,0 +1,1 @@
+"""The update: optimizers, schedules, gradients, averages."""

@@ -1,0 +1,165 @@
+"""What a run says of itself: one JSON line per step, and reports for whoever watches."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...disk.json_reader import parse_json
+from ...disk.regular_files import open_regular
+from ...disk.writing import explain, write_then_rename
+from ...errors import FileError
+
+METRICS_FILE = "metrics.jsonl"
+#: Of a line, the numbers that are drawn as curves.
+FIGURES = (
+    *("loss", "smoothed_loss", "learning_rate", "grad_norm"),
+    *("tokens_per_s", "seconds", "memory_bytes"),
+)
+#: No run has so many; what names a later step is no line of ours.
+MOST_STEPS = 2**53
+#: Weight of the past in the smoothed loss, of about 50 steps' memory.
+SMOOTHING = 0.98
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step."""
+
+    step: int
+    """Counted from 1."""
+    num_steps: int
+    epoch: int
+    loss: float
+    """Mean over the step's samples, the prior's and auxiliary losses included."""
+    smoothed_loss: float
+    """Exponential average of the losses, without the bias of its start."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    tokens_per_s: float
+    seconds: float
+    memory_bytes: int
+    """Most the device had allocated so far; the process's memory on a CPU."""
+    parts: Mapping[str, float] | None = None
+    """The loss by its parts, where there is more than the velocity's."""
+    health: Mapping[str, float] | None = None
+    """Figures of some modules' deltas; see `health.measure_health`."""
+    checkpoint: str | None = None
+    """Name of the checkpoint written after this step."""
+    adapters: tuple[str, ...] = ()
+    """Names of the adapter files written after this step."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the fields that say nothing."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in values.items() if value not in (None, ())}
+
+
+@dataclass
+class SmoothedLoss:
+    """An exponential average whose first values count fully (Adam's bias correction)."""
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    def update(self, loss: float) -> float:
+        self.total = SMOOTHING * self.total + (1 - SMOOTHING) * loss
+        self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
+        return self.total / self.weight
+
+
+class MetricsFile:
+    """metrics.jsonl, to which each step adds one line."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / METRICS_FILE
+
+    def append(self, report: StepReport) -> None:
+        """Adds a line.
+
+        Raises:
+            FileError: the disk is full or the folder read-only.
+        """
+        line = json.dumps(report.to_dict()) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as e:
+            raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
+
+    def synchronize(self) -> None:
+        """Brings the lines to the disk, so that no checkpoint is newer than they are.
+
+        Raises:
+            FileError: the disk does not take them.
+        """
+        try:
+            if self.path.exists():
+                with self.path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        except OSError as e:
+            raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
+
+    def cut(self, step: int) -> int:
+        """Drops what a killed run wrote after its last checkpoint, of `step`, or half wrote.
+
+        Returns:
+            How many lines cannot be read and are dropped too; figures never stop a run.
+
+        Raises:
+            FileError: the file cannot be read or written.
+        """
+        if not self.path.exists():
+            return 0
+        try:
+            with open_regular(self.path) as file:
+                lines = file.read().split(b"\n")[:-1]
+            rows = [row for line in lines if (row := parse_row(line)) is not None]
+            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+            write_then_rename(self.path, lambda new: new.write_text(kept, encoding="utf-8"))
+        except OSError as e:
+            raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
+        return len(lines) - len(rows)
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file, but for those that cannot be read and a last one cut short."""
+    with open_regular(path) as file:
+        for line in file:
+            if line.endswith(b"\n") and (row := parse_row(line)) is not None:
+                yield row
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """One step's figures; None for a line that holds none, such as one that a crash tore."""
+    try:
+        row = parse_json(line, METRICS_FILE)
+    except FileError:
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    if not 0 <= row["step"] < MOST_STEPS:
+        return None
+    health = row.get("health", {})
+    figures = [row.get(name) for name in FIGURES]
+    figures += health.values() if isinstance(health, dict) else ["no figure"]
+    is_whole = all(x is None or (type(x) in (int, float)) for x in figures)
+    return row if is_whole else None
+
+
+def measure_memory(device: torch.device) -> int:
+    """Bytes: peak allocation of a GPU, or this process's resident set on a CPU (0 if unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,348 @@
+"""A training run while it lives: where it starts, its steps, what it writes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ...errors import ConfigError, FileError, NonFiniteLossError, OutOfMemoryError
+from ...injection.inject import Injection
+from ...progress import ShouldStop
+from ...text import shorten_list
+from ..config.advice import advise
+from ..config.config import TrainConfig
+from ..data.dataset import CachedDataset
+from ..machine.memory import is_out_of_memory
+from ..objective.objective import Objective, VelocityModel
+from ..optimizer.ema import Ema
+from ..optimizer.gradients import are_finite, clip_gradients, compute_grad_norm
+from ..optimizer.optimization import averaged_weights, build_optimizer, set_learning_rate
+from ..optimizer.schedules import build_schedule
+from .adapter_files import ADAPTERS, DTYPES, EMA_SUFFIX, build_run_metadata, write_adapters
+from .checkpoint import CheckpointFolder, remove_leftovers
+from .health import measure_health
+from .metrics import MetricsFile, SmoothedLoss, StepReport, measure_memory
+from .micro_steps import MicroSteps
+from .processes import Processes
+from .random_state import seed_everything
+from .run_state import check_same_run, collect_state, describe_run, restore_state
+
+Notify = Callable[[str], None]
+
+CHECKPOINTS = "checkpoints"
+
+
+def open_checkpoints(config: TrainConfig) -> CheckpointFolder:
+    return CheckpointFolder(Path(config.output) / CHECKPOINTS, config.saving.keep_checkpoints)
+
+
+def check_is_free(checkpoints: CheckpointFolder, resume: bool) -> None:
+    steps = checkpoints.list_steps()
+    if steps and not resume:
+        raise ConfigError(
+            f"{checkpoints.folder.parent.name} already holds a run up to step {steps[-1]}; resume "
+            "it, or choose another output folder"
+        )
+
+
+class Run:
+    """Everything a run has while it lives; made by `train`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: VelocityModel,
+        injection: Injection,
+        dataset: CachedDataset,
+        prior: CachedDataset | None,
+        objective: Objective,
+        variant: str | None,
+        processes: Processes,
+        notify: Notify,
+        resume: bool,
+    ):
+        self.config = config
+        self.injection = injection
+        self.dataset = dataset
+        self.prior = prior if config.data.prior_weight else None
+        self.variant = variant
+        self.processes = processes
+        self.notify = notify
+        self.folder = Path(config.output)
+        self.checkpoints = open_checkpoints(config)
+        self.metrics = MetricsFile(self.folder)
+        self.check_data()
+        self.parameters = injection.parameters()
+        self.device = self.parameters[0].device
+        self.micro_steps = MicroSteps(
+            *(config, model, self.parameters, dataset, self.prior, objective, processes, notify)
+        )
+        if repeats := self.micro_steps.order.describe_repeats():
+            notify(repeats)
+        options = config.optimizer
+        self.optimizer = build_optimizer(
+            options.name, self.parameters, options.learning_rate, **options.options
+        )
+        self.schedule = build_schedule(
+            options.schedule,
+            options.warmup_steps,
+            config.steps,
+            final_factor=options.final_factor,
+        )
+        named = injection.named_parameters()
+        self.ema = Ema(named, options.ema_decay) if options.ema_decay else None
+        self.smoothed_loss = SmoothedLoss()
+        self.step = 0
+        self.checkpointed_step: int | None = None
+        #: Whether the last step's weights are finite, a bool on the device; None once that is read.
+        self.is_finite: torch.Tensor | None = None
+        #: Whether one of several processes was asked to stop; None before their first step.
+        self.is_stopping: bool | None = None
+        seed_everything(config.seed + processes.index)
+        self.start(resume)
+        for layer in injection.layers.values():
+            layer.train()
+        self.micro_steps.model = processes.prepare(model, self.parameters)
+
+    def check_data(self) -> None:
+        if self.config.data.caption_dropout:
+            self.dataset.check_captions_can_drop()
+        if self.prior is not None and self.prior.text_width != self.dataset.text_width:
+            raise ConfigError(
+                f"the prior's text embeddings are {self.prior.text_width} wide, the training "
+                f"set's {self.dataset.text_width}; cache both with the same text encoder"
+            )
+
+    def start(self, resume: bool) -> None:
+        """Takes up the newest checkpoint, or makes sure that this is a new run."""
+        check_is_free(self.checkpoints, resume)
+        self.processes.wait()  # nobody writes before everybody has looked
+        if self.processes.is_main:
+            self.checkpoints.prepare()
+            remove_leftovers(self.folder)
+            remove_leftovers(self.folder / ADAPTERS)
+        self.processes.wait()
+        checkpoint = self.checkpoints.read_latest()
+        for sentence in self.checkpoints.passed_over:
+            self.notify(f"passed over: {sentence}")
+        if checkpoint is not None:
+            for sentence in check_same_run(checkpoint.state["run"], describe_run(self)):
+                self.notify(sentence)
+            restore_state(self, checkpoint)
+            self.checkpointed_step = self.step
+            self.notify(f"resumed after step {self.step} of {self.config.steps}")
+        elif resume:
+            self.notify(f"{self.folder.name} holds no whole checkpoint; starting at step 1")
+        if self.processes.is_main and (num_unread := self.metrics.cut(self.step)):
+            self.notify(
+                f"{num_unread} lines of {self.metrics.path.name} could not be read and are left "
+                "out; the run itself lacks nothing"
+            )
+
+    def take_steps(self, should_stop: ShouldStop) -> Iterator[StepReport]:
+        every = self.config.saving
+        try:
+            while self.step < self.config.steps:
+                if self.is_asked_to_stop(should_stop):
+                    self.save_checkpoint()
+                    return
+                with self.explaining_lack_of_memory():
+                    report = self.take_step(should_stop)
+                if self.processes.is_main:
+                    self.metrics.append(report)
+                is_last = self.step == self.config.steps
+                # The checkpoint comes last: what a killed run left out, the resumed one writes.
+                try:
+                    if every.adapter_every and self.step % every.adapter_every == 0:
+                        report = replace(report, adapters=self.save_adapters(self.step))
+                except FileError:
+                    self.save_checkpoint()  # an adapter's name or folder must not cost the work
+                    raise
+                if is_last or self.step % every.checkpoint_every == 0:
+                    report = replace(report, checkpoint=self.save_checkpoint())
+                yield report
+        finally:
+            self.micro_steps.batches.close()
+        self.save_adapters(None)
+
+    def take_step(self, should_stop: ShouldStop) -> StepReport:
+        """One optimizer update; the host waits for the device once, between gradients and update.
+
+        Whether the new weights are finite is read at the next wait, or before they are saved.
+
+        Raises:
+            NonFiniteLossError: the loss or the gradients are NaN or Inf, and nothing was changed;
+                or the last step's weights are, and nothing of them is saved.
+        """
+        started = time.perf_counter()
+        options = self.config.optimizer
+        parts, num_tokens = self.micro_steps.take(self.step)
+        self.processes.average_gradients(self.parameters)
+        figures, num_tokens, grad_norm = self.read_figures(
+            parts, num_tokens, compute_grad_norm(self.parameters), should_stop
+        )
+        loss = math.fsum(figures.values())
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise NonFiniteLossError(self.explain_non_finite(loss, grad_norm))
+        clip_gradients(self.parameters, grad_norm, options.max_grad_norm)
+        learning_rate = options.learning_rate * self.schedule(self.step)
+        set_learning_rate(self.optimizer, learning_rate)
+        self.optimizer.step()
+        self.is_finite = are_finite(self.parameters)
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update()
+        seconds = time.perf_counter() - started
+        return StepReport(
+            step=self.step,
+            num_steps=self.config.steps,
+            epoch=self.micro_steps.get_epoch(self.step - 1),
+            loss=loss,
+            smoothed_loss=self.smoothed_loss.update(loss),
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens_per_s=num_tokens / seconds,
+            seconds=seconds,
+            memory_bytes=measure_memory(self.device),
+            parts=figures if len(figures) > 1 else None,
+            health=self.measure_health(),
+        )
+
+    def read_figures(
+        self,
+        parts: Mapping[str, torch.Tensor],
+        num_tokens: int,
+        grad_norm: torch.Tensor,
+        should_stop: ShouldStop,
+    ) -> tuple[dict[str, float], float, float]:
+        """A step's numbers over all processes, in one copy from the device.
+
+        Several processes also learn so whether one of them was asked to stop.
+
+        Returns:
+            Part of the loss -> its mean; the tokens of all processes; the norm of the gradients.
+        """
+        shared = [*parts.values()]
+        if self.processes.count > 1:
+            asked = float(should_stop())
+            # By kernels that take the number along: a copy from the host would be waited for.
+            shared += [torch.full((), x, device=self.device) for x in (num_tokens, asked)]
+        means = self.processes.average(torch.stack(shared))
+        own = [grad_norm] if self.is_finite is None else [grad_norm, self.is_finite]
+        copied = torch.cat([means.double(), torch.stack([x.double() for x in own])]).tolist()
+        norm, *finite = copied[len(shared) :]
+        self.require_finite_weights(all(finite))
+        if self.processes.count > 1:
+            num_tokens = copied[len(parts)] * self.processes.count
+            self.is_stopping = copied[len(parts) + 1] > 0
+        return dict(zip(parts, copied, strict=False)), num_tokens, norm
+
+    def check_weights(self) -> None:
+        """Waits for the device if the last step's weights are not yet known to be finite.
+
+        Raises:
+            NonFiniteLossError: they are not, and must not be used.
+        """
+        if self.is_finite is not None:
+            self.require_finite_weights(self.is_finite.item())
+
+    def require_finite_weights(self, is_finite: bool) -> None:
+        self.is_finite = None
+        if not is_finite:
+            raise NonFiniteLossError(self.explain_non_finite_weights())
+
+    def explain_non_finite(self, loss: float, grad_norm: float) -> str:
+        what = f"the gradients are {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        keys = self.micro_steps.list_keys(self.step)
+        return (
+            f"{what} at step {self.step + 1} ({shorten_list(keys, 3)}); expected finite "
+            f"numbers. The step was not applied and {self.describe_last_checkpoint()}. Lower the "
+            "learning rate, look at these items, or compute in a wider type."
+        )
+
+    def explain_non_finite_weights(self) -> str:
+        return (
+            f"the optimizer made NaN or Inf of finite gradients at step {self.step}, so that "
+            f"nothing of it was saved and {self.describe_last_checkpoint()}; lower the learning "
+            "rate."
+        )
+
+    @contextmanager
+    def explaining_lack_of_memory(self) -> Iterator[None]:
+        """Where the model was free to keep less, it has by then, down to each block's input."""
+        step = self.step + 1
+        try:
+            yield
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+            where = "computer" if self.device.type == "cpu" else "device"
+            said = " ".join(str(e).split())[:120]
+            raise OutOfMemoryError(
+                f"the {where} ran out of memory in step {step} ({said or type(e).__name__})",
+                advise(self.config),
+            ) from e
+
+    def describe_last_checkpoint(self) -> str:
+        kept = self.checkpoints.list_steps()
+        return f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
+
+    def measure_health(self) -> dict[str, float] | None:
+        every = self.config.saving.health_every
+        if not every or self.step % every:
+            return None
+        self.check_weights()
+        return (
+            measure_health(self.injection, self.step // every) if self.processes.is_main else None
+        )
+
+    def is_asked_to_stop(self, should_stop: ShouldStop) -> bool:
+        """True on every process as soon as one of them is asked; see `read_figures`."""
+        if self.processes.count == 1:
+            return should_stop()
+        if self.is_stopping is None:
+            self.is_stopping = self.processes.sum(should_stop(), self.device) > 0
+        return self.is_stopping
+
+    def is_still_to_stop(self, should_stop: ShouldStop) -> bool:
+        """Once the steps have ended: asks again, on all processes. False: `take_steps` goes on."""
+        self.is_stopping = None
+        return self.is_asked_to_stop(should_stop)
+
+    def save_checkpoint(self) -> str | None:
+        """Its name; None where this step needs none or another process writes it."""
+        if self.step in (0, self.checkpointed_step):
+            return None
+        self.check_weights()
+        tensors, state = collect_state(self)
+        path = None
+        if self.processes.is_main:
+            self.metrics.synchronize()
+            path = self.checkpoints.write(self.step, tensors, state)
+        self.checkpointed_step = self.step
+        self.processes.wait()
+        return None if path is None else path.name
+
+    def save_adapters(self, step: int | None) -> tuple[str, ...]:
+        """Files of the present weights and their average; None for the finished ones."""
+        self.check_weights()
+        if not self.processes.is_main:
+            return ()
+        saving, name = self.config.saving, self.config.name
+        adapters = {}
+        with averaged_weights(self.optimizer):
+            sources = {"": None, **({EMA_SUFFIX: self.ema.averages} if self.ema else {})}
+            for suffix, tensors in sources.items():
+                metadata = build_run_metadata(
+                    self.config, self.dataset, self.step, self.variant, bool(suffix)
+                )
+                adapters[suffix] = self.injection.build_adapter(
+                    name, metadata, DTYPES[saving.dtype], tensors
+                )
+        return write_adapters(adapters, self.folder, name, step, saving.keep_adapters)

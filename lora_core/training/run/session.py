@@ -1,0 +1,155 @@
+"""Opening what a configuration names: base model, LoRAs, training sets, VAE."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...errors import ConfigError
+from ...formats.architectures import read_variant
+from ...injection.inject import Injection, inject
+from ...text import shorten_list
+from ..config.config import TrainConfig
+from ..data.batches import load_repeated
+from ..data.dataset import CachedDataset, read_dataset
+from ..machine.memory import MemoryMeter
+from ..machine.memory_limit import limit_memory
+from ..model.gradient_checkpointing import adapt_to_memory, get_first_kind, is_free_to_choose
+from ..model.loading import load_transformer
+from ..model.model_config import ModelConfig
+from ..model.sharding import Sharding, choose_sharding
+from ..model.transformer import EditTransformer
+from ..objective.losses import Decode
+from ..sampling.image_decoder import load_decoder
+from .adapter_files import DTYPES, build_run_metadata
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Session:
+    """Everything `train` takes besides the configuration."""
+
+    model: EditTransformer
+    injection: Injection
+    dataset: CachedDataset
+    prior: CachedDataset | None
+    decode: Decode | None
+    variant: str | None
+
+
+def open_session(
+    config: TrainConfig,
+    device: torch.device | None = None,
+    accelerator: Accelerator | None = None,
+    is_shared: bool = False,
+) -> Session:
+    """Loads and injects; training sets first, since they are quick to be found wrong.
+
+    Args:
+        accelerator: of `accelerate launch`, which may ask for the base to be sharded.
+        is_shared: whether ComfyUI computes on the same GPU, and needs some of its memory.
+
+    Raises:
+        FileError, KeyFormatError, ShapeError, ConfigError, TargetError: as what it opens.
+    """
+    device = device or choose_device(config.model)
+    limit_memory(device)
+    sharding = choose_sharding(config.model, accelerator)
+    dataset = read_dataset(config.data.folder)
+    prior = read_dataset(config.data.prior) if config.data.prior else None
+    model = load_model(config.model, device, sharding)
+    width = model.transformer.config.joint_attention_dim
+    if dataset.text_width != width:
+        raise ConfigError(
+            f"the training set's text embeddings are {dataset.text_width} wide, but the model "
+            f"takes {width}; cache it with this model's text encoder"
+        )
+    injection = inject(model.transformer, config.lora, seed=config.seed, device=device)
+    if is_free_to_choose(config.model) and sharding is None:
+        sets = [(one, one.find_largest()) for one in (dataset, prior) if one is not None]
+        largest, index = max(sets, key=lambda pair: pair[0].items[pair[1]].num_tokens)
+        batch = load_repeated(largest, index, config.data.batch_size, config.seed).to(device)
+        num_parameters = injection.plan.num_parameters
+        free = MemoryMeter(device).find_free()
+        adapt_to_memory(model, batch, len(model.blocks), num_parameters, free, is_shared)
+    if config.model.compile:
+        for block in model.blocks:  # after the LoRAs are in; one block's code serves all
+            block.compile()
+    decode = load_decoder(config.model.vae, device) if config.model.vae else None
+    return Session(model, injection, dataset, prior, decode, find_variant(config.model, model))
+
+
+def describe_session(session: Session, config: TrainConfig) -> list[str]:
+    """What will be trained and how large its file will be, a sentence each."""
+    plan = session.injection.plan
+    metadata = build_run_metadata(config, session.dataset, config.steps, session.variant, False)
+    size_bytes = plan.compute_file_size(
+        DTYPES[config.saving.dtype], metadata=metadata, title=config.name
+    )
+    said = [
+        f"{len(plan.targets)} modules, {plan.num_parameters:,} parameters; the adapter's file will "
+        f"take {size_bytes:,} bytes"
+    ]
+    if config.model.offload_blocks:
+        said.append(
+            f"storage is {config.model.storage}; {config.model.offload_blocks} of "
+            f"{len(session.model.blocks)} blocks wait in main memory"
+        )
+    if session.model.is_adaptive:
+        kind = json.dumps(session.model.gradient_checkpointing)
+        said.append(f"gradient_checkpointing is {kind}, the fastest that the free memory allows")
+    said += session.model.notes
+    for reason in dict.fromkeys(plan.skipped.values()):
+        paths = [path for path, why in plan.skipped.items() if why == reason]
+        said.append(f"left out {shorten_list(paths, 4)}: {reason}")
+    return said
+
+
+def load_model(
+    config: ModelConfig, device: torch.device, sharding: Sharding | None = None
+) -> EditTransformer:
+    model = load_transformer(
+        config.source,
+        config.storage,
+        device,
+        COMPUTE_DTYPES[config.compute_dtype],
+        zero_cond_t=None if config.variant == "auto" else config.variant == "2511",
+        num_offloaded=config.offload_blocks,
+        sharding=sharding,
+    )
+    model.enable_gradient_checkpointing(get_first_kind(config))
+    return model
+
+
+def choose_device(config: ModelConfig) -> torch.device:
+    """The one asked for, or the GPU where there is one.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ConfigError(
+            f"the device {config.device!r} is not there; expected cpu, cuda or auto"
+        ) from None
+    return device
+
+
+def find_variant(config: ModelConfig, model: EditTransformer) -> str | None:
+    """What the adapter's metadata will say it is made for; None where nothing tells."""
+    if config.variant != "auto":
+        return config.variant
+    if model.zero_cond_t:
+        return "2511"
+    return read_variant(config.source.replace("\\", "/").rpartition("/")[2], False)

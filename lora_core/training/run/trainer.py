@@ -1,0 +1,93 @@
+"""`train`: a model with LoRAs in it, a cached training set and a configuration -> step reports.
+
+A step is one optimizer update, counted from 1 in reports; a micro-step one forward and backward.
+What a step does depends on the checkpointed state and on its number alone, so a run that was
+killed and resumed is the same run, to the bit where the device computes the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...injection.inject import Injection
+from ...progress import ShouldStop
+from ..config.config import TrainConfig
+from ..data.dataset import CachedDataset
+from ..objective.losses import AuxiliaryLoss, Decode
+from ..objective.objective import Objective, VelocityModel
+from .checkpoint import make_folder
+from .metrics import StepReport
+from .processes import Processes
+from .run import Notify, Run, check_is_free, open_checkpoints
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def train(
+    config: TrainConfig,
+    model: VelocityModel,
+    injection: Injection,
+    dataset: CachedDataset,
+    *,
+    prior: CachedDataset | None = None,
+    auxiliary: Mapping[str, tuple[AuxiliaryLoss, float]] | None = None,
+    decode: Decode | None = None,
+    variant: str | None = None,
+    accelerator: Accelerator | None = None,
+    resume: bool = False,
+    should_stop: ShouldStop | None = None,
+    notify: Notify | None = None,
+) -> Iterator[StepReport]:
+    """Trains, and yields a report after every step.
+
+    Everything is checked and restored before this returns; the steps are taken as the reports are
+    asked for. The finished adapters lie in `config.output` once the last report was taken.
+
+    Args:
+        model: called with normalised latents; its LoRAs are those of `injection`.
+        prior: a training set whose loss is added with `config.data.prior_weight`.
+        auxiliary: name -> further auxiliary loss and its weight.
+        decode: for auxiliary losses that look at the image.
+        variant: "original", "2509" or "2511", for the adapters' metadata.
+        accelerator: of `accelerate launch`, for several processes.
+        resume: go on from the newest whole checkpoint; start anew where there is none.
+        should_stop: asked before every step, with several processes during the one before; once
+            one of them says yes, a checkpoint is written and the reports end.
+        notify: told in sentences what is not as it was asked for.
+
+    Raises:
+        ConfigError: settings that do not fit each other or the run to be resumed, or a folder that
+            already holds a run.
+        FileError: the output folder cannot be written.
+        NonFiniteLossError: while reports are taken; the step was not applied, or not saved.
+        OutOfMemoryError: while reports are taken; with what would lower the memory.
+    """
+    make_folder(Path(config.output))
+    return Run(
+        config,
+        model,
+        injection,
+        dataset,
+        prior,
+        Objective(config.objective, auxiliary, decode),
+        variant,
+        Processes(accelerator),
+        notify or (lambda sentence: None),
+        resume,
+    ).take_steps(should_stop or (lambda: False))
+
+
+def check_output(config: TrainConfig, resume: bool) -> None:
+    """What `train` says of the output folder, for who wants to know before a model is loaded.
+
+    Raises:
+        ConfigError: it already holds a run that is not to be resumed.
+        FileError: it cannot be written.
+    """
+    checkpoints = open_checkpoints(config)
+    check_is_free(checkpoints, resume)
+    make_folder(Path(config.output))
+    checkpoints.prepare()

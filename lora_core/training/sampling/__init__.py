@@ -1,0 +1,1 @@
+"""Images on the way: denoised, decoded, written."""

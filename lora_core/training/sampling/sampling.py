@@ -1,0 +1,123 @@
+"""Pictures from cached prompts and references: Euler steps along the velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ...adapter.adapter import Adapter
+from ...adapter.weights import LoraWeights
+from ...errors import ConfigError, TargetError
+from ...progress import ShouldStop, track
+from ..data.batches import make_generator
+from ..data.dataset import CachedDataset, collect_text
+from ..data.latents import count_target_tokens, normalize
+from ..objective.flow import build_sigmas
+from ..objective.objective import VelocityModel
+
+
+@torch.no_grad()
+def sample(
+    model: VelocityModel,
+    dataset: CachedDataset,
+    index: int,
+    *,
+    num_steps: int = 20,
+    schedule: str = "comfyui",
+    guidance: float = 1.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    should_stop: ShouldStop | None = None,
+) -> torch.Tensor:
+    """One item's edit, from noise.
+
+    Args:
+        guidance: true classifier-free guidance against the item's empty caption; 1 is without.
+
+    Returns:
+        Normalised latents of the target's size, float32 (1, 16, H, W).
+
+    Raises:
+        ConfigError: guidance without an empty caption in the training set.
+        InterruptedError: `should_stop` returned True.
+    """
+    info, item = dataset.items[index], dataset.load(index)
+    texts = [item.text.float()]
+    if guidance != 1:
+        if item.text_empty is None and not dataset.has_empty_text:
+            raise ConfigError(
+                f"guidance needs the embedding of an empty caption, which {info.key} lacks; cache "
+                "it with the training set, or set the guidance to 1"
+            )
+        empty = dataset.load_empty_text() if item.text_empty is None else item.text_empty
+        texts.append(empty.float())
+    text, text_mask = collect_text(texts)
+    text, text_mask = text.to(device), None if text_mask is None else text_mask.to(device)
+    references = [
+        normalize(r)[None].to(device).expand(len(texts), -1, -1, -1) for r in item.references
+    ]
+    x = torch.randn(1, *item.target.shape, generator=make_generator(seed, info.key)).to(device)
+    sigmas = build_sigmas(num_steps, schedule, count_target_tokens(*info.target)).to(device)
+    for i in track(range(num_steps), None, should_stop, "sampling"):
+        batch = x.expand(len(texts), -1, -1, -1)
+        velocity = model(batch, references, text, text_mask, sigmas[i].expand(len(texts))).float()
+        if guidance != 1:
+            with_caption, without = velocity[:1], velocity[1:]
+            velocity = without + guidance * (with_caption - without)
+        x = x + (sigmas[i + 1] - sigmas[i]) * velocity
+    return x
+
+
+@contextmanager
+def applied(
+    transformer: torch.nn.Module, adapter: Adapter | None, strength: float = 1.0
+) -> Iterator[None]:
+    """Inside the block, every Linear also gives strength * scale * lora_B(lora_A x).
+
+    Without an adapter nothing changes.
+
+    Raises:
+        ConfigError: weights that are no plain LoRA.
+        TargetError: the model has none of the adapter's modules, or not all of them.
+    """
+    if adapter is None:
+        yield
+        return
+    modules = dict(transformer.named_modules())
+    unknown = [path for path in adapter.modules if path not in modules]
+    if unknown:
+        raise TargetError(
+            f"{adapter.name} has {len(unknown)} modules that the model has not, such as "
+            f"{unknown[0]}; choose an adapter of this model"
+        )
+    handles = []
+    try:
+        for path, weights in adapter.modules.items():
+            if not isinstance(weights, LoraWeights):
+                raise ConfigError(
+                    f"{adapter.name} holds {weights.kind} weights at {path}; sampling here takes "
+                    "plain LoRAs only"
+                )
+            hook = build_hook(weights, strength)
+            handles.append(modules[path].register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def build_hook(weights: LoraWeights, strength: float):
+    cached: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def add(module: torch.nn.Module, inputs: tuple[torch.Tensor], out: torch.Tensor):
+        (x,) = inputs
+        place = (x.device, out.dtype)
+        if place not in cached:
+            cached[place] = (weights.lora_A.to(*place), weights.lora_B.to(*place))
+        lora_A, lora_B = cached[place]
+        hidden = torch.nn.functional.linear(x.to(out.dtype), lora_A)
+        return out + strength * weights.scale * torch.nn.functional.linear(hidden, lora_B)
+
+    return add

@@ -1,0 +1,1 @@
+"""What the dataset node does: folders looked up, pairs encoded."""

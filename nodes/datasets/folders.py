@@ -1,0 +1,78 @@
+"""Folders that a graph may name: those for training pictures, input and output."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...lora_core import FileError
+from ...lora_core.text import shorten
+from .. import host
+
+
+def is_dataset_path(path: Path) -> bool:
+    """Whether a path, links followed, is inside one of these folders."""
+    roots = [root for folders in host.list_dataset_roots().values() for root in folders]
+    try:
+        return any(host.is_within_directory(root, path) for root in roots)
+    except (OSError, ValueError):  # a name that no disk takes
+        return False
+
+
+def find_dataset_folder(name: str) -> Path:
+    """A folder by its name below one of the roots, by root and name, or by its full path.
+
+    Raises:
+        FileError: outside of them, or no such folder.
+    """
+    roots = host.list_dataset_roots()
+    given = name.strip().replace("\\", "/").rstrip("/")
+    first, _, rest = given.partition("/")
+    tries = [Path(root, rest) for root in roots.get(first, ())]
+    tries += [Path(root, given) for folders in roots.values() for root in folders]
+    inside = [path for path in tries if "\0" not in given and is_dataset_path(path)]
+    found = next((path for path in map(find_composed, inside) if is_folder(path)), None)
+    if not given or (found is None and len(inside) < len(tries)):
+        raise FileError(
+            f"{shorten(given)!r} is outside the folders for training pictures; expected a folder "
+            f"inside ComfyUI's {', '.join(roots)}. Put the pictures there, or add their folder "
+            "under 'datasets' in extra_model_paths.yaml."
+        )
+    if found is None:
+        raise FileError(
+            f"the folder {shorten(given)!r} does not exist; expected one inside datasets, input or "
+            f"output, such as {list_some_folders(roots)}."
+        )
+    return found
+
+
+def is_folder(path: Path) -> bool:
+    """Also for names that no disk takes."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def find_composed(path: Path) -> Path:
+    """The folder whose name differs only in how accents are written, or `path` as it is."""
+    if is_folder(path) or path.as_posix().isascii() or not is_folder(path.parent):
+        return path
+    wanted = unicodedata.normalize("NFC", path.name)
+    return next(
+        (p for p in path.parent.iterdir() if unicodedata.normalize("NFC", p.name) == wanted), path
+    )
+
+
+def list_some_folders(roots: Mapping[str, list[str]], limit: int = 4) -> str:
+    """Those that are there, for a message."""
+    found = [
+        f"'{shorten(f'{name}/{path.name}', 40)}'"
+        for name, folders in roots.items()
+        for root in folders
+        if is_folder(Path(root))
+        for path in sorted(Path(root).iterdir())
+        if is_folder(path) and not path.name.startswith(".")
+    ]
+    return ", ".join(found[:limit]) or "'datasets/my_pairs' (none is there yet)"

@@ -1,0 +1,205 @@
+"""Applying adapters to a MODEL: chooses side path or merge per module, and says which and why."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ...lora_core import Adapter, ConfigError, TargetError
+from ...lora_core.adapter.strengths import Strengths
+from ...lora_core.findings import NOTE, WARNING, Finding, list_texts
+from ...lora_core.text import shorten_list
+from .. import host
+from .layouts import PLAIN, check_layout
+from .matching import Match, match_adapter
+from .side_path import Entry, add_to_side_path
+
+logger = logging.getLogger(__name__)
+
+AUTO, SIDE_PATH, MERGE = MODES = ("auto", "side path", "merge")
+
+
+@dataclass
+class Application:
+    """A patched clone, and what was done to it in the user's words."""
+
+    model: host.ModelPatcher
+    lines: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    """Notes stand among the lines, warnings behind them."""
+
+    def note(self, kind: str, text: str, count: int | None = None) -> None:
+        self.lines.append(text)
+        self.findings.append(Finding(kind, NOTE, text, count))
+
+    def warn(self, kind: str, text: str, count: int | None = None) -> None:
+        self.findings.append(Finding(kind, WARNING, text, count))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return list_texts(self.findings, WARNING)
+
+    def to_text(self) -> str:
+        return "\n".join([*self.lines, *(f"Warning: {text}" for text in self.warnings)])
+
+
+def apply_adapters(
+    model: host.ModelPatcher,
+    layers: Iterable[tuple[Adapter, Strengths]],
+    mode: str = AUTO,
+    readers: Sequence[str] = (),
+) -> Application:
+    """Applies each adapter to a clone of `model`; all of them are checked before the first.
+
+    Args:
+        readers: nodes behind this one that read the weights; see `host.find_weight_readers`.
+
+    Raises:
+        LoraError: any adapter does not fit, or `mode` cannot serve it. The model is as before.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+    layers = tuple(layers)
+    check_layout(model.model.diffusion_model)
+    matches = []
+    for adapter, strengths in layers:
+        match = match_adapter(model, adapter)
+        check_selection(adapter, strengths, match)
+        adapter.check_finite()
+        matches.append(match)
+    application = Application(model.clone())
+    for (adapter, strengths), match in zip(layers, matches, strict=True):
+        apply_one(application, adapter, strengths, match, mode, readers)
+    return application
+
+
+def check_selection(adapter: Adapter, strengths: Strengths, match: Match) -> None:
+    if not strengths.is_zero and not strengths.select(match.paths):
+        raise TargetError(
+            f"{strengths} selects none of the {len(match.paths)} modules of {adapter.name}; "
+            "expected block numbers it has, such as '0-19'."
+        )
+
+
+def apply_one(
+    application: Application,
+    adapter: Adapter,
+    strengths: Strengths,
+    match: Match,
+    mode: str,
+    readers: Sequence[str],
+) -> None:
+    model = application.model
+    merged = dict(match.merge_only)
+    if mode == SIDE_PATH and merged:
+        path, why = next(iter(merged.items()))
+        raise ConfigError(
+            f"mode 'side path' cannot serve {len(merged)} modules of {adapter.name}, such as "
+            f"{path}: {why}. Choose mode 'auto' or 'merge'."
+        )
+    if mode == MERGE:
+        merged = dict.fromkeys(match.paths, "as chosen")
+    elif mode == AUTO and (reason := find_merge_reason(model, readers)):
+        merged = dict.fromkeys(match.paths, reason)
+    blocked = sorted(path for path in merged if path in match.unmergeable)
+    if blocked and not strengths.is_zero:
+        raise ConfigError(
+            f"{len(blocked)} modules of {adapter.name}, such as {blocked[0]}, would have to be "
+            f"merged into this MODEL ({merged[blocked[0]]}), and {match.unmergeable[blocked[0]]}. "
+            "Choose mode 'side path', without torch.compile and other nodes that need merged "
+            "weights, or a bf16, fp8 or GGUF file of the model."
+        )
+    beside = match.paths - frozenset(merged)
+    application.lines.append(
+        f"{adapter.name}: {len(match.paths)} of {len(adapter)} modules matched, {strengths}"
+    )
+    if match.layout is not PLAIN:
+        application.lines.append(f"this MODEL is a {match.layout.name} Qwen-Image, {match.storage}")
+    application.findings += find_warnings(model, adapter, match)
+    if strengths.is_zero:
+        application.lines.append("strength is 0: nothing is applied")
+        return
+    if selected := strengths.select(beside):
+        # The whole set, so that another selection finds the same bank.
+        add_to_side_path(model, Entry(adapter, beside, strengths, match.layout))
+        application.lines.append(
+            f"side path: {len(selected)} modules, no weight is touched"
+            + (" (auto: nothing stands against it)" if mode == AUTO and not merged else "")
+        )
+        if readers:
+            warn_of_readers(application, adapter, readers, len(selected))
+    if selected := strengths.select(merged):
+        reasons = {path: merged[path] for path in selected}
+        merge(application, adapter, strengths, reasons, match, mode)
+
+
+def merge(
+    application: Application,
+    adapter: Adapter,
+    strengths: Strengths,
+    reasons: dict[str, str],
+    match: Match,
+    mode: str,
+) -> None:
+    """Adds native patches for the modules in `reasons`, module path -> why it is merged."""
+    modules = {path: adapter.modules[path] for path in reasons}
+    host.add_merge(application.model, modules, strengths)
+    counts = Counter(reasons.values()).most_common()
+    whys = counts[0][0] if len(counts) == 1 else "; ".join(f"{n}: {why}" for why, n in counts)
+    kind = "merged" if mode == MERGE else "merged_instead"
+    application.note(
+        kind, f"merged into the weights: {len(reasons)} modules ({whys})", len(reasons)
+    )
+    if match.is_low_precision:
+        application.warn(
+            "merge_rounds",
+            f"the weights are stored as {match.storage}; merging rounds a small LoRA away there, "
+            "the side path does not",
+            len(reasons),
+        )
+
+
+def find_merge_reason(model: host.ModelPatcher, readers: Sequence[str]) -> str | None:
+    """Why no module may run beside the weights; None if they may."""
+    if readers:
+        return f"{', '.join(readers)} behind this node reads the weights"
+    return host.find_merge_reason(model)
+
+
+def warn_of_readers(
+    application: Application, adapter: Adapter, readers: Sequence[str], count: int
+) -> None:
+    text = (
+        f"{', '.join(readers)} behind this node reads the weights alone, so that {count} modules "
+        f"of {adapter.name} are missing from what it makes; choose mode 'auto' or 'merge'"
+    )
+    application.warn("not_in_weights", text, count)
+    logger.warning("Qwen Edit LoRA: %s.", text)
+
+
+def find_warnings(model: host.ModelPatcher, adapter: Adapter, match: Match) -> list[Finding]:
+    found = []
+    if match.absent:
+        text = (
+            f"{len(match.absent)} of {len(adapter)} modules are not in this MODEL and were left "
+            f"out: {shorten_list(match.absent, 3)}"
+        )
+        found.append(Finding("modules_absent", WARNING, text, len(match.absent)))
+    for why, count in Counter(match.out_of_reach.values()).most_common():
+        text = (
+            f"{count} of {len(adapter)} modules were left out: {why}. The effect is weaker than "
+            "on a bf16, fp8 or GGUF file of the model"
+        )
+        found.append(Finding("modules_out_of_reach", WARNING, text, count))
+    _, variant = host.describe_model(model)
+    claimed = adapter.report.variants
+    if claimed and ((variant == "2511") != ("2511" in claimed)):
+        text = (
+            f"{adapter.name} says it was made for {', '.join(claimed)}, and this MODEL is "
+            + ("a 2511" if variant == "2511" else "no 2511")
+            + ": it fits by name, the effect may differ"
+        )
+        found.append(Finding("other_variant", WARNING, text))
+    return found

@@ -1,0 +1,246 @@
+"""The weights of a side path, one site per module of the base.
+
+A site's weights are packed into one tensor, so that ComfyUI brings them by one copy or one page
+fault wherever it keeps them. Sites that read the same x, as q, k and v of a stream do, have their
+down-products in one: x is larger than anything a LoRA holds, and reading it is what costs.
+
+Legend: x (..., in) is what the module got, y (..., out) what it gave; S is the number of rows of
+both; r = sum of the ranks of all plain LoRAs of the sites that share x.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch.nn import functional as F
+
+from ...lora_core import Adapter, LoraWeights, ModuleWeights
+from .. import host
+from .layouts import Layout, Place
+from .terms import LowRankTerm, Term, list_term_types
+
+_READERS = re.compile(r"(.*\.)(to|add)_([qkv])(?:_proj)?")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One module of one adapter, where the model has it."""
+
+    entry: int
+    """Which of the adapters."""
+    path: str
+    place: Place
+    weights: ModuleWeights
+
+
+class Bank(torch.nn.Module):
+    """Sites of all modules that any of the adapters touches."""
+
+    def __init__(
+        self,
+        contents: Iterable[tuple[Adapter, frozenset[str], Layout]],
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        contents = tuple(contents)
+        by_path: dict[str, list[Member]] = defaultdict(list)
+        for entry, (adapter, paths, layout) in enumerate(contents):
+            for path in sorted(paths):
+                place = layout.find_place(path)
+                by_path[place.module_path].append(Member(entry, path, place, adapter.modules[path]))
+        self.sites: dict[str, Site] = {}
+        self.products: list[DownProduct] = []
+        # Nodes run in inference mode; weights made there could not take part in a backward pass.
+        with torch.inference_mode(False):
+            for paths in group_readers(by_path):
+                sites = build_sites([by_path[path] for path in paths], dtype)
+                self.sites.update(zip(paths, sites, strict=True))
+                if len(sites) > 1:
+                    self.products.append(sites[0].product)
+        self.packs = torch.nn.ModuleList(site.pack for site in self.sites.values())
+        for adapter, *_ in contents:
+            adapter.release()
+
+    def forget_inputs(self) -> None:
+        """Lets go of down-products that nobody came for."""
+        for product in self.products:
+            product.forget()
+
+
+def group_readers(by_path: dict[str, list[Member]]) -> list[list[str]]:
+    """Module paths in groups that get the same x, q before k before v; most are alone."""
+    groups: dict[tuple, list[tuple[int, str]]] = defaultdict(list)
+    for path, members in by_path.items():
+        widths = {m.weights.shape[1] for m in members if isinstance(m.weights, LoraWeights)}
+        match = _READERS.fullmatch(path)
+        if match and len(widths) == 1:
+            parent, stream, letter = match.groups()
+            groups[(parent, stream, *widths)].append(("qkv".index(letter), path))
+        else:
+            groups[(path,)].append((0, path))
+    return [[path for _, path in sorted(group)] for group in groups.values()]
+
+
+def build_sites(group: list[list[Member]], dtype: torch.dtype) -> list[Site]:
+    """The sites of modules that get the same x; the first holds the down-factors of all."""
+    group = [sorted(members, key=lambda m: (m.place.part, m.entry)) for members in group]
+    downs = [
+        member.weights.lora_A
+        for members in group
+        for member in members
+        if isinstance(member.weights, LoraWeights)
+    ]
+    product = DownProduct(len(group)) if downs else None
+    sites, start = [], 0
+    for index, members in enumerate(group):
+        stack = torch.cat([down.to(dtype) for down in downs]) if downs and index == 0 else None
+        site = Site(members, dtype, product, index, start, stack)
+        start = site.end
+        sites.append(site)
+    return sites
+
+
+class DownProduct:
+    """x @ down.T for all sites that read the same x: computed by whichever comes first.
+
+    Each of the others takes it once, and only for the very tensor it was computed from, so that it
+    does not matter in which order they come, or whether all do.
+    """
+
+    pack: host.PackedWeights
+    """That of the first site; down (r, in) is its first tensor. No site is held from here."""
+
+    def __init__(self, num_sites: int):
+        self.num_sites = num_sites
+        self._kept: tuple | None = None
+
+    def take(self, site: int, x: torch.Tensor) -> torch.Tensor | None:
+        """What another site has computed from this x, (S, r); None if there is nothing."""
+        if self._kept is None:
+            return None
+        source, state, waiting, hidden = self._kept
+        if source() is not x or site not in waiting or state != describe_state(x):
+            return None
+        waiting.discard(site)
+        if not waiting:
+            self._kept = None
+        return hidden
+
+    def compute(self, site: int, x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        hidden = F.linear(x, down).reshape(-1, down.shape[0])
+        if self.num_sites > 1:
+            waiting = set(range(self.num_sites)) - {site}
+            self._kept = (weakref.ref(x), describe_state(x), waiting, hidden)
+        return hidden
+
+    def fetch_and_compute(self, site: int, x: torch.Tensor) -> torch.Tensor:
+        """For a site that comes before the one whose pack has the down-factors."""
+        flat, ticket = self.pack.fetch(x)
+        try:
+            return self.compute(site, x, self.pack.split(flat)[0])
+        finally:
+            self.pack.release(ticket)
+
+    def forget(self) -> None:
+        self._kept = None
+
+
+def describe_state(x: torch.Tensor) -> tuple[bool, int]:
+    """What must not have changed since: whether gradients are wanted, and what is in x."""
+    # Inference tensors count no changes, and nothing in a model's blocks makes any to an input.
+    return torch.is_grad_enabled(), 0 if x.is_inference() else x._version
+
+
+class Site:
+    """Everything that is added to one module's output.
+
+    Args:
+        members: in the order of their gains, by part of the output.
+        product: the down-product it shares as its `index`-th site; None without plain LoRAs.
+        start: its first column there.
+        stack: down (r, in) of all sites, for the one that holds it.
+    """
+
+    def __init__(
+        self,
+        members: list[Member],
+        dtype: torch.dtype,
+        product: DownProduct | None,
+        index: int,
+        start: int,
+        stack: torch.Tensor | None,
+    ):
+        self.members = members
+        self.product, self.index = product, index
+        self.interleave = members[0].place.interleave
+        self.end = start
+        self.terms: list[Term] = []
+        tensors = [] if stack is None else [stack]
+        numbered = list(enumerate(members))
+        for _, part in groupby(numbered, key=lambda pair: pair[1].place.part):
+            plain = [(i, m) for i, m in part if isinstance(m.weights, LoraWeights)]
+            if plain:
+                segments = [(i, m.weights.rank, m.weights.scale) for i, m in plain]
+                term = LowRankTerm(self.end, segments)
+                self.end += term.rank
+                ups = torch.cat([m.weights.lora_B.to(dtype) for _, m in plain], dim=1)
+                self._put(term, plain[0][1].place, [ups], tensors)
+        for i, member in numbered:
+            for kind in list_term_types(member.weights):
+                term = kind(i, member.weights)
+                self._put(term, member.place, kind.list_tensors(member.weights), tensors)
+        self.pack = host.PackedWeights(tensors, dtype)
+        if stack is not None:
+            product.pack = self.pack
+
+    def _put(
+        self, term: Term, place: Place, own: list[torch.Tensor], tensors: list[torch.Tensor]
+    ) -> None:
+        term.part, term.num_parts = place.part, place.num_parts
+        term.slots = slice(len(tensors), len(tensors) + len(own))
+        tensors += own
+        self.terms.append(term)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, gains: tuple[float, ...]) -> torch.Tensor:
+        """y with all terms added, in place where no gradient needs the old y.
+
+        The base has just made y for us. Weights are fetched by ComfyUI's own cast and given back
+        before the next fetch, so that one of its buffers is enough.
+        """
+        out = y.reshape(-1, y.shape[-1])
+        if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
+            out = out.clone()
+        product, hidden = self.product, None
+        if product is not None:
+            hidden = product.take(self.index, x)
+            if hidden is None and self.index != 0:
+                hidden = product.fetch_and_compute(self.index, x)
+        flat, ticket = self.pack.fetch(x)
+        try:
+            tensors = self.pack.split(flat)
+            if product is not None and hidden is None:
+                hidden = product.compute(self.index, x, tensors[0])
+            if self.interleave == 1:
+                self._add_terms(out, x, hidden, tensors, gains)
+            else:
+                parts = out.unflatten(-1, (-1, self.interleave)).transpose(1, 2)
+                straight = parts.flatten(1)
+                self._add_terms(straight, x, hidden, tensors, gains)
+                parts.copy_(straight.view(parts.shape))
+        finally:
+            self.pack.release(ticket)
+        return out.view(y.shape)
+
+    def _add_terms(self, out, x, hidden, tensors, gains) -> None:
+        for term in self.terms:
+            part = out
+            if term.num_parts > 1:
+                size = out.shape[-1] // term.num_parts
+                part = out.narrow(-1, term.part * size, size)
+            term.add(part, x, hidden, tensors, gains)

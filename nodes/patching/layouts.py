@@ -1,0 +1,87 @@
+"""Where a model keeps the modules that adapters name: most under the same names, some fused.
+
+An adapter's module paths are those of diffusers' transformer, which ComfyUI shares. Models of other
+extensions may hold several of them in one Linear, or run some in kernels that no forward reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ...lora_core import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module of an adapter in a model: a Linear, or equal parts of one Linear's output."""
+
+    module_path: str
+    part: int = 0
+    num_parts: int = 1
+    interleave: int = 1
+    """Output c * width + d of the adapter's module is d * interleave + c in the model."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kind of model differs from the modules that adapters name."""
+
+    name: str
+    find_place: Callable[[str], Place | None]
+    """Module path of an adapter -> its place; None where no forward computes it."""
+    obstacle: str = ""
+    """Why some have no place."""
+    merge_obstacle: str = ""
+    """Why nothing can be merged; empty where it can."""
+
+
+PLAIN = Layout("plain", Place)
+
+_FUSED = {
+    **{f"attn.to_{name}": ("attn.to_qkv", part) for part, name in enumerate("qkv")},
+    **{f"attn.add_{name}_proj": ("attn.add_qkv_proj", part) for part, name in enumerate("qkv")},
+}
+_KERNEL = (".img_mlp.", ".txt_mlp.")
+_MODULATIONS = (".img_mod.1", ".txt_mod.1")
+
+
+def find_nunchaku_place(path: str) -> Place | None:
+    """ComfyUI-nunchaku 1.0, models/qwenimage.py."""
+    if any(name in path for name in _KERNEL):
+        return None
+    if path.endswith(_MODULATIONS):
+        return Place(path, interleave=6)
+    for name, (fused, part) in _FUSED.items():
+        if path.endswith(f".{name}"):
+            return Place(path.removesuffix(name) + fused, part, 3)
+    return Place(path)
+
+
+NUNCHAKU = Layout(
+    "nunchaku",
+    find_nunchaku_place,
+    "nunchaku runs both Linears of an MLP in one 4-bit kernel, which a LoRA cannot enter",
+    "a nunchaku model keeps no weights that can be patched",
+)
+
+
+def find_layout(diffusion_model: torch.nn.Module) -> Layout:
+    """By the class's name, as the package that has it is none of ours to import."""
+    names = {base.__name__ for base in type(diffusion_model).__mro__}
+    return NUNCHAKU if "NunchakuQwenImageTransformer2DModel" in names else PLAIN
+
+
+def check_layout(diffusion_model: torch.nn.Module) -> None:
+    """
+    Raises:
+        ConfigError: the model is set so that no forward of ours would be called.
+    """
+    if find_layout(diffusion_model) is NUNCHAKU and getattr(diffusion_model, "offload", False):
+        raise ConfigError(
+            "this MODEL is a nunchaku Qwen-Image with CPU offload, which runs copies of its blocks "
+            "that a LoRA cannot be put on. Set cpu_offload to 'disable' in its loader; where the "
+            "memory is too small for that, choose an fp8 or GGUF file, which ComfyUI offloads."
+        )

@@ -1,0 +1,147 @@
+"""Which modules of a MODEL an adapter reaches, and how each can be served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ...lora_core import Adapter, KeyFormatError, ModuleWeights, ShapeError, TargetError
+from .. import host
+from .layouts import Layout, Place, find_layout
+
+
+@dataclass(frozen=True)
+class Match:
+    """The adapter's modules, sorted by what can be done with them on this model."""
+
+    side_path: frozenset[str]
+    """Additive weights on a Linear: these can run beside the base."""
+    merge_only: Mapping[str, str]
+    """Module path -> why it can only be merged."""
+    absent: tuple[str, ...]
+    """In the adapter, not in the model."""
+    out_of_reach: Mapping[str, str]
+    """Module path -> why this model's module can be served in no way."""
+    unmergeable: Mapping[str, str]
+    """Module path -> why it can run beside the base and not be merged."""
+    layout: Layout
+    storage: str
+    """How the model stores its weights, e.g. "float8_e4m3fn"."""
+    is_low_precision: bool
+    """A merged weight is rounded to less than 16 bits."""
+    paths: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", self.side_path | frozenset(self.merge_only))
+
+
+# Matching walks both module lists; a strength change must not pay for it again.
+_known: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[Adapter, Match]] = WeakKeyDictionary()
+
+
+def match_adapter(model: host.ModelPatcher, adapter: Adapter) -> Match:
+    """Compares names and shapes; remembered per model and adapter.
+
+    Raises:
+        KeyFormatError: not one module of the adapter exists in the model.
+        ShapeError: a module exists but has another shape. Nothing is applied then.
+        TargetError: the modules exist, and this kind of model lets none of them be served.
+    """
+    matches = _known.setdefault(model.model.diffusion_model, WeakKeyDictionary())
+    if adapter not in matches:
+        matches[adapter] = compute_match(model, adapter)
+    return matches[adapter]
+
+
+def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
+    modules = host.get_modules(model)
+    layout = find_layout(model.model.diffusion_model)
+    places = {path: layout.find_place(path) for path in adapter}
+    out_of_reach = {path: layout.obstacle for path, place in places.items() if place is None}
+    present = {path: p for path, p in places.items() if p is not None and p.module_path in modules}
+    if not present and not out_of_reach:
+        model_class, _ = host.describe_model(model)
+        raise KeyFormatError(
+            f"{adapter.name} matches 0 modules of this MODEL, which ComfyUI knows as {model_class}"
+            f" with {len(modules)} modules; expected a Qwen-Image or Qwen-Image-Edit model. "
+            "Connect the MODEL of its UNETLoader."
+        )
+    check_shapes(modules, adapter, present)
+    unmergeable = {
+        path: layout.merge_obstacle or "its Linear has no weight that ComfyUI can patch"
+        for path, place in present.items()
+        if layout.merge_obstacle or not host.has_weight(modules[place.module_path])
+    }
+    side_path, merge_only = set(), {}
+    for path, place in present.items():
+        weights = adapter.modules[path]
+        if not weights.is_additive:
+            merge_only[path] = f"{weights.kind} depends on the base weight"
+        elif not is_linear(modules[place.module_path]):
+            merge_only[path] = "it changes a norm"
+        else:
+            side_path.add(path)
+    for path in [path for path in merge_only if path in unmergeable]:
+        why = merge_only.pop(path)
+        out_of_reach[path] = f"{why}, so it would have to be merged, and {unmergeable[path]}"
+    if not side_path and not merge_only:
+        raise TargetError(
+            f"none of the {len(adapter)} modules of {adapter.name} can be applied to this MODEL, "
+            f"such as {next(iter(out_of_reach))}: {next(iter(out_of_reach.values()))}. Choose a "
+            "bf16, fp8 or GGUF file of the model."
+        )
+    absent = tuple(p for p in adapter if p not in present and p not in out_of_reach)
+    linears = [p.module_path for p in present.values() if is_linear(modules[p.module_path])]
+    first = next(iter(present.values())).module_path
+    storage, is_low_precision = host.describe_storage(modules[(linears or [first])[0]])
+    return Match(
+        frozenset(side_path),
+        merge_only,
+        absent,
+        out_of_reach,
+        unmergeable,
+        layout,
+        storage,
+        is_low_precision,
+    )
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    # By attributes: the Linear of quantised models does not derive from torch.nn.Linear.
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def check_shapes(
+    modules: Mapping[str, torch.nn.Module], adapter: Adapter, present: Mapping[str, Place]
+) -> None:
+    wrong = [
+        (path, expected, found)
+        for path, place in present.items()
+        for expected, found in [
+            compare_shape(modules[place.module_path], place, adapter.modules[path])
+        ]
+        if expected != found
+    ]
+    if wrong:
+        path, expected, found = wrong[0]
+        raise ShapeError(
+            f"{adapter.name} does not fit this MODEL in {len(wrong)} of {len(present)} modules: "
+            f"{path} is {expected} in the model, and the adapter was made for {found}. "
+            "Choose an adapter trained for this model's size."
+        )
+
+
+def compare_shape(
+    module: torch.nn.Module, place: Place, weights: ModuleWeights
+) -> tuple[tuple, tuple]:
+    """The module's shape and the one the weights want, equal where these do not tell."""
+    if is_linear(module):
+        shape = (module.out_features // place.num_parts, module.in_features)
+    else:
+        shape = tuple(module.weight.shape)
+    if weights.kind == "OFT":
+        return shape[:1], (weights.out_features,)
+    return shape, shape if weights.shape is None else tuple(weights.shape)

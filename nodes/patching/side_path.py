@@ -1,0 +1,277 @@
+"""LoRA as a side path: out = base(x) + sum of strength * scale * lora_B(lora_A x).
+
+Nothing of the base changes. Three pieces work together on a clone of the model:
+
+- `SidePath`, an immutable value in the clone's transformer_options: which adapters, how strong.
+- `Bank`, a module with the adapters' weights under a ModelPatcher of its own. It is built when a
+  sampler prepares the model, so that a chain of Apply nodes never builds its intermediate steps.
+- two wrappers: one hands the bank to ComfyUI when it loads models, one swaps the forwards of the
+  affected modules during a call of the diffusion model and puts them back after it.
+
+Sampling never leaves a trace on the shared model, so clones with other strengths, other
+extensions and exceptions in mid-sampling cannot meet a stale forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
+
+import torch
+
+from ...lora_core import Adapter
+from ...lora_core.adapter.strengths import Strengths
+from .. import host
+from .bank import Bank, Site
+from .layouts import Layout
+
+logger = logging.getLogger(__name__)
+
+KEY = "qwen_edit_lora"
+
+Swap = tuple[torch.nn.Module, Site, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter on the side path."""
+
+    adapter: Adapter
+    module_paths: frozenset[str]
+    strengths: Strengths
+    layout: Layout
+
+
+class SidePath:
+    """The adapters that run beside the weights of one MODEL, in the order they were applied."""
+
+    def __init__(self, entries: tuple[Entry, ...], placement: host.Placement):
+        self.entries = entries
+        self.placement = placement
+        self._bank: PlacedBank | None = None
+        self._plan: tuple[ref, list[Swap]] | None = None
+        self._merged: tuple[ref, host.ModelPatcher] | None = None
+        #: This sampling runs on merged weights instead; decided anew each time.
+        self.is_merged = False
+        #: Whether a call of the model ran any of the sites; None before the first call.
+        self.has_run: bool | None = None
+
+    def __copy__(self) -> SidePath:
+        """Itself: extensions copy options deeply, and a copy would run modules of nobody's."""
+        return self
+
+    def __deepcopy__(self, memo: dict) -> SidePath:
+        return self
+
+    @property
+    def is_active(self) -> bool:
+        return any(not entry.strengths.is_zero for entry in self.entries)
+
+    def get_bank(self, placement: host.Placement | None = None) -> PlacedBank:
+        """The bank of these adapters, shared by all strengths; built on first use."""
+        placement = placement or self.placement
+        if self._bank is None or self._bank.placement != placement:
+            contents = tuple((e.adapter, e.module_paths, e.layout) for e in self.entries)
+            # Strengths are no part of the key: that is what makes a strength change free.
+            key = (placement, *((id(adapter), *rest) for adapter, *rest in contents))
+            bank = _banks.get(key)
+            if bank is None:
+                bank = _banks[key] = PlacedBank(contents, placement)
+            self._bank, self._plan = bank, None
+        return self._bank
+
+    @property
+    def bank(self) -> PlacedBank:
+        """The bank as last prepared."""
+        return self.get_bank(self._bank.placement if self._bank else None)
+
+    def get_merged(self, model: host.ModelPatcher) -> host.ModelPatcher:
+        """A clone of `model` with all entries as native patches; kept, so as to patch only once."""
+        if self._merged is None or self._merged[0]() is not model:
+            merged = model.clone()
+            # Neither its options nor its parents may hold this side path, which holds it.
+            del host.get_options(merged)[KEY]
+            while merged.parent is not None and get_side_path(merged.parent) is not None:
+                merged.parent = merged.parent.parent
+            for entry in self.entries:
+                modules = {path: entry.adapter.modules[path] for path in entry.module_paths}
+                host.add_merge(merged, modules, entry.strengths)
+            self._merged = (ref(model), merged)
+        return self._merged[1]
+
+    def get_plan(self, diffusion_model: torch.nn.Module) -> list[Swap]:
+        """Which module gets which site at which gains; kept, as it is needed at every step."""
+        bank = self.bank
+        if self._plan is None or self._plan[0]() is not diffusion_model:
+            swaps = [
+                (module, site, gains)
+                for module, site in bank.find_modules(diffusion_model)
+                if any(gains := self.compute_gains(site))
+            ]
+            self._plan = (ref(diffusion_model), swaps)
+        return self._plan[1]
+
+    def compute_gains(self, site: Site) -> tuple[float, ...]:
+        """The strength of each member of a site."""
+        return tuple(self.entries[m.entry].strengths.resolve(m.path) for m in site.members)
+
+
+class PlacedBank:
+    """A bank and the patcher through which ComfyUI moves it."""
+
+    def __init__(
+        self,
+        contents: tuple[tuple[Adapter, frozenset[str], Layout], ...],
+        placement: host.Placement,
+    ):
+        self.adapters = [adapter for adapter, *_ in contents]  # alive, so their id stays theirs
+        self.placement = placement
+        self.module = Bank(contents, placement.dtype)
+        self.patcher = host.wrap_in_patcher(self.module, placement)
+        self._found: WeakKeyDictionary[torch.nn.Module, list[tuple[torch.nn.Module, Site]]] = (
+            WeakKeyDictionary()
+        )
+
+    def find_modules(self, diffusion_model: torch.nn.Module) -> list[tuple[torch.nn.Module, Site]]:
+        """The base's modules and their sites here; looked up once for all strengths."""
+        if diffusion_model not in self._found:
+            self._found[diffusion_model] = [
+                (diffusion_model.get_submodule(path), site)
+                for path, site in self.module.sites.items()
+            ]
+        return self._found[diffusion_model]
+
+
+_banks: WeakValueDictionary[tuple, PlacedBank] = WeakValueDictionary()
+
+#: The bank each base sampled with last. ComfyUI drops the old output of Apply before the new one
+#: samples, so that nothing else would hold the bank over a change of strength.
+_latest: WeakKeyDictionary[torch.nn.Module, PlacedBank] = WeakKeyDictionary()
+
+
+def add_to_side_path(model: host.ModelPatcher, entry: Entry) -> None:
+    """Puts one more adapter on the side path of `model`, a clone the caller owns."""
+    options = host.get_options(model)
+    existing = options.get(KEY)
+    entries = (*existing.entries, entry) if existing else (entry,)
+    options[KEY] = SidePath(entries, host.get_placement(model))
+    host.add_wrapper(model, "prepare_sampling", KEY, prepare_side_path)
+    host.add_wrapper(model, "diffusion_model", KEY, run_with_side_path)
+
+
+def get_side_path(model: host.ModelPatcher) -> SidePath | None:
+    return host.get_options(model).get(KEY)
+
+
+def prepare_side_path(executor: Callable, model: host.ModelPatcher, *args, **kwargs):
+    """PREPARE_SAMPLING wrapper: the bank is loaded, and accounted for, with the model.
+
+    Where swapped forwards cannot work, the entries are merged here. Apply does so where it sees
+    the reason; this is for reasons that come after it.
+    """
+    side_path = get_side_path(model)
+    if side_path is None or not side_path.is_active:
+        return executor(model, *args, **kwargs)
+    reason = host.find_merge_reason(model)
+    side_path.is_merged = reason is not None
+    if reason is not None:
+        logger.warning(
+            "Apply Edit LoRA: %s, so the LoRA is merged into the weights this time, as mode "
+            "'merge' does",
+            reason,
+        )
+        return executor(side_path.get_merged(model), *args, **kwargs)
+    bank = side_path.get_bank(host.get_placement(model))
+    _latest[model.model.diffusion_model] = bank
+    # Attached only meanwhile: `model` is cached by ComfyUI, and clones of it may go elsewhere.
+    model.set_additional_models(KEY, [bank.patcher])
+    try:
+        prepared = executor(model, *args, **kwargs)
+    finally:
+        model.remove_additional_models(KEY)
+    host.prioritize(bank.patcher)
+    return prepared
+
+
+def run_with_side_path(executor: Callable, *args, **kwargs):
+    """DIFFUSION_MODEL wrapper: swaps forwards for the length of one model call."""
+    args, kwargs, side_path = take_side_path(args, kwargs)
+    if side_path is None or side_path.is_merged or not side_path.is_active:
+        return executor(*args, **kwargs)
+    with swapped_forwards(executor.class_obj, side_path):
+        return executor(*args, **kwargs)
+
+
+def take_side_path(args: tuple, kwargs: dict) -> tuple[tuple, dict, SidePath | None]:
+    """Finds the side path in whichever argument carries transformer_options, and takes it out.
+
+    Taken out, because a wrapper that is registered twice must not apply it twice.
+    """
+    found = None
+
+    def strip(value):
+        nonlocal found
+        if isinstance(value, dict) and KEY in value:
+            found = value[KEY]
+            return {name: item for name, item in value.items() if name != KEY}
+        return value
+
+    args = tuple(strip(value) for value in args)
+    kwargs = {name: strip(value) for name, value in kwargs.items()}
+    return args, kwargs, found
+
+
+@contextmanager
+def swapped_forwards(diffusion_model: torch.nn.Module, side_path: SidePath) -> Iterator[None]:
+    undo: list[tuple[dict, Callable | None]] = []
+    try:
+        for module, site, gains in side_path.get_plan(diffusion_model):
+            # Through __dict__: nn.Module.__setattr__ costs 10 ms a call over 840 modules.
+            attributes = module.__dict__
+            undo.append((attributes, attributes.get("forward")))
+            attributes["forward"] = functools.partial(run_site, module.forward, site, gains)
+        if side_path.has_run is None:
+            with noticing_runs(side_path, undo):
+                yield
+        else:
+            yield
+    finally:
+        for attributes, forward in reversed(undo):
+            if forward is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = forward
+        if undo:
+            side_path.bank.module.forget_inputs()
+
+
+@contextmanager
+def noticing_runs(side_path: SidePath, swapped: list[tuple[dict, Callable | None]]):
+    """Warns where a call ran none of the modules whose forwards are swapped.
+
+    Looked at in the first call alone: later ones may be skipped by caches such as EasyCache.
+    """
+    run: set[int] = set()
+
+    def watch(forward: Callable, number: int, *args, **kwargs):
+        run.add(number)
+        return forward(*args, **kwargs)
+
+    for number, (attributes, _) in enumerate(swapped):
+        attributes["forward"] = functools.partial(watch, attributes["forward"], number)
+    yield
+    side_path.has_run = bool(run)
+    if swapped and not run:
+        logger.warning(
+            "Apply Edit LoRA: the model ran none of the %d modules the LoRA acts on, so the image "
+            "is that of the base; another extension runs modules of its own. Use mode 'merge'",
+            len(swapped),
+        )
+
+
+def run_site(forward: Callable, site: Site, gains: tuple[float, ...], x: torch.Tensor, *a, **kw):
+    return site.add(forward(x, *a, **kw), x, gains)

@@ -1,0 +1,1 @@
+"""HTTP, and the jobs that a running server watches over."""

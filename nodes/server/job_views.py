@@ -1,0 +1,140 @@
+"""What a page is told of training jobs, and what it may ask of them: plain data, no HTTP."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...lora_core.errors import ConfigError
+from ...lora_core.jobs.curves import MetricsReader, build_curves, build_health
+from ...lora_core.jobs.job import Job
+from ...lora_core.text import shorten
+from ...lora_core.training.config.config_files import PATHS, config_to_dict
+from ...lora_core.training.run.adapter_files import strip_paths
+from . import job_host
+
+#: Points of a curve that a job is shown with.
+MAX_POINTS = 1000
+#: Settings that a page must not choose: where files are read and written.
+PLACES = frozenset(
+    (*(".".join(path) for path in PATHS), "loras", "origin", "key", "train", "samples.vae")
+)
+
+Options = Mapping[str, Any]
+
+_metrics = MetricsReader()
+
+
+# --- what is shown ---
+
+
+def list_jobs() -> dict[str, Any]:
+    return {"jobs": [job.to_dict() for job in job_host.get_store().list()]}
+
+
+def show_job(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
+    """The job with its curves, settings, pictures and adapters' names."""
+    store = job_host.get_store()
+    job = store.get(job_id)
+    rows = _metrics.read(store.open_folder(job_id).metrics)
+    return {
+        **job.to_dict(),
+        "metrics": build_curves(rows, MAX_POINTS),
+        "health": build_health(rows, MAX_POINTS),
+        "settings": flatten(describe_settings(job)),
+        "samples": [path.name for path in store.list_samples(job_id)],
+        "pictures": [dataclasses.asdict(picture) for picture in store.list_pictures(job_id)],
+        "files": [path.name for path in store.list_adapters(job_id)],
+    }
+
+
+def show_log(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
+    numbers = {name: parse_number(query, name) for name in ("offset", "limit") if name in query}
+    return job_host.get_store().read_log(job_id, **numbers)
+
+
+def describe_settings(job: Job) -> dict[str, Any]:
+    """Every setting by table; folders and files by their last name only."""
+    settings = config_to_dict(job.settings)
+    train = strip_paths(settings["train"])
+    del train["output"]
+    return {
+        **train,
+        "samples": {**settings["samples"], "vae": Path(settings["samples"]["vae"]).name},
+        "niceness": settings["niceness"],
+        "prompts": job_host.get_policy(job),
+    }
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"lora": {"rank": 8}} -> {"lora.rank": 8}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def parse_number(query: Mapping[str, str], name: str) -> int:
+    text = query[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise ConfigError(f"{name} is {shorten(text)!r}; expected a whole number from 0")
+    return int(text)
+
+
+# --- what is done ---
+
+
+def pause(job_id: str, options: Options) -> dict[str, Any]:
+    return job_host.get_store().pause(job_id).to_dict()
+
+
+def resume(job_id: str, options: Options) -> dict[str, Any]:
+    return job_host.get_store().resume(job_id).to_dict()
+
+
+def cancel(job_id: str, options: Options) -> dict[str, Any]:
+    return job_host.get_store().cancel(job_id).to_dict()
+
+
+def delete(job_id: str, options: Options) -> dict[str, Any]:
+    with_adapter = options.get("with_adapter", False)
+    if not isinstance(with_adapter, bool):
+        raise ConfigError(f"with_adapter is {shorten(repr(with_adapter))}; expected true or false")
+    job_host.get_store().delete(job_id, with_adapter)
+    return {"id": job_id, "deleted": True}
+
+
+def clone(job_id: str, options: Options) -> dict[str, Any]:
+    """A new job with other settings; which files it reads and writes stays as it was."""
+    changes = options.get("changes", {})
+    if not isinstance(changes, dict):
+        raise ConfigError('changes is no JSON object; expected e.g. {"steps": 500}')
+    for name in changes:
+        # a table as a whole ("model") could hold a place too
+        if name in PLACES or any(place.startswith(f"{name}.") for place in PLACES):
+            raise ConfigError(f"{shorten(name)} cannot be changed here; queue a Train Edit LoRA")
+    store = job_host.get_store()
+    return store.get(store.clone(job_id, changes)).to_dict()
+
+
+def publish(job_id: str, options: Options) -> dict[str, Any]:
+    """Copies an adapter of the job into the loras folder; answers with its names there."""
+    adapter = options.get("adapter")
+    if adapter is not None and not isinstance(adapter, str):
+        raise ConfigError(f"adapter is {shorten(repr(adapter))}; expected a file of the job")
+    return {"id": job_id, "published": list(job_host.get_store().publish(job_id, adapter))}
+
+
+ACTIONS: Mapping[str, Callable[[str, Options], dict[str, Any]]] = {
+    "pause": pause,
+    "resume": resume,
+    "cancel": cancel,
+    "delete": delete,
+    "clone": clone,
+    "publish": publish,
+}

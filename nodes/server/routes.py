@@ -1,0 +1,263 @@
+"""HTTP routes and events of trainings and adapters; only this module imports server and aiohttp.
+
+    GET  /qwen_edit_lora/jobs                {"jobs": [...]}
+    GET  /qwen_edit_lora/jobs/{id}           the job, with its curves, settings, adapters
+    GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536; without offset the end of it
+    GET  /qwen_edit_lora/jobs/{id}/pictures/{name}                     a PNG, by its listed name
+    POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete | clone | publish
+                                             with a JSON object, see job_views.ACTIONS
+    GET  /qwen_edit_lora/adapters            {"adapters": [...], "pending": without a verdict yet}
+    GET  /qwen_edit_lora/adapters/{id}       one, with its metadata, modules and verdict
+    POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
+
+Errors are {"error": one sentence} with 400 for a bad request, 403 for another site's page or name,
+404 for an unknown job, 409 for what its state forbids, 413 for a body too large, 500 for what the
+disk refuses. Paths of this machine are neither taken nor told.
+The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"};
+`qwen_edit_lora.adapters` what was found out: {"adapters": [...], "gone": ids, "pending": number}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from aiohttp import web
+from server import PromptServer
+
+from ...lora_core.disk.json_reader import parse_object
+from ...lora_core.disk.plain_json import drop_non_finite, write_json
+from ...lora_core.errors import ConfigError, FileError, LoraError, MissingFileError
+from ...lora_core.jobs.job import JobStateError, UnknownJobError, UnknownPictureError, check_id
+from ...lora_core.library import library
+from ...lora_core.text import shorten
+from .. import host
+from . import adapter_library, job_host, job_views
+from .job_host import HOLD_ID
+from .origins import ForeignPageError, check_host, check_origin
+
+PREFIX = "/qwen_edit_lora/jobs"
+EVENT = "qwen_edit_lora.job"
+ADAPTERS = "/qwen_edit_lora/adapters"
+ADAPTERS_EVENT = "qwen_edit_lora.adapters"
+MAX_BODY_BYTES = 65536
+#: Of an answer's one sentence.
+MAX_SENTENCE = 400
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class BodySizeError(LoraError):
+    """The request's body is larger than any that makes sense."""
+
+
+class PromptQueue:
+    """ComfyUI's queue of prompts, as `job_host.Prompts`."""
+
+    def __init__(self, server: PromptServer):
+        self.server = server
+
+    @property
+    def queue(self):
+        return self.server.prompt_queue
+
+    def request_release(self) -> None:
+        self.queue.set_flag("unload_models", True)
+        self.queue.set_flag("free_memory", True)
+
+    def is_release_pending(self) -> bool:
+        return "unload_models" in self.queue.get_flags(reset=False)
+
+    def put_hold(self, prompt_id: str) -> None:
+        graph = {"hold": {"class_type": HOLD_ID, "inputs": {}}}
+        _, waiting = self.queue.get_current_queue_volatile()
+        number = min((item[0] for item in waiting), default=0) - 1
+        self.queue.put((number, prompt_id, graph, {}, ["hold"], {}))
+
+    def has(self, prompt_id: str) -> bool:
+        running, waiting = self.queue.get_current_queue_volatile()
+        return any(item[1] == prompt_id for item in (*running, *waiting))
+
+
+def start() -> None:
+    """Starts the jobs and adds the routes; called once, when ComfyUI loads the extension."""
+    server = PromptServer.instance
+    host.connect_queue(server.prompt_queue)
+    job_host.start_jobs(PromptQueue(server), lambda data: send(server, EVENT, data))
+    server.add_on_prompt_handler(warn_of_conflict)
+    server.routes.get(PREFIX)(answer(lambda request: job_views.list_jobs))
+    server.routes.get(PREFIX + "/{id}")(answer(with_id(job_views.show_job)))
+    server.routes.get(PREFIX + "/{id}/log")(answer(with_id(job_views.show_log)))
+    server.routes.get(PREFIX + "/{id}/pictures/{name}")(guard(send_picture))
+    for action, work in job_views.ACTIONS.items():
+        server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(check_id, on_job(work)))
+    start_adapters(server)
+
+
+def start_adapters(server: PromptServer) -> None:
+    adapter_library.connect(
+        send=lambda data: send(server, ADAPTERS_EVENT, data),
+        is_busy=lambda: server.prompt_queue.get_current_queue_volatile()[0] != [],
+    )
+
+    def prepare(request: web.Request) -> Callable[[], dict[str, Any]]:
+        adapter_id = library.check_id(request.match_info["id"])
+        return lambda: adapter_library.show_adapter(adapter_id)
+
+    server.routes.get(ADAPTERS)(answer(lambda request: adapter_library.list_adapters))
+    server.routes.get(ADAPTERS + "/{id}")(answer(prepare))
+    server.routes.post(ADAPTERS + "/{id}/train")(change(library.check_id, train_again))
+
+
+def send(server: PromptServer, event: str, data: dict[str, Any]) -> None:
+    """To every open page."""
+    server.send_sync(event, drop_non_finite(data))
+
+
+def train_again(adapter_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    job_id = job_host.train_again(adapter_library.find_adapter(adapter_id))
+    return job_host.get(job_id).to_dict()
+
+
+def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
+    """For every prompt that is queued; leaves it as it is."""
+    try:
+        sentence = job_host.get_jobs().describe_conflict()
+    except LoraError:
+        return prompt
+    if sentence:
+        logger.warning("Qwen Edit LoRA: %s.", sentence)
+        PromptServer.instance.send_sync(EVENT, {"warning": sentence})
+    return prompt
+
+
+# --- how ---
+
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+def guard(handle: Handler) -> Handler:
+    """The handler for requests by a name of this server alone; what is refused is one sentence."""
+
+    async def guarded(request: web.Request) -> web.Response:
+        try:
+            given = request.headers.get("Host")
+            check_host(given, host.get_listen_addresses(), host.get_cors_origin())
+            return await handle(request)
+        except LoraError as e:
+            return refuse(e)
+
+    return guarded
+
+
+def with_id(show: Callable[[str, Mapping[str, str]], dict[str, Any]]):
+    def prepare(request: web.Request) -> Callable[[], dict[str, Any]]:
+        job_id, query = check_id(request.match_info["id"]), dict(request.query)
+        return lambda: for_job(job_id, lambda: show(job_id, query))
+
+    return prepare
+
+
+def for_job(job_id: str, work: Callable[[], T]) -> T:
+    """What `work` gives; UnknownJobError where it fails because somebody deleted the job meanwhile.
+
+    Every file of a job goes with it, so that a race shows as whatever file was looked for last.
+    """
+    try:
+        return work()
+    except FileError:
+        job_host.get_store().open_folder(job_id)
+        raise
+
+
+def on_job(work: Callable[[str, Mapping[str, Any]], T]) -> Callable[[str, Mapping[str, Any]], T]:
+    return lambda job_id, options: for_job(job_id, lambda: work(job_id, options))
+
+
+def answer(prepare: Callable[[web.Request], Callable[[], dict[str, Any]]]) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        return respond(await run(prepare(request)))
+
+    return guard(handle)
+
+
+async def run(work: Callable[[], T]) -> T:
+    """In a thread, so that ComfyUI's loop never waits for a disk."""
+    return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+async def send_picture(request: web.Request) -> web.Response:
+    job_id, name = check_id(request.match_info["id"]), request.match_info["name"]
+    store = job_host.get_store()
+    body = await run(lambda: for_job(job_id, lambda: store.read_picture(job_id, name)))
+    # A picture never changes: its name has the step.
+    headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
+    return web.Response(body=body, content_type="image/png", headers=headers)
+
+
+def change(
+    check: Callable[[object], str], work: Callable[[str, Mapping[str, Any]], dict[str, Any]]
+):
+    """A handler that lets ComfyUI's own page, or a program, change something.
+
+    Args:
+        check: gives the id back, or raises ConfigError for what is none.
+        work: what is done, given the id and the request's JSON object.
+    """
+
+    async def handle(request: web.Request) -> web.Response:
+        check_origin(request.headers, request.host, host.get_cors_origin())
+        one = check(request.match_info["id"])
+        options = await read_options(request)
+        return respond(await run(lambda: work(one, options)))
+
+    return guard(handle)
+
+
+async def read_options(request: web.Request) -> dict[str, Any]:
+    """The body. Only JSON: a form of another site's page cannot send that unasked."""
+    if request.content_type != "application/json":
+        raise ConfigError("expected a JSON object with Content-Type: application/json")
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
+    body = bytearray()
+    try:
+        async for chunk in request.content.iter_any():  # the length may be left unsaid
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
+    except (OSError, web.RequestPayloadError):  # who sent it went away, or sent no chunks
+        raise ConfigError("the body broke off; send it whole") from None
+    try:
+        return parse_object(bytes(body), "the body")
+    except FileError as e:
+        raise ConfigError(str(e)) from None
+
+
+def respond(result: dict[str, Any]) -> web.Response:
+    return web.json_response(result, dumps=write_json)
+
+
+#: The first that fits; a LoraError of another kind is the disk's.
+STATUSES: tuple[tuple[type[LoraError], int], ...] = (
+    (ForeignPageError, 403),
+    (UnknownJobError, 404),
+    (UnknownPictureError, 404),
+    (library.UnknownAdapterError, 404),
+    (MissingFileError, 404),
+    (JobStateError, 409),
+    (BodySizeError, 413),
+    (ConfigError, 400),
+    (LoraError, 500),
+)
+
+
+def refuse(error: LoraError) -> web.Response:
+    status = next(status for kind, status in STATUSES if isinstance(error, kind))
+    sentence = shorten(" ".join(str(error).split()), MAX_SENTENCE)
+    return web.json_response({"error": sentence}, status=status)

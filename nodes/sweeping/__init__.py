@@ -1,0 +1,1 @@
+"""What the sweep nodes build: graphs, strengths, measured effects."""

@@ -1,0 +1,66 @@
+"""The strengths a sweep runs over; "auto" looks at the adapter beside the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ...lora_core import Adapter, ConfigError
+from ...lora_core.algebra.products import compute_square, find_obstacle
+from ...lora_core.sweep.strength_choice import choose_strengths
+from ...lora_core.sweep.strength_grammar import AutoStrengths, parse_strengths
+from .. import host
+from ..patching.matching import match_adapter
+
+#: Modules whose norms are taken, evenly spread; all of them would read the whole model.
+MAX_MODULES = 24
+
+
+def resolve_strengths(
+    text: str, model: host.ModelPatcher, adapters: Iterable[Adapter]
+) -> tuple[tuple[float, ...], str]:
+    """The strengths, and for "auto" a sentence on why these; the strongest adapter decides.
+
+    Raises:
+        ConfigError: the text is no list, or "auto" cannot measure any of the adapters.
+    """
+    parsed = parse_strengths(text)
+    if not isinstance(parsed, AutoStrengths):
+        return parsed, ""
+    ratios = [(measure_ratio(model, adapter), adapter.name) for adapter in adapters]
+    if not ratios:
+        raise ConfigError("strengths is 'auto', and there is no adapter to measure; connect one")
+    ratio, name = max(ratios)
+    strengths = choose_strengths(ratio, parsed.count)
+    listed = ", ".join(f"{strength:g}" for strength in strengths)
+    return (
+        strengths,
+        f"auto: |delta| of {name} is {ratio:.2%} of |W|, so the strengths are {listed}",
+    )
+
+
+def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
+    """|delta|_F / |W|_F over up to MAX_MODULES of the modules it reaches in this model."""
+    match = match_adapter(model, adapter)
+    matched = sorted(match.side_path)
+    paths = [path for path in matched if find_obstacle(adapter.modules[path]) is None]
+    squares, weights, obstacle = 0.0, 0.0, ""
+    for path in choose_evenly(paths, MAX_MODULES):
+        norm = host.measure_weight(model, match.layout.find_place(path).module_path)
+        if norm.value is None:
+            obstacle = f": {path} cannot be measured, as {norm.obstacle}"
+        else:
+            squares += compute_square(adapter.modules[path])
+            weights += norm.value**2
+    adapter.release()
+    if weights == 0:
+        raise ConfigError(
+            f"strengths is 'auto', and no delta of {adapter.name} can be measured beside this "
+            f"MODEL's weights{obstacle}; write them yourself, such as '0, 0.5, 1, 2'"
+        )
+    return (squares / weights) ** 0.5
+
+
+def choose_evenly(items: list[str], count: int) -> list[str]:
+    if len(items) <= count:
+        return items
+    return [items[index * len(items) // count] for index in range(count)]

@@ -1,0 +1,192 @@
+"""Items named by content, sets that never change."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from demo_base.pair_folders import write_pairs, write_text
+from qwen_edit_lora.lora_core import FileError
+from qwen_edit_lora.lora_core.pairs.cache import (
+    CachedPairs,
+    cache_pairs,
+    check_disk,
+    compute_key,
+    count_missing,
+    slug,
+)
+from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
+from qwen_edit_lora.lora_core.pairs.preflight import CheckedPair, check_pairs
+from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, read_dataset
+
+SETTINGS = {"clip": "a", "vae": "b", "stock_code": "c", "reference_megapixels": 1.0}
+
+
+class Encoder:
+    """Numbers in the place of latents, as the target's digest gives them; counts its calls."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, checked: CheckedPair) -> CachedItem:
+        self.names.append(checked.pair.name)
+        generator = torch.Generator().manual_seed(int(checked.facts.target.digest[:8], 16))
+        width, height = checked.size
+        target = torch.randn(16, height // 8, width // 8, generator=generator)
+        text = torch.full((3 + len(checked.pair.caption), 5), float(len(checked.pair.caption)))
+        return CachedItem(target, (target.clone(),), text, torch.ones(3, 5))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "set", 4)
+
+
+def check(folder: Path) -> tuple[CheckedPair, ...]:
+    found = find_pairs(folder, lambda path: True)
+    return check_pairs(found, name="set", megapixels=0.01, max_references=3).pairs
+
+
+def cache(folder: Path, encoder: Encoder, settings: dict | None = None, **options) -> CachedPairs:
+    store = folder.parent / "store"
+    return cache_pairs(store, "set", check(folder), encoder, settings or SETTINGS, **options)
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*.*")}
+
+
+def test_a_second_run_encodes_nothing_and_writes_nothing(folder):
+    first = cache(folder, Encoder())
+    assert (first.num_encoded, first.num_reused) == (4, 0)
+    files = list_files(folder.parent / "store")
+    encoder = Encoder()
+    assert cache(folder, encoder) == CachedPairs(first.folder, 0, 4)
+    assert encoder.names == []
+    assert list_files(folder.parent / "store") == files
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_a_pipe_in_the_place_of_an_item_is_encoded_over(folder):
+    first = cache(folder, Encoder())
+    path = next((folder.parent / "store" / "items").glob("*.safetensors"))
+    shutil.rmtree(first.folder)
+    path.unlink()
+    os.mkfifo(path)
+    assert cache(folder, Encoder()).num_encoded == 1
+    assert path.is_file()
+
+
+def test_one_changed_caption_encodes_one_pair_into_another_set(folder):
+    first = cache(folder, Encoder())
+    files = list_files(folder.parent / "store")
+    write_text(folder / "target" / "photo_1.txt", "other")
+    encoder = Encoder()
+    second = cache(folder, encoder)
+    assert encoder.names == ["photo_1"]
+    assert second.folder != first.folder
+    now = list_files(folder.parent / "store")
+    assert {name: now[name] for name in files} == files
+    assert read_dataset(first.folder).items[1].caption == "exchange red and blue, number 1"
+    assert read_dataset(second.folder).items[1].caption == "other"
+    assert read_dataset(second.folder).metadata["clip"] == "a"
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "another"])
+def test_every_setting_is_part_of_the_key(name, folder):
+    (pair, *_) = check(folder)
+    assert compute_key(pair, SETTINGS) != compute_key(pair, {**SETTINGS, name: 2.0})
+
+
+def test_every_picture_and_the_size_are_part_of_the_key(folder):
+    (pair, *_) = check(folder)
+    facts = pair.facts
+    other = replace(facts.target, digest="x")
+    changed = [
+        replace(pair, size=(16, 16)),
+        replace(pair, facts=replace(facts, target=other)),
+        replace(pair, facts=replace(facts, references=(other,))),
+        replace(pair, facts=replace(facts, references=(*facts.references, other))),
+        replace(pair, facts=replace(facts, mask=other)),
+        replace(pair, pair=replace(pair.pair, caption="")),
+    ]
+    keys = {compute_key(one, SETTINGS) for one in [pair, *changed]}
+    assert len(keys) == 7
+    renamed = replace(pair, pair=replace(pair.pair, name="other"))
+    assert compute_key(renamed, SETTINGS) in keys  # a name changes nothing
+
+
+def test_an_interrupted_run_keeps_what_it_finished(folder):
+    encoder = Encoder()
+    with pytest.raises(InterruptedError):
+        cache(folder, encoder, should_stop=lambda: len(encoder.names) == 2)
+    assert len(encoder.names) == 2
+    assert not (folder.parent / "store" / "sets").exists()
+    again = Encoder()
+    assert cache(folder, again).num_reused == 2
+    assert again.names == ["photo_2", "photo_3"]
+
+
+def test_a_damaged_item_is_encoded_again_and_a_damaged_set_made_again(folder):
+    first = cache(folder, Encoder())
+    key = compute_key(check(folder)[2], SETTINGS)
+    path = folder.parent / "store" / "items" / f"{key}.safetensors"
+    path.unlink()
+    path.write_bytes(b"\0" * 50)
+    encoder = Encoder()
+    assert cache(folder, encoder).num_encoded == 1
+    assert encoder.names == ["photo_2"]
+    next((first.folder / "items").iterdir()).unlink()
+    encoder = Encoder()
+    assert cache(folder, encoder) == CachedPairs(first.folder, 0, 4)
+    assert len(read_dataset(first.folder)) == 4
+
+
+def test_sets_take_no_room_of_their_own_where_the_disk_has_links(folder):
+    first = cache(folder, Encoder())
+    for path in (first.folder / "items").iterdir():
+        assert path.stat().st_nlink == 2
+
+
+def test_a_disk_without_links_gets_copies(folder, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    first = cache(folder, Encoder())
+    dataset = read_dataset(first.folder)
+    assert [path.stat().st_nlink for path in (first.folder / "items").iterdir()] == [1] * 4
+    assert torch.equal(dataset.load(0).target, Encoder()(check(folder)[0]).target)
+
+
+def test_too_little_room_is_said_before_the_work(folder, tmp_path):
+    pairs = check(folder)
+    store = tmp_path / "store"
+    missing = count_missing(store, pairs, SETTINGS)
+    assert len(missing) == 4
+    check_disk(store, missing, 64, 1.0)
+    assert list(store.iterdir()) == []
+    too_wide = shutil.disk_usage(store).free
+    with pytest.raises(FileError, match=r"4 pairs to encode need about .* GB, but the disk of"):
+        check_disk(store, missing, too_wide, 1.0)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FileError, match=r"the cache folder .* cannot be written"):
+        check_disk(tmp_path / "file" / "store", missing, 64, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("🐈 photo", "photo"),
+        ("🐈", "pair"),
+        ("a/b c", "a_b_c"),
+        ("..", "pair"),
+        ("x" * 99, "x" * 60),
+    ],
+)
+def test_names_become_safe_file_names(name, expected):
+    assert slug(name) == expected

@@ -1,0 +1,176 @@
+"""Pictures of strangers: what they may start, how much memory they may take, what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from demo_base.pair_folders import load_photograph, write_pairs, write_picture
+from PIL import Image
+from qwen_edit_lora.lora_core import ConfigError, FileError
+from qwen_edit_lora.lora_core.pairs import images
+from qwen_edit_lora.lora_core.pairs.facts import have_same_pixels
+from qwen_edit_lora.lora_core.pairs.images import FilePicture
+from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
+from qwen_edit_lora.lora_core.pairs.pair import Level
+from qwen_edit_lora.lora_core.pairs.preflight import check_pairs
+from qwen_edit_lora.lora_core.pairs.sizes import choose_size
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+showpage
+%%EOF
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a stand-in for Ghostscript is a shell script")
+def test_a_picture_starts_no_program(tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    path = tmp_path / "a.png"
+    path.write_bytes(EPS)
+    for read in (FilePicture(path).read, lambda: FilePicture(path).read_small(64)):
+        with pytest.raises(FileError, match=r"^a.png is no picture that can be read"):
+            read()
+    assert not started.exists()
+
+
+def test_only_the_formats_that_messages_name_are_opened(tmp_path):
+    image = load_photograph(0)
+    for suffix in ("png", "jpg", "webp", "bmp", "tif", "gif"):
+        FilePicture(write_picture(image, tmp_path / f"a.{suffix}")).read()
+    for kind in ("PPM", "TGA", "ICO", "JPEG2000", "PCX", "DDS"):
+        path = tmp_path / "a.png"
+        image.save(path, format=kind)
+        with pytest.raises(FileError, match="is no picture that can be read"):
+            FilePicture(path).read()
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+import importlib.util
+spec = importlib.util.spec_from_file_location(
+    "qwen_edit_lora", Path(sys.argv[1], "__init__.py"), submodule_search_locations=[sys.argv[1]])
+sys.modules["qwen_edit_lora"] = importlib.util.module_from_spec(spec)
+from qwen_edit_lora.lora_core.pairs.images import FilePicture
+from qwen_edit_lora.lora_core.pairs.preflight import measure_brightness
+small, large = FilePicture(Path(sys.argv[2])), FilePicture(Path(sys.argv[3]))
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+small.read_small(256), measure_brightness(small)
+before = peak()
+large.read_small(256), measure_brightness(large)
+print((peak() - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak's unit is that of Linux")
+def test_looking_at_a_picture_takes_memory_of_the_file_decoded_not_of_copies(tmp_path):
+    side = 9400
+    large = tmp_path / "large.png"
+    Image.new("1", (side, side)).save(large)
+    assert large.stat().st_size < 20_000
+    small = write_picture(load_photograph(0), tmp_path / "small.png")
+    root = Path(images.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(root), str(small), str(large)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 3 * side * side  # a byte a pixel decoded; it was 40
+
+
+MODES = ("RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "I;16")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reading_in_bands_changes_no_bit(mode, orientation, tmp_path, monkeypatch):
+    image = load_photograph(0, 90, 70)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    elif mode in ("RGBA", "LA"):
+        image.putalpha(load_photograph(1, 90, 70).convert("L"))
+        image = image.convert(mode)
+    else:
+        image = image.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    suffix = "tif" if mode == "CMYK" else "png"
+    picture = FilePicture(write_picture(image, tmp_path / f"a.{suffix}", exif=exif))
+    whole = [picture.read(), picture.read_small(32), picture.read_small(500)]
+    monkeypatch.setattr(images, "BAND_PIXELS", 7 * 90)
+    bands = [picture.read(), picture.read_small(32), picture.read_small(500)]
+    for a, b in zip(whole, bands, strict=True):
+        assert np.array_equal(a, b)
+    assert np.array_equal(np.concatenate(list(picture.read_bands())), whole[0])
+    # As it was before there were bands.
+    expected = Image.fromarray((whole[0] * 255).round().astype(np.uint8))
+    size = tuple(max(1, round(length * 32 / max(expected.size))) for length in expected.size)
+    assert np.array_equal(
+        np.asarray(expected.resize(size, Image.Resampling.BOX)), picture.read_small(32)
+    )
+
+
+def test_pictures_of_several_bands_are_compared_to_the_last_pixel(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "BAND_PIXELS", 500)
+    image = load_photograph(0)
+    a = FilePicture(write_picture(image, tmp_path / "a.png"))
+    b = FilePicture(write_picture(image, tmp_path / "b.png", compress_level=1))
+    assert have_same_pixels(a, b)
+    image.putpixel((95, 63), (1, 2, 3))
+    assert not have_same_pixels(a, FilePicture(write_picture(image, tmp_path / "c.png")))
+    other = write_picture(image.crop((0, 0, 96, 63)), tmp_path / "d.png")
+    assert not have_same_pixels(a, FilePicture(other))
+
+
+def test_pixels_of_32_bits_are_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    values = np.linspace(0, 2**31 - 1, 64, dtype=np.int32).reshape(8, 8)
+    Image.fromarray(values).save(path)
+    with pytest.raises(FileError, match=r"32-bit whole numbers, expected 8 or 16 bits"):
+        FilePicture(path).read()
+    with pytest.raises(FileError, match=r"32-bit whole numbers, expected 8 or 16 bits"):
+        FilePicture(path).read_small(64)
+    Image.fromarray(values.clip(0, 65535)).save(path)
+    assert FilePicture(path).read().max() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+@pytest.mark.parametrize(
+    "place", ["target/photo_0.png", "control/photo_0.png", "mask/photo_0.png", "target/photo_0.txt"]
+)
+def test_a_pipe_in_the_place_of_a_file_is_a_sentence(place, tmp_path):
+    folder = write_pairs(tmp_path / "set", 2)
+    path = folder / place
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    found = find_pairs(folder, lambda path: True)
+    preflight = check_pairs(found, name="set", megapixels=0.01, max_references=3)
+    (stop,) = preflight.stops
+    assert "is a pipe, socket or device; expected a regular file" in stop.text
+    with pytest.raises(FileError, match="is a pipe"):
+        FilePicture(path).compute_digest()
+    assert [one.pair.name for one in preflight.pairs] == ["photo_1"]
+    assert stop.level == Level.STOP
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0, 1e300, "1"])
+def test_an_area_that_is_no_number_is_refused(value, tmp_path):
+    with pytest.raises(ConfigError, match="expected a number above 0 and up to 64"):
+        choose_size(64, 64, value, 16)
+    found = find_pairs(write_pairs(tmp_path / "set", 2), lambda path: True)
+    with pytest.raises(ConfigError, match=r"^megapixels is "):
+        check_pairs(found, name="set", megapixels=value, max_references=3)

@@ -1,0 +1,101 @@
+"""diffusers missing or broken: a sentence, and everything that needs none of it goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from demo_base import adapters, dit
+from qwen_edit_lora.lora_core import ConfigError
+from qwen_edit_lora.lora_core.training.model.libraries import import_from_diffusers
+from tiny import make_dataset
+
+ROOT = Path(__file__).resolve().parents[4]
+#: What diffusers does where it meets a version of another package that it does not know.
+BROKEN = "raise RuntimeError('Failed to import diffusers.models\\nbecause of torchao')\n"
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """The environment of a process in which diffusers and its like cannot be imported."""
+    for name in ("diffusers", "accelerate", "peft", "bitsandbytes"):
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        (tmp_path / "broken" / name / "__init__.py").write_text(BROKEN)
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
+
+
+def run(environment, *command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lora_core", *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_missing_diffusers_is_a_sentence_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ConfigError, match=r"not installed; run pip install .*diffusers>=0\.35"):
+        import_from_diffusers("QwenImageTransformer2DModel")
+
+
+def test_a_diffusers_that_is_too_old_is_a_sentence():
+    with pytest.raises(ConfigError, match=r"cannot be used \(.*NoSuchModel.*\); run pip install"):
+        import_from_diffusers("NoSuchModel")
+
+
+def test_training_with_a_broken_diffusers_is_one_line(broken, tmp_path):
+    make_dataset(tmp_path / "data")
+    dit.write_dit(tmp_path / "dit.safetensors", "2511", "fp32")
+    (tmp_path / "config.toml").write_text(
+        'name = "a"\noutput = "run"\n[model]\nsource = "dit.safetensors"\ndevice = "cpu"\n'
+        '[data]\nfolder = "data"\n'
+    )
+    result = run(broken, "train", tmp_path / "config.toml")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "cannot be used (Failed to import diffusers.models because of torchao)" in result.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_broken_diffusers_is_no_matter_for_inspecting(broken, tmp_path):
+    lora = adapters.make_adapter(tmp_path / "lora.safetensors", dit.list_lora_targets())
+    result = run(broken, "inspect", lora)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("lora.safetensors: 24 modules")
+
+
+IMPORT_NODES = """
+import asyncio, importlib.util, sys
+from pathlib import Path
+
+root, comfyui = map(Path, sys.argv[1:])
+sys.path.insert(0, str(comfyui))
+from comfy.cli_args import args
+args.cpu = True
+spec = importlib.util.spec_from_file_location(
+    "qwen_edit_lora", root / "__init__.py", submodule_search_locations=[str(root)]
+)
+sys.modules["qwen_edit_lora"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+extension = asyncio.run(module.comfy_entrypoint())
+print("nodes:", *(node.define_schema().node_id for node in asyncio.run(extension.get_node_list())))
+"""
+
+
+@pytest.mark.comfy
+def test_a_broken_diffusers_is_no_matter_for_the_nodes(broken, comfyui_path):
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_NODES, ROOT, comfyui_path],
+        cwd=comfyui_path,
+        env=broken,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "nodes: QwenEditLoraLoad QwenEditLoraApply" in result.stdout

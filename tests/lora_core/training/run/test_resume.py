@@ -1,0 +1,273 @@
+"""Interrupted and resumed: the same run, to the bit, however it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from qwen_edit_lora.lora_core import ConfigError
+from qwen_edit_lora.lora_core.training.data.dataset import read_dataset
+from qwen_edit_lora.lora_core.training.optimizer.optimization import OPTIMIZERS
+from qwen_edit_lora.lora_core.training.run.checkpoint import CheckpointFolder
+from qwen_edit_lora.lora_core.training.run.metrics import StepReport, read_metrics
+from qwen_edit_lora.lora_core.training.run.trainer import train
+from safetensors.torch import load_file
+from tiny import make_config, make_dataset, make_injected
+
+SCRIPT = Path(__file__).parents[1] / "killed_runs.py"
+NUM_KILLS = 10  # of each kind: at a disk operation, after a random time
+TIMINGS = {"seconds", "tokens_per_s", "memory_bytes"}
+
+
+def read_outcome(run: Path) -> dict[str, object]:
+    """Everything a run leaves that must not depend on how often it was interrupted."""
+    lines = [
+        {name: value for name, value in line.items() if name not in TIMINGS}
+        for line in read_metrics(run / "metrics.jsonl")
+    ]
+    files = {
+        path.relative_to(run).as_posix(): load_file(path) for path in run.rglob("*.safetensors")
+    }
+    return {"metrics": lines, "files": files}
+
+
+def assert_same(ours: dict[str, object], theirs: dict[str, object]) -> None:
+    assert ours["metrics"] == theirs["metrics"]
+    assert ours["files"].keys() == theirs["files"].keys()
+    for name, tensors in theirs["files"].items():
+        assert tensors.keys() == ours["files"][name].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(ours["files"][name][key], tensor), (name, key)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the runs that are killed")
+def test_a_run_killed_at_any_moment_ends_as_the_uninterrupted_one_to_the_bit(tmp_path):
+    result = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path, str(NUM_KILLS)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    outcome = json.loads(result.stdout)
+    assert outcome["killed_at_operations"] == NUM_KILLS
+    assert outcome["killed_after_times"] == NUM_KILLS
+    assert outcome["half_written"] == []
+    whole = read_outcome(tmp_path / "whole" / "run")
+    assert [line["step"] for line in whole["metrics"]] == list(range(1, 7))
+    assert {"tiny.safetensors", "tiny_ema.safetensors"} <= whole["files"].keys()
+    assert len(outcome["runs"]) > NUM_KILLS
+    for name in outcome["runs"]:
+        assert_same(read_outcome(tmp_path / name / "run"), whole)
+        assert not list((tmp_path / name / "run").rglob(".*"))
+
+
+def run(folder: Path, should_stop=None, resume=False, notify=None, **changes):
+    config = make_config(folder, **changes)
+    model, injection = make_injected(config)
+    dataset = make_dataset(folder / "data")
+    reports = train(
+        *(config, model, injection, dataset),
+        **{"resume": resume, "should_stop": should_stop, "notify": notify},
+    )
+    return list(reports)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer.name": "prodigy", "optimizer.learning_rate": 1.0},
+        {"optimizer.name": "schedule-free"},
+        {"optimizer.name": "adafactor"},
+        {"optimizer.name": "adamw8bit", "lora.rank": 32},  # 8 bits from 4096 entries on
+        {"lora.use_dora": True, "lora.dropout": 0.2},
+        {"lora.init": "pissa", "optimizer.ema_decay": 0.9},
+    ],
+    ids=["prodigy", "schedule-free", "adafactor", "8-bit AdamW", "DoRA", "PiSSA and EMA"],
+)
+def test_a_stopped_run_goes_on_to_the_bit(tmp_path, changes):
+    if "optimizer.name" in changes:
+        pytest.importorskip(OPTIMIZERS[changes["optimizer.name"]].module)
+    changes = changes | {"saving.checkpoint_every": 100, "saving.dtype": "fp32"}
+    whole = run(tmp_path / "whole", **changes)
+    asked = iter([False, False, False, True])
+    first = run(tmp_path / "cut", lambda: next(asked), **changes)
+    assert [report.step for report in first] == [1, 2, 3]
+    rest = run(tmp_path / "cut", resume=True, **changes)
+    assert [report.loss for report in first + rest] == [report.loss for report in whole]
+    ours, theirs = (read_outcome(tmp_path / name / "run")["files"] for name in ("cut", "whole"))
+    finished = [name for name in theirs if "/" not in name]
+    assert len(finished) == 1 + ("optimizer.ema_decay" in changes)
+    for name in finished:
+        assert all(torch.equal(ours[name][key], tensor) for key, tensor in theirs[name].items())
+
+
+def test_a_finished_run_can_be_given_more_steps(tmp_path):
+    run(tmp_path / "short", steps=4)
+    said = []
+    rest = run(tmp_path / "short", resume=True, steps=6, notify=said.append)
+    whole = run(tmp_path / "whole", steps=6)
+    assert [report.loss for report in rest] == [report.loss for report in whole[4:]]
+    assert "steps was 4 and is 6 from now on" in said
+    assert "resumed after step 4 of 6" in said
+
+
+def test_another_base_is_told_and_a_moved_one_is_not(tmp_path):
+    run(tmp_path, steps=2)
+    said = []
+    run(tmp_path, resume=True, steps=2, notify=said.append, **{"model.source": "moved/tiny"})
+    assert said == ["resumed after step 2 of 2"]
+    run(tmp_path, resume=True, steps=2, notify=said.append, **{"model.source": "tiny_2511"})
+    assert "model.source was 'tiny' and is 'tiny_2511' from now on" in said
+
+
+def test_a_finished_run_resumed_takes_no_step_and_gives_its_adapter_again(tmp_path):
+    run(tmp_path)
+    adapter = tmp_path / "run" / "tiny.safetensors"
+    before = load_file(adapter)
+    adapter.unlink()
+    assert run(tmp_path, resume=True) == []
+    assert all(torch.equal(before[key], tensor) for key, tensor in load_file(adapter).items())
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_nothing_is_touched(tmp_path):
+    run(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}
+    config = make_config(tmp_path)
+    dataset = read_dataset(tmp_path / "data")
+    with pytest.raises(ConfigError, match="run already holds a run up to step 6; resume it, or"):
+        train(config, *make_injected(config), dataset)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora.rank": 8}, r"lora\.rank was 4 when the checkpoint was made and is 8 now"),
+        ({"seed": 1}, "seed was 0"),
+        ({"data.batch_size": 2}, r"data\.batch_size was 1"),
+        ({"optimizer.name": "prodigy"}, r"optimizer\.name was 'adamw'"),
+        ({"optimizer.ema_decay": 0.9}, "the EMA changed since"),
+    ],
+)
+def test_settings_under_which_the_state_means_something_else_are_refused(
+    tmp_path, changes, message
+):
+    run(tmp_path, steps=2)
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, resume=True, **changes)
+
+
+def test_another_training_set_is_refused(tmp_path):
+    run(tmp_path, steps=2)
+    config = make_config(tmp_path)
+    with pytest.raises(ConfigError, match="the training set's items changed"):
+        train(*(config, *make_injected(config), make_dataset(tmp_path / "other", 2)), resume=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path):
+    whole = run(tmp_path / "whole")
+    asked = iter([False] * 4 + [True])
+    run(tmp_path / "cut", lambda: next(asked))
+    checkpoints = tmp_path / "cut" / "run" / "checkpoints"
+    damaged = checkpoints / "step_00000004" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    said = []
+    rest = run(tmp_path / "cut", resume=True, notify=said.append)
+    assert [report.step for report in rest] == [3, 4, 5, 6]
+    assert [report.loss for report in rest] == [report.loss for report in whole[2:]]
+    expected = "passed over: step_00000004 is damaged: optimizer.safetensors is missing or cut"
+    assert any(sentence.startswith(expected) for sentence in said)
+    assert_same(*(read_outcome(tmp_path / name / "run") for name in ("cut", "whole")))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "state.json").unlink(),
+        lambda folder: (folder / "state.json").write_text('{"version": 1, "st'),
+        lambda folder: (folder / "state.json").write_text("[]"),
+        lambda folder: (folder / "random_0.safetensors").unlink(),
+        lambda folder: (folder / "adapter.safetensors").write_bytes(b""),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_never_read(tmp_path, spoil):
+    run(tmp_path, steps=2)
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    assert folder.read_latest().step == 2
+    spoil(folder.get_path(2))
+    assert folder.read_latest() is None
+    assert len(folder.passed_over) == 1
+    assert "\n" not in folder.passed_over[0]
+
+
+def test_resuming_where_nothing_is_starts_a_new_run_and_says_so(tmp_path):
+    said = []
+    reports = run(tmp_path, resume=True, notify=said.append)
+    assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
+    assert said == ["run holds no whole checkpoint; starting at step 1"]
+
+
+def test_only_the_newest_checkpoints_are_kept_and_all_the_adapters_unless_told(tmp_path):
+    changes = {"saving.checkpoint_every": 1, "saving.adapter_every": 2}
+    run(tmp_path / "all", **changes)
+    folder = tmp_path / "all" / "run"
+    assert CheckpointFolder(folder / "checkpoints").list_steps() == [5, 6]
+    names = sorted(path.name for path in (folder / "adapters").iterdir())
+    assert names == [f"tiny_{step:08d}.safetensors" for step in (2, 4, 6)]
+    changes |= {"saving.keep_adapters": 1, "optimizer.ema_decay": 0.5}
+    run(tmp_path / "one", **changes)
+    names = sorted(path.name for path in (tmp_path / "one" / "run" / "adapters").iterdir())
+    assert names == ["tiny_00000006.safetensors", "tiny_00000006_ema.safetensors"]
+
+
+def test_a_half_written_line_of_metrics_is_dropped(tmp_path):
+    run(tmp_path, steps=4)
+    path = tmp_path / "run" / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    run(tmp_path, resume=True)
+    steps = [line["step"] for line in read_metrics(path)]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert {*next(read_metrics(path))} <= {field.name for field in fields(StepReport)}
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_and_nothing_else(tmp_path):
+    run(tmp_path, steps=2, **{"saving.adapter_every": 1})
+    folder = tmp_path / "run"
+    ours = (".0123456789abcdef.tmp", ".tmpvKHBLu")  # our own names, and those of safetensors
+    others = (".tmp", ".gitignore", "notes.tmp", ".tmp_notes")
+    for name in (*ours, *others):
+        (folder / name).write_bytes(b"half")
+        (folder / "adapters" / name).write_bytes(b"half")
+    half = folder / "checkpoints" / ".step_00000003.0123456789abcdef.tmp"
+    half.mkdir()
+    (half / ".tmpAAAAAA").write_bytes(b"half")
+    run(tmp_path, resume=True, steps=3)
+    for place in (folder, folder / "adapters"):
+        assert all((place / name).exists() for name in others)
+        assert not any((place / name).exists() for name in ours)
+    assert sorted(path.name for path in half.parent.iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def test_checkpoints_hold_no_pickles(tmp_path):
+    run(tmp_path, steps=2)
+    folder = tmp_path / "run" / "checkpoints" / "step_00000002"
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+    for path in folder.glob("*.safetensors"):
+        load_file(path)
+
+
+def test_a_checkpoint_of_another_version_is_a_sentence(tmp_path):
+    run(tmp_path, steps=2)
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    state = folder.get_path(2) / "state.json"
+    state.write_text(state.read_text().replace('"version": 2', '"version": 7', 1))
+    assert folder.read_latest() is None
+    assert "format 7, this is 2" in folder.passed_over[0]
