@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 MANUAL = "\n".join([README, *((ROOT / page).read_text(encoding="utf-8") for page in DOCS)])
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", *DOCS)
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", *DOCS)
 MAX_README_LINES = 140
 INTERNAL_NODES = ("QwenEditLoraHold", "QwenEditLoraSweepCollect")
 MAX_HELP_LINES = 80
