@@ -37,6 +37,7 @@ GPU_CHECK = ROOT / "benchmarks" / "gpu_check.py"
 #: Read by tests/conftest.py and tests/fuzz/conftest.py.
 RUN_ALL = "QWEN_EDIT_LORA_FUZZ"
 LOG_TAIL_LINES = 15
+NUM_SLOWEST = 30  # tests whose time is printed
 MOST_TEST_PROCESSES = 4  # each has a ComfyUI and a server of its own, 2 GB together
 
 
@@ -278,7 +279,11 @@ def test(comfyui: Path, arguments: list[str]) -> int:
         return run([pytest, *arguments], comfyui, more=more)
     num_processes = max(1, min(MOST_TEST_PROCESSES, os.cpu_count() or 1))
     spread = [f"--numprocesses={num_processes}", "--dist=loadfile", "--no-loadscope-reorder"]
-    return run([pytest, *spread], comfyui, more={**more, "OMP_NUM_THREADS": "1"})
+    return run(
+        [pytest, *spread, f"--durations={NUM_SLOWEST}"],
+        comfyui,
+        more={**more, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def check_gpu(comfyui: Path, arguments: list[str]) -> int:
