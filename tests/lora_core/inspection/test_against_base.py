@@ -140,16 +140,16 @@ def test_a_change_of_a_norm_is_no_misfit():
 
 
 def test_the_base_file_is_read_one_module_at_a_time(tmp_path, monkeypatch):
-    from qwen_edit_lora.lora_core.disk.safetensors_file import SafetensorsFile
+    from qwen_edit_lora.lora_core.disk.safetensors_file import UnmappedFile
 
     adapter, base = make_small_adapter(3e-4)
     save_file({**base, "unrelated.weight": torch.zeros(8)}, tmp_path / "base.safetensors")
-    read, original = [], SafetensorsFile.read
+    read, original = [], UnmappedFile.read
 
     def note(self, key):
         read.append(key)
         return original(self, key)
 
-    monkeypatch.setattr(SafetensorsFile, "read", note)
+    monkeypatch.setattr(UnmappedFile, "read", note)
     inspect_adapter(adapter, tmp_path / "base.safetensors")
     assert read == list(base)
