@@ -255,6 +255,7 @@ def test_no_sample_is_made_of_infinite_weights(tmp_path):
     changes = {"model.source": base, "model.storage": "fp32", "saving.checkpoint_every": 100}
     config = make_config(tmp_path, **changes)
     make_dataset(tmp_path / "data")
+    (tmp_path / "run").mkdir()
     opened = open_session(config)
     objective, notes = Objective(config.objective), []
     started = run.Run(
