@@ -216,7 +216,7 @@ def compare_adapters(
         [*a, *(p for p in b if p not in a.modules)], progress, should_stop, "comparison"
     ):
         first, second = a.modules.get(path), b.modules.get(path)
-        reason = find_difficulty(first, second)
+        reason = explain_incomparable(first, second)
         if reason:
             not_comparable[path] = reason
         elif first is not None and second is not None:
@@ -241,7 +241,7 @@ def compare_adapters(
     )
 
 
-def find_difficulty(a: ModuleWeights | None, b: ModuleWeights | None) -> str | None:
+def explain_incomparable(a: ModuleWeights | None, b: ModuleWeights | None) -> str | None:
     found = [weights for weights in (a, b) if weights is not None]
     for weights in found:
         obstacle = find_obstacle(weights)

@@ -18,7 +18,7 @@ STANDING_STD = GOOD_STD[0] / 1000
 STANDING_SHARE = 0.1
 
 
-class Alarms:
+class Alerts:
     """Looks at every step's report; says each thing once."""
 
     def __init__(self, config: TrainConfig):
@@ -26,17 +26,17 @@ class Alarms:
         self._lowest = float("inf")
         self._num_high = 0
         self._num_seen = 0
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
 
-    def look(self, report: StepReport) -> list[str]:
+    def check(self, report: StepReport) -> list[str]:
         """Sentences with the figure, the threshold and what to do; mostly none."""
         found = {
             "diverges": self._judge_loss(report),
             "saturated": self._judge_size(report),
             "stands": self._judge_progress(report),
         }
-        news = {what: text for what, text in found.items() if text and what not in self._said}
-        self._said.update(news)
+        news = {what: text for what, text in found.items() if text and what not in self._reported}
+        self._reported.update(news)
         return list(news.values())
 
     def _judge_loss(self, report: StepReport) -> str:

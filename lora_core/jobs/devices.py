@@ -110,7 +110,7 @@ def choose_devices(
     return sorted(usable, key=lambda device: device in taken)[:count]
 
 
-def place(config: TrainConfig, device_name: str) -> TrainConfig:
+def set_device(config: TrainConfig, device_name: str) -> TrainConfig:
     """The configuration for a process that sees this device alone."""
     device = CPU if device_name == CPU else "cuda"
     wanted = config.model.device

@@ -19,7 +19,7 @@ from ..training.config.config import TrainConfig
 from ..training.config.config_files import config_to_dict
 from ..training.estimate.estimate import Estimate
 from ..training.machine.memory import names_out_of_memory
-from .devices import Device, place
+from .devices import Device, set_device
 from .launch import SHARED, build_environment, hide_window, run_module
 
 POLL_INTERVAL = 0.1  # seconds
@@ -45,7 +45,7 @@ def estimate_in_process(
     """
     with tempfile.TemporaryDirectory(prefix="qwen_edit_lora_") as folder:
         path = Path(folder) / "config.json"
-        placed = place(config, device.name)
+        placed = set_device(config, device.name)
         path.write_text(json.dumps(config_to_dict(placed)), encoding="utf-8")
         flags = {SHARED: device.is_shared, "--samples": with_samples}
         options = ["--json", *(flag for flag, is_set in flags.items() if is_set)]

@@ -182,7 +182,7 @@ class JobState:
     notes: tuple[str, ...] = ()
     """What happened to it, a sentence each."""
     alarms: tuple[str, ...] = ()
-    """What a user should look at before the training is over; see `alarms.Alarms`."""
+    """What a user should look at before the training is over; see `alarms.Alerts`."""
 
     @property
     def remaining_s(self) -> float | None:

@@ -25,7 +25,7 @@ SMOOTHING = 0.9
 logger = logging.getLogger(__name__)
 
 
-class Pulse:
+class JobReporter:
     """Holds the state of the job that this process has; the only writer of its state.json."""
 
     def __init__(self, folder: JobFolder, state: JobState):
@@ -36,7 +36,7 @@ class Pulse:
         self._lock = threading.RLock()
         self._written_at = 0.0
         self._is_over = False
-        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         folder.write_state(state)
 
     def start(self) -> None:
@@ -55,19 +55,19 @@ class Pulse:
             if is_due or is_news:
                 self._write(durable=False)
 
-    def say(self, sentence: str) -> None:
+    def log(self, sentence: str) -> None:
         """Into the log."""
-        say(sentence)
+        log_line(sentence)
 
-    def note(self, sentence: str) -> None:
+    def add_note(self, sentence: str) -> None:
         """Into the log and the job's notes."""
-        say(sentence)
+        log_line(sentence)
         self.update(notes=(*self.state.notes, sentence)[-20:])
 
-    def alarm(self, sentence: str) -> None:
+    def add_alert(self, sentence: str) -> None:
         """Into the log and the job's alarms, each once."""
         if sentence not in self.state.alarms:
-            say(f"alarm: {sentence}")
+            log_line(f"alarm: {sentence}")
             self.update(alarms=(*self.state.alarms, sentence)[-20:])
 
     def report(self, report: StepReport) -> None:
@@ -117,7 +117,7 @@ class Pulse:
                 if self._is_over:
                     return
                 if is_gone(self.folder.path / STATE_FILE):
-                    say("the job's folder is gone; the worker ends")
+                    log_line("the job's folder is gone; the worker ends")
                     sys.stdout.flush()
                     os._exit(0)
                 if self.state.phase is Phase.LOADING:
@@ -134,9 +134,9 @@ class Pulse:
         try:
             self.finish(status)
         except FileError as e:
-            say(str(e))
+            log_line(str(e))
             return
-        say(f"{status.value} while the model was loading")
+        log_line(f"{status.value} while the model was loading")
         sys.stdout.flush()
         os._exit(0)
 
@@ -160,7 +160,7 @@ def is_gone(path: Path) -> bool:
     return False
 
 
-class MutedPulse:
+class NullReporter:
     """For the processes of a team that do not speak for it."""
 
     def __init__(self, folder: JobFolder):
@@ -174,20 +174,20 @@ class MutedPulse:
     def update(self, **changes: Any) -> None:
         pass
 
-    def note(self, sentence: str) -> None:
+    def add_note(self, sentence: str) -> None:
         pass
 
-    def alarm(self, sentence: str) -> None:
+    def add_alert(self, sentence: str) -> None:
         pass
 
     def report(self, report: StepReport) -> None:
         pass
 
-    def say(self, sentence: str) -> None:
+    def log(self, sentence: str) -> None:
         pass
 
 
-def say(sentence: str) -> None:
+def log_line(sentence: str) -> None:
     """A line of the log, with its time."""
     sys.stdout.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
     sys.stdout.flush()

@@ -21,18 +21,18 @@ from ..disk.writing import replace
 from .folder import MAX_JSON_BYTES, JobFolder, open_inside, restore
 from .identity import identify, is_running
 from .job import JobFailure, WorkerIdentity
-from .job_reporter import say
+from .job_reporter import log_line
 from .nccl import choose_settings, explain_shared_memory
 
 WATCH_INTERVAL = 0.3  # seconds
 #: Seconds in which the death behind an error of the communication shows.
 DEATH_TIMEOUT = 3.0
 #: Hours for which a process may wait for another, such as while the first one makes samples. A dead
-#: one is noticed by `Team.watch`.
+#: one is noticed by `ProcessGroup.watch`.
 PATIENCE_H = 48
 
 
-class Team:
+class ProcessGroup:
     """This process among those of its job.
 
     Args:
@@ -91,7 +91,7 @@ class Team:
         with self._watching:
             self._is_over = True
 
-    def wait_for_the_first(self) -> None:
+    def wait_for_main(self) -> None:
         """Returns when the first process has ended."""
         while self.members and is_running(self.members[0]):
             time.sleep(WATCH_INTERVAL)
@@ -108,7 +108,7 @@ class Team:
                     return
 
 
-def join_team(on_cpu: bool) -> Team:
+def join_process_group(on_cpu: bool) -> ProcessGroup:
     """The team that the launcher's environment names.
 
     Raises:
@@ -116,7 +116,7 @@ def join_team(on_cpu: bool) -> Team:
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count < 2:
-        return Team()
+        return ProcessGroup()
     from ..training.command_line import find_accelerator
 
     if not on_cpu:
@@ -124,10 +124,10 @@ def join_team(on_cpu: bool) -> Team:
         os.environ.update(settings)
         is_first = os.environ.get("RANK", "0") == "0"
         if settings and is_first:
-            say(f"set for these cards and their driver: {', '.join(settings)}")
+            log_line(f"set for these cards and their driver: {', '.join(settings)}")
         if is_first and (sentence := explain_shared_memory(count, os.environ)):
-            say(sentence)
-    return Team(find_accelerator(on_cpu, patience_h=PATIENCE_H))
+            log_line(sentence)
+    return ProcessGroup(find_accelerator(on_cpu, patience_h=PATIENCE_H))
 
 
 # --- what one that fails leaves for the first -----------------------------------------------------
@@ -137,7 +137,7 @@ def get_failure_path(folder: JobFolder, index: int):
     return folder.path / f".process_{index}.failure"
 
 
-def leave_failure(folder: JobFolder, index: int, failure: JobFailure) -> None:
+def write_failure(folder: JobFolder, index: int, failure: JobFailure) -> None:
     """Raises OSError where the disk does not take it."""
     path = get_failure_path(folder, index)
     temporary = path.with_suffix(".new")
@@ -145,7 +145,7 @@ def leave_failure(folder: JobFolder, index: int, failure: JobFailure) -> None:
     replace(temporary, path)
 
 
-def take_failure(folder: JobFolder, index: int) -> JobFailure | None:
+def pop_failure(folder: JobFolder, index: int) -> JobFailure | None:
     """What a process said before it ended; None if it was ended from outside."""
     path = get_failure_path(folder, index)
     try:

@@ -41,10 +41,12 @@ def choose_strengths(ratio: float, count: int) -> tuple[float, ...]:
     top = choose_top(ratio)
     if count == 2:
         return 0.0, 1.0
-    return put_1_in(spread(top, count)) if top >= 1 else (*spread(top, count - 1), 1.0)
+    return (
+        replace_nearest_with_1(spread(top, count)) if top >= 1 else (*spread(top, count - 1), 1.0)
+    )
 
 
-def put_1_in(points: tuple[float, ...]) -> tuple[float, ...]:
+def replace_nearest_with_1(points: tuple[float, ...]) -> tuple[float, ...]:
     """1 in the place of the nearest point but the first."""
     nearest = min(range(1, len(points)), key=lambda index: abs(points[index] - 1))
     return (*points[:nearest], 1.0, *points[nearest + 1 :])
@@ -83,7 +85,7 @@ def choose_by_change(curve: Sequence[tuple[float, float]], count: int) -> tuple[
     if ends_below_1:
         chosen = (*chosen, 1.0)
     elif with_1:
-        chosen = put_1_in(chosen)
+        chosen = replace_nearest_with_1(chosen)
     return tuple(sorted(set(map(round_to_digits, chosen))))
 
 

@@ -44,7 +44,7 @@ CPU_PEAKS = 3
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearFit:
     """A quantity of a model of n blocks."""
 
     fixed: float
@@ -58,17 +58,17 @@ class Linear:
 class Measurement:
     """What training on n blocks takes."""
 
-    micro_step_s: Linear
+    micro_step_s: LinearFit
     """Forward and backward of one batch."""
-    optimizer_s: Linear
+    optimizer_s: LinearFit
     """The rest of a step."""
     compile_s: float
     """Once, in the first steps."""
-    passing_bytes: Linear | None
+    transient_bytes: LinearFit | None
     """Most of what a micro-step takes beside what lies there: activations, gradients, copies."""
-    updating_bytes: Linear | None
+    update_bytes: LinearFit | None
     """The same of an optimizer's update: gradients, and copies of what it keeps."""
-    gap_bytes: Linear
+    gap_bytes: LinearFit
     """What a GPU's allocator holds and cannot use: between weights, and in a step's peak."""
     loading_bytes: int | None
     """Most of what loading takes beside the model."""
@@ -84,7 +84,7 @@ class Measurement:
     """For each trainable parameter: itself, its average and what the optimizer keeps."""
 
 
-def measure(
+def measure_blocks(
     config: TrainConfig,
     dataset: CachedDataset,
     index: int,
@@ -142,59 +142,59 @@ def measure(
     compile_s = 0.0
     if config.model.compile:
         compile_s = sum(first_s[n][0] - statistics.median(micro_s[n]) for n in counts)
-    known = all(one.passing is not None for one in all_peaks)
+    known = all(one.transient is not None for one in all_peaks)
     return Measurement(
-        micro_step_s=fit(micro_s),
-        optimizer_s=fit(optimizer_s),
+        micro_step_s=fit_line(micro_s),
+        optimizer_s=fit_line(optimizer_s),
         compile_s=max(0.0, compile_s),
-        passing_bytes=fit_peaks(peaks, "passing") if known else None,
-        updating_bytes=fit_peaks(peaks, "updating") if known else None,
-        gap_bytes=Linear(gap, resting_gap / max(counts)),
+        transient_bytes=fit_peaks(peaks, "transient") if known else None,
+        update_bytes=fit_peaks(peaks, "update") if known else None,
+        gap_bytes=LinearFit(gap, resting_gap / max(counts)),
         loading_bytes=loading,
         block_bytes=probe.block_bytes,
         other_bytes=probe.other_bytes,
-        process_bytes=0 if meter.on_gpu else max(0, (at_rest or 0) - probe.count_kept_bytes()),
+        process_bytes=0 if meter.on_gpu else max(0, (at_rest or 0) - probe.count_resident_bytes()),
         gradient_checkpointing=model.gradient_checkpointing,
         trained_bytes=probe.count_trained_bytes() / sum(p.numel() for p in probe.parameters),
     )
 
 
-def fit(values: Mapping[int, Sequence[float]]) -> Linear:
+def fit_line(values: Mapping[int, Sequence[float]]) -> LinearFit:
     """Through one or two numbers of blocks; values of one round belong together."""
     few, many = min(values), max(values)
     middle = statistics.median(values[few])
     if few == many:
-        return Linear(middle, 0.0)
+        return LinearFit(middle, 0.0)
     rises = [b - a for a, b in zip(values[few], values[many], strict=True)]
     per_block = max(0.0, statistics.median(rises) / (many - few))
     if middle < few * per_block:  # nothing is fixed, and few blocks were lucky: caches, the heap
-        return Linear(0.0, statistics.median(values[many]) / many)
-    return Linear(middle - few * per_block, per_block)
+        return LinearFit(0.0, statistics.median(values[many]) / many)
+    return LinearFit(middle - few * per_block, per_block)
 
 
-def fit_peaks(peaks: Mapping[int, Sequence[Peaks]], name: str) -> Linear:
-    return fit({n: [getattr(one, name) for one in found] for n, found in peaks.items()})
+def fit_peaks(peaks: Mapping[int, Sequence[Peaks]], name: str) -> LinearFit:
+    return fit_line({n: [getattr(one, name) for one in found] for n, found in peaks.items()})
 
 
 @dataclass(frozen=True)
 class Peaks:
     """Bytes that one step took beside what lies there; None where the system does not tell."""
 
-    passing: int | None
-    updating: int | None
+    transient: int | None
+    update: int | None
     gap: int
 
 
 def measure_peaks(probe: Probe, meter: MemoryMeter, num_blocks: int) -> Peaks:
     before = meter.reset()
     probe.take_micro_step(num_blocks)
-    passing, gap = meter.read_peak(), meter.read_gap()
+    transient, gap = meter.read_peak(), meter.read_gap()
     meter.reset()  # begins the update's peak
     probe.update()
-    updating, gap = meter.read_peak(), max(gap, meter.read_gap())
-    if before is None or passing is None or updating is None:
+    update, gap = meter.read_peak(), max(gap, meter.read_gap())
+    if before is None or transient is None or update is None:
         return Peaks(None, None, gap)
-    return Peaks(max(0, passing - before), max(0, updating - before), gap)
+    return Peaks(max(0, transient - before), max(0, update - before), gap)
 
 
 class Probe:
@@ -271,7 +271,7 @@ class Probe:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def count_kept_bytes(self) -> int:
+    def count_resident_bytes(self) -> int:
         return self.frozen_bytes + self.count_trained_bytes()
 
     def count_trained_bytes(self) -> int:

@@ -34,7 +34,7 @@ USABLE = {"cuda": 0.9, "cpu": 0.5}
 #: Of a GPU on which ComfyUI computes too, for its prompts meanwhile.
 USABLE_SHARED = 0.6
 #: Beside what is kept: one block's activations computed again, and as much of gradients.
-PASSING_BLOCKS = 2
+TRANSIENT_BLOCKS = 2
 #: Of a trainable parameter in float32: gradient, two moments of Adam, average.
 BYTES_PER_PARAMETER = 16
 
@@ -64,7 +64,7 @@ def adapt_to_memory(
     """
     kind: bool | str = True
     if free_bytes is not None:
-        kept = measure_kept_bytes(model, batch)
+        kept = measure_saved_bytes(model, batch)
         share = choose_share(batch.x_0.device.type, is_shared)
         kind = choose_kind(kept, num_blocks, num_parameters, share * free_bytes)
     model.enable_gradient_checkpointing(kind)
@@ -79,7 +79,7 @@ def choose_share(device_type: str, is_shared: bool) -> float:
 
 
 def choose_kind(
-    kept_bytes: Mapping[bool | str, int],
+    saved_bytes: Mapping[bool | str, int],
     num_blocks: int,
     num_parameters: int,
     usable_bytes: float,
@@ -87,26 +87,26 @@ def choose_kind(
     """The fastest kind whose memory is there.
 
     Args:
-        kept_bytes: of one block, for False and "selective"; see `measure_kept_bytes`.
+        kept_bytes: of one block, for False and "selective"; see `measure_saved_bytes`.
         num_parameters: trainable ones of the whole model.
         usable_bytes: of what is free on the device once the base and the LoRAs lie there.
     """
-    beside = PASSING_BLOCKS * kept_bytes[False] + BYTES_PER_PARAMETER * num_parameters
+    beside = TRANSIENT_BLOCKS * saved_bytes[False] + BYTES_PER_PARAMETER * num_parameters
     for kind in KINDS[:-1]:
-        if num_blocks * kept_bytes[kind] + beside <= usable_bytes:
+        if num_blocks * saved_bytes[kind] + beside <= usable_bytes:
             return kind
     return True
 
 
-def measure_kept_bytes(model: EditTransformer, batch: Batch) -> dict[bool | str, int]:
+def measure_saved_bytes(model: EditTransformer, batch: Batch) -> dict[bool | str, int]:
     """Bytes that one block keeps of this batch until its backward pass, by kind.
 
     Runs the first block and both ends of the model; leaves the model as it was.
     """
-    return {kind: count_kept_bytes(model, batch, kind) for kind in KINDS[:-1]}
+    return {kind: count_saved_bytes(model, batch, kind) for kind in KINDS[:-1]}
 
 
-def count_kept_bytes(model: EditTransformer, batch: Batch, kind: bool | str) -> int:
+def count_saved_bytes(model: EditTransformer, batch: Batch, kind: bool | str) -> int:
     counts: list[int] = []
     counter = LiveBytes()
 
@@ -147,7 +147,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.most = 0
+        self.live = self.peak = 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -162,7 +162,7 @@ class LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         self.known.add(key)
         self.live += size
-        self.most = max(self.most, self.live)
+        self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self.remove, key, size)
 
     def remove(self, key: int, size: int) -> None:

@@ -19,7 +19,7 @@ from qwen_edit_lora.lora_core.jobs.job import JobStatus, UnknownPictureError, Wo
 from qwen_edit_lora.lora_core.jobs.retraining import read_settings
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor, is_gone
-from qwen_edit_lora.lora_core.jobs.team import get_failure_path, take_failure
+from qwen_edit_lora.lora_core.jobs.team import get_failure_path, pop_failure
 from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
 from tiny_jobs import make_train
 
@@ -296,7 +296,7 @@ def test_a_claim_of_any_owner_is_read():
 def test_a_failure_that_cannot_be_read_is_none(text, store, submit):
     folder = store.open_folder(submit())
     get_failure_path(folder, 1).write_text(text)
-    assert take_failure(folder, 1) is None
+    assert pop_failure(folder, 1) is None
     assert not get_failure_path(folder, 1).exists()
 
 

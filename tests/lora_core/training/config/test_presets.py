@@ -159,4 +159,4 @@ def count_peak(num_blocks: int) -> int:
         with LiveBytes() as counter:
             out = model(latents, [latents], text, None, torch.zeros(1))
             out.float().square().mean().backward()
-    return counter.most
+    return counter.peak
