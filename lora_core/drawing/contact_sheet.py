@@ -35,7 +35,7 @@ SMALL = 0.8  # of the letters
 class Tile:
     """One small picture and what stands below it."""
 
-    picture: np.ndarray | None
+    image: np.ndarray | None
     """uint8 (height, width, 3); None draws an empty frame."""
     caption: str
     notes: tuple[str, ...] = ()
@@ -115,8 +115,8 @@ def draw_sheet(title: str, rows: Sequence[Row], footer: Sequence[str] = ()) -> n
 
 def choose_layout(rows: Sequence[Row]) -> Layout:
     tiles = [tile for row in rows for tile in row.tiles]
-    pictures = [tile.picture for tile in tiles if tile.picture is not None]
-    height, width = pictures[0].shape[:2] if pictures else (256, 256)
+    images = [tile.image for tile in tiles if tile.image is not None]
+    height, width = images[0].shape[:2] if images else (256, 256)
     longest = max((len(row.tiles) for row in rows), default=1)
     columns = choose_columns(longest, len(rows), width / height)
     gap = max(8, round(0.06 * max(width, height)))
@@ -174,13 +174,13 @@ def draw_tile(
 
     width, height = layout.tile
     box = (x - 1, y - 1, x + width, y + height)
-    if tile.picture is None:
+    if tile.image is None:
         draw.rectangle(box, fill=PANEL, outline=DIM)
     else:
-        picture = Image.fromarray(tile.picture)
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (x, y))
+        image = Image.fromarray(tile.image)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(image, (x, y))
         border = VERMILLION if tile.is_marked else BLUE if tile.is_reference else None
         if border:
             draw.rectangle(

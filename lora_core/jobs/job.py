@@ -30,7 +30,7 @@ class UnknownJobError(LoraError, LookupError):
     """There is no job of this id."""
 
 
-class UnknownPictureError(LoraError, LookupError):
+class UnknownImageError(LoraError, LookupError):
     """The job has no picture of this name."""
 
 

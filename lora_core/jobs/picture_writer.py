@@ -12,13 +12,13 @@ from ..errors import LoraError
 from ..training.machine.memory import is_out_of_memory
 from ..training.objective.losses import Decode
 from ..training.sampling.image_decoder import ImageDecoder, load_decoder
-from ..training.sampling.pictures import write_picture
+from ..training.sampling.pictures import write_image
 
 IN_TILES = "the pictures do not fit into the device's memory at once and are decoded in tiles"
 ON_CPU = "the pictures do not fit into the device's memory and are decoded on the CPU"
 
 
-class PictureWriter:
+class ImageWriter:
     """Decodes and writes; what goes wrong with decoding is noted once and ends nothing.
 
     Args:
@@ -67,7 +67,7 @@ class PictureWriter:
         """
         image = self._try_decode(latents)
         if image is not None:
-            write_picture(image, stem)
+            write_image(image, stem)
 
     def _try_decode(self, latents: torch.Tensor) -> torch.Tensor | None:
         if not self.is_able:

@@ -17,7 +17,7 @@ from ..training.run.session import Session
 from ..training.sampling.pictures import write_latents
 from ..training.sampling.sampling import sample
 from .job import SampleSettings
-from .picture_writer import PictureWriter
+from .picture_writer import ImageWriter
 from .pictures import SUFFIX, name_sample, name_source, name_target
 
 LATENTS_SUFFIX = ".safetensors"
@@ -44,7 +44,7 @@ class Sampler:
         self.run = run
         self.folder = folder
         self.indices = self._choose() if settings.every else []
-        self.writer = PictureWriter(settings.vae, session.decode, run.device, notify)
+        self.writer = ImageWriter(settings.vae, session.decode, run.device, notify)
 
     def is_due(self, step: int) -> bool:
         """Also before the first step, to compare with; no sample is made twice."""

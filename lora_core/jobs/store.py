@@ -35,7 +35,7 @@ from .job import (
     make_id,
 )
 from .locks import POLL_INTERVAL, FileLock
-from .pictures import Picture, list_pictures, read_picture
+from .pictures import JobImage, list_images, read_image
 from .publication import publish, remove_published, remove_unfinished, try_folder
 from .requests import apply, check_allowed
 
@@ -181,25 +181,25 @@ class JobStore:
         folder = self.catalog.find(job_id)
         return [path for path in list_inside(folder.samples) if not path.name.startswith(".")]
 
-    def list_pictures(self, job_id: str) -> list[Picture]:
+    def list_images(self, job_id: str) -> list[JobImage]:
         """Samples, and sources and targets to compare them with; empty until there are some.
 
         By item, then sources, target and samples, by step.
         """
-        return list_pictures(self.catalog.find(job_id).samples)
+        return list_images(self.catalog.find(job_id).samples)
 
-    def read_picture(self, job_id: str, name: str) -> bytes:
+    def read_image(self, job_id: str, name: str) -> bytes:
         """A PNG file.
 
         Args:
-            name: one of those that `list_pictures` gives.
+            name: one of those that `list_images` gives.
 
         Raises:
-            UnknownPictureError: it is none of them.
+            UnknownImageError: it is none of them.
         """
         folder = self.catalog.find(job_id)
         with self.catalog.using(folder):
-            return read_picture(folder.samples, name)
+            return read_image(folder.samples, name)
 
     def list_adapters(self, job_id: str) -> list[Path]:
         """Every adapter file of the job that is there, the finished ones last."""

@@ -78,7 +78,7 @@ def read_columns(row: Mapping[str, object]) -> RowFiles:
         targets.get(target),
         [value for _, _, value in references],
         masks.get(mask),
-        [column for column, value in row.items() if column not in used and names_picture(value)],
+        [column for column, value in row.items() if column not in used and names_image(value)],
     )
 
 
@@ -96,14 +96,14 @@ def find_kind(plain: str, value: object) -> str | None:
         return REFERENCE
     if plain in MASK_COLUMNS:
         return MASK
-    if len(plain) > MAX_COLUMN or not names_picture(value):
+    if len(plain) > MAX_COLUMN or not names_image(value):
         return None
     ending = next((ending for ending in ENDINGS if plain.endswith(ending)), "")
     role = parse_name(plain.removesuffix(ending))
     return None if role is None else role.kind
 
 
-def names_picture(value: object) -> bool:
+def names_image(value: object) -> bool:
     if not isinstance(value, str) or len(value) > 4096:
         return False
     return PurePosixPath(value.strip()).suffix.lower() in SUFFIXES | UNREAD_SUFFIXES

@@ -35,22 +35,22 @@ def collect_folders(listing: Listing, others: Sequence[Listing]) -> Collected | 
     if not folders:
         return None
     if targets:
-        target_folder, pictures = targets[0][1], listing.list_folder(targets[0][1])
+        target_folder, images = targets[0][1], listing.list_folder(targets[0][1])
     else:
         taken = {path for found in by_role.values() for _, path in found} | set(folders)
         target_folder = root
-        pictures = {
+        images = {
             key: paths
             for key, paths in listing.list_folder(root).items()
             if not any(paths[0].is_relative_to(path) for path in taken)
         }
-    if not pictures:
+    if not images:
         return None
-    references = [other.pictures for other in others] or map(listing.list_folder, inside)
+    references = [other.images for other in others] or map(listing.list_folder, inside)
     files = [(REFERENCE, number, found) for number, found in enumerate(references)]
     files += [(MASK, 0, listing.list_folder(path)) for _, path in by_role[MASK]]
     places = [target_folder, *(path for _, path in by_role[CAPTION]), base, root, *folders]
-    parts = pair_by_name(pictures, files)
+    parts = pair_by_name(images, files)
     for part in parts:
         part.caption_keys = [
             make_key(root, place / key)

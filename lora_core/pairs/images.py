@@ -44,7 +44,7 @@ BAND_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
-class FilePicture:
+class FileImage:
     """A picture in a file."""
 
     path: Path
@@ -61,7 +61,7 @@ class FilePicture:
         Raises:
             FileError: no picture, a damaged one, or one too large; the text names the file.
         """
-        with open_picture(self.path, self.name) as image:
+        with open_image(self.path, self.name) as image:
             upright = turn_upright(image)
             pixels = np.empty((upright.height, upright.width, 3), np.float32)
             for top, band in split_image(upright):
@@ -70,7 +70,7 @@ class FilePicture:
 
     def read_bands(self) -> Iterator[np.ndarray]:
         """`read` piece by piece: float32 (rows, width, 3), from the top."""
-        with open_picture(self.path, self.name) as image:
+        with open_image(self.path, self.name) as image:
             for _, band in split_image(turn_upright(image)):
                 yield convert(band)
 
@@ -79,7 +79,7 @@ class FilePicture:
 
         Beside the decoded file, memory goes with `side_px`, not with the picture.
         """
-        with open_picture(self.path, self.name) as image:
+        with open_image(self.path, self.name) as image:
             image.draft(None, (side_px, side_px))
             upright = turn_upright(image)
             bands = ((top, convert_to_bytes(band)) for top, band in split_image(upright))
@@ -106,7 +106,7 @@ class FilePicture:
         Raises:
             FileError: as `read`.
         """
-        with open_picture(self.path, self.name) as image:
+        with open_image(self.path, self.name) as image:
             width, height = image.size
             orientation = image.getexif().get(ORIENTATION)
             if orientation in (5, 6, 7, 8):
@@ -124,7 +124,7 @@ class FilePicture:
 
 
 @dataclass(frozen=True, eq=False)
-class ArrayPicture:
+class ArrayImage:
     """A picture from the graph."""
 
     name: str
@@ -158,7 +158,7 @@ class ArrayPicture:
         return Header(width, height, ())
 
 
-Picture = FilePicture | ArrayPicture
+ImageSource = FileImage | ArrayImage
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Header:
 
 
 @contextmanager
-def open_picture(path: Path, name: str) -> Iterator[Image.Image]:
+def open_image(path: Path, name: str) -> Iterator[Image.Image]:
     """A Pillow image of a bearable size; whatever goes wrong inside becomes one sentence."""
     name = shorten(name)
     with open_regular(path, name) as file:

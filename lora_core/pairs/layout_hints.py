@@ -24,7 +24,7 @@ def suggest_names(listing: Listing) -> str:
     """The end of a sentence. Which side is the edit only the user knows."""
     folders: dict[str, set[str]] = defaultdict(set)
     endings: dict[str, set[str]] = defaultdict(set)
-    for paths in listing.pictures.values():
+    for paths in listing.images.values():
         relative = paths[0].relative_to(listing.root)
         folders[relative.parent.as_posix()].add(fold(relative.stem))
         match = _ENDING.fullmatch(relative.stem)

@@ -78,12 +78,12 @@ def append_problems(text: str, problems: Sequence[Problem]) -> str:
 def find_layout(listing: Listing, others: Sequence[Listing], is_allowed: IsAllowed) -> FoundPairs:
     """FileError where the names form no pairs."""
     name = shorten(listing.root.name)
-    if not listing.num_pictures:
+    if not listing.num_images:
         raise FileError(
             f"{name} holds no pictures; expected pairs of PNG, JPEG or WebP files "
             "with captions. Put them there, or correct the folder."
         )
-    if listing.num_pictures == 1 and not others:
+    if listing.num_images == 1 and not others:
         raise FileError(
             f"{name} holds one picture; expected pairs: a target, one to {MAX_REFERENCES} "
             "references and a caption. Add what it is made from."
@@ -93,9 +93,9 @@ def find_layout(listing: Listing, others: Sequence[Listing], is_allowed: IsAllow
         if found is not None:
             layout, parts = found
             return build_pairs(layout, parts, listing, is_allowed)
-    paths = [paths[0] for paths in list(listing.pictures.values())[:3]]
+    paths = [paths[0] for paths in list(listing.images.values())[:3]]
     names = ", ".join(shorten(path.name, 40) for path in paths)
     raise FileError(
-        f"{name} holds {listing.num_pictures} pictures ({names}, ...) whose names form no pairs; "
+        f"{name} holds {listing.num_images} pictures ({names}, ...) whose names form no pairs; "
         f"{suggest_names(listing)}"
     )

@@ -51,7 +51,7 @@ class Listing:
     """What lies below a folder; keys are paths without suffix, folded."""
 
     root: Path
-    pictures: dict[str, list[Path]] = field(default_factory=dict)
+    images: dict[str, list[Path]] = field(default_factory=dict)
     captions: dict[str, list[Path]] = field(default_factory=dict)
     """The files of each key, the one that counts first."""
     lists: list[Path] = field(default_factory=list)
@@ -62,14 +62,14 @@ class Listing:
     """To folders, not followed."""
 
     @property
-    def num_pictures(self) -> int:
-        return sum(map(len, self.pictures.values()))
+    def num_images(self) -> int:
+        return sum(map(len, self.images.values()))
 
     @property
     def files(self) -> list[Path]:
         """All that a set made of this folder depends on."""
         found = [*self.unread, *self.links, *self.lists]
-        for paths in (*self.pictures.values(), *self.captions.values()):
+        for paths in (*self.images.values(), *self.captions.values()):
             found += paths
         return found
 
@@ -78,15 +78,13 @@ class Listing:
         start = make_key(self.root, folder)
         start = "" if start == "." else f"{start}/"
         inside = {
-            key[len(start) :]: paths
-            for key, paths in self.pictures.items()
-            if key.startswith(start)
+            key[len(start) :]: paths for key, paths in self.images.items() if key.startswith(start)
         }
         return {key: paths for key, paths in inside.items() if is_deep or "/" not in key}
 
     def list_subfolders(self, folder: Path) -> list[Path]:
         """Those right below a folder that hold pictures or captions, in natural order."""
-        files = [path for paths in self.pictures.values() for path in paths]
+        files = [path for paths in self.images.values() for path in paths]
         files += [path for paths in self.captions.values() for path in paths]
         inside = [p.relative_to(folder).parts for p in files if p.is_relative_to(folder)]
         names = {parts[0] for parts in inside if len(parts) > 1}
@@ -153,7 +151,7 @@ def list_files(root: Path, is_allowed: IsAllowed) -> Listing:
     for path in sorted(found, key=lambda path: sort_naturally(str(path.relative_to(root)))):
         suffix = path.suffix.lower()
         if suffix in SUFFIXES:
-            listing.pictures.setdefault(make_key(root, path), []).append(path)
+            listing.images.setdefault(make_key(root, path), []).append(path)
         elif suffix in UNREAD_SUFFIXES:
             listing.unread.append(path)
         elif suffix in CAPTION_SUFFIXES:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import FileError
 from ..text import shorten
 from .columns import KNOWN_COLUMNS, RowFiles, read_columns, read_paths
-from .images import FilePicture
+from .images import FileImage
 from .listing import Listing, is_json, make_key
 from .pair import (
     UNUSABLE,
@@ -43,7 +43,7 @@ def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, li
     chosen: Table | None = None
     problems: list[Problem] = []
     others: list[Path] = []
-    paths = [p for p in listing.lists if not is_json(p) or not is_beside_picture(p, listing)]
+    paths = [p for p in listing.lists if not is_json(p) or not is_beside_image(p, listing)]
     for path in sorted(paths, key=lambda path: not NAMES.fullmatch(path.name)):
         try:
             check_allowed(path, is_allowed)
@@ -78,8 +78,8 @@ def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, li
     return chosen, problems
 
 
-def is_beside_picture(path: Path, listing: Listing) -> bool:
-    return make_key(listing.root, path) in listing.pictures
+def is_beside_image(path: Path, listing: Listing) -> bool:
+    return make_key(listing.root, path) in listing.images
 
 
 def describe_unused(table: Table) -> str:
@@ -109,10 +109,10 @@ def read_list(table: Table, listing: Listing, is_allowed: IsAllowed) -> FoundPai
 
 
 def tell_unlisted(table: Table, listing: Listing, pairs: Sequence[Pair]) -> list[Problem]:
-    listed = {os.path.normpath(p.path) for pair in pairs for p in pair.pictures}
+    listed = {os.path.normpath(p.path) for pair in pairs for p in pair.images}
     unlisted = [
         path
-        for paths in listing.pictures.values()
+        for paths in listing.images.values()
         for path in paths
         if os.path.normpath(path) not in listed
     ]
@@ -185,20 +185,20 @@ class ListReader:
         )
         return [Problem(Level.WARNING, "columns_unused", text, count=count)]
 
-    def _open_references(self, files: RowFiles, place: str) -> tuple[FilePicture, ...]:
+    def _open_references(self, files: RowFiles, place: str) -> tuple[FileImage, ...]:
         return tuple(
             self._open(path)
             for value in files.references
             for path in read_paths(value, f"a reference in {place[:-1]}")
         )
 
-    def _open_one(self, value: object, place: str) -> FilePicture:
+    def _open_one(self, value: object, place: str) -> FileImage:
         paths = read_paths(value, place)
         if len(paths) != 1:
             raise FileError(f"{place} is a list of {len(paths)}; expected the path of one picture.")
         return self._open(paths[0])
 
-    def _open(self, named: str) -> FilePicture:
+    def _open(self, named: str) -> FileImage:
         """A file that a row names, relative to the folder."""
         if "\0" in named:
             raise FileError(

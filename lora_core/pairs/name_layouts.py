@@ -18,7 +18,7 @@ def collect_endings(listing: Listing, _: Sequence[Listing]) -> Collected | None:
     named: dict[str, list[tuple[Role, str]]] = defaultdict(list)
     bare: list[str] = []
     endings: Counter[tuple[str, str]] = Counter()
-    for key, paths in listing.pictures.items():
+    for key, paths in listing.images.items():
         role = parse_ending(paths[0].stem)
         if role is None or role.kind == CAPTION:
             bare.append(key)
@@ -27,7 +27,7 @@ def collect_endings(listing: Listing, _: Sequence[Listing]) -> Collected | None:
         endings[role.kind, role.word.rstrip("0123456789")] += len(paths)
     parts = {part.name: part for part in build_numbered(named, listing)}
     for key in bare:  # the target, where the others say what they are
-        parts.setdefault(key, Parts(key)).targets += listing.pictures[key]
+        parts.setdefault(key, Parts(key)).targets += listing.images[key]
     return finish_named("endings", endings, "no ending", parts.values(), listing)
 
 
@@ -46,7 +46,7 @@ def build_numbered(
         for role, key in found:
             name = f"{base} {role.number}" if is_many else base
             part = made.setdefault(name, Parts(name))
-            for path in listing.pictures[key]:
+            for path in listing.images[key]:
                 part.add(role.kind, path, (role.number,))
             part.caption_keys.append(key)
         parts += made.values()
@@ -91,7 +91,7 @@ def put_target_first(parts: Iterable[Parts], listing: Listing) -> None:
 def collect_folder_per_pair(listing: Listing, others: Sequence[Listing]) -> Collected | None:
     """`1/before.png`, `1/after.png`, `1/prompt.txt`."""
     parts: dict[str, Parts] = {}
-    for key, paths in listing.pictures.items():
+    for key, paths in listing.images.items():
         folder = key.rpartition("/")[0]
         role = parse_name(paths[0].stem)
         if folder and role is not None and role.kind != CAPTION:
@@ -128,7 +128,7 @@ def collect_starts(listing: Listing, _: Sequence[Listing]) -> Collected | None:
     """`before_1.png` and `after_1.png`, `start-cat.png` and `end-cat.png`."""
     parts: dict[str, Parts] = {}
     words: Counter[tuple[str, str]] = Counter()
-    for key, paths in listing.pictures.items():
+    for key, paths in listing.images.items():
         role = parse_start(paths[0].stem)
         if role is None or role.kind == CAPTION:
             continue

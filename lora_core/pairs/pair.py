@@ -12,7 +12,7 @@ from ..disk.regular_files import decode_text, read_bytes
 from ..errors import FileError
 from ..findings import ERROR, NOTE, WARNING
 from ..text import shorten
-from .images import FilePicture, Picture
+from .images import FileImage, ImageSource
 
 MAX_REFERENCES = 3  # sockets of TextEncodeQwenImageEditPlus
 #: The first that is there counts. A .json beside a picture often holds anything but a caption.
@@ -67,15 +67,15 @@ class Pair:
     """One example of an edit."""
 
     name: str
-    target: Picture
-    references: tuple[Picture, ...]
+    target: ImageSource
+    references: tuple[ImageSource, ...]
     caption: str | None
     """None where none was found."""
-    mask: Picture | None = None
+    mask: ImageSource | None = None
     """Bright where the loss counts."""
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
+    def images(self) -> tuple[ImageSource, ...]:
         masks = () if self.mask is None else (self.mask,)
         return (self.target, *self.references, *masks)
 
@@ -147,10 +147,10 @@ def check_allowed(path: Path, is_allowed: IsAllowed) -> None:
         )
 
 
-def open_file(path: Path, root: Path, is_allowed: IsAllowed) -> FilePicture:
+def open_file(path: Path, root: Path, is_allowed: IsAllowed) -> FileImage:
     """FileError for a link that leads outside."""
     check_allowed(path, is_allowed)
-    return FilePicture(path, describe_path(path, root))
+    return FileImage(path, describe_path(path, root))
 
 
 def describe_path(path: Path, root: Path) -> str:

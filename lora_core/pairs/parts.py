@@ -85,7 +85,7 @@ def build_pairs(
         *builder.problems,
         *builder.tell_captions(),
         *tell_references(parts, listing.root),
-        *tell_pictures(parts, listing),
+        *report_unused_images(parts, listing),
     ]
     return FoundPairs(layout, tuple(builder.pairs), tuple(problems))
 
@@ -147,7 +147,7 @@ class Builder:
                 for path in paths
                 if is_json(path)
                 and path not in self._used
-                and (key in self.listing.pictures or path.parent != root)
+                and (key in self.listing.images or path.parent != root)
             ]
         told: list[tuple[Level, str, str, list[Path]]] = [
             (Level.WARNING, "captions_unused", "text files that belong to no pair", spare),
@@ -228,10 +228,10 @@ def tell_odd_numbers(parts: Sequence[Parts], root: Path) -> list[Problem]:
     return [Problem(Level.WARNING, "references_odd", text, count=len(odd))]
 
 
-def tell_pictures(parts: Sequence[Parts], listing: Listing) -> list[Problem]:
+def report_unused_images(parts: Sequence[Parts], listing: Listing) -> list[Problem]:
     """Pictures in no role at all."""
     taken = {path for part in parts for path in part.paths}
-    spare = [path for paths in listing.pictures.values() for path in paths if path not in taken]
+    spare = [path for paths in listing.images.values() for path in paths if path not in taken]
     if not spare:
         return []
     text = (

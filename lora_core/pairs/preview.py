@@ -15,7 +15,7 @@ from .preflight import CheckedPair, Preflight, count_sizes
 MAX_PROBLEMS = 12  # a level in the report; the table has all
 MAX_SIZES = 6
 MAX_TILES = 18  # pairs on the contact sheet
-ROW_PICTURES = 6  # side by side
+ROW_IMAGES = 6  # side by side
 TILE_PX = 224
 GAP_PX = 4
 CAPTION_LETTERS = 60
@@ -109,7 +109,7 @@ def draw_pairs(preflight: Preflight) -> np.ndarray:
     shown = pairs[:MAX_TILES]
     widest = max((len(one.pair.references) for one in shown), default=1) + 1
     tiles = [build_tile(one, worst.get(one.pair.name), widest) for one in shown]
-    per_row = min(len(tiles), ROW_PICTURES // widest)
+    per_row = min(len(tiles), ROW_IMAGES // widest)
     rows = [Row("", tuple(tiles[i : i + per_row])) for i in range(0, len(tiles), per_row or 1)]
     rows = rows or [Row("no pair can be used", (Tile(None, ""),))]
     name = shorten(preflight.name)
@@ -122,10 +122,10 @@ def draw_pairs(preflight: Preflight) -> np.ndarray:
 
 def build_tile(one: CheckedPair, problem: Problem | None, widest: int) -> Tile:
     """The pair as one picture, as wide as the widest pair's."""
-    pictures = [*one.pair.references, one.pair.target]
+    images = [*one.pair.references, one.pair.target]
     blank = np.full((TILE_PX, TILE_PX, 3), GREY, np.uint8)
-    frames = [blank] * (widest - len(pictures))
-    frames += [frame(picture.read_small(TILE_PX)) for picture in pictures]
+    frames = [blank] * (widest - len(images))
+    frames += [frame(picture.read_small(TILE_PX)) for picture in images]
     gap = np.full((TILE_PX, GAP_PX, 3), BACKGROUND_GREY, np.uint8)
     joined = [part for picture in frames for part in (gap, picture)][1:]
     target = one.facts.target

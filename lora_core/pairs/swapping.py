@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..text import shorten
 from .facts import PairFacts
-from .images import Picture
+from .images import ImageSource
 from .listing import fold
 from .pair import Level, Pair, Problem
 from .roles import REFERENCE, TARGET, parse_ending, parse_name
@@ -50,7 +50,7 @@ def ask_about_names(pairs: Sequence[Pair]) -> str | None:
     )
 
 
-def is_wrong(target: Picture, reference: Picture) -> bool:
+def is_wrong(target: ImageSource, reference: ImageSource) -> bool:
     """Whether one is called what the other is taken as. Where both files have one name, such as
     x_original.png, it tells nothing and only their folders count."""
     paths = getattr(target, "path", None), getattr(reference, "path", None)

@@ -117,10 +117,10 @@ def build_difference_tile(place: Place, factor: int) -> Tile:
     if measures is None or measures.change_thumbnail is None:
         return Tile(None, caption, (MISSING if measures is None else "NaN",))
     amplified = measures.change_thumbnail.astype(np.float32) * factor
-    picture = (amplified.clip(0, 1) * 255).round().astype(np.uint8)
+    image = (amplified.clip(0, 1) * 255).round().astype(np.uint8)
     if strength == 0:
-        return Tile(picture, caption, ("reference",), is_reference=True)
-    return Tile(picture, caption, (f"RMS {show(measures.change[WHOLE].rms)}",))
+        return Tile(image, caption, ("reference",), is_reference=True)
+    return Tile(image, caption, (f"RMS {show(measures.change[WHOLE].rms)}",))
 
 
 def choose_factor(sweep: SweepMeasures, verdict: SweepVerdict) -> int:

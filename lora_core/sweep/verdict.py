@@ -215,10 +215,10 @@ def is_without_effect(others: Sequence[CellMeasures]) -> bool:
 def describe_no_effect(others: Sequence[CellMeasures]) -> str:
     changes = {m.cell: m.change[WHOLE] for m in others if m.change}
     cell, worst = max(changes.items(), key=lambda item: item[1].rms)
-    pictures = "the picture" if len(changes) == 1 else f"all {len(changes)} pictures"
+    images = "the picture" if len(changes) == 1 else f"all {len(changes)} pictures"
     if worst.largest == 0:
         return (
-            f"no effect: {pictures} at other strengths equal strength 0 bit for bit; the LoRA was "
+            f"no effect: {images} at other strengths equal strength 0 bit for bit; the LoRA was "
             "not applied (look at the report of Load or Apply for its matched keys) or is "
             "untrained (lora_B is 0; Inspect Edit LoRA tells)"
         )

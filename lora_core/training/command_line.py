@@ -158,7 +158,7 @@ def run_sample(options: argparse.Namespace) -> None:
     from .run.checkpoint import make_folder
     from .run.session import choose_device, load_model
     from .sampling.image_decoder import load_decoder
-    from .sampling.pictures import write_latents, write_picture
+    from .sampling.pictures import write_image, write_latents
     from .sampling.sampling import applied, sample
 
     if options.steps < 1:
@@ -185,7 +185,7 @@ def run_sample(options: argparse.Namespace) -> None:
             stem = Path(options.out) / dataset.items[index].key
             print(f"Wrote {write_latents(latents, stem)}")
             if decode is not None:
-                print(f"Wrote {write_picture(decode(latents)[0], stem)}")
+                print(f"Wrote {write_image(decode(latents)[0], stem)}")
 
 
 def choose_items(dataset, keys: str | None) -> list[int]:

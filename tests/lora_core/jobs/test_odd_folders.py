@@ -15,7 +15,7 @@ from qwen_edit_lora.lora_core.jobs.curves import MetricsReader
 from qwen_edit_lora.lora_core.jobs.devices import Device
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
 from qwen_edit_lora.lora_core.jobs.identity import is_running
-from qwen_edit_lora.lora_core.jobs.job import JobStatus, UnknownPictureError, WorkerIdentity
+from qwen_edit_lora.lora_core.jobs.job import JobStatus, UnknownImageError, WorkerIdentity
 from qwen_edit_lora.lora_core.jobs.retraining import read_settings
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor, is_gone
@@ -416,10 +416,10 @@ def test_links_in_a_jobs_folder_are_not_followed(is_whole, store, submit, secret
     for name in ("log.txt", "metrics.jsonl", "a.safetensors"):
         (folder.path / name).symlink_to(secret / name)
     assert store.list_samples(job_id) == []
-    assert store.list_pictures(job_id) == []
+    assert store.list_images(job_id) == []
     assert store.list_adapters(job_id) == []
-    with pytest.raises(UnknownPictureError):
-        store.read_picture(job_id, "step_00000001_x.png")
+    with pytest.raises(UnknownImageError):
+        store.read_image(job_id, "step_00000001_x.png")
     with pytest.raises(ConfigError, match="it has none yet"):
         store.publish(job_id, "a.safetensors")
     with pytest.raises(FileError, match=r"log\.txt is a link"):
