@@ -22,7 +22,7 @@ from ..lora_core.drawing.contact_sheet import Row, Tile, draw_sheet
 from ..lora_core.drawing.style import draw_message
 from ..lora_core.findings import WARNING, Finding
 from ..lora_core.jobs.job import Job, JobStatus
-from ..lora_core.jobs.pictures import JobImage, order, parse_name
+from ..lora_core.jobs.pictures import JobImage, build_sort_key, parse_name
 from ..lora_core.jobs.store import JobStore
 from ..lora_core.jobs.training_plot import draw_training
 from ..lora_core.text import shorten, shorten_list
@@ -209,7 +209,7 @@ def lay_out(job: Job, found: list[tuple[JobImage, np.ndarray]], has_latents: boo
             "Connect the VAE to see the samples." if has_latents else "No sample was taken yet."
         )
     rows: dict[str, list[Tile]] = {}
-    for picture, pixels in sorted(found, key=lambda one: order(one[0])):
+    for picture, pixels in sorted(found, key=lambda one: build_sort_key(one[0])):
         rows.setdefault(picture.item, []).append(Tile(pixels, name_tile(picture)))
     return draw_sheet(
         f"samples of {job.name}",

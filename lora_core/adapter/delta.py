@@ -31,7 +31,7 @@ def hadamard(
     return scale * (w1_a @ w1_b) * (w2_a @ w2_b)
 
 
-def decompose(
+def apply_magnitude(
     direction_delta: torch.Tensor, magnitude: torch.Tensor, base_weight: torch.Tensor
 ) -> torch.Tensor:
     """DoRA: magnitude * (W + delta) / ||W + delta|| - W (Liu et al. 2024, arXiv 2402.09353, eq. 5).

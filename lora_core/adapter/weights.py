@@ -316,7 +316,7 @@ class DoraWeights(ModuleWeights):
 
     def delta(self, base_weight: torch.Tensor | None = None) -> torch.Tensor:
         base_weight = delta.need_base_weight(base_weight, self.kind)
-        return delta.decompose(self.direction.delta(), self.magnitude, base_weight)
+        return delta.apply_magnitude(self.direction.delta(), self.magnitude, base_weight)
 
 
 class OftWeights(ModuleWeights):

@@ -36,7 +36,7 @@ class Products:
         )
 
 
-def find_obstacle(weights: ModuleWeights) -> str | None:
+def explain_no_delta(weights: ModuleWeights) -> str | None:
     """Why these weights have no delta of their own; None where they have."""
     if not weights.is_additive:
         return f"the delta of {weights.kind} weights depends on the base weight"
@@ -64,7 +64,7 @@ def compute_products(a: ModuleWeights, b: ModuleWeights) -> Products:
     return compute_dense_products(a.delta(), b.delta())
 
 
-def complete(
+def build_products(
     square_a: float, square_b: float, inner: float, measure_difference: Callable[[], float]
 ) -> Products:
     """Adds |b - a|^2, measured on the difference where the other three cannot tell it."""
@@ -91,7 +91,7 @@ def compute_kronecker_products(a: LokrWeights, b: LokrWeights) -> Products:
         return dot(d1, d1) * dot(b2, b2) + dot(a1, a1) * dot(d2, d2) + 2 * mixed
 
     squares = dot(a1, a1) * dot(a2, a2), dot(b1, b1) * dot(b2, b2)
-    return complete(*squares, dot(a1, b1) * dot(a2, b2), measure)
+    return build_products(*squares, dot(a1, b1) * dot(a2, b2), measure)
 
 
 def compute_dense_products(a: torch.Tensor, b: torch.Tensor) -> Products:

@@ -50,7 +50,7 @@ class FactoredSVD:
         return self.left.T @ up @ other.left, self.right.T @ down @ other.right
 
 
-def decompose(factors: Factors) -> FactoredSVD:
+def compute_svd(factors: Factors) -> FactoredSVD:
     """By Gram matrices where their squared condition numbers allow it, else by QR."""
     gram_up = factors.up.T @ factors.up
     gram_down = factors.down @ factors.down.T
@@ -93,7 +93,7 @@ def compute_overlap(
     return Overlap(i, j, *(min(value, 1.0) for value in phi), *chance)
 
 
-def pool(overlaps: list[Overlap]) -> Overlap | None:
+def average_overlaps(overlaps: list[Overlap]) -> Overlap | None:
     """The overlap of the direct sums: each module weighs as much as its smaller rank."""
     if not overlaps:
         return None

@@ -66,7 +66,9 @@ def truncate_factors(
     q_up, core, q_down = compute_core(factors)
     u, values, vh = torch.linalg.svd(core, full_matrices=False)
     kept = choose_rank(values, rank, energy)
-    weights = store(q_up @ u[:, :kept], values[:kept], vh[:kept] @ q_down.T, dtype, bias_delta)
+    weights = build_lora_weights(
+        q_up @ u[:, :kept], values[:kept], vh[:kept] @ q_down.T, dtype, bias_delta
+    )
     return Truncated(weights, values.square().sum().item(), measure_loss(factors, weights))
 
 
@@ -86,7 +88,7 @@ def truncate_kronecker(
     first, second = order[:kept] // len(s2), order[:kept] % len(s2)
     up = (u1[:, None, first] * u2[None, :, second]).reshape(-1, kept)
     down = (vh1[first, :, None] * vh2[second, None, :]).reshape(kept, -1)
-    result = store(up, values[:kept], down, dtype, bias_delta)
+    result = build_lora_weights(up, values[:kept], down, dtype, bias_delta)
     square = compute_square(weights)
     found = get_factors(result)
     # <kron(w1, w2), up_k down_k> for all k together
@@ -115,7 +117,7 @@ def truncate_dense(
     else:
         u, values, vh = torch.linalg.svd(delta, full_matrices=False)
     kept = choose_rank(values, rank, energy)
-    weights = store(u[:, :kept], values[:kept], vh[:kept], dtype, bias_delta)
+    weights = build_lora_weights(u[:, :kept], values[:kept], vh[:kept], dtype, bias_delta)
     return Truncated(weights, sum_squares(delta), measure_dense_loss(delta, weights))
 
 
@@ -158,7 +160,7 @@ def choose_dtype(*weights: ModuleWeights) -> torch.dtype:
     return chosen
 
 
-def store(
+def build_lora_weights(
     u: torch.Tensor,
     values: torch.Tensor,
     vh: torch.Tensor,

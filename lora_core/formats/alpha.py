@@ -90,8 +90,8 @@ class AlphaRules:
                     found.append(tell_foreign(config, contradiction))
                     fallback = f"rank ({config.source} is another adapter's)"
                 continue
-            if config.obstacle:
-                raise KeyFormatError(f"{shorten(name)} {config.obstacle}")
+            if config.unusable_reason:
+                raise KeyFormatError(f"{shorten(name)} {config.unusable_reason}")
             found += config.findings
             if contradiction and config.says_alpha:
                 text = (

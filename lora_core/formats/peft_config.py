@@ -53,7 +53,7 @@ class PeftConfig:
     """Ends of names, or one pattern for the whole name; None where nothing is said."""
     is_lycoris: bool = False
     """LoHa or LoKr as PEFT trains them: scaled by alpha / rank also where no factor has a rank."""
-    obstacle: str | None = None
+    unusable_reason: str | None = None
     """Why the tensors do not mean what they seem to, for a sentence: "was trained ..."."""
     findings: tuple[Finding, ...] = ()
     """One for each field that could not be taken."""
@@ -127,7 +127,7 @@ def build_config(source: str, fields: Mapping[str, Any]) -> PeftConfig:
         reader.read_patterns(fields, "rank_pattern"),
         read_targets(fields.get("target_modules")),
         is_lycoris,
-        find_obstacle(source, fields),
+        explain_unusable(source, fields),
         tuple(reader.findings),
     )
 
@@ -207,7 +207,7 @@ def find_moving_start(value: Any) -> str | None:
     return next((shown for begin, shown in _MOVING_STARTS.items() if start.startswith(begin)), None)
 
 
-def find_obstacle(source: str, fields: Mapping[str, Any]) -> str | None:
+def explain_unusable(source: str, fields: Mapping[str, Any]) -> str | None:
     """Why the tensors are no plain LoRA, DoRA, LoHa or LoKr, for a sentence; None if they are."""
     start = find_moving_start(fields.get("init_lora_weights"))
     if start is not None:

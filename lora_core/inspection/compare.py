@@ -11,13 +11,19 @@ from ..adapter.weights import ModuleWeights
 from ..algebra.factors import get_factors
 from ..algebra.products import (
     Products,
-    complete,
+    build_products,
     compute_products,
     compute_square,
-    find_obstacle,
+    explain_no_delta,
     measure_difference,
 )
-from ..algebra.subspaces import Overlap, compute_overlap, count_directions, decompose, pool
+from ..algebra.subspaces import (
+    Overlap,
+    average_overlaps,
+    compute_overlap,
+    compute_svd,
+    count_directions,
+)
 from ..findings import WARNING, Finding
 from ..progress import Progress, ShouldStop, track
 from ..text import shorten_list
@@ -129,11 +135,15 @@ class Comparison(Relation):
 
     @property
     def overlap(self) -> Overlap | None:
-        return pool([module.overlap for module in self.modules.values() if module.overlap])
+        return average_overlaps(
+            [module.overlap for module in self.modules.values() if module.overlap]
+        )
 
     @property
     def overlap_90(self) -> Overlap | None:
-        return pool([module.overlap_90 for module in self.modules.values() if module.overlap_90])
+        return average_overlaps(
+            [module.overlap_90 for module in self.modules.values() if module.overlap_90]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         overlaps = {"overlap": self.overlap, "overlap_90": self.overlap_90}
@@ -244,9 +254,9 @@ def compare_adapters(
 def explain_incomparable(a: ModuleWeights | None, b: ModuleWeights | None) -> str | None:
     found = [weights for weights in (a, b) if weights is not None]
     for weights in found:
-        obstacle = find_obstacle(weights)
-        if obstacle:
-            return obstacle
+        reason = explain_no_delta(weights)
+        if reason:
+            return reason
     if len({weights.shape for weights in found}) > 1:
         return f"it is {a.shape} in a but {b.shape} in b"
     return None
@@ -258,10 +268,10 @@ def compare_modules(a: ModuleWeights, b: ModuleWeights) -> ModuleComparison:
     factors_a, factors_b = get_factors(a), get_factors(b)
     if factors_a is None or factors_b is None:
         return ModuleComparison(compute_products(a, b), *facts)
-    svd_a, svd_b = decompose(factors_a), decompose(factors_b)
+    svd_a, svd_b = compute_svd(factors_a), compute_svd(factors_b)
     left, right = svd_a.project(svd_b)
     outer = svd_a.values[:, None] * svd_b.values
-    products = complete(
+    products = build_products(
         svd_a.values.square().sum().item(),
         svd_b.values.square().sum().item(),
         (outer * left * right).sum().item(),

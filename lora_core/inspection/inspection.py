@@ -173,11 +173,11 @@ class Inspection:
         }
 
 
-class Obstacle(NamedTuple):
+class NotInspected(NamedTuple):
     """Why a module has no figures."""
 
     reason: str
-    is_misfit: bool = False
+    is_mismatch: bool = False
     """The base is at fault: it lacks the module or has it in another shape."""
 
 
@@ -209,19 +209,19 @@ def inspect_adapter(
     weights_of_base = None if base is None else open_base(base)
     sampled = choose_sample(list(adapter.modules))
 
-    def inspect(path: str, stop: ShouldStop | None) -> ModuleInspection | Obstacle | None:
+    def inspect(path: str, stop: ShouldStop | None) -> ModuleInspection | NotInspected | None:
         """The figures, or why there are none; None for NaN or Inf."""
         weights = adapter.modules[path]
         weight = None if weights_of_base is None else weights_of_base.get(path)
-        obstacle = find_obstacle(weights, weights_of_base, weight)
-        if obstacle is not None:
-            return obstacle
+        not_inspected = explain_not_inspectable(weights, weights_of_base, weight)
+        if not_inspected is not None:
+            return not_inspected
         if not is_computable(weights):
             return None
         try:
             return inspect_module(weights, exact, weight, path in sampled, stop)
         except NonFiniteWeightsError as e:
-            return Obstacle(str(e))
+            return NotInspected(str(e))
 
     paths = list(adapter.modules)
     if weights_of_base is None:
@@ -236,9 +236,13 @@ def inspect_adapter(
     return Inspection(
         adapter.name,
         {path: one for path, one in results.items() if isinstance(one, ModuleInspection)},
-        {path: one.reason for path, one in results.items() if isinstance(one, Obstacle)},
+        {path: one.reason for path, one in results.items() if isinstance(one, NotInspected)},
         tuple(path for path, one in results.items() if one is None),
-        tuple(path for path, one in results.items() if isinstance(one, Obstacle) and one.is_misfit),
+        tuple(
+            path
+            for path, one in results.items()
+            if isinstance(one, NotInspected) and one.is_mismatch
+        ),
     )
 
 
@@ -248,26 +252,26 @@ def choose_sample(paths: list[str]) -> frozenset[str]:
     return frozenset(paths[::step])
 
 
-def find_obstacle(
+def explain_not_inspectable(
     weights: ModuleWeights, base: BaseWeights | None, weight: BaseWeight | None
-) -> Obstacle | None:
+) -> NotInspected | None:
     """Why a module has no figures, or None."""
-    if weight is not None and not fits(weights, tuple(weight.stored.shape)):
-        return Obstacle(
+    if weight is not None and not has_shape(weights, tuple(weight.stored.shape)):
+        return NotInspected(
             f"the base's weight is {tuple(weight.stored.shape)}, the adapter was made for "
             f"{weights.shape}",
-            is_misfit=True,
+            is_mismatch=True,
         )
     if weights.kind == "OFT" and base is None:
-        return Obstacle("an OFT rotates the base weight and has no delta without it")
+        return NotInspected("an OFT rotates the base weight and has no delta without it")
     if weights.kind != "OFT" and (weights.shape is None or len(weights.shape) != 2):
-        return Obstacle("a change of a norm or bias, which has no matrix")
+        return NotInspected("a change of a norm or bias, which has no matrix")
     if base is not None and weight is None:
-        return Obstacle(f"{base.name} has no such module", is_misfit=True)
+        return NotInspected(f"{base.name} has no such module", is_mismatch=True)
     return None
 
 
-def fits(weights: ModuleWeights, shape: tuple[int, ...]) -> bool:
+def has_shape(weights: ModuleWeights, shape: tuple[int, ...]) -> bool:
     if isinstance(weights, OftWeights):
         return weights.out_features == shape[0]
     return weights.shape is None or tuple(weights.shape) == shape

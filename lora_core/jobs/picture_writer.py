@@ -57,7 +57,7 @@ class ImageWriter:
         finally:
             if self._decoder is not None:
                 self._decoder.vae.to("cpu")
-            free(self.device)
+            empty_cache(self.device)
 
     def write(self, latents: torch.Tensor, stem: Path) -> None:
         """Normalised latents (1, 16, H, W) -> STEM.png, where that is possible.
@@ -86,7 +86,7 @@ class ImageWriter:
                 self._drop()
                 self.device = torch.device("cpu")
             else:
-                free(self.device)
+                empty_cache(self.device)
             self._in_tiles = not self._in_tiles  # a CPU has the memory, and takes longer for tiles
             self.notify(IN_TILES if self._in_tiles else ON_CPU)
             return self._try_decode(latents)
@@ -109,10 +109,10 @@ class ImageWriter:
 
     def _drop(self) -> None:
         device, self._decoder = self.device, None
-        free(device)
+        empty_cache(device)
 
 
-def free(device: torch.device) -> None:
+def empty_cache(device: torch.device) -> None:
     """Gives back what PyTorch keeps of memory that nobody uses any more."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

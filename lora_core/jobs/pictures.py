@@ -64,7 +64,7 @@ def parse_name(name: str) -> JobImage | None:
     return None
 
 
-def order(image: JobImage) -> tuple[str, int, int, int, str]:
+def build_sort_key(image: JobImage) -> tuple[str, int, int, int, str]:
     """For sorting."""
     p = image
     return p.item, KINDS.index(p.kind), p.step or 0, p.index or 0, p.name
@@ -74,7 +74,7 @@ def list_images(folder: Path) -> list[JobImage]:
     """Those in a job's folder of samples, by item, kind (sources, target, samples), step, index."""
     names = (path.name for path in list_inside(folder))
     images = [image for name in names if (image := parse_name(name)) is not None]
-    return sorted(images, key=order)
+    return sorted(images, key=build_sort_key)
 
 
 def read_image(folder: Path, name: str) -> bytes:

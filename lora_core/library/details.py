@@ -14,7 +14,7 @@ from ..disk.safetensors_file import SafetensorsFile, is_safetensors
 from ..errors import LoraError
 from ..formats.files import read_adapter
 from .facts import OK, AdapterFacts
-from .health import Health, finite
+from .health import Health, finite_or_none
 from .metadata import count_tags, list_known_fields
 
 #: Of a metadata value. Trainers put whole data sets' tags and pictures in there.
@@ -35,7 +35,7 @@ def describe_file(path: Path, facts: AdapterFacts, health: Health | None) -> dic
         adapter = read_adapter(path)
         adapter.release()
         metadata, hints = adapter.metadata, adapter.report.hints
-        modules = tabulate(adapter, health)
+        modules = build_module_table(adapter, health)
     elif is_safetensors(path.name):
         try:
             file = SafetensorsFile(path)
@@ -56,7 +56,7 @@ def describe_file(path: Path, facts: AdapterFacts, health: Health | None) -> dic
     }
 
 
-def tabulate(adapter: Adapter, health: Health | None) -> list[dict[str, Any]]:
+def build_module_table(adapter: Adapter, health: Health | None) -> list[dict[str, Any]]:
     """A row for each name inside a block, such as attn.to_q, over all the blocks that have it."""
     judged = {row["name"]: row for row in health.modules} if health else {}
     groups: dict[str, dict[int | None, ModuleWeights]] = defaultdict(dict)
@@ -66,16 +66,16 @@ def tabulate(adapter: Adapter, health: Health | None) -> list[dict[str, Any]]:
     rows = []
     for name, by_block in groups.items():
         weights = list(by_block.values())
-        alphas = (finite(w.alpha) for w in weights)
+        alphas = (finite_or_none(w.alpha) for w in weights)
         rows.append(
             {
                 "name": name,
                 "num_modules": len(weights),
                 "blocks": module_paths.format_blocks({b for b in by_block if b is not None}),
-                "kind": most(w.kind for w in weights),
-                "shape": most(w.shape for w in weights),
-                "rank": most(w.rank for w in weights),
-                "alpha": most(alphas),
+                "kind": find_most_frequent(w.kind for w in weights),
+                "shape": find_most_frequent(w.shape for w in weights),
+                "rank": find_most_frequent(w.rank for w in weights),
+                "alpha": find_most_frequent(alphas),
                 "size_bytes": sum(w.size_bytes() for w in weights),
                 "std": judged.get(name, {}).get("std"),
                 "effective_rank": judged.get(name, {}).get("effective_rank"),
@@ -84,6 +84,6 @@ def tabulate(adapter: Adapter, health: Health | None) -> list[dict[str, Any]]:
     return rows
 
 
-def most(values: Any) -> Any:
+def find_most_frequent(values: Any) -> Any:
     """The most frequent one."""
     return Counter(values).most_common(1)[0][0]

@@ -58,13 +58,13 @@ def summarise(inspection: Inspection) -> tuple[dict[str, Any], ...]:
     return tuple(
         {
             "name": name,
-            "std": finite(math.sqrt(sum(m.std**2 for m in modules) / len(modules))),
-            "effective_rank": finite(sum(m.effective_rank for m in modules) / len(modules)),
+            "std": finite_or_none(math.sqrt(sum(m.std**2 for m in modules) / len(modules))),
+            "effective_rank": finite_or_none(sum(m.effective_rank for m in modules) / len(modules)),
         }
         for name, modules in groups.items()
     )
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None

@@ -70,7 +70,7 @@ def build_table(preflight: Preflight) -> str:
                 f"{target.width} x {target.height}",
                 f"{one.size[0]} x {one.size[1]}",
                 ", ".join(f"{r.width} x {r.height}" for r in one.facts.references),
-                cut(one.pair.caption or ""),
+                cut_caption(one.pair.caption or ""),
                 "; ".join(by_pair.pop(one.pair.name, [])) or "-",
             ]
         )
@@ -89,7 +89,7 @@ def align_left(rows: list[list[str]]) -> list[str]:
     return [line.rstrip() for line in align(padded)]
 
 
-def cut(text: str, letters: int = CAPTION_LETTERS) -> str:
+def cut_caption(text: str, letters: int = CAPTION_LETTERS) -> str:
     line = " ".join(text.split())
     return line if len(line) <= letters else f"{line[: letters - 3]}..."
 
@@ -125,12 +125,12 @@ def build_tile(one: CheckedPair, problem: Problem | None, widest: int) -> Tile:
     images = [*one.pair.references, one.pair.target]
     blank = np.full((TILE_PX, TILE_PX, 3), GREY, np.uint8)
     frames = [blank] * (widest - len(images))
-    frames += [frame(picture.read_small(TILE_PX)) for picture in images]
+    frames += [pad_to_square(picture.read_small(TILE_PX)) for picture in images]
     gap = np.full((TILE_PX, GAP_PX, 3), BACKGROUND_GREY, np.uint8)
     joined = [part for picture in frames for part in (gap, picture)][1:]
     target = one.facts.target
     size = f"{target.width} x {target.height}, trained at {one.size[0]} x {one.size[1]}"
-    caption = cut(one.pair.caption or "empty caption")
+    caption = cut_caption(one.pair.caption or "empty caption")
     notes = (caption, size)
     is_marked = problem is not None and problem.level >= Level.WARNING
     if is_marked:
@@ -138,7 +138,7 @@ def build_tile(one: CheckedPair, problem: Problem | None, widest: int) -> Tile:
     return Tile(np.concatenate(joined, axis=1), one.pair.name, notes, is_marked=is_marked)
 
 
-def frame(picture: np.ndarray) -> np.ndarray:
+def pad_to_square(picture: np.ndarray) -> np.ndarray:
     """The picture whole in a square: tiles are of one size, and nothing shall be cut off."""
     image = Image.fromarray(picture)
     scale = TILE_PX / max(image.size)

@@ -125,7 +125,7 @@ def measure_sweep(
         InterruptedError: `should_stop` returned True.
     """
     images = split_images(images, labels)
-    by_cell = pair(images, labels)
+    by_cell = index_by_cell(images, labels)
     check_sizes(by_cell)
     shape = images[0].shape
     height, width = shape[1:3]
@@ -161,7 +161,9 @@ def split_images(images: Sequence[torch.Tensor], labels: Sequence[str]) -> list[
     return list(images)
 
 
-def pair(images: Sequence[torch.Tensor], labels: Sequence[str]) -> dict[Cell, torch.Tensor]:
+def index_by_cell(
+    images: Sequence[torch.Tensor], labels: Sequence[str]
+) -> dict[Cell, torch.Tensor]:
     by_cell: dict[Cell, torch.Tensor] = {}
     for image, label in zip(images, labels, strict=True):
         cell = parse_label(label)

@@ -67,7 +67,7 @@ def run_train(options: argparse.Namespace) -> None:
         check_output(config, options.resume)
     session = open_session(config, device, accelerator)
     for sentence in describe_session(session, config) if is_main else ():
-        tell(sentence)
+        print_line(sentence)
     with stop_on_signals() as should_stop:
         reports = train(
             config,
@@ -80,7 +80,7 @@ def run_train(options: argparse.Namespace) -> None:
             accelerator=accelerator,
             resume=options.resume,
             should_stop=should_stop,
-            notify=tell if is_main else None,
+            notify=print_line if is_main else None,
         )
         step = None
         for report in reports:
@@ -94,7 +94,9 @@ def run_train(options: argparse.Namespace) -> None:
     if is_main:
         is_finished = step in (None, config.steps)
         path = f"{config.output}/{config.name}.safetensors"
-        tell(f"wrote {path}" if is_finished else f"stopped after step {step}; --resume goes on")
+        print_line(
+            f"wrote {path}" if is_finished else f"stopped after step {step}; --resume goes on"
+        )
 
 
 def describe_report(report) -> str:
@@ -212,5 +214,5 @@ def run_estimate(options: argparse.Namespace) -> None:
     print(json.dumps(estimate.to_dict(), indent=1) if options.json else estimate.to_text())
 
 
-def tell(sentence: str) -> None:
+def print_line(sentence: str) -> None:
     print(f"train: {sentence}", file=sys.stderr, flush=True)
