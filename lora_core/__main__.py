@@ -106,8 +106,8 @@ def run_inspect(options: argparse.Namespace) -> None:
     adapter = read_adapter(options.file)
     inspection = inspect_adapter(adapter, base=options.base, exact=options.exact)
     if options.json:
-        figures = {**inspection.to_dict(), "report": adapter.report.to_dict()}
-        print(json.dumps(figures, indent=INDENT))
+        document = {**inspection.to_dict(), "report": adapter.report.to_dict()}
+        print(json.dumps(document, indent=INDENT))
     else:
         table = build_table(inspection, options.sort_by)
         print(f"{describe_verdict(inspection)}\n\n{table}")

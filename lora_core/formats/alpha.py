@@ -54,7 +54,7 @@ class AlphaRules:
     @property
     def config(self) -> PeftConfig | None:
         """The one that gives alpha."""
-        return next((config for config in self.configs if config.says_alpha), None)
+        return next((config for config in self.configs if config.states_alpha), None)
 
     def resolve(
         self, module_path: str, rank: int, stored: float | None
@@ -86,38 +86,38 @@ class AlphaRules:
             contradiction = config.find_contradiction(ranks)
             if contradiction and config.source == PEFT_CONFIG:
                 # In a folder of many adapters it may be anybody's.
-                if not any(one.says_alpha for one in kept):
-                    found.append(tell_foreign(config, contradiction))
+                if not any(one.states_alpha for one in kept):
+                    found.append(report_foreign_config(config, contradiction))
                     fallback = f"rank ({config.source} is another adapter's)"
                 continue
             if config.unusable_reason:
                 raise KeyFormatError(f"{shorten(name)} {config.unusable_reason}")
             found += config.findings
-            if contradiction and config.says_alpha:
+            if contradiction and config.states_alpha:
                 text = (
                     f"{config.source} does not fit the tensors ({contradiction}); the strength may "
                     "be wrong"
                 )
                 found.append(Finding("config_mismatch", WARNING, text, 1))
             kept.append(config)
-        found += tell_contradictions(kept)
+        found += report_contradictions(kept)
         if fallback == RULE_RANK and any(config.findings for config in kept):
             fallback = f"rank ({kept[0].source} cannot be read)"
         return AlphaRules(tuple(kept), self.unreadable, tuple(found), fallback)
 
 
-def tell_foreign(config: PeftConfig, why: str) -> Finding:
+def report_foreign_config(config: PeftConfig, why: str) -> Finding:
     text = f"{config.source} beside the file is another adapter's ({why}), so it is not used"
     return Finding("config_of_another", WARNING, text, 1)
 
 
-def tell_contradictions(configs: Sequence[PeftConfig]) -> list[Finding]:
-    said = [config for config in configs if config.alpha is not None]
-    others = [config for config in said if config.alpha != said[0].alpha]
+def report_contradictions(configs: Sequence[PeftConfig]) -> list[Finding]:
+    stating = [config for config in configs if config.alpha is not None]
+    others = [config for config in stating if config.alpha != stating[0].alpha]
     if not others:
         return []
     text = (
-        f"alpha is {said[0].alpha:g} in {said[0].source} and {others[0].alpha:g} in "
+        f"alpha is {stating[0].alpha:g} in {stating[0].source} and {others[0].alpha:g} in "
         f"{others[0].source}; the first is used"
     )
     return [Finding("alpha_contradiction", WARNING, text, len(others))]
@@ -152,7 +152,7 @@ def find_alpha_rules(
     is_kohya = "kohya" in key_formats
     if is_kohya and (config := read_plain_field(metadata, KOHYA_ALPHA, "ss_network_dim")):
         configs.append(config)
-    elif not is_kohya and not any(config.says_alpha for config in configs):
+    elif not is_kohya and not any(config.states_alpha for config in configs):
         findings += note_unused_field(metadata)
     plain = (read_plain_field(metadata, header_field, "rank") for header_field in ALPHA_FIELDS)
     configs += [config for config in plain if config is not None]

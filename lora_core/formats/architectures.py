@@ -102,7 +102,7 @@ def read_variants(text: str, is_specification: bool) -> list[str]:
     it mean the original, and a plain "qwen-image/lora" the text-to-image model.
     """
     lowered = text[:MAX_TEXT].lower()
-    found = [variant for variant in ("2511", "2509") if speaks_of(variant, lowered)]
+    found = [variant for variant in ("2511", "2509") if names_variant(variant, lowered)]
     if "2509" not in found and _PLUS.search(lowered):
         found.append("2509")
     if found or not is_specification or not _QWEN_IMAGE.search(lowered):
@@ -132,7 +132,7 @@ _HASH = re.compile(r"[0-9a-f]{6,}")
 _WORD = re.compile(r"[0-9a-z]+")
 
 
-def speaks_of(variant: str, lowered: str) -> bool:
+def names_variant(variant: str, lowered: str) -> bool:
     """Whether the number is there as a model's: not in a longer one, such as a date or a step
     with zeros in front, not in a hash, and not beside a word that counts."""
     for match in _WORD.finditer(lowered):

@@ -60,10 +60,10 @@ def find_more(
             f"modules' weights and are used, such as {key.key}"
         )
         yield Finding("other_prefix", NOTE, text, len(sources.borrowed))
-    yield from tell_rules(builder.rules, rules)
+    yield from report_rules(builder.rules, rules)
 
 
-def tell_rules(counts: Mapping[str, int], rules: AlphaRules) -> Iterator[Finding]:
+def report_rules(counts: Mapping[str, int], rules: AlphaRules) -> Iterator[Finding]:
     """Where alpha is taken by a rule that no specification states."""
     guessed = counts.get(rules.fallback, 0)
     if guessed:

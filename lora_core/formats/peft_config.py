@@ -61,7 +61,7 @@ class PeftConfig:
     """Only a number in the header, whose meaning no specification states."""
 
     @property
-    def says_alpha(self) -> bool:
+    def states_alpha(self) -> bool:
         return self.alpha is not None or bool(self.alpha_pattern.values)
 
     @property

@@ -18,7 +18,7 @@ POWER_STEPS = 24
 
 
 @dataclass(frozen=True)
-class BaseFigures:
+class BaseStatistics:
     """How a delta compares with its base weight W."""
 
     storage: str
@@ -56,7 +56,7 @@ def compare_with_base(
     delta_norm: float,
     delta_spectral: float,
     is_sampled: bool,
-) -> BaseFigures:
+) -> BaseStatistics:
     """Figures of a delta, given by factors or as a matrix, beside its base weight.
 
     Args:
@@ -86,7 +86,7 @@ def compare_with_base(
         rows = choose_rows(len(values), SAMPLED_ROWS)
         part = delta.up[rows] @ delta.down if isinstance(delta, Factors) else delta[rows]
         measured = measure_error(weight.take_rows(rows), part, peak)
-    return BaseFigures(
+    return BaseStatistics(
         storage=weight.storage,
         frobenius=norm,
         ratio=delta_norm / norm if norm else 0.0,

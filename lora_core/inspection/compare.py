@@ -87,7 +87,7 @@ class Relation:
         cosine = self.cosine
         return None if cosine is None else min(cosine, 0.0) ** 2
 
-    def get_figures(self) -> dict[str, float | None]:
+    def get_statistics(self) -> dict[str, float | None]:
         names = ("norm_a", "norm_b", "cosine", "norm_ratio", "drift", "norm_sum")
         names += ("norm_if_independent", "conflict")
         return {name: getattr(self, name) for name in names}
@@ -109,7 +109,7 @@ class ModuleComparison(Relation):
 
     def to_dict(self) -> dict[str, Any]:
         rest = {name: value for name, value in asdict(self).items() if name != "products"}
-        return {**self.get_figures(), **rest}
+        return {**self.get_statistics(), **rest}
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Comparison(Relation):
         return {
             "name_a": self.name_a,
             "name_b": self.name_b,
-            **self.get_figures(),
+            **self.get_statistics(),
             **{name: asdict(overlap) if overlap else None for name, overlap in overlaps.items()},
             "only_in_a": list(self.only_in_a),
             "only_in_b": list(self.only_in_b),

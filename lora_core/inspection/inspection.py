@@ -18,7 +18,7 @@ from ..errors import NonFiniteWeightsError
 from ..findings import Finding
 from ..progress import Progress, ShouldStop, track
 from ..threads import map_in_threads
-from .against_base import BaseFigures, compare_with_base
+from .against_base import BaseStatistics, compare_with_base
 from .entries import Entries, scan_dense, scan_factors, scan_kronecker
 from .measures import (
     Measures,
@@ -70,7 +70,7 @@ class ModuleInspection:
     fraction_below_std: float | None = None
     quantiles: Mapping[float, float] | None = None
     histogram: tuple[tuple[float, int], ...] | None = None
-    base: BaseFigures | None = None
+    base: BaseStatistics | None = None
     """Beside the base weight, where one was given."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -326,7 +326,7 @@ def build_inspection(
     shape: tuple[int, int],
     measures: Measures,
     entries: Entries | None,
-    base: BaseFigures | None,
+    base: BaseStatistics | None,
     is_direction_only: bool,
 ) -> ModuleInspection:
     values = measures.singular_values

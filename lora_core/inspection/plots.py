@@ -47,12 +47,12 @@ COLUMN_LABELS = {
     "img_mod.1": "img_mod",
     "txt_mod.1": "txt_mod",
 }
-NO_FIGURES, DELTA_IS_ZERO, NON_FINITE = "no figures", "delta is 0", "NaN or Inf"
+NO_STATISTICS, DELTA_IS_ZERO, NON_FINITE = "no figures", "delta is 0", "NaN or Inf"
 #: Why a cell has no colour -> what stands there instead.
 MARKS = {
     DELTA_IS_ZERO: ("cross", "x", ORANGE),
     NON_FINITE: ("plus", "P", VERMILLION),
-    NO_FIGURES: ("dot", "o", DIM),
+    NO_STATISTICS: ("dot", "o", DIM),
 }
 MAX_HISTOGRAM_ORDERS = 8  # orders of magnitude below the largest entry
 SPECTRUM_FLOOR = 1e-6  # of the largest singular value; below it is rounding
@@ -75,7 +75,7 @@ def draw_heat_map(inspection: Inspection, statistic: str = "std") -> np.ndarray:
         f"{shorten_name(inspection.name)}: {chosen.label}",
         is_logarithmic=chosen.is_logarithmic,
         marked={
-            **dict.fromkeys(inspection.skipped, NO_FIGURES),
+            **dict.fromkeys(inspection.skipped, NO_STATISTICS),
             **dict.fromkeys(zero, DELTA_IS_ZERO),
             **dict.fromkeys(inspection.non_finite, NON_FINITE),
         },
@@ -91,7 +91,7 @@ def draw_comparison(comparison: Comparison) -> np.ndarray:
         "cosine of a and b: 1 same, 0 independent, -1 opposed",
         limits=(-1.0, 1.0),
         marked={
-            **dict.fromkeys(comparison.not_comparable, NO_FIGURES),
+            **dict.fromkeys(comparison.not_comparable, NO_STATISTICS),
             **dict.fromkeys(zero, DELTA_IS_ZERO),
         },
         absent="absent from one of them",

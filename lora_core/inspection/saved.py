@@ -15,7 +15,7 @@ from ..disk.safetensors_file import BASE_MODEL, StoredTensor, read_signature
 from ..disk.writing import write_then_rename
 from ..errors import FileError
 from ..text import shorten
-from .against_base import BaseFigures
+from .against_base import BaseStatistics
 from .inspection import Inspection, ModuleInspection
 
 #: Goes up when the same file would get other figures; the fields are compared anyway.
@@ -96,7 +96,7 @@ def read_inspection(path: Path, name: str) -> Inspection | None:
         saved = read_object(path, MAX_BYTES)
         if saved["version"] != VERSION or saved["fields"] != list_fields():
             return None
-        modules = {path: build_module(figures) for path, figures in saved["modules"].items()}
+        modules = {path: build_module(statistics) for path, statistics in saved["modules"].items()}
         lists = (tuple(saved[field]) for field in ("non_finite", "misfits"))
         inspection = Inspection(name, modules, saved["skipped"], *lists)
         check_fields(inspection)
@@ -106,24 +106,24 @@ def read_inspection(path: Path, name: str) -> Inspection | None:
 
 
 def list_fields() -> list[str]:
-    return [field.name for kind in (ModuleInspection, BaseFigures) for field in fields(kind)]
+    return [field.name for kind in (ModuleInspection, BaseStatistics) for field in fields(kind)]
 
 
-def build_module(figures: dict) -> ModuleInspection:
+def build_module(statistics: dict) -> ModuleInspection:
     """JSON has no tuples, and no numbers as keys.
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError: not what `write_inspection` wrote.
     """
-    quantiles, histogram = figures["quantiles"], figures["histogram"]
-    base = figures["base"]
+    quantiles, histogram = statistics["quantiles"], statistics["histogram"]
+    base = statistics["base"]
     module = ModuleInspection(
         **{
-            **figures,
-            "shape": tuple(figures["shape"]),
-            "singular_values": tuple(figures["singular_values"]),
+            **statistics,
+            "shape": tuple(statistics["shape"]),
+            "singular_values": tuple(statistics["singular_values"]),
             "quantiles": quantiles and {float(key): value for key, value in quantiles.items()},
-            "base": base and BaseFigures(**base),
+            "base": base and BaseStatistics(**base),
             "histogram": histogram and tuple((edge, number) for edge, number in histogram),
         }
     )

@@ -74,8 +74,8 @@ def build_table(inspection: Inspection, sort_by: str = "std") -> str:
 
 
 def build_row(module_path: str, module: ModuleInspection, names: list[str]) -> list[str]:
-    figures = [format(STATISTICS[name].read(module), FORMATS[name]) for name in names]
-    return [module_path.removeprefix("transformer_blocks."), str(module.rank), *figures]
+    cells = [format(STATISTICS[name].read(module), FORMATS[name]) for name in names]
+    return [module_path.removeprefix("transformer_blocks."), str(module.rank), *cells]
 
 
 def build_comparison_table(comparison: Comparison) -> str:
@@ -92,12 +92,12 @@ def read_cosine(module: ModuleComparison) -> float:
 
 def build_comparison_row(module_path: str, module: ModuleComparison) -> list[str]:
     overlap = module.overlap_90
-    figures = (module.norm_ratio, module.drift)
+    cells = (module.norm_ratio, module.drift)
     return [
         module_path.removeprefix("transformer_blocks."),
         "-" if module.cosine is None else f"{module.cosine:+.3f}",
         f"{module.norm_a:.3g}",
         f"{module.norm_b:.3g}",
-        *("-" if figure is None else f"{figure:.3g}" for figure in figures),
+        *("-" if value is None else f"{value:.3g}" for value in cells),
         "-" if overlap is None else f"{overlap.left:.2f}",
     ]

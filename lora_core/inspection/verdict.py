@@ -168,19 +168,19 @@ def judge_size(inspection: Inspection) -> Finding:
             f"{inspection.fraction_below_1e6:.2%} of the entries below 1e-6 (under "
             f"{GOOD_FRACTION:.0%})"
         )
-    figures = ", ".join(parts)
+    numbers = ", ".join(parts)
     if size >= SATURATED_STD:
-        text = f"saturated: {figures}; it overwrites the base, use a strength well below 1"
+        text = f"saturated: {numbers}; it overwrites the base, use a strength well below 1"
         return Finding("saturated", WARNING, text)
     if size > high:
-        text = f"strong: {figures}; strengths below 1 may look better"
+        text = f"strong: {numbers}; strengths below 1 may look better"
         return Finding("strong", WARNING, text)
     if size < FAINT_STD:
-        return Finding("very_faint", WARNING, f"very faint: {figures}; expect little at strength 1")
+        return Finding("very_faint", WARNING, f"very faint: {numbers}; expect little at strength 1")
     if size < low:
-        text = f"faint: {figures}; a strength above 1 may be needed"
+        text = f"faint: {numbers}; a strength above 1 may be needed"
         return Finding("faint", WARNING, text)
-    small = f"{figures}; small entries are what a LoRA is made of"
+    small = f"{numbers}; small entries are what a LoRA is made of"
     if largest is None or inspection.fraction_below_1e6 < GOOD_FRACTION:
         return Finding("healthy", NOTE, f"dense, small, healthy: {small}")
     return Finding("sparse", WARNING, f"healthy in size, but sparse: {small}")

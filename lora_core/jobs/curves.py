@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, MissingFileError
-from ..training.run.metrics import FIGURES, parse_row
+from ..training.run.metrics import METRIC_NAMES, parse_row
 from .folder import open_inside
 
 #: One value for each step.
-CURVES = ("step", *FIGURES)
+CURVES = ("step", *METRIC_NAMES)
 #: Taken every `saving.health_every` steps; see `training.health`.
 HEALTH = ("std", "spectral", "effective_rank")
 
@@ -105,8 +105,8 @@ def build_curves(rows: Sequence[Row], max_points: int) -> dict[str, list[Any]]:
 
 def build_health(rows: Sequence[Row], max_points: int) -> dict[str, list[Any]]:
     """As `build_curves`, with "step", for the steps at which the deltas were looked at."""
-    looks = [row for row in rows if row.get("health")]
-    every = -(-len(looks) // max_points) or 1
-    looks = looks[::-every][::-1]  # always with the last one
-    values = {name: [look["health"].get(name) for look in looks] for name in HEALTH}
-    return {"step": [look["step"] for look in looks], **values}
+    checks = [row for row in rows if row.get("health")]
+    every = -(-len(checks) // max_points) or 1
+    checks = checks[::-every][::-1]  # always with the last one
+    values = {name: [check["health"].get(name) for check in checks] for name in HEALTH}
+    return {"step": [check["step"] for check in checks], **values}

@@ -46,7 +46,7 @@ class JobIndex:
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._opened: tuple[int, int] | None = None
-        self._told = ""
+        self._last_warning = ""
 
     def is_open(self) -> bool:
         """Whether the file in use is still the one that lies there."""
@@ -137,17 +137,19 @@ class JobIndex:
             for _ in range(2):
                 try:
                     result = action(self._open())
-                    self._told = ""
+                    self._last_warning = ""
                     return result
                 except (sqlite3.DatabaseError, ValueError) as e:
                     self._close()
                     if isinstance(e, sqlite3.OperationalError) and not lacks_table(e):
-                        self._tell(
+                        self._warn_once(
                             f"the job index cannot be used ({e}); the jobs are read from their "
                             "folders instead"
                         )
                         return otherwise
-                    self._tell(f"the job index was broken ({e}) and is made anew from the folders")
+                    self._warn_once(
+                        f"the job index was broken ({e}) and is made anew from the folders"
+                    )
                     self._put_aside()
             return otherwise
 
@@ -195,10 +197,10 @@ class JobIndex:
             except OSError:
                 path.unlink(missing_ok=True)
 
-    def _tell(self, sentence: str) -> None:
-        if sentence != self._told:
+    def _warn_once(self, sentence: str) -> None:
+        if sentence != self._last_warning:
             logger.warning("Qwen Edit LoRA: %s.", sentence)
-            self._told = sentence
+            self._last_warning = sentence
 
 
 def lacks_table(error: sqlite3.OperationalError) -> bool:

@@ -87,10 +87,10 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._exit_codes: dict[str, int] = {}
         self._first_seen_dead: dict[str, float] = {}
-        self._told: dict[str, Job] = {}
+        self._reported: dict[str, Job] = {}
         self._problem = ""
-        self._said: set[str] = set()
-        self._said_before: set[str] = set()
+        self._warned: set[str] = set()
+        self._warned_before: set[str] = set()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -129,11 +129,11 @@ class Supervisor:
 
     def tick(self) -> None:
         """Looks once at everything: ended workers, requests, free devices, changes."""
-        self._said_before, self._said = self._said, set()
+        self._warned_before, self._warned = self._warned, set()
         self._collect()
-        jobs = [self._look_at(job) for job in self.store.list()]
+        jobs = [self._handle(job) for job in self.store.list()]
         self._start_next(jobs)
-        self._tell(jobs)
+        self._notify_listener(jobs)
 
     # --- the dead ---
 
@@ -146,13 +146,13 @@ class Supervisor:
                 self._release(job_id, len(child.devices))
                 if len(child.devices) == 1:
                     self._exit_codes[job_id] = code
-                elif code and not self._has_spoken(child):
+                elif code and not self._has_reported(child):
                     # A launcher's own status hides how the process under it ended.
                     self._exit_codes[job_id] = LAUNCHER_FAILED
                 if code == 0 and self._did_nothing(child):
                     self._exit_codes[job_id] = DID_NOTHING
 
-    def _has_spoken(self, child: Child) -> bool:
+    def _has_reported(self, child: Child) -> bool:
         """Whether the worker under a launcher wrote down itself what became of the job."""
         try:
             state = self.store.get(child.job_id).state
@@ -169,15 +169,15 @@ class Supervisor:
             return False
         return job.request is None and job.state == child.before
 
-    def _look_at(self, job: Job) -> Job:
+    def _handle(self, job: Job) -> Job:
         """The job after what had to be done about it; of one job, nothing keeps from the others."""
         try:
-            return self._look_closely_at(job)
+            return self._handle_unguarded(job)
         except Exception as e:  # noqa: BLE001 - whatever it is, it is told
-            self._tell_trouble(job, e)
+            self._log_failure(job, e)
             return job
 
-    def _look_closely_at(self, job: Job) -> Job:
+    def _handle_unguarded(self, job: Job) -> Job:
         started_badly = (
             job.status is JobStatus.PENDING
             and job.id not in self._children
@@ -195,7 +195,7 @@ class Supervisor:
             if not self._may_settle(job) or not folder.lock.try_acquire():
                 return job
         except FileError as e:
-            self._say_once(str(e))
+            self._warn_once(str(e))
             return job
         except UnknownJobError:
             return job
@@ -204,7 +204,7 @@ class Supervisor:
         except UnknownJobError:
             return job
         except FileError as e:
-            self._say_once(str(e))  # a full disk: again at the next tick
+            self._warn_once(str(e))  # a full disk: again at the next tick
             return job
         finally:
             folder.lock.release()
@@ -230,7 +230,7 @@ class Supervisor:
         if did_nothing:
             code = 0
         if state.status is JobStatus.IN_PROGRESS:
-            state = self._judge(job, folder, code)
+            state = self._decide_after_death(job, folder, code)
         elif state.status is JobStatus.PENDING and (
             did_nothing or code not in (None, 0, EXIT_TAKEN, EXIT_NOTHING_TO_DO)
         ):
@@ -245,7 +245,7 @@ class Supervisor:
         self._exit_codes.pop(job.id, None)  # not before it is written down
         return self.store.apply_request(job) if job.request else job
 
-    def _judge(self, job: Job, folder: JobFolder, code: int | None) -> JobState:
+    def _decide_after_death(self, job: Job, folder: JobFolder, code: int | None) -> JobState:
         """A job whose worker died: again, or failed."""
         steps = CheckpointFolder(folder.path / CHECKPOINTS).list_steps()
         reached = steps[-1] if steps else 0
@@ -286,7 +286,7 @@ class Supervisor:
                 if is_free and self._is_prepared(job, chosen):
                     self._start(job, chosen)
             except Exception as e:  # noqa: BLE001 - whatever it is, it is told
-                self._tell_trouble(job, e)
+                self._log_failure(job, e)
 
     def _is_prepared(self, job: Job, devices: Sequence[Device]) -> bool:
         """Asked again at the next tick until it is."""
@@ -318,35 +318,35 @@ class Supervisor:
             process = self.launch(self.store.root, folder, devices)
         except LoraError as e:
             self._release(job.id, len(devices))
-            self._say_once(str(e))
+            self._warn_once(str(e))
             return
         self._children[job.id] = Child(process, job.id, tuple(devices), job.state)
 
     # --- telling ---
 
-    def _tell(self, jobs: Sequence[Job]) -> None:
-        told = {}
+    def _notify_listener(self, jobs: Sequence[Job]) -> None:
+        reported = {}
         for job in jobs:
-            if self.listener is not None and self._told.get(job.id) != job:
+            if self.listener is not None and self._reported.get(job.id) != job:
                 self.listener(job.id, job)
-            told[job.id] = job
+            reported[job.id] = job
         if self.listener is not None:
-            for job_id in self._told.keys() - told.keys():
+            for job_id in self._reported.keys() - reported.keys():
                 self.listener(job_id, None)
-        self._told = told
+        self._reported = reported
 
-    def _say_once(self, sentence: str) -> None:
+    def _warn_once(self, sentence: str) -> None:
         """Not again at each tick as long as it is so."""
-        if sentence not in self._said | self._said_before:
+        if sentence not in self._warned | self._warned_before:
             logger.warning("Qwen Edit LoRA: %s", sentence)
-        self._said.add(sentence)
+        self._warned.add(sentence)
 
-    def _tell_trouble(self, job: Job, error: Exception) -> None:
-        """As `_say_once`, with what a programmer wants to know."""
+    def _log_failure(self, job: Job, error: Exception) -> None:
+        """As `_warn_once`, with what a programmer wants to know."""
         sentence = f"job {job.id} could not be looked after ({type(error).__name__})"
-        if sentence not in self._said | self._said_before:
+        if sentence not in self._warned | self._warned_before:
             logger.error("Qwen Edit LoRA: %s.", sentence, exc_info=error)
-        self._said.add(sentence)
+        self._warned.add(sentence)
 
 
 def name_claim(job_id: str, index: int) -> str:

@@ -35,22 +35,22 @@ LOG_EVERY = 10  # steps
 
 
 class Stop:
-    """Whether the training is to stop: once it was said, it stays said until `forget`.
+    """Whether the training is to stop: once it was said, it stays said until `reset`.
 
     What is left out for a stop must not be missing where the stop is taken back a moment later; so
     all who ask hear the same, and `run_job` asks anew when everything is saved.
     """
 
-    def __init__(self, ask: ShouldStop):
-        self._ask = ask
-        self._is_said = False
+    def __init__(self, should_stop: ShouldStop):
+        self._should_stop = should_stop
+        self._is_requested = False
 
     def __call__(self) -> bool:
-        self._is_said = self._is_said or self._ask()
-        return self._is_said
+        self._is_requested = self._is_requested or self._should_stop()
+        return self._is_requested
 
-    def forget(self) -> None:
-        self._is_said = False
+    def reset(self) -> None:
+        self._is_requested = False
 
 
 def run_job(
@@ -96,7 +96,7 @@ def run_job(
     reporter.update(phase=Phase.TRAINING, step=run.step, num_steps=config.steps)
     stop = Stop(reporter.should_stop)
     while True:
-        stop.forget()
+        stop.reset()
         if sampler.list_missing_examples():
             with sampling(sampler, reporter):
                 sampler.make_examples(stop)
@@ -113,13 +113,13 @@ def run_job(
         reporter.update(phase=Phase.SAVING)
         adapters = run.save_adapters(run.step) if run.step else ()
         reporter.update(adapters=adapters, checkpoint_step=run.step)
-        stop.forget()
+        stop.reset()
         if run.is_still_to_stop(stop):
             reporter.log(f"stopped after step {run.step}")
             return False
         reporter.log(f"asked to go on after all; goes on after step {run.step}")
         reporter.update(phase=Phase.TRAINING)
-    stop.forget()
+    stop.reset()
     take_sample(sampler, run.step, reporter, stop)
     reporter.update(phase=Phase.SAVING)
     suffixes = ("", EMA_SUFFIX) if run.ema is not None else ("",)

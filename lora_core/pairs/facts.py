@@ -11,7 +11,7 @@ from .images import ImageSource
 from .pair import Pair
 
 SIGNATURE_PX = 32
-LOOK_PX = 256  # at which colours and details are measured
+MEASURE_PX = 256  # at which colours and details are measured
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class PairFacts:
 def measure_image(image: ImageSource) -> ImageFacts:
     """Decodes it once, small; a damaged one is a FileError."""
     header = image.read_header()
-    look = image.read_small(LOOK_PX)
-    squeezed = Image.fromarray(look).resize((SIGNATURE_PX, SIGNATURE_PX), Image.Resampling.BOX)
-    values = look.astype(np.float32) / 255
+    small = image.read_small(MEASURE_PX)
+    squeezed = Image.fromarray(small).resize((SIGNATURE_PX, SIGNATURE_PX), Image.Resampling.BOX)
+    values = small.astype(np.float32) / 255
     grey = values.mean(axis=2)
     steps = [np.abs(np.diff(grey, axis=axis)).mean() for axis in (0, 1) if grey.shape[axis] > 1]
     return ImageFacts(

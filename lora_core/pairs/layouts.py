@@ -40,13 +40,13 @@ def find_pairs(
     """
     listing = list_files(folder, is_allowed)
     others = [list_files(path, is_allowed) for path in reference_folders]
-    problems = [problem for one in (listing, *others) for problem in one.tell()]
+    problems = [problem for one in (listing, *others) for problem in one.report_skipped()]
     if reference_folders:
         table = None
         problems += ignore_lists(listing)
     else:
-        table, told = find_list(listing, is_allowed)
-        problems += told
+        table, problems_of_lists = find_list(listing, is_allowed)
+        problems += problems_of_lists
     try:
         if table is not None:
             found = read_list(table, listing, is_allowed)

@@ -95,12 +95,14 @@ class Listing:
         found = [self.captions[key][0] for key in keys if key in self.captions]
         return next((path for path in found if not is_json(path)), found[0] if found else None)
 
-    def tell(self) -> list[Problem]:
+    def report_skipped(self) -> list[Problem]:
         """What was left out while listing."""
         problems = []
         if self.unread:
             problems.append(
-                Problem(Level.WARNING, "pictures_unread", tell_unread(self), count=len(self.unread))
+                Problem(
+                    Level.WARNING, "pictures_unread", describe_unread(self), count=len(self.unread)
+                )
             )
         if self.links:
             text = (
@@ -112,7 +114,7 @@ class Listing:
         return problems
 
 
-def tell_unread(listing: Listing) -> str:
+def describe_unread(listing: Listing) -> str:
     suffixes = sorted({path.suffix.lower() for path in listing.unread})
     return (
         f"files of kinds that are not read ({', '.join(suffixes[:6])}): {len(listing.unread)}, "

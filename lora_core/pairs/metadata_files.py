@@ -99,16 +99,16 @@ def read_list(table: Table, listing: Listing, is_allowed: IsAllowed) -> FoundPai
             pairs.append(reader.build_pair(row, number))
         except FileError as e:
             problems.append(Problem(Level.STOP, UNUSABLE, str(e), reader.name))
-    problems += reader.tell_unused()
+    problems += reader.report_unused_columns()
     if table.left_out:
         keys = ", ".join(shorten(key, 30) for key in table.left_out[:3])
         text = f"{table.name} holds further lists that are not used: {keys}"
         problems.append(Problem(Level.WARNING, "list_unused", text, count=len(table.left_out)))
-    problems += tell_unlisted(table, listing, pairs)
+    problems += report_unlisted(table, listing, pairs)
     return FoundPairs(f"listed in {table.name}", tuple(pairs), tuple(problems))
 
 
-def tell_unlisted(table: Table, listing: Listing, pairs: Sequence[Pair]) -> list[Problem]:
+def report_unlisted(table: Table, listing: Listing, pairs: Sequence[Pair]) -> list[Problem]:
     listed = {os.path.normpath(p.path) for pair in pairs for p in pair.images}
     unlisted = [
         path
@@ -173,7 +173,7 @@ class ListReader:
             return False
         return True
 
-    def tell_unused(self) -> list[Problem]:
+    def report_unused_columns(self) -> list[Problem]:
         """Columns that name pictures and are none of those that are read."""
         if not self._unused:
             return []

@@ -83,8 +83,8 @@ def build_pairs(
             builder.problems.append(Problem(Level.STOP, UNUSABLE, str(e), part.name))
     problems = [
         *builder.problems,
-        *builder.tell_captions(),
-        *tell_references(parts, listing.root),
+        *builder.report_captions(),
+        *report_doubtful_references(parts, listing.root),
         *report_unused_images(parts, listing),
     ]
     return FoundPairs(layout, tuple(builder.pairs), tuple(problems))
@@ -131,7 +131,7 @@ class Builder:
             mask=open_file(part.masks[0], root, self.is_allowed) if part.masks else None,
         )
 
-    def tell_captions(self) -> Iterator[Problem]:
+    def report_captions(self) -> Iterator[Problem]:
         """Text files that no pair took, and captions taken by a rule that may be wrong."""
         root = self.listing.root
         spare, second, plain_json = [], [], []
@@ -149,7 +149,7 @@ class Builder:
                 and path not in self._used
                 and (key in self.listing.images or path.parent != root)
             ]
-        told: list[tuple[Level, str, str, list[Path]]] = [
+        groups: list[tuple[Level, str, str, list[Path]]] = [
             (Level.WARNING, "captions_unused", "text files that belong to no pair", spare),
             (Level.WARNING, "captions_second", "captions not used, for a .txt is there", second),
             (Level.NOTE, "json_unused", ".json files that are not read", plain_json),
@@ -157,7 +157,7 @@ class Builder:
             (Level.NOTE, "captions_from_json", "captions read from .json files", self._from_json),
             (Level.NOTE, "captions_by_fallback", "captions by no known name", self._fallbacks),
         ]
-        for level, kind, what, paths in told:
+        for level, kind, what, paths in groups:
             if paths:
                 text = f"{what}: {len(paths)}, such as {list_some(paths, root, 1)}"
                 yield Problem(level, kind, text, count=len(paths))
@@ -185,7 +185,7 @@ class Builder:
         return caption
 
 
-def tell_references(parts: Sequence[Parts], root: Path) -> list[Problem]:
+def report_doubtful_references(parts: Sequence[Parts], root: Path) -> list[Problem]:
     """Files that may have become a reference by chance: leftovers, or a lack of one."""
     problems = []
     same: list[Path] = []
@@ -207,10 +207,12 @@ def tell_references(parts: Sequence[Parts], root: Path) -> list[Problem]:
             masks, root, 1
         )
         problems.append(Problem(Level.WARNING, "masks_unused", text, count=len(masks)))
-    return problems + tell_odd_numbers([p for p in parts if p.targets and p.references], root)
+    return problems + report_odd_reference_counts(
+        [p for p in parts if p.targets and p.references], root
+    )
 
 
-def tell_odd_numbers(parts: Sequence[Parts], root: Path) -> list[Problem]:
+def report_odd_reference_counts(parts: Sequence[Parts], root: Path) -> list[Problem]:
     """A few pairs with another number of references than the rest."""
     counts = Counter(len(part.references) for part in parts)
     if len(counts) < 2:

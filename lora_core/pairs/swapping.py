@@ -94,7 +94,7 @@ def ask_about_captions(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> str
         ("colour", MORE_COLOUR, LESS_COLOUR, "saturation"),
         ("detail", MORE_DETAIL, LESS_DETAIL, "detail"),
     )
-    for what, more, less, figure in rules:
+    for what, more, less, measure in rules:
         asked, against = 0, []
         for pair, known in zip(pairs, facts, strict=True):
             caption = pair.caption or ""
@@ -102,8 +102,8 @@ def ask_about_captions(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> str
             if wants_more == wants_less:
                 continue
             asked += 1
-            target = getattr(known.target, figure) + 1e-4
-            reference = getattr(known.references[0], figure) + 1e-4
+            target = getattr(known.target, measure) + 1e-4
+            reference = getattr(known.references[0], measure) + 1e-4
             ratio = reference / target if wants_more else target / reference
             if ratio > MIN_RATIO:
                 against.append(pair)

@@ -123,12 +123,12 @@ class Effect:
                 "it is untrained, or nothing of it was applied"
             )
         largest = max(active, key=lambda effect: effect.change)
-        said = [f"changes the output by {largest.change:.1%} at strength {largest.strength:g}"]
+        parts = [f"changes the output by {largest.change:.1%} at strength {largest.strength:g}"]
         for level in (VISIBLE, LARGE):
             strength = self.find_strength(level)
             if strength is not None:
-                said.append(f"{level:.0%} at about {strength:.2g}")
-        return "; ".join(said)
+                parts.append(f"{level:.0%} at about {strength:.2g}")
+        return "; ".join(parts)
 
 
 class ChangeMeter:

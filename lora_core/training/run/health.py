@@ -12,7 +12,7 @@ from ...algebra.factors import Factors, compute_singular_values
 from ...injection.inject import Injection
 
 #: Modules looked at each time; all come round in turn.
-MODULES_PER_LOOK = 8
+MODULES_PER_CHECK = 8
 
 
 def measure_health(injection: Injection, turn: int) -> dict[str, float]:
@@ -27,7 +27,7 @@ def measure_health(injection: Injection, turn: int) -> dict[str, float]:
         exp(H(sigma / sum(sigma))) (Roy and Vetterli 2007), 0 while the deltas are.
     """
     paths = list(injection.layers)
-    count = min(MODULES_PER_LOOK, len(paths))
+    count = min(MODULES_PER_CHECK, len(paths))
     stds, spectrals, ranks = [], [], []
     for i in range(count):
         # Evenly over the model, one further each turn.

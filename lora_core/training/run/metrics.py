@@ -18,7 +18,7 @@ from ...errors import FileError
 
 METRICS_FILE = "metrics.jsonl"
 #: Of a line, the numbers that are drawn as curves.
-FIGURES = (
+METRIC_NAMES = (
     *("loss", "smoothed_loss", "learning_rate", "grad_norm"),
     *("tokens_per_s", "seconds", "memory_bytes"),
 )
@@ -148,9 +148,9 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
     if not 0 <= row["step"] < MOST_STEPS:
         return None
     health = row.get("health", {})
-    figures = [row.get(name) for name in FIGURES]
-    figures += health.values() if isinstance(health, dict) else ["no figure"]
-    is_whole = all(x is None or (type(x) in (int, float)) for x in figures)
+    numbers = [row.get(name) for name in METRIC_NAMES]
+    numbers += health.values() if isinstance(health, dict) else ["no figure"]
+    is_whole = all(x is None or (type(x) in (int, float)) for x in numbers)
     return row if is_whole else None
 
 

@@ -184,7 +184,7 @@ class Run:
         options = self.config.optimizer
         parts, num_tokens = self.micro_steps.take(self.step)
         self.processes.average_gradients(self.parameters)
-        figures, num_tokens, grad_norm = self.read_figures(
+        figures, num_tokens, grad_norm = self.read_step_numbers(
             parts, num_tokens, compute_grad_norm(self.parameters), should_stop
         )
         loss = math.fsum(figures.values())
@@ -214,7 +214,7 @@ class Run:
             health=self.measure_health(),
         )
 
-    def read_figures(
+    def read_step_numbers(
         self,
         parts: Mapping[str, torch.Tensor],
         num_tokens: int,
@@ -283,9 +283,9 @@ class Run:
             if not is_out_of_memory(e):
                 raise
             where = "computer" if self.device.type == "cpu" else "device"
-            said = " ".join(str(e).split())[:120]
+            reason = " ".join(str(e).split())[:120]
             raise OutOfMemoryError(
-                f"the {where} ran out of memory in step {step} ({said or type(e).__name__})",
+                f"the {where} ran out of memory in step {step} ({reason or type(e).__name__})",
                 advise(self.config),
             ) from e
 
@@ -303,7 +303,7 @@ class Run:
         )
 
     def is_asked_to_stop(self, should_stop: ShouldStop) -> bool:
-        """True on every process as soon as one of them is asked; see `read_figures`."""
+        """True on every process as soon as one of them is asked; see `read_step_numbers`."""
         if self.processes.count == 1:
             return should_stop()
         if self.is_stopping is None:

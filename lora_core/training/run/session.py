@@ -93,23 +93,25 @@ def describe_session(session: Session, config: TrainConfig) -> list[str]:
     size_bytes = plan.compute_file_size(
         DTYPES[config.saving.dtype], metadata=metadata, title=config.name
     )
-    said = [
+    messages = [
         f"{len(plan.targets)} modules, {plan.num_parameters:,} parameters; the adapter's file will "
         f"take {size_bytes:,} bytes"
     ]
     if config.model.offload_blocks:
-        said.append(
+        messages.append(
             f"storage is {config.model.storage}; {config.model.offload_blocks} of "
             f"{len(session.model.blocks)} blocks wait in main memory"
         )
     if session.model.is_adaptive:
         kind = json.dumps(session.model.gradient_checkpointing)
-        said.append(f"gradient_checkpointing is {kind}, the fastest that the free memory allows")
-    said += session.model.notes
+        messages.append(
+            f"gradient_checkpointing is {kind}, the fastest that the free memory allows"
+        )
+    messages += session.model.notes
     for reason in dict.fromkeys(plan.skipped.values()):
         paths = [path for path, why in plan.skipped.items() if why == reason]
-        said.append(f"left out {shorten_list(paths, 4)}: {reason}")
-    return said
+        messages.append(f"left out {shorten_list(paths, 4)}: {reason}")
+    return messages
 
 
 def load_model(
