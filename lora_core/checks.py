@@ -12,7 +12,7 @@ MAX_WHOLE = 2**64 - 1
 
 
 def show(value: object) -> str:
-    """A value as a sentence repeats it, of whatever kind and size."""
+    """A value as messages quote it, of whatever kind and size."""
     try:
         return shorten(repr(value))
     except (ValueError, RecursionError):  # a number of thousands of digits, endless nesting

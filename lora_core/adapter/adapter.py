@@ -51,7 +51,7 @@ class Adapter:
         """Reads every tensor once; NonFiniteWeightsError names the first ones with NaN or Inf,
         or the first module whose delta would have some.
 
-        The answer is remembered, since an adapter never changes.
+        The result is cached, since an adapter never changes.
         """
         if self.__dict__.get("_finite"):
             return
@@ -116,7 +116,7 @@ def read_exponents(weights: ModuleWeights) -> dict[str, int | None]:
 
 
 def is_computable(weights: ModuleWeights) -> bool:
-    """Whether the parts and, as far as it is theirs alone, the delta are finite in float32."""
+    """Whether the parts and, where it depends on them alone, the delta are finite in float32."""
     exponents = read_exponents(weights)
     return None not in exponents.values() and has_finite_delta(weights, exponents)
 

@@ -37,7 +37,7 @@ def apply_magnitude(
     """DoRA: magnitude * (W + delta) / ||W + delta|| - W (Liu et al. 2024, arXiv 2402.09353, eq. 5).
 
     The norm is that of W + delta, as PEFT and LyCORIS define it. ComfyUI 0.30 divides by ||W||
-    when the magnitude lies on the output axis (comfy/weight_adapter/base.py, weight_decompose).
+    when the magnitude is along the output axis (comfy/weight_adapter/base.py, weight_decompose).
 
     Args:
         magnitude: (out_features,) or (out_features, 1): one per output row; (1, in_features): one

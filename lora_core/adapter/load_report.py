@@ -50,7 +50,7 @@ class LoadReport:
     preset: str | None = None
     blocks: str = ""
     width: int | None = None
-    """Model width the shapes speak of; 3072 for a real Qwen-Image."""
+    """Model width implied by the shapes; 3072 for a real Qwen-Image."""
     unmatched: tuple[DroppedKey, ...] = ()
     duplicates: tuple[DroppedKey, ...] = ()
     non_finite: tuple[str, ...] = ()
@@ -58,10 +58,10 @@ class LoadReport:
     variants: tuple[str, ...] = ()
     """Variants the file claims: "original", "2509", "2511", "text-to-image"."""
     hints: tuple[str, ...] = ()
-    """Where those claims stand, one sentence each."""
+    """Where those claims come from, one sentence each."""
 
     found: tuple[Finding, ...] = ()
-    """What the reader wants told beside what stands in the fields above."""
+    """What the reader reports in addition to the fields above."""
 
     @property
     def findings(self) -> tuple[Finding, ...]:

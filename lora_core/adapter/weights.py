@@ -25,7 +25,7 @@ class ModuleWeights(ABC):
     """One module's share of an adapter. Frozen; tensors are read from disk when asked for."""
 
     kind: ClassVar[str]
-    #: The delta does not depend on the base weight, so it can run beside it as a side path.
+    #: The delta does not depend on the base weight, so it can run as a side path.
     is_additive: ClassVar[bool] = True
 
     def __init__(
@@ -64,7 +64,7 @@ class ModuleWeights(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...] | None:
-        """(out, in) of the module's weight; None where the parts do not tell."""
+        """(out, in) of the module's weight; None where the parts do not determine it."""
 
     @property
     @abstractmethod

@@ -67,7 +67,7 @@ def compute_products(a: ModuleWeights, b: ModuleWeights) -> Products:
 def build_products(
     square_a: float, square_b: float, inner: float, measure_difference: Callable[[], float]
 ) -> Products:
-    """Adds |b - a|^2, measured on the difference where the other three cannot tell it."""
+    """Adds |b - a|^2, measured on the difference where the other three lack the precision."""
     difference = square_a + square_b - 2 * inner
     if difference < CANCELLATION * (square_a + square_b):
         difference = measure_difference()

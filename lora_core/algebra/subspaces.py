@@ -11,13 +11,13 @@ from .factors import Factors, compute_core
 #: Singular values below this share of the largest do not count as directions.
 RANK_TOLERANCE = 1e-6
 #: Bound on the relative error of the smallest singular value's square under which Gram matrices
-#: stand in for QR.
+#: replace QR.
 GRAM_TOLERANCE = 1e-8
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of the smaller of two subspaces lies in the larger: 0 nothing, 1 all of it.
+    """How much of the smaller of two subspaces is contained in the larger: 0 none, 1 all.
 
     phi = |U_a^T U_b|_F^2 / min(i, j) (Hu et al. 2021, arXiv 2106.09685, section 7.2), for the
     spaces of the first i and j singular vectors.

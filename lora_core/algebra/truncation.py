@@ -20,9 +20,9 @@ from .products import CHUNK_ROWS, compute_square, measure_difference
 #: Columns beyond the wanted rank, and power iterations, of the randomised SVD.
 OVERSAMPLING = 16
 POWER_ITERATIONS = 2
-#: Share of the smaller side from which a randomised SVD saves nothing over an exact one.
+#: Share of the smaller side above which a randomised SVD is no faster than an exact one.
 MAX_RANDOMISED = 1 / 4
-#: Share of the energy that float64 cannot tell from nothing.
+#: Share of the energy that float64 cannot distinguish from 0.
 ROUNDING = 1e-15
 #: Below this share a loss is measured on the difference, not as a difference of products.
 CANCELLATION = 1e-10
@@ -30,7 +30,7 @@ CANCELLATION = 1e-10
 
 @dataclass(frozen=True)
 class Truncated:
-    """A module's new weights, the energy of what they stand for, and that of what they lack."""
+    """A module's new weights, the energy of the original, and the energy lost."""
 
     weights: ModuleWeights
     energy: float

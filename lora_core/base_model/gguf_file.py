@@ -27,7 +27,7 @@ MAX_ENTRIES_PER_BYTE = 6
 
 @dataclass(frozen=True)
 class GgufEntry:
-    """Where one tensor's data lies."""
+    """Where one tensor's data is."""
 
     offset: int
     num_bytes: int
@@ -39,7 +39,7 @@ class GgufEntry:
 class GgufFile:
     """A GGUF whose header has been read. Nothing is mapped: each tensor is read when asked for.
 
-    `tensors` looks as a `SafetensorsFile`'s; quantised ones come as float32.
+    `tensors` has the form of `SafetensorsFile.tensors`; quantised ones come as float32.
 
     Raises:
         ConfigError: the gguf package is missing.
@@ -105,7 +105,7 @@ class GgufFile:
     def read_codes(
         self, key: str, rows: slice = slice(None), buffer: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The bytes as they lie in the file, uint8 (rows, bytes of a row)."""
+        """The bytes as stored in the file, uint8 (rows, bytes of a row)."""
         entry = self.entries[key]
         num_rows = entry.shape[0] if len(entry.shape) > 1 else 1
         row_bytes = entry.num_bytes // max(1, num_rows)

@@ -1,4 +1,4 @@
-"""Whether values that came from a file are of the types that a dataclass's fields say."""
+"""Whether values from a file have the types of a dataclass's fields."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-#: A whole number stands for a float, true and false for nothing else.
+#: An integer is accepted as a float; true and false as nothing else.
 ALLOWED: Mapping[Any, frozenset[type]] = {
     float: frozenset((float, int)),
     int: frozenset((int,)),

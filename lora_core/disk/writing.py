@@ -56,10 +56,10 @@ def rename(source: Path, target: Path) -> None:
 
 
 def insist(action: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
-    """What `action` gives, tried again as long as the system says that it is not permitted.
+    """The result of `action`, retried as long as the system denies permission.
 
-    Windows says so of a file that another process has open for the moment, be it this package in
-    another process or a virus scanner in a folder of fresh files; a network drive may, too.
+    Windows does so for a file that another process has open at the moment, be it this package in
+    another process or a virus scanner in a folder of new files; a network drive may, too.
 
     Raises:
         PermissionError: still after `patience_s` seconds.

@@ -1,7 +1,7 @@
 """Where a module's alpha comes from: its own tensor, else a config or header field, else the rank.
 
-The order is stated because producers disagree: kohya writes a tensor, diffusers hides the value
-in the header, PEFT in a file beside it, ai-toolkit and DiffSynth mean "alpha = rank" by silence.
+The order is stated because producers disagree: kohya writes a tensor, diffusers puts the value in
+the header, PEFT in a separate file; ai-toolkit and DiffSynth write none and mean "alpha = rank".
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class AlphaRules:
 
     configs: tuple[PeftConfig, ...] = ()
     unreadable: str | None = None
-    """The source whose text could not be read; it may have said something of alpha."""
+    """The source whose text could not be read; it may have held alpha."""
     findings: tuple[Finding, ...] = ()
     fallback: str = RULE_RANK
-    """The rule's name where the rank stands in."""
+    """The rule's name where the rank is used instead."""
 
     @property
     def config(self) -> PeftConfig | None:
@@ -73,11 +73,11 @@ class AlphaRules:
         """The rules for the adapter of these modules: another adapter's config is left out.
 
         Args:
-            ranks: module path -> rank; None where the tensors do not tell.
+            ranks: module path -> rank; None where the tensors do not determine it.
             name: of the adapter, for errors.
 
         Raises:
-            KeyFormatError: its config says that the tensors mean something else than they seem to.
+            KeyFormatError: by its config the tensors mean something else than they seem to.
         """
         kept, found, fallback = [], list(self.findings), self.fallback
         if self.unreadable:
@@ -85,7 +85,7 @@ class AlphaRules:
         for config in self.configs:
             contradiction = config.find_contradiction(ranks)
             if contradiction and config.source == PEFT_CONFIG:
-                # In a folder of many adapters it may be anybody's.
+                # In a folder of many adapters it may be another one's.
                 if not any(one.states_alpha for one in kept):
                     found.append(report_foreign_config(config, contradiction))
                     fallback = f"rank ({config.source} is another adapter's)"

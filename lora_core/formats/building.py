@@ -94,14 +94,14 @@ KINDS = (
 #: Under the others alpha is the limit itself, as ComfyUI's own trainer saves it.
 RELATIVE_OFT = ("kohya", "lycoris", "onetrainer")
 BOFT = "BOFT, which is not supported; use ComfyUI's LoraLoader"
-#: Of an example in a sentence that has two.
+#: Of an example in a message that has two.
 MAX_EXAMPLE = 130
 NO_USE = "has no use in a module of this kind"
 FUSED = "fuses query, key and value in a way that cannot be taken apart"
 
 
 class ModuleBuilder:
-    """Makes weights out of parts, and keeps what the report wants to know on the way."""
+    """Builds weights from parts, and records what the report needs."""
 
     def __init__(self, tensors: Mapping[str, AnyTensor], alpha_rules: AlphaRules, name: str):
         self._tensors = tensors
@@ -116,7 +116,7 @@ class ModuleBuilder:
         self.num_split = 0
         """Fused modules that were taken apart."""
         self.repeated: list[str] = []
-        """Modules that a fused one holds and that stand there alone too."""
+        """Modules that a fused one holds and that are also present on their own."""
         self._incomplete: list[str] = []
 
     def build_all(self, chosen: Mapping[str, ModuleParts]) -> dict[str, ModuleWeights]:
@@ -140,7 +140,7 @@ class ModuleBuilder:
         return modules
 
     def _split(self, path: str, modules: dict[str, ModuleWeights], parts: ModuleParts) -> None:
-        """Puts the modules that a fused one holds in its place."""
+        """Replaces a fused module by the modules it holds."""
         members = list_members(path)
         split = split_weights(modules.pop(path), len(members))
         if split is None:

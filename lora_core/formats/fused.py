@@ -1,7 +1,7 @@
 """Query, key and value in one module, as diffusers' fuse_qkv_projections joins them.
 
-The fused weight is the three below each other, so an adapter of it is taken apart exactly: rows of
-what lies on the output side, the rest shared.
+The fused weight stacks the three, so an adapter of it can be split exactly: rows of what is on the
+output side, the rest shared.
 """
 
 from __future__ import annotations

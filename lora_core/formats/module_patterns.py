@@ -1,7 +1,7 @@
 """PEFT's patterns of module names, matched without a regular expression.
 
 PEFT takes each as one: re.match(rf"(.*\\.)?({pattern})$", name), see get_pattern_key in
-peft/utils/other.py. Here the text comes from a stranger's file, and a regular expression can be
+peft/utils/other.py. Here the text comes from an untrusted file, and a regular expression can be
 written so that it never ends. What PEFT and people really write are module names, sometimes with
 ".*" or "\\d+"; for those the answer is PEFT's, in time linear in the name.
 """
@@ -60,7 +60,7 @@ class PatternTable:
                 self.not_taken.append(pattern)
 
     def _add_plain(self, index: int, pattern: str, tokens: tuple[object, ...]) -> None:
-        """By length and by where any character is allowed: one look finds one of thousands."""
+        """By length and wildcard positions: one lookup finds one of thousands."""
         holes = tuple(i for i, token in enumerate(tokens) if token is _ANY)
         text = "".join("." if token is _ANY else token for token in tokens)
         layouts = self._plain.setdefault(len(text), {})
@@ -93,7 +93,7 @@ def punch(text: str, holes: tuple[int, ...]) -> str:
 
 
 def build_masks(name: str) -> Mapping[object, int]:
-    """Character, or _DIGITS -> the places where it stands, as bits."""
+    """Character, or _DIGITS -> the positions where it occurs, as bits."""
     masks: dict[object, int] = {_DIGITS: 0}
     for i, char in enumerate(name):
         masks[char] = masks.get(char, 0) | 1 << i
@@ -107,8 +107,8 @@ def matches(
 ) -> bool:
     """Whether the tokens spell the name from one of `starts` to its end.
 
-    All ways are followed at once: bit i of `places` says that what was spelled so far may end
-    before character i, so that no text can make it try one after the other.
+    All paths are followed at once: bit i of `places` says that what was matched so far may end
+    before character i, so no text can cause backtracking.
     """
     whole = (1 << length + 1) - 1
     places = sum(1 << start for start in set(starts))

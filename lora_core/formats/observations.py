@@ -1,4 +1,4 @@
-"""What a reader did that is not plain to see in the result: one finding for each kind of it."""
+"""What a reader did that the result does not show: one finding per kind."""
 
 from __future__ import annotations
 

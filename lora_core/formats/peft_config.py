@@ -1,7 +1,7 @@
-"""PEFT's configuration of an adapter, from a header or from the file beside: what it says of scale.
+"""PEFT's configuration of an adapter, from a header or a separate file: what determines scale.
 
-Anybody may have written it, so every field is doubted: what cannot be taken is said, and what
-would make the tensors mean something else than lora_B @ lora_A is refused.
+It is untrusted, so every field is checked: what cannot be used is reported, and what would make
+the tensors mean something else than lora_B @ lora_A is refused.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The fields that decide the scale, and those that tell whose they are."""
+    """The fields that determine the scale, and those that identify the adapter."""
 
     source: str
-    """"metadata" or the name of a file; stands in the report."""
+    """"metadata" or the name of a file; part of the report."""
     alpha: float | None = None
     rank: int | None = None
     rank_stabilised: bool = False
     alpha_pattern: ModulePatterns = field(default_factory=lambda: ModulePatterns({}))
     rank_pattern: ModulePatterns = field(default_factory=lambda: ModulePatterns({}))
     target_modules: frozenset[str] | str | None = None
-    """Ends of names, or one pattern for the whole name; None where nothing is said."""
+    """Ends of names, or one pattern for the whole name; None where it is not stated."""
     is_lycoris: bool = False
     """LoHa or LoKr as PEFT trains them: scaled by alpha / rank also where no factor has a rank."""
     unusable_reason: str | None = None
-    """Why the tensors do not mean what they seem to, for a sentence: "was trained ..."."""
+    """Why the tensors do not mean what they seem to, for a message: "was trained ..."."""
     findings: tuple[Finding, ...] = ()
-    """One for each field that could not be taken."""
+    """One for each field that could not be used."""
     is_plain_field: bool = False
     """Only a number in the header, whose meaning no specification states."""
 
@@ -80,10 +80,10 @@ class PeftConfig:
         return self.rank if rank is None else int(rank)
 
     def find_contradiction(self, ranks: Mapping[str, int | None]) -> str | None:
-        """Why this cannot be the config of these modules; None where it may be.
+        """Why this cannot be the config of these modules; None where it can.
 
         Args:
-            ranks: module path -> rank; None where the tensors do not tell.
+            ranks: module path -> rank; None where the tensors do not determine it.
         """
         for path, rank in ranks.items():
             expected = self.resolve_rank(path)
@@ -105,7 +105,7 @@ class PeftConfig:
 
 
 def build_config(source: str, fields: Mapping[str, Any]) -> PeftConfig:
-    """What the fields say; those that cannot be taken are findings. Never raises."""
+    """The parsed fields; those that cannot be used become findings. Never raises."""
     reader = _FieldReader(source)
     peft_type = str(fields.get("peft_type") or "").upper()
     is_lycoris = peft_type in _LYCORIS_TYPES
@@ -133,7 +133,7 @@ def build_config(source: str, fields: Mapping[str, Any]) -> PeftConfig:
 
 
 class _FieldReader:
-    """Reads fields of one config and keeps a finding for each that is not as it should be."""
+    """Reads fields of one config and records a finding for each invalid one."""
 
     def __init__(self, source: str):
         self.source = source
@@ -208,7 +208,7 @@ def find_moving_start(value: Any) -> str | None:
 
 
 def explain_unusable(source: str, fields: Mapping[str, Any]) -> str | None:
-    """Why the tensors are no plain LoRA, DoRA, LoHa or LoKr, for a sentence; None if they are."""
+    """Why the tensors are no plain LoRA, DoRA, LoHa or LoKr, for a message; None if they are."""
     start = find_moving_start(fields.get("init_lora_weights"))
     if start is not None:
         return (

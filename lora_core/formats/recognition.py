@@ -1,4 +1,4 @@
-"""Telling a Qwen-Image adapter from everything else, with a sentence for everything else."""
+"""Distinguishing a Qwen-Image adapter from everything else, with a message for everything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A delta beside the weight it is added to."""
+"""A delta compared with the weight it is added to."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def compare_with_base(
     delta_spectral: float,
     is_sampled: bool,
 ) -> BaseStatistics:
-    """Figures of a delta, given by factors or as a matrix, beside its base weight.
+    """Statistics of a delta, given as factors or as a matrix, relative to its base weight.
 
     Args:
-        is_sampled: also round some rows for real.
+        is_sampled: also measure rounding on some rows.
 
     Raises:
         NonFiniteWeightsError: the base weight holds NaN or Inf.

@@ -33,7 +33,7 @@ ENERGY_90 = 0.9
 
 @dataclass(frozen=True)
 class Relation:
-    """How delta b stands to delta a. None where a norm is 0 and the question has no answer."""
+    """How delta b relates to delta a. None where a norm is 0 and the question has no answer."""
 
     products: Products
 
@@ -59,7 +59,7 @@ class Relation:
 
     @property
     def drift(self) -> float | None:
-        """|b - a| / |a|: the way from checkpoint a to checkpoint b, in lengths of a."""
+        """|b - a| / |a|: the distance from checkpoint a to checkpoint b, in lengths of a."""
         return self.products.square_difference**0.5 / self.norm_a if self.norm_a else None
 
     @property
@@ -125,7 +125,7 @@ class Comparison(Relation):
     only_in_a: tuple[str, ...] = ()
     only_in_b: tuple[str, ...] = ()
     not_comparable: Mapping[str, str] = field(default_factory=dict)
-    """Module path -> why; these are in no figure."""
+    """Module path -> why; these are in no statistic."""
 
     @property
     def conflict(self) -> float | None:
@@ -190,7 +190,7 @@ class Comparison(Relation):
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What no figure is of."""
+        """What no statistic includes."""
         if not self.not_comparable:
             return ()
         reasons = [f"{path}: {reason}" for path, reason in self.not_comparable.items()]

@@ -36,7 +36,7 @@ NUM_SAMPLED = 24
 
 @dataclass(frozen=True)
 class ModuleInspection:
-    """Figures of one module's delta. Those of a full scan are None unless it was asked for."""
+    """Statistics of one module's delta. Those of a full scan are None unless it was asked for."""
 
     kind: str
     shape: tuple[int, int]
@@ -64,14 +64,14 @@ class ModuleInspection:
     is_untrained: bool
     """The factor that starts at zero (lora_B) still is."""
     is_direction_only: bool = False
-    """A DoRA without its base: these are the figures of scale * B @ A, before the magnitude."""
+    """A DoRA without its base: these are the statistics of scale * B @ A, before the magnitude."""
     abs_max: float | None = None
     fraction_below_1e6: float | None = None
     fraction_below_std: float | None = None
     quantiles: Mapping[float, float] | None = None
     histogram: tuple[tuple[float, int], ...] | None = None
     base: BaseStatistics | None = None
-    """Beside the base weight, where one was given."""
+    """Relative to the base weight, where one was given."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,14 +79,14 @@ class ModuleInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Figures of a whole adapter."""
+    """Statistics of a whole adapter."""
 
     name: str
     modules: Mapping[str, ModuleInspection]
     skipped: Mapping[str, str] = field(default_factory=dict)
-    """Module path -> why it has no figures."""
+    """Module path -> why it has no statistics."""
     non_finite: tuple[str, ...] = ()
-    """Modules with NaN or Inf, as stored or in their delta; they have no figures either."""
+    """Modules with NaN or Inf, as stored or in their delta; they have no statistics either."""
     misfits: tuple[str, ...] = ()
     """Those of the skipped that the base lacks, or has in another shape."""
 
@@ -151,7 +151,7 @@ class Inspection:
 
     @property
     def verdict(self) -> tuple[str, ...]:
-        """Sentences, each with its figure and threshold."""
+        """Sentences, each with its value and threshold."""
         return tuple(finding.text for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,11 +174,11 @@ class Inspection:
 
 
 class NotInspected(NamedTuple):
-    """Why a module has no figures."""
+    """Why a module has no statistics."""
 
     reason: str
     is_mismatch: bool = False
-    """The base is at fault: it lacks the module or has it in another shape."""
+    """The base does not match: it lacks the module or has it in another shape."""
 
 
 def count(module: ModuleInspection) -> int:
@@ -203,14 +203,14 @@ def inspect_adapter(
 
     Raises:
         InterruptedError: `should_stop` returned True.
-        FileError: a file is damaged, went away or changed meanwhile.
+        FileError: a file is damaged, or was removed or changed meanwhile.
         KeyFormatError: the base is no Qwen-Image model.
     """
     weights_of_base = None if base is None else open_base(base)
     sampled = choose_sample(list(adapter.modules))
 
     def inspect(path: str, stop: ShouldStop | None) -> ModuleInspection | NotInspected | None:
-        """The figures, or why there are none; None for NaN or Inf."""
+        """The statistics, or why there are none; None for NaN or Inf."""
         weights = adapter.modules[path]
         weight = None if weights_of_base is None else weights_of_base.get(path)
         not_inspected = explain_not_inspectable(weights, weights_of_base, weight)
@@ -226,7 +226,7 @@ def inspect_adapter(
     paths = list(adapter.modules)
     if weights_of_base is None:
         found = map_in_threads(inspect, paths, progress, should_stop, "inspection")
-    else:  # one after the other, so that one of the base's weights is in memory at a time
+    else:  # one by one, so that only one of the base's weights is in memory at a time
         tracked = track(paths, progress, should_stop, "inspection")
         found = [inspect(path, should_stop) for path in tracked]
     adapter.release()
@@ -247,7 +247,7 @@ def inspect_adapter(
 
 
 def choose_sample(paths: list[str]) -> frozenset[str]:
-    """Modules whose merge is rounded for real: a few, spread over the whole adapter."""
+    """Modules whose merge is actually rounded: a few, spread over the whole adapter."""
     step = max(1, len(paths) // NUM_SAMPLED)
     return frozenset(paths[::step])
 
@@ -255,7 +255,7 @@ def choose_sample(paths: list[str]) -> frozenset[str]:
 def explain_not_inspectable(
     weights: ModuleWeights, base: BaseWeights | None, weight: BaseWeight | None
 ) -> NotInspected | None:
-    """Why a module has no figures, or None."""
+    """Why a module has no statistics, or None."""
     if weight is not None and not has_shape(weights, tuple(weight.stored.shape)):
         return NotInspected(
             f"the base's weight is {tuple(weight.stored.shape)}, the adapter was made for "

@@ -18,7 +18,7 @@ from ..text import shorten
 from .against_base import BaseStatistics
 from .inspection import Inspection, ModuleInspection
 
-#: Goes up when the same file would get other figures; the fields are compared anyway.
+#: Goes up when the same file would get other statistics; the fields are compared anyway.
 VERSION = 3
 HASH_CHUNK_BYTES = 1 << 24
 #: Of an inspection on disk; one of 840 modules of rank 128 has 3 MB.
@@ -30,11 +30,11 @@ NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 def compute_content_hash(adapter: Adapter) -> str | None:
     """A digest of everything an inspection depends on; None if not all of it is in one file.
 
-    The file's bytes are not enough: alpha may come from a file beside it, and an adapter may hold
+    The file's bytes are not enough: alpha may come from another file, and an adapter may hold
     only some of a file's modules.
 
     Raises:
-        FileError: the file went away or changed since it was opened.
+        FileError: the file was removed or changed since it was opened.
     """
     file = adapter.file
     tensors = [tensor for weights in adapter.modules.values() for tensor in weights.parts.values()]
@@ -52,11 +52,11 @@ def compute_content_hash(adapter: Adapter) -> str | None:
 
 
 def compute_file_identity(path: Path) -> str:
-    """A digest that tells one base model's file from another without reading all of it.
+    """A digest that distinguishes base model files without reading all of one.
 
     Of the name (it is in the sentences), size, modification time, header, and 4 KiB at each of 64
-    places. Only a file changed elsewhere, at the same size and under its old time, would pass for
-    what it was; hashing tens of gigabytes takes longer than the inspection it would save.
+    places. Only a file changed elsewhere, with the same size and modification time, would go
+    unnoticed; hashing tens of gigabytes takes longer than the inspection it would save.
 
     Raises:
         FileError: the file is missing or cannot be opened.

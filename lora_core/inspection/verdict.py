@@ -1,4 +1,4 @@
-"""Judging an inspection: sentences, each with the figure and the threshold behind it.
+"""Judging an inspection: sentences, each with the value and the threshold behind it.
 
 The ranges are those of known-good Qwen-Image-Edit LoRAs (DESIGN.md, section 5): std of the delta
 1e-4 to 1e-3, largest entry 1e-3 to 1e-2, fewer than 1 % of the entries below 1e-6.
@@ -27,7 +27,7 @@ FAINT_STD = 1e-5
 COLLAPSED = 0.05
 #: Noise of a merge, relative to the adapter, that still goes unnoticed.
 MERGE_ERROR = 0.25
-#: The kind of a finding that says there is nothing to judge.
+#: The kind of a finding that reports nothing to judge.
 NOTHING = "nothing_to_judge"
 #: Below this share of the root mean square a delta's mean does not count.
 SMALL_MEAN = 0.1
@@ -36,7 +36,7 @@ USUAL_SCALE = (1 / 64, 8.0)
 
 
 def judge(inspection: Inspection) -> tuple[Finding, ...]:
-    """The verdict, the gravest first; the last sentence says what kind of adapter this is."""
+    """The verdict, the most severe first; the last sentence names the kind of adapter."""
     findings = judge_defects(inspection)
     if inspection.modules:
         is_untrained = any(finding.kind == "untrained" for finding in findings)

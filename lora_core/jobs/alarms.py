@@ -1,4 +1,4 @@
-"""What a user should hear of before a training is over: that it diverges, overshoots or stands."""
+"""Alerts before a training is over: that it diverges, overshoots or stalls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..training.run.metrics import StepReport
 
 #: The smoothed loss has this many steps to settle before it is compared with its own minimum.
 SETTLING_STEPS = 50
-#: Times its own minimum, which the smoothed loss does not reach by the noise of its steps.
+#: Multiple of its own minimum that the smoothed loss does not reach by noise.
 DIVERGENCE = 2.0
 #: Steps in a row that it has to stay there.
 DIVERGENCE_STEPS = 25
@@ -19,7 +19,7 @@ STANDING_SHARE = 0.1
 
 
 class Alerts:
-    """Looks at every step's report; says each thing once."""
+    """Checks every step's report; reports each problem once."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -29,7 +29,7 @@ class Alerts:
         self._reported: set[str] = set()
 
     def check(self, report: StepReport) -> list[str]:
-        """Sentences with the figure, the threshold and what to do; mostly none."""
+        """Sentences with the value, the threshold and what to do; mostly none."""
         found = {
             "diverges": self._judge_loss(report),
             "saturated": self._judge_size(report),

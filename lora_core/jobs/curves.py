@@ -54,7 +54,7 @@ class MetricsReader:
 
     def _read_on(self, path: Path, file: Any) -> list[Row]:
         found = os.fstat(file.fileno())
-        # A run that goes on after a kill replaces the file by a shorter one (MetricsFile.cut).
+        # A run that resumes after a kill replaces the file by a shorter one (MetricsFile.cut).
         inode, offset, rows = self._known.pop(path, (found.st_ino, 0, []))
         if inode != found.st_ino or offset > found.st_size:
             offset, rows = 0, []
@@ -66,7 +66,7 @@ class MetricsReader:
             if row is not None:
                 rows.append(row)
             offset += len(line)
-        self._known[path] = (found.st_ino, offset, rows)  # the newest stands last
+        self._known[path] = (found.st_ino, offset, rows)  # the newest last
         while len(self._known) > self.capacity:
             del self._known[next(iter(self._known))]
         return rows
@@ -104,7 +104,7 @@ def build_curves(rows: Sequence[Row], max_points: int) -> dict[str, list[Any]]:
 
 
 def build_health(rows: Sequence[Row], max_points: int) -> dict[str, list[Any]]:
-    """As `build_curves`, with "step", for the steps at which the deltas were looked at."""
+    """As `build_curves`, with "step", for the steps at which the deltas were measured."""
     checks = [row for row in rows if row.get("health")]
     every = -(-len(checks) // max_points) or 1
     checks = checks[::-every][::-1]  # always with the last one

@@ -40,7 +40,7 @@ def estimate_in_process(
         with_samples: whether the job makes sample images.
 
     Raises:
-        ConfigError: what the measuring says is wrong with the run, in its own sentence.
+        ConfigError: what the measurement finds wrong with the run, in its own words.
         InterruptedError: `should_stop` returned True.
     """
     with tempfile.TemporaryDirectory(prefix="qwen_edit_lora_") as folder:
@@ -77,7 +77,7 @@ def estimate_in_process(
 
 
 def explain(errors: str, exit_code: int) -> str:
-    """The command's own sentence, or the last thing it said."""
+    """The command's own error message, or the last line it printed."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     own = [line.removeprefix(PREFIX) for line in lines if line.startswith(PREFIX)]
     if own:

@@ -1,4 +1,4 @@
-"""One job's folder: reading and writing its three JSON files, each whole or as it was before."""
+"""One job's folder: reading and writing its three JSON files, each write all or nothing."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ LOG_FILE = "log.txt"
 SAMPLES = "samples"
 #: Of a JSON file here; a state's notes, alarms and end of the log are limited.
 MAX_JSON_BYTES = 4 << 20
-#: Characters of what a sentence repeats about a damaged file.
+#: Characters of the reason that a message repeats about a damaged file.
 MAX_REASON = 200
 
 
 class BusyFileError(FileError):
-    """Another process has the file in its hands; nothing is known of what it says."""
+    """Another process has the file open; its content is unknown."""
 
 
 class JobFolder:
@@ -58,7 +58,7 @@ class JobFolder:
         return self.path.name
 
     def check_lock(self) -> None:
-        """Raises FileError where something lies in the lock's place that cannot be locked."""
+        """Raises FileError where the lock's path holds something that cannot be locked."""
         with contextlib.suppress(OSError):  # mostly there is none yet
             if not stat.S_ISREG((self.path / LOCK_FILE).lstat().st_mode):
                 raise FileError(
@@ -105,10 +105,10 @@ class JobFolder:
             raise self._explain_damage(STATE_FILE, e) from None
 
     def write_state(self, state: JobState, durable: bool = True) -> None:
-        """Only for who holds the lock.
+        """Only for the holder of the lock.
 
         Args:
-            durable: bring it to the disk, so that it outlives a power cut.
+            durable: flush it to disk, so that it survives a power cut.
         """
         self._write(STATE_FILE, dataclasses.asdict(state), durable)
 
@@ -176,7 +176,7 @@ class JobFolder:
             raise FileError(f"{name} of job {self.id} cannot be written: {explain(e)}") from None
 
     def clear_leftovers(self) -> None:
-        """Deletes half-written files of processes that were killed; for who holds the lock."""
+        """Deletes half-written files of processes that were killed; for the holder of the lock."""
         for name in (CONFIG_FILE, STATE_FILE):
             for path in self.path.glob(f".{name}.*.new"):
                 path.unlink(missing_ok=True)
@@ -264,7 +264,7 @@ NAMES = {str: "a text", int: "a whole number", float: "a finite number"}
 
 
 def is_plain(value: Any, kind: type) -> bool:
-    """Whether it is a text, a whole number of 64 bits or a finite one, as `kind` says."""
+    """Whether it is a text, a 64-bit integer or a finite float, according to `kind`."""
     if isinstance(value, bool):
         return False
     if kind is float and isinstance(value, float):

@@ -1,4 +1,4 @@
-"""A worker's own voice: writes its state, listens for requests, and knows when it is not wanted."""
+"""A worker's reporter: heartbeat, state writer, log, stop requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class JobReporter:
-    """Holds the state of the job that this process has; the only writer of its state.json."""
+    """Holds the state of this process's job; the only writer of its state.json."""
 
     def __init__(self, folder: JobFolder, state: JobState):
         self.folder = folder
@@ -43,11 +43,11 @@ class JobReporter:
         self._thread.start()
 
     def should_stop(self) -> bool:
-        """Whether somebody wants the training to end."""
+        """Whether the training has been asked to stop."""
         return self.is_terminated() or self.folder.read_request() in (Request.PAUSE, Request.CANCEL)
 
     def update(self, **changes: Any) -> None:
-        """Changes the state; it is written at once where more than figures changed."""
+        """Changes the state; it is written at once where more than metrics changed."""
         with self._lock:
             before, self.state = self.state, dataclasses.replace(self.state, **changes)
             is_due = time.monotonic() - self._written_at > WRITE_INTERVAL
@@ -56,22 +56,22 @@ class JobReporter:
                 self._write(durable=False)
 
     def log(self, sentence: str) -> None:
-        """Into the log."""
+        """Writes to the log."""
         log_line(sentence)
 
     def add_note(self, sentence: str) -> None:
-        """Into the log and the job's notes."""
+        """Writes to the log and adds to the job's notes."""
         log_line(sentence)
         self.update(notes=(*self.state.notes, sentence)[-20:])
 
     def add_alert(self, sentence: str) -> None:
-        """Into the log and the job's alarms, each once."""
+        """Writes to the log and adds to the job's alarms, once each."""
         if sentence not in self.state.alarms:
             log_line(f"alarm: {sentence}")
             self.update(alarms=(*self.state.alarms, sentence)[-20:])
 
     def report(self, report: StepReport) -> None:
-        """Takes over a step's figures."""
+        """Updates the state from a step's metrics."""
         past = self.state.seconds_per_step
         seconds = report.seconds
         if past is not None:
@@ -91,7 +91,7 @@ class JobReporter:
         )
 
     def finish(self, status: JobStatus, **changes: Any) -> None:
-        """Writes the last state of this process, in which nobody works on the job.
+        """Writes the last state of this process, in which no process works on the job.
 
         Raises:
             FileError: the disk does not take it.
@@ -126,7 +126,7 @@ class JobReporter:
                     self._write(durable=False)
 
     def _stop_loading(self) -> None:
-        """Ends the process where it has nothing yet that would have to be saved."""
+        """Ends the process while it has nothing that would have to be saved."""
         request = self.folder.read_request()
         status = {Request.PAUSE: JobStatus.PAUSED, Request.CANCEL: JobStatus.CANCELLED}.get(request)
         if status is None:
@@ -146,11 +146,11 @@ class JobReporter:
         try:
             self.folder.write_state(self.state, durable)
         except FileError as e:
-            logger.warning("%s", e)  # figures only; training decides for itself what it cannot save
+            logger.warning("%s", e)  # metrics only; training decides for itself what it cannot save
 
 
 def is_gone(path: Path) -> bool:
-    """Not because of a moment in which Windows lets nobody look at the file."""
+    """Whether the file was deleted; Windows may deny access for a moment, which does not count."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -161,14 +161,14 @@ def is_gone(path: Path) -> bool:
 
 
 class NullReporter:
-    """For the processes of a team that do not speak for it."""
+    """For every process but rank 0: reports nothing."""
 
     def __init__(self, folder: JobFolder):
         self.folder = folder
         self.is_terminated: Callable[[], bool] = lambda: False
 
     def should_stop(self) -> bool:
-        """The request itself is the first process's to hear; all stop when one of them does."""
+        """Rank 0 reads the request itself; all stop when one of them does."""
         return self.is_terminated()
 
     def update(self, **changes: Any) -> None:

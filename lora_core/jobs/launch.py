@@ -17,7 +17,7 @@ from .folder import JobFolder
 
 #: The folder that holds `lora_core`.
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-#: A worker's exit status for "somebody else has the job or the device".
+#: A worker's exit status for "another process has the job or the device".
 EXIT_TAKEN = 75
 #: And for "the job does not want to run any more". Not 0, which anything that never came to work
 #: on the job may end with.
@@ -31,7 +31,7 @@ BOOT = (
     "import runpy; runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
 WORKER = "lora_core.jobs.worker"
-#: Tells a worker that ComfyUI computes on its GPU too.
+#: Option for a worker: ComfyUI computes on its GPU too.
 SHARED = "--shared"
 #: ComfyUI's own settings for its own process, and those of `accelerate launch`.
 NOT_INHERITED = (
@@ -51,7 +51,7 @@ def build_environment(devices: Sequence[Device], inherited: Mapping[str, str]) -
     environment |= show_only(devices)
     has_gpu = any(device.is_gpu for device in devices)
     if len(devices) > 1 and not has_gpu and sys.platform == "linux":
-        # Processes of one machine need no name that others resolve.
+        # Processes on one machine need no resolvable host name.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if has_gpu and sys.platform == "linux":
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -76,7 +76,7 @@ def run_module(module: str, *arguments: str) -> list[str]:
 
 
 def hide_window(flags: int = 0) -> dict[str, Any]:
-    """For `Popen`: no console window opens, where a program without one would get one."""
+    """For `Popen`: keeps a program without a console from opening one."""
     if os.name != "nt":
         return {}
     return {"creationflags": flags | subprocess.CREATE_NO_WINDOW}
@@ -85,7 +85,7 @@ def hide_window(flags: int = 0) -> dict[str, Any]:
 def build_command(root: Path, job_id: str, devices: Sequence[Device]) -> list[str]:
     """One process; for several devices PyTorch's launcher, which starts one for each.
 
-    One process too for several GPUs that nothing here could join: it says so.
+    Also one process for several GPUs that nothing here can join: it reports the error.
     """
     names = (",".join(device.key for device in devices), ",".join(d.name for d in devices))
     shared = [SHARED] if any(device.is_shared for device in devices) else []
@@ -100,10 +100,10 @@ def build_command(root: Path, job_id: str, devices: Sequence[Device]) -> list[st
 def start_worker(
     root: Path, folder: JobFolder, devices: Sequence[Device]
 ) -> subprocess.Popen[bytes]:
-    """Starts a worker in a session of its own; it outlives this process.
+    """Starts a worker in its own session; it outlives this process.
 
-    For several devices it is the launcher whose process is returned. Its exit status says nothing
-    of why a process under it ended.
+    For several devices the launcher's process is returned. Its exit status does not tell why a
+    process under it ended.
 
     Raises:
         FileError: the process or its log cannot be made.

@@ -1,4 +1,4 @@
-"""Latents -> PNG files, by a VAE that has the device's memory only while it is needed."""
+"""Latents -> PNG files, by a VAE that is on the device only while it is needed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ON_CPU = "the pictures do not fit into the device's memory and are decoded on th
 
 
 class ImageWriter:
-    """Decodes and writes; what goes wrong with decoding is noted once and ends nothing.
+    """Decodes and writes; decoding errors are noted once and are not fatal.
 
     Args:
         path: the VAE's file; "" where there is none.
-        decode: what the run has already for its losses; used where there is no path.
-        notify: told in a sentence why there are no pictures, or why they take longer.
+        decode: the run's own decoder for its losses; used where there is no path.
+        notify: called with a sentence on why there are no images, or why they take longer.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class ImageWriter:
         sentence = ""
         try:
             return self._decode(latents)
-        except LoraError as e:  # the file is gone or damaged
+        except LoraError as e:  # the file is missing or damaged
             sentence = f"no pictures are made, latents only: {e}"
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
-        # Outside of the handler, whose exception holds the tensors that took the memory.
+        # Outside of the handler, whose exception keeps the tensors alive.
         if not sentence and self.path and self.device.type != "cpu":
             if self._in_tiles:
                 self._drop()
@@ -113,6 +113,6 @@ class ImageWriter:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Gives back what PyTorch keeps of memory that nobody uses any more."""
+    """Releases PyTorch's cached memory that is no longer in use."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A job's pictures by their names: samples, and beside them what they are made from and for."""
+"""A job's images by their names: samples, their sources and their targets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .folder import list_inside, open_inside
 from .job import UnknownImageError
 
 Kind = Literal["source", "target", "sample"]
-#: As they stand beside each other.
+#: In the order of display.
 KINDS: tuple[Kind, ...] = ("source", "target", "sample")
 SUFFIX = ".png"
 
@@ -30,7 +30,7 @@ class JobImage:
     """One PNG file of a job."""
 
     name: str
-    """Its file's."""
+    """Of its file."""
     kind: Kind
     item: str
     """Key in the training set."""
@@ -54,7 +54,7 @@ def name_sample(item: str, step: int) -> str:
 
 
 def parse_name(name: str) -> JobImage | None:
-    """None for what is no picture's name."""
+    """None for what is no image's name."""
     for kind, pattern in _NAMES.items():
         if match := pattern.fullmatch(name):
             item = match["item"]

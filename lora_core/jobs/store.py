@@ -1,4 +1,4 @@
-"""`JobStore`: what a program does with training jobs. Several processes may use one folder."""
+"""`JobStore`: the interface to training jobs. Several processes may use one folder."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ WAIT_INTERVAL = 0.2  # seconds
 class JobStore:
     """The jobs below one folder, for any number of threads and processes at once.
 
-    Every method that takes a job id raises ConfigError for what is no id and UnknownJobError where
+    Every method that takes a job id raises ConfigError for an invalid id and UnknownJobError where
     there is no such job; those that change something raise JobStateError where its state forbids
     it, and FileError where the disk is full or read-only.
     """
@@ -71,7 +71,7 @@ class JobStore:
         except OSError as e:
             raise FileError(f"the jobs' folder cannot be made: {explain(e)}") from None
         self._submissions = FileLock(self.root / "submissions.lock")
-        self._submissions.is_held()  # says where there are no locks
+        self._submissions.is_held()  # raises where there are no locks
         self.index = JobIndex(self.root / INDEX_FILE)
         self.catalog = Catalog(self.root / JOBS, self.index)
 
@@ -110,10 +110,10 @@ class JobStore:
 
         Args:
             should_stop: asked a few times a second; True ends the waiting, not the job.
-            notify: told the job whenever it changed.
+            notify: called with the job whenever it changed.
 
         Returns:
-            The job as it was last: finished, paused, or whatever it was when the time was over.
+            The job's last state: finished, paused, or whatever it was at the timeout.
 
         Raises:
             InterruptedError: `should_stop` returned True.
@@ -177,7 +177,7 @@ class JobStore:
                 return []
 
     def list_samples(self, job_id: str) -> list[Path]:
-        """Pictures and latents made on the way, in the order of their steps."""
+        """Images and latents made during training, in the order of their steps."""
         folder = self.catalog.find(job_id)
         return [path for path in list_inside(folder.samples) if not path.name.startswith(".")]
 
@@ -249,7 +249,7 @@ class JobStore:
         return job_id
 
     def pause(self, job_id: str) -> Job:
-        """A checkpoint after the step under way, then the process ends; at once if it only waits.
+        """Saves a checkpoint after the current step, then the process ends; at once if queued.
 
         Raises:
             JobStateError: the job is finished.
@@ -257,10 +257,10 @@ class JobStore:
         return self._ask(job_id, Request.PAUSE)
 
     def cancel(self, job_id: str) -> Job:
-        """A checkpoint and an adapter after the step under way, then the process ends.
+        """Saves a checkpoint and an adapter after the current step, then the process ends.
 
-        Asked a second time of a worker that gives no sign of life, it ends the process at once;
-        what was saved before is kept.
+        A second request to an unresponsive worker ends its process at once; what was saved before
+        is kept.
 
         Raises:
             JobStateError: the job is completed or failed.
@@ -272,9 +272,9 @@ class JobStore:
         return job
 
     def resume(self, job_id: str) -> Job:
-        """Back into the queue, at its end: paused, failed and cancelled jobs. Goes on where it was.
+        """Requeues paused, failed and cancelled jobs at the end; they resume where they stopped.
 
-        A pause or cancellation that the worker has not got to yet is taken back.
+        A pause or cancellation that the worker has not handled yet is withdrawn.
 
         Raises:
             JobStateError: the job is completed, or runs or waits anyway.
@@ -286,7 +286,7 @@ class JobStore:
 
         Args:
             changes: by dotted name, `{"steps": 500, "lora.rank": 8, "samples.every": 100}`: those
-                of `TrainConfig`, and of `JobSettings` beside `train`.
+                of `TrainConfig`, and of `JobSettings` besides `train`.
 
         Returns:
             The new job's id.
@@ -384,7 +384,7 @@ class JobStore:
             try:
                 age_s = time.time() - path.stat().st_mtime
             except OSError:
-                continue  # somebody else deletes it
+                continue  # another process is deleting it
             if path.suffix == ".deleted" or (path.suffix == ".new" and age_s > LEFTOVER_AGE):
                 remove_traces(path)
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Who starts workers, and notices when one dies: a thread in ComfyUI, or a program of its own.
+"""Starts workers, and notices when one dies: a thread in ComfyUI, or a separate program.
 
-Any number of supervisors may look after one store. Nothing is kept only here, so one that is
-killed is replaced by the next, which finds running workers by the locks they hold.
+Any number of supervisors may serve one store. No state is kept only here, so one that is killed is
+replaced by the next, which finds running workers by the locks they hold.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ from .store import JobStore
 
 TICK_INTERVAL = 0.5  # seconds
 CLAIM_TIMEOUT = 60.0  # seconds from the claim to the worker's first sign of life
-#: Seconds that the one who started a worker has to tell its exit status before others settle it.
+#: Seconds that a worker's parent has to record its exit status before others settle the job.
 PARENT_TIMEOUT = 3.0
 EXIT_FAILED = 1
-#: In the place of a launcher's exit status, or of 0 where the worker did nothing; no process has
-#: them.
+#: Replace a launcher's exit status, or 0 where the worker did nothing; no process has them.
 LAUNCHER_FAILED = 1 << 16
 DID_NOTHING = 1 << 17
 
@@ -58,14 +57,14 @@ class Child:
 
 
 class Supervisor:
-    """Looks after a store: `start` a thread, or call `tick` oneself.
+    """Supervises a store: `start` a thread, or call `tick` directly.
 
     Args:
         devices: those this supervisor uses; all of the machine if None.
-        prepare: asked before a worker is started on a device until it says True; frees memory.
-        listener: told (id, job) for each job that changed and (id, None) for one that was
-            deleted, in the supervisor's thread.
-        launch: starts a worker on devices and gives something with `poll`, as
+        prepare: called before a worker is started on a device until it returns True; frees memory.
+        listener: called with (id, job) for each job that changed and (id, None) for one that
+            was deleted, in the supervisor's thread.
+        launch: starts a worker on devices and returns an object with `poll`, as
             `launch.start_worker` does.
     """
 
@@ -104,7 +103,7 @@ class Supervisor:
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; workers go on."""
+        """Ends the thread; workers keep running."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -121,24 +120,24 @@ class Supervisor:
                 self.tick()
                 self._problem = ""
             except Exception as e:
-                # Whatever it is, jobs that run must not be left alone for the rest of the session.
+                # Whatever it is, running jobs must stay supervised for the rest of the session.
                 if repr(e) != self._problem:
                     self._problem = repr(e)
                     logger.exception("Qwen Edit LoRA: the training jobs could not be looked after")
             self._stop.wait(TICK_INTERVAL)
 
     def tick(self) -> None:
-        """Looks once at everything: ended workers, requests, free devices, changes."""
+        """One pass over everything: ended workers, requests, free devices, changes."""
         self._warned_before, self._warned = self._warned, set()
         self._collect()
         jobs = [self._handle(job) for job in self.store.list()]
         self._start_next(jobs)
         self._notify_listener(jobs)
 
-    # --- the dead ---
+    # --- ended workers ---
 
     def _collect(self) -> None:
-        """Exit statuses of workers started here; this is also what makes the system forget them."""
+        """Collects exit statuses of workers started here, which also reaps them."""
         for job_id, child in list(self._children.items()):
             code = child.process.poll()
             if code is not None:
@@ -153,16 +152,16 @@ class Supervisor:
                     self._exit_codes[job_id] = DID_NOTHING
 
     def _has_reported(self, child: Child) -> bool:
-        """Whether the worker under a launcher wrote down itself what became of the job."""
+        """Whether the worker under a launcher recorded the job's outcome itself."""
         try:
             state = self.store.get(child.job_id).state
         except LoraError:
-            return True  # deleted or damaged: nothing to be told any more
+            return True  # deleted or damaged: nothing left to report
         began = state.parent is not None and state.parent.pid == child.process.pid
         return began and state.status is not JobStatus.IN_PROGRESS
 
     def _did_nothing(self, child: Child) -> bool:
-        """Whether a worker that ended as if all were well never touched a job that waits for it."""
+        """Whether a worker that exited with 0 never touched its pending job."""
         try:
             job = self.store.get(child.job_id)
         except LoraError:
@@ -170,7 +169,7 @@ class Supervisor:
         return job.request is None and job.state == child.before
 
     def _handle(self, job: Job) -> Job:
-        """The job after what had to be done about it; of one job, nothing keeps from the others."""
+        """The job after any action it needed; an error in one job does not affect the others."""
         try:
             return self._handle_unguarded(job)
         except Exception as e:  # noqa: BLE001 - whatever it is, it is told
@@ -210,7 +209,7 @@ class Supervisor:
             folder.lock.release()
 
     def _may_settle(self, job: Job) -> bool:
-        """Leaves a dead worker to who started it, for a while: only he knows its exit status."""
+        """Leaves a dead worker to its parent for a while: only the parent knows its exit status."""
         seen = self._first_seen_dead.setdefault(job.id, time.monotonic())
         if job.id in self._children and job.status is not JobStatus.IN_PROGRESS:
             return True
@@ -220,7 +219,7 @@ class Supervisor:
         return not is_other or time.monotonic() - seen > PARENT_TIMEOUT
 
     def _settle(self, job: Job, folder: JobFolder) -> Job:
-        """Writes down what became of a job without a worker; its lock is held."""
+        """Records the outcome of a job without a worker; its lock is held."""
         self._first_seen_dead.pop(job.id, None)
         code = self._exit_codes.get(job.id)
         state = job.state
@@ -242,11 +241,11 @@ class Supervisor:
         if state != job.state:
             folder.write_state(state)
             job = dataclasses.replace(job, state=state)
-        self._exit_codes.pop(job.id, None)  # not before it is written down
+        self._exit_codes.pop(job.id, None)  # not before it is recorded
         return self.store.apply_request(job) if job.request else job
 
     def _decide_after_death(self, job: Job, folder: JobFolder, code: int | None) -> JobState:
-        """A job whose worker died: again, or failed."""
+        """The state of a job whose worker died: restarted, or failed."""
         steps = CheckpointFolder(folder.path / CHECKPOINTS).list_steps()
         reached = steps[-1] if steps else 0
         restarts = 0 if reached > job.state.restarted_at_step else job.state.restarts
@@ -256,7 +255,7 @@ class Supervisor:
             return fail(dataclasses.replace(job.state, checkpoint_step=reached), failure)
         return restart_or_fail(job.state, job.settings, reached, failure)
 
-    # --- the next ---
+    # --- starting workers ---
 
     def _start_next(self, jobs: Sequence[Job]) -> None:
         waiting = sorted(
@@ -269,7 +268,7 @@ class Supervisor:
         taken = {device for child in self._children.values() for device in child.devices}
         taken |= {d for d in self.devices if self.store.get_device_lock(d.key).is_held()}
         for job in waiting:
-            # one that ended badly waits until that is written down
+            # a failed one waits until that is recorded
             if job.id in self._children or job.id in self._exit_codes:
                 continue
             settings = job.settings
@@ -281,7 +280,7 @@ class Supervisor:
                 taken,
             )
             is_free = bool(chosen) and taken.isdisjoint(chosen)
-            taken.update(chosen)  # kept for it, also while it waits for others
+            taken.update(chosen)  # reserved for it, also while it waits for others
             try:
                 if is_free and self._is_prepared(job, chosen):
                     self._start(job, chosen)
@@ -289,7 +288,7 @@ class Supervisor:
                 self._log_failure(job, e)
 
     def _is_prepared(self, job: Job, devices: Sequence[Device]) -> bool:
-        """Asked again at the next tick until it is."""
+        """Checked again at each tick until it is."""
         return self.prepare is None or all(self.prepare(job, device) for device in devices)
 
     def _renew_claims(self) -> None:
@@ -322,7 +321,7 @@ class Supervisor:
             return
         self._children[job.id] = Child(process, job.id, tuple(devices), job.state)
 
-    # --- telling ---
+    # --- reporting ---
 
     def _notify_listener(self, jobs: Sequence[Job]) -> None:
         reported = {}
@@ -336,13 +335,13 @@ class Supervisor:
         self._reported = reported
 
     def _warn_once(self, sentence: str) -> None:
-        """Not again at each tick as long as it is so."""
+        """Does not repeat it at each tick while it persists."""
         if sentence not in self._warned | self._warned_before:
             logger.warning("Qwen Edit LoRA: %s", sentence)
         self._warned.add(sentence)
 
     def _log_failure(self, job: Job, error: Exception) -> None:
-        """As `_warn_once`, with what a programmer wants to know."""
+        """As `_warn_once`, with the traceback."""
         sentence = f"job {job.id} could not be looked after ({type(error).__name__})"
         if sentence not in self._warned | self._warned_before:
             logger.error("Qwen Edit LoRA: %s.", sentence, exc_info=error)
@@ -355,7 +354,7 @@ def name_claim(job_id: str, index: int) -> str:
 
 
 def to_owner(identity: WorkerIdentity | None) -> str:
-    """A supervisor's name in the index, from which others see whether it lives."""
+    """A supervisor's name in the index, by which others can tell whether it is alive."""
     return json.dumps(dataclasses.asdict(identity)) if identity else secrets.token_hex(8)
 
 

@@ -1,4 +1,4 @@
-"""What a worker does with its job: loads, trains from the last checkpoint on, publishes."""
+"""What a worker does with its job: loads, trains from the last checkpoint, publishes."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ LOG_EVERY = 10  # steps
 
 
 class Stop:
-    """Whether the training is to stop: once it was said, it stays said until `reset`.
+    """Whether the training should stop: once requested, it stays requested until `reset`.
 
-    What is left out for a stop must not be missing where the stop is taken back a moment later; so
-    all who ask hear the same, and `run_job` asks anew when everything is saved.
+    Work skipped for a stop must not be missing if the stop is withdrawn a moment later; so every
+    caller gets the same answer, and `run_job` checks again when everything is saved.
     """
 
     def __init__(self, should_stop: ShouldStop):
@@ -61,15 +61,15 @@ def run_job(
     accelerator: Accelerator | None = None,
     is_shared: bool = False,
 ) -> bool:
-    """Trains until the end or until the pulse says stop; either way everything is saved.
+    """Trains until the end or until the reporter requests a stop; either way everything is saved.
 
     Args:
-        devices: names of those that the job got.
-        accelerator: for one of several processes; the first of them makes samples and publishes.
+        devices: names of the job's devices.
+        accelerator: for one of several processes; rank 0 makes samples and publishes.
         is_shared: whether ComfyUI computes on the device too.
 
     Returns:
-        Whether it got to the end, and the adapter is where it was wanted.
+        Whether it reached the end, and the adapter is in its final place.
 
     Raises:
         LoraError: what is wrong with the job.
@@ -140,7 +140,7 @@ def open_run(
     reporter: JobReporter | NullReporter,
     processes: Processes,
 ) -> Run:
-    """What `train` opens, kept at hand since a run that is stopped shall also leave an adapter."""
+    """What `train` opens, kept since a stopped run should also leave an adapter."""
     return Run(
         config,
         session.model,
@@ -170,7 +170,7 @@ def take_sample(
 
 @contextmanager
 def sampling(sampler: Sampler, reporter: JobReporter | NullReporter) -> Iterator[None]:
-    """Where samples do not fit into memory, training goes on without them."""
+    """Where samples do not fit into memory, training continues without them."""
     reporter.update(phase=Phase.SAMPLING)
     try:
         yield

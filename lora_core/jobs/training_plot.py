@@ -1,4 +1,4 @@
-"""The picture of a training: loss, and beside it how large the LoRA and its gradients are."""
+"""The plot of a training: loss, and the size of the LoRA and its gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..drawing.style import (
 )
 from ..inspection.verdict import GOOD_STD
 
-#: Points drawn of a curve: each stands for the mean of the steps around it.
+#: Points drawn per curve: each is the mean of the steps around it.
 MAX_POINTS = 1000
 #: Raw losses above this quantile do not stretch the axis.
 SHOWN_QUANTILE = 0.995
@@ -40,7 +40,7 @@ def draw_training(name: str, metrics: Sequence[Mapping[str, Any]], num_steps: in
 
     Args:
         metrics: lines of metrics.jsonl, in order; see `training.metrics.StepReport`.
-        num_steps: of the whole run, the width of the picture.
+        num_steps: of the whole run, the width of the plot.
 
     Returns:
         uint8 (height, width, 3).
@@ -107,7 +107,7 @@ def thin(metrics: Sequence[Mapping[str, Any]], get: Any) -> tuple[np.ndarray, np
 
 
 def describe(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The latest figures in a sentence."""
+    """The latest metrics in a sentence."""
     last = metrics[-1]
     parts = [
         f"loss {last['smoothed_loss']:.4f} (smoothed), learning rate {last['learning_rate']:.2g}, "

@@ -1,10 +1,10 @@
-"""The process that trains one job: `launch.start_worker` starts it, and its job's end is its own.
+"""The process that trains one job: `launch.start_worker` starts it, and it ends with its job.
 
     python -m lora_core.jobs.worker STORE JOB DEVICE_KEYS DEVICE_NAMES [--shared]
 
-It takes the locks of the job and of its device, and gives them and all memory back by ending. It
-does not watch whoever started it: when ComfyUI ends or crashes, training goes on, and the next
-ComfyUI finds it. Without its job's folder it ends by itself.
+It takes the locks of the job and of its device, and releases them and all memory by ending. It does
+not depend on its parent: when ComfyUI ends or crashes, training goes on, and the next ComfyUI finds
+it. If its job's folder disappears, it ends by itself.
 
 With --shared it leaves ComfyUI, which computes on the same GPU, a part of the memory.
 
@@ -42,11 +42,11 @@ from .team import (
     write_failure,
 )
 
-#: Seconds to wait for who only looks whether a lock is free.
+#: Seconds to wait for processes that only check whether a lock is free.
 LOCK_TIMEOUT = 2.0
 EXIT_FAILED = 1
 EXIT_UNREPORTED = 74
-#: Points by which Linux shall rather end this process than ComfyUI where memory runs out.
+#: Points by which Linux prefers to end this process over ComfyUI when memory runs out.
 OUT_OF_MEMORY_SCORE = 500
 
 
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
 
 def acquire_locks(folder: JobFolder, device_locks: Sequence[FileLock]) -> int | None:
-    """Takes all locks, which are given back when the process ends and not before.
+    """Takes all locks, which are released only when the process ends.
 
     Returns:
         None where the job may begin, the exit status otherwise.
@@ -126,13 +126,13 @@ def run_main(
     if isinstance(reporter, NullReporter):
         return run_follower(settings, folder, devices, is_shared, reporter, group)
     log_line(f"worker {os.getpid()} takes job {folder.id} on {', '.join(devices)}")
-    # Around it all: a launcher tells all processes to end when one has died, and this one has to
-    # write down why.
+    # Around everything: a launcher tells all processes to end when one has died, and this one has
+    # to record why.
     with stop_on_signals() as is_terminated:
         reporter.is_terminated = is_terminated
         try:
             group.watch(lambda dead: finish_after_death(dead, settings, folder, reporter, group))
-            # heavy, and anything that is wrong with an installation shows here
+            # expensive, and a broken installation fails here
             from .training_job import run_job
 
             is_done = run_job(settings, folder, devices, reporter, group.accelerator, is_shared)
@@ -142,10 +142,10 @@ def run_main(
             else:
                 finish_stopped(settings, folder, reporter)
             return 0
-        except BaseException as e:  # noqa: BLE001 - whatever it is, the user has to be told
+        except BaseException as e:  # noqa: BLE001 - whatever it is, it must be reported
             if not isinstance(e, LoraError):
                 traceback.print_exc()
-            # What a dead process does to the others comes as an error of the communication.
+            # To the others, the death of a process appears as a communication error.
             dead = group.find_dead(DEATH_TIMEOUT)
             group.stop_watching()
             if dead is not None:
@@ -171,7 +171,7 @@ def run_follower(
             run_job(settings, folder, devices, reporter, group.accelerator, is_shared)
             group.wait_for_main()
         return 0
-    except BaseException as e:  # noqa: BLE001 - the first process tells it
+    except BaseException as e:  # noqa: BLE001 - rank 0 reports it
         dead = group.find_dead(DEATH_TIMEOUT)
         if dead is None:
             if not isinstance(e, LoraError):
@@ -189,10 +189,10 @@ def finish_after_death(
     group: ProcessGroup,
     exit_now: bool = True,
 ) -> int:
-    """Ends the job's first process because another one has ended; the rest end with this one.
+    """Ends rank 0 because another process has ended; the rest end with this one.
 
     Args:
-        leave: end this process here and now, from whatever thread.
+        exit_now: end this process immediately, from whatever thread.
     """
     try:
         reported = pop_failure(folder, dead)
@@ -222,7 +222,7 @@ def finish_after_death(
 
 
 def finish_stopped(settings: JobSettings, folder: JobFolder, reporter: JobReporter) -> None:
-    """The state after a stop that was asked for; a request taken back meanwhile counts."""
+    """Writes the state after a requested stop; a request withdrawn meanwhile counts."""
     request = folder.read_request()
     if request is Request.CANCEL:
         reporter.finish(JobStatus.CANCELLED)
@@ -234,7 +234,7 @@ def finish_stopped(settings: JobSettings, folder: JobFolder, reporter: JobReport
         )
         state = restart_or_fail(reporter.state, settings, reporter.state.step, failure)
         reporter.finish_as(state)
-    else:  # taken back after the worker had asked for the last time: no fault of the job's
+    else:  # withdrawn after the worker's last check: no failure of the job
         reporter.finish(JobStatus.PENDING)
 
 
@@ -255,7 +255,7 @@ def finish_failed(
 
 
 def lower_priority(niceness: int) -> None:
-    """Lets ComfyUI have the CPU first, and live where memory runs out."""
+    """Gives ComfyUI priority on the CPU, and lets it survive when memory runs out."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OUT_OF_MEMORY_SCORE))
     if hasattr(os, "nice"):

@@ -1,4 +1,4 @@
-"""What is known of adapter files, kept over restarts. For speed only: it may be deleted."""
+"""What is known of adapter files, kept across restarts. For speed only: it may be deleted."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..inspection import saved
 from .facts import AdapterFacts
 from .health import Health
 
-#: Goes up when the same file would get other facts or another verdict.
+#: Goes up when the same file would get different facts or a different verdict.
 VERSION = 2
 #: A thousand files take 2 MB.
 MAX_BYTES = 256 << 20
 
 Fingerprint = tuple[int, ...]
-"""Size, time of change in ns, and the same of a config file beside it: what a file was known by."""
+"""Size and mtime in ns of a file, then those of its config file, if any."""
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What is known of the file that had this stamp."""
+    """What is known of the file that had this fingerprint, `stamp` in the JSON."""
 
     stamp: Fingerprint
     facts: AdapterFacts | None = None

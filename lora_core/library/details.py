@@ -1,4 +1,4 @@
-"""Everything that is worth reading about one file: its metadata and a table of its modules."""
+"""Details of one file: its metadata and a table of its modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .facts import OK, AdapterFacts
 from .health import Health, finite_or_none
 from .metadata import count_tags, list_known_fields
 
-#: Of a metadata value. Trainers put whole data sets' tags and pictures in there.
+#: Of a metadata value. Trainers put the tags and images of whole data sets in there.
 MAX_VALUE = 2000
 MAX_FIELDS = 200
 
@@ -26,7 +26,7 @@ def describe_file(path: Path, facts: AdapterFacts, health: Health | None) -> dic
     """JSON-able: "known", "tags", "metadata", "modules", "hints".
 
     Raises:
-        FileError: the file went away meanwhile.
+        FileError: the file was removed meanwhile.
     """
     hints: tuple[str, ...] = ()
     modules: list[dict[str, Any]] = []
@@ -42,7 +42,7 @@ def describe_file(path: Path, facts: AdapterFacts, health: Health | None) -> dic
             file.release()
             metadata = file.metadata
         except LoraError:
-            pass  # `facts.error` says it
+            pass  # `facts.error` reports it
     return {
         "known": list_known_fields(metadata),
         "tags": [list(pair) for pair in count_tags(metadata)],
@@ -85,5 +85,5 @@ def build_module_table(adapter: Adapter, health: Health | None) -> list[dict[str
 
 
 def find_most_frequent(values: Any) -> Any:
-    """The most frequent one."""
+    """The most frequent value."""
     return Counter(values).most_common(1)[0][0]

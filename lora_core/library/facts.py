@@ -30,11 +30,11 @@ OK, DAMAGED, OTHER, UNKNOWN, PICKLE = STATES
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """One file. Numbers that differ between modules stand in order, the most frequent first."""
+    """One file. Values that differ between modules are sorted, the most frequent first."""
 
     state: str = OK
     model: str = ""
-    """QWEN_IMAGE, the name of another model, or "" where neither could be told."""
+    """QWEN_IMAGE, the name of another model, or "" where neither is known."""
     error: str = ""
     """Why the file cannot be used, in one sentence."""
     key_format: str = ""
@@ -45,7 +45,7 @@ class AdapterFacts:
     alphas: tuple[float, ...] = ()
     dtypes: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
-    """Out of "original", "2509", "2511", "text-to-image"; empty where the file says nothing."""
+    """Out of "original", "2509", "2511", "text-to-image"; empty where the file names none."""
     targets: str = ""
     """The preset of target modules, or "custom"."""
     blocks: str = ""

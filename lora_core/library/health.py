@@ -1,4 +1,4 @@
-"""Whether an adapter is fit for use: a level and the sentences behind it."""
+"""Whether an adapter is usable: a level and the sentences behind it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def judge_health(inspection: Inspection, warnings: Iterable[str] = ()) -> Health
     graded += [("warning", sentence) for sentence in warnings]
     graded.sort(key=lambda pair: LEVELS.index(pair[0]))  # stable: the gravest stay in their order
     level = graded[0][0]
-    # Of a healthy one the last sentence says what it is.
+    # Of a healthy one the last sentence describes it.
     sentence = graded[-1][1] if level == "healthy" else graded[0][1]
     return Health(level, sentence, tuple(text for _, text in graded), summarise(inspection))
 

@@ -1,4 +1,4 @@
-"""Every adapter file of some folders: what it is at once, how healthy it is after a while."""
+"""Every adapter file of some folders: its facts at once, its health after a while."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIST_PATIENCE = 0.4  # seconds
 NOTICE_INTERVAL = 0.5
 SAVE_INTERVAL = 5.0
 BUSY_INTERVAL = 0.5
-#: In place of the stamp of a file that is no more.
+#: Instead of the fingerprint of a deleted file.
 DELETED: Fingerprint = (-1,)
 
 _ID = re.compile(r"[0-9a-f]{16}")
@@ -40,7 +40,7 @@ class UnknownAdapterError(LoraError, LookupError):
 
 
 def build_id(name: str) -> str:
-    """Opaque, and the same on every system: of the name below the folders, never of a path."""
+    """Opaque, and the same on every system: from the name below the folders, never from a path."""
     return hashlib.blake2b(
         name.replace("\\", "/").encode(errors="replace"), digest_size=8
     ).hexdigest()
@@ -99,13 +99,13 @@ class Entry:
 class AdapterLibrary:
     """The list, its cache, and the one thread that fills it in.
 
-    The thread runs while there is something to find out, and no longer.
+    The thread runs only while there is work.
 
     Args:
         list_files: name of each file, as the user knows it -> its path.
-        cache: file in which results outlive the process.
-        notify: told {"adapters": changed entries, "gone": ids, "pending": number} as they come.
-        is_busy: whether the machine is wanted elsewhere; health waits until it is not.
+        cache: file in which results survive the process.
+        notify: called with {"adapters": changed entries, "gone": ids, "pending": number}.
+        is_busy: whether the machine is needed elsewhere; health waits until it is not.
     """
 
     def __init__(
@@ -141,11 +141,11 @@ class AdapterLibrary:
             return {"adapters": [entry.to_dict() for entry in entries], "pending": self._count()}
 
     def show(self, adapter_id: str) -> dict[str, Any]:
-        """The entry, and everything else that is known of the file; its health comes next.
+        """The entry, and everything else that is known of the file; its health is computed next.
 
         Raises:
             ConfigError, UnknownAdapterError: as `find`.
-            FileError: the file went away or changed meanwhile.
+            FileError: the file was removed or changed meanwhile.
         """
         entry = self._get(adapter_id)
         with self._lock:
@@ -169,7 +169,7 @@ class AdapterLibrary:
         check_id(adapter_id)
         entry = self._find_entry(adapter_id)
         if entry is None or (read_fingerprint(entry.path, ()) or DELETED) != entry.fingerprint[:2]:
-            self.scan()  # it is new, changed, or gone
+            self.scan()  # it is new, changed, or deleted
             entry = self._find_entry(adapter_id)
         if entry is None:
             raise UnknownAdapterError(
@@ -184,7 +184,7 @@ class AdapterLibrary:
     # --- what is there ---
 
     def scan(self) -> None:
-        """Looks at the folders again, and has the thread look into what is new or changed."""
+        """Lists the folders again, and has the thread inspect what is new or changed."""
         files = self.list_files()
         config_fingerprints = {
             folder: read_config_fingerprint(folder) for folder in get_folders(files)
@@ -196,7 +196,7 @@ class AdapterLibrary:
             for name, path in files.items():
                 fingerprint = read_fingerprint(path, config_fingerprints[path.parent])
                 if fingerprint is None:
-                    continue  # gone between the two looks
+                    continue  # deleted in between
                 entry = self._entries.get(name)
                 if entry is None or entry.fingerprint != fingerprint or entry.path != path:
                     known = self._cached.get(name)
@@ -229,7 +229,7 @@ class AdapterLibrary:
         return sum(e.facts is None or e.is_waiting for e in self._entries.values())
 
     def _find_work(self) -> Entry | None:
-        """Headers before health, what was asked for first, then the newest; under the lock."""
+        """Headers before health, requested files first, then the newest; called under the lock."""
 
         def get_urgency(entry: Entry) -> tuple[bool, bool, int]:
             return entry.facts is None, entry.name == self._first, entry.fingerprint[1]
@@ -245,7 +245,7 @@ class AdapterLibrary:
     # --- the thread ---
 
     def stop(self, timeout: float | None = 5.0) -> None:
-        """Ends the thread for good, whatever it does."""
+        """Ends the thread for good, whatever it is doing."""
         self._stopped.set()
         self._inspector.close(for_good=True)
         thread = self._thread
@@ -270,7 +270,7 @@ class AdapterLibrary:
                 if entry is None:
                     self._save()
                     self._inspector.close(self._stopped.is_set())
-                    self._thread = None  # in the same breath: who finds none starts another
+                    self._thread = None  # under the same lock: scan then starts another
             is_header = entry is not None and entry.facts is None
             now = time.monotonic()
             if (changed or gone) and (not is_header or now - notified_at > NOTICE_INTERVAL):
@@ -304,7 +304,7 @@ class AdapterLibrary:
             return replace(entry, facts=AdapterFacts(DAMAGED, error=UNEXPECTED))
 
     def _inspect(self, entry: Entry) -> Entry | None:
-        """With its health; with another stamp and no facts if the file changed; None if stopped."""
+        """With its health; a new fingerprint and no facts if the file changed; None if stopped."""
         while self.is_busy() and not self._stopped.is_set():
             self._stopped.wait(BUSY_INTERVAL)
         if self._stopped.is_set():
@@ -348,5 +348,5 @@ def read_fingerprint(path: Path, config_fingerprint: Fingerprint) -> Fingerprint
 
 
 def read_config_fingerprint(folder: Path) -> Fingerprint:
-    """Of PEFT's config file, which says what alpha is; () where there is none."""
+    """Of PEFT's config file, which determines alpha; () where there is none."""
     return read_fingerprint(folder / PEFT_CONFIG, ()) or ()

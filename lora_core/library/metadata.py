@@ -46,13 +46,13 @@ MAX_TAGS = 12
 
 
 def clean(text: Any, limit: int = MAX_TEXT) -> str:
-    """One line without control characters, cut at `limit`."""
+    """One line without control characters, truncated at `limit`."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def find_field(metadata: Mapping[str, str], fields: tuple[str, ...]) -> str:
-    """The first of the fields that says anything, or ""."""
+    """The first non-empty one of the fields, or ""."""
     found = (clean(metadata.get(field) or "") for field in fields)
     return next((text for text in found if text and text != "None"), "")
 
@@ -62,7 +62,7 @@ def find_title(metadata: Mapping[str, str]) -> str:
 
 
 def find_trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """What has to stand in the prompt, as far as the file says so."""
+    """What the prompt has to contain, according to the file."""
     for field in TRIGGER_FIELDS:
         text = metadata.get(field)
         if text and clean(text) not in ("", "None"):
@@ -109,6 +109,6 @@ def count_tags(metadata: Mapping[str, str]) -> tuple[tuple[str, int], ...]:
 
 
 def list_known_fields(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Names of KNOWN_FIELDS -> what the file says."""
+    """Names of KNOWN_FIELDS -> their values in the file."""
     found = {name: find_field(metadata, fields) for name, fields in KNOWN_FIELDS.items()}
     return {name: text for name, text in found.items() if text}

@@ -1,4 +1,4 @@
-"""What the checks and the cache know about a picture after one look at it."""
+"""What the checks and the cache know about an image after decoding it once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEASURE_PX = 256  # at which colours and details are measured
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Small enough to keep for thousands of pictures."""
+    """Small enough to keep for thousands of images."""
 
     width: int
     height: int
@@ -24,7 +24,7 @@ class ImageFacts:
     digest: str
     """Of the file's bytes, or of the pixels from the graph."""
     signature: np.ndarray
-    """uint8 (32, 32, 3): the picture squeezed."""
+    """uint8 (32, 32, 3): the downscaled image."""
     saturation: float
     """Mean of max - min over the channels, 0 to 1; 0 is grey."""
     detail: float
@@ -42,7 +42,7 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class PairFacts:
-    """A pair's pictures in the order of `Pair.images`."""
+    """A pair's images in the order of `Pair.images`."""
 
     target: ImageFacts
     references: tuple[ImageFacts, ...]
@@ -69,7 +69,7 @@ def measure_image(image: ImageSource) -> ImageFacts:
 
 
 def measure_pair(pair: Pair, known: dict[int | str, ImageFacts]) -> PairFacts:
-    """Facts of all pictures; `known` remembers those that several pairs share."""
+    """Facts of all images; `known` remembers those that several pairs share."""
 
     def measure(image: ImageSource) -> ImageFacts:
         key = str(image.path) if hasattr(image, "path") else id(image)

@@ -22,7 +22,7 @@ def collect_folders(listing: Listing, others: Sequence[Listing]) -> Collected | 
     root = listing.root
     base, by_role = find_role_folders(listing)
     targets = by_role[TARGET]
-    if len(targets) > 1:  # `images` only where nothing says target
+    if len(targets) > 1:  # `images` only where no folder is named target
         targets = [found for found in targets if found[0].number >= 0] or targets
     if len(targets) > 1:
         names = list_some([path for _, path in targets], root).replace(", ", " and ", 1)
@@ -69,7 +69,7 @@ def show_folder(path: Path) -> str:
 
 
 def find_role_folders(listing: Listing) -> tuple[Path, dict[str, list[tuple[Role, Path]]]]:
-    """The folders whose names say what they hold, and where they lie: on top, or all in the one
+    """The folders whose names tell what they hold, and where they are: on top, or all in the one
     folder that has both kinds, such as train/.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Pairs from pictures of a graph: batches of targets and references, and captions."""
+"""Pairs from images of a graph: batches of targets and references, and captions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def build_graph_pairs(
     references: Sequence[Sequence[np.ndarray]],
     captions: Sequence[str],
 ) -> FoundPairs:
-    """Target i with picture i of each reference input; one picture or caption serves all.
+    """Target i with image i of each reference input; a single image or caption is used for all.
 
     Args:
         targets, references: float32 (height, width, 3) in [0, 1].
-        captions: one text of a line per target, or a text per target.
+        captions: one text with a line per target, or a text per target.
 
     Raises:
-        ConfigError: no references, or numbers that do not fit.
+        ConfigError: no references, or counts that do not match.
     """
     number = len(targets)
     if not references:

@@ -1,4 +1,4 @@
-"""Reading pictures of every kind that lie in people's folders, one at a time."""
+"""Reading images of every kind that users have, one at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
 ORIENTATION = 0x0112  # EXIF tag
 MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 MAX_16_BIT = 65_535
-#: EXIF orientation -> what stands the picture upright.
+#: EXIF orientation -> the transform that turns the image upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,14 +38,13 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 HASH_CHUNK_BYTES = 1 << 20
-#: Of a picture that are converted at a time; all at once would need many times the file's own
-#: memory.
+#: Of an image, converted at a time; all at once would need many times the file's own memory.
 BAND_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
 class FileImage:
-    """A picture in a file."""
+    """An image in a file."""
 
     path: Path
     label: str = ""
@@ -59,7 +58,7 @@ class FileImage:
         """float32 (height, width, 3) in [0, 1]: turned upright, transparency over white.
 
         Raises:
-            FileError: no picture, a damaged one, or one too large; the text names the file.
+            FileError: not an image, damaged, or too large; the text names the file.
         """
         with open_image(self.path, self.name) as image:
             upright = turn_upright(image)
@@ -77,7 +76,7 @@ class FileImage:
     def read_small(self, side_px: int) -> np.ndarray:
         """uint8 (height, width, 3), about as large as asked for; JPEGs are decoded at that size.
 
-        Beside the decoded file, memory goes with `side_px`, not with the picture.
+        Apart from the decoded file, memory depends on `side_px`, not on the image.
         """
         with open_image(self.path, self.name) as image:
             image.draft(None, (side_px, side_px))
@@ -86,7 +85,7 @@ class FileImage:
             return shrink(bands, upright.size, side_px)
 
     def compute_digest(self) -> str:
-        """Of the file's bytes, and whether they are a picture at all is not asked.
+        """Of the file's bytes, whether or not they are an image.
 
         Raises:
             FileError: the file cannot be opened.
@@ -101,7 +100,7 @@ class FileImage:
         return digest.hexdigest()
 
     def read_header(self) -> Header:
-        """What can be said without decoding.
+        """What is known without decoding.
 
         Raises:
             FileError: as `read`.
@@ -125,7 +124,7 @@ class FileImage:
 
 @dataclass(frozen=True, eq=False)
 class ArrayImage:
-    """A picture from the graph."""
+    """An image from the graph."""
 
     name: str
     pixels: np.ndarray = field(repr=False)
@@ -172,7 +171,7 @@ class Header:
 
 @contextmanager
 def open_image(path: Path, name: str) -> Iterator[Image.Image]:
-    """A Pillow image of a bearable size; whatever goes wrong inside becomes one sentence."""
+    """A Pillow image of an acceptable size; any error inside becomes a one-sentence FileError."""
     name = shorten(name)
     with open_regular(path, name) as file:
         try:
@@ -277,7 +276,7 @@ def shrink(
     """uint8 (height, width, 3) whose longer side is at most `side_px`, from `split_image`'s bands.
 
     Each band is narrowed on its own, as Pillow does before it reduces the height, so that the
-    result is that of the whole picture, bit for bit.
+    result is bit-identical to that of the whole image.
     """
     width, height = size
     scale = min(1.0, side_px / max(size))

@@ -1,7 +1,7 @@
 """Which files of a folder belong together, in the layouts that trainers of edit models use.
 
 - folders of targets and references, `target/a.png` and `control/a.png`: ai-toolkit, musubi-tuner,
-  sd-scripts; the targets may lie in the folder itself, with `control/` below it
+  sd-scripts; the targets may be in the folder itself, with `control/` below it
 - endings, `a_start.png` and `a_end.png`, `a.png` and `a-condlabel.png`: fal, T2ITrainer, OneTrainer
 - a folder for each pair, `1/before.png` and `1/after.png`: collected by hand
 - `metadata.jsonl`, `.csv` or `.json` that names the files: DiffSynth, musubi-tuner, Hugging Face
@@ -32,11 +32,11 @@ def find_pairs(
     """The pairs of a folder, and what in it was left out.
 
     Args:
-        is_allowed: asked before a file is opened or a link followed; links may lead anywhere.
+        is_allowed: called before a file is opened or a link followed; links may lead anywhere.
         reference_folders: one for each reference, if they are not below `folder`.
 
     Raises:
-        FileError: no pictures, or no layout that is known.
+        FileError: no images, or no layout that is known.
     """
     listing = list_files(folder, is_allowed)
     others = [list_files(path, is_allowed) for path in reference_folders]
@@ -68,7 +68,7 @@ def ignore_lists(listing: Listing) -> list[Problem]:
 
 
 def append_problems(text: str, problems: Sequence[Problem]) -> str:
-    """A refusal with what else was found, the worst first: there is no report to say it."""
+    """An error with the other problems, the worst first: there is no report to show them."""
     for problem in sorted(problems, key=lambda problem: -problem.level):
         more = f"{text} Besides: {problem.text}."
         text = more if len(more) <= MAX_MESSAGE else text

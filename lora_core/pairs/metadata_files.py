@@ -31,11 +31,11 @@ from .tables import Row, Table, read_table
 
 #: What these trainers call them; any other name is read too where its rows name pairs.
 NAMES = re.compile(r"(metadata|dataset|data|train)\.(jsonl|csv|tsv|json)", re.IGNORECASE)
-MAX_TRIED = 20  # rows by which a list of another name is told
+MAX_TRIED = 20  # rows checked in a list of another name
 
 
 def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, list[Problem]]:
-    """The file that lists the pairs, and what is said of the others.
+    """The file that lists the pairs, and problems with the others.
 
     Raises:
         FileError: one of the usual names cannot be read.
@@ -133,7 +133,7 @@ class ListReader:
         self.folder = folder
         self.is_allowed = is_allowed
         self.name = ""
-        """Of the pair in hand."""
+        """Of the current pair."""
         self._names: set[str] = set()
         self._unused: Counter[str] = Counter()
         self._composed: dict[Path, dict[str, str]] = {}
@@ -164,7 +164,7 @@ class ListReader:
         return Pair(self.name, target, references, caption, mask)
 
     def has_files(self, row: Row) -> bool:
-        """Whether the pictures of a row are there."""
+        """Whether the images of a row exist."""
         files = read_columns(row.values)
         try:
             self._open_one(files.target, "the target")
@@ -174,7 +174,7 @@ class ListReader:
         return True
 
     def report_unused_columns(self) -> list[Problem]:
-        """Columns that name pictures and are none of those that are read."""
+        """Columns that name images and are not read."""
         if not self._unused:
             return []
         columns = ", ".join(shorten(column, 30) for column in list(self._unused)[:4])

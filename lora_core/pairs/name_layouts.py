@@ -26,7 +26,7 @@ def collect_endings(listing: Listing, _: Sequence[Listing]) -> Collected | None:
         named[join_key(key.rpartition("/")[0], role.base)].append((role, key))
         endings[role.kind, role.word.rstrip("0123456789")] += len(paths)
     parts = {part.name: part for part in build_numbered(named, listing)}
-    for key in bare:  # the target, where the others say what they are
+    for key in bare:  # the target, where the others have roles
         parts.setdefault(key, Parts(key)).targets += listing.images[key]
     return finish_named("endings", endings, "no ending", parts.values(), listing)
 
@@ -63,8 +63,8 @@ def finish_named(
     """The layout's name, with the words that made it, and where each pair's caption may be.
 
     Args:
-        words: times that each (kind, word) was met.
-        no_word: what stands for a target's word where there was none.
+        words: how often each (kind, word) occurred.
+        no_word: used for a target's word where there was none.
     """
     if not any(part.targets and part.references for part in parts):
         return None

@@ -15,9 +15,9 @@ from ..text import shorten
 from .images import FileImage, ImageSource
 
 MAX_REFERENCES = 3  # sockets of TextEncodeQwenImageEditPlus
-#: The first that is there counts. A .json beside a picture often holds anything but a caption.
+#: The first that exists is used. A .json next to an image often holds anything but a caption.
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
-#: Columns of a list, and fields of a .json beside a picture, the surest first.
+#: Columns of a list, and fields of a .json next to an image, the most certain first.
 CAPTION_COLUMNS = (
     *("edit_prompt", "instruction", "edit_instruction", "prompt", "caption", "text"),
 )
@@ -57,7 +57,7 @@ class Problem:
     pair: str | None = None
     """Name of the pair; None for the whole set."""
     short: str = ""
-    """The same in a few words, for below a picture."""
+    """The same in a few words, for the caption of an image."""
     count: int = 1
     """How many files or pairs it is about."""
 
@@ -118,10 +118,10 @@ def choose_caption(row: Mapping[str, object], place: str) -> str | None:
     """The first column with text; "" where these are there and empty, None where there are none.
 
     Args:
-        place: where the row stands, for the message.
+        place: where the row is, for the message.
 
     Raises:
-        FileError: the first that holds something holds no text.
+        FileError: the first non-empty one is not text.
     """
     found = [row[name] for name in CAPTION_COLUMNS if row.get(name) is not None]
     for value in found:
@@ -160,7 +160,7 @@ def describe_path(path: Path, root: Path) -> str:
 
 
 def list_some(paths: Sequence[Path], root: Path, limit: int = 3) -> str:
-    """The first few of many files, for a sentence."""
+    """The first few of many files, for a message."""
     shown = [shorten(describe_path(path, root), 60) for path in paths[:limit]]
     return ", ".join([*shown, "..."] if len(paths) > limit > 1 else shown)
 

@@ -1,4 +1,4 @@
-"""From files that belong together to pairs, and what is said of those that do not."""
+"""From files that belong together to pairs, and problems with those that do not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .pair import (
 )
 from .roles import MASK, REFERENCE, TARGET
 
-#: Captions with these names are about the folder, not about a picture.
+#: Captions with these names are about the folder, not about an image.
 NOT_CAPTIONS = re.compile(r"(.*/)?(readme|licen[cs]e|notes?|requirements|info)")
 MAX_ODD_SHARE = 0.1  # of the pairs that may have more or fewer references and look like a slip
 
@@ -44,7 +44,7 @@ class Parts:
     caption_keys: list[str] = field(default_factory=list)
     """Where its caption may be, the likeliest first."""
     fallback_keys: list[str] = field(default_factory=list)
-    """Where it may be if it is nowhere else, which is then told."""
+    """Where it may be if it is nowhere else; this is then reported."""
 
     def add(self, role: str, path: Path, order: tuple = ()) -> None:
         if role == REFERENCE:
@@ -73,7 +73,7 @@ def join_key(folder: str, name: str) -> str:
 def build_pairs(
     layout: str, parts: Sequence[Parts], listing: Listing, is_allowed: IsAllowed
 ) -> FoundPairs:
-    """Opens captions, and says what is missing or left out."""
+    """Opens captions, and reports what is missing or left out."""
     builder = Builder(listing, is_allowed)
     parts = sorted(parts, key=lambda part: sort_naturally(part.name))
     for part in parts:
@@ -172,7 +172,7 @@ class Builder:
         return path
 
     def _read_caption(self, path: Path) -> str | None:
-        """A .json beside a picture may be anything: one that cannot be read is told, no more."""
+        """A .json next to an image may be anything: an unreadable one is only reported."""
         try:
             caption = read_caption(path, self.is_allowed)
         except FileError as e:
@@ -186,7 +186,7 @@ class Builder:
 
 
 def report_doubtful_references(parts: Sequence[Parts], root: Path) -> list[Problem]:
-    """Files that may have become a reference by chance: leftovers, or a lack of one."""
+    """Files that may have become a reference by mistake: leftovers, or a missing one."""
     problems = []
     same: list[Path] = []
     masks: list[Path] = []
@@ -231,7 +231,7 @@ def report_odd_reference_counts(parts: Sequence[Parts], root: Path) -> list[Prob
 
 
 def report_unused_images(parts: Sequence[Parts], listing: Listing) -> list[Problem]:
-    """Pictures in no role at all."""
+    """Images without any role."""
     taken = {path for part in parts for path in part.paths}
     spare = [path for paths in listing.images.values() for path in paths if path not in taken]
     if not spare:

@@ -1,4 +1,4 @@
-"""A look at every pair before any is encoded: what would ruin a run, what may be a mistake."""
+"""Checks every pair before any is encoded: what would ruin a run, what may be a mistake."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class CheckedPair:
 
 @dataclass(frozen=True)
 class Preflight:
-    """All that was found out."""
+    """The result of the checks."""
 
     name: str
     layout: str
@@ -119,7 +119,7 @@ def check_pairs(
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> Preflight:
-    """Decodes every picture once, one at a time.
+    """Decodes every image once, one at a time.
 
     Args:
         megapixels: area the targets are trained at, in units of 1024 x 1024.
@@ -128,7 +128,7 @@ def check_pairs(
         on_problem: LEAVE_OUT turns a pair that cannot be used into a warning.
 
     Raises:
-        ConfigError: `megapixels` is no area.
+        ConfigError: `megapixels` is not an area.
     """
     check_megapixels(megapixels, "megapixels")
     problems = list(found.problems)
@@ -316,7 +316,7 @@ def make_adder(problems: list[Problem], pair: str | None) -> Adder:
 
 
 def drop_repeats(checked: Sequence[CheckedPair]) -> tuple[list[CheckedPair], list[Problem]]:
-    """Pairs with the same pictures and caption as one before are used once."""
+    """Pairs with the same images and caption as one before are used once."""
     kept: dict[tuple, CheckedPair] = {}
     repeats: list[Problem] = []
     for one in checked:

@@ -121,7 +121,7 @@ def draw_pairs(preflight: Preflight) -> np.ndarray:
 
 
 def build_tile(one: CheckedPair, problem: Problem | None, widest: int) -> Tile:
-    """The pair as one picture, as wide as the widest pair's."""
+    """The pair as one image, as wide as the widest pair's."""
     images = [*one.pair.references, one.pair.target]
     blank = np.full((TILE_PX, TILE_PX, 3), GREY, np.uint8)
     frames = [blank] * (widest - len(images))
@@ -139,7 +139,7 @@ def build_tile(one: CheckedPair, problem: Problem | None, widest: int) -> Tile:
 
 
 def pad_to_square(picture: np.ndarray) -> np.ndarray:
-    """The picture whole in a square: tiles are of one size, and nothing shall be cut off."""
+    """The whole image in a square: tiles have one size, and nothing should be cropped."""
     image = Image.fromarray(picture)
     scale = TILE_PX / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)

@@ -13,8 +13,8 @@ from .listing import fold
 from .pair import Level, Pair, Problem
 from .roles import REFERENCE, TARGET, parse_ending, parse_name
 
-MIN_SHARE = 0.5  # of the pairs a sign speaks about
-MIN_PAIRS_SHARED = 3  # one picture with several others
+MIN_SHARE = 0.5  # of the pairs a sign applies to
+MIN_PAIRS_SHARED = 3  # one image with several others
 MIN_RATIO = 1.5  # of saturation or detail, to call one side the stronger
 
 #: Words of an instruction -> what a target should have more of than its reference.
@@ -51,8 +51,8 @@ def ask_about_names(pairs: Sequence[Pair]) -> str | None:
 
 
 def is_wrong(target: ImageSource, reference: ImageSource) -> bool:
-    """Whether one is called what the other is taken as. Where both files have one name, such as
-    x_original.png, it tells nothing and only their folders count."""
+    """Whether one is named as the other's role. Where both files have the same name, such as
+    x_original.png, it is no sign and only their folders count."""
     paths = getattr(target, "path", None), getattr(reference, "path", None)
     if None in paths:
         return False

@@ -1,7 +1,7 @@
-"""Measuring the pictures of a sweep, one at a time: figures and small copies are all that stays.
+"""Measuring the images of a sweep, one at a time: only metrics and small copies are kept.
 
-Each picture is compared with the one at strength 0 of its seed, and with the source, if there is
-one, where nothing was meant to change.
+Each image is compared with the one at strength 0 of its seed, and with the source, if there is one,
+where nothing was meant to change.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ WHOLE, INSIDE, OUTSIDE = "whole", "inside", "outside"
 
 @dataclass(frozen=True)
 class CellMeasures:
-    """One picture; where it holds NaN or Inf, or has no strength 0 to go by, figures are absent."""
+    """One image; where it holds NaN or Inf, or has no strength 0, metrics are absent."""
 
     cell: Cell
     appearance: Appearance
     change: Mapping[str, Difference]
     """Region -> against strength 0: WHOLE, and with a mask INSIDE and OUTSIDE."""
     kept: Difference | None
-    """Against the source: outside the mask, or the whole picture where there is no mask."""
+    """Against the source: outside the mask, or the whole image where there is no mask."""
     thumbnail: np.ndarray
     """uint8 (height, width, 3)."""
     change_thumbnail: np.ndarray | None
@@ -52,7 +52,7 @@ class CellMeasures:
         return build_label(self.cell)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every figure, without the pictures."""
+        """All metrics, without the images."""
         return {
             "label": self.label,
             "strength": self.cell.strength,
@@ -66,18 +66,18 @@ class CellMeasures:
 
 @dataclass(frozen=True)
 class SweepMeasures:
-    """Every picture of a sweep."""
+    """Every image of a sweep."""
 
     cells: Mapping[Cell, CellMeasures]
-    """In the order of the pictures."""
+    """In the order of the images."""
     size: tuple[int, int]
-    """Width and height of the pictures in pixels."""
+    """Width and height of the images in pixels."""
     num_frames: int = 1
-    """Pictures behind each cell: the figures are of all of them, the sheet shows the first."""
+    """Images behind each cell: the metrics are of all of them, the sheet shows the first."""
     has_mask: bool = False
     has_source: bool = False
     notes: tuple[str, ...] = ()
-    """What was left out, a sentence each."""
+    """What was left out, one sentence each."""
 
     @property
     def strengths(self) -> list[float]:
@@ -85,7 +85,7 @@ class SweepMeasures:
 
     @property
     def adapters(self) -> list[str]:
-        """Their names, in the order of the pictures; [""] if none is named."""
+        """Their names, in the order of the images; [""] if none is named."""
         named = dict.fromkeys(cell.adapter for cell in self.cells if cell.strength != 0)
         return list(named or dict.fromkeys(cell.adapter for cell in self.cells))
 
@@ -110,18 +110,18 @@ def measure_sweep(
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> SweepMeasures:
-    """Looks at one picture after the other.
+    """Measures one image after the other.
 
     Args:
-        pictures: (batch, height, width, channels) each, 0 to 1; one per label, or a single one
-            whose batch has one picture per label.
+        images: (batch, height, width, channels) each, 0 to 1; one per label, or a single one
+            whose batch has one image per label.
         labels: as `cells.build_label` makes them, or bare strengths.
-        source: the picture that was edited, of any size; the first of its batch.
+        source: the image that was edited, of any size; the first of its batch.
         mask: (height, width) of any size, 1 where the edit was meant to be.
         thumbnail_px: the longer side of the small copies.
 
     Raises:
-        ConfigError: labels or sizes that do not fit together, or a seed without strength 0.
+        ConfigError: labels or sizes that do not match, or a seed without strength 0.
         InterruptedError: `should_stop` returned True.
     """
     images = split_images(images, labels)
@@ -210,14 +210,14 @@ def build_regions(
         return regions, []
     inside = fit_mask(mask, height, width)
     if inside.all() or not inside.any():
-        # LoadImage gives an empty mask for a picture without transparency.
+        # LoadImage gives an empty mask for an image without transparency.
         kind = "empty" if not inside.any() else "full"
         return regions, [f"the mask is {kind} and was left out"]
     return {**regions, INSIDE: inside, OUTSIDE: ~inside}, []
 
 
 def prepare_source(source: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, list[str]]:
-    """The source in the size of the pictures, once for each of their batch."""
+    """The source in the size of the images, once for each of their batch."""
     batch, height, width = shape[:3]
     fitted = fit_image(source[:1], height, width)
     notes = []
@@ -258,7 +258,7 @@ def measure_cell(
 
 
 def shrink(image: torch.Tensor, longer_px: int) -> torch.Tensor:
-    """(1, height, width, 3) -> (height, width, 3) with this longer side; small ones keep theirs."""
+    """(1, height, width, 3) -> (height, width, 3) with this longer side, or smaller."""
     height, width = image.shape[1:3]
     scale = min(1.0, longer_px / max(height, width))
     if scale == 1.0:

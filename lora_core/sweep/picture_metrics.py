@@ -1,7 +1,7 @@
-"""What one picture looks like, and how far two pictures are apart.
+"""The appearance of one image, and the difference between two.
 
-Pictures are ComfyUI's: (batch, height, width, 3 or more channels), 0 to 1, of which the first three
-channels are looked at. Everything is measured on the values a display gets: clamped to 0 to 1.
+Images are ComfyUI's: (batch, height, width, 3 or more channels), 0 to 1, of which the first three
+channels are used. Everything is measured on the values a display gets: clamped to 0 to 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL converts to "L"
 
 @dataclass(frozen=True)
 class Appearance:
-    """One picture on its own. Where values are NaN or Inf, the figures are those of the rest."""
+    """One image on its own. Where values are NaN or Inf, the metrics are those of the rest."""
 
     non_finite: float
     """Share of the pixels with a NaN or Inf."""
@@ -41,7 +41,7 @@ class Appearance:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two pictures, or the same region of both."""
+    """Two images, or the same region of both."""
 
     rms: float
     """Root mean square over pixels and channels, of the full scale 1."""
@@ -82,8 +82,8 @@ def compare_images(
     SSIM compares windows of SSIM_WINDOW pixels, which at the edge of a region reach beyond it.
 
     Args:
-        a, b: finite pictures of the same shape, at least SSIM_WINDOW pixels wide and high.
-        regions: name -> bool (height, width) with at least one True; None is the whole picture.
+        a, b: finite images of the same shape, at least SSIM_WINDOW pixels wide and high.
+        regions: name -> bool (height, width) with at least one True; None is the whole image.
 
     Raises:
         ShapeError: the shapes differ, or are too small for SSIM.
@@ -122,10 +122,10 @@ def compute_ssim_map(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def fit_image(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Cut in the middle to the shape of height by width, and resized to it.
+    """Centre-cropped to the shape of height by width, and resized to it.
 
-    That is what ComfyUI's image scaling nodes do with "center", and so how an edited picture lies
-    on its source.
+    That is what ComfyUI's image scaling nodes do with "center", and so how an edited image aligns
+    with its source.
     """
     image = take_colours(image)
     rows, columns = image.shape[1:3]
@@ -154,7 +154,7 @@ def take_colours(image: torch.Tensor) -> torch.Tensor:
 
 
 def clamp(image: torch.Tensor) -> torch.Tensor:
-    """As it is saved: NaN becomes black, the rest is cut to 0 to 1."""
+    """As it is saved: NaN becomes black, the rest is clamped to 0 to 1."""
     return image.nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
 
 
@@ -163,6 +163,6 @@ def compute_luma(image: torch.Tensor) -> torch.Tensor:
 
 
 def describe_size(image: torch.Tensor) -> str:
-    """ "1024 x 768", width first as ComfyUI says it."""
+    """ "1024 x 768", width first as in ComfyUI."""
     batch = f"{image.shape[0]} of " if image.shape[0] > 1 else ""
     return f"{batch}{image.shape[2]} x {image.shape[1]}"

@@ -17,7 +17,7 @@ TOP_RATIO = 0.05
 TOPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 #: For an adapter whose delta is 0, of which no strength does anything.
 DEFAULT_TOP = 2
-#: A change of the output at which it is another picture: where a sweep by effect ends.
+#: A change of the output at which the image is a different one: where a sweep by effect ends.
 TOP_CHANGE = 0.5
 
 

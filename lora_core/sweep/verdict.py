@@ -1,4 +1,4 @@
-"""Judging a sweep: sentences with figures and thresholds, and a range of strengths to use."""
+"""Judging a sweep: sentences with values and thresholds, and a range of strengths to use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_EFFECT, SMOOTH, UNEVEN, COLLAPSES, UNKNOWN = (
 NO_EFFECT_RMS = 0.5 * STEP
 #: A change that small on average may still be a small spot: 1e-4 of a megapixel is 10 x 10 pixels.
 NO_EFFECT_VISIBLE = 1e-4
-#: Where a change of the whole picture begins to be seen when the two are shown in turn.
+#: Where a change of the whole image becomes visible when the two are shown in turn.
 VISIBLE_RMS = 2 * STEP
 #: Share by which a change may fall at a higher strength and still be called smooth.
 DIP = 0.2
@@ -36,7 +36,7 @@ class CurvePoint:
 
     strength: float
     rms: float | None
-    """Mean over the seeds, of the full scale 1; None if no seed has a figure."""
+    """Mean over the seeds, of the full scale 1; None if no seed has a value."""
     rms_low: float | None
     rms_high: float | None
     ssim: float | None
@@ -48,7 +48,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class AdapterVerdict:
-    """What the sweep says about one adapter."""
+    """The verdict on one adapter."""
 
     kind: str
     """NO_EFFECT, SMOOTH, UNEVEN, COLLAPSES or UNKNOWN."""
@@ -62,11 +62,11 @@ class AdapterVerdict:
 
 @dataclass(frozen=True)
 class SweepVerdict:
-    """What the sweep says."""
+    """The verdict on a sweep."""
 
     adapters: Mapping[str, AdapterVerdict]
     damages: Mapping[Cell, str]
-    """Only damaged pictures."""
+    """Only damaged images."""
     warnings: tuple[str, ...] = ()
     thresholds: Mapping[str, float] = field(
         default_factory=lambda: {
@@ -352,5 +352,5 @@ def is_zero_of(measures: CellMeasures, other: CellMeasures) -> bool:
 
 
 def show(value: float | None) -> str:
-    """A figure of the full scale, in steps of 255."""
+    """A value of the full scale, in steps of 255."""
     return "-" if value is None else f"{value / STEP:.3g}"

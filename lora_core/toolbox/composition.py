@@ -15,7 +15,7 @@ from ..errors import ConfigError, FileError
 from ..formats.files import build_state_dict, read_state_dict
 
 HISTORY = "qwen_edit_lora.history"
-#: Metadata that would speak of the file as it was.
+#: Metadata that would describe the original file.
 STALE = ("lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 

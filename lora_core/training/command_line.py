@@ -52,7 +52,7 @@ def add_commands(commands) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    """Trains; Ctrl-C writes a checkpoint after the step under way."""
+    """Trains; Ctrl-C writes a checkpoint after the current step."""
     from .config.config_files import read_config
     from .run.interruption import stop_on_signals
     from .run.session import choose_device, describe_session, open_session
@@ -112,7 +112,7 @@ def describe_report(report) -> str:
 
 
 def quiet_libraries() -> None:
-    """Errors of the libraries only: a terminal shall show the run."""
+    """Lets libraries log errors only, so that a terminal shows the run."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in TALKATIVE:
@@ -120,14 +120,14 @@ def quiet_libraries() -> None:
 
 
 def find_accelerator(on_cpu: bool, patience_h: float | None = None):
-    """The Accelerator of `accelerate launch`; None for a process on its own.
+    """The Accelerator of `accelerate launch`; None for a single process.
 
     Args:
-        patience_h: hours for which a process waits for another; PyTorch's minutes if None.
+        patience_h: hours for which a process waits for another; PyTorch's default if None.
 
     Raises:
-        ConfigError: it is not installed, or was told to shard the model in a way that training
-            does not go with.
+        ConfigError: it is not installed, or is configured to shard the model in a way that
+            training does not support.
     """
     import torch
 
@@ -145,7 +145,7 @@ def find_accelerator(on_cpu: bool, patience_h: float | None = None):
         raise ConfigError(
             "several processes need Hugging Face Accelerate; run pip install accelerate"
         ) from None
-    # Types are the configuration's; a user's Accelerate settings shall not cast on top of them.
+    # Types are the configuration's; a user's Accelerate settings must not cast on top of them.
     handlers = []
     if patience_h is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(hours=patience_h)))
@@ -153,7 +153,7 @@ def find_accelerator(on_cpu: bool, patience_h: float | None = None):
 
 
 def run_sample(options: argparse.Namespace) -> None:
-    """Writes each item's latents, and its picture where the configuration names a VAE."""
+    """Writes each item's latents, and its image where the configuration names a VAE."""
     from ..formats.files import read_adapter
     from .config.config_files import read_config
     from .data.dataset import read_dataset

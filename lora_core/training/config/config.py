@@ -38,7 +38,7 @@ LONGEST_ENDING = "_00000000_ema_99.safetensors"
 @dataclass(frozen=True, kw_only=True)
 class SavingConfig:
     checkpoint_every: int = 250
-    """Steps between checkpoints, from which a run can go on exactly."""
+    """Steps between checkpoints, from which a run can resume exactly."""
     keep_checkpoints: int = 2
     adapter_every: int = 250
     """Steps between adapter files to try out; 0 writes only the last one."""

@@ -18,7 +18,7 @@ GIB = 2**30
 BYTES_PER_WEIGHT = {"bf16": 2.0, "fp8": 1.0, "nf4": 0.68}
 #: For the few weights outside the blocks, and for activations.
 BYTES_PER_VALUE = 2
-#: Tensors of the sample's size, beside each block's input, that a step needs at most with
+#: Tensors of the sample's size, besides each block's input, that a step needs at most with
 #: gradient_checkpointing true. 30 were counted on blocks of full width; the rest is for weights
 #: decoded from 8 or 4 bits and for what attention's kernels sum up in float32.
 PASSING_TENSORS = 36
@@ -76,7 +76,7 @@ def apply_preset(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The preset's settings with those given on top, table by table.
 
     Args:
-        settings: as for `config_files.config_from_dict`; what stands here wins.
+        settings: as for `config_files.config_from_dict`; these win.
 
     Raises:
         ConfigError: an unknown preset.
@@ -117,7 +117,7 @@ class BaseSize:
         return others + num_blocks * self.count_block_bytes(storage)
 
     def count_headroom(self, num_tokens: int, num_parameters: int, averaged: bool = False) -> int:
-        """Bytes that training takes beside the base.
+        """Bytes that training takes in addition to the base.
 
         Args:
             num_tokens: of a batch of the largest sample: targets, references and text.
@@ -152,7 +152,7 @@ class BaseChoice:
     host_bytes: int = 0
     """Of the blocks that wait in main memory."""
     problem: str = ""
-    """What stands in the way of training so."""
+    """What prevents training this way."""
 
     def describe(self, size: BaseSize) -> str:
         text = f"storage auto is {self.storage}"
@@ -172,17 +172,17 @@ def choose_storage(
     offload_blocks: int | None = None,
     has_nf4: bool = True,
 ) -> BaseChoice:
-    """The most exact storage that leaves room to train; where none does, with blocks that wait.
+    """The most exact storage that leaves room to train; where none does, with offloaded blocks.
 
     Args:
         gpu_bytes: of the whole GPU; None for a CPU, where float32 is both exact and fast.
-        headroom: bytes that training takes beside the base; see `BaseSize.count_headroom`.
-        host_bytes: of free main memory; None where the system does not tell.
-        offload_blocks: the user's own number of blocks that wait; None leaves it open.
+        headroom: bytes that training takes besides the base; see `BaseSize.count_headroom`.
+        host_bytes: of free main memory; None where the system does not report it.
+        offload_blocks: the user's own number of offloaded blocks; None leaves it open.
         has_nf4: whether bitsandbytes is installed.
 
     Returns:
-        Where nothing leaves room, what comes nearest, and the problem; an estimate then says what
+        Where nothing leaves room, the closest choice, and the problem; an estimate then tells what
         to lower.
     """
     if gpu_bytes is None:

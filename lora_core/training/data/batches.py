@@ -20,7 +20,7 @@ from .latents import count_target_tokens, normalize
 
 @dataclass(frozen=True)
 class Slot:
-    """One sample of a micro-batch: an item, and what its random draws are named after."""
+    """One sample of a micro-batch: an item, and what seeds its random draws."""
 
     item: int
     """Index into the dataset's items."""
@@ -67,7 +67,7 @@ class DataOrder:
         return permute(batches, generator)
 
     def describe_repeats(self) -> str | None:
-        """A sentence on the items that an epoch shows more than once."""
+        """A message on the items that an epoch shows more than once."""
         repeats = [-len(bucket) % self.batch_size for bucket in self.buckets.values()]
         if not sum(repeats):
             return None
@@ -134,10 +134,10 @@ class Batch:
 
 
 def pin(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in page-locked memory, the only kind that a GPU reads while the host goes on.
+    """A copy in page-locked memory, the only kind that a GPU reads asynchronously.
 
-    The tensor as it is where the system grants no more of it, of which Windows and WSL2 have
-    little: the copy to the GPU is then waited for.
+    The tensor unchanged where the system grants no more of it, of which Windows and WSL2 have
+    little: the copy to the GPU is then synchronous.
     """
     try:
         return tensor.pin_memory()
@@ -159,7 +159,7 @@ def load_batch(
 ) -> Batch:
     """Reads the items of one micro-batch and draws their noise, level and caption dropout.
 
-    Samples without a mask weigh every place alike, whatever the others of the batch do.
+    Samples without a mask weigh every position equally, whatever the rest of the batch has.
     """
     items = [dataset.load(slot.item) for slot in slots]
     draws = [draw(seed, slot, item.target.shape) for slot, item in zip(slots, items, strict=True)]

@@ -40,7 +40,7 @@ def find_fault(
     """Why these are not the tensors of an item, by names, shapes and dtypes; None where they are.
 
     Args:
-        info: what the index says of it.
+        info: its entry in the index.
         text_width: likewise, of all embeddings.
     """
     num_references = count_references(tensors) if info is None else len(info.references)

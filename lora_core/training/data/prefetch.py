@@ -1,4 +1,4 @@
-"""The next batch, made while the device works on this one."""
+"""The next batch, prepared while the device works on this one."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Memory and time of a run before it starts, from steps of a model of very few blocks.
 
-All blocks are alike, so everything is linear in their number: the full model's figures follow from
-those of one and of three blocks (`probe`), which run the true weights of the first blocks in their
-storage, with LoRAs, checkpointing, optimizer and the training set's own sizes. What lies in memory
-all the time is counted; what comes and goes is measured. Blocks that wait in host memory are
-measured on their own, two and three of them.
+All blocks are alike, so everything is linear in their number: the full model's numbers are
+extrapolated from those of one and of three blocks (`probe`), which run the real weights of the
+first blocks in their storage, with LoRAs, checkpointing, optimizer and the training set's own
+sizes. Persistent memory is counted; transient memory is measured. Offloaded blocks are measured
+separately, two and three of them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ..run.session import choose_device
 from ..sampling.image_decoder import DECODING_BYTES
 from .probe import Measurement, measure_blocks
 
-#: Of a device's free memory, left alone: samples' sizes change from step to step and leave gaps.
+#: Reserve of a device's free memory: samples' sizes change from step to step and leave gaps.
 MARGIN = 2**29
-#: Of free main memory, left alone beside blocks that wait there: for the process itself.
+#: Reserve of free main memory besides offloaded blocks: for the process itself.
 HOST_MARGIN = 2 * 2**30
 
 
@@ -40,8 +40,7 @@ class Estimate:
 
     device: str
     memory_bytes: int | None
-    """Most that will be in use at once, on a CPU by the whole process; None where the system does
-    not tell."""
+    """Peak in use, on a CPU of the whole process; None where the system does not report it."""
     available_bytes: int | None
     """Free for the run, with ComfyUI's models off the device."""
     seconds_per_step: float
@@ -54,15 +53,15 @@ class Estimate:
     num_tokens: int
     """Of the largest item: target, references and text."""
     advice: tuple[str, ...] = ()
-    """What to lower, in the order of what costs least; empty where it fits."""
+    """What to lower, the cheapest first; empty where it fits."""
     compile_s: float = 0.0
     """Compiling the blocks, in the first steps."""
     gradient_checkpointing: bool | str = True
     """Chosen for what memory is free now, where the configuration leaves it open."""
     offloaded_bytes: int = 0
-    """Of the blocks that wait in host memory, locked there; on a CPU part of the memory above."""
+    """Of the offloaded blocks, page-locked in host memory; on a CPU part of the memory above."""
     host_available_bytes: int | None = None
-    """Free main memory for them; None on a CPU, or where the system does not tell."""
+    """Free main memory for them; None on a CPU, or where the system does not report it."""
 
     @property
     def fits_device(self) -> bool:
@@ -113,13 +112,13 @@ def estimate_run(
     is_shared: bool = False,
     with_samples: bool = False,
 ) -> Estimate:
-    """Loads three blocks, takes some steps with them, and computes the whole from that.
+    """Loads three blocks, takes some steps with them, and extrapolates to the full model.
 
-    Auxiliary losses are not part of it; of several processes it is the figure of each.
+    Auxiliary losses are not included; with several processes the numbers are per process.
 
     Args:
         is_shared: whether ComfyUI computes on the same GPU.
-        with_samples: whether sample images are decoded meanwhile, in tiles where nothing else fits.
+        with_samples: whether sample images are decoded during training, in tiles if necessary.
 
     Raises:
         FileError, KeyFormatError, ConfigError: as opening the model does.
@@ -183,13 +182,13 @@ def estimate_run(
 
 @dataclass(frozen=True)
 class FullModelCost:
-    """What training on all blocks takes."""
+    """What training on all blocks needs."""
 
     micro_step_s: float
     optimizer_s: float
     compile_s: float
     transient_bytes: float | None
-    """Most of what comes and goes, with the allocator's gaps."""
+    """Peak of transient memory, with the allocator's gaps."""
     loading_bytes: int
     frozen_bytes: int
     """Frozen, on the device."""
@@ -240,7 +239,7 @@ def measure_full_model(
 def count_frozen_bytes(
     found: Measurement, num_blocks: int, num_offloaded: int, device: torch.device
 ) -> int:
-    """Bytes of frozen weights; a CPU's own memory is where offloaded blocks wait."""
+    """Bytes of frozen weights; on a CPU offloaded blocks stay in the same memory."""
     if device.type != "cpu":
         num_blocks -= num_offloaded
     return found.other_bytes + num_blocks * found.block_bytes
@@ -257,16 +256,16 @@ def estimate_micro_step_s(
     if resident is offloaded:
         return resident.micro_step_s(num_blocks)
     time = resident.micro_step_s
-    if device.type == "cpu":  # copies and products take turns
+    if device.type == "cpu":  # copies and products alternate
         return time(num_blocks - num_offloaded) + num_offloaded * offloaded.micro_step_s.per_block
-    # A block's weights come while those before it compute, so that the slower of both tells.
+    # A block's weights are copied while those before it compute: the slower of both counts.
     return max(time(num_blocks), time.fixed + num_offloaded * offloaded.micro_step_s.per_block)
 
 
 def estimate_transient_bytes(
     resident: Measurement, offloaded: Measurement, num_blocks: int, num_offloaded: int
 ) -> float | None:
-    """Most that comes and goes: activations of all blocks and copies of few, or an update."""
+    """Peak of transient memory: activations of all blocks and copies of a few, or an update."""
     if resident.transient_bytes is None or offloaded.transient_bytes is None:
         return None
     transient = resident.transient_bytes(num_blocks)

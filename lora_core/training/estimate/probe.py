@@ -1,8 +1,8 @@
-"""A few blocks of a base, trained for some steps as `trainer` would, with a watch and a meter.
+"""A few blocks of a base, trained for some steps as `trainer` would, with time and memory measured.
 
 All blocks are alike, so what a step takes is linear in their number. One load serves models of
-different numbers of blocks: the last n of those that were loaded. Their steps are taken in turn, so
-that what else a machine does meets all of them.
+different numbers of blocks: the last n of those loaded. Their steps are interleaved, so that other
+load on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from ..run.session import COMPUTE_DTYPES
 FEWEST_STEPS = 3
 MOST_STEPS = 15
 TIMED_S = 4.0
-#: Times that a CPU's peak is taken: its heap leaves gaps here and there.
+#: Times that a CPU's peak is measured: its heap leaves varying gaps.
 CPU_PEAKS = 3
 
 
 @dataclass(frozen=True)
 class LinearFit:
-    """A quantity of a model of n blocks."""
+    """A quantity as a linear function of the number of blocks."""
 
     fixed: float
     per_block: float
@@ -56,7 +56,7 @@ class LinearFit:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What training on n blocks takes."""
+    """What training on n blocks needs."""
 
     micro_step_s: LinearFit
     """Forward and backward of one batch."""
@@ -65,21 +65,21 @@ class Measurement:
     compile_s: float
     """Once, in the first steps."""
     transient_bytes: LinearFit | None
-    """Most of what a micro-step takes beside what lies there: activations, gradients, copies."""
+    """Peak of a micro-step above persistent memory: activations, gradients, copies."""
     update_bytes: LinearFit | None
-    """The same of an optimizer's update: gradients, and copies of what it keeps."""
+    """The same of an optimizer's update: gradients, and copies of its state."""
     gap_bytes: LinearFit
     """What a GPU's allocator holds and cannot use: between weights, and in a step's peak."""
     loading_bytes: int | None
-    """Most of what loading takes beside the model."""
+    """Peak of loading above the model itself."""
     block_bytes: int
     """Frozen, of one block."""
     other_bytes: int
     """Frozen, of what is not in blocks."""
     process_bytes: int
-    """What the process is without a run; on a GPU, where only this run's tensors count, 0."""
+    """What the process takes without a run; 0 on a GPU, where only this run's tensors count."""
     gradient_checkpointing: bool | str
-    """Chosen, where the configuration leaves it open."""
+    """Chosen here, where the configuration leaves it open."""
     trained_bytes: float
     """For each trainable parameter: itself, its average and what the optimizer keeps."""
 
@@ -99,8 +99,8 @@ def measure_blocks(
 
     Args:
         index: of the item; a batch repeats it.
-        counts: one or two numbers of blocks; with one, nothing is known to grow.
-        offloaded: whether all blocks wait in host memory.
+        counts: one or two numbers of blocks; with one, no growth per block is known.
+        offloaded: whether all blocks are offloaded to host memory.
         num_parameters: trainable ones of the whole model.
         is_shared: whether ComfyUI computes on the same GPU.
     """
@@ -160,14 +160,14 @@ def measure_blocks(
 
 
 def fit_line(values: Mapping[int, Sequence[float]]) -> LinearFit:
-    """Through one or two numbers of blocks; values of one round belong together."""
+    """Fits a line through one or two numbers of blocks; values of one round are paired."""
     few, many = min(values), max(values)
     middle = statistics.median(values[few])
     if few == many:
         return LinearFit(middle, 0.0)
     rises = [b - a for a, b in zip(values[few], values[many], strict=True)]
     per_block = max(0.0, statistics.median(rises) / (many - few))
-    if middle < few * per_block:  # nothing is fixed, and few blocks were lucky: caches, the heap
+    if middle < few * per_block:  # no fixed part; few blocks profited from caches or the heap
         return LinearFit(0.0, statistics.median(values[many]) / many)
     return LinearFit(middle - few * per_block, per_block)
 
@@ -178,7 +178,7 @@ def fit_peaks(peaks: Mapping[int, Sequence[Peaks]], name: str) -> LinearFit:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes that one step took beside what lies there; None where the system does not tell."""
+    """Bytes that one step took above persistent memory; None where unknown."""
 
     transient: int | None
     update: int | None
@@ -238,7 +238,7 @@ class Probe:
         self.batch = load_repeated(dataset, index, size, config.seed).to(device)
 
     def take_step(self, num_blocks: int) -> tuple[float, float]:
-        """Seconds of one micro-step, and of what makes it a step."""
+        """Seconds of one micro-step, and of the rest of the step."""
         started = self.read_clock()
         self.take_micro_step(num_blocks)
         middle = self.read_clock()
@@ -289,7 +289,7 @@ class Probe:
 def load_blocks(
     config: TrainConfig, base: BaseFile, device: torch.device, num_blocks: int, offloaded: bool
 ) -> EditTransformer:
-    """The model's first blocks and both its ends."""
+    """The model's first blocks, and the modules before and after the blocks."""
     model, dtype = config.model, COMPUTE_DTYPES[config.model.compute_dtype]
     marked = base.zero_cond_t if model.variant == "auto" else model.variant == "2511"
     architecture = read_architecture(base.shapes, base.name, base.axes, marked)

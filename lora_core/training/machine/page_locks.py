@@ -52,7 +52,7 @@ class PageLocks:
         return True
 
     def release(self) -> None:
-        """Unlocks all, once no copy out of them is under way."""
+        """Unlocks all, once no copy out of them is in progress."""
         if self.addresses and torch.cuda.is_initialized():
             torch.cuda.synchronize(self.device)
         while self.addresses:
@@ -61,7 +61,7 @@ class PageLocks:
 
 
 def allocate_pages(num_bytes: int) -> torch.Tensor:
-    """uint8, not initialised: whole pages that nothing else lies in."""
+    """uint8, uninitialised: whole pages that hold nothing else."""
     size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
     start = -memory.data_ptr() % mmap.PAGESIZE

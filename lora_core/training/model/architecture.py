@@ -65,12 +65,12 @@ def read_architecture(
     Args:
         shapes: key without prefix -> shape.
         name: the file's, for the error.
-        axes: entries of a head that turn with image number, row and column, as anybody wrote them
-            into a config.json; None: in the full model's proportions.
+        axes: entries of a head that turn with image number, row and column, from an untrusted
+            config.json; None: in the full model's proportions.
 
     Raises:
-        KeyFormatError: a tensor that tells a size is missing, sizes that no such model has, or a
-            block's number is left out.
+        KeyFormatError: a tensor that determines a size is missing, the sizes are impossible, or a
+            block's number is missing.
     """
     name = shorten(name)
 
@@ -113,8 +113,8 @@ def count_blocks(keys: Iterable[str], name: str) -> int:
     """How many blocks these keys belong to.
 
     Raises:
-        KeyFormatError: their numbers are not 0, 1, ... without a gap, so that one odd key would
-            ask for as many blocks as it likes.
+        KeyFormatError: their numbers are not 0, 1, ... without a gap, so that a single odd key
+            could demand any number of blocks.
     """
     numbers: set[int] = set()
     for key in keys:

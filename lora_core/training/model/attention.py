@@ -48,7 +48,7 @@ class PreparedAgain:
     """What an attention saves, without its q, k and v.
 
     Attributes:
-        heads: q, k and v, which are recognised by the memory they lie in; None once all is saved.
+        heads: q, k and v, which are recognised by their storage; None once all is saved.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ def order_kernels(device: torch.device, is_deterministic: bool) -> tuple[Any, ..
     kernel is then about twice as fast as the memory-efficient one, which PyTorch would take. On
     data centre GPUs from Hopper on cuDNN's is the fastest of all.
 
-    Where deterministic algorithms are asked for: flash, whose backward pass has such a mode, or the
+    Where deterministic algorithms are requested: flash, whose backward pass has such a mode, or the
     memory-efficient one; cuDNN's has none.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel

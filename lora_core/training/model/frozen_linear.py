@@ -1,10 +1,11 @@
-"""Linears whose weight is kept in few bits and widened only while it is used.
+"""Linears whose weight is kept in few bits and dequantised only while it is used.
 
-Nothing of the widened weight outlives a product: the backward pass widens the codes again.
+No dequantised weight outlives a product: the backward pass dequantises the codes again.
 Gradients go to the input alone; weights are never trained here.
 
 A rotated weight W = C R (ConvRot) is multiplied as x W^T = (x R) C^T, as ComfyUI does: R is
-symmetric, and turning x costs one product of 256 columns, turning C back about 100 bytes a weight.
+symmetric, and rotating x costs one product of 256 columns, rotating C back about 100 bytes a
+weight.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """A Linear of codes and what turns them into numbers.
+    """A Linear of codes and their dequantisation.
 
     `weight` are the codes; what else is needed to read them (scales) are buffers. Moves between
     devices with `.to(device)`; must not be cast by `.to(dtype)`.
@@ -154,7 +155,7 @@ def build_scaled_linear(
     """A Linear that keeps the weight exactly as stored.
 
     Args:
-        rotation: of a rotated weight, where there is one on its device that many can share.
+        rotation: of a rotated weight, one per device that many can share.
     """
     device = weight.stored.device
     codes: dict[str, torch.Tensor] = {"weight": weight.stored}

@@ -1,7 +1,7 @@
 """The functions of autograd behind `lora_products`: products by frozen weights and LoRAs of one x.
 
 Every gradient of x's size after the first is added into the first by `addmm_`; weights that are
-kept in few bits are widened once for the forward and once for the backward pass.
+kept in few bits are dequantised once for the forward and once for the backward pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .frozen_linear import Decode
 
 
 class Part(NamedTuple):
-    """What `FrozenProducts` has to know of one Linear besides its tensors."""
+    """What `FrozenProducts` needs of one Linear besides its tensors."""
 
     decode: Decode
     num_codes: int
@@ -30,13 +30,13 @@ Piece = tuple[Part, torch.Tensor | None, torch.Tensor | None, Sequence[torch.Ten
 
 
 class DownProducts(torch.autograd.Function):
-    """x as it is, and x @ down^T.
+    """x unchanged, and x @ down^T.
 
-    What the first result's gradient is, the second's is added to.
+    The second result's gradient is added to the first's.
 
     Args:
-        is_ours: nobody but `FrozenProducts` reads the first result, so that its gradient is a
-            tensor nobody else holds.
+        is_ours: only `FrozenProducts` reads the first result, so that no other code holds its
+            gradient.
     """
 
     @staticmethod
@@ -105,7 +105,7 @@ class FrozenProducts(torch.autograd.Function):
 
 
 class WholeProducts(torch.autograd.Function):
-    """`DownProducts` and `FrozenProducts` in one, where nothing is to be computed again apart."""
+    """`DownProducts` and `FrozenProducts` in one, where nothing is recomputed separately."""
 
     @staticmethod
     def forward(

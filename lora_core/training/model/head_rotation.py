@@ -1,7 +1,6 @@
-"""What lies between the products of q and k and the attention: every head of a token is normalised
-and rotated.
+"""Between the products of q and k and the attention: each head is normalised and rotated.
 
-One step of autograd, which keeps q and k as they left their products and nothing else of their
+One autograd function, which keeps q and k as they left their products and nothing else of their
 size. On NVIDIA GPUs one Triton kernel each way computes it (`rotation_kernel`), elsewhere a few of
 PyTorch's operations. ComfyUI computes the same by `rms_norm` and a rotation
 (comfy/ldm/qwen_image/model.py, comfy/rmsnorm.py).
@@ -41,7 +40,7 @@ def normalize_and_rotate(
     eps: float,
 ) -> torch.Tensor:
     """q or k of all tokens, (B, T + L, heads, head width), of (B, T, …) and (B, L, …)."""
-    if torch.compiler.is_compiling():  # which writes one kernel of it
+    if torch.compiler.is_compiling():  # which fuses it into one kernel
         parts = normalize(text, text_weight, eps), normalize(image, image_weight, eps)
         return rotate(torch.cat(parts, dim=1), rotation)
     return NormalizedRotation.apply(text, image, text_weight, image_weight, *rotation, eps)

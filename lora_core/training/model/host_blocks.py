@@ -27,7 +27,7 @@ Copies = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """Where one tensor lies in the buffer."""
+    """Where one tensor is in the buffer."""
 
     tensor: torch.Tensor
     """The block's own: it is found by its identity, since names change when LoRAs come in."""
@@ -83,7 +83,7 @@ class HostBlocks:
         self.blocks: dict[nn.Module, HostBlock] = {}
         self.num_locked = 0
         finalizer = weakref.finalize(self, self.locks.release)
-        finalizer.atexit = False  # CUDA may be gone by then, and takes its locks with it
+        finalizer.atexit = False  # CUDA may be torn down by then, its page locks with it
 
     def add(self, block: nn.Module) -> None:
         """Lets the tensors that a block on the CPU holds now wait."""
@@ -105,7 +105,7 @@ class HostBlocks:
         return self.locks.locked_bytes
 
     def describe(self) -> str | None:
-        """What is not as it should be, in a sentence."""
+        """Problems, in one sentence."""
         if not self.locks.was_refused:
             return None
         return (

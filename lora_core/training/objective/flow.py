@@ -52,8 +52,8 @@ def compute_loss(
     """Mean squared error of the velocity.
 
     Args:
-        velocity: (B, C, H, W), the model's answer on the target's tokens.
-        mask: (B, 1, H, W) weights >= 0 of the places; the mean is taken over the weights, so a
+        velocity: (B, C, H, W), the model's output on the target's tokens.
+        mask: (B, 1, H, W) weights >= 0 of the positions; the mean is taken over the weights, so a
             small region counts as much as a large one.
 
     Returns:

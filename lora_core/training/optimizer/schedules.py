@@ -13,7 +13,7 @@ from ...errors import ConfigError
 
 Schedule = Callable[[int], float]
 
-#: Progress after the warm-up, from 0 to 1, and the power -> share of the way down still to go.
+#: Progress after the warm-up, from 0 to 1, and the power -> remaining share of the decay.
 SHAPES: dict[str, Callable[[float, float], float]] = {
     "constant": lambda progress, power: 1.0,
     "linear": lambda progress, power: 1.0 - progress,

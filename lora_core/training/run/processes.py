@@ -51,7 +51,7 @@ class Processes:
         """
         if self.count == 1:
             return model
-        if holds_shards(model):  # Accelerate would give it back as it is
+        if holds_shards(model):  # Accelerate would return it unchanged
             from accelerate.utils import broadcast
 
             for parameter in parameters:
@@ -59,7 +59,7 @@ class Processes:
             self.is_sharded = True
             return model
         leave_frozen_alone(model)
-        # It lies where it shall lie; moving it would bring offloaded blocks back.
+        # It is where it should be; moving it would bring offloaded blocks back.
         return self.accelerator.prepare(model, device_placement=[False])
 
     def without_sync(self, model: Any) -> AbstractContextManager:
@@ -111,7 +111,7 @@ def holds_shards(model: Any) -> bool:
 def make_buckets(
     parameters: Sequence[torch.nn.Parameter], size: int = BUCKET
 ) -> Iterator[list[torch.nn.Parameter]]:
-    """Neighbours of one type, together at least `size` bytes where there are as many."""
+    """Neighbouring tensors of one type, together at least `size` bytes if there are enough."""
     bucket: list[torch.nn.Parameter] = []
     num_bytes = 0
     for parameter in parameters:

@@ -157,7 +157,7 @@ class Run:
                 if self.processes.is_main:
                     self.metrics.append(report)
                 is_last = self.step == self.config.steps
-                # The checkpoint comes last: what a killed run left out, the resumed one writes.
+                # The checkpoint comes last: what a killed run did not write, the resumed one does.
                 try:
                     if every.adapter_every and self.step % every.adapter_every == 0:
                         report = replace(report, adapters=self.save_adapters(self.step))
@@ -223,7 +223,7 @@ class Run:
     ) -> tuple[dict[str, float], float, float]:
         """A step's numbers over all processes, in one copy from the device.
 
-        Several processes also learn so whether one of them was asked to stop.
+        With several processes, this also tells whether one of them was asked to stop.
 
         Returns:
             Part of the loss -> its mean; the tokens of all processes; the norm of the gradients.
@@ -231,7 +231,7 @@ class Run:
         shared = [*parts.values()]
         if self.processes.count > 1:
             asked = float(should_stop())
-            # By kernels that take the number along: a copy from the host would be waited for.
+            # By kernels with the number as an argument: a copy from the host would synchronise.
             shared += [torch.full((), x, device=self.device) for x in (num_tokens, asked)]
         means = self.processes.average(torch.stack(shared))
         own = [grad_norm] if self.is_finite is None else [grad_norm, self.is_finite]
@@ -303,7 +303,7 @@ class Run:
         )
 
     def is_asked_to_stop(self, should_stop: ShouldStop) -> bool:
-        """True on every process as soon as one of them is asked; see `read_step_numbers`."""
+        """True on every process as soon as one is asked to stop; see `read_step_numbers`."""
         if self.processes.count == 1:
             return should_stop()
         if self.is_stopping is None:
@@ -311,7 +311,7 @@ class Run:
         return self.is_stopping
 
     def is_still_to_stop(self, should_stop: ShouldStop) -> bool:
-        """Once the steps have ended: asks again, on all processes. False: `take_steps` goes on."""
+        """Checks again after the steps, on all processes. False: `take_steps` resumes."""
         self.is_stopping = None
         return self.is_asked_to_stop(should_stop)
 
@@ -330,7 +330,7 @@ class Run:
         return None if path is None else path.name
 
     def save_adapters(self, step: int | None) -> tuple[str, ...]:
-        """Files of the present weights and their average; None for the finished ones."""
+        """Writes the current weights and their average; `step` None for the finished ones."""
         self.check_weights()
         if not self.processes.is_main:
             return ()

@@ -87,7 +87,7 @@ def open_session(
 
 
 def describe_session(session: Session, config: TrainConfig) -> list[str]:
-    """What will be trained and how large its file will be, a sentence each."""
+    """What will be trained and how large its file will be, one sentence each."""
     plan = session.injection.plan
     metadata = build_run_metadata(config, session.dataset, config.steps, session.variant, False)
     size_bytes = plan.compute_file_size(
@@ -131,10 +131,10 @@ def load_model(
 
 
 def choose_device(config: ModelConfig) -> torch.device:
-    """The one asked for, or the GPU where there is one.
+    """The configured device, or the GPU where there is one.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: there is no such device.
     """
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,7 +149,7 @@ def choose_device(config: ModelConfig) -> torch.device:
 
 
 def find_variant(config: ModelConfig, model: EditTransformer) -> str | None:
-    """What the adapter's metadata will say it is made for; None where nothing tells."""
+    """The variant for the adapter's metadata; None where it is unknown."""
     if config.variant != "auto":
         return config.variant
     if model.zero_cond_t:

@@ -1,4 +1,4 @@
-"""Latents -> pictures, by diffusers' VAE, from ComfyUI's single file or a diffusers folder."""
+"""Latents -> images, by diffusers' VAE, from ComfyUI's single file or a diffusers folder."""
 
 from __future__ import annotations
 

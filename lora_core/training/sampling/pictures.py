@@ -1,4 +1,4 @@
-"""Samples on disk: latents as the VAE would give them, and PNG pictures."""
+"""Samples on disk: latents as the VAE encodes them, and PNG images."""
 
 from __future__ import annotations
 
