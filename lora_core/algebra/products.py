@@ -13,7 +13,7 @@ from .factors import Factors, compute_core, compute_inner_product, get_factors
 #: Below this share of |a|^2 + |b|^2, |b - a|^2 has lost digits as a difference of products and is
 #: computed from b - a itself.
 CANCELLATION = 1e-4
-#: Rows of a dense delta that are widened to float64 at a time.
+#: Rows of a dense delta that are converted to float64 at a time.
 CHUNK_ROWS = 512
 
 

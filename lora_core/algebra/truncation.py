@@ -42,7 +42,7 @@ class Truncated:
 
 
 def truncate_weights(weights: ModuleWeights, rank: int | None, energy: float | None) -> Truncated:
-    """An additive module's delta at a lower rank; a LoRA whose rank suffices stays as it is."""
+    """An additive module's delta at a lower rank; a LoRA whose rank suffices stays unchanged."""
     factors = get_factors(weights)
     bias, dtype = weights.parts.get("bias_delta"), choose_dtype(weights)
     if factors is not None:
@@ -126,8 +126,8 @@ def compute_randomised_svd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
 
-    As torch.svd_lowrank, but from a generator of its own: the same matrix gives the same result,
-    and nobody else's random numbers change.
+    As torch.svd_lowrank, but with its own generator: the same matrix gives the same result, and the
+    global random state does not change.
     """
     size = f"{tuple(matrix.shape)} {rank}".encode()
     generator = torch.Generator().manual_seed(zlib.crc32(size))

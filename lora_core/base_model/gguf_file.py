@@ -130,7 +130,7 @@ def describe(tensor) -> GgufEntry:
 
 
 def plain_kinds(gguf) -> dict[int, torch.dtype]:
-    """Those of half precision, whose bytes are read as they are."""
+    """Types of half precision, whose bytes need no decoding."""
     return {
         int(gguf.GGMLQuantizationType.F16): torch.float16,
         int(gguf.GGMLQuantizationType.BF16): torch.bfloat16,

@@ -39,7 +39,7 @@ def write_then_rename(path: Path, write) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors lets nobody but the owner read
+        temporary.chmod(mode)  # safetensors makes files owner-only
         replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

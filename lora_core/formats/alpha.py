@@ -126,10 +126,10 @@ def report_contradictions(configs: Sequence[PeftConfig]) -> list[Finding]:
 def find_alpha_rules(
     metadata: Mapping[str, str], path: Path | None, key_formats: Collection[str]
 ) -> AlphaRules:
-    """Looks in the header, and for PEFT files in the adapter_config.json beside them.
+    """Looks in the header, and for PEFT files in the adapter_config.json next to them.
 
-    kohya's header field counts for kohya's own keys alone: musubi-tuner's converter folds alpha
-    into the tensors of its other formats and leaves the field behind.
+    kohya's header field counts only with kohya's own keys: musubi-tuner's converter folds alpha into
+    the tensors of its other formats and leaves the field behind.
     """
     texts: list[tuple[str, str, Callable[[], dict]]] = []
     for header_field in CONFIG_FIELDS:

@@ -20,7 +20,7 @@ from .reading import read_modules
 from .schemes import build_lora_config, build_metadata, get_scheme
 
 PEFT_FILE = "adapter_model.safetensors"
-#: As diffusers' `save_lora_weights` names it in a folder of its own, also on the Hub.
+#: As diffusers' `save_lora_weights` names it in a separate folder, also on the Hub.
 HUB_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 

@@ -32,7 +32,7 @@ class BaseStatistics:
     spectral_ratio: float
     """sigma_1(delta) / sigma_1(W)"""
     cosine: float
-    """<W, delta> / (|W| |delta|): whether the delta lengthens W as it is."""
+    """<W, delta> / (|W| |delta|): whether the delta scales W up."""
     alignment: float
     """|u^T delta v| / sigma_1(delta) for W's first singular vectors u, v."""
     merge_error_predicted: float | None

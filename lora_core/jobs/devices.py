@@ -32,7 +32,7 @@ class Device:
     visible: str
     """For the variable that shows a worker this GPU alone; see `name_variable`."""
     memory_bytes: int = 0
-    """Of the whole GPU, whoever uses it; 0 for a CPU."""
+    """Of the whole GPU, including what is in use; 0 for a CPU."""
     is_shared: bool = False
     """Whether ComfyUI computes on it too."""
 

@@ -1,7 +1,7 @@
-"""A run's memory and time before it starts, measured in a process of its own.
+"""A run's memory and time before it starts, measured in a separate process.
 
-In the server's own process it would import diffusers, keep memory of the GPU's allocator and take a
-crash along.
+In the server's process it would import diffusers, hold memory of the GPU's allocator and crash the
+server with it.
 """
 
 from __future__ import annotations

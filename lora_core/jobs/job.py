@@ -101,7 +101,7 @@ class JobSettings:
     niceness: int = 10
     """How much the worker yields the CPU to others: 0 not at all, 19 the most."""
     num_devices: int = 1
-    """GPUs that train together, each with a batch of its own; all of one kind."""
+    """GPUs that train together, each on its own batch; all of one kind."""
     gpu_memory_bytes: int = 0
     """For which the base's storage was chosen: smaller GPUs are left alone while there are any
     others."""

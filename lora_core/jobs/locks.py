@@ -110,12 +110,12 @@ if os.name == "nt":
     import msvcrt
 
     def lock(handle: int) -> None:
-        """OSError where somebody has the lock; closing the handle gives it back."""
+        """OSError where the lock is held; closing the handle releases it."""
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
 
     def lock(handle: int) -> None:
-        """OSError where somebody has the lock; closing the handle gives it back."""
+        """OSError where the lock is held; closing the handle releases it."""
         # flock and not lockf: it also holds between two handles of one process
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -122,7 +122,7 @@ def propose_names(adapters: Sequence[Path]) -> Iterator[list[str]]:
 
 
 def copy_with_id(adapter: Path, loras: Path, job_id: str) -> Path:
-    """A temporary copy whose header names the job; the tensors' bytes as they are."""
+    """A temporary copy whose header names the job; the tensors' bytes unchanged."""
     temporary = name_temporary(loras, job_id)
     try:
         with open_inside(adapter) as source, temporary.open("xb") as target:

@@ -58,7 +58,7 @@ class Sampler:
             Seconds it took.
 
         Raises:
-            InterruptedError: `should_stop` said yes.
+            InterruptedError: `should_stop` returned True.
             NonFiniteLossError: the weights are not finite.
         """
         started = time.monotonic()
@@ -86,7 +86,7 @@ class Sampler:
         """Writes the images of the chosen items' references and targets, from the cached latents.
 
         Raises:
-            InterruptedError: `should_stop` said yes.
+            InterruptedError: `should_stop` returned True.
         """
         missing = self.list_missing_examples()
         with self._leaving_the_run_alone():

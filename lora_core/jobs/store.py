@@ -44,7 +44,7 @@ DEVICES = "devices"
 INDEX_FILE = "jobs.sqlite"
 LOCK_TIMEOUT = 5.0  # seconds; everybody but workers holds a job's lock for milliseconds
 KEY_TIMEOUT = 30.0  # seconds
-LEFTOVER_AGE = 600.0  # seconds after which a submission is not under way any more
+LEFTOVER_AGE = 600.0  # seconds after which a submission is considered abandoned
 LOG_TAIL_BYTES = 65536
 LOG_MAX_BYTES = 1 << 20
 WAIT_INTERVAL = 0.2  # seconds
@@ -434,7 +434,7 @@ class JobStore:
         with self.catalog.using(folder):
             if self._acquire(folder):
                 try:
-                    # what was asked before and nobody followed is answered by this
+                    # this also settles an earlier request that no worker handled
                     job = self.catalog.read(folder)
                     check_allowed(job, request)
                     return self.apply_request(dataclasses.replace(job, request=request))

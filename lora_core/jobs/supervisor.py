@@ -172,7 +172,7 @@ class Supervisor:
         """The job after any action it needed; an error in one job does not affect the others."""
         try:
             return self._handle_unguarded(job)
-        except Exception as e:  # noqa: BLE001 - whatever it is, it is told
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is logged
             self._log_failure(job, e)
             return job
 
@@ -284,7 +284,7 @@ class Supervisor:
             try:
                 if is_free and self._is_prepared(job, chosen):
                     self._start(job, chosen)
-            except Exception as e:  # noqa: BLE001 - whatever it is, it is told
+            except Exception as e:  # noqa: BLE001 - whatever it is, it is logged
                 self._log_failure(job, e)
 
     def _is_prepared(self, job: Job, devices: Sequence[Device]) -> bool:

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     locks = [get_device_lock(Path(root), key) for key in keys.split(",")]
     status = group.agree(acquire_locks(folder, locks) if group.is_main else None)
     if status is not None:
-        # A launcher takes every other status for a failure of its own.
+        # A launcher treats every other status as its own failure.
         return status if group.count == 1 or status == EXIT_FAILED else 0
     try:
         settings = folder.read_settings()

@@ -68,7 +68,7 @@ def find_trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
         if text and clean(text) not in ("", "None"):
             words = read_list(text) or text.split(",")
             return tuple(dict.fromkeys(filter(None, (clean(w, 120) for w in words))))[:MAX_WORDS]
-    # ai-toolkit has no field of its own: it names a folder "1_word" that holds the one tag "word".
+    # ai-toolkit has no field for it: it names a folder "1_word" that holds the one tag "word".
     frequency = read_dict(metadata.get("ss_tag_frequency"))
     return tuple(
         clean(tag, 120)

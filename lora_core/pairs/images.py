@@ -232,7 +232,7 @@ def slice_rows(height: int, width: int) -> Iterator[slice]:
 
 
 def split_image(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """(first row, those rows), from the top; a small image as it is."""
+    """(first row, those rows), from the top; a small image unchanged."""
     for rows in slice_rows(image.height, image.width):
         is_whole = rows == slice(0, image.height)
         yield rows.start, image if is_whole else image.crop((0, rows.start, image.width, rows.stop))

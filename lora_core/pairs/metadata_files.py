@@ -216,7 +216,7 @@ class ListReader:
         return open_file(path, self.folder, self.is_allowed)
 
     def _find_composed(self, path: Path) -> Path:
-        """The file whose name differs only in how accents are written, or `path` as it is."""
+        """The file whose name differs only in how accents are encoded, or `path` itself."""
         if is_file(path) or path.as_posix().isascii() or not path.is_relative_to(self.folder):
             return path
         found = self.folder

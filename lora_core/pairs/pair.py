@@ -154,7 +154,7 @@ def open_file(path: Path, root: Path, is_allowed: IsAllowed) -> FileImage:
 
 
 def describe_path(path: Path, root: Path) -> str:
-    """As a person finds the file: inside the set's folder, or with the name of its own folder."""
+    """As a user finds the file: relative to the set's folder, or with its own folder's name."""
     inside = path.is_relative_to(root)
     return path.relative_to(root).as_posix() if inside else f"{path.parent.name}/{path.name}"
 

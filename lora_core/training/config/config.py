@@ -1,4 +1,4 @@
-"""Everything a run is made of, as one tree of frozen dataclasses; each value checked on its own.
+"""A run's settings as one tree of frozen dataclasses; each value is validated individually.
 
 A configuration file is TOML (or JSON) with these sections as tables:
 

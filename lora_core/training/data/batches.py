@@ -1,8 +1,8 @@
 """Which items make up which batch, and which noise they get: functions of seed and position.
 
-Nothing here has a state. Micro-batch number n of a run is the same after a restart, and the same
-for any division of its samples among processes, since every sample's draws come from a generator
-of its own, seeded by (seed, epoch, place in the epoch).
+Nothing here is stateful. Micro-batch number n of a run is the same after a restart, and the same
+for any division of its samples among processes, since every sample's draws come from its own
+generator, seeded by (seed, epoch, place in the epoch).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Batch:
     text: torch.Tensor
     """(B, T, D)"""
     text_mask: torch.Tensor | None
-    """(B, T), True for real tokens; None where no text is padded: nobody looks for that again."""
+    """(B, T), True for real tokens; None where no text is padded, so that no later check is needed."""
     noise: torch.Tensor
     u: torch.Tensor
     """float64 (B,) in (0, 1), from which noise levels are made."""
@@ -115,7 +115,7 @@ class Batch:
         return count_target_tokens(*self.x_0.shape[-2:])
 
     def to(self, device: torch.device) -> Batch:
-        """There, but for `u`; from page-locked memory nobody waits for it."""
+        """On `device`, except `u`; asynchronous from page-locked memory."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self, device: torch.device) -> Batch:
@@ -177,7 +177,7 @@ def load_batch(
             for item in items
         ]
         mask = torch.stack(masks)[:, None]
-    # Widened first: items of one set may be stored in different dtypes.
+    # Converted first: items of one set may be stored in different dtypes.
     x_0 = normalize(torch.stack([item.target.float() for item in items]))
     references = [
         normalize(torch.stack([item.references[i].float() for item in items]))

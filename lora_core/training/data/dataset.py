@@ -157,7 +157,7 @@ class DatasetWriter:
         return info
 
     def set_empty_text(self, text_empty: torch.Tensor) -> None:
-        """(T, D): the embedding of an empty caption for every item without one of its own."""
+        """(T, D): the embedding of an empty caption for every item that has none itself."""
         self._check_text("the empty caption", text_empty)
         tensors = {"text_empty": text_empty.detach().cpu().contiguous()}
         self._save(self.folder / EMPTY_FILE, tensors)
@@ -415,7 +415,7 @@ def collect_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
     """Embeddings (T_i, D) -> (B, T, D) padded with 0, and which tokens are real, (B, T).
 
     No mask where all are as long: an all-true mask makes attention take a slower kernel, and on a
-    GPU nobody could look at it without waiting.
+    GPU it could not be checked without synchronising.
     """
     lengths = [text.shape[0] for text in texts]
     padded = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)

@@ -91,6 +91,6 @@ def describe(tensor: AnyTensor) -> str:
 
 
 def is_mask(mask: torch.Tensor) -> bool:
-    """Whether weights can be taken as they are: finite, none below 0, not all of them 0."""
+    """Whether weights are valid: finite, none below 0, not all of them 0."""
     low, high = mask.float().aminmax()
     return low.item() >= 0 and 0 < high.item() < math.inf

@@ -1,7 +1,6 @@
-"""Host memory that a GPU reads by itself: pages of our own, locked where they are.
+"""Host memory that a GPU reads directly: our own pages, locked in place.
 
-torch's allocator of pinned memory rounds each request up to a power of two and keeps what it once
-locked; a block's 340 MB of fp8 would take 512. ComfyUI locks pages of its own as well
+torch's allocator of pinned memory rounds each request up to a power of two and never releases it; a block's 340 MB of fp8 would take 512. ComfyUI locks its own pages as well
 (comfy/pinned_memory.py).
 """
 

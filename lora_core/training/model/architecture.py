@@ -50,7 +50,7 @@ class Architecture:
         zero_cond_t = arguments.pop("zero_cond_t")
         with torch.device("meta"):
             model = QwenImageTransformer2DModel(**arguments)
-        model.register_to_config(zero_cond_t=zero_cond_t)  # no argument of its own before 0.37
+        model.register_to_config(zero_cond_t=zero_cond_t)  # not an argument before 0.37
         return model
 
 

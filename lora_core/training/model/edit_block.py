@@ -99,9 +99,9 @@ class EditBlock(nn.Module):
         return self.finish(*streams, split)
 
     def compile(self, **options: object) -> None:
-        """Compiles what is computed again and what is not each on its own.
+        """Compiles the recomputed part and the rest separately.
 
-        Under "selective" all but the products and the attention, which compiling leaves alone.
+        Under "selective" all but the products and the attention, which are not compiled.
         """
         for name in ("begin", "enter", "prepare", "begin_mlps", "finish"):
             setattr(self, name, torch.compile(getattr(self, name), **options))

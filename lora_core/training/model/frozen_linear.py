@@ -125,8 +125,8 @@ class ScaledCodes:
     ) -> torch.Tensor:
         """The product is taken in the scale's float32 and rounded once.
 
-        Bytes moved a weight in bf16: 3 from int8, 7 from fp8, which torch multiplies by nothing
-        else and which is widened first.
+        Bytes moved per weight in bf16: 3 from int8, 7 from fp8, which torch multiplies by no other
+        type and which is therefore converted first.
 
         Args:
             scale: float32 (1, 1), (out, 1), or (out, in / 32).

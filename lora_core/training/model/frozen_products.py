@@ -129,7 +129,7 @@ class WholeProducts(torch.autograd.Function):
         x, down, hidden, *tensors = ctx.saved_tensors
         pieces = split_by_part(ctx.parts, tensors)
         grad_x, grad_hidden, grad_tensors = multiply_back(grads, hidden, pieces, True)
-        if grad_x is None:  # nobody used a result
+        if grad_x is None:  # no result was used
             return None, None, None, *grad_tensors
         grad_down = grad_hidden.T @ to_rows(x)
         return grad_x.addmm_(grad_hidden, down).view(x.shape), grad_down, None, *grad_tensors

@@ -47,7 +47,7 @@ def normalize_and_rotate(
 
 
 class NormalizedRotation(torch.autograd.Function):
-    """`normalize_and_rotate`, which keeps its inputs alone; weights get no gradient."""
+    """`normalize_and_rotate`, which saves only its inputs; weights get no gradient."""
 
     @staticmethod
     def forward(
@@ -140,9 +140,9 @@ def choose_steps(x: torch.Tensor) -> Any:
 
 @lru_cache(maxsize=16)
 def find_kernels(device: torch.device) -> Any:
-    """The Triton kernels, once they were seen to be right on this device; None where they are not.
+    """The Triton kernels, once verified on this device; None where they fail.
 
-    Triton has no build for Windows of its own, and needs a C compiler where it runs first.
+    Triton has no official build for Windows, and needs a C compiler on its first run.
     """
     if torch.version.hip or torch.cuda.get_device_capability(device) < SUPPORTED:
         return None

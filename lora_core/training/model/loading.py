@@ -1,9 +1,9 @@
 """From a file to a model that can be trained on, one tensor at a time.
 
-The base is never in memory twice: the model is built without data, and each tensor is read, brought
-into its storage on its device and put in place before the next one is read. Beside the model itself
-memory holds no more than some chunks of 16 MB (DESIGN section 8), see `weight_reader`, and where
-blocks wait in host memory one of them twice.
+The base is never in memory twice: the model is built without data, and each tensor is read, converted
+to its storage on its device and put in place before the next one is read. Besides the model itself
+memory holds only some chunks of 16 MB (DESIGN section 8), see `weight_reader`, and one offloaded
+block twice.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 | storage | a block's Linears | bytes a weight | error of a normal weight |
 |---|---|---|---|
 | fp32, bf16 | as such | 4, 2 | 0, 0.2 % |
-| fp8 | e4m3 with a scale per row; a file's own fp8 as it is | 1 | 2.7 % |
-| int8 | with a scale per row; a file's own int8 as it is | 1 | 0.8 % |
+| fp8 | e4m3 with a scale per row; a file's own fp8 unchanged | 1 | 2.7 % |
+| int8 | with a scale per row; a file's own int8 unchanged | 1 | 0.8 % |
 | nf4 | NormalFloat4, blocks of 64, double quantisation; modulation as int8 | 0.516 | 9.2 % |
 | as stored | what the file holds; a GGUF's codes are slow to decode | | 0 |
 

@@ -31,7 +31,7 @@ class EditTransformer(nn.Module):
 
     Args:
         transformer: diffusers' QwenImageTransformer2DModel. Its blocks are replaced by `EditBlock`s
-            of the same submodules, so that it cannot be called on its own from then on.
+            of the same submodules, so that it cannot be called directly from then on.
         compute_dtype: of the activations.
 
     Attributes:

@@ -226,7 +226,7 @@ def compute_state_digest(record: Mapping[str, Any]) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed process left half done; nothing that has a name of its own."""
+    """Deletes what a killed process left unfinished; nothing that has its final name."""
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
             if path.is_dir():

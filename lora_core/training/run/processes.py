@@ -1,7 +1,7 @@
-"""One process or several: the few things that differ, behind one small interface.
+"""One process or several: the few differences, behind one small interface.
 
-Several processes are Hugging Face Accelerate's (`accelerate launch`); nothing here communicates on
-its own. Without an Accelerator this is a single process and Accelerate need not be installed.
+Several processes are managed by Hugging Face Accelerate (`accelerate launch`), which does all the
+communication. Without an Accelerator this is a single process and Accelerate need not be installed.
 """
 
 from __future__ import annotations

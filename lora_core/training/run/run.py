@@ -122,7 +122,7 @@ class Run:
     def start(self, resume: bool) -> None:
         """Takes up the newest checkpoint, or makes sure that this is a new run."""
         check_is_free(self.checkpoints, resume)
-        self.processes.wait()  # nobody writes before everybody has looked
+        self.processes.wait()  # no process writes before all have checked
         if self.processes.is_main:
             self.checkpoints.prepare()
             remove_leftovers(self.folder)
