@@ -1,4 +1,4 @@
-"""Telling how far a long computation is, and stopping it between two modules."""
+"""Reporting the progress of a long computation, and stopping it between two modules."""
 
 from __future__ import annotations
 

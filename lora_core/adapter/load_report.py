@@ -9,7 +9,7 @@ from typing import Any
 from ..findings import NOTE, WARNING, Finding, list_texts
 from ..text import join_counts, shorten, shorten_list
 
-#: Of a key in the JSON. None of a trainer comes near it; a stranger's may fill the whole file.
+#: Of a key in the JSON. No trainer's comes near it; an untrusted one may fill the whole file.
 MAX_KEY = 500
 
 
@@ -65,7 +65,7 @@ class LoadReport:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What the user would want to know before going on, the warnings first."""
+        """What the user should know before continuing, the warnings first."""
         listed = []
 
         def add(kind: str, count: int, text: str) -> None:

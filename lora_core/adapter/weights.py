@@ -85,7 +85,7 @@ class ModuleWeights(ABC):
 
     @property
     def parts(self) -> Mapping[str, AnyTensor]:
-        """The tensors as stored, by their names in this package; perhaps still on disk."""
+        """The tensors as stored, by their names in this package; may still be on disk."""
         return self._parts
 
     def part(self, name: str) -> torch.Tensor | None:

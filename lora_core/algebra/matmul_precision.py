@@ -1,4 +1,4 @@
-"""float32 products with all their bits, whatever this process has been set to."""
+"""float32 products at full precision, whatever this process's settings."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class BaseFile:
 
 
 def open_base_file(source: str | os.PathLike[str]) -> BaseFile:
-    """Opens whatever is there; only headers are read.
+    """Opens any supported format; only headers are read.
 
     Raises:
         FileError: it is missing, damaged or of another type.
@@ -141,7 +141,7 @@ def is_gguf(path: Path) -> bool:
     """By the first bytes.
 
     Raises:
-        FileError: it is missing, or no file that can be opened.
+        FileError: it is missing, or cannot be opened.
     """
     try:
         with open_regular(path) as file:
@@ -199,7 +199,7 @@ def list_names(folder: Path) -> set[str]:
 
 
 def read_downloaded(path: Path) -> dict[str, Any]:
-    """An object of a folder whose files came from elsewhere.
+    """A JSON object from a downloaded folder.
 
     Raises:
         FileError: as `read_object`, with what to do.

@@ -28,12 +28,12 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "mxfp8")
 ROTATION_GROUP = 256  # ComfyUI's default
 #: Of one weight; ComfyUI writes fewer than a hundred.
 MAX_NOTE_BYTES = 1 << 16
-#: A note that is refused where it matters.
+#: A note that is rejected only where it matters.
 UNREADABLE: Mapping[str, Any] = {"format": "an unreadable note"}
 
 
 class BaseWeights:
-    """Looks weights up by module path; copies none of them before it is asked for.
+    """Looks weights up by module path; copies none of them before it is needed.
 
     Attributes:
         prefix: in front of every key, such as "model.diffusion_model.".
@@ -121,7 +121,7 @@ class BaseWeights:
 
 
 def fetch(tensor: AnyTensor) -> torch.Tensor:
-    """From wherever it is, to the CPU; what it came from stays where it was."""
+    """From wherever it is, to the CPU; the source stays where it was."""
     return load(tensor).detach().cpu()
 
 
@@ -196,7 +196,7 @@ def parse_note(text: str | bytes) -> Mapping[str, Any]:
 
 
 def open_base(base: BaseWeights | Mapping[str, AnyTensor] | str | os.PathLike[str]) -> BaseWeights:
-    """A base from tensors by key, or from whatever training takes: a file, a GGUF, a folder.
+    """A base from tensors by key, or from anything training accepts: a file, a GGUF, a folder.
 
     Raises:
         FileError: the file is missing or damaged.

@@ -120,7 +120,7 @@ class GgufFile:
         return data.reshape(stop - start, row_bytes)
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Nothing is held open."""
 
 
 def describe(tensor) -> GgufEntry:
@@ -145,15 +145,15 @@ def refuse(path: Path, reason: str) -> FileError:
 
 
 def check_header(path: Path) -> int:
-    """Walks over a GGUF's header, so that what it promises fits into the file.
+    """Walks over a GGUF's header, to check that what it declares fits into the file.
 
-    The package believes every length: an array that claims 2^60 numbers keeps it busy for ever.
+    The package trusts every length: an array that claims 2^60 numbers keeps it busy forever.
 
     Returns:
         The file's size in bytes.
 
     Raises:
-        FileError: it is damaged, or of a machine of the other byte order.
+        FileError: it is damaged, or has the other byte order.
     """
     with open_regular(path) as file:
         size = file.seek(0, 2)

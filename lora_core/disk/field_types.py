@@ -76,7 +76,7 @@ def build_check(hint: Any) -> Check:
 
 
 def build_check_of_all(hint: Any) -> Check:
-    """Numbers and texts, of which there are many, are looked at by their types at once."""
+    """Numbers and texts, of which there are many, are checked by type directly."""
     if hint is Any:
         return lambda values: True
     if hint in ALLOWED:

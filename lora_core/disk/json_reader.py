@@ -27,7 +27,7 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
     """The value in a JSON file, read as `parse_json` does.
 
     Raises:
-        MissingFileError: nothing has this path.
+        MissingFileError: there is no such path.
         FileError: it cannot be opened, is no regular file, is larger than `max_bytes`, or is not
             what `parse_json` takes.
     """
@@ -99,7 +99,7 @@ def refuse_constant(name: str) -> NoReturn:
 
 
 def check_values(value: Any) -> None:
-    """Level by level, since a recursion would meet the limit that it checks."""
+    """Level by level, since recursion would hit the limit that it checks."""
     level, depth = [[value]], 0
     while level:
         if depth > MAX_DEPTH:

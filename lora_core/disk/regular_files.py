@@ -15,7 +15,7 @@ from typing import BinaryIO
 from ..errors import DeniedFileError, FileError, MissingFileError
 from ..text import shorten
 
-#: Nothing that is read whole as text comes near it.
+#: No file that is read whole as text comes near it.
 MAX_TEXT_BYTES = 64 << 20
 _BOMS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, with whose mark it begins

@@ -225,8 +225,8 @@ def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
     """Size in bytes, modification time in ns, and inode.
 
     Raises:
-        MissingFileError: nothing has this path.
-        FileError: it cannot be looked at.
+        MissingFileError: there is no such path.
+        FileError: it cannot be examined.
     """
     name = shorten(path.name)
     try:
@@ -274,7 +274,7 @@ def open_checked(path: Path, expected: str = LORA_FILE):
         )
     try:
         os.fspath(path).encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8, which safetensors opens nowhere
+    except UnicodeEncodeError:  # bytes that are not UTF-8, which safetensors cannot open
         raise FileError(
             f"{name}: this name or its folder's is not UTF-8 text; rename it."
         ) from None

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch
 
-#: For what must not fail; a scanner may take seconds over a checkpoint of gigabytes.
+#: For what must not fail; a virus scanner may take seconds over a checkpoint of gigabytes.
 PATIENCE_S = 10.0
-#: For what is soon done again, or is waited for.
+#: For what is soon retried, or is waited for.
 BRIEF_PATIENCE_S = 1.0
 RETRY_INTERVAL_S = 0.02
 #: Of Windows, for a file or a part of it.

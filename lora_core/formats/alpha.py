@@ -128,8 +128,8 @@ def find_alpha_rules(
 ) -> AlphaRules:
     """Looks in the header, and for PEFT files in the adapter_config.json next to them.
 
-    kohya's header field counts only with kohya's own keys: musubi-tuner's converter folds alpha into
-    the tensors of its other formats and leaves the field behind.
+    kohya's header field counts only with kohya's own keys: musubi-tuner's converter folds alpha
+    into the tensors of its other formats and leaves the field behind.
     """
     texts: list[tuple[str, str, Callable[[], dict]]] = []
     for header_field in CONFIG_FIELDS:

@@ -114,7 +114,7 @@ class ModuleBuilder:
         self.empty: list[str] = []
         """Modules of rank 0, which add nothing."""
         self.num_split = 0
-        """Fused modules that were taken apart."""
+        """Fused modules that were split."""
         self.repeated: list[str] = []
         """Modules that a fused one holds and that are also present on their own."""
         self._incomplete: list[str] = []
@@ -154,7 +154,7 @@ class ModuleBuilder:
                 modules[member] = weights
 
     def _build(self, module_path: str, parts: ModuleParts) -> ModuleWeights | None:
-        """The module's weights; None where its parts are too few, which is noted."""
+        """The module's weights; None where parts are missing, which is recorded."""
         present = frozenset(parts.keys)
         kind = next((kind for kind in KINDS if present & kind.parts), None)
         if kind is None:  # an alpha or a magnitude alone changes nothing

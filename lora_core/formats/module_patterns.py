@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 MAX_LENGTH = 200
-#: Tokens of all the patterns that are more than a name: every module is tried with each.
+#: Tokens of all the patterns that are more than a name: each is tried on every module.
 MAX_WILDCARD_TOKENS = 4000
 
 _ANY, _ANY_RUN, _DIGITS = object(), object(), object()

@@ -16,9 +16,9 @@ from ..findings import WARNING, Finding
 from ..text import shorten, shorten_list
 from .module_patterns import ModulePatterns, build_masks, matches, parse_pattern
 
-#: Starts that leave the base as it was (peft/tuners/lora/config.py, init_lora_weights).
+#: Initialisations that leave the base unchanged (peft/tuners/lora/config.py, init_lora_weights).
 _PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
-#: Beginnings of the starts that take a part out of the base, and their names.
+#: Prefixes of the initialisations that move a part out of the base, and their names.
 _MOVING_STARTS = {
     "pissa": "PiSSA",
     "corda": "CorDA",
@@ -97,7 +97,7 @@ class PeftConfig:
             return True
         if isinstance(self.target_modules, str):
             parsed = parse_pattern(self.target_modules)
-            # A pattern of another form may well match: only a program that runs it knows.
+            # A pattern of another form may match: only a program that runs it knows.
             masks = build_masks(module_path)
             return parsed is None or matches(parsed[1], masks, len(module_path), [0])
         parts = module_path.split(".")
@@ -202,7 +202,7 @@ def is_known_start(value: Any) -> bool:
 
 
 def find_moving_start(value: Any) -> str | None:
-    """The name of a start that moved the base: B @ A then holds a part of the base itself."""
+    """The name of an initialisation that moved the base: B @ A then holds a part of the base."""
     start = str(value).lower()
     return next((shown for begin, shown in _MOVING_STARTS.items() if start.startswith(begin)), None)
 

@@ -79,7 +79,7 @@ class Injection:
             layer.strength = float(strength)
 
     def eject(self) -> None:
-        """Puts the base modules back, the very objects, with requires_grad as it was."""
+        """Puts the original base modules back, with requires_grad as it was."""
         if not self.is_injected:
             return
         for path, layer in self.layers.items():
@@ -99,7 +99,7 @@ class Injection:
     ) -> Adapter:
         """The LoRAs as an adapter on the CPU that shares no memory with the layers.
 
-        A PiSSA is given out as a plain LoRA of the original base, at twice the rank and alpha.
+        A PiSSA is exported as a plain LoRA of the original base, at twice the rank and alpha.
 
         Args:
             dtype: of the copies; None keeps that of the parameters.
@@ -131,7 +131,7 @@ class Injection:
         return tuple(path for path in self.layers if path not in adapter.modules)
 
     def check_loadable(self, adapter: Adapter) -> None:
-        """Raises what `load` would, before any number is replaced."""
+        """Raises what `load` would, before anything is replaced."""
         if self.plan.settings.is_pissa:
             raise ConfigError(
                 f"{adapter.name} cannot be continued with PiSSA, which starts from the base's own "

@@ -101,11 +101,11 @@ class LoraLinear(nn.Module):
 
     @property
     def is_sum(self) -> bool:
-        """Whether it is base(x) + something of `project(x)`, so that both can be made apart."""
+        """Whether it is base(x) + something of `project(x)`, so both can be computed apart."""
         return type(self) is LoraLinear and self.strength != 0
 
     def add_to_base(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The result, with the down-product already there."""
+        """The result, given the down-product."""
         # Rows, so that the base's output is no view: adding in place to one would copy gradients.
         out = self.base(x.reshape(-1, x.shape[-1]))
         return self.add_lora(out, hidden.flatten(0, -2)).view(*x.shape[:-1], -1)
@@ -237,7 +237,7 @@ def get_base_weight(base: nn.Module) -> torch.Tensor:
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """A weight that FSDP spread over processes, whole; all of them have to ask for it together."""
+    """A weight that FSDP sharded over processes, whole; all of them have to call this together."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     if tensor.dtype.itemsize > 1:

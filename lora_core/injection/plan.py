@@ -30,7 +30,7 @@ INERT = "the model discards the last block's text output, so it would never get 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What to train. Wrong values are a ConfigError here, wrong patterns a TargetError in the plan.
+    """What to train. Wrong values raise ConfigError here, wrong patterns TargetError in the plan.
 
     `targets` and `exclude` are presets, names or patterns, see the module's text.
     """
@@ -130,7 +130,7 @@ class InjectionPlan:
     def build_empty_adapter(
         self, dtype: torch.dtype, metadata: Mapping[str, str] | None = None
     ) -> Adapter:
-        """The adapter that training will give, with shapes but without numbers (device meta)."""
+        """The adapter that training will produce, with shapes but without data (device meta)."""
         modules: dict[str, ModuleWeights] = {}
         for target in self.targets:
             # PiSSA is exported as a plain LoRA of the original base, which takes twice the rank.

@@ -38,7 +38,7 @@ class BaseStatistics:
     merge_error_predicted: float | None
     """Relative error of the delta if merged into this storage; None where it does not matter."""
     merge_error_measured: float | None
-    """The same by rounding some rows for real; None where it was not sampled."""
+    """The same, measured by rounding some rows; None where it was not sampled."""
 
     def compute_norm(self, strength: float) -> float:
         """|W + strength * delta|_F, for any strength, from three inner products."""

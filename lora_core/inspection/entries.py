@@ -131,7 +131,7 @@ def sort_quantiles(sizes: torch.Tensor) -> dict[float, float]:
 
 
 def interpolate_quantiles(codes: torch.Tensor, largest: float) -> dict[float, float]:
-    """As if the entries of a bin lay at even distances in it."""
+    """As if the entries of a bin were evenly spaced."""
     edges, below = compute_edges(), codes.cumsum(0)
     quantiles = {}
     for quantile in QUANTILES:

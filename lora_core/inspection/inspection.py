@@ -30,7 +30,7 @@ from .measures import (
     measure_kronecker,
 )
 
-#: About how many modules' merges are rounded for real, to check the prediction.
+#: About how many modules' merges are actually rounded, to check the prediction.
 NUM_SAMPLED = 24
 
 
@@ -122,7 +122,7 @@ class Inspection:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every entry was looked at."""
+        """Whether every entry was scanned."""
         return bool(self.modules) and all(m.abs_max is not None for m in self.modules.values())
 
     @property

@@ -235,7 +235,7 @@ def draw_histogram(inspection: Inspection, module_path: str | None = None) -> np
     floor = largest * 10.0**-MAX_HISTOGRAM_ORDERS
     edges = np.array(sorted(edge for edge in bins if edge >= floor))
     widths = compute_bin_widths(edges)
-    # Bins are a quarter octave wide, but not on a logarithmic axis: without this they look like a sawtooth.
+    # Bins are a quarter octave wide, but not on a logarithmic axis: else they look like a saw.
     density = np.array([bins[edge] for edge in edges]) / np.log2(1 + widths / edges)
     axes.bar(edges, density, width=widths, align="edge", color=BLUE, linewidth=0)
     axes.set(xscale="log", yscale="log", xlim=(floor, largest * 3))

@@ -26,7 +26,7 @@ from ..adapter.delta import widen
 from ..algebra.factors import Factors
 from ..base_model.base_weight import MX_BLOCK, BaseWeight, rotate
 
-#: Rows that a prediction looks at, spread over the whole weight: 200,000 weights of the real model.
+#: Rows that a prediction samples, spread over the whole weight: 200,000 weights of the real model.
 PREDICTED_ROWS = 64
 CHUNK_ROWS = 512
 
@@ -103,7 +103,7 @@ def predict_error(weight: BaseWeight, delta_std: float, peak: float | None = Non
 def measure_error(
     weight: BaseWeight, delta: torch.Tensor, peak: float | None = None, seed: int = 0
 ) -> float | None:
-    """The relative error by rounding for real: `weight` and `delta` (rows, in) of the same rows.
+    """The relative error by actual rounding: `weight` and `delta` (rows, in) of the same rows.
 
     Args:
         peak: what `find_peak` gave for the whole weight; without it these rows are the whole.

@@ -14,14 +14,14 @@ from .folder import open_inside
 
 #: One value for each step.
 CURVES = ("step", *METRIC_NAMES)
-#: Taken every `saving.health_every` steps; see `training.health`.
+#: Taken every `saving.health_every` steps; see `training.run.health`.
 HEALTH = ("std", "spectral", "effective_rank")
 
 Row = Mapping[str, Any]
 
 
 class MetricsReader:
-    """Follows metrics files that grow: a second read parses only the lines that came since.
+    """Follows metrics files that grow: a second read parses only the new lines.
 
     Keeps the rows of the last `capacity` files. May be used by several threads.
     """

@@ -16,7 +16,7 @@ from .nccl import explain_shared_memory, is_communication_error
 
 LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 16384
-#: Signals that a process gives itself by doing something it must not.
+#: Signals that a process raises by its own fault.
 OWN_SIGNALS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP", "SIGSYS")
 
 LOWER = "lower what the run needs and clone the job"
@@ -105,7 +105,7 @@ def read_log_tail(folder: JobFolder) -> str:
 def restart_or_fail(
     state: JobState, settings: JobSettings, reached: int, failure: JobFailure
 ) -> JobState:
-    """The state of a job whose worker was ended from outside: waiting for another, or failed.
+    """The state of a job whose worker was ended from outside: queued again, or failed.
 
     Args:
         reached: step of the last checkpoint.

@@ -66,7 +66,7 @@ class JobFolder:
                 )
 
     def open_log(self) -> BinaryIO:
-        """To write at its end. A link or pipe in its place is removed, not followed.
+        """Opened for appending. A link or pipe in its place is removed, not followed.
 
         Raises:
             OSError: it cannot be opened or removed.
@@ -113,9 +113,9 @@ class JobFolder:
         self._write(STATE_FILE, dataclasses.asdict(state), durable)
 
     def read_request(self) -> Request | None:
-        """None where nothing was asked for, or nothing that can be read."""
+        """None where there is no request, or an unreadable one."""
         try:
-            os.stat(self.path / REQUEST_FILE)  # noqa: PTH116 - asked of every job all the time
+            os.stat(self.path / REQUEST_FILE)  # noqa: PTH116 - called for every job all the time
         except FileNotFoundError:
             return None
         except OSError:
@@ -148,7 +148,7 @@ class JobFolder:
         try:
             return read_bytes(self.path / name, MAX_JSON_BYTES)
         except DeniedFileError as e:
-            raise PermissionError(str(e).rstrip(".")) from None  # what `insist` tries again
+            raise PermissionError(str(e).rstrip(".")) from None  # what `insist` retries
         except FileError as e:
             raise self._explain_damage(name, e) from None
 

@@ -14,7 +14,7 @@ from .job import WorkerIdentity
 
 @cache
 def describe_host() -> str:
-    """Where process numbers mean something: machine, boot, process namespace."""
+    """Where pids are valid: machine, boot, process namespace."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8])

@@ -39,8 +39,8 @@ class JobStateError(LoraError):
 
 
 class JobStatus(str, Enum):  # StrEnum needs Python 3.11
-    PENDING = "pending"  #: waits for its turn
-    IN_PROGRESS = "in_progress"  #: a worker has it
+    PENDING = "pending"  #: queued
+    IN_PROGRESS = "in_progress"  #: a worker runs it
     PAUSED = "paused"  #: has a checkpoint and no process
     COMPLETED = "completed"  #: the adapter is written
     FAILED = "failed"  #: see `JobState.error`
@@ -61,7 +61,7 @@ class Phase(str, Enum):
 
 
 class Request(str, Enum):
-    """What a user wants of a running job."""
+    """A user's request to a running job."""
 
     RUN = "run"
     PAUSE = "pause"
@@ -106,7 +106,7 @@ class JobSettings:
     """For which the base's storage was chosen: smaller GPUs are left alone while there are any
     others."""
     max_restarts: int = 3
-    """How often a job that was killed is started again without a new checkpoint in between."""
+    """How often a killed job is restarted without a new checkpoint in between."""
     key: str = ""
     """What makes two submissions the same; see `JobStore.submit`."""
     origin: Mapping[str, Any] = field(default_factory=dict)
@@ -200,7 +200,7 @@ class Job:
     settings: JobSettings
     state: JobState
     request: Request | None = None
-    """What was asked of it and is not done yet."""
+    """What was requested and is not done yet."""
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ from ..training.run.metrics import StepReport
 from .folder import STATE_FILE, JobFolder
 from .job import JobState, JobStatus, Phase, Request
 
-LISTEN_INTERVAL = 0.2  # seconds between looks for a request
+LISTEN_INTERVAL = 0.2  # seconds between checks for a request
 WRITE_INTERVAL = 1.0  # seconds between heartbeats
 #: Weight of the past in the seconds per step, whose first steps are slow.
 SMOOTHING = 0.9
@@ -104,7 +104,7 @@ class JobReporter:
         )
 
     def finish_as(self, state: JobState) -> None:
-        """As `finish`, with a whole state."""
+        """As `finish`, with a complete state."""
         with self._lock:
             self._is_over = True
             self.state = state

@@ -1,4 +1,4 @@
-"""Starting processes of our own: their command, their environment, their place in the system."""
+"""Starting our own processes: their command, environment and session."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .folder import JobFolder
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 #: A worker's exit status for "another process has the job or the device".
 EXIT_TAKEN = 75
-#: And for "the job does not want to run any more". Not 0, which anything that never came to work
-#: on the job may end with.
+#: And for "the job is not to run any more". Not 0, which any process that never got to the job may
+#: exit with.
 EXIT_NOTHING_TO_DO = 76
 #: What `python -m MODULE` does, also for a Python that looks for modules neither in the working
 #: directory nor in PYTHONPATH, as the one of ComfyUI's portable build for Windows. Before anything
@@ -42,10 +42,10 @@ NOT_INHERITED = (
 
 
 def build_environment(devices: Sequence[Device], inherited: Mapping[str, str]) -> dict[str, str]:
-    """ComfyUI's environment without what it set for itself, and with the job's GPUs alone.
+    """ComfyUI's environment without what it set for itself, and with only the job's GPUs.
 
-    ComfyUI chooses the allocator cudaMallocAsync, which knows no expandable segments; sizes that
-    change from step to step leave gaps without them.
+    ComfyUI chooses the allocator cudaMallocAsync, which has no expandable segments; without them,
+    sizes that change from step to step leave gaps.
     """
     environment = {k: v for k, v in inherited.items() if k not in NOT_INHERITED}
     environment |= show_only(devices)
@@ -66,7 +66,7 @@ def build_environment(devices: Sequence[Device], inherited: Mapping[str, str]) -
 
 
 def get_python() -> list[str]:
-    """The Python that runs this process, and as blind to the user's own packages."""
+    """The Python of this process, with the same isolation from the user's packages."""
     return [sys.executable, *(["-s"] if sys.flags.no_user_site else [])]
 
 

@@ -1,4 +1,4 @@
-"""Locks between processes that the system takes back when their holder dies, however it dies."""
+"""Locks between processes that the system releases when their holder dies, however it dies."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ _held: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """A forked child shares its parent's locks, and would keep them after the parent's death."""
+    """A forked child shares its parent's locks, and would hold them after the parent's death."""
     for held in list(_held):
         if held._handle is not None:
             os.close(held._handle)

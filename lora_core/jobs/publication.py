@@ -67,7 +67,7 @@ def publish(adapters: Sequence[Path], loras: Path, job_id: str) -> tuple[str, ..
 
 
 def name_temporary(loras: Path, job_id: str) -> Path:
-    """A name for what is not finished yet: of its job, and of the process that works on it."""
+    """A name for an unfinished file: from its job and the process that writes it."""
     return loras / f".{job_id}.{name_owner(identify())}.{secrets.token_hex(8)}.tmp"
 
 

@@ -42,7 +42,7 @@ from .requests import apply, check_allowed
 JOBS = "jobs"
 DEVICES = "devices"
 INDEX_FILE = "jobs.sqlite"
-LOCK_TIMEOUT = 5.0  # seconds; everybody but workers holds a job's lock for milliseconds
+LOCK_TIMEOUT = 5.0  # seconds; all but workers hold a job's lock for milliseconds
 KEY_TIMEOUT = 30.0  # seconds
 LEFTOVER_AGE = 600.0  # seconds after which a submission is considered abandoned
 LOG_TAIL_BYTES = 65536
@@ -59,7 +59,7 @@ class JobStore:
     """
 
     def __init__(self, root: str | os.PathLike[str]):
-        """Makes the folder where it is missing.
+        """Creates the folder where it is missing.
 
         Raises:
             FileError: it cannot be made or written, or its file system has no locks.
@@ -75,7 +75,7 @@ class JobStore:
         self.index = JobIndex(self.root / INDEX_FILE)
         self.catalog = Catalog(self.root / JOBS, self.index)
 
-    # --- asking ---
+    # --- queries ---
 
     def get(self, job_id: str) -> Job:
         """The job as it is now."""
@@ -229,7 +229,7 @@ class JobStore:
             The job's id.
 
         Raises:
-            ConfigError: the settings are no good.
+            ConfigError: the settings are invalid.
             FileError: the model, the training set or the loras folder is missing, or the disk does
                 not take the job.
         """
@@ -239,7 +239,7 @@ class JobStore:
         values = {name: to_plain(value) for name, value in settings.items()}
         wanted = build(JobSettings, {"train": config_to_dict(train), "key": key, **values}, "")
         check_files(wanted)
-        # Only those with a key have to know of each other.
+        # Only those with a key exclude each other.
         with self._submissions.held(KEY_TIMEOUT) if key else nullcontext():
             if key and (same := self.find_same(key)) is not None:
                 return same.id
@@ -390,7 +390,7 @@ class JobStore:
                 shutil.rmtree(path, ignore_errors=True)
 
     def apply_request(self, job: Job) -> Job:
-        """What a request comes to where no worker is there to follow it; the lock is held."""
+        """Applies a request where there is no worker; the lock is held."""
         folder = self.catalog.find(job.id)
         state = apply(job.state, job.request)
         with self.catalog.using(folder):
@@ -407,7 +407,7 @@ class JobStore:
             temporary.mkdir()
             folder = JobFolder(temporary)
             folder.write_settings(settings)
-            if settings.loras:  # now, that a trial which is left over is found by the settings
+            if settings.loras:  # now, so that a leftover trial file is found by the settings
                 try_folder(Path(settings.loras), path.name)
             folder.write_state(state)
             rename(temporary, path)
@@ -451,7 +451,7 @@ def get_device_lock(root: Path, device_key: str) -> FileLock:
 
 
 def check_files(settings: JobSettings) -> None:
-    """Raises FileError for what a worker would stumble over minutes later."""
+    """Raises FileError for what would fail in a worker minutes later."""
     train = settings.train
     places = (
         ("the model", train.model.source),
@@ -467,7 +467,7 @@ def check_files(settings: JobSettings) -> None:
 
 
 def remove_traces(leftover: Path) -> None:
-    """Of a job that was half submitted or half deleted: what it left in its loras folder."""
+    """Removes what a half-submitted or half-deleted job left in its loras folder."""
     try:
         job_id = check_id(leftover.name.split(".")[1])
         loras = JobFolder(leftover).read_settings().loras

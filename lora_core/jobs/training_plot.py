@@ -39,7 +39,7 @@ def draw_training(name: str, metrics: Sequence[Mapping[str, Any]], num_steps: in
     """Loss above, size of the deltas and gradient norm below.
 
     Args:
-        metrics: lines of metrics.jsonl, in order; see `training.metrics.StepReport`.
+        metrics: lines of metrics.jsonl, in order; see `training.run.metrics.StepReport`.
         num_steps: of the whole run, the width of the plot.
 
     Returns:
@@ -97,7 +97,7 @@ def draw_sizes(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
 
 
 def thin(metrics: Sequence[Mapping[str, Any]], get: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values, means of equal groups where there are more than can be seen."""
+    """Steps and values, means of equal groups where there are too many to draw."""
     values = np.array([get(line) for line in metrics], dtype=np.float64)
     steps = np.array([line["step"] for line in metrics], dtype=np.float64)
     num_groups = min(len(values), MAX_POINTS)

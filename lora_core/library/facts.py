@@ -23,7 +23,7 @@ NOT_OPENED = (
 )
 
 
-#: What became of a file. Damaged is also an adapter for Qwen-Image whose tensors contradict.
+#: State of a file. Damaged is also an adapter for Qwen-Image whose tensors contradict.
 STATES = ("ok", "damaged", "other model", "unknown model", "not opened")
 OK, DAMAGED, OTHER, UNKNOWN, PICKLE = STATES
 

@@ -40,7 +40,7 @@ def judge_health(inspection: Inspection, warnings: Iterable[str] = ()) -> Health
     """
     graded = [(get_level(finding), finding.text) for finding in inspection.findings]
     graded += [("warning", sentence) for sentence in warnings]
-    graded.sort(key=lambda pair: LEVELS.index(pair[0]))  # stable: the gravest stay in their order
+    graded.sort(key=lambda pair: LEVELS.index(pair[0]))  # stable: the most severe keep their order
     level = graded[0][0]
     # Of a healthy one the last sentence describes it.
     sentence = graded[-1][1] if level == "healthy" else graded[0][1]

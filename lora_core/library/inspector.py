@@ -143,5 +143,5 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answers, sys.stdout = sys.stdout, sys.stderr  # what others print is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # other output must not mix with answers
     main(sys.stdin, answers)

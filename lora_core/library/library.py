@@ -130,7 +130,7 @@ class AdapterLibrary:
         self._is_saved = True
         self._can_save = True
 
-    # --- what is asked ---
+    # --- queries ---
 
     def list(self) -> dict[str, Any]:
         """{"adapters": [...], "pending": how many have no verdict yet}, by name."""
@@ -181,7 +181,7 @@ class AdapterLibrary:
         with self._lock:
             return next((e for e in self._entries.values() if e.id == adapter_id), None)
 
-    # --- what is there ---
+    # --- scanning ---
 
     def scan(self) -> None:
         """Lists the folders again, and has the thread inspect what is new or changed."""
@@ -253,7 +253,7 @@ class AdapterLibrary:
             thread.join(timeout)
 
     def wait(self, timeout: float) -> bool:
-        """Whether everything is found out by then."""
+        """Whether everything is known by then."""
         thread = self._thread
         if thread is not None:
             thread.join(timeout)

@@ -1,7 +1,7 @@
 """What trainers write into an adapter's header, under the names they use for it.
 
 Sources: kohya-ss sd-scripts (`ss_*`), the modelspec 1.0.1 standard (`modelspec.*`), ai-toolkit,
-and this package's own fields. All of it is text that a stranger may have written.
+and this package's own fields. All of it is untrusted text.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def read_value(text: str) -> Any:
 
 
 def count_tags(metadata: Mapping[str, str]) -> tuple[tuple[str, int], ...]:
-    """The pieces between commas that the captions hold most often, from `ss_tag_frequency`."""
+    """The most frequent comma-separated parts of the captions, from `ss_tag_frequency`."""
     counts: Counter[str] = Counter()
     for tags in read_dict(metadata.get("ss_tag_frequency")).values():
         for tag, number in tags.items() if isinstance(tags, dict) else ():

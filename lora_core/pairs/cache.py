@@ -1,7 +1,7 @@
 """Encoded pairs on disk: items keyed by their inputs, and a folder for each training set.
 
     items/<digest>.safetensors   one pair, named by a digest of its inputs
-    sets/<name>-<digest>/        a training set as `training.dataset` reads it; its items are
+    sets/<name>-<digest>/        a training set as `training.data.dataset` reads it; its items are
                                  hard links to those above, copies where a disk has none
 
 A set never changes: another caption makes another folder, so that a paused run finds what it was
@@ -34,7 +34,7 @@ from ..training.data.dataset import (
 from ..training.data.item_checks import find_fault
 from .preflight import CheckedPair
 
-#: Goes up when the same pair would be encoded otherwise.
+#: Goes up when the same pair would be encoded differently.
 VERSION = 1
 SETS_FOLDER = "sets"
 FLOAT_BYTES = 4
@@ -47,10 +47,10 @@ Encode = Callable[[CheckedPair], CachedItem]
 
 @dataclass(frozen=True)
 class EditDataset:
-    """What travels from the dataset node to the trainer."""
+    """What the dataset node passes to the trainer."""
 
     folder: Path
-    """As `training.dataset.read_dataset` takes it."""
+    """As `training.data.dataset.read_dataset` takes it."""
     name: str
     keys: tuple[str, ...]
     """Of its items, in their order."""
@@ -129,7 +129,7 @@ def get_path(store: Path, key: str) -> Path:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether an item is there and whole, by its header; any other is encoded again."""
+    """Whether an item exists and is complete, by its header; any other is encoded again."""
     try:
         file = SafetensorsFile(path, CACHED_ITEM)
     except FileError:
@@ -167,7 +167,7 @@ def is_set(folder: Path) -> bool:
 
 
 def link(source: Path, target: Path) -> None:
-    """A hard link, or a copy; FileError where the disk takes neither."""
+    """A hard link, or a copy; FileError where neither is possible."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -199,7 +199,7 @@ def check_disk(
     """Whether the cache's folder can be written and has room.
 
     Raises:
-        FileError: it cannot, or has not.
+        FileError: it is not writable, or is full.
     """
     probe = store / f".{secrets.token_hex(8)}.tmp"
     try:

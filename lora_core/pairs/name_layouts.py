@@ -1,4 +1,4 @@
-"""Pairs by what files are called: an ending, a beginning, or the whole name in a folder each."""
+"""Pairs by file names: an ending, a beginning, or the whole name in a folder for each pair."""
 
 from __future__ import annotations
 

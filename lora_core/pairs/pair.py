@@ -28,7 +28,7 @@ IsAllowed = Callable[[Path], bool]
 
 
 class Level(IntEnum):
-    """How bad a problem is."""
+    """Severity of a problem."""
 
     NOTE = 0
     WARNING = 1
@@ -51,7 +51,7 @@ UNUSABLE = "pair_unusable"
 class Problem:
     level: Level
     kind: str
-    """What programs know it by; never changes its name."""
+    """Its identifier for programs; never changes."""
     text: str
     """A sentence."""
     pair: str | None = None
@@ -72,7 +72,7 @@ class Pair:
     caption: str | None
     """None where none was found."""
     mask: ImageSource | None = None
-    """Bright where the loss counts."""
+    """White where the loss counts."""
 
     @property
     def images(self) -> tuple[ImageSource, ...]:

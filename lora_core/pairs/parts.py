@@ -29,7 +29,7 @@ from .roles import MASK, REFERENCE, TARGET
 
 #: Captions with these names are about the folder, not about an image.
 NOT_CAPTIONS = re.compile(r"(.*/)?(readme|licen[cs]e|notes?|requirements|info)")
-MAX_ODD_SHARE = 0.1  # of the pairs that may have more or fewer references and look like a slip
+MAX_ODD_SHARE = 0.1  # of the pairs whose number of references differs and may be a mistake
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Parts:
     name: str
     targets: list[Path] = field(default_factory=list)
     references: list[tuple[tuple, Path]] = field(default_factory=list)
-    """(what they are ordered by, file)."""
+    """(sort key, file)."""
     masks: list[Path] = field(default_factory=list)
     caption_keys: list[str] = field(default_factory=list)
     """Where its caption may be, the likeliest first."""
@@ -91,7 +91,7 @@ def build_pairs(
 
 
 class Builder:
-    """Makes pairs of parts and keeps in mind which captions these took, and by which rule."""
+    """Builds pairs from parts and records which captions they took, and by which rule."""
 
     def __init__(self, listing: Listing, is_allowed: IsAllowed):
         self.listing = listing
@@ -141,7 +141,7 @@ class Builder:
                 spare += [] if NOT_CAPTIONS.fullmatch(key) else texts
             else:
                 second += [path for path in texts if path not in self._used]
-            # Those on top with names of their own were looked at as lists.
+            # Those on top with other names were checked as lists.
             plain_json += [
                 path
                 for path in paths

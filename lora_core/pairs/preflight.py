@@ -162,7 +162,7 @@ def check_pairs(
     return Preflight(name, found.layout, tuple(checked), tuple(problems), num_found)
 
 
-#: Kind of a problem that cost a pair.
+#: Kind of a problem for which a pair was left out.
 LEFT_OUT = "pair_left_out"
 
 

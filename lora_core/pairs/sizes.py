@@ -19,7 +19,7 @@ Size = tuple[int, int]
 
 
 def check_megapixels(value: float, name: str) -> None:
-    """ConfigError for what is no area: NaN, infinity, zero, or absurdly much."""
+    """ConfigError for an invalid area: NaN, infinity, zero, or absurdly large."""
     if not isinstance(value, (int, float)) or not 0 < value <= MAX_MEGAPIXELS:
         raise ConfigError(
             f"{name} is {str(value)[:20]}; expected a number above 0 and up to "

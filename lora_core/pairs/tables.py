@@ -105,7 +105,7 @@ def is_list_of_objects(value: object) -> bool:
 
 
 def read_cells(text: str, name: str, known_columns: Collection[str]) -> Iterator[Row]:
-    """Rows of a CSV, whatever parts its cells."""
+    """Rows of a CSV with any delimiter."""
     delimiter = choose_delimiter(text.split("\n", 1)[0], known_columns)
     reader = csv.DictReader(
         io.StringIO(text, newline=""),

@@ -75,7 +75,7 @@ def find_vae(dataset_folder: Path) -> Path | None:
 
 
 def get_path(store: Path, identity: object) -> Path:
-    """Raises ConfigError for what is no identity, so that no other path is ever built from it."""
+    """Raises ConfigError for an invalid identity, so that no other path is ever built from it."""
     if not isinstance(identity, str) or not re.fullmatch(r"[0-9a-f]{8,128}", identity):
         raise ConfigError(f"{str(identity)[:40]!r} does not tell a VAE")
     return store / VAES_FOLDER / f"{identity}.safetensors"
@@ -92,7 +92,7 @@ def is_readable(path: Path) -> bool:
 
 
 def find_fault(tensors: Mapping[str, AnyTensor]) -> str | None:
-    """The first of MARKS that these weights do not bear; None for those of such a decoder."""
+    """The first of MARKS that these weights lack; None for those of such a decoder."""
     for key, (axis, size) in MARKS.items():
         tensor = tensors.get(key)
         if tensor is None or tensor.ndim <= axis or tensor.shape[axis] != size:

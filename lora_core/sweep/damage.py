@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NON_FINITE, BLACK, ONE_COLOUR, BURNT, NOISE = "NaN", "black", "one colour", "burnt colours", "noise"
 
-#: An edit leaves something to see; below a tenth of the contrast of strength 0 nothing is left.
+#: An edit leaves a visible image; below a tenth of the contrast of strength 0 nothing is left.
 FLAT_RATIO = 0.1
 #: With less contrast than this it is no image, whatever it is compared with.
 FLAT_CONTRAST = STEP
@@ -46,7 +46,7 @@ def find_damage(measures: CellMeasures, reference: CellMeasures | None) -> str:
         return name_flat(found) if found.contrast < FLAT_CONTRAST else ""
     before = reference.appearance
     if before.contrast < FLAT_CONTRAST or not measures.change:
-        return ""  # strength 0 is broken itself: there is nothing to go by
+        return ""  # strength 0 is broken itself: nothing to compare with
     if found.contrast < max(FLAT_CONTRAST, FLAT_RATIO * before.contrast):
         return name_flat(found)
     if found.burnt - before.burnt > BURNT_INCREASE:

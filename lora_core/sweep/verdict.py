@@ -93,7 +93,7 @@ class SweepVerdict:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What was not measured, then what the verdicts make of each adapter."""
+        """What was not measured, then the verdict on each adapter."""
         left_out = [Finding("not_measured", WARNING, text) for text in self.warnings]
         return (*left_out, *map(build_finding, self.adapters.values()))
 

@@ -28,7 +28,7 @@ from .composition import Composition, build_composition, check_energy, check_ran
 #: Times the smaller side of a module: a LoRA of a higher rank is not merged bit by bit, but in
 #: factors of the rank its delta can have.
 MAX_EXCESS = 8
-#: Far beyond any use, and far from what a dtype holds.
+#: Far beyond any use, and far below any dtype's limit.
 MAX_STRENGTH = 1e4
 
 
@@ -193,7 +193,7 @@ def concatenate(
 ) -> Truncated:
     """The factors side by side, under the largest of their scales.
 
-    Tensors with just that scale keep their bits; the others shrink, so nothing overflows.
+    Tensors with exactly that scale stay bit-identical; the others shrink, so nothing overflows.
     """
     downs, ups, scales = [], [], []
     for weights, strength in shares:

@@ -1,4 +1,4 @@
-"""What resize, merge and extract return: a new adapter, and what it kept."""
+"""What resize, merge and extract return: a new adapter, and what it retained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STALE = ("lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "s
 
 @dataclass(frozen=True)
 class Composition:
-    """A new adapter, and how much of what it was made from it holds."""
+    """A new adapter, and how much of its sources it retains."""
 
     adapter: Adapter
     retained: Mapping[str, float]

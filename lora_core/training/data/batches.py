@@ -98,7 +98,7 @@ class Batch:
     text: torch.Tensor
     """(B, T, D)"""
     text_mask: torch.Tensor | None
-    """(B, T), True for real tokens; None where no text is padded, so that no later check is needed."""
+    """(B, T), True for real tokens; None where no text is padded, which saves later checks."""
     noise: torch.Tensor
     u: torch.Tensor
     """float64 (B,) in (0, 1), from which noise levels are made."""

@@ -124,7 +124,7 @@ def read_size(path: Path, name: str) -> int | None:
 
 
 def trim_heap() -> None:
-    """Hands freed blocks back to the system, which glibc else keeps; elsewhere nothing."""
+    """Returns freed blocks, which glibc keeps, to the system; a no-op elsewhere."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):

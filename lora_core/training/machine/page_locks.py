@@ -1,7 +1,7 @@
 """Host memory that a GPU reads directly: our own pages, locked in place.
 
-torch's allocator of pinned memory rounds each request up to a power of two and never releases it; a block's 340 MB of fp8 would take 512. ComfyUI locks its own pages as well
-(comfy/pinned_memory.py).
+torch's allocator of pinned memory rounds each request up to a power of two and never releases it; a
+block's 340 MB of fp8 would take 512. ComfyUI locks its own pages as well (comfy/pinned_memory.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Unregister = Callable[[int, torch.device], None]
 
 
 class PageLocks:
-    """Locks pages until it is refused once: a system that has no more has none for the next.
+    """Locks pages until the system refuses once: then it would refuse the next as well.
 
     Attributes:
         locked_bytes: of all that are locked now.
@@ -81,7 +81,7 @@ def register_pages(address: int, num_bytes: int, device: torch.device) -> bool:
 
 
 def forget_error(device: torch.device) -> None:
-    """A refusal stays CUDA's last error, and the next kernel would be blamed for it."""
+    """Clears a refusal from CUDA's last error, which the next kernel would report."""
     try:
         torch.zeros(1, device=device).add_(1)
     except RuntimeError:

@@ -19,7 +19,7 @@ BLOCKS = "transformer_blocks"
 FIRST_BLOCK = f"{BLOCKS}.0."
 #: Numbers of a token, before and after the blocks: a patch of latents.
 PATCH_NUMBERS = NUM_CHANNELS * PATCH**2
-#: Of a block's number that are looked at.
+#: Of a block's number that are read.
 MOST_DIGITS = 9
 #: Image number, row and column.
 NUM_AXES = 3

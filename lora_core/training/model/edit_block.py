@@ -45,7 +45,7 @@ Unfinished = tuple[torch.Tensor, torch.Tensor, Begun]
 
 
 def recompute(function: Callable[..., Any], *inputs: Any, is_random: bool) -> Any:
-    """Keeps the inputs only, and computes the rest again in the backward pass.
+    """Keeps only the inputs, and recomputes the rest in the backward pass.
 
     Args:
         is_random: random numbers are drawn inside, so that their state has to be kept.
@@ -155,7 +155,7 @@ class EditBlock(nn.Module):
         mask: torch.Tensor | None,
         split: int | None,
     ) -> tuple[Unfinished, Unfinished]:
-        """The same, its cheap parts computed again in the backward pass."""
+        """The same, with its cheap parts recomputed in the backward pass."""
         is_random = self.is_random
         image_first, image_second = image_modulation.chunk(2, dim=-1)
         text_first, text_second = text_modulation.chunk(2, dim=-1)

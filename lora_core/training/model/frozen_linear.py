@@ -48,7 +48,7 @@ class FrozenLinear(nn.Module):
 
     Args:
         codes: name -> tensor, "weight" among them, in the order in which `decode` takes them.
-        rotation: the matrix (`build_rotation`) that turned the weight before it became codes.
+        rotation: the matrix (`build_rotation`) that rotated the weight before it was quantised.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class FrozenLinear(nn.Module):
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight as it acts, (out, in)."""
+        """The effective weight, (out, in)."""
         codes = map(gather, self.codes)
         if self.rotation is None:
             return self.decode(dtype, *codes)
@@ -108,8 +108,8 @@ def rotate_columns(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Every `len(rotation)` columns of (..., in) times the matrix, in the type of x.
 
     In bf16 x is rounded once more: the product of random weights is off by 0.29 % of its norm
-    instead of the 0.23 % of a weight turned back in float32. Turning x in float32 ends in the same
-    rounding, since the product takes bf16, and moves twice the bytes.
+    instead of the 0.23 % of a weight rotated back in float32. Rotating x in float32 ends in the
+    same rounding, since the product takes bf16, and moves twice the bytes.
     """
     return (x.reshape(-1, len(rotation)) @ rotation.to(x.dtype)).view(x.shape)
 

@@ -44,7 +44,7 @@ class DownProducts(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         down = down.to(x.dtype)
         ctx.save_for_backward(x, down)
-        # A compiled backward pass must not write into what it is given.
+        # A compiled backward pass must not write into its inputs.
         ctx.is_ours = is_ours and not torch.compiler.is_compiling()
         return x.view_as(x), functional.linear(x, down)
 
@@ -71,7 +71,7 @@ class FrozenProducts(torch.autograd.Function):
 
     Args:
         x: (..., in).
-        hidden: (..., k), all LoRAs' down-products side by side, or None.
+        hidden: (..., k), all LoRAs' down-products concatenated, or None.
         parts: of every Linear.
         tensors: of every Linear its bias or None, its LoRA's up (out, rank) or None, its codes.
     """
@@ -195,7 +195,7 @@ def split_by_part(
 
 
 def list_kept(pieces: Sequence[Piece]) -> list[torch.Tensor | None]:
-    """What a backward pass needs; a bias has no part in any gradient."""
+    """What a backward pass needs; a bias affects no gradient."""
     return [tensor for _, _, up, codes in pieces for tensor in (None, up, *codes)]
 
 

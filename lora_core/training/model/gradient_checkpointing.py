@@ -40,7 +40,7 @@ BYTES_PER_PARAMETER = 16
 
 
 def is_free_to_choose(config: ModelConfig) -> bool:
-    """Whether there is a choice: offloaded blocks are always computed again."""
+    """Whether there is a choice: offloaded blocks are always recomputed."""
     return config.gradient_checkpointing == AUTO and not config.offload_blocks
 
 
@@ -57,7 +57,7 @@ def adapt_to_memory(
     free_bytes: int | None,
     is_shared: bool = False,
 ) -> None:
-    """Sets what `choose_kind` finds for the largest batch of a run, and that it may be lowered.
+    """Sets what `choose_kind` finds for the largest batch of a run, and allows lowering it.
 
     Args:
         is_shared: whether ComfyUI computes on the same GPU.

@@ -20,7 +20,7 @@ from .rope import Rotation, rotate, swap_pairs
 
 logger = logging.getLogger(__name__)
 
-#: Compute capability from which on a GPU knows bfloat16.
+#: Lowest compute capability with bfloat16.
 SUPPORTED = (8, 0)
 #: Of the kernels' results from those of PyTorch's operations, relative; bfloat16 gives 4e-3.
 ROUNDING = 2e-2
@@ -60,7 +60,7 @@ class NormalizedRotation(torch.autograd.Function):
         sin: torch.Tensor,
         eps: float,
     ) -> torch.Tensor:
-        # Hooks on what is saved need not see what every block and step shares.
+        # Saved-tensor hooks need not see what every block and step shares.
         ctx.rest = cos, sin, eps
         ctx.save_for_backward(text, image, text_weight, image_weight)
         num_tokens = text.shape[1] + image.shape[1]
@@ -132,7 +132,7 @@ OPERATIONS = SimpleNamespace(write_rotated=write_rotated, compute_gradient=compu
 def choose_steps(x: torch.Tensor) -> Any:
     """What has `write_rotated` and `compute_gradient` for tensors like q: kernels or operations."""
     width = x.shape[-1]
-    # A make-believe tensor has no memory that a kernel could read.
+    # A fake tensor has no memory that a kernel could read.
     if x.device.type != "cuda" or type(x) is not torch.Tensor or width & (width - 1):
         return OPERATIONS
     return find_kernels(x.device) or OPERATIONS
@@ -163,7 +163,7 @@ def find_kernels(device: torch.device) -> Any:
 def compare_kernels(kernels: Any, device: torch.device) -> float:
     """How far they are from PyTorch's operations, relative, in bfloat16."""
 
-    def draw(*shape: int) -> torch.Tensor:  # without a random number
+    def draw(*shape: int) -> torch.Tensor:  # without random numbers
         count = torch.arange(torch.Size(shape).numel(), device=device, dtype=torch.float32)
         return (1.7 * count).sin().reshape(shape).bfloat16()
 

@@ -30,7 +30,7 @@ class Part:
     """Where one tensor is in the buffer."""
 
     tensor: torch.Tensor
-    """The block's own: it is found by its identity, since names change when LoRAs come in."""
+    """The block's own: it is found by its identity, since names change when LoRAs are injected."""
     start: int
     num_bytes: int
 
@@ -70,11 +70,11 @@ class HostBlock:
 
 
 class HostBlocks:
-    """All blocks that wait; their pages are locked as long as this lives.
+    """All offloaded blocks; their pages are locked as long as this object lives.
 
     Attributes:
         num_bytes: of host memory that they take.
-        num_locked: blocks that the GPU reads by itself.
+        num_locked: blocks that the GPU reads directly.
     """
 
     def __init__(self, device: torch.device, locks: PageLocks | None = None):
@@ -86,7 +86,7 @@ class HostBlocks:
         finalizer.atexit = False  # CUDA may be torn down by then, its page locks with it
 
     def add(self, block: nn.Module) -> None:
-        """Lets the tensors that a block on the CPU holds now wait."""
+        """Moves the tensors of a block on the CPU into a host buffer."""
         packed = self.blocks[block] = HostBlock(block)
         trim_heap()  # of the gaps that its tensors left, or they add up to the model's size
         if self.device.type == "cuda":

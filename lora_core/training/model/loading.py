@@ -1,9 +1,9 @@
 """From a file to a model that can be trained on, one tensor at a time.
 
-The base is never in memory twice: the model is built without data, and each tensor is read, converted
-to its storage on its device and put in place before the next one is read. Besides the model itself
-memory holds only some chunks of 16 MB (DESIGN section 8), see `weight_reader`, and one offloaded
-block twice.
+The base is never in memory twice: the model is built without data, and each tensor is read,
+converted to its storage on its device and put in place before the next one is read. Besides the
+model itself memory holds only some chunks of 16 MB (DESIGN section 8), see `weight_reader`, and one
+offloaded block twice.
 """
 
 from __future__ import annotations

@@ -96,12 +96,12 @@ class WeightReader:
         return self.rotations.get(group)
 
     def check(self, values: torch.Tensor, what: str) -> None:
-        """Remembers what `finish` will look at."""
+        """Records what `finish` will check."""
         if values.numel():
             self.extremes.setdefault(what, []).extend(torch.aminmax(values))
 
     def finish(self) -> None:
-        """Looks at all there was, once: each look would wait for the GPU.
+        """Checks everything at once: each single check would wait for the GPU.
 
         Raises:
             NonFiniteWeightsError: NaN or Inf in a tensor, which is named.
@@ -139,17 +139,17 @@ class Staging:
         return values
 
     def mark(self) -> Any:
-        """An event that comes once what was copied so far is there."""
+        """An event that is set once everything copied so far has arrived."""
         return torch.cuda.current_stream(self.device).record_event()
 
 
 def open_staging(device: torch.device) -> Staging | None:
-    """None where there is no GPU, or no memory that it can read by itself."""
+    """None where there is no GPU, or no page-locked memory."""
     # A fake device has none.
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     options = {"dtype": torch.uint8, "pin_memory": True}
     try:
         return Staging(device, tuple(torch.empty(BUFFER_BYTES, **options) for _ in range(2)))
-    except RuntimeError:  # the system locks no more
+    except RuntimeError:  # the system refuses to lock more
         return None

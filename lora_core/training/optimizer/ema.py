@@ -43,7 +43,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the present weights in; call it once after each step."""
+        """Adds the current weights; call it once after each step."""
         averages = list(self.averages.values())
         weights = [
             parameter.detach().to(average.dtype)

@@ -1,6 +1,6 @@
 """Learning rate schedules as pure functions: step -> factor on the base rate.
 
-A step is an optimizer update, counted from 0. Nothing is remembered, so a resumed run cannot get
+A step is an optimizer update, counted from 0. They are stateless, so a resumed run cannot get
 out of step. Values are those of transformers' `get_scheduler`.
 """
 

@@ -1,4 +1,4 @@
-"""The adapters a run gives out: raw and averaged, complete in themselves, loadable anywhere."""
+"""The adapters a run writes: raw and averaged, self-contained, loadable anywhere."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Copies, so that no mapping of the file outlives this."""
+    """Copies, so that no mapping of the file remains open."""
     file = SafetensorsFile(path)
     for key, tensor in file.tensors.items():
         yield key, tensor.load().clone()
@@ -244,7 +244,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def synchronize(path: Path) -> None:
-    """Brings a file's or folder's contents to the disk; Windows cannot open folders for that."""
+    """Flushes a file or folder to disk; Windows cannot open folders for that."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

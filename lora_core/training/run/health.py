@@ -11,7 +11,7 @@ import math
 from ...algebra.factors import Factors, compute_singular_values
 from ...injection.inject import Injection
 
-#: Modules looked at each time; all come round in turn.
+#: Modules measured each time, in rotation.
 MODULES_PER_CHECK = 8
 
 

@@ -76,9 +76,9 @@ class MicroSteps:
     def take(self, step: int) -> tuple[dict[str, torch.Tensor], int]:
         """Computes the gradients of the step after `step` steps.
 
-        Where memory runs out and the model was free to choose what it keeps, again with less kept:
-        the same numbers, so that it is the same run. Not in a group of processes, whose others
-        would not come along.
+        Where memory runs out and the model may choose what it keeps, retries with less kept: the
+        results are the same, and so is the run. Not in a group of processes, where the others
+        would not follow.
 
         Returns:
             Part of the loss -> this process's mean, a scalar on the device; and the number of

@@ -31,7 +31,7 @@ def can_join_gpus() -> bool:
 
 
 class Processes:
-    """The process this is, and what it does together with the others."""
+    """This process, and what it does together with the others."""
 
     def __init__(self, accelerator: Accelerator | None = None):
         self.accelerator = accelerator
@@ -44,7 +44,7 @@ class Processes:
         return self.index == 0
 
     def prepare(self, model: Any, parameters: Sequence[torch.nn.Parameter]) -> Any:
-        """The model as it has to be called, with equal parameters on each process.
+        """The model to call, with equal parameters on each process.
 
         DDP averages gradients in the backward pass; where FSDP holds the base (`sharding`),
         `average_gradients` does.
@@ -125,9 +125,9 @@ def make_buckets(
 
 
 def leave_frozen_alone(model: torch.nn.Module) -> None:
-    """Keeps DDP from sending the base around: at the start, and its buffers before every forward.
+    """Keeps DDP from broadcasting the base at the start, and its buffers before every forward.
 
-    Every process read the same file, so that it would be tens of gigabytes for nothing; and types
+    Every process read the same file, so that would transfer tens of gigabytes needlessly; and types
     like fp8 cannot be sent everywhere.
     """
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]

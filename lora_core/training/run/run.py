@@ -1,4 +1,4 @@
-"""A training run while it lives: where it starts, its steps, what it writes."""
+"""A training run in memory: its start, its steps, its output."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_is_free(checkpoints: CheckpointFolder, resume: bool) -> None:
 
 
 class Run:
-    """Everything a run has while it lives; made by `train`."""
+    """The state and parts of a run; created by `train`."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Run:
             )
 
     def start(self, resume: bool) -> None:
-        """Takes up the newest checkpoint, or makes sure that this is a new run."""
+        """Restores the newest checkpoint, or ensures that this is a new run."""
         check_is_free(self.checkpoints, resume)
         self.processes.wait()  # no process writes before all have checked
         if self.processes.is_main:
@@ -162,7 +162,7 @@ class Run:
                     if every.adapter_every and self.step % every.adapter_every == 0:
                         report = replace(report, adapters=self.save_adapters(self.step))
                 except FileError:
-                    self.save_checkpoint()  # an adapter's name or folder must not cost the work
+                    self.save_checkpoint()  # a bad adapter name or folder must not lose the work
                     raise
                 if is_last or self.step % every.checkpoint_every == 0:
                     report = replace(report, checkpoint=self.save_checkpoint())
@@ -275,7 +275,7 @@ class Run:
 
     @contextmanager
     def explaining_lack_of_memory(self) -> Iterator[None]:
-        """Where the model was free to keep less, it has by then, down to each block's input."""
+        """If the model could keep less, it already does by then, down to each block's input."""
         step = self.step + 1
         try:
             yield

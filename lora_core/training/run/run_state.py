@@ -46,7 +46,7 @@ def collect_state(run: Run) -> tuple[dict[str, Tensors], dict[str, Any]]:
 
 
 def restore_state(run: Run, checkpoint: Checkpoint) -> None:
-    """Puts a run where it was when `collect_state` was called."""
+    """Restores a run to where `collect_state` was called."""
     tensors, state = checkpoint.tensors, checkpoint.state
     run.injection.load_state_dict(tensors["adapter"])
     load_state(run.optimizer, unflatten_state(tensors["optimizer"], state["optimizer"]))
@@ -92,7 +92,7 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
     old, new = (dict(flatten(values["config"])) for values in (then, now))
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
-        if name == "model.source":  # a file may move, but not become another unnoticed
+        if name == "model.source":  # a file may move, but must not be replaced unnoticed
             before, after = (
                 str(path).replace("\\", "/").rpartition("/")[2] for path in (before, after)
             )

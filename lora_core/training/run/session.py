@@ -50,7 +50,7 @@ def open_session(
     accelerator: Accelerator | None = None,
     is_shared: bool = False,
 ) -> Session:
-    """Loads and injects; training sets first, since they are quick to be found wrong.
+    """Loads and injects; training sets first, since their errors are found quickly.
 
     Args:
         accelerator: of `accelerate launch`, which may ask for the base to be sharded.
