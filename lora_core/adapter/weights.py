@@ -266,7 +266,7 @@ class LokrWeights(ModuleWeights):
         whole = self.part(name)
         if whole is not None:
             return whole
-        a, b = delta.widen_alike(self.part(f"{name}_a"), self.part(f"{name}_b"))
+        a, b = delta.upcast_together(self.part(f"{name}_a"), self.part(f"{name}_b"))
         return a @ b
 
     def delta(self, base_weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -398,8 +398,8 @@ class DiffWeights(ModuleWeights):
     def delta(self, base_weight: torch.Tensor | None = None) -> torch.Tensor:
         diff = self.part("diff")
         if diff is not None:
-            return delta.widen(diff)
-        return torch.zeros_like(delta.widen(delta.need_base_weight(base_weight, "bias-only")))
+            return delta.upcast(diff)
+        return torch.zeros_like(delta.upcast(delta.need_base_weight(base_weight, "bias-only")))
 
 
 def compute_delta(weights: ModuleWeights, base_weight: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapter.delta import widen
+from ..adapter.delta import upcast
 from ..adapter.weights import LokrWeights, LoraWeights, ModuleWeights
 from ..disk.safetensors_file import AnyTensor
 from .factors import Factors, compute_core, compute_inner_product, get_factors
@@ -111,7 +111,7 @@ def truncate_dense(
     bias_delta: AnyTensor | None = None,
 ) -> Truncated:
     """By a randomised SVD where only a small rank is asked for, else by an exact one."""
-    delta = widen(delta)
+    delta = upcast(delta)
     if energy is None and rank + OVERSAMPLING <= MAX_RANDOMISED * min(delta.shape):
         u, values, vh = compute_randomised_svd(delta, rank)
     else:

@@ -46,16 +46,16 @@ def write_then_rename(path: Path, write) -> None:
 
 
 def replace(source: Path, target: Path, patience_s: float = PATIENCE_S) -> None:
-    """Renames a file over what has the name; see `insist`. OSError as `os.replace`."""
-    insist(lambda: os.replace(source, target), patience_s)  # noqa: PTH105 - named alike
+    """Renames a file over what has the name; see `retry_while_denied`. OSError as `os.replace`."""
+    retry_while_denied(lambda: os.replace(source, target), patience_s)  # noqa: PTH105 - named alike
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a folder, or a file to a name that is free; see `insist`. OSError as `os.rename`."""
-    insist(lambda: os.rename(source, target))  # noqa: PTH104 - named alike
+    """Renames a folder, or a file to a free name; see `retry_while_denied`. OSError as `os.rename`."""
+    retry_while_denied(lambda: os.rename(source, target))  # noqa: PTH104 - named alike
 
 
-def insist(action: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+def retry_while_denied(action: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
     """The result of `action`, retried as long as the system denies permission.
 
     Windows does so for a file that another process has open at the moment, be it this package in

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..adapter.delta import widen
+from ..adapter.delta import upcast
 from ..adapter.weights import (
     DiffWeights,
     DoraWeights,
@@ -239,7 +239,7 @@ class ModuleBuilder:
             self.non_finite.append(module_path)
         if alpha is None or not rank or alpha == rank:
             return weights
-        scaled = widen(load(weights.parts["lokr_w1"])) * (alpha / rank)
+        scaled = upcast(load(weights.parts["lokr_w1"])) * (alpha / rank)
         return weights.with_parts({**weights.parts, "lokr_w1": scaled})
 
 

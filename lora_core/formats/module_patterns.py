@@ -42,7 +42,7 @@ class PatternTable:
     """Patterns in their order; a name belongs to the first one that matches it."""
 
     def __init__(self, patterns: Iterable[str]):
-        self.not_taken: list[str] = []
+        self.unsupported: list[str] = []
         """Those of no known form, which match nothing here."""
         self._plain: dict[int, dict[tuple[int, ...], dict[str, tuple[int, str]]]] = {}
         self._wildcards: list[tuple[int, str, bool, tuple[object, ...]]] = []
@@ -50,14 +50,14 @@ class PatternTable:
         for index, pattern in enumerate(patterns):
             parsed = parse_pattern(pattern)
             if parsed is None:
-                self.not_taken.append(pattern)
+                self.unsupported.append(pattern)
             elif not parsed[0] and not {_ANY_RUN, _DIGITS}.intersection(parsed[1]):
                 self._add_plain(index, pattern, parsed[1])
             elif num_tokens + len(parsed[1]) <= MAX_WILDCARD_TOKENS:
                 num_tokens += len(parsed[1])
                 self._wildcards.append((index, pattern, *parsed))
             else:
-                self.not_taken.append(pattern)
+                self.unsupported.append(pattern)
 
     def _add_plain(self, index: int, pattern: str, tokens: tuple[object, ...]) -> None:
         """By length and wildcard positions: one lookup finds one of thousands."""
@@ -73,7 +73,7 @@ class PatternTable:
         for start in starts:
             end = name[start:]
             for holes, texts in self._plain.get(len(end), {}).items():
-                hit = texts.get(punch(end, holes))
+                hit = texts.get(mask_positions(end, holes))
                 if hit is not None:
                     found.append(hit)
         masks = build_masks(name) if self._wildcards else {}
@@ -83,7 +83,7 @@ class PatternTable:
         return min(found)[1] if found else None
 
 
-def punch(text: str, holes: tuple[int, ...]) -> str:
+def mask_positions(text: str, holes: tuple[int, ...]) -> str:
     if not holes:
         return text
     chars = list(text)
@@ -140,8 +140,8 @@ class ModulePatterns:
         return PatternTable(self.values)
 
     @property
-    def not_taken(self) -> list[str]:
-        return self._table.not_taken
+    def unsupported(self) -> list[str]:
+        return self._table.unsupported
 
     def find(self, name: str) -> float | None:
         """The value of the first pattern that matches."""

@@ -165,7 +165,7 @@ class _FieldReader:
             return ModulePatterns({})
         numbers = {pattern: read_number(value) for pattern, value in values.items()}
         patterns = ModulePatterns({p: n for p, n in numbers.items() if n is not None})
-        refused = [p for p, n in numbers.items() if n is None] + patterns.not_taken
+        refused = [p for p, n in numbers.items() if n is None] + patterns.unsupported
         if refused:
             shown = shorten_list([repr(shorten(pattern, 60)) for pattern in refused], 2)
             text = (

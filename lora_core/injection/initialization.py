@@ -14,7 +14,7 @@ import zlib
 
 import torch
 
-from ..adapter.delta import widen
+from ..adapter.delta import upcast
 from ..algebra.truncation import MAX_RANDOMISED, OVERSAMPLING, compute_randomised_svd
 
 INITIALIZATIONS = ("kaiming", "gaussian", "orthogonal", "pissa")
@@ -51,7 +51,7 @@ def compute_principal_factors(
     Returns:
         down (rank, in) and up (out, rank), each with the square root of the singular values.
     """
-    weight = widen(base_weight)
+    weight = upcast(base_weight)
     if rank + OVERSAMPLING <= MAX_RANDOMISED * min(weight.shape):
         u, values, vh = compute_randomised_svd(weight, rank)
     else:

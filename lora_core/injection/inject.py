@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.delta import widen
+from ..adapter.delta import upcast
 from ..adapter.weights import DoraWeights, LoraWeights, ModuleWeights
 from ..base_model.module_paths import split_path
 from ..errors import ConfigError, ShapeError, TargetError
@@ -344,8 +344,8 @@ def check_weights(layer: LoraLinear, path: str, weights: ModuleWeights, name: st
 @torch.no_grad()
 def load_weights(layer: LoraLinear, weights: ModuleWeights) -> None:
     direction = weights.direction if isinstance(weights, DoraWeights) else weights
-    layer.lora_A.copy_(widen(direction.lora_A))
-    layer.lora_B.copy_(widen(direction.lora_B))
+    layer.lora_A.copy_(upcast(direction.lora_A))
+    layer.lora_B.copy_(upcast(direction.lora_B))
     if isinstance(layer, DoraLinear):
-        layer.magnitude.copy_(widen(weights.magnitude).reshape(-1))
+        layer.magnitude.copy_(upcast(weights.magnitude).reshape(-1))
     layer.alpha = direction.alpha

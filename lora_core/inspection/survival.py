@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapter.delta import widen
+from ..adapter.delta import upcast
 from ..algebra.factors import Factors
 from ..base_model.base_weight import MX_BLOCK, BaseWeight, rotate
 
@@ -175,7 +175,7 @@ def find_peak(
         if isinstance(delta, Factors):
             tuned = torch.addmm(values[rows], delta.up[rows].float(), delta.down.float())
         else:
-            tuned = values[rows] + widen(delta[rows])
+            tuned = values[rows] + upcast(delta[rows])
         largest = max(largest, tuned.abs().max().item())
     return largest
 

@@ -13,9 +13,9 @@ DIVERGENCE = 2.0
 #: Steps in a row that it has to stay there.
 DIVERGENCE_STEPS = 25
 #: A thousandth of what good LoRAs end with.
-STANDING_STD = GOOD_STD[0] / 1000
+STALLED_STD = GOOD_STD[0] / 1000
 #: Share of the steps after which a delta has to be larger than that.
-STANDING_SHARE = 0.1
+STALLED_SHARE = 0.1
 
 
 class Alerts:
@@ -66,8 +66,8 @@ class Alerts:
 
     def _judge_progress(self, report: StepReport) -> str:
         std = (report.health or {}).get("std")
-        is_early = report.step < max(SETTLING_STEPS, STANDING_SHARE * report.num_steps)
-        if std is None or is_early or std >= STANDING_STD:
+        is_early = report.step < max(SETTLING_STEPS, STALLED_SHARE * report.num_steps)
+        if std is None or is_early or std >= STALLED_STD:
             return ""
         return (
             f"the delta's std is still {std:.2g} after {report.step} steps; good LoRAs end with "

@@ -35,7 +35,7 @@ class Catalog:
         self.index = index
         self._settings: dict[str, JobSettings] = {}
         self._read_jobs: dict[str, tuple[str, Job]] = {}
-        self._strange: set[str] = set()
+        self._logged_ids: set[str] = set()
 
     def list(self) -> list[Job]:
         """All jobs, the oldest first.
@@ -66,8 +66,8 @@ class Catalog:
             except Exception as e:
                 # A fault in one folder must not hide all the others.
                 sentence = f"job {folder.id} is damaged ({type(e).__name__}); delete the job"
-                if folder.id not in self._strange:
-                    self._strange.add(folder.id)
+                if folder.id not in self._logged_ids:
+                    self._logged_ids.add(folder.id)
                     logger.exception("Qwen Edit LoRA: %s", sentence)
                 job, stamp = build_broken(folder, sentence), ""
             else:

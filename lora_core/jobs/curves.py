@@ -72,7 +72,7 @@ class MetricsReader:
         return rows
 
 
-def thin(rows: Sequence[Row], max_points: int) -> list[Row]:
+def thin_out(rows: Sequence[Row], max_points: int) -> list[Row]:
     """At most `max_points` rows, in order: of each stretch those of its smallest and largest loss.
 
     The first and the last row are always among them.
@@ -99,7 +99,7 @@ def get_loss(row: Row) -> float:
 
 def build_curves(rows: Sequence[Row], max_points: int) -> dict[str, list[Any]]:
     """Name of a curve -> its values, None where a step has none; all of one length."""
-    points = thin(rows, max_points)
+    points = thin_out(rows, max_points)
     return {name: [point.get(name) for point in points] for name in CURVES}
 
 

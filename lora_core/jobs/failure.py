@@ -112,7 +112,7 @@ def restart_or_fail(
     """
     restarts = 0 if reached > state.restarted_at_step else state.restarts
     if restarts >= settings.max_restarts:
-        return fail(state, failure)
+        return build_failed_state(state, failure)
     return dataclasses.replace(
         state,
         status=JobStatus.PENDING,  # keeps its place in the queue
@@ -125,7 +125,7 @@ def restart_or_fail(
     )
 
 
-def fail(state: JobState, failure: JobFailure) -> JobState:
+def build_failed_state(state: JobState, failure: JobFailure) -> JobState:
     return dataclasses.replace(
         state,
         status=JobStatus.FAILED,

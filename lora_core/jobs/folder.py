@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from ..checks import MAX_WHOLE, show
 from ..disk.json_reader import describe_kind, parse_object
 from ..disk.regular_files import open_regular, read_bytes
-from ..disk.writing import BRIEF_PATIENCE_S, PATIENCE_S, explain, insist, replace
+from ..disk.writing import BRIEF_PATIENCE_S, PATIENCE_S, explain, replace, retry_while_denied
 from ..errors import ConfigError, DeniedFileError, FileError
 from ..text import shorten
 from ..training.config.config_files import build, config_to_dict, get_hints
@@ -129,11 +129,11 @@ class JobFolder:
         self._write(REQUEST_FILE, {"request": request}, durable=True)
 
     def clear_request(self) -> None:
-        insist(lambda: (self.path / REQUEST_FILE).unlink(missing_ok=True))
+        retry_while_denied(lambda: (self.path / REQUEST_FILE).unlink(missing_ok=True))
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            data = insist(lambda: self._read_bytes(name), BRIEF_PATIENCE_S)
+            data = retry_while_denied(lambda: self._read_bytes(name), BRIEF_PATIENCE_S)
         except PermissionError as e:
             raise BusyFileError(f"{name} of job {self.id} cannot be read: {e}") from None
         try:
@@ -148,7 +148,7 @@ class JobFolder:
         try:
             return read_bytes(self.path / name, MAX_JSON_BYTES)
         except DeniedFileError as e:
-            raise PermissionError(str(e).rstrip(".")) from None  # what `insist` retries
+            raise PermissionError(str(e).rstrip(".")) from None  # what `retry_while_denied` retries
         except FileError as e:
             raise self._explain_damage(name, e) from None
 

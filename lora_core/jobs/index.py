@@ -90,14 +90,14 @@ class JobIndex:
         owner: str,
         now: float,
         until: float,
-        is_gone: Callable[[str], bool],
+        has_ended: Callable[[str], bool],
     ) -> bool:
         """Whether `owner` may start this job on this device, until the time given.
 
         The owner's own claim is renewed. True where there is no index: then the locks decide.
 
         Args:
-            is_gone: whether an owner is known to have ended; its claims are dropped.
+            has_ended: whether an owner is known to have ended; its claims are dropped.
         """
 
         def write(connection: sqlite3.Connection) -> bool:
@@ -107,7 +107,7 @@ class JobIndex:
                 (now, owner, job, device),
             )
             for (other,) in connection.execute("SELECT DISTINCT owner FROM claims").fetchall():
-                if is_gone(other):
+                if has_ended(other):
                     connection.execute("DELETE FROM claims WHERE owner = ?", (other,))
             row = (job, device, owner, until)
             try:

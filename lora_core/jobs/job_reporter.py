@@ -116,7 +116,7 @@ class JobReporter:
             with self._lock:
                 if self._is_over:
                     return
-                if is_gone(self.folder.path / STATE_FILE):
+                if is_deleted(self.folder.path / STATE_FILE):
                     log_line("the job's folder is gone; the worker ends")
                     sys.stdout.flush()
                     os._exit(0)
@@ -149,7 +149,7 @@ class JobReporter:
             logger.warning("%s", e)  # metrics only; training decides for itself what it cannot save
 
 
-def is_gone(path: Path) -> bool:
+def is_deleted(path: Path) -> bool:
     """Whether the file was deleted; Windows may deny access for a moment, which does not count."""
     try:
         path.stat()

@@ -21,7 +21,7 @@ MAX_NAME = 300
 #: Characters of why settings cannot be read.
 MAX_REASON = 200
 DAMAGED = "the settings in this LoRA are damaged"
-SET_UP_ANEW = "set the training up anew"
+SET_UP_AGAIN = "set the training up anew"
 
 
 def build_again(
@@ -88,9 +88,9 @@ def read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
         values = parse_object(text, f"the header's {CONFIG_KEY}")
     except FileError as e:
         reason = shorten(str(e).rstrip("."), MAX_REASON)
-        raise ConfigError(f"{DAMAGED} ({reason}); {SET_UP_ANEW}") from None
+        raise ConfigError(f"{DAMAGED} ({reason}); {SET_UP_AGAIN}") from None
     if not all(isinstance(values.get(table), dict) for table in ("model", "data")):
-        raise ConfigError(f"{DAMAGED}; {SET_UP_ANEW}")
+        raise ConfigError(f"{DAMAGED}; {SET_UP_AGAIN}")
     return values
 
 

@@ -22,7 +22,7 @@ from ..errors import FileError, LoraError
 from ..training.run.checkpoint import CheckpointFolder
 from ..training.run.run import CHECKPOINTS
 from .devices import Device, choose_devices, list_devices
-from .failure import explain_death, fail, is_from_outside, restart_or_fail
+from .failure import build_failed_state, explain_death, is_from_outside, restart_or_fail
 from .folder import JobFolder, restore
 from .identity import describe_host, identify, is_running
 from .job import Job, JobState, JobStatus, UnknownJobError, WorkerIdentity
@@ -130,7 +130,7 @@ class Supervisor:
         """One pass over everything: ended workers, requests, free devices, changes."""
         self._warned_before, self._warned = self._warned, set()
         self._collect()
-        jobs = [self._handle(job) for job in self.store.list()]
+        jobs = [self._update_safely(job) for job in self.store.list()]
         self._start_next(jobs)
         self._notify_listener(jobs)
 
@@ -168,15 +168,15 @@ class Supervisor:
             return False
         return job.request is None and job.state == child.before
 
-    def _handle(self, job: Job) -> Job:
+    def _update_safely(self, job: Job) -> Job:
         """The job after any action it needed; an error in one job does not affect the others."""
         try:
-            return self._handle_unguarded(job)
+            return self._update_job(job)
         except Exception as e:  # noqa: BLE001 - whatever it is, it is logged
             self._log_failure(job, e)
             return job
 
-    def _handle_unguarded(self, job: Job) -> Job:
+    def _update_job(self, job: Job) -> Job:
         started_badly = (
             job.status is JobStatus.PENDING
             and job.id not in self._children
@@ -237,7 +237,7 @@ class Supervisor:
             if is_from_outside(code):
                 state = restart_or_fail(state, job.settings, state.checkpoint_step, failure)
             else:
-                state = fail(state, failure)
+                state = build_failed_state(state, failure)
         if state != job.state:
             folder.write_state(state)
             job = dataclasses.replace(job, state=state)
@@ -252,7 +252,9 @@ class Supervisor:
         failure = explain_death(code, folder, restarts)
         logger.warning("Qwen Edit LoRA: job %s: %s.", job.id, failure.sentence)
         if not is_from_outside(code):
-            return fail(dataclasses.replace(job.state, checkpoint_step=reached), failure)
+            return build_failed_state(
+                dataclasses.replace(job.state, checkpoint_step=reached), failure
+            )
         return restart_or_fail(job.state, job.settings, reached, failure)
 
     # --- starting workers ---
@@ -300,7 +302,7 @@ class Supervisor:
         until = now + CLAIM_TIMEOUT
         for index, device in enumerate(devices):
             name = name_claim(job_id, index)
-            if not self.store.index.claim(name, device.key, self.owner, now, until, is_gone):
+            if not self.store.index.claim(name, device.key, self.owner, now, until, has_ended):
                 self._release(job_id, index)
                 return False
         return True
@@ -358,7 +360,7 @@ def to_owner(identity: WorkerIdentity | None) -> str:
     return json.dumps(dataclasses.asdict(identity)) if identity else secrets.token_hex(8)
 
 
-def is_gone(owner: str) -> bool:
+def has_ended(owner: str) -> bool:
     """Whether a supervisor of this machine has ended; False where that cannot be known."""
     try:
         identity = restore(WorkerIdentity, parse_json(owner, "a claim's owner"))

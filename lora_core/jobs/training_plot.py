@@ -68,9 +68,9 @@ def draw_training(name: str, metrics: Sequence[Mapping[str, Any]], num_steps: in
 
 
 def draw_loss(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
-    steps, losses = thin(metrics, lambda line: line["loss"])
+    steps, losses = average_groups(metrics, lambda line: line["loss"])
     axes.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=1, label="loss")
-    steps, smoothed = thin(metrics, lambda line: line["smoothed_loss"])
+    steps, smoothed = average_groups(metrics, lambda line: line["smoothed_loss"])
     axes.plot(steps, smoothed, color=ORANGE, linewidth=3, label="smoothed")
     axes.set_ylabel("loss", color=FOREGROUND, fontsize=SMALL)
     axes.set_ylim(0, 1.05 * max(np.quantile(losses, SHOWN_QUANTILE), *smoothed))
@@ -84,7 +84,7 @@ def draw_loss(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
 
 def draw_sizes(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Logarithmic; the band is where known-good LoRAs end."""
-    steps, norms = thin(metrics, lambda line: line["grad_norm"])
+    steps, norms = average_groups(metrics, lambda line: line["grad_norm"])
     axes.plot(steps, norms, color=YELLOW, linewidth=1, label="gradient norm")
     axes.set_yscale("log", nonpositive="mask")
     looked = [line for line in metrics if line.get("health")]
@@ -96,7 +96,7 @@ def draw_sizes(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
     show_legend(axes, "center right")
 
 
-def thin(metrics: Sequence[Mapping[str, Any]], get: Any) -> tuple[np.ndarray, np.ndarray]:
+def average_groups(metrics: Sequence[Mapping[str, Any]], get: Any) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values, means of equal groups where there are too many to draw."""
     values = np.array([get(line) for line in metrics], dtype=np.float64)
     steps = np.array([line["step"] for line in metrics], dtype=np.float64)

@@ -122,7 +122,7 @@ class AdapterLibrary:
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._cached: dict[str, CacheEntry] | None = None
-        self._first = ""
+        self._requested_name = ""
         self._thread: threading.Thread | None = None
         self._inspector = Inspector()
         self._stopped = threading.Event()
@@ -149,7 +149,7 @@ class AdapterLibrary:
         """
         entry = self._get(adapter_id)
         with self._lock:
-            self._first = entry.name
+            self._requested_name = entry.name
         facts = entry.facts or read_facts(entry.path)
         shown = replace(entry, facts=facts).to_dict()
         sentences = list(entry.health.sentences) if entry.health else []
@@ -232,7 +232,7 @@ class AdapterLibrary:
         """Headers before health, requested files first, then the newest; called under the lock."""
 
         def get_urgency(entry: Entry) -> tuple[bool, bool, int]:
-            return entry.facts is None, entry.name == self._first, entry.fingerprint[1]
+            return entry.facts is None, entry.name == self._requested_name, entry.fingerprint[1]
 
         waiting = (e for e in self._entries.values() if e.facts is None or e.is_waiting)
         entry = max(waiting, key=get_urgency, default=None)

@@ -69,10 +69,10 @@ def choose_by_change(curve: Sequence[tuple[float, float]], count: int) -> tuple[
     """
     measured = sorted(point for point in curve if point[0] >= 0)
     broken = [strength for strength, change in measured if not math.isfinite(change)]
-    sound = [point for point in measured if not broken or point[0] < broken[0]]
+    undamaged = [point for point in measured if not broken or point[0] < broken[0]]
     # A change that falls again at a higher strength counts as the highest before it.
-    highest = accumulate((change for _, change in sound), max)
-    points = [(strength, change) for (strength, _), change in zip(sound, highest, strict=True)]
+    highest = accumulate((change for _, change in undamaged), max)
+    points = [(strength, change) for (strength, _), change in zip(undamaged, highest, strict=True)]
     top = min(TOP_CHANGE, points[-1][1]) if points else 0.0
     with_1 = not broken or broken[0] > 1
     if top == 0 or count == 2:

@@ -283,13 +283,13 @@ def find_main_side(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
 def suggest_range(curve: Sequence[CurvePoint]) -> tuple[float, float] | None:
     """From where the change is seen to the last tested strength before a collapse."""
     points = find_main_side(curve)
-    sound = []
+    undamaged = []
     for point in points:
         if point.damage:
             break
-        sound.append(point)
+        undamaged.append(point)
     before, low = (0.0, 0.0), None
-    for point in sound:
+    for point in undamaged:
         if point.rms is None:
             continue
         if point.rms >= VISIBLE_RMS:
@@ -300,7 +300,7 @@ def suggest_range(curve: Sequence[CurvePoint]) -> tuple[float, float] | None:
     if low is None:
         return None
     low = float(f"{low:.1g}")  # an interpolation is no more precise than that
-    high = sound[-1].strength
+    high = undamaged[-1].strength
     return (high, high) if abs(low) > abs(high) else (low, high)
 
 
@@ -325,8 +325,8 @@ def describe_range(curve: Sequence[CurvePoint], suggested: tuple[float, float] |
 
 def describe_regions(cells: Sequence[CellMeasures], damages: Mapping[Cell, str]) -> list[str]:
     """What happens inside and outside the mask, and to the source, at the strength next to 1."""
-    sound = [m for m in cells if m.cell not in damages]
-    candidates = [m for m in sound if m.cell.strength != 0 and m.change]
+    undamaged = [m for m in cells if m.cell not in damages]
+    candidates = [m for m in undamaged if m.cell.strength != 0 and m.change]
     if not candidates:
         return []
     chosen = min(candidates, key=lambda m: abs(m.cell.strength - 1))
@@ -336,7 +336,7 @@ def describe_regions(cells: Sequence[CellMeasures], damages: Mapping[Cell, str])
         found.append(
             f"mask: {at} RMS {show(inside.rms)} of 255 inside and {show(outside.rms)} outside"
         )
-    zero = next((m for m in sound if is_zero_of(m, chosen)), None)
+    zero = next((m for m in undamaged if is_zero_of(m, chosen)), None)
     if chosen.kept is not None:
         where = "outside the mask" if INSIDE in chosen.change else "as a whole"
         beside = f" ({zero.kept.ssim:.3f} at strength 0)" if zero and zero.kept else ""

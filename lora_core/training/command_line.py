@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import ConfigError
 
 #: They note on import which of their own optional parts are missing; nothing a user can use.
-TALKATIVE = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
+NOISY_LOGGERS = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
 
 
 def add_commands(commands) -> None:
@@ -115,7 +115,7 @@ def quiet_libraries() -> None:
     """Lets libraries log errors only, so that a terminal shows the run."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in TALKATIVE:
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
-from ..model.offload import MOST_BLOCKS
+from ..model.offload import MAX_COPIED_BLOCKS
 
 GIB = 2**30
 
@@ -21,7 +21,7 @@ BYTES_PER_VALUE = 2
 #: Tensors of the sample's size, besides each block's input, that a step needs at most with
 #: gradient_checkpointing true. 30 were counted on blocks of full width; the rest is for weights
 #: decoded from 8 or 4 bits and for what attention's kernels sum up in float32.
-PASSING_TENSORS = 36
+TRANSIENT_TENSORS = 36
 #: Of a LoRA's parameter in float32: itself, its gradient, two moments of AdamW; an average more.
 BYTES_PER_PARAMETER, BYTES_PER_AVERAGE = 16, 4
 #: Of a GPU, what a run cannot have: a CUDA context each for ComfyUI and the worker, a desktop, and
@@ -111,7 +111,7 @@ class BaseSize:
 
     def count_resident(self, storage: str, num_offloaded: int = 0) -> float:
         """Bytes on the device: all but the blocks that wait, and copies of a few of these."""
-        num_copies = min(MOST_BLOCKS, num_offloaded)
+        num_copies = min(MAX_COPIED_BLOCKS, num_offloaded)
         num_blocks = self.num_blocks - num_offloaded + num_copies
         others = self.other_weights * BYTES_PER_VALUE
         return others + num_blocks * self.count_block_bytes(storage)
@@ -124,7 +124,7 @@ class BaseSize:
             num_parameters: trainable ones.
             averaged: whether an average of them is kept too.
         """
-        values = num_tokens * self.width * (self.num_blocks + PASSING_TENSORS)
+        values = num_tokens * self.width * (self.num_blocks + TRANSIENT_TENSORS)
         per_parameter = BYTES_PER_PARAMETER + BYTES_PER_AVERAGE * averaged
         return values * BYTES_PER_VALUE + num_parameters * per_parameter
 

@@ -36,8 +36,8 @@ from ..optimizer.optimization import build_optimizer
 from ..run.session import COMPUTE_DTYPES
 
 #: Steps timed after those that only warm up: at least, and at most within TIMED_S seconds.
-FEWEST_STEPS = 3
-MOST_STEPS = 15
+MIN_STEPS = 3
+MAX_STEPS = 15
 TIMED_S = 4.0
 #: Times that a CPU's peak is measured: its heap leaves varying gaps.
 CPU_PEAKS = 3
@@ -132,8 +132,8 @@ def measure_blocks(
     micro_s: dict[int, list[float]] = {n: [] for n in counts}
     optimizer_s: dict[int, list[float]] = {n: [] for n in counts}
     started = time.perf_counter()
-    for number in range(MOST_STEPS):
-        if number >= FEWEST_STEPS and time.perf_counter() - started > TIMED_S:
+    for number in range(MAX_STEPS):
+        if number >= MIN_STEPS and time.perf_counter() - started > TIMED_S:
             break
         for n in counts:
             micro, rest = probe.take_step(n)

@@ -20,7 +20,7 @@ FIRST_BLOCK = f"{BLOCKS}.0."
 #: Numbers of a token, before and after the blocks: a patch of latents.
 PATCH_NUMBERS = NUM_CHANNELS * PATCH**2
 #: Of a block's number that are read.
-MOST_DIGITS = 9
+MAX_DIGITS = 9
 #: Image number, row and column.
 NUM_AXES = 3
 NORM_Q = f"{FIRST_BLOCK}attn.norm_q.weight"
@@ -121,7 +121,7 @@ def count_blocks(keys: Iterable[str], name: str) -> int:
         first, _, rest = key.partition(".")
         number = rest.partition(".")[0]
         if first == BLOCKS and number.isascii() and number.isdecimal():
-            numbers.add(int(number[:MOST_DIGITS]))
+            numbers.add(int(number[:MAX_DIGITS]))
     highest = max(numbers, default=-1)
     if len(numbers) != highest + 1:
         raise KeyFormatError(

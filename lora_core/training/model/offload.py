@@ -5,8 +5,8 @@ in the forward pass, and again when gradient checkpointing runs it for the backw
 is dropped once it is no longer needed; torch's allocator then reuses its memory for the next.
 
 While one block computes, the next one's weights are being copied, on a separate stream where the
-device is a GPU: at most `MOST_BLOCKS` blocks' copies are alive at once. LoRAs, their gradients
-and the optimizer stay on the device.
+device is a GPU: at most `MAX_COPIED_BLOCKS` blocks' copies are alive at once. LoRAs, their
+gradients and the optimizer stay on the device.
 
 The weights themselves never move, so nothing is ever written back.
 """
@@ -25,7 +25,7 @@ from ...errors import ConfigError
 from .host_blocks import Copies, HostBlocks
 
 #: The one in use, the one being copied, and on a GPU one whose last kernels are still running.
-MOST_BLOCKS = 3
+MAX_COPIED_BLOCKS = 3
 
 
 @dataclass(frozen=True)

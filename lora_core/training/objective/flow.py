@@ -29,16 +29,16 @@ SCHEDULES = ("comfyui", "diffusers")
 
 def add_noise(x_0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """x_sigma of (B, C, H, W) latents at the levels `sigma` (B,)."""
-    sigma = widen(sigma, x_0)
+    sigma = expand_like(sigma, x_0)
     return (1 - sigma) * x_0 + sigma * noise
 
 
 def predict_x_0(x_sigma: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """The clean latents that a predicted velocity points to: x_sigma - sigma * velocity."""
-    return x_sigma - widen(sigma, x_sigma) * velocity
+    return x_sigma - expand_like(sigma, x_sigma) * velocity
 
 
-def widen(sigma: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def expand_like(sigma: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(B,) -> (B, 1, 1, 1)."""
     return sigma.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 

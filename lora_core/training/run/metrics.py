@@ -23,7 +23,7 @@ METRIC_NAMES = (
     *("tokens_per_s", "seconds", "memory_bytes"),
 )
 #: No run has so many; a line with a later step is not ours.
-MOST_STEPS = 2**53
+MAX_STEPS = 2**53
 #: Weight of the past in the smoothed loss, of about 50 steps' memory.
 SMOOTHING = 0.98
 
@@ -145,7 +145,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
-    if not 0 <= row["step"] < MOST_STEPS:
+    if not 0 <= row["step"] < MAX_STEPS:
         return None
     health = row.get("health", {})
     numbers = [row.get(name) for name in METRIC_NAMES]

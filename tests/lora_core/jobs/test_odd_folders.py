@@ -18,7 +18,7 @@ from qwen_edit_lora.lora_core.jobs.identity import is_running
 from qwen_edit_lora.lora_core.jobs.job import JobStatus, UnknownImageError, WorkerIdentity
 from qwen_edit_lora.lora_core.jobs.retraining import read_settings
 from qwen_edit_lora.lora_core.jobs.store import JobStore
-from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor, is_gone
+from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor, has_ended
 from qwen_edit_lora.lora_core.jobs.team import get_failure_path, pop_failure
 from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
 from tiny_jobs import make_train
@@ -287,7 +287,7 @@ def test_a_row_that_is_not_what_was_written_is_never_a_job(harm, store, submit, 
 
 def test_a_claim_of_any_owner_is_read():
     for owner in ("", "{}", DEEP, "NaN", '{"host": [], "pid": 1, "started": 0}', '{"pid": null}'):
-        assert not is_gone(owner)
+        assert not has_ended(owner)
     for pid in (0, -1, 2**63):
         assert not is_running(WorkerIdentity(host="x", pid=pid, started=0.0))
 

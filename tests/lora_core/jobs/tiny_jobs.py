@@ -17,7 +17,7 @@ from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
 from qwen_edit_lora.lora_core.jobs.training_job import run_job
-from qwen_edit_lora.lora_core.training.command_line import TALKATIVE
+from qwen_edit_lora.lora_core.training.command_line import NOISY_LOGGERS
 from safetensors.torch import load_file
 from tiny import make_config, make_dataset, make_item
 
@@ -57,7 +57,7 @@ def run_here(store: JobStore, job_id: str) -> str:
     """The same for a job that waits."""
     folder = store.open_folder(job_id)
     reporter = JobReporter(folder, folder.read_state())
-    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
+    levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
     try:
         assert run_job(folder.read_settings(), folder, ["cpu"], reporter)
     finally:

@@ -194,7 +194,7 @@ def test_gradients_are_measured_clipped_and_averaged_on_a_card():
 
 def test_an_estimate_is_measured_on_a_card(configure, monkeypatch):
     monkeypatch.setattr(MemoryMeter, "find_free", lambda self: 2**34)
-    monkeypatch.setattr(probe, "MOST_STEPS", 1)
+    monkeypatch.setattr(probe, "MAX_STEPS", 1)
     monkeypatch.setattr(probe, "CPU_PEAKS", 1)
     config = configure()
     with FakeCard(LAZY, ANSWER):
