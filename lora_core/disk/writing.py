@@ -51,7 +51,7 @@ def replace(source: Path, target: Path, patience_s: float = PATIENCE_S) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a folder, or a file to a free name, by `retry_while_denied`. OSError as `os.rename`."""
+    """Renames a folder, or a file to a free name; see `retry_while_denied`. May raise OSError."""
     retry_while_denied(lambda: os.rename(source, target))  # noqa: PTH104 - named alike
 
 
