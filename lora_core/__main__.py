@@ -22,7 +22,7 @@ from .toolbox.composition import Composition
 from .toolbox.extraction import extract_adapter
 from .training.command_line import add_commands
 
-FAILED = 2  # as argparse exits for a wrong command line
+FAILED = 2  # argparse's exit status for a wrong command line
 INTERRUPTED = 130
 INDENT = 1
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except LoraError as error:
         print(f"{options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -106,8 +106,8 @@ def run_inspect(options: argparse.Namespace) -> None:
     adapter = read_adapter(options.file)
     inspection = inspect_adapter(adapter, base=options.base, exact=options.exact)
     if options.json:
-        figures = {**inspection.to_dict(), "report": adapter.report.to_dict()}
-        print(json.dumps(figures, indent=INDENT))
+        document = {**inspection.to_dict(), "report": adapter.report.to_dict()}
+        print(json.dumps(document, indent=INDENT))
     else:
         table = build_table(inspection, options.sort_by)
         print(f"{describe_verdict(inspection)}\n\n{table}")
@@ -161,17 +161,17 @@ def write(composition: Composition, options: argparse.Namespace) -> None:
 
 
 def choose_out(options: argparse.Namespace) -> str:
-    """The file to write, with the ending without which no loader lists it; PEFT's is a folder."""
+    """The file to write, with the suffix that loaders require; PEFT's is a folder."""
     if options.format == "peft" or is_safetensors(options.out):
         return options.out
     return f"{options.out}.safetensors"
 
 
 def split_strength(text: str) -> tuple[str, float]:
-    """ "a.safetensors:0.8" -> the file and 0.8; a file of the whole text comes first.
+    """ "a.safetensors:0.8" -> the file and 0.8; a file named by the whole text takes precedence.
 
     Raises:
-        ConfigError: what follows the colon is no number.
+        ConfigError: what follows the colon is not a number.
     """
     path, colon, number = text.rpartition(":")
     if not colon or os.path.exists(text):  # noqa: PTH110 - never raises

@@ -7,12 +7,12 @@ import math
 from .errors import ConfigError
 from .text import shorten
 
-#: Of a whole number: the largest seed that PyTorch's generators and ComfyUI's fields take.
+#: Of an integer: the largest seed that PyTorch's generators and ComfyUI's fields take.
 MAX_WHOLE = 2**64 - 1
 
 
 def show(value: object) -> str:
-    """A value as a sentence repeats it, of whatever kind and size."""
+    """A value as messages quote it, of whatever kind and size."""
     try:
         return shorten(repr(value))
     except (ValueError, RecursionError):  # a number of thousands of digits, endless nesting
@@ -20,7 +20,7 @@ def show(value: object) -> str:
 
 
 def is_number(value: object) -> bool:
-    """A whole number of up to 64 bits, or a float that may be infinite; no NaN."""
+    """An integer of up to 64 bits, or a float that may be infinite; no NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return not math.isnan(value) if isinstance(value, float) else abs(value) <= MAX_WHOLE

@@ -2,7 +2,7 @@
 
 LoraError
 +-- FileError              the file cannot be read or written as what it should be
-|   +-- MissingFileError   nothing has this path
+|   +-- MissingFileError   there is no such path
 +-- KeyFormatError         keys that belong to no known scheme, or to another model
 +-- ShapeError             tensors that do not fit each other or the model
 |   +-- EmptyPartError     a tensor without any number
@@ -59,11 +59,11 @@ class NonFiniteLossError(LoraError, ArithmeticError):
 
 
 class OutOfMemoryError(LoraError, MemoryError):
-    """Memory ran out in a training step, and nothing that may be given up for it is left.
+    """Memory ran out in a training step, and there is nothing left to give up for it.
 
     Args:
         sentence: what ran out where, without a full stop.
-        advice: what lowers the memory, what costs least first.
+        advice: what lowers the memory, the cheapest first.
     """
 
     def __init__(self, sentence: str, advice: tuple[str, ...]):

@@ -1,4 +1,4 @@
-"""What the user is told beyond the result itself: a sentence for people, a kind for programs."""
+"""What is reported beyond the result itself: a sentence for people, a kind for programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEVERITIES = (ERROR, WARNING, NOTE)
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found. Programs decide by `kind` and `severity`; nothing reads `text` but people.
+    """One thing found. Programs decide by `kind` and `severity`; `text` is for people only.
 
     A kind never changes its name; texts may.
     """

@@ -1,4 +1,4 @@
-"""Telling how far a long computation is, and stopping it between two modules."""
+"""Reporting the progress of a long computation, and stopping it between two modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 def track(
     items: Iterable[T], progress: Progress | None, should_stop: ShouldStop | None, what: str
 ) -> Iterator[T]:
-    """The items, with `progress` told before each and at the end.
+    """The items, with `progress` called before each and at the end.
 
     Raises:
         InterruptedError: `should_stop` returned True.

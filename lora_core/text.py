@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: Of a name, a key or a value that a sentence repeats.
+#: Of a name, a key or a value that a message repeats.
 MAX_SHOWN = 80
 _TAIL = 16
 

@@ -22,7 +22,7 @@ from ..lora_core.drawing.contact_sheet import Row, Tile, draw_sheet
 from ..lora_core.drawing.style import draw_message
 from ..lora_core.findings import WARNING, Finding
 from ..lora_core.jobs.job import Job, JobStatus
-from ..lora_core.jobs.pictures import Picture, order, parse_name
+from ..lora_core.jobs.pictures import JobImage, build_sort_key, parse_name
 from ..lora_core.jobs.store import JobStore
 from ..lora_core.jobs.training_plot import draw_training
 from ..lora_core.text import shorten, shorten_list
@@ -183,10 +183,10 @@ def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
     latents = list_latents(job)
     named = [(path, parse_name(f"{path.stem}.png")) for path in latents if vae is not None]
     # Latents go by the name that their picture would have.
-    sources: list[tuple[Picture, Callable[[], np.ndarray]]] = [
+    sources: list[tuple[JobImage, Callable[[], np.ndarray]]] = [
         *(
-            (picture, partial(read_picture, store, job.id, picture.name))
-            for picture in store.list_pictures(job.id)
+            (picture, partial(read_image, store, job.id, picture.name))
+            for picture in store.list_images(job.id)
         ),
         *((picture, partial(decode, path, vae)) for path, picture in named if picture),
     ]
@@ -203,13 +203,13 @@ def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
     return lay_out(job, found, bool(latents)), findings
 
 
-def lay_out(job: Job, found: list[tuple[Picture, np.ndarray]], has_latents: bool) -> np.ndarray:
+def lay_out(job: Job, found: list[tuple[JobImage, np.ndarray]], has_latents: bool) -> np.ndarray:
     if not any(picture.kind == "sample" for picture, _ in found):
         return draw_message(
             "Connect the VAE to see the samples." if has_latents else "No sample was taken yet."
         )
     rows: dict[str, list[Tile]] = {}
-    for picture, pixels in sorted(found, key=lambda one: order(one[0])):
+    for picture, pixels in sorted(found, key=lambda one: build_sort_key(one[0])):
         rows.setdefault(picture.item, []).append(Tile(pixels, name_tile(picture)))
     return draw_sheet(
         f"samples of {job.name}",
@@ -218,19 +218,19 @@ def lay_out(job: Job, found: list[tuple[Picture, np.ndarray]], has_latents: bool
     )
 
 
-def name_tile(picture: Picture) -> str:
+def name_tile(picture: JobImage) -> str:
     if picture.kind == "sample":
         return f"step {picture.step}"
     return "target" if picture.kind == "target" else f"reference {(picture.index or 0) + 1}"
 
 
-def read_picture(store: JobStore, job_id: str, name: str) -> np.ndarray:
+def read_image(store: JobStore, job_id: str, name: str) -> np.ndarray:
     """A PNG of the job as a small picture, uint8 (height, width, 3).
 
     Raises:
         FileError: it is no PNG, a damaged one, or larger than any sample.
     """
-    data = store.read_picture(job_id, name)
+    data = store.read_image(job_id, name)
     try:
         # The one format that a worker writes. Some readers of others start programs.
         with Image.open(BytesIO(data), formats=("PNG",)) as image:

@@ -182,7 +182,7 @@ FORBIDDEN = [
     ("lora_core/formats/alpha.py", "from ..training import train"),
     ("lora_core/disk/safetensors_file.py", "from .. import read_adapter"),
     ("lora_core/training/run/run.py", "def f():\n    from ...jobs.job import JobState"),
-    ("lora_core/training/run/run.py", "from ..estimate.probe import measure"),
+    ("lora_core/training/run/run.py", "from ..estimate.probe import measure_blocks"),
     ("lora_core/training/run/run.py", "from .. import command_line"),
     ("lora_core/training/model/rope.py", "from ..config.config import ModelConfig"),
     ("lora_core/training/data/dataset.py", "from ...pairs import pair"),

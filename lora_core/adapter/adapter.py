@@ -27,7 +27,7 @@ class Adapter:
     report: LoadReport = field(default_factory=LoadReport)
     name: str = "adapter"
     file: SafetensorsFile | None = None
-    """Where the tensors still live, if they come from a file."""
+    """The file that still holds the tensors, if they come from one."""
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -43,7 +43,7 @@ class Adapter:
         return replace(self, modules=dict(modules))
 
     def release(self) -> None:
-        """Gives up the mapping of the file; it is mapped again when needed."""
+        """Releases the mapping of the file; it is mapped again when needed."""
         if self.file is not None:
             self.file.release()
 
@@ -51,7 +51,7 @@ class Adapter:
         """Reads every tensor once; NonFiniteWeightsError names the first ones with NaN or Inf,
         or the first module whose delta would have some.
 
-        The answer is remembered, since an adapter never changes.
+        The result is cached, since an adapter never changes.
         """
         if self.__dict__.get("_finite"):
             return
@@ -86,7 +86,7 @@ _BITS = {
     torch.float8_e4m3fn: (torch.int8, 0x7F, 3, 7),
     torch.float8_e5m2: (torch.int8, 0x7C, 2, 15),
 }
-#: Of what none of these dtypes can hold, and of nothing at all.
+#: Of values that none of these dtypes can hold, and of an empty tensor.
 _INTEGER_EXPONENT, _ZERO_EXPONENT = 64, -1100
 #: The largest number of float32 is below 2^128.
 _MAX_EXPONENT = 128
@@ -97,7 +97,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def read_exponent(tensor: torch.Tensor) -> int | None:
-    """e such that every |entry| is below 2^e, about as small as it can be; None for NaN or Inf.
+    """e such that every |entry| is below 2^e, about as small as possible; None for NaN or Inf.
 
     Looks at exponent bits through numpy: 0.1 s for an 849 MB file, torch.isfinite takes 20 s.
     """
@@ -116,7 +116,7 @@ def read_exponents(weights: ModuleWeights) -> dict[str, int | None]:
 
 
 def is_computable(weights: ModuleWeights) -> bool:
-    """Whether the parts and, as far as it is theirs alone, the delta are finite in float32."""
+    """Whether the parts and, where it depends on them alone, the delta are finite in float32."""
     exponents = read_exponents(weights)
     return None not in exponents.values() and has_finite_delta(weights, exponents)
 

@@ -13,13 +13,13 @@ from ..errors import ConfigError, ShapeError
 
 def low_rank(lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * lora_B @ lora_A (Hu et al. 2021, arXiv 2106.09685, section 4.1)."""
-    lora_A, lora_B = widen_alike(lora_A, lora_B)
+    lora_A, lora_B = upcast_together(lora_A, lora_B)
     return scale * (lora_B @ lora_A)
 
 
 def kronecker(w1: torch.Tensor, w2: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * kron(w1, w2), LoKr (Yeh et al. 2023, arXiv 2309.14859, section 3.2)."""
-    w1, w2 = widen_alike(w1, w2)
+    w1, w2 = upcast_together(w1, w2)
     return scale * torch.kron(w1, w2)
 
 
@@ -27,24 +27,24 @@ def hadamard(
     w1_a: torch.Tensor, w1_b: torch.Tensor, w2_a: torch.Tensor, w2_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """scale * (w1_a @ w1_b) * (w2_a @ w2_b), LoHa (Hyeon-Woo et al. 2021, arXiv 2108.06098)."""
-    w1_a, w1_b, w2_a, w2_b = widen_alike(w1_a, w1_b, w2_a, w2_b)
+    w1_a, w1_b, w2_a, w2_b = upcast_together(w1_a, w1_b, w2_a, w2_b)
     return scale * (w1_a @ w1_b) * (w2_a @ w2_b)
 
 
-def decompose(
+def apply_magnitude(
     direction_delta: torch.Tensor, magnitude: torch.Tensor, base_weight: torch.Tensor
 ) -> torch.Tensor:
     """DoRA: magnitude * (W + delta) / ||W + delta|| - W (Liu et al. 2024, arXiv 2402.09353, eq. 5).
 
     The norm is that of W + delta, as PEFT and LyCORIS define it. ComfyUI 0.30 divides by ||W||
-    when the magnitude lies on the output axis (comfy/weight_adapter/base.py, weight_decompose).
+    when the magnitude is along the output axis (comfy/weight_adapter/base.py, weight_decompose).
 
     Args:
         magnitude: (out_features,) or (out_features, 1): one per output row; (1, in_features): one
             per input column, as early LyCORIS files store it.
     """
     direction_delta = direction_delta.to(base_weight.device)
-    base, direction_delta, magnitude = widen_alike(base_weight, direction_delta, magnitude)
+    base, direction_delta, magnitude = upcast_together(base_weight, direction_delta, magnitude)
     tuned = base + direction_delta
     if magnitude.ndim == 1 or magnitude.shape[-1] == 1:
         norm = tuned.norm(dim=1, keepdim=True)
@@ -69,7 +69,7 @@ def rotate(
         blocks: (num_blocks, size, size) with num_blocks * size = out_features.
         rescale: (out_features, 1), a gain per output row after the rotation.
     """
-    base, blocks = widen_alike(base_weight, blocks)
+    base, blocks = upcast_together(base_weight, blocks)
     num_blocks, size, _ = blocks.shape
     if num_blocks * size != base.shape[0]:
         raise ShapeError(
@@ -85,7 +85,7 @@ def rotate(
     rows = base.reshape(num_blocks, size, -1)
     turned = torch.einsum("knm,kni->kmi", rotation, rows).reshape(base.shape)
     if rescale is not None:
-        turned = turned * widen(rescale).reshape(-1, 1)
+        turned = turned * upcast(rescale).reshape(-1, 1)
     return turned - base
 
 
@@ -97,12 +97,12 @@ def need_base_weight(base_weight: torch.Tensor | None, kind: str) -> torch.Tenso
     return base_weight
 
 
-def widen(tensor: torch.Tensor) -> torch.Tensor:
+def upcast(tensor: torch.Tensor) -> torch.Tensor:
     """float64 stays, everything else becomes float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
-def widen_alike(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def upcast_together(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """All in float64 where one of them is, else all in float32: products need one dtype."""
     widest = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     return [tensor.to(widest) for tensor in tensors]

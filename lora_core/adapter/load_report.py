@@ -9,7 +9,7 @@ from typing import Any
 from ..findings import NOTE, WARNING, Finding, list_texts
 from ..text import join_counts, shorten, shorten_list
 
-#: Of a key in the JSON. None of a trainer comes near it; a stranger's may fill the whole file.
+#: Of a key in the JSON. No trainer's comes near it; an untrusted one may fill the whole file.
 MAX_KEY = 500
 
 
@@ -50,7 +50,7 @@ class LoadReport:
     preset: str | None = None
     blocks: str = ""
     width: int | None = None
-    """Model width the shapes speak of; 3072 for a real Qwen-Image."""
+    """Model width implied by the shapes; 3072 for a real Qwen-Image."""
     unmatched: tuple[DroppedKey, ...] = ()
     duplicates: tuple[DroppedKey, ...] = ()
     non_finite: tuple[str, ...] = ()
@@ -58,14 +58,14 @@ class LoadReport:
     variants: tuple[str, ...] = ()
     """Variants the file claims: "original", "2509", "2511", "text-to-image"."""
     hints: tuple[str, ...] = ()
-    """Where those claims stand, one sentence each."""
+    """Where those claims come from, one sentence each."""
 
     found: tuple[Finding, ...] = ()
-    """What the reader wants told beside what stands in the fields above."""
+    """What the reader reports in addition to the fields above."""
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What the user would want to know before going on, the warnings first."""
+        """What the user should know before continuing, the warnings first."""
         listed = []
 
         def add(kind: str, count: int, text: str) -> None:

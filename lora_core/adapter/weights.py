@@ -25,7 +25,7 @@ class ModuleWeights(ABC):
     """One module's share of an adapter. Frozen; tensors are read from disk when asked for."""
 
     kind: ClassVar[str]
-    #: The delta does not depend on the base weight, so it can run beside it as a side path.
+    #: The delta does not depend on the base weight, so it can run as a side path.
     is_additive: ClassVar[bool] = True
 
     def __init__(
@@ -64,7 +64,7 @@ class ModuleWeights(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...] | None:
-        """(out, in) of the module's weight; None where the parts do not tell."""
+        """(out, in) of the module's weight; None where the parts do not determine it."""
 
     @property
     @abstractmethod
@@ -85,7 +85,7 @@ class ModuleWeights(ABC):
 
     @property
     def parts(self) -> Mapping[str, AnyTensor]:
-        """The tensors as stored, by their names in this package; perhaps still on disk."""
+        """The tensors as stored, by their names in this package; may still be on disk."""
         return self._parts
 
     def part(self, name: str) -> torch.Tensor | None:
@@ -266,7 +266,7 @@ class LokrWeights(ModuleWeights):
         whole = self.part(name)
         if whole is not None:
             return whole
-        a, b = delta.widen_alike(self.part(f"{name}_a"), self.part(f"{name}_b"))
+        a, b = delta.upcast_together(self.part(f"{name}_a"), self.part(f"{name}_b"))
         return a @ b
 
     def delta(self, base_weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -316,7 +316,7 @@ class DoraWeights(ModuleWeights):
 
     def delta(self, base_weight: torch.Tensor | None = None) -> torch.Tensor:
         base_weight = delta.need_base_weight(base_weight, self.kind)
-        return delta.decompose(self.direction.delta(), self.magnitude, base_weight)
+        return delta.apply_magnitude(self.direction.delta(), self.magnitude, base_weight)
 
 
 class OftWeights(ModuleWeights):
@@ -398,8 +398,8 @@ class DiffWeights(ModuleWeights):
     def delta(self, base_weight: torch.Tensor | None = None) -> torch.Tensor:
         diff = self.part("diff")
         if diff is not None:
-            return delta.widen(diff)
-        return torch.zeros_like(delta.widen(delta.need_base_weight(base_weight, "bias-only")))
+            return delta.upcast(diff)
+        return torch.zeros_like(delta.upcast(delta.need_base_weight(base_weight, "bias-only")))
 
 
 def compute_delta(weights: ModuleWeights, base_weight: torch.Tensor | None = None) -> torch.Tensor:

@@ -122,7 +122,7 @@ def compute_core(factors: Factors) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return q_up, r_up @ r_down.T, q_down
 
 
-#: Below this bound on the relative error the Gram route is taken; it is 4 to 5 times cheaper.
+#: Below this bound on the relative error the Gram route is used; it is 4 to 5 times cheaper.
 GRAM_TOLERANCE = 1e-8
 
 
@@ -138,7 +138,7 @@ def compute_singular_values(factors: Factors) -> torch.Tensor:
     smallest = values[:count].min().item()
     if (
         not torch.finfo(torch.float64).eps * bound**2 < GRAM_TOLERANCE * smallest**2
-    ):  # also where the smallest is 0 or rounding
+    ):  # also where the smallest is 0 or only rounding error
         values = torch.linalg.svdvals(compute_core(factors)[1])
     return values[:count]
 

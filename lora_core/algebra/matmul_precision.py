@@ -1,4 +1,4 @@
-"""float32 products with all their bits, whatever this process has been set to."""
+"""float32 products at full precision, whatever this process's settings."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Inside the block float32 products are float32's; after it the user's setting stands again.
+    """Inside the block float32 products use full float32; then the user's setting is restored.
 
-    With TF32, which any extension of ComfyUI may have switched on, a GPU's have 10 bits.
+    With TF32, which any ComfyUI extension may have enabled, a GPU's have 10 bits.
     """
-    # Both of PyTorch's ways to say it: the older sets the newer along, but not back. From 2.9 on
-    # the newer one counts, and the older is an error to read where the two contradict each other,
-    # which takes that it was left at "highest".
+    # Both of PyTorch's APIs: the older also sets the newer, but not the reverse. From 2.9 on the
+    # newer one counts, and reading the older raises an error where the two contradict each other,
+    # which requires that it was left at "highest".
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     newer = [backend for backend in backends if hasattr(backend, "fp32_precision")]
     before = [backend.fp32_precision for backend in newer]

@@ -13,7 +13,7 @@ from .factors import Factors, compute_core, compute_inner_product, get_factors
 #: Below this share of |a|^2 + |b|^2, |b - a|^2 has lost digits as a difference of products and is
 #: computed from b - a itself.
 CANCELLATION = 1e-4
-#: Rows of a dense delta that are widened to float64 at a time.
+#: Rows of a dense delta that are converted to float64 at a time.
 CHUNK_ROWS = 512
 
 
@@ -36,7 +36,7 @@ class Products:
         )
 
 
-def find_obstacle(weights: ModuleWeights) -> str | None:
+def explain_no_delta(weights: ModuleWeights) -> str | None:
     """Why these weights have no delta of their own; None where they have."""
     if not weights.is_additive:
         return f"the delta of {weights.kind} weights depends on the base weight"
@@ -64,10 +64,10 @@ def compute_products(a: ModuleWeights, b: ModuleWeights) -> Products:
     return compute_dense_products(a.delta(), b.delta())
 
 
-def complete(
+def build_products(
     square_a: float, square_b: float, inner: float, measure_difference: Callable[[], float]
 ) -> Products:
-    """Adds |b - a|^2, measured on the difference where the other three cannot tell it."""
+    """Adds |b - a|^2, measured on the difference where the other three lack the precision."""
     difference = square_a + square_b - 2 * inner
     if difference < CANCELLATION * (square_a + square_b):
         difference = measure_difference()
@@ -91,7 +91,7 @@ def compute_kronecker_products(a: LokrWeights, b: LokrWeights) -> Products:
         return dot(d1, d1) * dot(b2, b2) + dot(a1, a1) * dot(d2, d2) + 2 * mixed
 
     squares = dot(a1, a1) * dot(a2, a2), dot(b1, b1) * dot(b2, b2)
-    return complete(*squares, dot(a1, b1) * dot(a2, b2), measure)
+    return build_products(*squares, dot(a1, b1) * dot(a2, b2), measure)
 
 
 def compute_dense_products(a: torch.Tensor, b: torch.Tensor) -> Products:

@@ -11,13 +11,13 @@ from .factors import Factors, compute_core
 #: Singular values below this share of the largest do not count as directions.
 RANK_TOLERANCE = 1e-6
 #: Bound on the relative error of the smallest singular value's square under which Gram matrices
-#: stand in for QR.
+#: replace QR.
 GRAM_TOLERANCE = 1e-8
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of the smaller of two subspaces lies in the larger: 0 nothing, 1 all of it.
+    """How much of the smaller of two subspaces is contained in the larger: 0 none, 1 all.
 
     phi = |U_a^T U_b|_F^2 / min(i, j) (Hu et al. 2021, arXiv 2106.09685, section 7.2), for the
     spaces of the first i and j singular vectors.
@@ -50,7 +50,7 @@ class FactoredSVD:
         return self.left.T @ up @ other.left, self.right.T @ down @ other.right
 
 
-def decompose(factors: Factors) -> FactoredSVD:
+def compute_svd(factors: Factors) -> FactoredSVD:
     """By Gram matrices where their squared condition numbers allow it, else by QR."""
     gram_up = factors.up.T @ factors.up
     gram_down = factors.down @ factors.down.T
@@ -93,7 +93,7 @@ def compute_overlap(
     return Overlap(i, j, *(min(value, 1.0) for value in phi), *chance)
 
 
-def pool(overlaps: list[Overlap]) -> Overlap | None:
+def average_overlaps(overlaps: list[Overlap]) -> Overlap | None:
     """The overlap of the direct sums: each module weighs as much as its smaller rank."""
     if not overlaps:
         return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapter.delta import widen
+from ..adapter.delta import upcast
 from ..adapter.weights import LokrWeights, LoraWeights, ModuleWeights
 from ..disk.safetensors_file import AnyTensor
 from .factors import Factors, compute_core, compute_inner_product, get_factors
@@ -20,9 +20,9 @@ from .products import CHUNK_ROWS, compute_square, measure_difference
 #: Columns beyond the wanted rank, and power iterations, of the randomised SVD.
 OVERSAMPLING = 16
 POWER_ITERATIONS = 2
-#: Share of the smaller side from which a randomised SVD saves nothing over an exact one.
+#: Share of the smaller side above which a randomised SVD is no faster than an exact one.
 MAX_RANDOMISED = 1 / 4
-#: Share of the energy that float64 cannot tell from nothing.
+#: Share of the energy that float64 cannot distinguish from 0.
 ROUNDING = 1e-15
 #: Below this share a loss is measured on the difference, not as a difference of products.
 CANCELLATION = 1e-10
@@ -30,7 +30,7 @@ CANCELLATION = 1e-10
 
 @dataclass(frozen=True)
 class Truncated:
-    """A module's new weights, the energy of what they stand for, and that of what they lack."""
+    """A module's new weights, the energy of the original, and the energy lost."""
 
     weights: ModuleWeights
     energy: float
@@ -42,7 +42,7 @@ class Truncated:
 
 
 def truncate_weights(weights: ModuleWeights, rank: int | None, energy: float | None) -> Truncated:
-    """An additive module's delta at a lower rank; a LoRA whose rank suffices stays as it is."""
+    """An additive module's delta at a lower rank; a LoRA whose rank suffices stays unchanged."""
     factors = get_factors(weights)
     bias, dtype = weights.parts.get("bias_delta"), choose_dtype(weights)
     if factors is not None:
@@ -66,7 +66,9 @@ def truncate_factors(
     q_up, core, q_down = compute_core(factors)
     u, values, vh = torch.linalg.svd(core, full_matrices=False)
     kept = choose_rank(values, rank, energy)
-    weights = store(q_up @ u[:, :kept], values[:kept], vh[:kept] @ q_down.T, dtype, bias_delta)
+    weights = build_lora_weights(
+        q_up @ u[:, :kept], values[:kept], vh[:kept] @ q_down.T, dtype, bias_delta
+    )
     return Truncated(weights, values.square().sum().item(), measure_loss(factors, weights))
 
 
@@ -86,7 +88,7 @@ def truncate_kronecker(
     first, second = order[:kept] // len(s2), order[:kept] % len(s2)
     up = (u1[:, None, first] * u2[None, :, second]).reshape(-1, kept)
     down = (vh1[first, :, None] * vh2[second, None, :]).reshape(kept, -1)
-    result = store(up, values[:kept], down, dtype, bias_delta)
+    result = build_lora_weights(up, values[:kept], down, dtype, bias_delta)
     square = compute_square(weights)
     found = get_factors(result)
     # <kron(w1, w2), up_k down_k> for all k together
@@ -109,13 +111,13 @@ def truncate_dense(
     bias_delta: AnyTensor | None = None,
 ) -> Truncated:
     """By a randomised SVD where only a small rank is asked for, else by an exact one."""
-    delta = widen(delta)
+    delta = upcast(delta)
     if energy is None and rank + OVERSAMPLING <= MAX_RANDOMISED * min(delta.shape):
         u, values, vh = compute_randomised_svd(delta, rank)
     else:
         u, values, vh = torch.linalg.svd(delta, full_matrices=False)
     kept = choose_rank(values, rank, energy)
-    weights = store(u[:, :kept], values[:kept], vh[:kept], dtype, bias_delta)
+    weights = build_lora_weights(u[:, :kept], values[:kept], vh[:kept], dtype, bias_delta)
     return Truncated(weights, sum_squares(delta), measure_dense_loss(delta, weights))
 
 
@@ -124,8 +126,8 @@ def compute_randomised_svd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
 
-    As torch.svd_lowrank, but from a generator of its own: the same matrix gives the same result,
-    and nobody else's random numbers change.
+    As torch.svd_lowrank, but with its own generator: the same matrix gives the same result, and the
+    global random state does not change.
     """
     size = f"{tuple(matrix.shape)} {rank}".encode()
     generator = torch.Generator().manual_seed(zlib.crc32(size))
@@ -158,7 +160,7 @@ def choose_dtype(*weights: ModuleWeights) -> torch.dtype:
     return chosen
 
 
-def store(
+def build_lora_weights(
     u: torch.Tensor,
     values: torch.Tensor,
     vh: torch.Tensor,

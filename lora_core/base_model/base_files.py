@@ -26,7 +26,7 @@ MARKER = "__index_timestep_zero__"
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-#: What lies beside weights in quantised files and is no weight itself.
+#: What quantised files store next to weights that is no weight itself.
 SIDE_NAMES = (*SCALE_NAMES, "comfy_quant", "input_scale", "scale_input")
 SIDE_KEYS = ("scaled_fp8", MARKER)
 
@@ -64,12 +64,12 @@ class BaseFile:
         weights: the same one weight at a time.
         prefix: in front of every key, such as "model.diffusion_model.".
         shapes: key without prefix -> shape, of every tensor that is a weight.
-        axes: the folder's RoPE axes as its config.json has them; None where nothing says.
+        axes: the folder's RoPE axes as its config.json has them; None where it has none.
         zero_cond_t: whether it is marked as a 2511.
 
     Raises:
         KeyFormatError: it holds no Qwen-Image transformer.
-        FileError: its config.json says neither true nor false of zero_cond_t.
+        FileError: zero_cond_t in its config.json is neither true nor false.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class BaseFile:
         """A Linear's weight as stored; its codes are still on disk, see `StoredTensor.load_rows`.
 
         Raises:
-            FileError: stored in a way that is not understood.
+            FileError: stored in an unsupported way.
             KeyFormatError: the file has none of that name.
         """
         weight = self.weights.find(module_path)
@@ -122,7 +122,7 @@ class BaseFile:
 
 
 def open_base_file(source: str | os.PathLike[str]) -> BaseFile:
-    """Opens whatever is there; only headers are read.
+    """Opens any supported format; only headers are read.
 
     Raises:
         FileError: it is missing, damaged or of another type.
@@ -141,7 +141,7 @@ def is_gguf(path: Path) -> bool:
     """By the first bytes.
 
     Raises:
-        FileError: it is missing, or no file that can be opened.
+        FileError: it is missing, or cannot be opened.
     """
     try:
         with open_regular(path) as file:
@@ -178,7 +178,7 @@ def list_shards(folder: Path) -> list[Path]:
             raise FileError(f"{index.name} has no weight_map; download or copy it again.")
         there = list_names(folder)
         names = dict.fromkeys(name if type(name) is str else "" for name in weight_map.values())
-        # Only names of files beside it: a path that leads elsewhere is not followed.
+        # Only names of files in the same folder: paths that lead elsewhere are not followed.
         missing = [name for name in names if name not in there]
         if missing:
             raise FileError(
@@ -199,7 +199,7 @@ def list_names(folder: Path) -> set[str]:
 
 
 def read_downloaded(path: Path) -> dict[str, Any]:
-    """An object of a folder whose files came from elsewhere.
+    """A JSON object from a downloaded folder.
 
     Raises:
         FileError: as `read_object`, with what to do.
@@ -211,7 +211,7 @@ def read_downloaded(path: Path) -> dict[str, Any]:
 
 
 def read_marker(config: Mapping[str, Any], default: bool) -> bool:
-    """Whether references are shown at noise level 0, as a config.json says it."""
+    """Whether references are shown at noise level 0, according to config.json."""
     value = config.get("zero_cond_t")
     if value is None:
         return default

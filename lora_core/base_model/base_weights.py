@@ -20,7 +20,7 @@ from .module_paths import is_known
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
 #: Names of the factor of a scaled weight (comfy/quant_ops.py, and older files).
 SCALE_NAMES = ("weight_scale", "scale_weight")
-#: Where a whole file says how its layers are stored (ComfyUI's QUANTIZATION.md).
+#: Where a file states how all its layers are stored (ComfyUI's QUANTIZATION.md).
 QUANTIZATION_METADATA = "_quantization_metadata"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -28,12 +28,12 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "mxfp8")
 ROTATION_GROUP = 256  # ComfyUI's default
 #: Of one weight; ComfyUI writes fewer than a hundred.
 MAX_NOTE_BYTES = 1 << 16
-#: A note that is refused where it matters.
+#: A note that is rejected only where it matters.
 UNREADABLE: Mapping[str, Any] = {"format": "an unreadable note"}
 
 
 class BaseWeights:
-    """Looks weights up by module path; copies none of them before it is asked for.
+    """Looks weights up by module path; copies none of them before it is needed.
 
     Attributes:
         prefix: in front of every key, such as "model.diffusion_model.".
@@ -51,7 +51,7 @@ class BaseWeights:
         """The weight of a module, on the CPU; None if the base has none of that name.
 
         Raises:
-            FileError: stored in a way that is not understood (4 bits, other scales).
+            FileError: stored in an unsupported way (4 bits, other scales).
         """
         weight = self.find(module_path)
         return None if weight is None else replace(weight, stored=fetch(weight.stored))
@@ -83,7 +83,7 @@ class BaseWeights:
         return None if tensor is None else fetch(tensor)
 
     def _read_note(self, stem: str, module_path: str) -> dict[str, Any]:
-        """What the file says about how this weight is stored."""
+        """What the file states about this weight's storage."""
         note = self._tensors.get(f"{stem}.comfy_quant")
         if note is None:
             return self._layers.get(stem) or self._layers.get(module_path) or {}
@@ -121,7 +121,7 @@ class BaseWeights:
 
 
 def fetch(tensor: AnyTensor) -> torch.Tensor:
-    """From wherever it is, to the CPU; what it came from stays where it was."""
+    """From wherever it is, to the CPU; the source stays where it was."""
     return load(tensor).detach().cpu()
 
 
@@ -164,7 +164,7 @@ def read_rotation(note: Mapping[str, Any]) -> int | None:
     """As ComfyUI looks it up: in the note itself, or below its "params".
 
     Returns:
-        Columns per group, 0 for none; None where that cannot be told.
+        Columns per group, 0 for none; None where that is unknown.
     """
     inner = note.get("params")
     both = {**(inner if isinstance(inner, dict) else {}), **note}
@@ -178,7 +178,7 @@ def read_rotation(note: Mapping[str, Any]) -> int | None:
 
 
 def read_layers(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
-    """Module path, perhaps behind a prefix -> what a file's header says of how it is stored."""
+    """Module path, perhaps behind a prefix -> what a file's header states about its storage."""
     layers = parse_note(metadata.get(QUANTIZATION_METADATA, "{}")).get("layers")
     if not isinstance(layers, dict):
         return {}
@@ -196,7 +196,7 @@ def parse_note(text: str | bytes) -> Mapping[str, Any]:
 
 
 def open_base(base: BaseWeights | Mapping[str, AnyTensor] | str | os.PathLike[str]) -> BaseWeights:
-    """A base from tensors by key, or from whatever training takes: a file, a GGUF, a folder.
+    """A base from tensors by key, or from anything training accepts: a file, a GGUF, a folder.
 
     Raises:
         FileError: the file is missing or damaged.

@@ -27,7 +27,7 @@ MAX_ENTRIES_PER_BYTE = 6
 
 @dataclass(frozen=True)
 class GgufEntry:
-    """Where one tensor's data lies."""
+    """Where one tensor's data is."""
 
     offset: int
     num_bytes: int
@@ -39,7 +39,7 @@ class GgufEntry:
 class GgufFile:
     """A GGUF whose header has been read. Nothing is mapped: each tensor is read when asked for.
 
-    `tensors` looks as a `SafetensorsFile`'s; quantised ones come as float32.
+    `tensors` has the form of `SafetensorsFile.tensors`; quantised ones come as float32.
 
     Raises:
         ConfigError: the gguf package is missing.
@@ -105,7 +105,7 @@ class GgufFile:
     def read_codes(
         self, key: str, rows: slice = slice(None), buffer: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The bytes as they lie in the file, uint8 (rows, bytes of a row)."""
+        """The bytes as stored in the file, uint8 (rows, bytes of a row)."""
         entry = self.entries[key]
         num_rows = entry.shape[0] if len(entry.shape) > 1 else 1
         row_bytes = entry.num_bytes // max(1, num_rows)
@@ -120,7 +120,7 @@ class GgufFile:
         return data.reshape(stop - start, row_bytes)
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Nothing is held open."""
 
 
 def describe(tensor) -> GgufEntry:
@@ -130,7 +130,7 @@ def describe(tensor) -> GgufEntry:
 
 
 def plain_kinds(gguf) -> dict[int, torch.dtype]:
-    """Those of half precision, whose bytes are read as they are."""
+    """Types of half precision, whose bytes need no decoding."""
     return {
         int(gguf.GGMLQuantizationType.F16): torch.float16,
         int(gguf.GGMLQuantizationType.BF16): torch.bfloat16,
@@ -145,15 +145,15 @@ def refuse(path: Path, reason: str) -> FileError:
 
 
 def check_header(path: Path) -> int:
-    """Walks over a GGUF's header, so that what it promises fits into the file.
+    """Walks over a GGUF's header, to check that what it declares fits into the file.
 
-    The package believes every length: an array that claims 2^60 numbers keeps it busy for ever.
+    The package trusts every length: an array that claims 2^60 numbers keeps it busy forever.
 
     Returns:
         The file's size in bytes.
 
     Raises:
-        FileError: it is damaged, or of a machine of the other byte order.
+        FileError: it is damaged, or has the other byte order.
     """
     with open_regular(path) as file:
         size = file.seek(0, 2)

@@ -1,1 +1,1 @@
-"""What lies on the disk: files opened, read and written, whoever made them."""
+"""Files on disk: opened, read and written, whoever made them."""

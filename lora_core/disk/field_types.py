@@ -1,4 +1,4 @@
-"""Whether values that came from a file are of the types that a dataclass's fields say."""
+"""Whether values from a file have the types of a dataclass's fields."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-#: A whole number stands for a float, true and false for nothing else.
+#: An integer is accepted as a float; true and false as nothing else.
 ALLOWED: Mapping[Any, frozenset[type]] = {
     float: frozenset((float, int)),
     int: frozenset((int,)),
@@ -76,7 +76,7 @@ def build_check(hint: Any) -> Check:
 
 
 def build_check_of_all(hint: Any) -> Check:
-    """Numbers and texts, of which there are many, are looked at by their types at once."""
+    """Numbers and texts, of which there are many, are checked by type directly."""
     if hint is Any:
         return lambda values: True
     if hint in ALLOWED:

@@ -1,4 +1,4 @@
-"""JSON that anybody may have written: read whole and plain, or refused in one sentence.
+"""Untrusted JSON: read whole and plain, or refused with a one-sentence error.
 
 The json module alone raises ValueError, RecursionError and MemoryError, takes NaN and Infinity,
 which are no JSON, and whole numbers that no float holds, which fail wherever they are used.
@@ -27,7 +27,7 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
     """The value in a JSON file, read as `parse_json` does.
 
     Raises:
-        MissingFileError: nothing has this path.
+        MissingFileError: there is no such path.
         FileError: it cannot be opened, is no regular file, is larger than `max_bytes`, or is not
             what `parse_json` takes.
     """
@@ -35,7 +35,7 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of a JSON text; a byte order mark may stand in front. Of equal keys the last wins.
+    """The value of a JSON text; a byte order mark is allowed. Of duplicate keys the last wins.
 
     Args:
         name: what the message calls the text: a file's name, or "the header's lora_config".
@@ -81,13 +81,13 @@ def check_object(value: Any, name: str) -> dict[str, Any]:
 
 
 def describe_kind(value: Any) -> str:
-    """What a JSON value is, for a sentence that wanted another kind: "a list", "null", ..."""
+    """What a JSON value is, for a message that expected another kind: "a list", "null", ..."""
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
     return "null" if value is None else kinds.get(type(value), "a number")
 
 
 class _Refused(ValueError):
-    """Valid for the json module, not for us; the text says why."""
+    """Valid for the json module, not for us; the text gives the reason."""
 
 
 _TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
@@ -99,7 +99,7 @@ def refuse_constant(name: str) -> NoReturn:
 
 
 def check_values(value: Any) -> None:
-    """Level by level, since a recursion would meet the limit that it checks."""
+    """Level by level, since recursion would hit the limit that it checks."""
     level, depth = [[value]], 0
     while level:
         if depth > MAX_DEPTH:
@@ -123,7 +123,7 @@ def check_values(value: Any) -> None:
 
 
 def are_finite_floats(items: Collection[Any]) -> bool:
-    """Whether all are, for lists of numbers that are worth the shorter way; False if in doubt."""
+    """Whether all are: a fast path for long lists of numbers; False if in doubt."""
     if type(items) is not list or len(items) < MANY or type(items[0]) is not float:
         return False
     return set(map(type, items)) == {float} and math.isfinite(sum(items))

@@ -1,4 +1,4 @@
-"""Our figures as JSON that every reader takes: NaN and the infinities, which are none, are null."""
+"""Our numbers as JSON that every reader accepts: NaN and the infinities become null."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Opening files that a stranger may have put there: regular files only, of a size that is sane.
+"""Opening untrusted files: regular files only, of a sane size.
 
-A pipe or device under a file's name would hang or never end. It is told by its descriptor, so
-nothing can be exchanged between the look and the read.
+A pipe or device under a file's name would hang or never end. It is recognised by its descriptor, so
+nothing can be swapped between the check and the read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import BinaryIO
 from ..errors import DeniedFileError, FileError, MissingFileError
 from ..text import shorten
 
-#: Nothing that is read whole as text comes near it.
+#: No file that is read whole as text comes near it.
 MAX_TEXT_BYTES = 64 << 20
 _BOMS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),  # before UTF-16, with whose mark it begins
@@ -29,14 +29,14 @@ def open_regular(path: str | os.PathLike[str], shown: str = "") -> BinaryIO:
     """The file opened for reading, links followed.
 
     Args:
-        shown: what messages call the file, where its name alone says too little.
+        shown: what messages call the file, where its name alone is not enough.
 
     Raises:
-        MissingFileError: nothing has this path.
+        MissingFileError: there is no such path.
         FileError: it cannot be opened, or is a folder, pipe, socket or device.
     """
     name = shorten(shown or Path(path).name)
-    # Without O_NONBLOCK, opening a pipe waits for somebody to write. Windows has no such files.
+    # Without O_NONBLOCK, opening a pipe blocks until someone writes. Windows has no such files.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))

@@ -1,4 +1,4 @@
-"""Tensors that stay in their file until somebody asks for them."""
+"""Tensors that stay in their file until they are requested."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DTYPES = {
 
 #: Endings of a safetensors file's name, in any case; ComfyUI lists both.
 SUFFIXES = (".safetensors", ".sft")
-#: What messages say was expected of a path.
+#: What messages say was expected at a path.
 LORA_FILE, BASE_MODEL = "a LoRA file", "a diffusion model"
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -99,8 +99,8 @@ def is_safetensors(name: str) -> bool:
 class SafetensorsFile:
     """A safetensors file whose header has been read and checked.
 
-    The file is memory-mapped when the first tensor is asked for. `release` gives the mapping
-    back, so that a trainer may replace the file on systems which lock mapped files; the next read
+    The file is memory-mapped when the first tensor is requested. `release` drops the mapping,
+    so that a trainer may replace the file on systems which lock mapped files; the next read
     maps it again, and refuses if it is no longer the same file.
 
     Args:
@@ -160,10 +160,10 @@ class SafetensorsFile:
 
 
 class UnmappedFile(SafetensorsFile):
-    """The same, read by ordinary reads: for what is read once, from its first byte to its last.
+    """The same by ordinary reads: for files that are read once from start to end.
 
     Pages of a mapped file count as the process's memory, come one fault at a time, and reach a GPU
-    by one more copy. Here bytes go from the system's cache to where they are wanted.
+    by one more copy. Here bytes go from the system's cache straight to their destination.
     """
 
     def __init__(self, path: str | os.PathLike[str], expected: str = LORA_FILE):
@@ -225,8 +225,8 @@ def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
     """Size in bytes, modification time in ns, and inode.
 
     Raises:
-        MissingFileError: nothing has this path.
-        FileError: it cannot be looked at.
+        MissingFileError: there is no such path.
+        FileError: it cannot be examined.
     """
     name = shorten(path.name)
     try:
@@ -244,7 +244,7 @@ def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
 
 
 def open_checked(path: Path, expected: str = LORA_FILE):
-    """Opens a safetensors file, or says in one sentence why it is none."""
+    """Opens a safetensors file; the error says in one sentence why it is none."""
     name = shorten(path.name)
     if path.is_dir():
         raise FileError(f"{name} is a folder; expected a .safetensors file.")
@@ -274,7 +274,7 @@ def open_checked(path: Path, expected: str = LORA_FILE):
         )
     try:
         os.fspath(path).encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8, which safetensors opens nowhere
+    except UnicodeEncodeError:  # bytes that are not UTF-8, which safetensors cannot open
         raise FileError(
             f"{name}: this name or its folder's is not UTF-8 text; rename it."
         ) from None

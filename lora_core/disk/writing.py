@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch
 
-#: For what must not fail; a scanner may take seconds over a checkpoint of gigabytes.
+#: For what must not fail; a virus scanner may take seconds over a checkpoint of gigabytes.
 PATIENCE_S = 10.0
-#: For what is soon done again, or is waited for.
+#: For what is soon retried, or is waited for.
 BRIEF_PATIENCE_S = 1.0
 RETRY_INTERVAL_S = 0.02
 #: Of Windows, for a file or a part of it.
@@ -39,27 +39,27 @@ def write_then_rename(path: Path, write) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors lets nobody but the owner read
+        temporary.chmod(mode)  # safetensors makes files owner-only
         replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def replace(source: Path, target: Path, patience_s: float = PATIENCE_S) -> None:
-    """Renames a file over what has the name; see `insist`. OSError as `os.replace`."""
-    insist(lambda: os.replace(source, target), patience_s)  # noqa: PTH105 - named alike
+    """Renames a file over what has the name; see `retry_while_denied`. OSError as `os.replace`."""
+    retry_while_denied(lambda: os.replace(source, target), patience_s)  # noqa: PTH105 - named alike
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a folder, or a file to a name that is free; see `insist`. OSError as `os.rename`."""
-    insist(lambda: os.rename(source, target))  # noqa: PTH104 - named alike
+    """Renames a folder, or a file to a free name; see `retry_while_denied`. May raise OSError."""
+    retry_while_denied(lambda: os.rename(source, target))  # noqa: PTH104 - named alike
 
 
-def insist(action: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
-    """What `action` gives, tried again as long as the system says that it is not permitted.
+def retry_while_denied(action: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+    """The result of `action`, retried as long as the system denies permission.
 
-    Windows says so of a file that another process has open for the moment, be it this package in
-    another process or a virus scanner in a folder of fresh files; a network drive may, too.
+    Windows does so for a file that another process has open at the moment, be it this package in
+    another process or a virus scanner in a folder of new files; a network drive may, too.
 
     Raises:
         PermissionError: still after `patience_s` seconds.

@@ -1,1 +1,1 @@
-"""How pictures for users look: colours, letters, contact sheets."""
+"""The look of images for users: colours, letters, contact sheets."""

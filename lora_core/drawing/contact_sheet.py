@@ -1,4 +1,4 @@
-"""A contact sheet: rows of small pictures with captions, readable at the size of a node.
+"""A contact sheet: rows of small images with captions, readable at the size of a node.
 
 ComfyUI shows a sheet of any size about as wide as a node, so letters grow with the sheet. Texts are
 measured with the font before it is drawn; what does not fit is shortened.
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 MIN_WIDTH_PX = 1024
 MAX_COLUMNS = 8
-#: Width over height from which one row of pictures goes on in a second line.
+#: Width over height from which one row of images wraps to a second line.
 MAX_ASPECT = 4.0
-#: Pictures with fewer pixels than this are enlarged, as captions need the room.
+#: Images with fewer pixels than this are enlarged, as captions need the room.
 MAX_ENLARGED_PX = 512
 LETTERS_PER_WIDTH = 46  # a letter's height is the sheet's width over this
 DIM_TEXT = "#b4b8c0"  # DIM is for lines; letters need more contrast
@@ -33,21 +33,21 @@ SMALL = 0.8  # of the letters
 
 @dataclass(frozen=True)
 class Tile:
-    """One small picture and what stands below it."""
+    """One small image and the text below it."""
 
-    picture: np.ndarray | None
+    image: np.ndarray | None
     """uint8 (height, width, 3); None draws an empty frame."""
     caption: str
     notes: tuple[str, ...] = ()
     """Smaller lines below the caption."""
     is_marked: bool = False
-    """Something is wrong with it, as the first note says."""
+    """Something is wrong with it; see the first note."""
     is_reference: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """Pictures that belong together, in the order of an axis."""
+    """Images that belong together, in the order of an axis."""
 
     heading: str
     tiles: tuple[Tile, ...]
@@ -59,7 +59,7 @@ class Layout:
 
     columns: int
     tile: tuple[int, int]
-    """Width and height of a picture."""
+    """Width and height of an image."""
     gap: int
     width: int
     letter: int
@@ -71,16 +71,16 @@ class Layout:
 
     @property
     def left(self) -> int:
-        """Left edge of the first column: the columns stand in the middle."""
+        """Left edge of the first column: the columns are centred."""
         used = self.columns * (self.tile[0] + self.gap) - self.gap
         return (self.width - used) // 2
 
 
 def draw_sheet(title: str, rows: Sequence[Row], footer: Sequence[str] = ()) -> np.ndarray:
-    """uint8 (height, width, 3); rows longer than the sheet is wide go on below.
+    """uint8 (height, width, 3); rows longer than the sheet is wide wrap.
 
     Args:
-        footer: sentences below the pictures.
+        footer: sentences below the images.
     """
     from PIL import Image, ImageDraw
 
@@ -115,12 +115,12 @@ def draw_sheet(title: str, rows: Sequence[Row], footer: Sequence[str] = ()) -> n
 
 def choose_layout(rows: Sequence[Row]) -> Layout:
     tiles = [tile for row in rows for tile in row.tiles]
-    pictures = [tile.picture for tile in tiles if tile.picture is not None]
-    height, width = pictures[0].shape[:2] if pictures else (256, 256)
+    images = [tile.image for tile in tiles if tile.image is not None]
+    height, width = images[0].shape[:2] if images else (256, 256)
     longest = max((len(row.tiles) for row in rows), default=1)
     columns = choose_columns(longest, len(rows), width / height)
     gap = max(8, round(0.06 * max(width, height)))
-    # Few or small pictures are enlarged to fill the least width.
+    # Few or small images are enlarged to fill the least width.
     room = (MIN_WIDTH_PX - gap) // columns - gap
     scale = max(1.0, min(room / width, MAX_ENLARGED_PX / max(width, height)))
     tile = (round(width * scale), round(height * scale))
@@ -133,7 +133,7 @@ def choose_columns(longest: int, num_rows: int, aspect: float) -> int:
     """As many as fit MAX_COLUMNS and MAX_ASPECT, the lines of a row about equally long."""
     for lines in range(1, longest + 1):
         columns = math.ceil(longest / lines)
-        # A caption takes about a third of a square picture's height.
+        # A caption takes about a third of a square image's height.
         shape = columns * aspect / (num_rows * lines * (1 + 0.3 * aspect))
         if columns <= MAX_COLUMNS and (shape <= MAX_ASPECT or columns <= 2):
             return columns
@@ -147,7 +147,7 @@ def compute_row_height(row: Row, layout: Layout) -> int:
 
 
 def compute_line_height(row: Row, layout: Layout) -> int:
-    """Of a picture with its caption and as many notes as the row has at most, and a gap."""
+    """Of an image with its caption and as many notes as the row has at most, and a gap."""
     num_notes = max((len(tile.notes) for tile in row.tiles), default=0)
     caption = round(1.65 * layout.letter + 1.3 * layout.small * num_notes)
     return layout.tile[1] + caption + layout.gap
@@ -174,13 +174,13 @@ def draw_tile(
 
     width, height = layout.tile
     box = (x - 1, y - 1, x + width, y + height)
-    if tile.picture is None:
+    if tile.image is None:
         draw.rectangle(box, fill=PANEL, outline=DIM)
     else:
-        picture = Image.fromarray(tile.picture)
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (x, y))
+        image = Image.fromarray(tile.image)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(image, (x, y))
         border = VERMILLION if tile.is_marked else BLUE if tile.is_reference else None
         if border:
             draw.rectangle(

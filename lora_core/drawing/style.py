@@ -1,7 +1,7 @@
 """The look of all plots: dark backgrounds, colours for colour-blind eyes, legible letters.
 
-Drawn at twice the width at which ComfyUI shows a picture on a node, so every letter is at least
-20 pixels high. matplotlib is imported when something is drawn, and its global state is left alone.
+Drawn at twice the width at which ComfyUI shows an image on a node, so every letter is at least 20
+pixels high. matplotlib is imported when something is drawn, and its global state is left alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SIZE_PX = (1024, 1024)
 DPI = 100
 SMALL, LARGE = 15.5, 18  # points: 22 and 25 pixels
 BACKGROUND, PANEL, FOREGROUND, DIM = "#181a1f", "#22252b", "#e8e8e8", "#8a8f98"
-# Okabe and Ito's colours, which colour-blind eyes can tell apart.
+# Okabe and Ito's colours, which colour-blind eyes can distinguish.
 BLUE, ORANGE, VERMILLION, YELLOW = "#56b4e9", "#e69f00", "#ff7f41", "#f0e442"
 NOTE_CHARACTERS = 74
 LAST_LETTER = 0x530  # Latin, Greek and Cyrillic; DejaVu Sans has no Chinese and no emoji
@@ -60,7 +60,7 @@ def show_legend(axes: Any, place: str) -> None:
 
 
 def draw_message(text: str) -> np.ndarray:
-    """A picture that says why there is no other."""
+    """A placeholder image that says why there is no plot."""
     from matplotlib.figure import Figure
 
     width, height = SIZE_PX

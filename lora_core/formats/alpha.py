@@ -1,7 +1,7 @@
 """Where a module's alpha comes from: its own tensor, else a config or header field, else the rank.
 
-The order is stated because producers disagree: kohya writes a tensor, diffusers hides the value
-in the header, PEFT in a file beside it, ai-toolkit and DiffSynth mean "alpha = rank" by silence.
+The order is stated because producers disagree: kohya writes a tensor, diffusers puts the value in
+the header, PEFT in a separate file; ai-toolkit and DiffSynth write none and mean "alpha = rank".
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class AlphaRules:
 
     configs: tuple[PeftConfig, ...] = ()
     unreadable: str | None = None
-    """The source whose text could not be read; it may have said something of alpha."""
+    """The source whose text could not be read; it may have held alpha."""
     findings: tuple[Finding, ...] = ()
     fallback: str = RULE_RANK
-    """The rule's name where the rank stands in."""
+    """The rule's name where the rank is used instead."""
 
     @property
     def config(self) -> PeftConfig | None:
         """The one that gives alpha."""
-        return next((config for config in self.configs if config.says_alpha), None)
+        return next((config for config in self.configs if config.states_alpha), None)
 
     def resolve(
         self, module_path: str, rank: int, stored: float | None
@@ -73,11 +73,11 @@ class AlphaRules:
         """The rules for the adapter of these modules: another adapter's config is left out.
 
         Args:
-            ranks: module path -> rank; None where the tensors do not tell.
+            ranks: module path -> rank; None where the tensors do not determine it.
             name: of the adapter, for errors.
 
         Raises:
-            KeyFormatError: its config says that the tensors mean something else than they seem to.
+            KeyFormatError: by its config the tensors mean something else than they seem to.
         """
         kept, found, fallback = [], list(self.findings), self.fallback
         if self.unreadable:
@@ -85,39 +85,39 @@ class AlphaRules:
         for config in self.configs:
             contradiction = config.find_contradiction(ranks)
             if contradiction and config.source == PEFT_CONFIG:
-                # In a folder of many adapters it may be anybody's.
-                if not any(one.says_alpha for one in kept):
-                    found.append(tell_foreign(config, contradiction))
+                # In a folder of many adapters it may be another one's.
+                if not any(one.states_alpha for one in kept):
+                    found.append(report_foreign_config(config, contradiction))
                     fallback = f"rank ({config.source} is another adapter's)"
                 continue
-            if config.obstacle:
-                raise KeyFormatError(f"{shorten(name)} {config.obstacle}")
+            if config.unusable_reason:
+                raise KeyFormatError(f"{shorten(name)} {config.unusable_reason}")
             found += config.findings
-            if contradiction and config.says_alpha:
+            if contradiction and config.states_alpha:
                 text = (
                     f"{config.source} does not fit the tensors ({contradiction}); the strength may "
                     "be wrong"
                 )
                 found.append(Finding("config_mismatch", WARNING, text, 1))
             kept.append(config)
-        found += tell_contradictions(kept)
+        found += report_contradictions(kept)
         if fallback == RULE_RANK and any(config.findings for config in kept):
             fallback = f"rank ({kept[0].source} cannot be read)"
         return AlphaRules(tuple(kept), self.unreadable, tuple(found), fallback)
 
 
-def tell_foreign(config: PeftConfig, why: str) -> Finding:
+def report_foreign_config(config: PeftConfig, why: str) -> Finding:
     text = f"{config.source} beside the file is another adapter's ({why}), so it is not used"
     return Finding("config_of_another", WARNING, text, 1)
 
 
-def tell_contradictions(configs: Sequence[PeftConfig]) -> list[Finding]:
-    said = [config for config in configs if config.alpha is not None]
-    others = [config for config in said if config.alpha != said[0].alpha]
+def report_contradictions(configs: Sequence[PeftConfig]) -> list[Finding]:
+    stating = [config for config in configs if config.alpha is not None]
+    others = [config for config in stating if config.alpha != stating[0].alpha]
     if not others:
         return []
     text = (
-        f"alpha is {said[0].alpha:g} in {said[0].source} and {others[0].alpha:g} in "
+        f"alpha is {stating[0].alpha:g} in {stating[0].source} and {others[0].alpha:g} in "
         f"{others[0].source}; the first is used"
     )
     return [Finding("alpha_contradiction", WARNING, text, len(others))]
@@ -126,9 +126,9 @@ def tell_contradictions(configs: Sequence[PeftConfig]) -> list[Finding]:
 def find_alpha_rules(
     metadata: Mapping[str, str], path: Path | None, key_formats: Collection[str]
 ) -> AlphaRules:
-    """Looks in the header, and for PEFT files in the adapter_config.json beside them.
+    """Looks in the header, and for PEFT files in the adapter_config.json next to them.
 
-    kohya's header field counts for kohya's own keys alone: musubi-tuner's converter folds alpha
+    kohya's header field counts only with kohya's own keys: musubi-tuner's converter folds alpha
     into the tensors of its other formats and leaves the field behind.
     """
     texts: list[tuple[str, str, Callable[[], dict]]] = []
@@ -152,7 +152,7 @@ def find_alpha_rules(
     is_kohya = "kohya" in key_formats
     if is_kohya and (config := read_plain_field(metadata, KOHYA_ALPHA, "ss_network_dim")):
         configs.append(config)
-    elif not is_kohya and not any(config.says_alpha for config in configs):
+    elif not is_kohya and not any(config.states_alpha for config in configs):
         findings += note_unused_field(metadata)
     plain = (read_plain_field(metadata, header_field, "rank") for header_field in ALPHA_FIELDS)
     configs += [config for config in plain if config is not None]

@@ -7,15 +7,15 @@ from collections.abc import Iterable
 
 from ..text import shorten
 
-#: Longer ones are nobody's, and would make the patterns slow.
+#: No producer writes longer ones, and they would make the patterns slow.
 MAX_KEY = 500
 CLIP, TEXT_ENCODER, LANGUAGE_MODEL = (
     "a CLIP text encoder",
     "a text encoder",
     "a language model or text encoder",
 )
-# Name -> pattern that no Qwen-Image key matches. The first hit wins, so the more particular one
-# stands first. Sources: the key lists in diffusers' lora_conversion_utils and ComfyUI's
+# Name -> pattern that no Qwen-Image key matches. The first match wins, so the more specific one
+# comes first. Sources: the key lists in diffusers' lora_conversion_utils and ComfyUI's
 # comfy/lora.py.
 _SIGNS: tuple[tuple[str, str], ...] = (
     ("Flux or HunyuanVideo (diffusers)", r"single_transformer_blocks[._]\d+"),
@@ -55,7 +55,7 @@ def detect_architecture(keys: Iterable[str]) -> str | None:
 
 
 def is_text_encoder(name: str) -> bool:
-    """Whether an architecture is one that may stand beside a transformer's keys."""
+    """Whether an architecture is one whose keys may accompany a transformer's."""
     return name in (CLIP, TEXT_ENCODER, LANGUAGE_MODEL)
 
 
@@ -71,11 +71,11 @@ _ARCHITECTURE_FIELD = "modelspec.architecture"
 
 
 def detect_variants(metadata: dict[str, str], file_name: str) -> tuple[list[str], list[str]]:
-    """Which Qwen-Image models the file says it was trained for.
+    """Which Qwen-Image models the file claims to be trained for.
 
     Returns:
-        variants out of "original", "2509", "2511", "text-to-image" (from the metadata if that
-        says anything, else from the file name), and one sentence per claim.
+        variants out of "original", "2509", "2511", "text-to-image" (from the metadata if it
+        names any, else from the file name), and one sentence per claim.
     """
     variants: list[str] = []
     hints: list[str] = []
@@ -96,13 +96,13 @@ def read_variant(text: str, is_specification: bool) -> str | None:
 
 
 def read_variants(text: str, is_specification: bool) -> list[str]:
-    """The variants a text speaks of; the latest first.
+    """The variants a text names; the latest first.
 
-    "qwen image edit" without a year is said of all variants; only in `modelspec.architecture` does
+    "qwen image edit" without a year applies to all variants; only in `modelspec.architecture` does
     it mean the original, and a plain "qwen-image/lora" the text-to-image model.
     """
     lowered = text[:MAX_TEXT].lower()
-    found = [variant for variant in ("2511", "2509") if speaks_of(variant, lowered)]
+    found = [variant for variant in ("2511", "2509") if names_variant(variant, lowered)]
     if "2509" not in found and _PLUS.search(lowered):
         found.append("2509")
     if found or not is_specification or not _QWEN_IMAGE.search(lowered):
@@ -122,7 +122,7 @@ _PLUS = re.compile(r"edit[-_ ]plus(?![a-z])")
 _SIMPLETUNER_EDIT = re.compile(r"edit[-_ ]?v([1-3])(?![0-9])")
 _SIMPLETUNER_VERSIONS = {"1": "original", "2": "2509", "3": "2511"}
 _PLAIN_EDIT = re.compile(r"qwen[-_ ]?image[-_ ]edit(?=/|$)")
-#: Words beside which a number counts something.
+#: Words next to which a number is a count.
 _COUNTED = (
     r"(?:global)?[-_ ]?(?:steps?|epochs?|iter(?:ation)?s?|it|ep|seed|checkpoints?|ckpt|k?imgs?)"
 )
@@ -132,9 +132,9 @@ _HASH = re.compile(r"[0-9a-f]{6,}")
 _WORD = re.compile(r"[0-9a-z]+")
 
 
-def speaks_of(variant: str, lowered: str) -> bool:
-    """Whether the number is there as a model's: not in a longer one, such as a date or a step
-    with zeros in front, not in a hash, and not beside a word that counts."""
+def names_variant(variant: str, lowered: str) -> bool:
+    """Whether the number is there as a model's: not inside a longer one, such as a date or a step
+    with leading zeros, not in a hash, and not next to a word that makes it a count."""
     for match in _WORD.finditer(lowered):
         word = match[0]
         numbers = re.findall("[0-9]+", word)

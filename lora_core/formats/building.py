@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..adapter.delta import widen
+from ..adapter.delta import upcast
 from ..adapter.weights import (
     DiffWeights,
     DoraWeights,
@@ -94,14 +94,14 @@ KINDS = (
 #: Under the others alpha is the limit itself, as ComfyUI's own trainer saves it.
 RELATIVE_OFT = ("kohya", "lycoris", "onetrainer")
 BOFT = "BOFT, which is not supported; use ComfyUI's LoraLoader"
-#: Of an example in a sentence that has two.
+#: Of an example in a message that has two.
 MAX_EXAMPLE = 130
 NO_USE = "has no use in a module of this kind"
 FUSED = "fuses query, key and value in a way that cannot be taken apart"
 
 
 class ModuleBuilder:
-    """Makes weights out of parts, and keeps what the report wants to know on the way."""
+    """Builds weights from parts, and records what the report needs."""
 
     def __init__(self, tensors: Mapping[str, AnyTensor], alpha_rules: AlphaRules, name: str):
         self._tensors = tensors
@@ -114,9 +114,9 @@ class ModuleBuilder:
         self.empty: list[str] = []
         """Modules of rank 0, which add nothing."""
         self.num_split = 0
-        """Fused modules that were taken apart."""
+        """Fused modules that were split."""
         self.repeated: list[str] = []
-        """Modules that a fused one holds and that stand there alone too."""
+        """Modules that a fused one holds and that are also present on their own."""
         self._incomplete: list[str] = []
 
     def build_all(self, chosen: Mapping[str, ModuleParts]) -> dict[str, ModuleWeights]:
@@ -140,7 +140,7 @@ class ModuleBuilder:
         return modules
 
     def _split(self, path: str, modules: dict[str, ModuleWeights], parts: ModuleParts) -> None:
-        """Puts the modules that a fused one holds in its place."""
+        """Replaces a fused module by the modules it holds."""
         members = list_members(path)
         split = split_weights(modules.pop(path), len(members))
         if split is None:
@@ -154,7 +154,7 @@ class ModuleBuilder:
                 modules[member] = weights
 
     def _build(self, module_path: str, parts: ModuleParts) -> ModuleWeights | None:
-        """The module's weights; None where its parts are too few, which is noted."""
+        """The module's weights; None where parts are missing, which is recorded."""
         present = frozenset(parts.keys)
         kind = next((kind for kind in KINDS if present & kind.parts), None)
         if kind is None:  # an alpha or a magnitude alone changes nothing
@@ -239,7 +239,7 @@ class ModuleBuilder:
             self.non_finite.append(module_path)
         if alpha is None or not rank or alpha == rank:
             return weights
-        scaled = widen(load(weights.parts["lokr_w1"])) * (alpha / rank)
+        scaled = upcast(load(weights.parts["lokr_w1"])) * (alpha / rank)
         return weights.with_parts({**weights.parts, "lokr_w1": scaled})
 
 

@@ -20,7 +20,7 @@ from .reading import read_modules
 from .schemes import build_lora_config, build_metadata, get_scheme
 
 PEFT_FILE = "adapter_model.safetensors"
-#: As diffusers' `save_lora_weights` names it in a folder of its own, also on the Hub.
+#: As diffusers' `save_lora_weights` names it in a separate folder, also on the Hub.
 HUB_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 
@@ -29,7 +29,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """Opens an adapter file of any known key format.
 
     Only the header and the scalar alphas are read; every other tensor stays memory-mapped until
-    it is asked for.
+    it is needed.
 
     Args:
         path: a safetensors file, or a folder that PEFT's `save_pretrained` or diffusers'
@@ -43,7 +43,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     given = Path(path)
     path = find_file(given)
     file = SafetensorsFile(path)
-    # Every adapter's file has the same name there; its folder tells them apart.
+    # Every adapter's file has the same name there; only its folder differs.
     is_alike = path.name == PEFT_FILE or (path.name == HUB_FILE and path != given)
     name = path.parent.name if is_alike else path.name
     modules, key_format, report = read_modules(file.tensors, file.metadata, path, name)
@@ -51,13 +51,13 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def find_file(path: Path) -> Path:
-    """The path itself, the file that lacks only its ending, or the one in an adapter's folder.
+    """The path itself, the file whose suffix was left out, or the one in an adapter's folder.
 
     Raises:
         FileError: there is nothing, or a folder without such a file.
     """
     try:
-        read_signature(path)  # says in a sentence why a path cannot be opened
+        read_signature(path)  # its error says why a path cannot be opened
     except MissingFileError:
         named = path.with_name(f"{path.name}.safetensors")
         if not path.name or not os.path.isfile(named):  # noqa: PTH113 - never raises
@@ -106,8 +106,8 @@ def write_adapter(
     """Writes an adapter as safetensors, to a temporary name first, then renamed.
 
     Args:
-        path: the file. For "peft" a file named `adapter_model.safetensors`, or the folder that
-            shall hold it; PEFT's `adapter_config.json` is written beside it.
+        path: the file. For "peft" a file named `adapter_model.safetensors`, or the folder to
+            write it to; PEFT's `adapter_config.json` is written next to it.
         key_format: "comfyui" and "kohya" carry alpha as tensors, "diffusers" in the header and
             "peft" in the config file.
 

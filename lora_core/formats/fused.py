@@ -1,7 +1,7 @@
 """Query, key and value in one module, as diffusers' fuse_qkv_projections joins them.
 
-The fused weight is the three below each other, so an adapter of it is taken apart exactly: rows of
-what lies on the output side, the rest shared.
+The fused weight stacks the three, so an adapter of it can be split exactly: rows of what is on the
+output side, the rest shared.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def split_weights(weights: ModuleWeights, count: int) -> list[ModuleWeights] | N
     if any(weights.parts[name].shape[0] % count for name in names):
         return None
     return [
-        rebuild(weights, {**weights.parts, **{n: cut(weights.parts[n], i, count) for n in names}})
+        rebuild(
+            weights, {**weights.parts, **{n: take_chunk(weights.parts[n], i, count) for n in names}}
+        )
         for i in range(count)
     ]
 
@@ -93,7 +95,7 @@ def find_row_parts(weights: ModuleWeights, count: int) -> list[str] | None:
     return names
 
 
-def cut(tensor: AnyTensor, index: int, count: int) -> AnyTensor:
+def take_chunk(tensor: AnyTensor, index: int, count: int) -> AnyTensor:
     rows = tensor.shape[0] // count
     if isinstance(tensor, StoredTensor):
         return tensor.take_rows(index * rows, rows)

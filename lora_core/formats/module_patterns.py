@@ -1,7 +1,7 @@
 """PEFT's patterns of module names, matched without a regular expression.
 
 PEFT takes each as one: re.match(rf"(.*\\.)?({pattern})$", name), see get_pattern_key in
-peft/utils/other.py. Here the text comes from a stranger's file, and a regular expression can be
+peft/utils/other.py. Here the text comes from an untrusted file, and a regular expression can be
 written so that it never ends. What PEFT and people really write are module names, sometimes with
 ".*" or "\\d+"; for those the answer is PEFT's, in time linear in the name.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 MAX_LENGTH = 200
-#: Tokens of all the patterns that are more than a name: every module is tried with each.
+#: Tokens of all the patterns that are more than a name: each is tried on every module.
 MAX_WILDCARD_TOKENS = 4000
 
 _ANY, _ANY_RUN, _DIGITS = object(), object(), object()
@@ -42,7 +42,7 @@ class PatternTable:
     """Patterns in their order; a name belongs to the first one that matches it."""
 
     def __init__(self, patterns: Iterable[str]):
-        self.not_taken: list[str] = []
+        self.unsupported: list[str] = []
         """Those of no known form, which match nothing here."""
         self._plain: dict[int, dict[tuple[int, ...], dict[str, tuple[int, str]]]] = {}
         self._wildcards: list[tuple[int, str, bool, tuple[object, ...]]] = []
@@ -50,17 +50,17 @@ class PatternTable:
         for index, pattern in enumerate(patterns):
             parsed = parse_pattern(pattern)
             if parsed is None:
-                self.not_taken.append(pattern)
+                self.unsupported.append(pattern)
             elif not parsed[0] and not {_ANY_RUN, _DIGITS}.intersection(parsed[1]):
                 self._add_plain(index, pattern, parsed[1])
             elif num_tokens + len(parsed[1]) <= MAX_WILDCARD_TOKENS:
                 num_tokens += len(parsed[1])
                 self._wildcards.append((index, pattern, *parsed))
             else:
-                self.not_taken.append(pattern)
+                self.unsupported.append(pattern)
 
     def _add_plain(self, index: int, pattern: str, tokens: tuple[object, ...]) -> None:
-        """By length and by where any character is allowed: one look finds one of thousands."""
+        """By length and wildcard positions: one lookup finds one of thousands."""
         holes = tuple(i for i, token in enumerate(tokens) if token is _ANY)
         text = "".join("." if token is _ANY else token for token in tokens)
         layouts = self._plain.setdefault(len(text), {})
@@ -73,7 +73,7 @@ class PatternTable:
         for start in starts:
             end = name[start:]
             for holes, texts in self._plain.get(len(end), {}).items():
-                hit = texts.get(punch(end, holes))
+                hit = texts.get(mask_positions(end, holes))
                 if hit is not None:
                     found.append(hit)
         masks = build_masks(name) if self._wildcards else {}
@@ -83,7 +83,7 @@ class PatternTable:
         return min(found)[1] if found else None
 
 
-def punch(text: str, holes: tuple[int, ...]) -> str:
+def mask_positions(text: str, holes: tuple[int, ...]) -> str:
     if not holes:
         return text
     chars = list(text)
@@ -93,7 +93,7 @@ def punch(text: str, holes: tuple[int, ...]) -> str:
 
 
 def build_masks(name: str) -> Mapping[object, int]:
-    """Character, or _DIGITS -> the places where it stands, as bits."""
+    """Character, or _DIGITS -> the positions where it occurs, as bits."""
     masks: dict[object, int] = {_DIGITS: 0}
     for i, char in enumerate(name):
         masks[char] = masks.get(char, 0) | 1 << i
@@ -107,8 +107,8 @@ def matches(
 ) -> bool:
     """Whether the tokens spell the name from one of `starts` to its end.
 
-    All ways are followed at once: bit i of `places` says that what was spelled so far may end
-    before character i, so that no text can make it try one after the other.
+    All paths are followed at once: bit i of `places` says that what was matched so far may end
+    before character i, so no text can cause backtracking.
     """
     whole = (1 << length + 1) - 1
     places = sum(1 << start for start in set(starts))
@@ -140,8 +140,8 @@ class ModulePatterns:
         return PatternTable(self.values)
 
     @property
-    def not_taken(self) -> list[str]:
-        return self._table.not_taken
+    def unsupported(self) -> list[str]:
+        return self._table.unsupported
 
     def find(self, name: str) -> float | None:
         """The value of the first pattern that matches."""

@@ -1,4 +1,4 @@
-"""What a reader did that is not plain to see in the result: one finding for each kind of it."""
+"""What a reader did that the result does not show: one finding per kind."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def find_more(
             f"modules' weights and are used, such as {key.key}"
         )
         yield Finding("other_prefix", NOTE, text, len(sources.borrowed))
-    yield from tell_rules(builder.rules, rules)
+    yield from report_rules(builder.rules, rules)
 
 
-def tell_rules(counts: Mapping[str, int], rules: AlphaRules) -> Iterator[Finding]:
+def report_rules(counts: Mapping[str, int], rules: AlphaRules) -> Iterator[Finding]:
     """Where alpha is taken by a rule that no specification states."""
     guessed = counts.get(rules.fallback, 0)
     if guessed:

@@ -38,7 +38,7 @@ class UnknownKey:
     reason: str
     rest: str
     spoils: tuple[str, str] | None = None
-    """(prefix, module path) of the module that means something else than its other keys say."""
+    """(prefix, module path) of the module whose other keys get another meaning by this one."""
 
     @property
     def nearest(self) -> str | None:
@@ -64,7 +64,7 @@ WRAPPERS = (
     "_forward_module",
     "module",
 )
-#: A wrapper between dots, or between underscores where those stand for dots.
+#: A wrapper between dots, or between underscores where those replace dots.
 _WRAPPER = re.compile(rf"(?:^|[._])(?P<wrapper>{'|'.join(WRAPPERS)})(?:[._]|\Z)")
 UNDERSCORED_PREFIXES = {
     "lora_unet_": "kohya",
@@ -105,7 +105,7 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
 
 UNKNOWN_ENDING = "its ending is of no known adapter type"
 TOO_LONG = f"it has more than {MAX_KEY} characters, which no adapter's key has"
-#: Suffixes that are recognised and not supported, with what to tell the user, and whether the
+#: Suffixes that are recognised and not supported, with a message for the user, and whether the
 #: module's other keys mean something else without this one.
 _UNSUPPORTED = tuple(
     (re.compile(f"(?:{pattern})\\Z"), reason, spoils)
@@ -136,7 +136,7 @@ _UNSUPPORTED = tuple(
 
 
 def parse_key(key: str) -> ParsedKey | UnknownKey:
-    """Places one key, or says why it has no place. Never raises."""
+    """Parses one key, or says why it is unknown. Never raises."""
     if len(key) > MAX_KEY:
         return UnknownKey(key, TOO_LONG, "")
     for pattern, part in _SUFFIXES:
@@ -167,8 +167,8 @@ def is_known(module_path: str) -> bool:
 def split_prefix(stem: str) -> tuple[str, str]:
     """`transformer.base_model.model.img_in` -> ("transformer.base_model.model.", "img_in").
 
-    Wrappers are dropped wherever they stand, and count as part of the prefix. Underscored stems
-    come back dotted where they name a known module.
+    Wrappers are dropped wherever they occur, and count as part of the prefix. Underscored stems
+    are returned dotted where they name a known module.
     """
     rest, wrappers = drop_wrappers(stem)
     prefix = ""
@@ -206,7 +206,7 @@ def restore_dots(flat: str) -> str | None:
 
 
 def name_scheme(prefix: str) -> str:
-    """The scheme a prefix stands for; wrappers such as "module." around it do not count."""
+    """The scheme a prefix denotes; wrappers such as "module." around it do not count."""
     if "base_model.model." in prefix:
         return "peft"
     flat = prefix.replace(".", "_")

@@ -1,7 +1,7 @@
-"""PEFT's configuration of an adapter, from a header or from the file beside: what it says of scale.
+"""PEFT's configuration of an adapter, from a header or a separate file: what determines scale.
 
-Anybody may have written it, so every field is doubted: what cannot be taken is said, and what
-would make the tensors mean something else than lora_B @ lora_A is refused.
+It is untrusted, so every field is checked: what cannot be used is reported, and what would make
+the tensors mean something else than lora_B @ lora_A is refused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ..findings import WARNING, Finding
 from ..text import shorten, shorten_list
 from .module_patterns import ModulePatterns, build_masks, matches, parse_pattern
 
-#: Starts that leave the base as it was (peft/tuners/lora/config.py, init_lora_weights).
+#: Initialisations that leave the base unchanged (peft/tuners/lora/config.py, init_lora_weights).
 _PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
-#: Beginnings of the starts that take a part out of the base, and their names.
+#: Prefixes of the initialisations that move a part out of the base, and their names.
 _MOVING_STARTS = {
     "pissa": "PiSSA",
     "corda": "CorDA",
@@ -40,28 +40,28 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The fields that decide the scale, and those that tell whose they are."""
+    """The fields that determine the scale, and those that identify the adapter."""
 
     source: str
-    """"metadata" or the name of a file; stands in the report."""
+    """"metadata" or the name of a file; part of the report."""
     alpha: float | None = None
     rank: int | None = None
     rank_stabilised: bool = False
     alpha_pattern: ModulePatterns = field(default_factory=lambda: ModulePatterns({}))
     rank_pattern: ModulePatterns = field(default_factory=lambda: ModulePatterns({}))
     target_modules: frozenset[str] | str | None = None
-    """Ends of names, or one pattern for the whole name; None where nothing is said."""
+    """Ends of names, or one pattern for the whole name; None where it is not stated."""
     is_lycoris: bool = False
     """LoHa or LoKr as PEFT trains them: scaled by alpha / rank also where no factor has a rank."""
-    obstacle: str | None = None
-    """Why the tensors do not mean what they seem to, for a sentence: "was trained ..."."""
+    unusable_reason: str | None = None
+    """Why the tensors do not mean what they seem to, for a message: "was trained ..."."""
     findings: tuple[Finding, ...] = ()
-    """One for each field that could not be taken."""
+    """One for each field that could not be used."""
     is_plain_field: bool = False
     """Only a number in the header, whose meaning no specification states."""
 
     @property
-    def says_alpha(self) -> bool:
+    def states_alpha(self) -> bool:
         return self.alpha is not None or bool(self.alpha_pattern.values)
 
     @property
@@ -80,10 +80,10 @@ class PeftConfig:
         return self.rank if rank is None else int(rank)
 
     def find_contradiction(self, ranks: Mapping[str, int | None]) -> str | None:
-        """Why this cannot be the config of these modules; None where it may be.
+        """Why this cannot be the config of these modules; None where it can.
 
         Args:
-            ranks: module path -> rank; None where the tensors do not tell.
+            ranks: module path -> rank; None where the tensors do not determine it.
         """
         for path, rank in ranks.items():
             expected = self.resolve_rank(path)
@@ -97,7 +97,7 @@ class PeftConfig:
             return True
         if isinstance(self.target_modules, str):
             parsed = parse_pattern(self.target_modules)
-            # A pattern of another form may well match: only a program that runs it knows.
+            # A pattern of another form may match: only a program that runs it knows.
             masks = build_masks(module_path)
             return parsed is None or matches(parsed[1], masks, len(module_path), [0])
         parts = module_path.split(".")
@@ -105,7 +105,7 @@ class PeftConfig:
 
 
 def build_config(source: str, fields: Mapping[str, Any]) -> PeftConfig:
-    """What the fields say; those that cannot be taken are findings. Never raises."""
+    """The parsed fields; those that cannot be used become findings. Never raises."""
     reader = _FieldReader(source)
     peft_type = str(fields.get("peft_type") or "").upper()
     is_lycoris = peft_type in _LYCORIS_TYPES
@@ -127,13 +127,13 @@ def build_config(source: str, fields: Mapping[str, Any]) -> PeftConfig:
         reader.read_patterns(fields, "rank_pattern"),
         read_targets(fields.get("target_modules")),
         is_lycoris,
-        find_obstacle(source, fields),
+        explain_unusable(source, fields),
         tuple(reader.findings),
     )
 
 
 class _FieldReader:
-    """Reads fields of one config and keeps a finding for each that is not as it should be."""
+    """Reads fields of one config and records a finding for each invalid one."""
 
     def __init__(self, source: str):
         self.source = source
@@ -165,7 +165,7 @@ class _FieldReader:
             return ModulePatterns({})
         numbers = {pattern: read_number(value) for pattern, value in values.items()}
         patterns = ModulePatterns({p: n for p, n in numbers.items() if n is not None})
-        refused = [p for p, n in numbers.items() if n is None] + patterns.not_taken
+        refused = [p for p, n in numbers.items() if n is None] + patterns.unsupported
         if refused:
             shown = shorten_list([repr(shorten(pattern, 60)) for pattern in refused], 2)
             text = (
@@ -202,13 +202,13 @@ def is_known_start(value: Any) -> bool:
 
 
 def find_moving_start(value: Any) -> str | None:
-    """The name of a start that moved the base: B @ A then holds a part of the base itself."""
+    """The name of an initialisation that moved the base: B @ A then holds a part of the base."""
     start = str(value).lower()
     return next((shown for begin, shown in _MOVING_STARTS.items() if start.startswith(begin)), None)
 
 
-def find_obstacle(source: str, fields: Mapping[str, Any]) -> str | None:
-    """Why the tensors are no plain LoRA, DoRA, LoHa or LoKr, for a sentence; None if they are."""
+def explain_unusable(source: str, fields: Mapping[str, Any]) -> str | None:
+    """Why the tensors are no plain LoRA, DoRA, LoHa or LoKr, for a message; None if they are."""
     start = find_moving_start(fields.get("init_lora_weights"))
     if start is not None:
         return (

@@ -134,7 +134,7 @@ def parse_keys(keys: Iterable[str]) -> tuple[list[ParsedKey], list[UnknownKey]]:
 
 
 def find_width(modules: Mapping[str, ModuleWeights]) -> int | None:
-    """Width of the model the adapter was made for, from the first module that tells."""
+    """Width of the model the adapter was made for, from the first module that implies it."""
     for module_path, weights in modules.items():
         block, name = module_paths.split_path(module_path)
         if block is not None and name in module_paths.BLOCK_LINEARS and weights.shape is not None:

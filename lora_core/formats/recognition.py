@@ -1,4 +1,4 @@
-"""Telling a Qwen-Image adapter from everything else, with a sentence for everything else."""
+"""Distinguishing a Qwen-Image adapter from everything else, with a message for everything else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sources import COMPANIONS
 
 
 def check_any_known(parsed: list[ParsedKey], unknown: list[UnknownKey], name: str) -> None:
-    """Raises unless some key is Qwen-Image's and none betrays another model."""
+    """Raises unless some key is Qwen-Image's and none belongs to another model."""
     total = len(parsed) + len(unknown)
     if total == 0:
         raise KeyFormatError(
@@ -39,7 +39,7 @@ def raise_unusable(
     total: int,
     name: str,
 ) -> NoReturn:
-    """Raises where keys of Qwen-Image modules are there and no module came of them."""
+    """Raises where there are keys of Qwen-Image modules, but no module could be built."""
     if empty:
         others = f", and so do {len(empty) - 1} others" if len(empty) > 1 else ""
         raise ShapeError(

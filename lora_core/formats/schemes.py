@@ -133,7 +133,7 @@ def build_lora_config(adapter: Adapter) -> dict[str, object]:
 
 
 def build_metadata(adapter: Adapter, scheme: KeyScheme, title: str) -> dict[str, str]:
-    """The old header plus what tells other programs what this is (modelspec 1.0.0, kohya's ss_*).
+    """The old header plus what other programs identify the file by (modelspec 1.0.0, kohya's ss_*).
 
     Fields that would contradict the new spelling are dropped: diffusers applies
     `lora_adapter_metadata` on top of alpha tensors.

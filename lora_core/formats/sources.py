@@ -30,13 +30,13 @@ class Sources:
     duplicates: list[tuple[ParsedKey, str]]
     """Keys left out, each with where the module was taken from instead."""
     borrowed: list[ParsedKey]
-    """Alphas and magnitudes in use that stand under another prefix than their module's weights."""
+    """Alphas and magnitudes in use whose prefix differs from that of their module's weights."""
 
 
 def choose_sources(parsed: list[ParsedKey]) -> Sources:
     """One source per module; where a file names a module twice, the file's main source wins.
 
-    An alpha or a magnitude alone founds no source: it belongs to the weights of its own prefix, or
+    An alpha or a magnitude alone makes no source: it belongs to the weights of its own prefix, or
     else to whichever the module has.
     """
     grouped: dict[str, dict[tuple[str, str | None], ModuleParts]] = defaultdict(dict)
@@ -78,7 +78,7 @@ def choose_sources(parsed: list[ParsedKey]) -> Sources:
                     duplicates.append((key, where))
     placed = {key.key for parts in chosen.values() for key in parts.keys.values()}
     placed.update(key.key for key, _ in duplicates)
-    for key in parsed:  # the same part twice under one source, e.g. lora_A beside lora_down
+    for key in parsed:  # the same part twice under one source, e.g. both lora_A and lora_down
         if key.key not in placed:
             kept_key = chosen[key.module_path].keys.get(key.part)
             duplicates.append((key, kept_key.key if kept_key else "another key"))

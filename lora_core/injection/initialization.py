@@ -1,8 +1,8 @@
 """How a LoRA starts.
 
 In "kaiming", "gaussian" and "orthogonal" lora_A is random and lora_B is 0, so that the first
-forward is the base's to the bit. "pissa" (Meng et al. 2024, arXiv 2404.02948) starts on the base
-weight's own leading singular vectors, see `compute_principal_factors`.
+forward is bit-identical to the base's. "pissa" (Meng et al. 2024, arXiv 2404.02948) starts on the
+base weight's own leading singular vectors, see `compute_principal_factors`.
 
 Random numbers are drawn on the CPU from a generator per module, so that neither the device nor the
 choice of other targets changes them.
@@ -14,7 +14,7 @@ import zlib
 
 import torch
 
-from ..adapter.delta import widen
+from ..adapter.delta import upcast
 from ..algebra.truncation import MAX_RANDOMISED, OVERSAMPLING, compute_randomised_svd
 
 INITIALIZATIONS = ("kaiming", "gaussian", "orthogonal", "pissa")
@@ -51,7 +51,7 @@ def compute_principal_factors(
     Returns:
         down (rank, in) and up (out, rank), each with the square root of the singular values.
     """
-    weight = widen(base_weight)
+    weight = upcast(base_weight)
     if rank + OVERSAMPLING <= MAX_RANDOMISED * min(weight.shape):
         u, values, vh = compute_randomised_svd(weight, rank)
     else:

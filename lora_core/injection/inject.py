@@ -1,4 +1,4 @@
-"""Trainable LoRAs in a model: put in, trained, given out as an `Adapter`, taken out again.
+"""Trainable LoRAs in a model: injected, trained, exported as an `Adapter`, ejected.
 
     plan = plan_injection(model, LoraSettings(rank=16, targets=("attention",)))
     injection = inject(model, plan)
@@ -9,8 +9,8 @@
 
 The layers are our own rather than PEFT's: same numbers (`tests/lora_core/injection/test_inject.py`
 takes PEFT as oracle), fewer passes over the tokens (`lora_core.injection.layers` says which, and
-`benchmarks/injection.py` measures them), quantised bases of any kind, and a base that stays equal
-to the bit even with PiSSA.
+`benchmarks/injection.py` measures them), quantised bases of any kind, and a base that stays
+bit-identical even with PiSSA.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.delta import widen
+from ..adapter.delta import upcast
 from ..adapter.weights import DoraWeights, LoraWeights, ModuleWeights
 from ..base_model.module_paths import split_path
 from ..errors import ConfigError, ShapeError, TargetError
@@ -46,7 +46,7 @@ SHARED_INPUTS = (
     ("attn.to_q", "attn.to_k", "attn.to_v"),
     ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 )
-#: State of one layer: names of its tensors, those it lacks left out.
+#: State of one layer: names of its tensors, without those it lacks.
 PARTS = ("lora_A", "lora_B", "magnitude", "frozen_A", "frozen_B")
 
 
@@ -74,12 +74,12 @@ class Injection:
         return [parameter for _, parameter in self.named_parameters()]
 
     def set_strength(self, strength: float) -> None:
-        """Multiplies what every LoRA adds; at 0 the forward is the base's to the bit."""
+        """Multiplies what every LoRA adds; at 0 the forward is bit-identical to the base's."""
         for layer in self.layers.values():
             layer.strength = float(strength)
 
     def eject(self) -> None:
-        """Puts the base modules back, the very objects, with requires_grad as it was."""
+        """Puts the original base modules back, with requires_grad as it was."""
         if not self.is_injected:
             return
         for path, layer in self.layers.items():
@@ -99,7 +99,7 @@ class Injection:
     ) -> Adapter:
         """The LoRAs as an adapter on the CPU that shares no memory with the layers.
 
-        A PiSSA is given out as a plain LoRA of the original base, at twice the rank and alpha.
+        A PiSSA is exported as a plain LoRA of the original base, at twice the rank and alpha.
 
         Args:
             dtype: of the copies; None keeps that of the parameters.
@@ -131,7 +131,7 @@ class Injection:
         return tuple(path for path in self.layers if path not in adapter.modules)
 
     def check_loadable(self, adapter: Adapter) -> None:
-        """Raises what `load` would, before any number is replaced."""
+        """Raises what `load` would, before anything is replaced."""
         if self.plan.settings.is_pissa:
             raise ConfigError(
                 f"{adapter.name} cannot be continued with PiSSA, which starts from the base's own "
@@ -154,7 +154,7 @@ class Injection:
         adapter.check_finite()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Every number of the layers, to the bit, for a checkpoint; the tensors are not copies."""
+        """Every number of the layers, exact, for a checkpoint; the tensors are not copies."""
         state = {}
         for path, layer in self.layers.items():
             for part in PARTS:
@@ -208,7 +208,7 @@ def inject(
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> Injection:
-    """Puts a trainable LoRA beside every target, and freezes the rest.
+    """Adds a trainable LoRA to every target, and freezes the rest.
 
     The model is changed only once every layer is made. Optimizers, DDP and torch.compile come
     after this, hooks and quantisation of the base before.
@@ -271,7 +271,7 @@ def find_device(module: nn.Module) -> torch.device:
 
 
 def join_shared_inputs(layers: Mapping[str, LoraLinear]) -> None:
-    """Lets the layers of each block that read one tensor know of each other."""
+    """Links the layers of each block that read the same tensor."""
     groups: dict[tuple[int | None, tuple[str, ...]], list[LoraLinear]] = defaultdict(list)
     for path, layer in layers.items():
         block, name = split_path(path)
@@ -344,8 +344,8 @@ def check_weights(layer: LoraLinear, path: str, weights: ModuleWeights, name: st
 @torch.no_grad()
 def load_weights(layer: LoraLinear, weights: ModuleWeights) -> None:
     direction = weights.direction if isinstance(weights, DoraWeights) else weights
-    layer.lora_A.copy_(widen(direction.lora_A))
-    layer.lora_B.copy_(widen(direction.lora_B))
+    layer.lora_A.copy_(upcast(direction.lora_A))
+    layer.lora_B.copy_(upcast(direction.lora_B))
     if isinstance(layer, DoraLinear):
-        layer.magnitude.copy_(widen(weights.magnitude).reshape(-1))
+        layer.magnitude.copy_(upcast(weights.magnitude).reshape(-1))
     layer.alpha = direction.alpha

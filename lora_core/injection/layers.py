@@ -1,4 +1,4 @@
-"""A frozen Linear with a trainable LoRA beside it: out = base(x) + scale * lora_B(lora_A x).
+"""A frozen Linear with a trainable LoRA: out = base(x) + scale * lora_B(lora_A x).
 
 Shapes: x (..., in), lora_A (rank, in), lora_B (out, rank). The base is any module with
 `in_features`, `out_features` and a forward, wrapped by composition: quantised bases keep their own
@@ -32,7 +32,7 @@ class LoraLinear(nn.Module):
 
     a product of twice the rank. The gradients are those of PiSSA (A moves as lora_A does), but
     the base weight is neither changed nor rounded, no small difference of large products is taken,
-    the first forward is the base's to the bit, and weight decay pulls towards the base.
+    the first forward is bit-identical to the base's, and weight decay pulls towards the base.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class LoraLinear(nn.Module):
 
     @property
     def is_sum(self) -> bool:
-        """Whether it is base(x) + something of `project(x)`, so that both can be made apart."""
+        """Whether it is base(x) + something of `project(x)`, so both can be computed apart."""
         return type(self) is LoraLinear and self.strength != 0
 
     def add_to_base(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The result, with the down-product already there."""
+        """The result, given the down-product."""
         # Rows, so that the base's output is no view: adding in place to one would copy gradients.
         out = self.base(x.reshape(-1, x.shape[-1]))
         return self.add_lora(out, hidden.flatten(0, -2)).view(*x.shape[:-1], -1)
@@ -131,7 +131,7 @@ class DoraLinear(LoraLinear):
     """out = m * (W + delta) x / ||W + delta|| + bias, the norm by row and taken as a constant.
 
     Liu et al. 2024, arXiv 2402.09353, equation 5 and section 4.3. `magnitude` (out,) is trainable
-    and starts at ||W||, so that the first forward is the base's to the bit.
+    and starts at ||W||, so that the first forward is bit-identical to the base's.
 
     The norm needs no dense delta: ||W + s U D||^2 = ||W||^2 + 2 s <W D^T, U> + s^2 |U (D D^T) U^T|
     row by row, with ||W||^2 computed once. Dropout acts on the delta's input alone.
@@ -174,7 +174,7 @@ class SharedInput:
     three and two sums of x's size. The modules still run one after the other: the first that
     meets a tensor computes for all, the others take their part if they are given that very tensor
     object under unchanged weights, and nothing is kept once each has taken its own. A module that
-    comes with another tensor computes anew, so that any order of calls is right.
+    comes with another tensor computes again, so that any order of calls is correct.
     """
 
     def __init__(self, layers: Sequence[LoraLinear]):
@@ -198,7 +198,7 @@ class SharedInput:
         return part
 
     def describe(self, x: torch.Tensor) -> tuple[object, ...]:
-        """What has to be the same for a part to be the one that would be computed now."""
+        """What has to be unchanged for a kept part to be valid."""
         modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
         if torch.compiler.is_compiling():  # a graph is traced from one forward: nothing changes
             return modes
@@ -237,7 +237,7 @@ def get_base_weight(base: nn.Module) -> torch.Tensor:
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """A weight that FSDP spread over processes, whole; all of them have to ask for it together."""
+    """A weight that FSDP sharded over processes, whole; all of them have to call this together."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     if tensor.dtype.itemsize > 1:

@@ -30,7 +30,7 @@ INERT = "the model discards the last block's text output, so it would never get 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What to train. Wrong values are a ConfigError here, wrong patterns a TargetError in the plan.
+    """What to train. Wrong values raise ConfigError here, wrong patterns TargetError in the plan.
 
     `targets` and `exclude` are presets, names or patterns, see the module's text.
     """
@@ -79,7 +79,7 @@ class LoraSettings:
         return self.init == "pissa"
 
     def compute_alpha(self, rank: int) -> float:
-        """The alpha whose alpha / rank is the scale, rsLoRA's included; files state this one."""
+        """The alpha whose alpha / rank is the scale, rsLoRA's included, as stored in files."""
         alpha = float(rank if self.alpha is None else self.alpha)
         return alpha * math.sqrt(rank) if self.use_rslora else alpha
 
@@ -120,7 +120,7 @@ class InjectionPlan:
         """Bytes of the file that `write_adapter` will make of the result, header included.
 
         Args:
-            metadata: what the adapter will carry; it lies in the file's header.
+            metadata: the adapter's metadata, which goes into the file's header.
             title: the file's name without its suffix, which the header repeats.
         """
         adapter = self.build_empty_adapter(dtype, metadata)
@@ -130,7 +130,7 @@ class InjectionPlan:
     def build_empty_adapter(
         self, dtype: torch.dtype, metadata: Mapping[str, str] | None = None
     ) -> Adapter:
-        """The adapter that training will give, with shapes but without numbers (device meta)."""
+        """The adapter that training will produce, with shapes but without data (device meta)."""
         modules: dict[str, ModuleWeights] = {}
         for target in self.targets:
             # PiSSA is exported as a plain LoRA of the original base, which takes twice the rank.
@@ -151,7 +151,7 @@ def plan_injection(model: torch.nn.Module, settings: LoraSettings) -> InjectionP
     """Chooses the targets of a model; nothing is changed or allocated.
 
     Args:
-        model: any module whose Linears lie at Qwen-Image's paths (transformer_blocks.0.attn.to_q);
+        model: any module whose Linears are at Qwen-Image's paths (transformer_blocks.0.attn.to_q);
             whatever has `in_features` and `out_features` counts as a Linear, quantised ones too.
 
     Raises:
@@ -218,10 +218,10 @@ def find_inert(linears: Mapping[str, torch.nn.Module]) -> list[str]:
 
 
 def select(pattern: str, linears: Mapping[str, torch.nn.Module], role: str) -> set[str]:
-    """The module paths a preset, a name or a pattern stands for.
+    """The module paths that a preset, a name or a pattern matches.
 
     Raises:
-        TargetError: it stands for none; the text names what comes nearest.
+        TargetError: it matches none; the text names the closest matches.
     """
     matches = {path for path in linears if matches_pattern(pattern, path)}
     if not matches:

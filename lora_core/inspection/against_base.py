@@ -1,4 +1,4 @@
-"""A delta beside the weight it is added to."""
+"""A delta compared with the weight it is added to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POWER_STEPS = 24
 
 
 @dataclass(frozen=True)
-class BaseFigures:
+class BaseStatistics:
     """How a delta compares with its base weight W."""
 
     storage: str
@@ -32,13 +32,13 @@ class BaseFigures:
     spectral_ratio: float
     """sigma_1(delta) / sigma_1(W)"""
     cosine: float
-    """<W, delta> / (|W| |delta|): whether the delta lengthens W as it is."""
+    """<W, delta> / (|W| |delta|): whether the delta scales W up."""
     alignment: float
     """|u^T delta v| / sigma_1(delta) for W's first singular vectors u, v."""
     merge_error_predicted: float | None
     """Relative error of the delta if merged into this storage; None where it does not matter."""
     merge_error_measured: float | None
-    """The same by rounding some rows for real; None where it was not sampled."""
+    """The same, measured by rounding some rows; None where it was not sampled."""
 
     def compute_norm(self, strength: float) -> float:
         """|W + strength * delta|_F, for any strength, from three inner products."""
@@ -56,11 +56,11 @@ def compare_with_base(
     delta_norm: float,
     delta_spectral: float,
     is_sampled: bool,
-) -> BaseFigures:
-    """Figures of a delta, given by factors or as a matrix, beside its base weight.
+) -> BaseStatistics:
+    """Statistics of a delta, given as factors or as a matrix, relative to its base weight.
 
     Args:
-        is_sampled: also round some rows for real.
+        is_sampled: also measure rounding on some rows.
 
     Raises:
         NonFiniteWeightsError: the base weight holds NaN or Inf.
@@ -86,7 +86,7 @@ def compare_with_base(
         rows = choose_rows(len(values), SAMPLED_ROWS)
         part = delta.up[rows] @ delta.down if isinstance(delta, Factors) else delta[rows]
         measured = measure_error(weight.take_rows(rows), part, peak)
-    return BaseFigures(
+    return BaseStatistics(
         storage=weight.storage,
         frobenius=norm,
         ratio=delta_norm / norm if norm else 0.0,

@@ -11,13 +11,19 @@ from ..adapter.weights import ModuleWeights
 from ..algebra.factors import get_factors
 from ..algebra.products import (
     Products,
-    complete,
+    build_products,
     compute_products,
     compute_square,
-    find_obstacle,
+    explain_no_delta,
     measure_difference,
 )
-from ..algebra.subspaces import Overlap, compute_overlap, count_directions, decompose, pool
+from ..algebra.subspaces import (
+    Overlap,
+    average_overlaps,
+    compute_overlap,
+    compute_svd,
+    count_directions,
+)
 from ..findings import WARNING, Finding
 from ..progress import Progress, ShouldStop, track
 from ..text import shorten_list
@@ -27,7 +33,7 @@ ENERGY_90 = 0.9
 
 @dataclass(frozen=True)
 class Relation:
-    """How delta b stands to delta a. None where a norm is 0 and the question has no answer."""
+    """How delta b relates to delta a. None where a norm is 0 and the question has no answer."""
 
     products: Products
 
@@ -53,7 +59,7 @@ class Relation:
 
     @property
     def drift(self) -> float | None:
-        """|b - a| / |a|: the way from checkpoint a to checkpoint b, in lengths of a."""
+        """|b - a| / |a|: the distance from checkpoint a to checkpoint b, in lengths of a."""
         return self.products.square_difference**0.5 / self.norm_a if self.norm_a else None
 
     @property
@@ -81,7 +87,7 @@ class Relation:
         cosine = self.cosine
         return None if cosine is None else min(cosine, 0.0) ** 2
 
-    def get_figures(self) -> dict[str, float | None]:
+    def get_statistics(self) -> dict[str, float | None]:
         names = ("norm_a", "norm_b", "cosine", "norm_ratio", "drift", "norm_sum")
         names += ("norm_if_independent", "conflict")
         return {name: getattr(self, name) for name in names}
@@ -103,7 +109,7 @@ class ModuleComparison(Relation):
 
     def to_dict(self) -> dict[str, Any]:
         rest = {name: value for name, value in asdict(self).items() if name != "products"}
-        return {**self.get_figures(), **rest}
+        return {**self.get_statistics(), **rest}
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class Comparison(Relation):
     only_in_a: tuple[str, ...] = ()
     only_in_b: tuple[str, ...] = ()
     not_comparable: Mapping[str, str] = field(default_factory=dict)
-    """Module path -> why; these are in no figure."""
+    """Module path -> why; these are in no statistic."""
 
     @property
     def conflict(self) -> float | None:
@@ -129,18 +135,22 @@ class Comparison(Relation):
 
     @property
     def overlap(self) -> Overlap | None:
-        return pool([module.overlap for module in self.modules.values() if module.overlap])
+        return average_overlaps(
+            [module.overlap for module in self.modules.values() if module.overlap]
+        )
 
     @property
     def overlap_90(self) -> Overlap | None:
-        return pool([module.overlap_90 for module in self.modules.values() if module.overlap_90])
+        return average_overlaps(
+            [module.overlap_90 for module in self.modules.values() if module.overlap_90]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         overlaps = {"overlap": self.overlap, "overlap_90": self.overlap_90}
         return {
             "name_a": self.name_a,
             "name_b": self.name_b,
-            **self.get_figures(),
+            **self.get_statistics(),
             **{name: asdict(overlap) if overlap else None for name, overlap in overlaps.items()},
             "only_in_a": list(self.only_in_a),
             "only_in_b": list(self.only_in_b),
@@ -180,7 +190,7 @@ class Comparison(Relation):
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What no figure is of."""
+        """What no statistic includes."""
         if not self.not_comparable:
             return ()
         reasons = [f"{path}: {reason}" for path, reason in self.not_comparable.items()]
@@ -216,7 +226,7 @@ def compare_adapters(
         [*a, *(p for p in b if p not in a.modules)], progress, should_stop, "comparison"
     ):
         first, second = a.modules.get(path), b.modules.get(path)
-        reason = find_difficulty(first, second)
+        reason = explain_incomparable(first, second)
         if reason:
             not_comparable[path] = reason
         elif first is not None and second is not None:
@@ -241,12 +251,12 @@ def compare_adapters(
     )
 
 
-def find_difficulty(a: ModuleWeights | None, b: ModuleWeights | None) -> str | None:
+def explain_incomparable(a: ModuleWeights | None, b: ModuleWeights | None) -> str | None:
     found = [weights for weights in (a, b) if weights is not None]
     for weights in found:
-        obstacle = find_obstacle(weights)
-        if obstacle:
-            return obstacle
+        reason = explain_no_delta(weights)
+        if reason:
+            return reason
     if len({weights.shape for weights in found}) > 1:
         return f"it is {a.shape} in a but {b.shape} in b"
     return None
@@ -258,10 +268,10 @@ def compare_modules(a: ModuleWeights, b: ModuleWeights) -> ModuleComparison:
     factors_a, factors_b = get_factors(a), get_factors(b)
     if factors_a is None or factors_b is None:
         return ModuleComparison(compute_products(a, b), *facts)
-    svd_a, svd_b = decompose(factors_a), decompose(factors_b)
+    svd_a, svd_b = compute_svd(factors_a), compute_svd(factors_b)
     left, right = svd_a.project(svd_b)
     outer = svd_a.values[:, None] * svd_b.values
-    products = complete(
+    products = build_products(
         svd_a.values.square().sum().item(),
         svd_b.values.square().sum().item(),
         (outer * left * right).sum().item(),

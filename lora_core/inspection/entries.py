@@ -1,4 +1,4 @@
-"""Figures that need every entry of a delta: largest value, shares, quantiles, histogram.
+"""Statistics that need every entry of a delta: largest value, shares, quantiles, histogram.
 
 The product is formed a few rows at a time in one reused buffer. One pass takes the largest value
 and counts the entries by the upper 16 bits of their float32 magnitude: 128 logarithmic bins an
@@ -7,8 +7,8 @@ exact as the product itself and several times as fast as torch.histc.
 
 Quantiles of up to `MAX_SORTED` entries are those of the entries themselves. Beyond, they are
 interpolated inside a bin of 0.5 %, which leaves about 1e-5 where entries are many and 1e-3 in a
-thin tail; the entries that would settle the rest are gone by then, and a second pass costs as much
-as the first.
+thin tail; the entries that would determine the rest are gone by then, and a second pass costs as
+much as the first.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def scan_kronecker(
     std: float,
     should_stop: Callable[[], bool] | None = None,
 ) -> Entries:
-    """Scans scale * kron(w1, w2) without holding it: a file of kilobytes may stand for gigabytes.
+    """Scans scale * kron(w1, w2) without holding it: a file of kilobytes may expand to gigabytes.
 
-    The same figures as `scan_dense` of the whole gives: every entry is one product.
+    Gives the same statistics as `scan_dense` of the whole: every entry is one product.
     """
     columns = w1.shape[1] * w2.shape[1]
 
@@ -131,7 +131,7 @@ def sort_quantiles(sizes: torch.Tensor) -> dict[float, float]:
 
 
 def interpolate_quantiles(codes: torch.Tensor, largest: float) -> dict[float, float]:
-    """As if the entries of a bin lay at even distances in it."""
+    """As if the entries of a bin were evenly spaced."""
     edges, below = compute_edges(), codes.cumsum(0)
     quantiles = {}
     for quantile in QUANTILES:

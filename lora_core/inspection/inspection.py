@@ -18,7 +18,7 @@ from ..errors import NonFiniteWeightsError
 from ..findings import Finding
 from ..progress import Progress, ShouldStop, track
 from ..threads import map_in_threads
-from .against_base import BaseFigures, compare_with_base
+from .against_base import BaseStatistics, compare_with_base
 from .entries import Entries, scan_dense, scan_factors, scan_kronecker
 from .measures import (
     Measures,
@@ -30,13 +30,13 @@ from .measures import (
     measure_kronecker,
 )
 
-#: About how many modules' merges are rounded for real, to check the prediction.
+#: About how many modules' merges are actually rounded, to check the prediction.
 NUM_SAMPLED = 24
 
 
 @dataclass(frozen=True)
 class ModuleInspection:
-    """Figures of one module's delta. Those of a full scan are None unless it was asked for."""
+    """Statistics of one module's delta. Those of a full scan are None unless it was asked for."""
 
     kind: str
     shape: tuple[int, int]
@@ -64,14 +64,14 @@ class ModuleInspection:
     is_untrained: bool
     """The factor that starts at zero (lora_B) still is."""
     is_direction_only: bool = False
-    """A DoRA without its base: these are the figures of scale * B @ A, before the magnitude."""
+    """A DoRA without its base: these are the statistics of scale * B @ A, before the magnitude."""
     abs_max: float | None = None
     fraction_below_1e6: float | None = None
     fraction_below_std: float | None = None
     quantiles: Mapping[float, float] | None = None
     histogram: tuple[tuple[float, int], ...] | None = None
-    base: BaseFigures | None = None
-    """Beside the base weight, where one was given."""
+    base: BaseStatistics | None = None
+    """Relative to the base weight, where one was given."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,14 +79,14 @@ class ModuleInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Figures of a whole adapter."""
+    """Statistics of a whole adapter."""
 
     name: str
     modules: Mapping[str, ModuleInspection]
     skipped: Mapping[str, str] = field(default_factory=dict)
-    """Module path -> why it has no figures."""
+    """Module path -> why it has no statistics."""
     non_finite: tuple[str, ...] = ()
-    """Modules with NaN or Inf, as stored or in their delta; they have no figures either."""
+    """Modules with NaN or Inf, as stored or in their delta; they have no statistics either."""
     misfits: tuple[str, ...] = ()
     """Those of the skipped that the base lacks, or has in another shape."""
 
@@ -122,7 +122,7 @@ class Inspection:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every entry was looked at."""
+        """Whether every entry was scanned."""
         return bool(self.modules) and all(m.abs_max is not None for m in self.modules.values())
 
     @property
@@ -151,7 +151,7 @@ class Inspection:
 
     @property
     def verdict(self) -> tuple[str, ...]:
-        """Sentences, each with its figure and threshold."""
+        """Sentences, each with its value and threshold."""
         return tuple(finding.text for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,12 +173,12 @@ class Inspection:
         }
 
 
-class Obstacle(NamedTuple):
-    """Why a module has no figures."""
+class NotInspected(NamedTuple):
+    """Why a module has no statistics."""
 
     reason: str
-    is_misfit: bool = False
-    """The base is at fault: it lacks the module or has it in another shape."""
+    is_mismatch: bool = False
+    """The base does not match: it lacks the module or has it in another shape."""
 
 
 def count(module: ModuleInspection) -> int:
@@ -203,30 +203,30 @@ def inspect_adapter(
 
     Raises:
         InterruptedError: `should_stop` returned True.
-        FileError: a file is damaged, went away or changed meanwhile.
+        FileError: a file is damaged, or was removed or changed meanwhile.
         KeyFormatError: the base is no Qwen-Image model.
     """
     weights_of_base = None if base is None else open_base(base)
     sampled = choose_sample(list(adapter.modules))
 
-    def inspect(path: str, stop: ShouldStop | None) -> ModuleInspection | Obstacle | None:
-        """The figures, or why there are none; None for NaN or Inf."""
+    def inspect(path: str, stop: ShouldStop | None) -> ModuleInspection | NotInspected | None:
+        """The statistics, or why there are none; None for NaN or Inf."""
         weights = adapter.modules[path]
         weight = None if weights_of_base is None else weights_of_base.get(path)
-        obstacle = find_obstacle(weights, weights_of_base, weight)
-        if obstacle is not None:
-            return obstacle
+        not_inspected = explain_not_inspectable(weights, weights_of_base, weight)
+        if not_inspected is not None:
+            return not_inspected
         if not is_computable(weights):
             return None
         try:
             return inspect_module(weights, exact, weight, path in sampled, stop)
         except NonFiniteWeightsError as e:
-            return Obstacle(str(e))
+            return NotInspected(str(e))
 
     paths = list(adapter.modules)
     if weights_of_base is None:
         found = map_in_threads(inspect, paths, progress, should_stop, "inspection")
-    else:  # one after the other, so that one of the base's weights is in memory at a time
+    else:  # one by one, so that only one of the base's weights is in memory at a time
         tracked = track(paths, progress, should_stop, "inspection")
         found = [inspect(path, should_stop) for path in tracked]
     adapter.release()
@@ -236,38 +236,42 @@ def inspect_adapter(
     return Inspection(
         adapter.name,
         {path: one for path, one in results.items() if isinstance(one, ModuleInspection)},
-        {path: one.reason for path, one in results.items() if isinstance(one, Obstacle)},
+        {path: one.reason for path, one in results.items() if isinstance(one, NotInspected)},
         tuple(path for path, one in results.items() if one is None),
-        tuple(path for path, one in results.items() if isinstance(one, Obstacle) and one.is_misfit),
+        tuple(
+            path
+            for path, one in results.items()
+            if isinstance(one, NotInspected) and one.is_mismatch
+        ),
     )
 
 
 def choose_sample(paths: list[str]) -> frozenset[str]:
-    """Modules whose merge is rounded for real: a few, spread over the whole adapter."""
+    """Modules whose merge is actually rounded: a few, spread over the whole adapter."""
     step = max(1, len(paths) // NUM_SAMPLED)
     return frozenset(paths[::step])
 
 
-def find_obstacle(
+def explain_not_inspectable(
     weights: ModuleWeights, base: BaseWeights | None, weight: BaseWeight | None
-) -> Obstacle | None:
-    """Why a module has no figures, or None."""
-    if weight is not None and not fits(weights, tuple(weight.stored.shape)):
-        return Obstacle(
+) -> NotInspected | None:
+    """Why a module has no statistics, or None."""
+    if weight is not None and not has_shape(weights, tuple(weight.stored.shape)):
+        return NotInspected(
             f"the base's weight is {tuple(weight.stored.shape)}, the adapter was made for "
             f"{weights.shape}",
-            is_misfit=True,
+            is_mismatch=True,
         )
     if weights.kind == "OFT" and base is None:
-        return Obstacle("an OFT rotates the base weight and has no delta without it")
+        return NotInspected("an OFT rotates the base weight and has no delta without it")
     if weights.kind != "OFT" and (weights.shape is None or len(weights.shape) != 2):
-        return Obstacle("a change of a norm or bias, which has no matrix")
+        return NotInspected("a change of a norm or bias, which has no matrix")
     if base is not None and weight is None:
-        return Obstacle(f"{base.name} has no such module", is_misfit=True)
+        return NotInspected(f"{base.name} has no such module", is_mismatch=True)
     return None
 
 
-def fits(weights: ModuleWeights, shape: tuple[int, ...]) -> bool:
+def has_shape(weights: ModuleWeights, shape: tuple[int, ...]) -> bool:
     if isinstance(weights, OftWeights):
         return weights.out_features == shape[0]
     return weights.shape is None or tuple(weights.shape) == shape
@@ -322,7 +326,7 @@ def build_inspection(
     shape: tuple[int, int],
     measures: Measures,
     entries: Entries | None,
-    base: BaseFigures | None,
+    base: BaseStatistics | None,
     is_direction_only: bool,
 ) -> ModuleInspection:
     values = measures.singular_values

@@ -1,4 +1,4 @@
-"""Figures of a delta from its factors or, where it has none, from the matrix itself. float64.
+"""Statistics of a delta from its factors or, where it has none, from the matrix itself. float64.
 
 All but the spectrum are polynomials of degree two in the entries, so the factors suffice.
 """
@@ -15,7 +15,7 @@ from ..algebra.factors import Factors, compute_singular_values
 
 @dataclass(frozen=True)
 class Measures:
-    """Figures of one delta; std is that of the population."""
+    """Statistics of one delta; std is that of the population."""
 
     mean: float
     std: float

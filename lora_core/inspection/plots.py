@@ -1,4 +1,4 @@
-"""Pictures of inspections and comparisons; `drawing.style` has their look."""
+"""Plots of inspections and comparisons; `drawing.style` defines their look."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ COLUMN_LABELS = {
     "img_mod.1": "img_mod",
     "txt_mod.1": "txt_mod",
 }
-NO_FIGURES, DELTA_IS_ZERO, NON_FINITE = "no figures", "delta is 0", "NaN or Inf"
-#: Why a cell has no colour -> what stands there instead.
+NO_STATISTICS, DELTA_IS_ZERO, NON_FINITE = "no figures", "delta is 0", "NaN or Inf"
+#: Why a cell has no colour -> what is drawn there instead.
 MARKS = {
     DELTA_IS_ZERO: ("cross", "x", ORANGE),
     NON_FINITE: ("plus", "P", VERMILLION),
-    NO_FIGURES: ("dot", "o", DIM),
+    NO_STATISTICS: ("dot", "o", DIM),
 }
 MAX_HISTOGRAM_ORDERS = 8  # orders of magnitude below the largest entry
 SPECTRUM_FLOOR = 1e-6  # of the largest singular value; below it is rounding
@@ -75,7 +75,7 @@ def draw_heat_map(inspection: Inspection, statistic: str = "std") -> np.ndarray:
         f"{shorten_name(inspection.name)}: {chosen.label}",
         is_logarithmic=chosen.is_logarithmic,
         marked={
-            **dict.fromkeys(inspection.skipped, NO_FIGURES),
+            **dict.fromkeys(inspection.skipped, NO_STATISTICS),
             **dict.fromkeys(zero, DELTA_IS_ZERO),
             **dict.fromkeys(inspection.non_finite, NON_FINITE),
         },
@@ -91,7 +91,7 @@ def draw_comparison(comparison: Comparison) -> np.ndarray:
         "cosine of a and b: 1 same, 0 independent, -1 opposed",
         limits=(-1.0, 1.0),
         marked={
-            **dict.fromkeys(comparison.not_comparable, NO_FIGURES),
+            **dict.fromkeys(comparison.not_comparable, NO_STATISTICS),
             **dict.fromkeys(zero, DELTA_IS_ZERO),
         },
         absent="absent from one of them",
@@ -106,12 +106,12 @@ def draw_map(
     marked: Mapping[str, str] | None = None,
     absent: str = "absent",
 ) -> np.ndarray:
-    """A map of one figure per module, by block and module; absent modules are hatched.
+    """A map of one statistic per module, by block and module; absent modules are hatched.
 
     Args:
-        values: module path -> figure. Modules outside the blocks are counted below the map.
+        values: module path -> value. Modules outside the blocks are counted below the map.
         limits: ends of the colour scale; a scale around zero gets diverging colours.
-        marked: module path -> why it has no figure: DELTA_IS_ZERO, NON_FINITE or NO_FIGURES.
+        marked: module path -> why it has no value: DELTA_IS_ZERO, NON_FINITE or NO_STATISTICS.
         absent: what the hatching means.
     """
     grid = fill_grid(values)
@@ -144,7 +144,7 @@ def draw_map(
 
 
 def choose_colours(limits: tuple[float, float] | None) -> Any:
-    """viridis; around zero orange and blue, with zero as dark as the rest of the picture."""
+    """viridis; around zero orange and blue, with zero as dark as the rest of the plot."""
     from matplotlib.colors import LinearSegmentedColormap
 
     if limits and limits[0] < 0 < limits[1]:
@@ -154,7 +154,7 @@ def choose_colours(limits: tuple[float, float] | None) -> Any:
 
 
 def fill_grid(values: Mapping[str, float]) -> np.ndarray:
-    """(blocks, modules); NaN where there is no figure."""
+    """(blocks, modules); NaN where there is no value."""
     places = {path: find_place(path) for path in values}
     rows = [place[0] for place in places.values() if place]
     grid = np.full(
@@ -178,7 +178,7 @@ def label_column(name: str) -> str:
 
 
 def clip_to_positive(grid: np.ndarray) -> np.ndarray:
-    """Zeros take the colour of the smallest figure above zero: a logarithm has none for them."""
+    """Zeros take the colour of the smallest value above zero: a logarithm has none for them."""
     positive = grid[grid > 0]
     return np.maximum(grid, positive.min() if positive.size else 1.0)
 
@@ -235,7 +235,7 @@ def draw_histogram(inspection: Inspection, module_path: str | None = None) -> np
     floor = largest * 10.0**-MAX_HISTOGRAM_ORDERS
     edges = np.array(sorted(edge for edge in bins if edge >= floor))
     widths = compute_bin_widths(edges)
-    # Bins are a quarter octave wide, but not on a logarithmic axis: without this they are a saw.
+    # Bins are a quarter octave wide, but not on a logarithmic axis: else they look like a saw.
     density = np.array([bins[edge] for edge in edges]) / np.log2(1 + widths / edges)
     axes.bar(edges, density, width=widths, align="edge", color=BLUE, linewidth=0)
     axes.set(xscale="log", yscale="log", xlim=(floor, largest * 3))

@@ -15,10 +15,10 @@ from ..disk.safetensors_file import BASE_MODEL, StoredTensor, read_signature
 from ..disk.writing import write_then_rename
 from ..errors import FileError
 from ..text import shorten
-from .against_base import BaseFigures
+from .against_base import BaseStatistics
 from .inspection import Inspection, ModuleInspection
 
-#: Goes up when the same file would get other figures; the fields are compared anyway.
+#: Goes up when the same file would get other statistics; the fields are compared anyway.
 VERSION = 3
 HASH_CHUNK_BYTES = 1 << 24
 #: Of an inspection on disk; one of 840 modules of rank 128 has 3 MB.
@@ -30,11 +30,11 @@ NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 def compute_content_hash(adapter: Adapter) -> str | None:
     """A digest of everything an inspection depends on; None if not all of it is in one file.
 
-    The file's bytes are not enough: alpha may come from a file beside it, and an adapter may hold
+    The file's bytes are not enough: alpha may come from another file, and an adapter may hold
     only some of a file's modules.
 
     Raises:
-        FileError: the file went away or changed since it was opened.
+        FileError: the file was removed or changed since it was opened.
     """
     file = adapter.file
     tensors = [tensor for weights in adapter.modules.values() for tensor in weights.parts.values()]
@@ -52,11 +52,11 @@ def compute_content_hash(adapter: Adapter) -> str | None:
 
 
 def compute_file_identity(path: Path) -> str:
-    """A digest that tells one base model's file from another without reading all of it.
+    """A digest that distinguishes base model files without reading all of one.
 
     Of the name (it is in the sentences), size, modification time, header, and 4 KiB at each of 64
-    places. Only a file changed elsewhere, at the same size and under its old time, would pass for
-    what it was; hashing tens of gigabytes takes longer than the inspection it would save.
+    places. Only a file changed elsewhere, with the same size and modification time, would go
+    unnoticed; hashing tens of gigabytes takes longer than the inspection it would save.
 
     Raises:
         FileError: the file is missing or cannot be opened.
@@ -96,7 +96,7 @@ def read_inspection(path: Path, name: str) -> Inspection | None:
         saved = read_object(path, MAX_BYTES)
         if saved["version"] != VERSION or saved["fields"] != list_fields():
             return None
-        modules = {path: build_module(figures) for path, figures in saved["modules"].items()}
+        modules = {path: build_module(statistics) for path, statistics in saved["modules"].items()}
         lists = (tuple(saved[field]) for field in ("non_finite", "misfits"))
         inspection = Inspection(name, modules, saved["skipped"], *lists)
         check_fields(inspection)
@@ -106,24 +106,24 @@ def read_inspection(path: Path, name: str) -> Inspection | None:
 
 
 def list_fields() -> list[str]:
-    return [field.name for kind in (ModuleInspection, BaseFigures) for field in fields(kind)]
+    return [field.name for kind in (ModuleInspection, BaseStatistics) for field in fields(kind)]
 
 
-def build_module(figures: dict) -> ModuleInspection:
+def build_module(statistics: dict) -> ModuleInspection:
     """JSON has no tuples, and no numbers as keys.
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError: not what `write_inspection` wrote.
     """
-    quantiles, histogram = figures["quantiles"], figures["histogram"]
-    base = figures["base"]
+    quantiles, histogram = statistics["quantiles"], statistics["histogram"]
+    base = statistics["base"]
     module = ModuleInspection(
         **{
-            **figures,
-            "shape": tuple(figures["shape"]),
-            "singular_values": tuple(figures["singular_values"]),
+            **statistics,
+            "shape": tuple(statistics["shape"]),
+            "singular_values": tuple(statistics["singular_values"]),
             "quantiles": quantiles and {float(key): value for key, value in quantiles.items()},
-            "base": base and BaseFigures(**base),
+            "base": base and BaseStatistics(**base),
             "histogram": histogram and tuple((edge, number) for edge, number in histogram),
         }
     )

@@ -1,4 +1,4 @@
-"""The figures of a module that can be mapped and sorted by, and the modules in their order."""
+"""The statistics of a module that can be mapped and sorted by, and the modules in their order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BY_BLOCK = "block"
 
 @dataclass(frozen=True)
 class Statistic:
-    """One figure of a module, and which of its values deserves a look first."""
+    """One statistic of a module, and which of its values deserves attention first."""
 
     field: str
     label: str
@@ -77,7 +77,7 @@ def read_badness(inspection: Inspection, statistic: Statistic) -> Callable[[str]
 
 
 def find_position(module_path: str) -> tuple[int, int, str]:
-    """Sorts as the model runs; what lies outside the blocks comes last."""
+    """Sorts as the model runs; what is outside the blocks comes last."""
     block, name = module_paths.split_path(module_path)
     if block is None:
         return (1 << 30, 0, name)

@@ -1,18 +1,18 @@
 """How much of a small delta is left when it is merged into weights of few bits.
 
-The stored values lie on a grid. Adding a delta moves a weight off it, and storing it moves it
+The stored values form a grid. Adding a delta moves a weight off it, and storing it moves it
 back: to the nearest point (bf16, fp16), or to one of its two neighbours by chance (fp8, int8). The
-figure is the error this makes, relative to the delta: |round(W + delta) - (W + delta)|_F /
+result is the error this makes, relative to the delta: |round(W + delta) - (W + delta)|_F /
 |delta|_F.
 
-ComfyUI 0.30 rounds a merge so (comfy/model_patcher.py, patch_weight_to_device): weights without a
+ComfyUI 0.30 rounds merges so (comfy/model_patcher.py, patch_weight_to_device): weights without a
 scale by comfy/float.py, which is by chance for fp8 alone; those with one by the layout's own
-`quantize` with a seed, by chance for all of them, and **with the scale computed anew** from the
+`quantize` with a seed, by chance for all of them, and **with the scale recomputed** from the
 sum's largest value. A new scale moves the whole grid, so that even weights whose delta is 0 are
 rounded again. What follows repeats that: see `compute_merged_scale` and `Grid`.
 
-Not repeated: on most GPUs ComfyUI adds in fp16. Measured, that changes the figures by less than a
-tenth, but for scaled e5m2, whose scale is then kept above 1 / 65504: there a merge is worse than
+Not repeated: on most GPUs ComfyUI adds in fp16. Measured, that changes the results by less than a
+tenth, except for scaled e5m2, whose scale is then kept above 1 / 65504: there a merge is worse than
 predicted here.
 """
 
@@ -22,18 +22,18 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapter.delta import widen
+from ..adapter.delta import upcast
 from ..algebra.factors import Factors
 from ..base_model.base_weight import MX_BLOCK, BaseWeight, rotate
 
-#: Rows that a prediction looks at, spread over the whole weight: 200,000 weights of the real model.
+#: Rows that a prediction samples, spread over the whole weight: 200,000 weights of the real model.
 PREDICTED_ROWS = 64
 CHUNK_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The numbers of a storage format, and how one of them is chosen."""
+    """The values of a storage format, and how one of them is chosen."""
 
     mantissa_bits: int
     min_exponent: int
@@ -51,7 +51,7 @@ class Grid:
     def find_neighbours(
         self, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each value the number below, the one above, and the chance to become that one."""
+        """For each value the one below, the one above, and the probability of rounding up."""
         seen = values.half().to(values) if self.is_halved else values
         spacing = self.compute_spacing(seen)
         steps = seen / spacing
@@ -103,7 +103,7 @@ def predict_error(weight: BaseWeight, delta_std: float, peak: float | None = Non
 def measure_error(
     weight: BaseWeight, delta: torch.Tensor, peak: float | None = None, seed: int = 0
 ) -> float | None:
-    """The relative error by rounding for real: `weight` and `delta` (rows, in) of the same rows.
+    """The relative error by actual rounding: `weight` and `delta` (rows, in) of the same rows.
 
     Args:
         peak: what `find_peak` gave for the whole weight; without it these rows are the whole.
@@ -135,7 +135,7 @@ def encode(
 def compute_merged_scale(
     weight: BaseWeight, tuned: torch.Tensor, peak: float | None
 ) -> torch.Tensor:
-    """The factor that ComfyUI stores a sum under; 1 where there is none.
+    """The scale that ComfyUI stores a sum with; 1 where there is none.
 
     int8 keeps one per row if it had a scale with a dimension at all, even a single one
     (comfy_kitchen/tensor/int8.py, requantize_kwargs); fp8 always gets one (comfy/quant_ops.py).
@@ -175,7 +175,7 @@ def find_peak(
         if isinstance(delta, Factors):
             tuned = torch.addmm(values[rows], delta.up[rows].float(), delta.down.float())
         else:
-            tuned = values[rows] + widen(delta[rows])
+            tuned = values[rows] + upcast(delta[rows])
         largest = max(largest, tuned.abs().max().item())
     return largest
 

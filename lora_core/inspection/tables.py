@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 def needs_attention(inspection: Inspection) -> bool:
-    """Whether any sentence of the verdict is more than good news."""
+    """Whether any finding of the verdict is more than good news."""
     return any(finding.severity != NOTE for finding in inspection.findings)
 
 
 def describe_verdict(inspection: Inspection) -> str:
-    """The verdict, a sentence a line, then what could not be inspected."""
+    """The verdict, one sentence per line, then what could not be inspected."""
     lines = [f"{inspection.name}: {len(inspection.modules)} modules", *inspection.verdict]
     lines += [f"Warning: {finding.text}" for finding in find_skipped(inspection)]
     return "\n".join(lines)
 
 
 def find_skipped(inspection: Inspection) -> list[Finding]:
-    """What the figures are not of; a warning where the base model is at fault."""
+    """Modules left out of the statistics; a warning where the base model does not match."""
     if not inspection.skipped:
         return []
     found = [f"{path}: {reason}" for path, reason in inspection.skipped.items()]
@@ -35,7 +35,7 @@ def find_skipped(inspection: Inspection) -> list[Finding]:
     return [Finding("modules_without_figures", severity, text, len(found))]
 
 
-#: Always shown, then by whichever figure the table is sorted.
+#: Always shown, then the statistic that the table is sorted by.
 COLUMNS = ("std", "effective rank", "energy rank 99 %", "abs max", "fraction below 1e-6")
 HEADERS = {
     "frobenius": "norm",
@@ -74,8 +74,8 @@ def build_table(inspection: Inspection, sort_by: str = "std") -> str:
 
 
 def build_row(module_path: str, module: ModuleInspection, names: list[str]) -> list[str]:
-    figures = [format(STATISTICS[name].read(module), FORMATS[name]) for name in names]
-    return [module_path.removeprefix("transformer_blocks."), str(module.rank), *figures]
+    cells = [format(STATISTICS[name].read(module), FORMATS[name]) for name in names]
+    return [module_path.removeprefix("transformer_blocks."), str(module.rank), *cells]
 
 
 def build_comparison_table(comparison: Comparison) -> str:
@@ -92,12 +92,12 @@ def read_cosine(module: ModuleComparison) -> float:
 
 def build_comparison_row(module_path: str, module: ModuleComparison) -> list[str]:
     overlap = module.overlap_90
-    figures = (module.norm_ratio, module.drift)
+    cells = (module.norm_ratio, module.drift)
     return [
         module_path.removeprefix("transformer_blocks."),
         "-" if module.cosine is None else f"{module.cosine:+.3f}",
         f"{module.norm_a:.3g}",
         f"{module.norm_b:.3g}",
-        *("-" if figure is None else f"{figure:.3g}" for figure in figures),
+        *("-" if value is None else f"{value:.3g}" for value in cells),
         "-" if overlap is None else f"{overlap.left:.2f}",
     ]

@@ -1,4 +1,4 @@
-"""Judging an inspection: sentences, each with the figure and the threshold behind it.
+"""Judging an inspection: sentences, each with the value and the threshold behind it.
 
 The ranges are those of known-good Qwen-Image-Edit LoRAs (DESIGN.md, section 5): std of the delta
 1e-4 to 1e-3, largest entry 1e-3 to 1e-2, fewer than 1 % of the entries below 1e-6.
@@ -27,7 +27,7 @@ FAINT_STD = 1e-5
 COLLAPSED = 0.05
 #: Noise of a merge, relative to the adapter, that still goes unnoticed.
 MERGE_ERROR = 0.25
-#: The kind of a finding that says there is nothing to judge.
+#: The kind of a finding that reports nothing to judge.
 NOTHING = "nothing_to_judge"
 #: Below this share of the root mean square a delta's mean does not count.
 SMALL_MEAN = 0.1
@@ -36,7 +36,7 @@ USUAL_SCALE = (1 / 64, 8.0)
 
 
 def judge(inspection: Inspection) -> tuple[Finding, ...]:
-    """The verdict, the gravest first; the last sentence says what kind of adapter this is."""
+    """The verdict, the most severe first; the last sentence names the kind of adapter."""
     findings = judge_defects(inspection)
     if inspection.modules:
         is_untrained = any(finding.kind == "untrained" for finding in findings)
@@ -168,19 +168,19 @@ def judge_size(inspection: Inspection) -> Finding:
             f"{inspection.fraction_below_1e6:.2%} of the entries below 1e-6 (under "
             f"{GOOD_FRACTION:.0%})"
         )
-    figures = ", ".join(parts)
+    numbers = ", ".join(parts)
     if size >= SATURATED_STD:
-        text = f"saturated: {figures}; it overwrites the base, use a strength well below 1"
+        text = f"saturated: {numbers}; it overwrites the base, use a strength well below 1"
         return Finding("saturated", WARNING, text)
     if size > high:
-        text = f"strong: {figures}; strengths below 1 may look better"
+        text = f"strong: {numbers}; strengths below 1 may look better"
         return Finding("strong", WARNING, text)
     if size < FAINT_STD:
-        return Finding("very_faint", WARNING, f"very faint: {figures}; expect little at strength 1")
+        return Finding("very_faint", WARNING, f"very faint: {numbers}; expect little at strength 1")
     if size < low:
-        text = f"faint: {figures}; a strength above 1 may be needed"
+        text = f"faint: {numbers}; a strength above 1 may be needed"
         return Finding("faint", WARNING, text)
-    small = f"{figures}; small entries are what a LoRA is made of"
+    small = f"{numbers}; small entries are what a LoRA is made of"
     if largest is None or inspection.fraction_below_1e6 < GOOD_FRACTION:
         return Finding("healthy", NOTE, f"dense, small, healthy: {small}")
     return Finding("sparse", WARNING, f"healthy in size, but sparse: {small}")

@@ -1,4 +1,4 @@
-"""What a user should hear of before a training is over: that it diverges, overshoots or stands."""
+"""Alerts before a training is over: that it diverges, overshoots or stalls."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from ..training.run.metrics import StepReport
 
 #: The smoothed loss has this many steps to settle before it is compared with its own minimum.
 SETTLING_STEPS = 50
-#: Times its own minimum, which the smoothed loss does not reach by the noise of its steps.
+#: Multiple of its own minimum that the smoothed loss does not reach by noise.
 DIVERGENCE = 2.0
 #: Steps in a row that it has to stay there.
 DIVERGENCE_STEPS = 25
 #: A thousandth of what good LoRAs end with.
-STANDING_STD = GOOD_STD[0] / 1000
+STALLED_STD = GOOD_STD[0] / 1000
 #: Share of the steps after which a delta has to be larger than that.
-STANDING_SHARE = 0.1
+STALLED_SHARE = 0.1
 
 
-class Alarms:
-    """Looks at every step's report; says each thing once."""
+class Alerts:
+    """Checks every step's report; reports each problem once."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self._lowest = float("inf")
         self._num_high = 0
         self._num_seen = 0
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
 
-    def look(self, report: StepReport) -> list[str]:
-        """Sentences with the figure, the threshold and what to do; mostly none."""
+    def check(self, report: StepReport) -> list[str]:
+        """Sentences with the value, the threshold and what to do; mostly none."""
         found = {
             "diverges": self._judge_loss(report),
             "saturated": self._judge_size(report),
             "stands": self._judge_progress(report),
         }
-        news = {what: text for what, text in found.items() if text and what not in self._said}
-        self._said.update(news)
+        news = {what: text for what, text in found.items() if text and what not in self._reported}
+        self._reported.update(news)
         return list(news.values())
 
     def _judge_loss(self, report: StepReport) -> str:
@@ -66,8 +66,8 @@ class Alarms:
 
     def _judge_progress(self, report: StepReport) -> str:
         std = (report.health or {}).get("std")
-        is_early = report.step < max(SETTLING_STEPS, STANDING_SHARE * report.num_steps)
-        if std is None or is_early or std >= STANDING_STD:
+        is_early = report.step < max(SETTLING_STEPS, STALLED_SHARE * report.num_steps)
+        if std is None or is_early or std >= STALLED_STD:
             return ""
         return (
             f"the delta's std is still {std:.2g} after {report.step} steps; good LoRAs end with "

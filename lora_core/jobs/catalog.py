@@ -1,4 +1,4 @@
-"""Which jobs there are: read from memory, the index or the folders, whatever is new enough."""
+"""Which jobs there are: read from memory, the index or the folders, whichever is current."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Catalog:
         self.index = index
         self._settings: dict[str, JobSettings] = {}
         self._read_jobs: dict[str, tuple[str, Job]] = {}
-        self._strange: set[str] = set()
+        self._logged_ids: set[str] = set()
 
     def list(self) -> list[Job]:
         """All jobs, the oldest first.
 
-        Whatever a folder holds, it is one job: a failed one where its files are damaged.
+        Every folder is one job: a failed one where its files are damaged.
 
         Raises:
             FileError: the folder of all jobs cannot be read.
@@ -64,10 +64,10 @@ class Catalog:
             except FileError as e:
                 job, stamp = build_broken(folder, str(e)), ""
             except Exception as e:
-                # Of one folder, it must not keep anybody from all the others.
+                # A fault in one folder must not hide all the others.
                 sentence = f"job {folder.id} is damaged ({type(e).__name__}); delete the job"
-                if folder.id not in self._strange:
-                    self._strange.add(folder.id)
+                if folder.id not in self._logged_ids:
+                    self._logged_ids.add(folder.id)
                     logger.exception("Qwen Edit LoRA: %s", sentence)
                 job, stamp = build_broken(folder, sentence), ""
             else:
@@ -90,7 +90,7 @@ class Catalog:
 
     @contextmanager
     def using(self, folder: JobFolder) -> Iterator[None]:
-        """Inside the block, what fails because somebody deleted the job meanwhile says so.
+        """Inside the block, errors caused by the job being deleted meanwhile say so.
 
         Raises:
             UnknownJobError: the folder is not there any more.

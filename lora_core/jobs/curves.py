@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, MissingFileError
-from ..training.run.metrics import FIGURES, parse_row
+from ..training.run.metrics import METRIC_NAMES, parse_row
 from .folder import open_inside
 
 #: One value for each step.
-CURVES = ("step", *FIGURES)
-#: Taken every `saving.health_every` steps; see `training.health`.
+CURVES = ("step", *METRIC_NAMES)
+#: Taken every `saving.health_every` steps; see `training.run.health`.
 HEALTH = ("std", "spectral", "effective_rank")
 
 Row = Mapping[str, Any]
 
 
 class MetricsReader:
-    """Follows metrics files that grow: a second read parses only the lines that came since.
+    """Follows metrics files that grow: a second read parses only the new lines.
 
     Keeps the rows of the last `capacity` files. May be used by several threads.
     """
@@ -54,7 +54,7 @@ class MetricsReader:
 
     def _read_on(self, path: Path, file: Any) -> list[Row]:
         found = os.fstat(file.fileno())
-        # A run that goes on after a kill replaces the file by a shorter one (MetricsFile.cut).
+        # A run that resumes after a kill replaces the file by a shorter one (MetricsFile.cut).
         inode, offset, rows = self._known.pop(path, (found.st_ino, 0, []))
         if inode != found.st_ino or offset > found.st_size:
             offset, rows = 0, []
@@ -66,13 +66,13 @@ class MetricsReader:
             if row is not None:
                 rows.append(row)
             offset += len(line)
-        self._known[path] = (found.st_ino, offset, rows)  # the newest stands last
+        self._known[path] = (found.st_ino, offset, rows)  # the newest last
         while len(self._known) > self.capacity:
             del self._known[next(iter(self._known))]
         return rows
 
 
-def thin(rows: Sequence[Row], max_points: int) -> list[Row]:
+def thin_out(rows: Sequence[Row], max_points: int) -> list[Row]:
     """At most `max_points` rows, in order: of each stretch those of its smallest and largest loss.
 
     The first and the last row are always among them.
@@ -99,14 +99,14 @@ def get_loss(row: Row) -> float:
 
 def build_curves(rows: Sequence[Row], max_points: int) -> dict[str, list[Any]]:
     """Name of a curve -> its values, None where a step has none; all of one length."""
-    points = thin(rows, max_points)
+    points = thin_out(rows, max_points)
     return {name: [point.get(name) for point in points] for name in CURVES}
 
 
 def build_health(rows: Sequence[Row], max_points: int) -> dict[str, list[Any]]:
-    """As `build_curves`, with "step", for the steps at which the deltas were looked at."""
-    looks = [row for row in rows if row.get("health")]
-    every = -(-len(looks) // max_points) or 1
-    looks = looks[::-every][::-1]  # always with the last one
-    values = {name: [look["health"].get(name) for look in looks] for name in HEALTH}
-    return {"step": [look["step"] for look in looks], **values}
+    """As `build_curves`, with "step", for the steps at which the deltas were measured."""
+    checks = [row for row in rows if row.get("health")]
+    every = -(-len(checks) // max_points) or 1
+    checks = checks[::-every][::-1]  # always with the last one
+    values = {name: [check["health"].get(name) for check in checks] for name in HEALTH}
+    return {"step": [check["step"] for check in checks], **values}

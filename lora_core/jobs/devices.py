@@ -1,7 +1,7 @@
 """The devices of this machine that jobs may run on: its GPUs, or its CPU as one device.
 
-`choose_devices` is the one answer to "which would this job get": the choice of a storage, the
-estimate and the supervisor all ask it.
+`choose_devices` alone decides which devices a job gets: the choice of a storage, the estimate and
+the supervisor all use it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CUDA_VARIABLE, HIP_VARIABLE = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Device:
-    """One place for one job at a time."""
+    """Runs one job at a time."""
 
     name: str
     """"cpu", "cuda:0", ... as this process counts them."""
@@ -32,7 +32,7 @@ class Device:
     visible: str
     """For the variable that shows a worker this GPU alone; see `name_variable`."""
     memory_bytes: int = 0
-    """Of the whole GPU, whoever uses it; 0 for a CPU."""
+    """Of the whole GPU, including what is in use; 0 for a CPU."""
     is_shared: bool = False
     """Whether ComfyUI computes on it too."""
 
@@ -60,23 +60,23 @@ def describe_gpu(index: int, host: str) -> Device:
 
 
 def name_variable(environment: Mapping[str, str]) -> str:
-    """The variable by which a user chose the GPUs that this process counts.
+    """The variable by which a user selected the GPUs that this process sees.
 
-    ROCm takes both names, and its own before CUDA's. It counts among those that
-    ROCR_VISIBLE_DEVICES leaves, which a worker inherits as it is.
+    ROCm accepts both names, its own before CUDA's. Its indices count the GPUs that
+    ROCR_VISIBLE_DEVICES leaves, which a worker inherits unchanged.
     """
     is_rocm = torch.version.hip is not None
     return HIP_VARIABLE if is_rocm and HIP_VARIABLE in environment else CUDA_VARIABLE
 
 
 def find_visible(index: int, environment: Mapping[str, str]) -> str:
-    """What shows another process the GPU that this one counts as `index`."""
+    """The value that shows another process the GPU that is `index` in this one."""
     entries = [e.strip() for e in environment.get(name_variable(environment), "").split(",") if e]
     return entries[index] if index < len(entries) else str(index)
 
 
 def show_only(devices: Sequence[Device]) -> dict[str, str]:
-    """The variables for a process that shall see these GPUs alone; every other one is to go."""
+    """The variables for a process that should see these GPUs only; remove all others."""
     visible = ",".join(device.visible for device in devices if device.is_gpu)
     return {CUDA_VARIABLE if torch.version.hip is None else HIP_VARIABLE: visible}
 
@@ -97,12 +97,12 @@ def choose_devices(
 
     Args:
         devices: of the machine, those to be used first in front.
-        wanted: as `ModelConfig.device`; a GPU that is not there is left to the CPU's worker, which
-            says so.
-        count: devices that the job asks for; one that wants more than there are gets all, and its
-            worker says so.
+        wanted: as `ModelConfig.device`; a missing GPU is left to the CPU's worker, which reports
+            it.
+        count: devices that the job asks for; a job that asks for more than there are gets all,
+            and its worker reports it.
         needed_bytes: of each GPU; smaller ones are left out while there are any others.
-        taken: by jobs that run or come before.
+        taken: by jobs that run or are queued before.
     """
     named = [device for device in devices if is_wanted(device, wanted)]
     large = [device for device in named if device.memory_bytes >= needed_bytes]
@@ -110,10 +110,10 @@ def choose_devices(
     return sorted(usable, key=lambda device: device in taken)[:count]
 
 
-def place(config: TrainConfig, device_name: str) -> TrainConfig:
+def set_device(config: TrainConfig, device_name: str) -> TrainConfig:
     """The configuration for a process that sees this device alone."""
     device = CPU if device_name == CPU else "cuda"
     wanted = config.model.device
     if device == CPU and wanted not in ("auto", CPU):
-        device = wanted  # there is no such GPU; opening it says so
+        device = wanted  # there is no such GPU; opening it raises the error
     return replace(config, model=replace(config.model, device=device))

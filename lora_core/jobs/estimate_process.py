@@ -1,7 +1,7 @@
-"""A run's memory and time before it starts, measured in a process of its own.
+"""A run's memory and time before it starts, measured in a separate process.
 
-In the server's own process it would import diffusers, keep memory of the GPU's allocator and take a
-crash along.
+In the server's process it would import diffusers, hold memory of the GPU's allocator and crash the
+server with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..training.config.config import TrainConfig
 from ..training.config.config_files import config_to_dict
 from ..training.estimate.estimate import Estimate
 from ..training.machine.memory import names_out_of_memory
-from .devices import Device, place
+from .devices import Device, set_device
 from .launch import SHARED, build_environment, hide_window, run_module
 
 POLL_INTERVAL = 0.1  # seconds
@@ -40,12 +40,12 @@ def estimate_in_process(
         with_samples: whether the job makes sample images.
 
     Raises:
-        ConfigError: what the measuring says is wrong with the run, in its own sentence.
+        ConfigError: what the measurement finds wrong with the run, in its own words.
         InterruptedError: `should_stop` returned True.
     """
     with tempfile.TemporaryDirectory(prefix="qwen_edit_lora_") as folder:
         path = Path(folder) / "config.json"
-        placed = place(config, device.name)
+        placed = set_device(config, device.name)
         path.write_text(json.dumps(config_to_dict(placed)), encoding="utf-8")
         flags = {SHARED: device.is_shared, "--samples": with_samples}
         options = ["--json", *(flag for flag, is_set in flags.items() if is_set)]
@@ -77,7 +77,7 @@ def estimate_in_process(
 
 
 def explain(errors: str, exit_code: int) -> str:
-    """The command's own sentence, or the last thing it said."""
+    """The command's own error message, or the last line it printed."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     own = [line.removeprefix(PREFIX) for line in lines if line.startswith(PREFIX)]
     if own:

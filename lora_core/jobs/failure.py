@@ -16,7 +16,7 @@ from .nccl import explain_shared_memory, is_communication_error
 
 LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 16384
-#: Signals that a process gives itself by doing something it must not.
+#: Signals that a process raises by its own fault.
 OWN_SIGNALS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP", "SIGSYS")
 
 LOWER = "lower what the run needs and clone the job"
@@ -52,11 +52,11 @@ def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
 
 
 def explain_death(exit_code: int | None, folder: JobFolder, restarts: int = 0) -> JobFailure:
-    """For a worker that is gone without a word.
+    """For a worker that died without reporting why.
 
     Args:
-        exit_code: negative for a signal; None where nobody saw it.
-        restarts: how often it was killed before, in a row.
+        exit_code: negative for a signal; None where it is unknown.
+        restarts: how many times in a row it was killed before.
     """
     tail = read_log_tail(folder)
     again = f" {restarts + 1} times in a row" if restarts else ""
@@ -81,7 +81,7 @@ def explain_death(exit_code: int | None, folder: JobFolder, restarts: int = 0) -
 
 
 def is_from_outside(exit_code: int | None) -> bool:
-    """Whether somebody else ended the worker, so that trying again makes sense."""
+    """Whether the worker was ended from outside, so that a retry makes sense."""
     return exit_code is None or (exit_code < 0 and name_signal(-exit_code) not in OWN_SIGNALS)
 
 
@@ -105,17 +105,17 @@ def read_log_tail(folder: JobFolder) -> str:
 def restart_or_fail(
     state: JobState, settings: JobSettings, reached: int, failure: JobFailure
 ) -> JobState:
-    """The state of a job whose worker was ended from outside: waiting for another, or failed.
+    """The state of a job whose worker was ended from outside: queued again, or failed.
 
     Args:
         reached: step of the last checkpoint.
     """
     restarts = 0 if reached > state.restarted_at_step else state.restarts
     if restarts >= settings.max_restarts:
-        return fail(state, failure)
+        return build_failed_state(state, failure)
     return dataclasses.replace(
         state,
-        status=JobStatus.PENDING,  # at the place in the queue that it had
+        status=JobStatus.PENDING,  # keeps its place in the queue
         phase=None,
         worker=None,
         checkpoint_step=reached,
@@ -125,7 +125,7 @@ def restart_or_fail(
     )
 
 
-def fail(state: JobState, failure: JobFailure) -> JobState:
+def build_failed_state(state: JobState, failure: JobFailure) -> JobState:
     return dataclasses.replace(
         state,
         status=JobStatus.FAILED,

@@ -1,4 +1,4 @@
-"""One job's folder: reading and writing its three JSON files, each whole or as it was before."""
+"""One job's folder: reading and writing its three JSON files, each write all or nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from ..checks import MAX_WHOLE, show
 from ..disk.json_reader import describe_kind, parse_object
 from ..disk.regular_files import open_regular, read_bytes
-from ..disk.writing import BRIEF_PATIENCE_S, PATIENCE_S, explain, insist, replace
+from ..disk.writing import BRIEF_PATIENCE_S, PATIENCE_S, explain, replace, retry_while_denied
 from ..errors import ConfigError, DeniedFileError, FileError
 from ..text import shorten
 from ..training.config.config_files import build, config_to_dict, get_hints
@@ -35,12 +35,12 @@ LOG_FILE = "log.txt"
 SAMPLES = "samples"
 #: Of a JSON file here; a state's notes, alarms and end of the log are limited.
 MAX_JSON_BYTES = 4 << 20
-#: Characters of what a sentence repeats about a damaged file.
+#: Characters of the reason that a message repeats about a damaged file.
 MAX_REASON = 200
 
 
 class BusyFileError(FileError):
-    """Another process has the file in its hands; nothing is known of what it says."""
+    """Another process has the file open; its content is unknown."""
 
 
 class JobFolder:
@@ -58,7 +58,7 @@ class JobFolder:
         return self.path.name
 
     def check_lock(self) -> None:
-        """Raises FileError where something lies in the lock's place that cannot be locked."""
+        """Raises FileError where the lock's path holds something that cannot be locked."""
         with contextlib.suppress(OSError):  # mostly there is none yet
             if not stat.S_ISREG((self.path / LOCK_FILE).lstat().st_mode):
                 raise FileError(
@@ -66,7 +66,7 @@ class JobFolder:
                 )
 
     def open_log(self) -> BinaryIO:
-        """To write at its end. A link or pipe in its place is removed, not followed.
+        """Opened for appending. A link or pipe in its place is removed, not followed.
 
         Raises:
             OSError: it cannot be opened or removed.
@@ -105,17 +105,17 @@ class JobFolder:
             raise self._explain_damage(STATE_FILE, e) from None
 
     def write_state(self, state: JobState, durable: bool = True) -> None:
-        """Only for who holds the lock.
+        """Only for the holder of the lock.
 
         Args:
-            durable: bring it to the disk, so that it outlives a power cut.
+            durable: flush it to disk, so that it survives a power cut.
         """
         self._write(STATE_FILE, dataclasses.asdict(state), durable)
 
     def read_request(self) -> Request | None:
-        """None where nothing was asked for, or nothing that can be read."""
+        """None where there is no request, or an unreadable one."""
         try:
-            os.stat(self.path / REQUEST_FILE)  # noqa: PTH116 - asked of every job all the time
+            os.stat(self.path / REQUEST_FILE)  # noqa: PTH116 - called for every job all the time
         except FileNotFoundError:
             return None
         except OSError:
@@ -129,11 +129,11 @@ class JobFolder:
         self._write(REQUEST_FILE, {"request": request}, durable=True)
 
     def clear_request(self) -> None:
-        insist(lambda: (self.path / REQUEST_FILE).unlink(missing_ok=True))
+        retry_while_denied(lambda: (self.path / REQUEST_FILE).unlink(missing_ok=True))
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            data = insist(lambda: self._read_bytes(name), BRIEF_PATIENCE_S)
+            data = retry_while_denied(lambda: self._read_bytes(name), BRIEF_PATIENCE_S)
         except PermissionError as e:
             raise BusyFileError(f"{name} of job {self.id} cannot be read: {e}") from None
         try:
@@ -148,7 +148,7 @@ class JobFolder:
         try:
             return read_bytes(self.path / name, MAX_JSON_BYTES)
         except DeniedFileError as e:
-            raise PermissionError(str(e).rstrip(".")) from None  # what `insist` tries again
+            raise PermissionError(str(e).rstrip(".")) from None  # what `retry_while_denied` retries
         except FileError as e:
             raise self._explain_damage(name, e) from None
 
@@ -176,7 +176,7 @@ class JobFolder:
             raise FileError(f"{name} of job {self.id} cannot be written: {explain(e)}") from None
 
     def clear_leftovers(self) -> None:
-        """Deletes half-written files of processes that were killed; for who holds the lock."""
+        """Deletes half-written files of processes that were killed; for the holder of the lock."""
         for name in (CONFIG_FILE, STATE_FILE):
             for path in self.path.glob(f".{name}.*.new"):
                 path.unlink(missing_ok=True)
@@ -264,7 +264,7 @@ NAMES = {str: "a text", int: "a whole number", float: "a finite number"}
 
 
 def is_plain(value: Any, kind: type) -> bool:
-    """Whether it is a text, a whole number of 64 bits or a finite one, as `kind` says."""
+    """Whether it is a text, a 64-bit integer or a finite float, according to `kind`."""
     if isinstance(value, bool):
         return False
     if kind is float and isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Telling a process from another one that got its number later."""
+"""Distinguishing a process from a later one with the same pid."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .job import WorkerIdentity
 
 @cache
 def describe_host() -> str:
-    """Where process numbers mean something: machine, boot, process namespace."""
+    """Where pids are valid: machine, boot, process namespace."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8])
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
     except OSError:
-        pass  # not Linux: a machine has one space of numbers there
+        pass  # not Linux: a machine has one pid namespace there
     return " ".join(parts)
 
 
@@ -29,7 +29,7 @@ def read_start(pid: int) -> float | None:
 
     A process that has ended and waits for its parent to notice (a zombie) counts as none.
     """
-    if not 0 < pid < 2**32:  # of a file that somebody wrote
+    if not 0 < pid < 2**32:  # from an untrusted file
         return None
     try:
         # pid (name) state ppid ...: the name may hold spaces and brackets
@@ -68,7 +68,7 @@ def is_running(process: WorkerIdentity | None) -> bool:
 
 
 def kill(process: WorkerIdentity | None) -> bool:
-    """Ends exactly this process and its children at once; False where it is gone already."""
+    """Ends exactly this process and its children at once; False where it has already ended."""
     if not is_running(process):
         return False
     try:

@@ -1,8 +1,8 @@
-"""The SQLite index over the job folders: a copy that can be made again at any time.
+"""The SQLite index over the job folders: a copy that can be rebuilt at any time.
 
 It saves reading every folder to list the jobs, and holds the claims by which several servers on one
-folder agree who starts the next job. Nothing is lost with it: the folders are what counts, and
-their locks are what keeps a job from running twice.
+folder agree which of them starts the next job. Nothing is lost with it: the folders are
+authoritative, and their locks keep a job from running twice.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 class JobIndex:
-    """Rows of what the folders say, each with the stamp of the state.json it was read from.
+    """Rows of what the folders hold, each with the stamp of the state.json it was read from.
 
-    A broken file is put aside and made anew. Where SQLite cannot be used at all (a read-only or
-    full disk), every call gives what an empty index would: slower, but right.
+    A broken file is moved aside and rebuilt. Where SQLite cannot be used at all (a read-only or
+    full disk), every call returns what an empty index would: slower, but correct.
     """
 
     def __init__(self, path: Path):
@@ -46,10 +46,10 @@ class JobIndex:
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._opened: tuple[int, int] | None = None
-        self._told = ""
+        self._last_warning = ""
 
     def is_open(self) -> bool:
-        """Whether the file in use is still the one that lies there."""
+        """Whether the open file is still the one at its path."""
         with self._lock:
             return self._connection is not None and self._opened == self._stat()
 
@@ -68,7 +68,7 @@ class JobIndex:
     def update(
         self, changed: Iterable[tuple[str, str, dict[str, Any]]], gone: Iterable[str] = ()
     ) -> None:
-        """Puts in (id, stamp, job) and takes out ids."""
+        """Inserts (id, stamp, job) and deletes ids."""
         texts = [(id_, stamp, json.dumps(job)) for id_, stamp, job in changed]
         rows = [(*row, compute_digest(*row)) for row in texts]
         gone = [(id_,) for id_ in gone]
@@ -90,14 +90,14 @@ class JobIndex:
         owner: str,
         now: float,
         until: float,
-        is_gone: Callable[[str], bool],
+        has_ended: Callable[[str], bool],
     ) -> bool:
         """Whether `owner` may start this job on this device, until the time given.
 
-        A claim of one's own is renewed. True where there is no index: the locks decide then.
+        The owner's own claim is renewed. True where there is no index: then the locks decide.
 
         Args:
-            is_gone: whether an owner is known to have ended, and his claims with him.
+            has_ended: whether an owner is known to have ended; its claims are dropped.
         """
 
         def write(connection: sqlite3.Connection) -> bool:
@@ -107,7 +107,7 @@ class JobIndex:
                 (now, owner, job, device),
             )
             for (other,) in connection.execute("SELECT DISTINCT owner FROM claims").fetchall():
-                if is_gone(other):
+                if has_ended(other):
                     connection.execute("DELETE FROM claims WHERE owner = ?", (other,))
             row = (job, device, owner, until)
             try:
@@ -137,29 +137,31 @@ class JobIndex:
             for _ in range(2):
                 try:
                     result = action(self._open())
-                    self._told = ""
+                    self._last_warning = ""
                     return result
                 except (sqlite3.DatabaseError, ValueError) as e:
                     self._close()
                     if isinstance(e, sqlite3.OperationalError) and not lacks_table(e):
-                        self._tell(
+                        self._warn_once(
                             f"the job index cannot be used ({e}); the jobs are read from their "
                             "folders instead"
                         )
                         return otherwise
-                    self._tell(f"the job index was broken ({e}) and is made anew from the folders")
+                    self._warn_once(
+                        f"the job index was broken ({e}) and is made anew from the folders"
+                    )
                     self._put_aside()
             return otherwise
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is not None and self._opened == self._stat():
             return self._connection
-        self._close()  # somebody deleted or replaced the file
+        self._close()  # the file was deleted or replaced
         connection = sqlite3.connect(
             self.path, timeout=BUSY_TIMEOUT, check_same_thread=False, isolation_level=None
         )
         self._connection = connection
-        # What is not UTF-8 any more is told by the digest.
+        # Text that is no longer UTF-8 is caught by the digest.
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
         if connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -195,19 +197,19 @@ class JobIndex:
             except OSError:
                 path.unlink(missing_ok=True)
 
-    def _tell(self, sentence: str) -> None:
-        if sentence != self._told:
+    def _warn_once(self, sentence: str) -> None:
+        if sentence != self._last_warning:
             logger.warning("Qwen Edit LoRA: %s.", sentence)
-            self._told = sentence
+            self._last_warning = sentence
 
 
 def lacks_table(error: sqlite3.OperationalError) -> bool:
-    """Whether it tells of a table or column that is not there; else the file is locked, read-only,
-    or the disk full. False before Python 3.11, which does not say.
+    """Whether a table or column is missing; else the file is locked, read-only, or the disk is
+    full. False before Python 3.11, which does not report it.
     """
     return getattr(error, "sqlite_errorcode", None) == SQLITE_ERROR
 
 
 def compute_digest(*row: object) -> str:
-    """BLAKE2b of a row's columns: a job out of a damaged row would be wrong in silence."""
+    """BLAKE2b of a row's columns: a damaged row would otherwise give a wrong job silently."""
     return hashlib.blake2b(repr(row).encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""A job: what was asked for, how far it is, and what went wrong."""
+"""A job: what was asked for, its progress, and what went wrong."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..errors import ConfigError, LoraError
 from ..text import shorten
 from ..training.config.config import TrainConfig
 
-#: Seconds without a heartbeat after which a worker that lives is said not to answer.
+#: Seconds without a heartbeat after which a live worker is reported as not responding.
 SILENCE_TIMEOUT = 60.0
 
 MAX_DEVICES = 16
-#: Characters of a failure's sentence and of each advice, whatever wrote them.
+#: Characters of a failure's message and of each advice.
 MAX_SENTENCE = 400
 
 _ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
@@ -30,8 +30,8 @@ class UnknownJobError(LoraError, LookupError):
     """There is no job of this id."""
 
 
-class UnknownPictureError(LoraError, LookupError):
-    """The job has no picture of this name."""
+class UnknownImageError(LoraError, LookupError):
+    """The job has no image of this name."""
 
 
 class JobStateError(LoraError):
@@ -39,8 +39,8 @@ class JobStateError(LoraError):
 
 
 class JobStatus(str, Enum):  # StrEnum needs Python 3.11
-    PENDING = "pending"  #: waits for its turn
-    IN_PROGRESS = "in_progress"  #: a worker has it
+    PENDING = "pending"  #: queued
+    IN_PROGRESS = "in_progress"  #: a worker runs it
     PAUSED = "paused"  #: has a checkpoint and no process
     COMPLETED = "completed"  #: the adapter is written
     FAILED = "failed"  #: see `JobState.error`
@@ -61,7 +61,7 @@ class Phase(str, Enum):
 
 
 class Request(str, Enum):
-    """What a user wants of a running job."""
+    """A user's request to a running job."""
 
     RUN = "run"
     PAUSE = "pause"
@@ -70,7 +70,7 @@ class Request(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """Pictures on the way."""
+    """Samples during training."""
 
     every: int = 0
     """Steps between samples; 0 makes none."""
@@ -80,7 +80,7 @@ class SampleSettings:
     guidance: float = 1.0
     seed: int = 0
     vae: str = ""
-    """A VAE's file, to keep pictures beside the latents; only latents are kept without one."""
+    """A VAE's file, to keep images next to the latents; only latents are kept without one."""
 
     def __post_init__(self) -> None:
         check_number(self, "every", 0)
@@ -91,7 +91,7 @@ class SampleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings:
-    """Everything a worker needs, and nothing that it would have to ask somebody for."""
+    """Everything a worker needs."""
 
     train: TrainConfig
     """`output` is the job's own folder, whatever was given."""
@@ -99,18 +99,18 @@ class JobSettings:
     """Folder that gets a copy of the finished adapter; "" leaves it in the job's folder."""
     samples: SampleSettings = field(default_factory=SampleSettings)
     niceness: int = 10
-    """How much the worker gives way to others on the CPU: 0 not at all, 19 the most."""
+    """How much the worker yields the CPU to others: 0 not at all, 19 the most."""
     num_devices: int = 1
-    """GPUs that train together, each with a batch of its own; all of one kind."""
+    """GPUs that train together, each on its own batch; all of one kind."""
     gpu_memory_bytes: int = 0
     """For which the base's storage was chosen: smaller GPUs are left alone while there are any
     others."""
     max_restarts: int = 3
-    """How often a job that was killed is started again without a new checkpoint in between."""
+    """How often a killed job is restarted without a new checkpoint in between."""
     key: str = ""
     """What makes two submissions the same; see `JobStore.submit`."""
     origin: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever the one who submits wants to find again, such as a training set's id."""
+    """Whatever the submitter wants to find again, such as a training set's id."""
 
     def __post_init__(self) -> None:
         check_number(self, "niceness", 0, 19)
@@ -121,24 +121,24 @@ class JobSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerIdentity:
-    """A process that no other one can be taken for."""
+    """Identifies a process uniquely."""
 
     host: str
     """Machine, boot and process namespace: where `pid` means something."""
     pid: int
     started: float
-    """The system's own figure for when the process began; pids are used again, this is not."""
+    """When the process started, as the system counts; pids are reused, this is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobFailure:
-    """Why a job ended badly, and what to do."""
+    """Why a job failed, and what to do."""
 
     sentence: str
     advice: tuple[str, ...] = ()
-    """What to change, what costs least first."""
+    """What to change, the cheapest first."""
     exit_code: int | None = None
-    """Of the worker, negative for a signal; None where it told its error itself."""
+    """Of the worker, negative for a signal; None where it reported its error itself."""
     log_tail: str = ""
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class JobFailure:
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """How far a job is. Times are seconds since 1970."""
+    """A job's progress. Times are seconds since 1970."""
 
     status: JobStatus = JobStatus.PENDING
     created_at: float = 0.0
@@ -162,7 +162,7 @@ class JobState:
     """Names as `Device.name`; several are separated by ", "."""
     worker: WorkerIdentity | None = None
     parent: WorkerIdentity | None = None
-    """Who started the worker, and will see its exit status."""
+    """The process that started the worker, and will see its exit status."""
     heartbeat_at: float | None = None
     step: int = 0
     num_steps: int = 0
@@ -180,9 +180,9 @@ class JobState:
     """Their copies' names in `JobSettings.loras`."""
     failure: JobFailure | None = None
     notes: tuple[str, ...] = ()
-    """What happened to it, a sentence each."""
+    """What happened to it, one sentence each."""
     alarms: tuple[str, ...] = ()
-    """What a user should look at before the training is over; see `alarms.Alarms`."""
+    """What a user should look at before the training is over; see `alarms.Alerts`."""
 
     @property
     def remaining_s(self) -> float | None:
@@ -200,7 +200,7 @@ class Job:
     settings: JobSettings
     state: JobState
     request: Request | None = None
-    """What was asked of it and is not done yet."""
+    """What was requested and is not done yet."""
 
     @property
     def name(self) -> str:
@@ -212,7 +212,7 @@ class Job:
 
     @property
     def is_silent(self) -> bool:
-        """Whether its worker lives but gave no sign of it for long: it hangs, or was stopped."""
+        """Whether its worker is alive but has not responded for long: it hangs, or was stopped."""
         beat = self.state.heartbeat_at
         return (
             self.status is JobStatus.IN_PROGRESS
@@ -238,7 +238,7 @@ class Job:
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """What may be shown to anybody: no path of this machine."""
+        """What is safe to show to anyone: no path of this machine."""
         state = {k: v for k, v in asdict(self.state).items() if k not in ("worker", "parent")}
         return {
             "id": self.id,
@@ -251,7 +251,7 @@ class Job:
 
 
 def make_id() -> str:
-    """Sorts by time, cannot be guessed, and is a folder's name everywhere."""
+    """Sorts by time, cannot be guessed, and is a valid folder name everywhere."""
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 

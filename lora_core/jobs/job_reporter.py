@@ -1,4 +1,4 @@
-"""A worker's own voice: writes its state, listens for requests, and knows when it is not wanted."""
+"""A worker's reporter: heartbeat, state writer, log, stop requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..training.run.metrics import StepReport
 from .folder import STATE_FILE, JobFolder
 from .job import JobState, JobStatus, Phase, Request
 
-LISTEN_INTERVAL = 0.2  # seconds between looks for a request
+LISTEN_INTERVAL = 0.2  # seconds between checks for a request
 WRITE_INTERVAL = 1.0  # seconds between heartbeats
 #: Weight of the past in the seconds per step, whose first steps are slow.
 SMOOTHING = 0.9
@@ -25,8 +25,8 @@ SMOOTHING = 0.9
 logger = logging.getLogger(__name__)
 
 
-class Pulse:
-    """Holds the state of the job that this process has; the only writer of its state.json."""
+class JobReporter:
+    """Holds the state of this process's job; the only writer of its state.json."""
 
     def __init__(self, folder: JobFolder, state: JobState):
         self.folder = folder
@@ -36,18 +36,18 @@ class Pulse:
         self._lock = threading.RLock()
         self._written_at = 0.0
         self._is_over = False
-        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         folder.write_state(state)
 
     def start(self) -> None:
         self._thread.start()
 
     def should_stop(self) -> bool:
-        """Whether somebody wants the training to end."""
+        """Whether the training has been asked to stop."""
         return self.is_terminated() or self.folder.read_request() in (Request.PAUSE, Request.CANCEL)
 
     def update(self, **changes: Any) -> None:
-        """Changes the state; it is written at once where more than figures changed."""
+        """Changes the state; it is written at once where more than metrics changed."""
         with self._lock:
             before, self.state = self.state, dataclasses.replace(self.state, **changes)
             is_due = time.monotonic() - self._written_at > WRITE_INTERVAL
@@ -55,23 +55,23 @@ class Pulse:
             if is_due or is_news:
                 self._write(durable=False)
 
-    def say(self, sentence: str) -> None:
-        """Into the log."""
-        say(sentence)
+    def log(self, sentence: str) -> None:
+        """Writes to the log."""
+        log_line(sentence)
 
-    def note(self, sentence: str) -> None:
-        """Into the log and the job's notes."""
-        say(sentence)
+    def add_note(self, sentence: str) -> None:
+        """Writes to the log and adds to the job's notes."""
+        log_line(sentence)
         self.update(notes=(*self.state.notes, sentence)[-20:])
 
-    def alarm(self, sentence: str) -> None:
-        """Into the log and the job's alarms, each once."""
+    def add_alert(self, sentence: str) -> None:
+        """Writes to the log and adds to the job's alarms, once each."""
         if sentence not in self.state.alarms:
-            say(f"alarm: {sentence}")
+            log_line(f"alarm: {sentence}")
             self.update(alarms=(*self.state.alarms, sentence)[-20:])
 
     def report(self, report: StepReport) -> None:
-        """Takes over a step's figures."""
+        """Updates the state from a step's metrics."""
         past = self.state.seconds_per_step
         seconds = report.seconds
         if past is not None:
@@ -91,7 +91,7 @@ class Pulse:
         )
 
     def finish(self, status: JobStatus, **changes: Any) -> None:
-        """Writes the last state of this process, in which nobody works on the job.
+        """Writes the last state of this process, in which no process works on the job.
 
         Raises:
             FileError: the disk does not take it.
@@ -104,7 +104,7 @@ class Pulse:
         )
 
     def finish_as(self, state: JobState) -> None:
-        """As `finish`, with a whole state."""
+        """As `finish`, with a complete state."""
         with self._lock:
             self._is_over = True
             self.state = state
@@ -116,8 +116,8 @@ class Pulse:
             with self._lock:
                 if self._is_over:
                     return
-                if is_gone(self.folder.path / STATE_FILE):
-                    say("the job's folder is gone; the worker ends")
+                if is_deleted(self.folder.path / STATE_FILE):
+                    log_line("the job's folder is gone; the worker ends")
                     sys.stdout.flush()
                     os._exit(0)
                 if self.state.phase is Phase.LOADING:
@@ -126,7 +126,7 @@ class Pulse:
                     self._write(durable=False)
 
     def _stop_loading(self) -> None:
-        """Ends the process where it has nothing yet that would have to be saved."""
+        """Ends the process while it has nothing that would have to be saved."""
         request = self.folder.read_request()
         status = {Request.PAUSE: JobStatus.PAUSED, Request.CANCEL: JobStatus.CANCELLED}.get(request)
         if status is None:
@@ -134,9 +134,9 @@ class Pulse:
         try:
             self.finish(status)
         except FileError as e:
-            say(str(e))
+            log_line(str(e))
             return
-        say(f"{status.value} while the model was loading")
+        log_line(f"{status.value} while the model was loading")
         sys.stdout.flush()
         os._exit(0)
 
@@ -146,11 +146,11 @@ class Pulse:
         try:
             self.folder.write_state(self.state, durable)
         except FileError as e:
-            logger.warning("%s", e)  # figures only; training decides for itself what it cannot save
+            logger.warning("%s", e)  # metrics only; training decides for itself what it cannot save
 
 
-def is_gone(path: Path) -> bool:
-    """Not because of a moment in which Windows lets nobody look at the file."""
+def is_deleted(path: Path) -> bool:
+    """Whether the file was deleted; Windows may deny access for a moment, which does not count."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -160,34 +160,34 @@ def is_gone(path: Path) -> bool:
     return False
 
 
-class MutedPulse:
-    """For the processes of a team that do not speak for it."""
+class NullReporter:
+    """For every process but rank 0: reports nothing."""
 
     def __init__(self, folder: JobFolder):
         self.folder = folder
         self.is_terminated: Callable[[], bool] = lambda: False
 
     def should_stop(self) -> bool:
-        """The request itself is the first process's to hear; all stop when one of them does."""
+        """Rank 0 reads the request itself; all stop when one of them does."""
         return self.is_terminated()
 
     def update(self, **changes: Any) -> None:
         pass
 
-    def note(self, sentence: str) -> None:
+    def add_note(self, sentence: str) -> None:
         pass
 
-    def alarm(self, sentence: str) -> None:
+    def add_alert(self, sentence: str) -> None:
         pass
 
     def report(self, report: StepReport) -> None:
         pass
 
-    def say(self, sentence: str) -> None:
+    def log(self, sentence: str) -> None:
         pass
 
 
-def say(sentence: str) -> None:
+def log_line(sentence: str) -> None:
     """A line of the log, with its time."""
     sys.stdout.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
     sys.stdout.flush()

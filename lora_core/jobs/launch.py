@@ -1,4 +1,4 @@
-"""Starting processes of our own: their command, their environment, their place in the system."""
+"""Starting our own processes: their command, environment and session."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .folder import JobFolder
 
 #: The folder that holds `lora_core`.
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-#: A worker's exit status for "somebody else has the job or the device".
+#: A worker's exit status for "another process has the job or the device".
 EXIT_TAKEN = 75
-#: And for "the job does not want to run any more". Not 0, which anything that never came to work
-#: on the job may end with.
+#: And for "the job is not to run any more". Not 0, which any process that never got to the job may
+#: exit with.
 EXIT_NOTHING_TO_DO = 76
 #: What `python -m MODULE` does, also for a Python that looks for modules neither in the working
 #: directory nor in PYTHONPATH, as the one of ComfyUI's portable build for Windows. Before anything
@@ -31,7 +31,7 @@ BOOT = (
     "import runpy; runpy.run_module(module, run_name='__main__', alter_sys=True)"
 )
 WORKER = "lora_core.jobs.worker"
-#: Tells a worker that ComfyUI computes on its GPU too.
+#: Option for a worker: ComfyUI computes on its GPU too.
 SHARED = "--shared"
 #: ComfyUI's own settings for its own process, and those of `accelerate launch`.
 NOT_INHERITED = (
@@ -42,16 +42,16 @@ NOT_INHERITED = (
 
 
 def build_environment(devices: Sequence[Device], inherited: Mapping[str, str]) -> dict[str, str]:
-    """ComfyUI's environment without what it set for itself, and with the job's GPUs alone.
+    """ComfyUI's environment without what it set for itself, and with only the job's GPUs.
 
-    ComfyUI chooses the allocator cudaMallocAsync, which knows no expandable segments; sizes that
-    change from step to step leave gaps without them.
+    ComfyUI chooses the allocator cudaMallocAsync, which has no expandable segments; without them,
+    sizes that change from step to step leave gaps.
     """
     environment = {k: v for k, v in inherited.items() if k not in NOT_INHERITED}
     environment |= show_only(devices)
     has_gpu = any(device.is_gpu for device in devices)
     if len(devices) > 1 and not has_gpu and sys.platform == "linux":
-        # Processes of one machine need no name that others resolve.
+        # Processes on one machine need no resolvable host name.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if has_gpu and sys.platform == "linux":
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -66,7 +66,7 @@ def build_environment(devices: Sequence[Device], inherited: Mapping[str, str]) -
 
 
 def get_python() -> list[str]:
-    """The Python that runs this process, and as blind to the user's own packages."""
+    """The Python of this process, with the same isolation from the user's packages."""
     return [sys.executable, *(["-s"] if sys.flags.no_user_site else [])]
 
 
@@ -76,7 +76,7 @@ def run_module(module: str, *arguments: str) -> list[str]:
 
 
 def hide_window(flags: int = 0) -> dict[str, Any]:
-    """For `Popen`: no console window opens, where a program without one would get one."""
+    """For `Popen`: keeps a program without a console from opening one."""
     if os.name != "nt":
         return {}
     return {"creationflags": flags | subprocess.CREATE_NO_WINDOW}
@@ -85,7 +85,7 @@ def hide_window(flags: int = 0) -> dict[str, Any]:
 def build_command(root: Path, job_id: str, devices: Sequence[Device]) -> list[str]:
     """One process; for several devices PyTorch's launcher, which starts one for each.
 
-    One process too for several GPUs that nothing here could join: it says so.
+    Also one process for several GPUs that nothing here can join: it reports the error.
     """
     names = (",".join(device.key for device in devices), ",".join(d.name for d in devices))
     shared = [SHARED] if any(device.is_shared for device in devices) else []
@@ -100,10 +100,10 @@ def build_command(root: Path, job_id: str, devices: Sequence[Device]) -> list[st
 def start_worker(
     root: Path, folder: JobFolder, devices: Sequence[Device]
 ) -> subprocess.Popen[bytes]:
-    """Starts a worker in a session of its own; it outlives this process.
+    """Starts a worker in its own session; it outlives this process.
 
-    For several devices it is the launcher whose process is returned. Its exit status says nothing
-    of why a process under it ended.
+    For several devices the launcher's process is returned. Its exit status does not tell why a
+    process under it ended.
 
     Raises:
         FileError: the process or its log cannot be made.

@@ -1,4 +1,4 @@
-"""Locks between processes that the system takes back when their holder dies, however it dies."""
+"""Locks between processes that the system releases when their holder dies, however it dies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POLL_INTERVAL = 0.02  # seconds
 #: A link would make a file elsewhere.
 FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
-#: Errors that say "somebody has it".
+#: Errors that mean "already locked".
 _TAKEN = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 
 
@@ -29,7 +29,7 @@ class FileLock:
         self._handle: int | None = None
 
     def try_acquire(self) -> bool:
-        """Takes the lock unless somebody has it.
+        """Takes the lock unless it is held.
 
         Raises:
             FileError: the file cannot be made, or its file system has no locks.
@@ -53,7 +53,7 @@ class FileLock:
         return True
 
     def acquire(self, timeout_s: float) -> bool:
-        """Takes the lock, waiting for it if need be; False if it was not to be had."""
+        """Takes the lock, waiting for it if necessary; False if not acquired."""
         deadline = time.monotonic() + timeout_s
         while not self.try_acquire():
             if time.monotonic() > deadline:
@@ -68,7 +68,7 @@ class FileLock:
         _held.discard(self)
 
     def is_held(self) -> bool:
-        """Whether anybody has it."""
+        """Whether it is held by any process."""
         if not self.path.exists():
             return False
         probe = FileLock(self.path)
@@ -82,7 +82,7 @@ class FileLock:
         """Holds the lock inside the block.
 
         Raises:
-            FileError: somebody else kept it all the time.
+            FileError: another process held it all the time.
         """
         if not self.acquire(timeout_s):
             raise FileError(f"{self.path.parent.name} is in use by another process; try again")
@@ -96,7 +96,7 @@ _held: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    """A forked child shares its parent's locks, and would keep them after the parent's death."""
+    """A forked child shares its parent's locks, and would hold them after the parent's death."""
     for held in list(_held):
         if held._handle is not None:
             os.close(held._handle)
@@ -110,12 +110,12 @@ if os.name == "nt":
     import msvcrt
 
     def lock(handle: int) -> None:
-        """OSError where somebody has the lock; closing the handle gives it back."""
+        """OSError where the lock is held; closing the handle releases it."""
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
 
     def lock(handle: int) -> None:
-        """OSError where somebody has the lock; closing the handle gives it back."""
+        """OSError where the lock is held; closing the handle releases it."""
         # flock and not lockf: it also holds between two handles of one process
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

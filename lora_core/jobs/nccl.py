@@ -1,4 +1,4 @@
-"""What NCCL, which joins the GPUs of one job, has to be told or lacks on this machine."""
+"""Settings that NCCL, which joins the GPUs of one job, needs on this machine, and what it lacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def choose_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """
     try:
         from accelerate.utils import check_cuda_p2p_ib_support
-    except ImportError:  # whoever needs it says so
+    except ImportError:  # its user raises the error
         return {}
     if torch.version.hip is not None or check_cuda_p2p_ib_support():
         return {}
@@ -30,7 +30,7 @@ def choose_settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def explain_shared_memory(num_processes: int, environment: Mapping[str, str]) -> str | None:
-    """A sentence where there is so little shared memory that NCCL may not start; else None."""
+    """A message where there is too little shared memory for NCCL to start; else None."""
     if environment.get(WITHOUT_SHARED_MEMORY) == "1" or not SHARED_MEMORY.is_dir():
         return None
     found = os.statvfs(SHARED_MEMORY)

@@ -1,4 +1,4 @@
-"""Latents -> PNG files, by a VAE that has the device's memory only while it is needed."""
+"""Latents -> PNG files, by a VAE that is on the device only while it is needed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..errors import LoraError
 from ..training.machine.memory import is_out_of_memory
 from ..training.objective.losses import Decode
 from ..training.sampling.image_decoder import ImageDecoder, load_decoder
-from ..training.sampling.pictures import write_picture
+from ..training.sampling.pictures import write_image
 
 IN_TILES = "the pictures do not fit into the device's memory at once and are decoded in tiles"
 ON_CPU = "the pictures do not fit into the device's memory and are decoded on the CPU"
 
 
-class PictureWriter:
-    """Decodes and writes; what goes wrong with decoding is noted once and ends nothing.
+class ImageWriter:
+    """Decodes and writes; decoding errors are noted once and are not fatal.
 
     Args:
         path: the VAE's file; "" where there is none.
-        decode: what the run has already for its losses; used where there is no path.
-        notify: told in a sentence why there are no pictures, or why they take longer.
+        decode: the run's own decoder for its losses; used where there is no path.
+        notify: called with a sentence on why there are no images, or why they take longer.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PictureWriter:
         finally:
             if self._decoder is not None:
                 self._decoder.vae.to("cpu")
-            free(self.device)
+            empty_cache(self.device)
 
     def write(self, latents: torch.Tensor, stem: Path) -> None:
         """Normalised latents (1, 16, H, W) -> STEM.png, where that is possible.
@@ -67,7 +67,7 @@ class PictureWriter:
         """
         image = self._try_decode(latents)
         if image is not None:
-            write_picture(image, stem)
+            write_image(image, stem)
 
     def _try_decode(self, latents: torch.Tensor) -> torch.Tensor | None:
         if not self.is_able:
@@ -75,18 +75,18 @@ class PictureWriter:
         sentence = ""
         try:
             return self._decode(latents)
-        except LoraError as e:  # the file is gone or damaged
+        except LoraError as e:  # the file is missing or damaged
             sentence = f"no pictures are made, latents only: {e}"
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
-        # Outside of the handler, whose exception holds the tensors that took the memory.
+        # Outside of the handler, whose exception keeps the tensors alive.
         if not sentence and self.path and self.device.type != "cpu":
             if self._in_tiles:
                 self._drop()
                 self.device = torch.device("cpu")
             else:
-                free(self.device)
+                empty_cache(self.device)
             self._in_tiles = not self._in_tiles  # a CPU has the memory, and takes longer for tiles
             self.notify(IN_TILES if self._in_tiles else ON_CPU)
             return self._try_decode(latents)
@@ -109,10 +109,10 @@ class PictureWriter:
 
     def _drop(self) -> None:
         device, self._decoder = self.device, None
-        free(device)
+        empty_cache(device)
 
 
-def free(device: torch.device) -> None:
-    """Gives back what PyTorch keeps of memory that nobody uses any more."""
+def empty_cache(device: torch.device) -> None:
+    """Releases PyTorch's cached memory that is no longer in use."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A job's pictures by their names: samples, and beside them what they are made from and for."""
+"""A job's images by their names: samples, their sources and their targets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Literal
 from ..disk.writing import explain
 from ..errors import FileError
 from .folder import list_inside, open_inside
-from .job import UnknownPictureError
+from .job import UnknownImageError
 
 Kind = Literal["source", "target", "sample"]
-#: As they stand beside each other.
+#: In the order of display.
 KINDS: tuple[Kind, ...] = ("source", "target", "sample")
 SUFFIX = ".png"
 
@@ -26,11 +26,11 @@ _NAMES: dict[Kind, re.Pattern[str]] = {
 
 
 @dataclass(frozen=True)
-class Picture:
+class JobImage:
     """One PNG file of a job."""
 
     name: str
-    """Its file's."""
+    """Of its file."""
     kind: Kind
     item: str
     """Key in the training set."""
@@ -53,39 +53,39 @@ def name_sample(item: str, step: int) -> str:
     return f"step_{step:08d}_{item}"
 
 
-def parse_name(name: str) -> Picture | None:
-    """None for what is no picture's name."""
+def parse_name(name: str) -> JobImage | None:
+    """None for what is no image's name."""
     for kind, pattern in _NAMES.items():
         if match := pattern.fullmatch(name):
             item = match["item"]
             step = int(match["step"]) if kind == "sample" else None
             index = int(match["index"]) if kind == "source" else None
-            return Picture(name, kind, item, step, index)
+            return JobImage(name, kind, item, step, index)
     return None
 
 
-def order(picture: Picture) -> tuple[str, int, int, int, str]:
+def build_sort_key(image: JobImage) -> tuple[str, int, int, int, str]:
     """For sorting."""
-    p = picture
+    p = image
     return p.item, KINDS.index(p.kind), p.step or 0, p.index or 0, p.name
 
 
-def list_pictures(folder: Path) -> list[Picture]:
+def list_images(folder: Path) -> list[JobImage]:
     """Those in a job's folder of samples, by item, kind (sources, target, samples), step, index."""
     names = (path.name for path in list_inside(folder))
-    pictures = [picture for name in names if (picture := parse_name(name)) is not None]
-    return sorted(pictures, key=order)
+    images = [image for name in names if (image := parse_name(name)) is not None]
+    return sorted(images, key=build_sort_key)
 
 
-def read_picture(folder: Path, name: str) -> bytes:
+def read_image(folder: Path, name: str) -> bytes:
     """A PNG's bytes.
 
     Raises:
-        UnknownPictureError: none of the listed names.
+        UnknownImageError: none of the listed names.
         FileError: it cannot be read.
     """
-    if name not in {picture.name for picture in list_pictures(folder)}:
-        raise UnknownPictureError(f"there is no picture {str(name)[:80]!r}; ask for the list again")
+    if name not in {image.name for image in list_images(folder)}:
+        raise UnknownImageError(f"there is no picture {str(name)[:80]!r}; ask for the list again")
     try:
         with open_inside(folder / name) as file:
             return file.read()

@@ -1,4 +1,4 @@
-"""The finished adapter's way into a loras folder: whole, under a free name, and only once."""
+"""Publishing a finished adapter in a loras folder: complete, under a free name, and only once."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SUFFIX = ".safetensors"
 def publish(adapters: Sequence[Path], loras: Path, job_id: str) -> tuple[str, ...]:
     """Copies a job's adapters, with the job's id in their metadata.
 
-    All of them get the same number behind their names where one of the names is taken. A copy that
-    this call made before it was killed is found again, so nothing comes twice.
+    All of them get the same number appended where one of the names is taken. A copy that an
+    earlier, killed call made is found again, so nothing is published twice.
 
     Returns:
         Names in `loras`.
@@ -67,12 +67,12 @@ def publish(adapters: Sequence[Path], loras: Path, job_id: str) -> tuple[str, ..
 
 
 def name_temporary(loras: Path, job_id: str) -> Path:
-    """A name for what is not finished yet: of its job, and of the process that works on it."""
+    """A name for an unfinished file: from its job and the process that writes it."""
     return loras / f".{job_id}.{name_owner(identify())}.{secrets.token_hex(8)}.tmp"
 
 
 def name_owner(identity: WorkerIdentity | None) -> str:
-    """A process in the name of a file: its number, and a digest of what else tells it."""
+    """A process in a file name: its pid, and a digest of what else identifies it."""
     if identity is None:
         return "0"
     told = repr((identity.host, identity.pid, identity.started))
@@ -89,10 +89,10 @@ def is_under_way(temporary: Path) -> bool:
 
 
 def remove_unfinished(loras: Path, job_id: str) -> None:
-    """Deletes what somebody who worked for this job was killed over; nothing that has a name, and
-    nothing that is still being written.
+    """Deletes what killed processes of this job left; nothing that has its final name, and nothing
+    that is still being written.
     """
-    with suppress(OSError):  # a folder that takes no more says so when it is to
+    with suppress(OSError):  # a read-only folder raises when it is written to
         for path in list(loras.glob(f".{job_id}.*.tmp")):
             if not is_under_way(path):
                 path.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def propose_names(adapters: Sequence[Path]) -> Iterator[list[str]]:
 
 
 def copy_with_id(adapter: Path, loras: Path, job_id: str) -> Path:
-    """A temporary copy whose header names the job; the tensors' bytes as they are."""
+    """A temporary copy whose header names the job; the tensors' bytes unchanged."""
     temporary = name_temporary(loras, job_id)
     try:
         with open_inside(adapter) as source, temporary.open("xb") as target:
@@ -153,7 +153,7 @@ def read_header(file: BinaryIO) -> dict[str, Any]:
 
 
 def read_job_id(path: Path) -> str | None:
-    """The job that an adapter file says it is of."""
+    """The job that an adapter file names as its own."""
     try:
         with open_regular(path) as file:
             metadata = read_header(file).get("__metadata__")
@@ -184,7 +184,7 @@ def is_same(path: Path, other: Path) -> bool:
 
 
 def take_name(temporary: Path, path: Path) -> bool:
-    """Gives the file its name unless another one has it by now."""
+    """Gives the file its name unless that has been taken by now."""
     if path.exists():
         return is_same(path, temporary)
     try:
@@ -200,10 +200,10 @@ def take_name(temporary: Path, path: Path) -> bool:
 
 
 def remove_published(names: Sequence[str], loras: Path, job_id: str) -> None:
-    """Deletes a job's copies; a file that is another's by now stays.
+    """Deletes a job's copies; a file that another program has replaced stays.
 
     Raises:
-        FileError: the folder does not let one go; the others are deleted.
+        FileError: one cannot be deleted; the others are.
     """
     kept = []
     for name in names:

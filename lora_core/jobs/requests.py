@@ -1,4 +1,4 @@
-"""What users ask of jobs: when it makes sense, and what it comes to where no worker has the job."""
+"""Users' requests to jobs: when they are valid, and their effect without a worker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .job import Job, JobState, JobStateError, JobStatus, Request
 
 
 def check_allowed(job: Job, request: Request) -> None:
-    """Raises JobStateError where the request makes no sense."""
+    """Raises JobStateError where the request is invalid."""
     status = job.status
     what = {Request.RUN: "resumed", Request.PAUSE: "paused", Request.CANCEL: "cancelled"}[request]
     if request is Request.RUN:

@@ -21,7 +21,7 @@ MAX_NAME = 300
 #: Characters of why settings cannot be read.
 MAX_REASON = 200
 DAMAGED = "the settings in this LoRA are damaged"
-SET_UP_ANEW = "set the training up anew"
+SET_UP_AGAIN = "set the training up anew"
 
 
 def build_again(
@@ -29,21 +29,21 @@ def build_again(
 ) -> TrainConfig:
     """The configuration of the run that made an adapter, with this machine's paths.
 
-    Adapters hold names and no paths. What is looked for is only ever a name without a folder in
-    it, so that an adapter from elsewhere cannot point at other files.
+    Adapters hold names and no paths. Only names without a folder are
+    looked up, so that an adapter from elsewhere cannot point at other files.
 
     Args:
         metadata: the adapter's.
-        find_model: base models of a name.
-        find_dataset: cached training sets of a name; their names hold a digest of their content.
-        find_vae: VAEs of a name, for runs whose losses look at pictures.
+        find_model: base models with a name.
+        find_dataset: cached training sets with a name; their names hold a digest of their content.
+        find_vae: VAEs with a name, for runs whose losses are computed on images.
 
     Returns:
         A configuration to submit; its `output` is a name alone.
 
     Raises:
-        ConfigError: the adapter says nothing of a training by this package, or one in another
-            version's words; or a sentence that names all that is missing here.
+        ConfigError: the adapter was not trained by this package, or by a version with other
+            settings; or a sentence that names all that is missing here.
     """
     values = read_settings(metadata)
     model, data = values["model"], values["data"]
@@ -57,7 +57,7 @@ def build_again(
     for table, key, what, find in wanted:
         name = table.get(key, "")
         if not name:
-            continue  # config_from_dict says so where it is needed
+            continue  # config_from_dict raises where it is required
         found = list(dict.fromkeys(find(name))) if is_plain_name(name) else []
         if len(found) == 1:
             table[key] = str(found[0])
@@ -88,9 +88,9 @@ def read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
         values = parse_object(text, f"the header's {CONFIG_KEY}")
     except FileError as e:
         reason = shorten(str(e).rstrip("."), MAX_REASON)
-        raise ConfigError(f"{DAMAGED} ({reason}); {SET_UP_ANEW}") from None
+        raise ConfigError(f"{DAMAGED} ({reason}); {SET_UP_AGAIN}") from None
     if not all(isinstance(values.get(table), dict) for table in ("model", "data")):
-        raise ConfigError(f"{DAMAGED}; {SET_UP_ANEW}")
+        raise ConfigError(f"{DAMAGED}; {SET_UP_AGAIN}")
     return values
 
 

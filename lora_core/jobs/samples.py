@@ -1,4 +1,4 @@
-"""Samples on the way, from the training set's own cached prompts and references."""
+"""Samples during training, from the training set's own cached prompts and references."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..training.run.session import Session
 from ..training.sampling.pictures import write_latents
 from ..training.sampling.sampling import sample
 from .job import SampleSettings
-from .picture_writer import PictureWriter
+from .picture_writer import ImageWriter
 from .pictures import SUFFIX, name_sample, name_source, name_target
 
 LATENTS_SUFFIX = ".safetensors"
 
 
 class Sampler:
-    """Makes an item's sample with the weights as they are; the run stays as it is to the bit.
+    """Makes an item's sample with the current weights; the run stays bit-identical.
 
     Args:
-        notify: told in sentences what about the pictures is not as it was asked for.
+        notify: called with a sentence for each way the images differ from what was requested.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Sampler:
         self.run = run
         self.folder = folder
         self.indices = self._choose() if settings.every else []
-        self.writer = PictureWriter(settings.vae, session.decode, run.device, notify)
+        self.writer = ImageWriter(settings.vae, session.decode, run.device, notify)
 
     def is_due(self, step: int) -> bool:
         """Also before the first step, to compare with; no sample is made twice."""
@@ -52,13 +52,13 @@ class Sampler:
         return due and not all(self._get_stem(step, i, True).exists() for i in self.indices)
 
     def make(self, step: int, should_stop: ShouldStop) -> float:
-        """Writes latents, and pictures where there is a VAE.
+        """Writes latents, and images where there is a VAE.
 
         Returns:
             Seconds it took.
 
         Raises:
-            InterruptedError: `should_stop` said yes.
+            InterruptedError: `should_stop` returned True.
             NonFiniteLossError: the weights are not finite.
         """
         started = time.monotonic()
@@ -83,10 +83,10 @@ class Sampler:
         return [one for one in wanted if not one[2].with_name(one[2].name + SUFFIX).exists()]
 
     def make_examples(self, should_stop: ShouldStop) -> None:
-        """Writes the pictures of the chosen items' references and targets, from the cached latents.
+        """Writes the images of the chosen items' references and targets, from the cached latents.
 
         Raises:
-            InterruptedError: `should_stop` said yes.
+            InterruptedError: `should_stop` returned True.
         """
         missing = self.list_missing_examples()
         with self._leaving_the_run_alone():
@@ -105,7 +105,7 @@ class Sampler:
             should_stop=should_stop,
         )
         self.writer.write(latents, stem)
-        write_latents(latents, stem)  # last: it is what says that the sample is there
+        write_latents(latents, stem)  # last: it marks the sample as complete
 
     @contextmanager
     def _leaving_the_run_alone(self) -> Iterator[None]:
@@ -113,7 +113,7 @@ class Sampler:
         device = self.run.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for layer in layers:
-                layer.eval()  # no dropout in pictures
+                layer.eval()  # no dropout in images
             try:
                 with self.writer.ready():
                     yield

@@ -1,4 +1,4 @@
-"""`JobStore`: what a program does with training jobs. Several processes may use one folder."""
+"""`JobStore`: the interface to training jobs. Several processes may use one folder."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from .job import (
     make_id,
 )
 from .locks import POLL_INTERVAL, FileLock
-from .pictures import Picture, list_pictures, read_picture
+from .pictures import JobImage, list_images, read_image
 from .publication import publish, remove_published, remove_unfinished, try_folder
 from .requests import apply, check_allowed
 
 JOBS = "jobs"
 DEVICES = "devices"
 INDEX_FILE = "jobs.sqlite"
-LOCK_TIMEOUT = 5.0  # seconds; everybody but workers holds a job's lock for milliseconds
+LOCK_TIMEOUT = 5.0  # seconds; all but workers hold a job's lock for milliseconds
 KEY_TIMEOUT = 30.0  # seconds
-LEFTOVER_AGE = 600.0  # seconds after which a submission is not under way any more
+LEFTOVER_AGE = 600.0  # seconds after which a submission is considered abandoned
 LOG_TAIL_BYTES = 65536
 LOG_MAX_BYTES = 1 << 20
 WAIT_INTERVAL = 0.2  # seconds
@@ -53,13 +53,13 @@ WAIT_INTERVAL = 0.2  # seconds
 class JobStore:
     """The jobs below one folder, for any number of threads and processes at once.
 
-    Every method that takes a job id raises ConfigError for what is no id and UnknownJobError where
+    Every method that takes a job id raises ConfigError for an invalid id and UnknownJobError where
     there is no such job; those that change something raise JobStateError where its state forbids
     it, and FileError where the disk is full or read-only.
     """
 
     def __init__(self, root: str | os.PathLike[str]):
-        """Makes the folder where it is missing.
+        """Creates the folder where it is missing.
 
         Raises:
             FileError: it cannot be made or written, or its file system has no locks.
@@ -71,11 +71,11 @@ class JobStore:
         except OSError as e:
             raise FileError(f"the jobs' folder cannot be made: {explain(e)}") from None
         self._submissions = FileLock(self.root / "submissions.lock")
-        self._submissions.is_held()  # says where there are no locks
+        self._submissions.is_held()  # raises where there are no locks
         self.index = JobIndex(self.root / INDEX_FILE)
         self.catalog = Catalog(self.root / JOBS, self.index)
 
-    # --- asking ---
+    # --- queries ---
 
     def get(self, job_id: str) -> Job:
         """The job as it is now."""
@@ -110,10 +110,10 @@ class JobStore:
 
         Args:
             should_stop: asked a few times a second; True ends the waiting, not the job.
-            notify: told the job whenever it changed.
+            notify: called with the job whenever it changed.
 
         Returns:
-            The job as it was last: finished, paused, or whatever it was when the time was over.
+            The job's last state: finished, paused, or whatever it was at the timeout.
 
         Raises:
             InterruptedError: `should_stop` returned True.
@@ -177,29 +177,29 @@ class JobStore:
                 return []
 
     def list_samples(self, job_id: str) -> list[Path]:
-        """Pictures and latents made on the way, in the order of their steps."""
+        """Images and latents made during training, in the order of their steps."""
         folder = self.catalog.find(job_id)
         return [path for path in list_inside(folder.samples) if not path.name.startswith(".")]
 
-    def list_pictures(self, job_id: str) -> list[Picture]:
+    def list_images(self, job_id: str) -> list[JobImage]:
         """Samples, and sources and targets to compare them with; empty until there are some.
 
         By item, then sources, target and samples, by step.
         """
-        return list_pictures(self.catalog.find(job_id).samples)
+        return list_images(self.catalog.find(job_id).samples)
 
-    def read_picture(self, job_id: str, name: str) -> bytes:
+    def read_image(self, job_id: str, name: str) -> bytes:
         """A PNG file.
 
         Args:
-            name: one of those that `list_pictures` gives.
+            name: one of those that `list_images` gives.
 
         Raises:
-            UnknownPictureError: it is none of them.
+            UnknownImageError: it is none of them.
         """
         folder = self.catalog.find(job_id)
         with self.catalog.using(folder):
-            return read_picture(folder.samples, name)
+            return read_image(folder.samples, name)
 
     def list_adapters(self, job_id: str) -> list[Path]:
         """Every adapter file of the job that is there, the finished ones last."""
@@ -229,7 +229,7 @@ class JobStore:
             The job's id.
 
         Raises:
-            ConfigError: the settings are no good.
+            ConfigError: the settings are invalid.
             FileError: the model, the training set or the loras folder is missing, or the disk does
                 not take the job.
         """
@@ -239,7 +239,7 @@ class JobStore:
         values = {name: to_plain(value) for name, value in settings.items()}
         wanted = build(JobSettings, {"train": config_to_dict(train), "key": key, **values}, "")
         check_files(wanted)
-        # Only those with a key have to know of each other.
+        # Only those with a key exclude each other.
         with self._submissions.held(KEY_TIMEOUT) if key else nullcontext():
             if key and (same := self.find_same(key)) is not None:
                 return same.id
@@ -249,7 +249,7 @@ class JobStore:
         return job_id
 
     def pause(self, job_id: str) -> Job:
-        """A checkpoint after the step under way, then the process ends; at once if it only waits.
+        """Saves a checkpoint after the current step, then the process ends; at once if queued.
 
         Raises:
             JobStateError: the job is finished.
@@ -257,10 +257,10 @@ class JobStore:
         return self._ask(job_id, Request.PAUSE)
 
     def cancel(self, job_id: str) -> Job:
-        """A checkpoint and an adapter after the step under way, then the process ends.
+        """Saves a checkpoint and an adapter after the current step, then the process ends.
 
-        Asked a second time of a worker that gives no sign of life, it ends the process at once;
-        what was saved before is kept.
+        A second request to an unresponsive worker ends its process at once; what was saved before
+        is kept.
 
         Raises:
             JobStateError: the job is completed or failed.
@@ -272,9 +272,9 @@ class JobStore:
         return job
 
     def resume(self, job_id: str) -> Job:
-        """Back into the queue, at its end: paused, failed and cancelled jobs. Goes on where it was.
+        """Requeues paused, failed and cancelled jobs at the end; they resume where they stopped.
 
-        A pause or cancellation that the worker has not got to yet is taken back.
+        A pause or cancellation that the worker has not handled yet is withdrawn.
 
         Raises:
             JobStateError: the job is completed, or runs or waits anyway.
@@ -286,7 +286,7 @@ class JobStore:
 
         Args:
             changes: by dotted name, `{"steps": 500, "lora.rank": 8, "samples.every": 100}`: those
-                of `TrainConfig`, and of `JobSettings` beside `train`.
+                of `TrainConfig`, and of `JobSettings` besides `train`.
 
         Returns:
             The new job's id.
@@ -384,13 +384,13 @@ class JobStore:
             try:
                 age_s = time.time() - path.stat().st_mtime
             except OSError:
-                continue  # somebody else deletes it
+                continue  # another process is deleting it
             if path.suffix == ".deleted" or (path.suffix == ".new" and age_s > LEFTOVER_AGE):
                 remove_traces(path)
                 shutil.rmtree(path, ignore_errors=True)
 
     def apply_request(self, job: Job) -> Job:
-        """What a request comes to where no worker is there to follow it; the lock is held."""
+        """Applies a request where there is no worker; the lock is held."""
         folder = self.catalog.find(job.id)
         state = apply(job.state, job.request)
         with self.catalog.using(folder):
@@ -407,7 +407,7 @@ class JobStore:
             temporary.mkdir()
             folder = JobFolder(temporary)
             folder.write_settings(settings)
-            if settings.loras:  # now, that a trial which is left over is found by the settings
+            if settings.loras:  # now, so that a leftover trial file is found by the settings
                 try_folder(Path(settings.loras), path.name)
             folder.write_state(state)
             rename(temporary, path)
@@ -434,7 +434,7 @@ class JobStore:
         with self.catalog.using(folder):
             if self._acquire(folder):
                 try:
-                    # what was asked before and nobody followed is answered by this
+                    # this also settles an earlier request that no worker handled
                     job = self.catalog.read(folder)
                     check_allowed(job, request)
                     return self.apply_request(dataclasses.replace(job, request=request))
@@ -451,7 +451,7 @@ def get_device_lock(root: Path, device_key: str) -> FileLock:
 
 
 def check_files(settings: JobSettings) -> None:
-    """Raises FileError for what a worker would stumble over minutes later."""
+    """Raises FileError for what would fail in a worker minutes later."""
     train = settings.train
     places = (
         ("the model", train.model.source),
@@ -467,7 +467,7 @@ def check_files(settings: JobSettings) -> None:
 
 
 def remove_traces(leftover: Path) -> None:
-    """Of a job that was half submitted or half deleted: what it left in its loras folder."""
+    """Removes what a half-submitted or half-deleted job left in its loras folder."""
     try:
         job_id = check_id(leftover.name.split(".")[1])
         loras = JobFolder(leftover).read_settings().loras

@@ -1,7 +1,7 @@
-"""Who starts workers, and notices when one dies: a thread in ComfyUI, or a program of its own.
+"""Starts workers, and notices when one dies: a thread in ComfyUI, or a separate program.
 
-Any number of supervisors may look after one store. Nothing is kept only here, so one that is
-killed is replaced by the next, which finds running workers by the locks they hold.
+Any number of supervisors may serve one store. No state is kept only here, so one that is killed is
+replaced by the next, which finds running workers by the locks they hold.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..errors import FileError, LoraError
 from ..training.run.checkpoint import CheckpointFolder
 from ..training.run.run import CHECKPOINTS
 from .devices import Device, choose_devices, list_devices
-from .failure import explain_death, fail, is_from_outside, restart_or_fail
+from .failure import build_failed_state, explain_death, is_from_outside, restart_or_fail
 from .folder import JobFolder, restore
 from .identity import describe_host, identify, is_running
 from .job import Job, JobState, JobStatus, UnknownJobError, WorkerIdentity
@@ -31,11 +31,10 @@ from .store import JobStore
 
 TICK_INTERVAL = 0.5  # seconds
 CLAIM_TIMEOUT = 60.0  # seconds from the claim to the worker's first sign of life
-#: Seconds that the one who started a worker has to tell its exit status before others settle it.
+#: Seconds that a worker's parent has to record its exit status before others settle the job.
 PARENT_TIMEOUT = 3.0
 EXIT_FAILED = 1
-#: In the place of a launcher's exit status, or of 0 where the worker did nothing; no process has
-#: them.
+#: Replace a launcher's exit status, or 0 where the worker did nothing; no process has them.
 LAUNCHER_FAILED = 1 << 16
 DID_NOTHING = 1 << 17
 
@@ -58,14 +57,14 @@ class Child:
 
 
 class Supervisor:
-    """Looks after a store: `start` a thread, or call `tick` oneself.
+    """Supervises a store: `start` a thread, or call `tick` directly.
 
     Args:
         devices: those this supervisor uses; all of the machine if None.
-        prepare: asked before a worker is started on a device until it says True; frees memory.
-        listener: told (id, job) for each job that changed and (id, None) for one that was
-            deleted, in the supervisor's thread.
-        launch: starts a worker on devices and gives something with `poll`, as
+        prepare: called before a worker is started on a device until it returns True; frees memory.
+        listener: called with (id, job) for each job that changed and (id, None) for one that
+            was deleted, in the supervisor's thread.
+        launch: starts a worker on devices and returns an object with `poll`, as
             `launch.start_worker` does.
     """
 
@@ -87,10 +86,10 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._exit_codes: dict[str, int] = {}
         self._first_seen_dead: dict[str, float] = {}
-        self._told: dict[str, Job] = {}
+        self._reported: dict[str, Job] = {}
         self._problem = ""
-        self._said: set[str] = set()
-        self._said_before: set[str] = set()
+        self._warned: set[str] = set()
+        self._warned_before: set[str] = set()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -104,7 +103,7 @@ class Supervisor:
             self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; workers go on."""
+        """Ends the thread; workers keep running."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -121,24 +120,24 @@ class Supervisor:
                 self.tick()
                 self._problem = ""
             except Exception as e:
-                # Whatever it is, jobs that run must not be left alone for the rest of the session.
+                # Whatever it is, running jobs must stay supervised for the rest of the session.
                 if repr(e) != self._problem:
                     self._problem = repr(e)
                     logger.exception("Qwen Edit LoRA: the training jobs could not be looked after")
             self._stop.wait(TICK_INTERVAL)
 
     def tick(self) -> None:
-        """Looks once at everything: ended workers, requests, free devices, changes."""
-        self._said_before, self._said = self._said, set()
+        """One pass over everything: ended workers, requests, free devices, changes."""
+        self._warned_before, self._warned = self._warned, set()
         self._collect()
-        jobs = [self._look_at(job) for job in self.store.list()]
+        jobs = [self._update_safely(job) for job in self.store.list()]
         self._start_next(jobs)
-        self._tell(jobs)
+        self._notify_listener(jobs)
 
-    # --- the dead ---
+    # --- ended workers ---
 
     def _collect(self) -> None:
-        """Exit statuses of workers started here; this is also what makes the system forget them."""
+        """Collects exit statuses of workers started here, which also reaps them."""
         for job_id, child in list(self._children.items()):
             code = child.process.poll()
             if code is not None:
@@ -146,38 +145,38 @@ class Supervisor:
                 self._release(job_id, len(child.devices))
                 if len(child.devices) == 1:
                     self._exit_codes[job_id] = code
-                elif code and not self._has_spoken(child):
+                elif code and not self._has_reported(child):
                     # A launcher's own status hides how the process under it ended.
                     self._exit_codes[job_id] = LAUNCHER_FAILED
                 if code == 0 and self._did_nothing(child):
                     self._exit_codes[job_id] = DID_NOTHING
 
-    def _has_spoken(self, child: Child) -> bool:
-        """Whether the worker under a launcher wrote down itself what became of the job."""
+    def _has_reported(self, child: Child) -> bool:
+        """Whether the worker under a launcher recorded the job's outcome itself."""
         try:
             state = self.store.get(child.job_id).state
         except LoraError:
-            return True  # deleted or damaged: nothing to be told any more
+            return True  # deleted or damaged: nothing left to report
         began = state.parent is not None and state.parent.pid == child.process.pid
         return began and state.status is not JobStatus.IN_PROGRESS
 
     def _did_nothing(self, child: Child) -> bool:
-        """Whether a worker that ended as if all were well never touched a job that waits for it."""
+        """Whether a worker that exited with 0 never touched its pending job."""
         try:
             job = self.store.get(child.job_id)
         except LoraError:
             return False
         return job.request is None and job.state == child.before
 
-    def _look_at(self, job: Job) -> Job:
-        """The job after what had to be done about it; of one job, nothing keeps from the others."""
+    def _update_safely(self, job: Job) -> Job:
+        """The job after any action it needed; an error in one job does not affect the others."""
         try:
-            return self._look_closely_at(job)
-        except Exception as e:  # noqa: BLE001 - whatever it is, it is told
-            self._tell_trouble(job, e)
+            return self._update_job(job)
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is logged
+            self._log_failure(job, e)
             return job
 
-    def _look_closely_at(self, job: Job) -> Job:
+    def _update_job(self, job: Job) -> Job:
         started_badly = (
             job.status is JobStatus.PENDING
             and job.id not in self._children
@@ -195,7 +194,7 @@ class Supervisor:
             if not self._may_settle(job) or not folder.lock.try_acquire():
                 return job
         except FileError as e:
-            self._say_once(str(e))
+            self._warn_once(str(e))
             return job
         except UnknownJobError:
             return job
@@ -204,13 +203,13 @@ class Supervisor:
         except UnknownJobError:
             return job
         except FileError as e:
-            self._say_once(str(e))  # a full disk: again at the next tick
+            self._warn_once(str(e))  # a full disk: again at the next tick
             return job
         finally:
             folder.lock.release()
 
     def _may_settle(self, job: Job) -> bool:
-        """Leaves a dead worker to who started it, for a while: only he knows its exit status."""
+        """Leaves a dead worker to its parent for a while: only the parent knows its exit status."""
         seen = self._first_seen_dead.setdefault(job.id, time.monotonic())
         if job.id in self._children and job.status is not JobStatus.IN_PROGRESS:
             return True
@@ -220,7 +219,7 @@ class Supervisor:
         return not is_other or time.monotonic() - seen > PARENT_TIMEOUT
 
     def _settle(self, job: Job, folder: JobFolder) -> Job:
-        """Writes down what became of a job without a worker; its lock is held."""
+        """Records the outcome of a job without a worker; its lock is held."""
         self._first_seen_dead.pop(job.id, None)
         code = self._exit_codes.get(job.id)
         state = job.state
@@ -230,7 +229,7 @@ class Supervisor:
         if did_nothing:
             code = 0
         if state.status is JobStatus.IN_PROGRESS:
-            state = self._judge(job, folder, code)
+            state = self._decide_after_death(job, folder, code)
         elif state.status is JobStatus.PENDING and (
             did_nothing or code not in (None, 0, EXIT_TAKEN, EXIT_NOTHING_TO_DO)
         ):
@@ -238,25 +237,27 @@ class Supervisor:
             if is_from_outside(code):
                 state = restart_or_fail(state, job.settings, state.checkpoint_step, failure)
             else:
-                state = fail(state, failure)
+                state = build_failed_state(state, failure)
         if state != job.state:
             folder.write_state(state)
             job = dataclasses.replace(job, state=state)
-        self._exit_codes.pop(job.id, None)  # not before it is written down
+        self._exit_codes.pop(job.id, None)  # not before it is recorded
         return self.store.apply_request(job) if job.request else job
 
-    def _judge(self, job: Job, folder: JobFolder, code: int | None) -> JobState:
-        """A job whose worker died: again, or failed."""
+    def _decide_after_death(self, job: Job, folder: JobFolder, code: int | None) -> JobState:
+        """The state of a job whose worker died: restarted, or failed."""
         steps = CheckpointFolder(folder.path / CHECKPOINTS).list_steps()
         reached = steps[-1] if steps else 0
         restarts = 0 if reached > job.state.restarted_at_step else job.state.restarts
         failure = explain_death(code, folder, restarts)
         logger.warning("Qwen Edit LoRA: job %s: %s.", job.id, failure.sentence)
         if not is_from_outside(code):
-            return fail(dataclasses.replace(job.state, checkpoint_step=reached), failure)
+            return build_failed_state(
+                dataclasses.replace(job.state, checkpoint_step=reached), failure
+            )
         return restart_or_fail(job.state, job.settings, reached, failure)
 
-    # --- the next ---
+    # --- starting workers ---
 
     def _start_next(self, jobs: Sequence[Job]) -> None:
         waiting = sorted(
@@ -269,7 +270,7 @@ class Supervisor:
         taken = {device for child in self._children.values() for device in child.devices}
         taken |= {d for d in self.devices if self.store.get_device_lock(d.key).is_held()}
         for job in waiting:
-            # one that ended badly waits until that is written down
+            # a failed one waits until that is recorded
             if job.id in self._children or job.id in self._exit_codes:
                 continue
             settings = job.settings
@@ -281,15 +282,15 @@ class Supervisor:
                 taken,
             )
             is_free = bool(chosen) and taken.isdisjoint(chosen)
-            taken.update(chosen)  # kept for it, also while it waits for others
+            taken.update(chosen)  # reserved for it, also while it waits for others
             try:
                 if is_free and self._is_prepared(job, chosen):
                     self._start(job, chosen)
-            except Exception as e:  # noqa: BLE001 - whatever it is, it is told
-                self._tell_trouble(job, e)
+            except Exception as e:  # noqa: BLE001 - whatever it is, it is logged
+                self._log_failure(job, e)
 
     def _is_prepared(self, job: Job, devices: Sequence[Device]) -> bool:
-        """Asked again at the next tick until it is."""
+        """Checked again at each tick until it is."""
         return self.prepare is None or all(self.prepare(job, device) for device in devices)
 
     def _renew_claims(self) -> None:
@@ -301,7 +302,7 @@ class Supervisor:
         until = now + CLAIM_TIMEOUT
         for index, device in enumerate(devices):
             name = name_claim(job_id, index)
-            if not self.store.index.claim(name, device.key, self.owner, now, until, is_gone):
+            if not self.store.index.claim(name, device.key, self.owner, now, until, has_ended):
                 self._release(job_id, index)
                 return False
         return True
@@ -318,35 +319,35 @@ class Supervisor:
             process = self.launch(self.store.root, folder, devices)
         except LoraError as e:
             self._release(job.id, len(devices))
-            self._say_once(str(e))
+            self._warn_once(str(e))
             return
         self._children[job.id] = Child(process, job.id, tuple(devices), job.state)
 
-    # --- telling ---
+    # --- reporting ---
 
-    def _tell(self, jobs: Sequence[Job]) -> None:
-        told = {}
+    def _notify_listener(self, jobs: Sequence[Job]) -> None:
+        reported = {}
         for job in jobs:
-            if self.listener is not None and self._told.get(job.id) != job:
+            if self.listener is not None and self._reported.get(job.id) != job:
                 self.listener(job.id, job)
-            told[job.id] = job
+            reported[job.id] = job
         if self.listener is not None:
-            for job_id in self._told.keys() - told.keys():
+            for job_id in self._reported.keys() - reported.keys():
                 self.listener(job_id, None)
-        self._told = told
+        self._reported = reported
 
-    def _say_once(self, sentence: str) -> None:
-        """Not again at each tick as long as it is so."""
-        if sentence not in self._said | self._said_before:
+    def _warn_once(self, sentence: str) -> None:
+        """Does not repeat it at each tick while it persists."""
+        if sentence not in self._warned | self._warned_before:
             logger.warning("Qwen Edit LoRA: %s", sentence)
-        self._said.add(sentence)
+        self._warned.add(sentence)
 
-    def _tell_trouble(self, job: Job, error: Exception) -> None:
-        """As `_say_once`, with what a programmer wants to know."""
+    def _log_failure(self, job: Job, error: Exception) -> None:
+        """As `_warn_once`, with the traceback."""
         sentence = f"job {job.id} could not be looked after ({type(error).__name__})"
-        if sentence not in self._said | self._said_before:
+        if sentence not in self._warned | self._warned_before:
             logger.error("Qwen Edit LoRA: %s.", sentence, exc_info=error)
-        self._said.add(sentence)
+        self._warned.add(sentence)
 
 
 def name_claim(job_id: str, index: int) -> str:
@@ -355,11 +356,11 @@ def name_claim(job_id: str, index: int) -> str:
 
 
 def to_owner(identity: WorkerIdentity | None) -> str:
-    """A supervisor's name in the index, from which others see whether it lives."""
+    """A supervisor's name in the index, by which others can tell whether it is alive."""
     return json.dumps(dataclasses.asdict(identity)) if identity else secrets.token_hex(8)
 
 
-def is_gone(owner: str) -> bool:
+def has_ended(owner: str) -> bool:
     """Whether a supervisor of this machine has ended; False where that cannot be known."""
     try:
         identity = restore(WorkerIdentity, parse_json(owner, "a claim's owner"))

@@ -1,9 +1,9 @@
-"""The processes of one job: usually one; with several GPUs one for each, as PyTorch's launcher
-starts them and Hugging Face Accelerate joins them.
+"""The processes of one job: usually one; with several GPUs one for each, started by PyTorch's
+launcher and joined by Hugging Face Accelerate.
 
-The first of them is the job's worker: it alone holds the locks, writes the state, makes samples and
-saves. All watch each other, since a process that waits for a dead one's gradients waits for long:
-whoever sees another one gone ends too, so that none stays behind.
+Rank 0 is the job's worker: it alone holds the locks, writes the state, makes samples and saves. All
+watch each other, since a process that waits for a dead one's gradients waits for long: a process
+that sees another one die ends too, so that none is left behind.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ..disk.writing import replace
 from .folder import MAX_JSON_BYTES, JobFolder, open_inside, restore
 from .identity import identify, is_running
 from .job import JobFailure, WorkerIdentity
-from .job_reporter import say
+from .job_reporter import log_line
 from .nccl import choose_settings, explain_shared_memory
 
 WATCH_INTERVAL = 0.3  # seconds
-#: Seconds in which the death behind an error of the communication shows.
+#: Seconds in which the death behind a communication error becomes visible.
 DEATH_TIMEOUT = 3.0
-#: Hours for which a process may wait for another, such as while the first one makes samples. A dead
-#: one is noticed by `Team.watch`.
+#: Hours for which a process may wait for another, such as while rank 0 makes samples. A dead one is
+#: noticed by `ProcessGroup.watch`.
 PATIENCE_H = 48
 
 
-class Team:
-    """This process among those of its job.
+class ProcessGroup:
+    """This process and the others of its job.
 
     Args:
-        accelerator: None for a process on its own, for which nothing here costs anything.
+        accelerator: None for a single process, for which everything here is free.
     """
 
     def __init__(self, accelerator: Any = None):
@@ -52,7 +52,7 @@ class Team:
         return self.index == 0
 
     def agree(self, value: Any) -> Any:
-        """The first process's value, on all of them."""
+        """Rank 0's value, on all processes."""
         if self.count == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -72,7 +72,7 @@ class Team:
         threading.Thread(target=self._watch, args=(on_death,), name="team", daemon=True).start()
 
     def find_dead(self, timeout_s: float = 0.0) -> int | None:
-        """Another process that has ended, waiting for it to show; None while all live."""
+        """Another process that has ended, waiting up to `timeout_s`; None while all are alive."""
         deadline = time.monotonic() + timeout_s
         while self.members:
             for index, member in enumerate(self.members):
@@ -84,15 +84,15 @@ class Team:
         return None
 
     def stop_watching(self) -> None:
-        """After this, the end of another process is none of this one's business.
+        """After this, the end of another process is ignored.
 
         Does not return while `on_death` runs, which ends the process.
         """
         with self._watching:
             self._is_over = True
 
-    def wait_for_the_first(self) -> None:
-        """Returns when the first process has ended."""
+    def wait_for_main(self) -> None:
+        """Returns when rank 0 has ended."""
         while self.members and is_running(self.members[0]):
             time.sleep(WATCH_INTERVAL)
 
@@ -108,15 +108,15 @@ class Team:
                     return
 
 
-def join_team(on_cpu: bool) -> Team:
-    """The team that the launcher's environment names.
+def join_process_group(on_cpu: bool) -> ProcessGroup:
+    """The process group that the launcher's environment describes.
 
     Raises:
-        ConfigError: Accelerate is missing, or told to shard the model.
+        ConfigError: Accelerate is missing, or configured to shard the model.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count < 2:
-        return Team()
+        return ProcessGroup()
     from ..training.command_line import find_accelerator
 
     if not on_cpu:
@@ -124,20 +124,20 @@ def join_team(on_cpu: bool) -> Team:
         os.environ.update(settings)
         is_first = os.environ.get("RANK", "0") == "0"
         if settings and is_first:
-            say(f"set for these cards and their driver: {', '.join(settings)}")
+            log_line(f"set for these cards and their driver: {', '.join(settings)}")
         if is_first and (sentence := explain_shared_memory(count, os.environ)):
-            say(sentence)
-    return Team(find_accelerator(on_cpu, patience_h=PATIENCE_H))
+            log_line(sentence)
+    return ProcessGroup(find_accelerator(on_cpu, patience_h=PATIENCE_H))
 
 
-# --- what one that fails leaves for the first -----------------------------------------------------
+# --- failures that other processes report to rank 0 -----------------------------------------------
 
 
 def get_failure_path(folder: JobFolder, index: int):
     return folder.path / f".process_{index}.failure"
 
 
-def leave_failure(folder: JobFolder, index: int, failure: JobFailure) -> None:
+def write_failure(folder: JobFolder, index: int, failure: JobFailure) -> None:
     """Raises OSError where the disk does not take it."""
     path = get_failure_path(folder, index)
     temporary = path.with_suffix(".new")
@@ -145,8 +145,8 @@ def leave_failure(folder: JobFolder, index: int, failure: JobFailure) -> None:
     replace(temporary, path)
 
 
-def take_failure(folder: JobFolder, index: int) -> JobFailure | None:
-    """What a process said before it ended; None if it was ended from outside."""
+def pop_failure(folder: JobFolder, index: int) -> JobFailure | None:
+    """A process's own failure report; None if it was ended from outside."""
     path = get_failure_path(folder, index)
     try:
         with open_inside(path) as file:

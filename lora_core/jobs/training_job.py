@@ -1,4 +1,4 @@
-"""What a worker does with its job: loads, trains from the last checkpoint on, publishes."""
+"""What a worker does with its job: loads, trains from the last checkpoint, publishes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..training.run.adapter_files import EMA_SUFFIX
 from ..training.run.processes import NO_NCCL, Processes
 from ..training.run.run import Run, open_checkpoints
 from ..training.run.session import Session, choose_device, describe_session, open_session
-from .alarms import Alarms
-from .devices import place
+from .alarms import Alerts
+from .devices import set_device
 from .folder import JobFolder
 from .job import JobSettings, Phase, SampleSettings
-from .job_reporter import MutedPulse, Pulse
+from .job_reporter import JobReporter, NullReporter
 from .publication import publish, remove_unfinished
 from .samples import Sampler
 
@@ -35,41 +35,41 @@ LOG_EVERY = 10  # steps
 
 
 class Stop:
-    """Whether the training is to stop: once it was said, it stays said until `forget`.
+    """Whether the training should stop: once requested, it stays requested until `reset`.
 
-    What is left out for a stop must not be missing where the stop is taken back a moment later; so
-    all who ask hear the same, and `run_job` asks anew when everything is saved.
+    Work skipped for a stop must not be missing if the stop is withdrawn a moment later; so every
+    caller gets the same answer, and `run_job` checks again when everything is saved.
     """
 
-    def __init__(self, ask: ShouldStop):
-        self._ask = ask
-        self._is_said = False
+    def __init__(self, should_stop: ShouldStop):
+        self._should_stop = should_stop
+        self._is_requested = False
 
     def __call__(self) -> bool:
-        self._is_said = self._is_said or self._ask()
-        return self._is_said
+        self._is_requested = self._is_requested or self._should_stop()
+        return self._is_requested
 
-    def forget(self) -> None:
-        self._is_said = False
+    def reset(self) -> None:
+        self._is_requested = False
 
 
 def run_job(
     settings: JobSettings,
     folder: JobFolder,
     devices: Sequence[str],
-    pulse: Pulse | MutedPulse,
+    reporter: JobReporter | NullReporter,
     accelerator: Accelerator | None = None,
     is_shared: bool = False,
 ) -> bool:
-    """Trains until the end or until the pulse says stop; either way everything is saved.
+    """Trains until the end or until the reporter requests a stop; either way everything is saved.
 
     Args:
-        devices: names of those that the job got.
-        accelerator: for one of several processes; the first of them makes samples and publishes.
+        devices: names of the job's devices.
+        accelerator: for one of several processes; rank 0 makes samples and publishes.
         is_shared: whether ComfyUI computes on the device too.
 
     Returns:
-        Whether it got to the end, and the adapter is where it was wanted.
+        Whether it reached the end, and the adapter is in its final place.
 
     Raises:
         LoraError: what is wrong with the job.
@@ -83,61 +83,64 @@ def run_job(
     if len(devices) > 1 and accelerator is None:
         raise ConfigError(NO_NCCL)
     processes = Processes(accelerator)
-    config = place(dataclasses.replace(settings.train, output=str(folder.path)), devices[0])
-    pulse.say(f"loading {Path(config.model.source).name}")
+    config = set_device(dataclasses.replace(settings.train, output=str(folder.path)), devices[0])
+    reporter.log(f"loading {Path(config.model.source).name}")
     device = choose_device(config.model) if accelerator is None else accelerator.device
     session = open_session(config, device, is_shared=is_shared)
     for sentence in describe_session(session, config):
-        pulse.say(sentence)
-    run = open_run(config, session, pulse, processes)
+        reporter.log(sentence)
+    run = open_run(config, session, reporter, processes)
     samples = settings.samples if processes.is_main else SampleSettings()
-    sampler = Sampler(samples, session, run, folder.samples, pulse.note)
-    alarms = Alarms(config)
-    pulse.update(phase=Phase.TRAINING, step=run.step, num_steps=config.steps)
-    stop = Stop(pulse.should_stop)
+    sampler = Sampler(samples, session, run, folder.samples, reporter.add_note)
+    alerts = Alerts(config)
+    reporter.update(phase=Phase.TRAINING, step=run.step, num_steps=config.steps)
+    stop = Stop(reporter.should_stop)
     while True:
-        stop.forget()
+        stop.reset()
         if sampler.list_missing_examples():
-            with sampling(sampler, pulse):
+            with sampling(sampler, reporter):
                 sampler.make_examples(stop)
-        take_sample(sampler, run.step, pulse, stop)
+        take_sample(sampler, run.step, reporter, stop)
         for report in run.take_steps(stop):
-            pulse.report(report)
-            for sentence in alarms.look(report):
-                pulse.alarm(sentence)
+            reporter.report(report)
+            for sentence in alerts.check(report):
+                reporter.add_alert(sentence)
             if report.step == 1 or report.step % LOG_EVERY == 0 or report.step == config.steps:
-                pulse.say(describe_report(report))
-            take_sample(sampler, report.step, pulse, stop)
+                reporter.log(describe_report(report))
+            take_sample(sampler, report.step, reporter, stop)
         if run.step == config.steps:
             break
-        pulse.update(phase=Phase.SAVING)
+        reporter.update(phase=Phase.SAVING)
         adapters = run.save_adapters(run.step) if run.step else ()
-        pulse.update(adapters=adapters, checkpoint_step=run.step)
-        stop.forget()
+        reporter.update(adapters=adapters, checkpoint_step=run.step)
+        stop.reset()
         if run.is_still_to_stop(stop):
-            pulse.say(f"stopped after step {run.step}")
+            reporter.log(f"stopped after step {run.step}")
             return False
-        pulse.say(f"asked to go on after all; goes on after step {run.step}")
-        pulse.update(phase=Phase.TRAINING)
-    stop.forget()
-    take_sample(sampler, run.step, pulse, stop)
-    pulse.update(phase=Phase.SAVING)
+        reporter.log(f"asked to go on after all; goes on after step {run.step}")
+        reporter.update(phase=Phase.TRAINING)
+    stop.reset()
+    take_sample(sampler, run.step, reporter, stop)
+    reporter.update(phase=Phase.SAVING)
     suffixes = ("", EMA_SUFFIX) if run.ema is not None else ("",)
     adapters = tuple(f"{config.name}{suffix}.safetensors" for suffix in suffixes)
-    pulse.update(adapters=adapters, checkpoint_step=run.step)
+    reporter.update(adapters=adapters, checkpoint_step=run.step)
     if settings.loras and processes.is_main:
         paths = [folder.path / name for name in adapters]
         remove_unfinished(Path(settings.loras), folder.id)
         published = publish(paths, Path(settings.loras), folder.id)
-        pulse.update(published=published)
-        pulse.say(f"the adapter is in the loras folder as {', '.join(published)}")
+        reporter.update(published=published)
+        reporter.log(f"the adapter is in the loras folder as {', '.join(published)}")
     return True
 
 
 def open_run(
-    config: TrainConfig, session: Session, pulse: Pulse | MutedPulse, processes: Processes
+    config: TrainConfig,
+    session: Session,
+    reporter: JobReporter | NullReporter,
+    processes: Processes,
 ) -> Run:
-    """What `train` opens, kept at hand since a run that is stopped shall also leave an adapter."""
+    """What `train` opens, kept since a stopped run should also leave an adapter."""
     return Run(
         config,
         session.model,
@@ -147,24 +150,28 @@ def open_run(
         Objective(config.objective, None, session.decode),
         session.variant,
         processes,
-        pulse.note,
+        reporter.add_note,
         resume=bool(open_checkpoints(config).list_steps()),
     )
 
 
-def take_sample(sampler: Sampler, step: int, pulse: Pulse | MutedPulse, stop: Stop) -> None:
+def take_sample(
+    sampler: Sampler, step: int, reporter: JobReporter | NullReporter, stop: Stop
+) -> None:
     """Makes the step's samples where they are due."""
     if not sampler.is_due(step) or stop():
         return
-    with sampling(sampler, pulse):
+    with sampling(sampler, reporter):
         seconds = sampler.make(step, stop)
-        pulse.say(f"sampled {len(sampler.indices)} pictures after step {step} in {seconds:.1f} s")
+        reporter.log(
+            f"sampled {len(sampler.indices)} pictures after step {step} in {seconds:.1f} s"
+        )
 
 
 @contextmanager
-def sampling(sampler: Sampler, pulse: Pulse | MutedPulse) -> Iterator[None]:
-    """Where samples do not fit into memory, training goes on without them."""
-    pulse.update(phase=Phase.SAMPLING)
+def sampling(sampler: Sampler, reporter: JobReporter | NullReporter) -> Iterator[None]:
+    """Where samples do not fit into memory, training continues without them."""
+    reporter.update(phase=Phase.SAMPLING)
     try:
         yield
     except InterruptedError:
@@ -173,8 +180,8 @@ def sampling(sampler: Sampler, pulse: Pulse | MutedPulse) -> Iterator[None]:
         if not is_out_of_memory(e):
             raise
         sampler.indices = []
-        pulse.note("samples did not fit into memory; training goes on without them")
+        reporter.add_note("samples did not fit into memory; training goes on without them")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     finally:
-        pulse.update(phase=Phase.TRAINING)
+        reporter.update(phase=Phase.TRAINING)

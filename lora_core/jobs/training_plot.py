@@ -1,4 +1,4 @@
-"""The picture of a training: loss, and beside it how large the LoRA and its gradients are."""
+"""The plot of a training: loss, and the size of the LoRA and its gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..drawing.style import (
 )
 from ..inspection.verdict import GOOD_STD
 
-#: Points drawn of a curve: each stands for the mean of the steps around it.
+#: Points drawn per curve: each is the mean of the steps around it.
 MAX_POINTS = 1000
 #: Raw losses above this quantile do not stretch the axis.
 SHOWN_QUANTILE = 0.995
@@ -39,8 +39,8 @@ def draw_training(name: str, metrics: Sequence[Mapping[str, Any]], num_steps: in
     """Loss above, size of the deltas and gradient norm below.
 
     Args:
-        metrics: lines of metrics.jsonl, in order; see `training.metrics.StepReport`.
-        num_steps: of the whole run, the width of the picture.
+        metrics: lines of metrics.jsonl, in order; see `training.run.metrics.StepReport`.
+        num_steps: of the whole run, the width of the plot.
 
     Returns:
         uint8 (height, width, 3).
@@ -68,9 +68,9 @@ def draw_training(name: str, metrics: Sequence[Mapping[str, Any]], num_steps: in
 
 
 def draw_loss(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
-    steps, losses = thin(metrics, lambda line: line["loss"])
+    steps, losses = average_groups(metrics, lambda line: line["loss"])
     axes.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=1, label="loss")
-    steps, smoothed = thin(metrics, lambda line: line["smoothed_loss"])
+    steps, smoothed = average_groups(metrics, lambda line: line["smoothed_loss"])
     axes.plot(steps, smoothed, color=ORANGE, linewidth=3, label="smoothed")
     axes.set_ylabel("loss", color=FOREGROUND, fontsize=SMALL)
     axes.set_ylim(0, 1.05 * max(np.quantile(losses, SHOWN_QUANTILE), *smoothed))
@@ -84,7 +84,7 @@ def draw_loss(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
 
 def draw_sizes(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Logarithmic; the band is where known-good LoRAs end."""
-    steps, norms = thin(metrics, lambda line: line["grad_norm"])
+    steps, norms = average_groups(metrics, lambda line: line["grad_norm"])
     axes.plot(steps, norms, color=YELLOW, linewidth=1, label="gradient norm")
     axes.set_yscale("log", nonpositive="mask")
     looked = [line for line in metrics if line.get("health")]
@@ -96,8 +96,8 @@ def draw_sizes(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
     show_legend(axes, "center right")
 
 
-def thin(metrics: Sequence[Mapping[str, Any]], get: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values, means of equal groups where there are more than can be seen."""
+def average_groups(metrics: Sequence[Mapping[str, Any]], get: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values, means of equal groups where there are too many to draw."""
     values = np.array([get(line) for line in metrics], dtype=np.float64)
     steps = np.array([line["step"] for line in metrics], dtype=np.float64)
     num_groups = min(len(values), MAX_POINTS)
@@ -107,7 +107,7 @@ def thin(metrics: Sequence[Mapping[str, Any]], get: Any) -> tuple[np.ndarray, np
 
 
 def describe(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The latest figures in a sentence."""
+    """The latest metrics in a sentence."""
     last = metrics[-1]
     parts = [
         f"loss {last['smoothed_loss']:.4f} (smoothed), learning rate {last['learning_rate']:.2g}, "

@@ -1,10 +1,10 @@
-"""The process that trains one job: `launch.start_worker` starts it, and its job's end is its own.
+"""The process that trains one job: `launch.start_worker` starts it, and it ends with its job.
 
     python -m lora_core.jobs.worker STORE JOB DEVICE_KEYS DEVICE_NAMES [--shared]
 
-It takes the locks of the job and of its device, and gives them and all memory back by ending. It
-does not watch whoever started it: when ComfyUI ends or crashes, training goes on, and the next
-ComfyUI finds it. Without its job's folder it ends by itself.
+It takes the locks of the job and of its device, and releases them and all memory by ending. It does
+not depend on its parent: when ComfyUI ends or crashes, training goes on, and the next ComfyUI finds
+it. If its job's folder disappears, it ends by itself.
 
 With --shared it leaves ComfyUI, which computes on the same GPU, a part of the memory.
 
@@ -29,24 +29,24 @@ from .failure import LOOK_AT_LOG, RESUME, explain_error, read_log_tail, restart_
 from .folder import JobFolder
 from .identity import identify
 from .job import JobFailure, JobSettings, JobState, JobStatus, Phase, Request
-from .job_reporter import MutedPulse, Pulse, say
+from .job_reporter import JobReporter, NullReporter, log_line
 from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN, SHARED
 from .locks import FileLock
 from .store import JOBS, get_device_lock
 from .team import (
     DEATH_TIMEOUT,
-    Team,
+    ProcessGroup,
     clear_failures,
-    join_team,
-    leave_failure,
-    take_failure,
+    join_process_group,
+    pop_failure,
+    write_failure,
 )
 
-#: Seconds to wait for who only looks whether a lock is free.
+#: Seconds to wait for processes that only check whether a lock is free.
 LOCK_TIMEOUT = 2.0
 EXIT_FAILED = 1
-EXIT_NOT_TOLD = 74
-#: Points by which Linux shall rather end this process than ComfyUI where memory runs out.
+EXIT_UNREPORTED = 74
+#: Points by which Linux prefers to end this process over ComfyUI when memory runs out.
 OUT_OF_MEMORY_SCORE = 500
 
 
@@ -54,27 +54,29 @@ def main(argv: list[str]) -> int:
     """Takes the job and works on it; returns the exit status."""
     root, job_id, keys, names, *options = argv
     folder, devices = JobFolder(Path(root) / JOBS / job_id), names.split(",")
-    team = join_team(on_cpu=devices[0] == "cpu")
+    group = join_process_group(on_cpu=devices[0] == "cpu")
     locks = [get_device_lock(Path(root), key) for key in keys.split(",")]
-    status = team.agree(take(folder, locks) if team.is_main else None)
+    status = group.agree(acquire_locks(folder, locks) if group.is_main else None)
     if status is not None:
-        # A launcher takes every other status for a failure of its own.
-        return status if team.count == 1 or status == EXIT_FAILED else 0
+        # A launcher treats every other status as its own failure.
+        return status if group.count == 1 or status == EXIT_FAILED else 0
     try:
         settings = folder.read_settings()
-        give_way(settings.niceness)
-        pulse: Pulse | MutedPulse = MutedPulse(folder)
-        if team.is_main:
-            pulse = Pulse(folder, begin(folder.read_state(), ", ".join(devices)))
-            pulse.start()
+        lower_priority(settings.niceness)
+        reporter: JobReporter | NullReporter = NullReporter(folder)
+        if group.is_main:
+            reporter = JobReporter(
+                folder, build_running_state(folder.read_state(), ", ".join(devices))
+            )
+            reporter.start()
     except FileError as e:
-        say(str(e))
+        log_line(str(e))
         return EXIT_FAILED
-    return work(settings, folder, devices, SHARED in options, pulse, team)
+    return run_main(settings, folder, devices, SHARED in options, reporter, group)
 
 
-def take(folder: JobFolder, device_locks: Sequence[FileLock]) -> int | None:
-    """Takes all locks, which are given back when the process ends and not before.
+def acquire_locks(folder: JobFolder, device_locks: Sequence[FileLock]) -> int | None:
+    """Takes all locks, which are released only when the process ends.
 
     Returns:
         None where the job may begin, the exit status otherwise.
@@ -87,7 +89,7 @@ def take(folder: JobFolder, device_locks: Sequence[FileLock]) -> int | None:
         state, _ = folder.read_state(), folder.read_settings()
         asked = folder.read_request()
     except FileError as e:
-        say(str(e))
+        log_line(str(e))
         return EXIT_FAILED
     if state.status is not JobStatus.PENDING or asked in (Request.PAUSE, Request.CANCEL):
         return EXIT_NOTHING_TO_DO
@@ -96,7 +98,7 @@ def take(folder: JobFolder, device_locks: Sequence[FileLock]) -> int | None:
     return None
 
 
-def begin(state: JobState, device_name: str) -> JobState:
+def build_running_state(state: JobState, device_name: str) -> JobState:
     return dataclasses.replace(
         state,
         status=JobStatus.IN_PROGRESS,
@@ -113,145 +115,147 @@ def begin(state: JobState, device_name: str) -> JobState:
     )
 
 
-def work(
+def run_main(
     settings: JobSettings,
     folder: JobFolder,
     devices: Sequence[str],
     is_shared: bool,
-    pulse: Pulse | MutedPulse,
-    team: Team,
+    reporter: JobReporter | NullReporter,
+    group: ProcessGroup,
 ) -> int:
-    if isinstance(pulse, MutedPulse):
-        return follow(settings, folder, devices, is_shared, pulse, team)
-    say(f"worker {os.getpid()} takes job {folder.id} on {', '.join(devices)}")
-    # Around it all: a launcher tells all processes to end when one has died, and this one has to
-    # write down why.
+    if isinstance(reporter, NullReporter):
+        return run_follower(settings, folder, devices, is_shared, reporter, group)
+    log_line(f"worker {os.getpid()} takes job {folder.id} on {', '.join(devices)}")
+    # Around everything: a launcher tells all processes to end when one has died, and this one has
+    # to record why.
     with stop_on_signals() as is_terminated:
-        pulse.is_terminated = is_terminated
+        reporter.is_terminated = is_terminated
         try:
-            team.watch(lambda dead: end_with(dead, settings, folder, pulse, team))
-            # heavy, and anything that is wrong with an installation shows here
+            group.watch(lambda dead: finish_after_death(dead, settings, folder, reporter, group))
+            # expensive, and a broken installation fails here
             from .training_job import run_job
 
-            is_done = run_job(settings, folder, devices, pulse, team.accelerator, is_shared)
-            team.stop_watching()
+            is_done = run_job(settings, folder, devices, reporter, group.accelerator, is_shared)
+            group.stop_watching()
             if is_done:
-                pulse.finish(JobStatus.COMPLETED, restarts=0)
+                reporter.finish(JobStatus.COMPLETED, restarts=0)
             else:
-                finish_stopped(settings, folder, pulse)
+                finish_stopped(settings, folder, reporter)
             return 0
-        except BaseException as e:  # noqa: BLE001 - whatever it is, the user has to be told
+        except BaseException as e:  # noqa: BLE001 - whatever it is, it must be reported
             if not isinstance(e, LoraError):
                 traceback.print_exc()
-            # What a dead process does to the others comes as an error of the communication.
-            dead = team.find_dead(DEATH_TIMEOUT)
-            team.stop_watching()
+            # To the others, the death of a process appears as a communication error.
+            dead = group.find_dead(DEATH_TIMEOUT)
+            group.stop_watching()
             if dead is not None:
-                return end_with(dead, settings, folder, pulse, team, leave=False)
-            return fail(e, settings, folder, pulse)
+                return finish_after_death(dead, settings, folder, reporter, group, exit_now=False)
+            return finish_failed(e, settings, folder, reporter)
 
 
-def follow(
+def run_follower(
     settings: JobSettings,
     folder: JobFolder,
     devices: Sequence[str],
     is_shared: bool,
-    pulse: MutedPulse,
-    team: Team,
+    reporter: NullReporter,
+    group: ProcessGroup,
 ) -> int:
-    """What every process of a team but the first does: trains along, and ends with the first."""
+    """What every process but rank 0 does: trains along, and ends with rank 0."""
     try:
-        team.watch(lambda dead: os._exit(0))
+        group.watch(lambda dead: os._exit(0))
         with stop_on_signals() as is_terminated:
-            pulse.is_terminated = is_terminated
+            reporter.is_terminated = is_terminated
             from .training_job import run_job
 
-            run_job(settings, folder, devices, pulse, team.accelerator, is_shared)
-            team.wait_for_the_first()
+            run_job(settings, folder, devices, reporter, group.accelerator, is_shared)
+            group.wait_for_main()
         return 0
-    except BaseException as e:  # noqa: BLE001 - the first process tells it
-        dead = team.find_dead(DEATH_TIMEOUT)
+    except BaseException as e:  # noqa: BLE001 - rank 0 reports it
+        dead = group.find_dead(DEATH_TIMEOUT)
         if dead is None:
             if not isinstance(e, LoraError):
                 traceback.print_exc()
             with suppress(OSError):
-                leave_failure(folder, team.index, explain_error(e, settings.train))
+                write_failure(folder, group.index, explain_error(e, settings.train))
         return EXIT_FAILED
 
 
-def end_with(
+def finish_after_death(
     dead: int,
     settings: JobSettings,
     folder: JobFolder,
-    pulse: Pulse,
-    team: Team,
-    leave: bool = True,
+    reporter: JobReporter,
+    group: ProcessGroup,
+    exit_now: bool = True,
 ) -> int:
-    """Ends the job's first process because another one has ended; the rest end with this one.
+    """Ends rank 0 because another process has ended; the rest end with this one.
 
     Args:
-        leave: end this process here and now, from whatever thread.
+        exit_now: end this process immediately, from whatever thread.
     """
     try:
-        told = take_failure(folder, dead)
-        if told is None:
+        reported = pop_failure(folder, dead)
+        if reported is None:
             failure = JobFailure(
                 sentence=(
-                    f"process {dead + 1} of {team.count} was ended from outside, by hand or "
+                    f"process {dead + 1} of {group.count} was ended from outside, by hand or "
                     "because the computer ran out of memory"
                 ),
                 advice=(RESUME, LOOK_AT_LOG),
                 log_tail=read_log_tail(folder),
             )
-            say(failure.sentence)
-            pulse.finish_as(
-                restart_or_fail(pulse.state, settings, pulse.state.checkpoint_step, failure)
+            log_line(failure.sentence)
+            reporter.finish_as(
+                restart_or_fail(reporter.state, settings, reporter.state.checkpoint_step, failure)
             )
         else:
-            say(f"process {dead + 1} of {team.count} failed: {told.sentence}")
-            failure = dataclasses.replace(told, log_tail=read_log_tail(folder))
-            pulse.finish(JobStatus.FAILED, failure=failure)
+            log_line(f"process {dead + 1} of {group.count} failed: {reported.sentence}")
+            failure = dataclasses.replace(reported, log_tail=read_log_tail(folder))
+            reporter.finish(JobStatus.FAILED, failure=failure)
     except BaseException:  # noqa: BLE001 - the disk is full, most likely
         traceback.print_exc()
-    if leave:
+    if exit_now:
         sys.stdout.flush()
         os._exit(EXIT_FAILED)
     return EXIT_FAILED
 
 
-def finish_stopped(settings: JobSettings, folder: JobFolder, pulse: Pulse) -> None:
-    """The state after a stop that was asked for; a request taken back meanwhile counts."""
+def finish_stopped(settings: JobSettings, folder: JobFolder, reporter: JobReporter) -> None:
+    """Writes the state after a requested stop; a request withdrawn meanwhile counts."""
     request = folder.read_request()
     if request is Request.CANCEL:
-        pulse.finish(JobStatus.CANCELLED)
+        reporter.finish(JobStatus.CANCELLED)
     elif request is Request.PAUSE:
-        pulse.finish(JobStatus.PAUSED)
-    elif pulse.is_terminated():
+        reporter.finish(JobStatus.PAUSED)
+    elif reporter.is_terminated():
         failure = JobFailure(
             sentence="the worker was told to end, as at a shutdown, and saved first"
         )
-        state = restart_or_fail(pulse.state, settings, pulse.state.step, failure)
-        pulse.finish_as(state)
-    else:  # taken back after the worker had asked for the last time: no fault of the job's
-        pulse.finish(JobStatus.PENDING)
+        state = restart_or_fail(reporter.state, settings, reporter.state.step, failure)
+        reporter.finish_as(state)
+    else:  # withdrawn after the worker's last check: no failure of the job
+        reporter.finish(JobStatus.PENDING)
 
 
-def fail(error: BaseException, settings: JobSettings, folder: JobFolder, pulse: Pulse) -> int:
+def finish_failed(
+    error: BaseException, settings: JobSettings, folder: JobFolder, reporter: JobReporter
+) -> int:
     try:
         failure = explain_error(error, settings.train)
-        say(f"failed: {failure.sentence}")
+        log_line(f"failed: {failure.sentence}")
         for sentence in failure.advice:
-            say(f"what to do: {sentence}")
+            log_line(f"what to do: {sentence}")
         failure = dataclasses.replace(failure, log_tail=read_log_tail(folder))
-        pulse.finish(JobStatus.FAILED, failure=failure)
+        reporter.finish(JobStatus.FAILED, failure=failure)
         return EXIT_FAILED
     except BaseException:  # noqa: BLE001 - the disk is full, most likely
         traceback.print_exc()
-        return EXIT_NOT_TOLD
+        return EXIT_UNREPORTED
 
 
-def give_way(niceness: int) -> None:
-    """Lets ComfyUI have the CPU first, and live where memory runs out."""
+def lower_priority(niceness: int) -> None:
+    """Gives ComfyUI priority on the CPU, and lets it survive when memory runs out."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OUT_OF_MEMORY_SCORE))
     if hasattr(os, "nice"):
@@ -263,7 +267,7 @@ def give_way(niceness: int) -> None:
 
             psutil.Process().nice(psutil.BELOW_NORMAL_PRIORITY_CLASS)
         except ImportError:
-            say("psutil is not installed, so the worker's priority stays as it is")
+            log_line("psutil is not installed, so the worker's priority stays as it is")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is known of adapter files, kept over restarts. For speed only: it may be deleted."""
+"""What is known of adapter files, kept across restarts. For speed only: it may be deleted."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ..inspection import saved
 from .facts import AdapterFacts
 from .health import Health
 
-#: Goes up when the same file would get other facts or another verdict.
+#: Goes up when the same file would get different facts or a different verdict.
 VERSION = 2
 #: A thousand files take 2 MB.
 MAX_BYTES = 256 << 20
 
-Stamp = tuple[int, ...]
-"""Size, time of change in ns, and the same of a config file beside it: what a file was known by."""
+Fingerprint = tuple[int, ...]
+"""Size and mtime in ns of a file, then those of its config file, if any."""
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known of the file that had this stamp."""
+class CacheEntry:
+    """What is known of the file that had this fingerprint, `stamp` in the JSON."""
 
-    stamp: Stamp
+    stamp: Fingerprint
     facts: AdapterFacts | None = None
     health: Health | None = None
 
 
-def read_cache(path: Path) -> dict[str, Known]:
+def read_cache(path: Path) -> dict[str, CacheEntry]:
     """Name -> what is known; empty for a file that is missing, damaged or of another version."""
     try:
         saved = read_object(path, MAX_BYTES)
@@ -45,7 +45,7 @@ def read_cache(path: Path) -> dict[str, Known]:
         return {}
 
 
-def write_cache(path: Path, known: Mapping[str, Known]) -> None:
+def write_cache(path: Path, known: Mapping[str, CacheEntry]) -> None:
     """Written under another name, then renamed.
 
     Raises:
@@ -65,9 +65,9 @@ def describe_version() -> list[Any]:
     return [VERSION, saved.VERSION, *names]
 
 
-def restore(values: dict[str, Any]) -> Known:
+def restore(values: dict[str, Any]) -> CacheEntry:
     facts, health = values["facts"], values["health"]
-    known = Known(
+    known = CacheEntry(
         tuple(values["stamp"]),
         facts and AdapterFacts(**with_tuples(facts)),
         health and Health(**with_tuples(health)),

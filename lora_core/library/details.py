@@ -1,4 +1,4 @@
-"""Everything that is worth reading about one file: its metadata and a table of its modules."""
+"""Details of one file: its metadata and a table of its modules."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..disk.safetensors_file import SafetensorsFile, is_safetensors
 from ..errors import LoraError
 from ..formats.files import read_adapter
 from .facts import OK, AdapterFacts
-from .health import Health, finite
+from .health import Health, finite_or_none
 from .metadata import count_tags, list_known_fields
 
-#: Of a metadata value. Trainers put whole data sets' tags and pictures in there.
+#: Of a metadata value. Trainers put the tags and images of whole data sets in there.
 MAX_VALUE = 2000
 MAX_FIELDS = 200
 
@@ -26,7 +26,7 @@ def describe_file(path: Path, facts: AdapterFacts, health: Health | None) -> dic
     """JSON-able: "known", "tags", "metadata", "modules", "hints".
 
     Raises:
-        FileError: the file went away meanwhile.
+        FileError: the file was removed meanwhile.
     """
     hints: tuple[str, ...] = ()
     modules: list[dict[str, Any]] = []
@@ -35,14 +35,14 @@ def describe_file(path: Path, facts: AdapterFacts, health: Health | None) -> dic
         adapter = read_adapter(path)
         adapter.release()
         metadata, hints = adapter.metadata, adapter.report.hints
-        modules = tabulate(adapter, health)
+        modules = build_module_table(adapter, health)
     elif is_safetensors(path.name):
         try:
             file = SafetensorsFile(path)
             file.release()
             metadata = file.metadata
         except LoraError:
-            pass  # `facts.error` says it
+            pass  # `facts.error` reports it
     return {
         "known": list_known_fields(metadata),
         "tags": [list(pair) for pair in count_tags(metadata)],
@@ -56,7 +56,7 @@ def describe_file(path: Path, facts: AdapterFacts, health: Health | None) -> dic
     }
 
 
-def tabulate(adapter: Adapter, health: Health | None) -> list[dict[str, Any]]:
+def build_module_table(adapter: Adapter, health: Health | None) -> list[dict[str, Any]]:
     """A row for each name inside a block, such as attn.to_q, over all the blocks that have it."""
     judged = {row["name"]: row for row in health.modules} if health else {}
     groups: dict[str, dict[int | None, ModuleWeights]] = defaultdict(dict)
@@ -66,16 +66,16 @@ def tabulate(adapter: Adapter, health: Health | None) -> list[dict[str, Any]]:
     rows = []
     for name, by_block in groups.items():
         weights = list(by_block.values())
-        alphas = (finite(w.alpha) for w in weights)
+        alphas = (finite_or_none(w.alpha) for w in weights)
         rows.append(
             {
                 "name": name,
                 "num_modules": len(weights),
                 "blocks": module_paths.format_blocks({b for b in by_block if b is not None}),
-                "kind": most(w.kind for w in weights),
-                "shape": most(w.shape for w in weights),
-                "rank": most(w.rank for w in weights),
-                "alpha": most(alphas),
+                "kind": find_most_frequent(w.kind for w in weights),
+                "shape": find_most_frequent(w.shape for w in weights),
+                "rank": find_most_frequent(w.rank for w in weights),
+                "alpha": find_most_frequent(alphas),
                 "size_bytes": sum(w.size_bytes() for w in weights),
                 "std": judged.get(name, {}).get("std"),
                 "effective_rank": judged.get(name, {}).get("effective_rank"),
@@ -84,6 +84,6 @@ def tabulate(adapter: Adapter, health: Health | None) -> list[dict[str, Any]]:
     return rows
 
 
-def most(values: Any) -> Any:
-    """The most frequent one."""
+def find_most_frequent(values: Any) -> Any:
+    """The most frequent value."""
     return Counter(values).most_common(1)[0][0]

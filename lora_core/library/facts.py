@@ -23,18 +23,18 @@ NOT_OPENED = (
 )
 
 
-#: What became of a file. Damaged is also an adapter for Qwen-Image whose tensors contradict.
+#: State of a file. Damaged is also an adapter for Qwen-Image whose tensors contradict.
 STATES = ("ok", "damaged", "other model", "unknown model", "not opened")
 OK, DAMAGED, OTHER, UNKNOWN, PICKLE = STATES
 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """One file. Numbers that differ between modules stand in order, the most frequent first."""
+    """One file. Values that differ between modules are sorted, the most frequent first."""
 
     state: str = OK
     model: str = ""
-    """QWEN_IMAGE, the name of another model, or "" where neither could be told."""
+    """QWEN_IMAGE, the name of another model, or "" where neither is known."""
     error: str = ""
     """Why the file cannot be used, in one sentence."""
     key_format: str = ""
@@ -45,7 +45,7 @@ class AdapterFacts:
     alphas: tuple[float, ...] = ()
     dtypes: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
-    """Out of "original", "2509", "2511", "text-to-image"; empty where the file says nothing."""
+    """Out of "original", "2509", "2511", "text-to-image"; empty where the file names none."""
     targets: str = ""
     """The preset of target modules, or "custom"."""
     blocks: str = ""
@@ -65,7 +65,7 @@ def read_facts(path: Path) -> AdapterFacts:
     try:
         return describe(read_adapter(path))
     except FileError as e:
-        return AdapterFacts(DAMAGED, error=join(e))
+        return AdapterFacts(DAMAGED, error=shorten_message(e))
     except LoraError as e:
         return describe_refused(path, e)
 
@@ -77,12 +77,12 @@ def describe(adapter: Adapter) -> AdapterFacts:
         OK,
         QWEN_IMAGE,
         key_format=report.key_format,
-        kinds=order(report.kinds),
+        kinds=sort_by_count(report.kinds),
         num_modules=report.num_modules,
         num_parameters=sum(weights.num_parameters() for weights in adapter.modules.values()),
-        ranks=order(report.ranks),
-        alphas=tuple(alpha for alpha in order(report.alphas) if math.isfinite(alpha)),
-        dtypes=order(report.dtypes),
+        ranks=sort_by_count(report.ranks),
+        alphas=tuple(alpha for alpha in sort_by_count(report.alphas) if math.isfinite(alpha)),
+        dtypes=sort_by_count(report.dtypes),
         variants=report.variants,
         targets=report.preset or "custom",
         blocks=report.blocks,
@@ -97,7 +97,7 @@ def describe_refused(path: Path, error: LoraError) -> AdapterFacts:
     try:
         file = SafetensorsFile(path)
     except FileError as e:
-        return AdapterFacts(DAMAGED, error=join(e))
+        return AdapterFacts(DAMAGED, error=shorten_message(e))
     file.release()
     state, model = DAMAGED, QWEN_IMAGE
     if isinstance(error, KeyFormatError):
@@ -106,7 +106,7 @@ def describe_refused(path: Path, error: LoraError) -> AdapterFacts:
             state, model = OTHER, foreign
         elif not parse_keys(file.tensors)[0]:
             state, model = UNKNOWN, ""
-    return AdapterFacts(state, model, join(error), **describe_metadata(file.metadata))
+    return AdapterFacts(state, model, shorten_message(error), **describe_metadata(file.metadata))
 
 
 def describe_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -117,10 +117,10 @@ def describe_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def order(counts: Mapping[Any, int]) -> tuple[Any, ...]:
+def sort_by_count(counts: Mapping[Any, int]) -> tuple[Any, ...]:
     """Value -> number of modules; at most 16 of the values, since a file may hold any number."""
     return tuple(sorted(counts, key=lambda value: -counts[value]))[:16]
 
 
-def join(error: Exception) -> str:
+def shorten_message(error: Exception) -> str:
     return clean(error, 600)

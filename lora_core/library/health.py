@@ -1,4 +1,4 @@
-"""Whether an adapter is fit for use: a level and the sentences behind it."""
+"""Whether an adapter is usable: a level and the sentences behind it."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def judge_health(inspection: Inspection, warnings: Iterable[str] = ()) -> Health
     """
     graded = [(get_level(finding), finding.text) for finding in inspection.findings]
     graded += [("warning", sentence) for sentence in warnings]
-    graded.sort(key=lambda pair: LEVELS.index(pair[0]))  # stable: the gravest stay in their order
+    graded.sort(key=lambda pair: LEVELS.index(pair[0]))  # stable: the most severe keep their order
     level = graded[0][0]
-    # Of a healthy one the last sentence says what it is.
+    # Of a healthy one the last sentence describes it.
     sentence = graded[-1][1] if level == "healthy" else graded[0][1]
     return Health(level, sentence, tuple(text for _, text in graded), summarise(inspection))
 
@@ -58,13 +58,13 @@ def summarise(inspection: Inspection) -> tuple[dict[str, Any], ...]:
     return tuple(
         {
             "name": name,
-            "std": finite(math.sqrt(sum(m.std**2 for m in modules) / len(modules))),
-            "effective_rank": finite(sum(m.effective_rank for m in modules) / len(modules)),
+            "std": finite_or_none(math.sqrt(sum(m.std**2 for m in modules) / len(modules))),
+            "effective_rank": finite_or_none(sum(m.effective_rank for m in modules) / len(modules)),
         }
         for name, modules in groups.items()
     )
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None

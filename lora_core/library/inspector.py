@@ -1,14 +1,14 @@
-"""Inspections in a process of its own, so that the host neither waits nor falls with one.
+"""Inspections in a separate process, so that the host neither waits for nor crashes with one.
 
     python -m lora_core.library.inspector
 
-reads {"path": ..., "warnings": [...]} from each line of its input and answers with a line: a
+reads {"path": ..., "warnings": [...]} from each line of its input and answers with a line:
 {"health": ...} or {"error": sentence}. It ends with its input.
 
-Why no thread: torch's number of threads belongs to the whole process, and a module's small
-products, spread over cores that others use, take twenty times as long as on one core (a rank-32
-file with 720 modules: 170 s instead of 8). A file that is cut while it is mapped ends this process
-alone, and its priority is its own.
+Why not a thread: torch's number of threads is global to the process, and a module's small products,
+spread over busy cores, take twenty times as long as on one core (a rank-32
+file with 720 modules: 170 s instead of 8). A file that is truncated while mapped ends this process
+only, and it has its own priority.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Inspector:
         """The health of an adapter; None if the inspector was closed meanwhile.
 
         Raises:
-            FileError: the file cannot be inspected, or the process not be started.
+            FileError: the file cannot be inspected, or the process cannot be started.
         """
         line = self._ask(json.dumps({"path": str(path), "warnings": list(warnings)}))
         if self._is_closed:
@@ -83,7 +83,7 @@ class Inspector:
         return Health(**with_tuples(values["health"]))
 
     def _ask(self, question: str) -> str:
-        """The line it answers; a part of one if it ended."""
+        """The line it answers with; a partial one if it ended."""
         process = self._start()
         try:
             process.stdin.write(f"{question}\n")
@@ -126,7 +126,7 @@ class Inspector:
 
 
 def main(questions: TextIO, answers: TextIO) -> None:
-    with suppress(AttributeError):  # Windows, where it was started that way
+    with suppress(AttributeError):  # Windows, where it was started so
         os.nice(NICENESS)
     for line in questions:
         print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
@@ -138,10 +138,10 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         return {"health": asdict(judge_health(inspection, question["warnings"])), "log": ""}
     except LoraError as e:
         return {"error": " ".join(str(e).split())}
-    except Exception as e:  # noqa: BLE001 - said in the log of the other process
+    except Exception as e:  # noqa: BLE001 - logged by the other process
         return {"health": asdict(Health("unknown", UNEXPECTED, (UNEXPECTED,))), "log": repr(e)}
 
 
 if __name__ == "__main__":
-    answers, sys.stdout = sys.stdout, sys.stderr  # what others print is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # other output must not mix with answers
     main(sys.stdin, answers)

@@ -1,4 +1,4 @@
-"""Every adapter file of some folders: what it is at once, how healthy it is after a while."""
+"""Every adapter file of some folders: its facts at once, its health after a while."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import ConfigError, FileError, LoraError
 from ..formats.files import PEFT_CONFIG
-from .cache import Known, Stamp, read_cache, write_cache
+from .cache import CacheEntry, Fingerprint, read_cache, write_cache
 from .details import describe_file
 from .facts import DAMAGED, OK, AdapterFacts, read_facts
 from .health import UNEXPECTED, Health
@@ -25,8 +25,8 @@ LIST_PATIENCE = 0.4  # seconds
 NOTICE_INTERVAL = 0.5
 SAVE_INTERVAL = 5.0
 BUSY_INTERVAL = 0.5
-#: In place of the stamp of a file that is no more.
-GONE: Stamp = (-1,)
+#: Instead of the fingerprint of a deleted file.
+DELETED: Fingerprint = (-1,)
 
 _ID = re.compile(r"[0-9a-f]{16}")
 
@@ -40,7 +40,7 @@ class UnknownAdapterError(LoraError, LookupError):
 
 
 def build_id(name: str) -> str:
-    """Opaque, and the same on every system: of the name below the folders, never of a path."""
+    """Opaque, and the same on every system: from the name below the folders, never from a path."""
     return hashlib.blake2b(
         name.replace("\\", "/").encode(errors="replace"), digest_size=8
     ).hexdigest()
@@ -66,7 +66,7 @@ class Entry:
 
     name: str
     path: Path
-    stamp: Stamp
+    fingerprint: Fingerprint
     facts: AdapterFacts | None = None
     health: Health | None = None
 
@@ -84,8 +84,8 @@ class Entry:
         shown = {
             "id": self.id,
             "name": self.name,
-            "size_bytes": self.stamp[0],
-            "modified_at": self.stamp[1] / 1e9,
+            "size_bytes": self.fingerprint[0],
+            "modified_at": self.fingerprint[1] / 1e9,
             **vars(facts),  # asdict would copy all of it, for each of a thousand files
             "health": None,
         }
@@ -99,13 +99,13 @@ class Entry:
 class AdapterLibrary:
     """The list, its cache, and the one thread that fills it in.
 
-    The thread runs while there is something to find out, and no longer.
+    The thread runs only while there is work.
 
     Args:
         list_files: name of each file, as the user knows it -> its path.
-        cache: file in which results outlive the process.
-        notify: told {"adapters": changed entries, "gone": ids, "pending": number} as they come.
-        is_busy: whether the machine is wanted elsewhere; health waits until it is not.
+        cache: file in which results survive the process.
+        notify: called with {"adapters": changed entries, "gone": ids, "pending": number}.
+        is_busy: whether the machine is needed elsewhere; health waits until it is not.
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class AdapterLibrary:
         self.is_busy = is_busy or (lambda: False)
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
-        self._known: dict[str, Known] | None = None
-        self._first = ""
+        self._cached: dict[str, CacheEntry] | None = None
+        self._requested_name = ""
         self._thread: threading.Thread | None = None
         self._inspector = Inspector()
         self._stopped = threading.Event()
@@ -130,7 +130,7 @@ class AdapterLibrary:
         self._is_saved = True
         self._can_save = True
 
-    # --- what is asked ---
+    # --- queries ---
 
     def list(self) -> dict[str, Any]:
         """{"adapters": [...], "pending": how many have no verdict yet}, by name."""
@@ -141,15 +141,15 @@ class AdapterLibrary:
             return {"adapters": [entry.to_dict() for entry in entries], "pending": self._count()}
 
     def show(self, adapter_id: str) -> dict[str, Any]:
-        """The entry, and everything else that is known of the file; its health comes next.
+        """The entry, and everything else that is known of the file; its health is computed next.
 
         Raises:
             ConfigError, UnknownAdapterError: as `find`.
-            FileError: the file went away or changed meanwhile.
+            FileError: the file was removed or changed meanwhile.
         """
         entry = self._get(adapter_id)
         with self._lock:
-            self._first = entry.name
+            self._requested_name = entry.name
         facts = entry.facts or read_facts(entry.path)
         shown = replace(entry, facts=facts).to_dict()
         sentences = list(entry.health.sentences) if entry.health else []
@@ -168,8 +168,8 @@ class AdapterLibrary:
     def _get(self, adapter_id: str) -> Entry:
         check_id(adapter_id)
         entry = self._find_entry(adapter_id)
-        if entry is None or (read_stamp(entry.path, ()) or GONE) != entry.stamp[:2]:
-            self.scan()  # it is new, changed, or gone
+        if entry is None or (read_fingerprint(entry.path, ()) or DELETED) != entry.fingerprint[:2]:
+            self.scan()  # it is new, changed, or deleted
             entry = self._find_entry(adapter_id)
         if entry is None:
             raise UnknownAdapterError(
@@ -181,31 +181,33 @@ class AdapterLibrary:
         with self._lock:
             return next((e for e in self._entries.values() if e.id == adapter_id), None)
 
-    # --- what is there ---
+    # --- scanning ---
 
     def scan(self) -> None:
-        """Looks at the folders again, and has the thread look into what is new or changed."""
+        """Lists the folders again, and has the thread inspect what is new or changed."""
         files = self.list_files()
-        config_stamps = {folder: read_config_stamp(folder) for folder in get_folders(files)}
+        config_fingerprints = {
+            folder: read_config_fingerprint(folder) for folder in get_folders(files)
+        }
         with self._lock:
-            if self._known is None:
-                self._known = read_cache(self.cache)
+            if self._cached is None:
+                self._cached = read_cache(self.cache)
             entries = {}
             for name, path in files.items():
-                stamp = read_stamp(path, config_stamps[path.parent])
-                if stamp is None:
-                    continue  # gone between the two looks
+                fingerprint = read_fingerprint(path, config_fingerprints[path.parent])
+                if fingerprint is None:
+                    continue  # deleted in between
                 entry = self._entries.get(name)
-                if entry is None or entry.stamp != stamp or entry.path != path:
-                    known = self._known.get(name)
-                    if known is None or known.stamp != stamp:
-                        known = Known(stamp)
-                    entry = Entry(name, path, stamp, known.facts, known.health)
+                if entry is None or entry.fingerprint != fingerprint or entry.path != path:
+                    known = self._cached.get(name)
+                    if known is None or known.stamp != fingerprint:
+                        known = CacheEntry(fingerprint)
+                    entry = Entry(name, path, fingerprint, known.facts, known.health)
                 entries[name] = entry
-            if self._known.keys() - entries.keys():
+            if self._cached.keys() - entries.keys():
                 self._is_saved = False
             self._entries = entries
-            self._update_known()
+            self._update_cached()
             if self._find_work() is None:
                 self._is_read.set()
                 if not self._is_saved:
@@ -216,9 +218,9 @@ class AdapterLibrary:
                 )
                 self._thread.start()
 
-    def _update_known(self) -> None:
-        self._known = {
-            entry.name: Known(entry.stamp, entry.facts, entry.health)
+    def _update_cached(self) -> None:
+        self._cached = {
+            entry.name: CacheEntry(entry.fingerprint, entry.facts, entry.health)
             for entry in self._entries.values()
             if entry.health is None or entry.health.sentence != UNEXPECTED
         }
@@ -227,10 +229,10 @@ class AdapterLibrary:
         return sum(e.facts is None or e.is_waiting for e in self._entries.values())
 
     def _find_work(self) -> Entry | None:
-        """Headers before health, what was asked for first, then the newest; under the lock."""
+        """Headers before health, requested files first, then the newest; called under the lock."""
 
         def get_urgency(entry: Entry) -> tuple[bool, bool, int]:
-            return entry.facts is None, entry.name == self._first, entry.stamp[1]
+            return entry.facts is None, entry.name == self._requested_name, entry.fingerprint[1]
 
         waiting = (e for e in self._entries.values() if e.facts is None or e.is_waiting)
         entry = max(waiting, key=get_urgency, default=None)
@@ -243,7 +245,7 @@ class AdapterLibrary:
     # --- the thread ---
 
     def stop(self, timeout: float | None = 5.0) -> None:
-        """Ends the thread for good, whatever it does."""
+        """Ends the thread for good, whatever it is doing."""
         self._stopped.set()
         self._inspector.close(for_good=True)
         thread = self._thread
@@ -251,7 +253,7 @@ class AdapterLibrary:
             thread.join(timeout)
 
     def wait(self, timeout: float) -> bool:
-        """Whether everything is found out by then."""
+        """Whether everything is known by then."""
         thread = self._thread
         if thread is not None:
             thread.join(timeout)
@@ -261,19 +263,19 @@ class AdapterLibrary:
     def _work(self) -> None:
         changed: dict[str, Entry] = {}
         gone: set[str] = set()
-        told_at = saved_at = time.monotonic()
+        notified_at = saved_at = time.monotonic()
         while True:
             with self._lock:
                 entry = None if self._stopped.is_set() else self._find_work()
                 if entry is None:
                     self._save()
                     self._inspector.close(self._stopped.is_set())
-                    self._thread = None  # in the same breath: who finds none starts another
+                    self._thread = None  # under the same lock: scan then starts another
             is_header = entry is not None and entry.facts is None
             now = time.monotonic()
-            if (changed or gone) and (not is_header or now - told_at > NOTICE_INTERVAL):
-                self._tell(changed.values(), gone)
-                changed, gone, told_at = {}, set(), now
+            if (changed or gone) and (not is_header or now - notified_at > NOTICE_INTERVAL):
+                self._send_event(changed.values(), gone)
+                changed, gone, notified_at = {}, set(), now
             if entry is None:
                 return
             if now - saved_at > SAVE_INTERVAL:
@@ -286,12 +288,12 @@ class AdapterLibrary:
             with self._lock:
                 if self._entries.get(entry.name) is not entry:
                     continue  # a scan saw the file change meanwhile
-                if found.stamp[0] < 0:
+                if found.fingerprint[0] < 0:
                     del self._entries[entry.name]
                     gone.add(entry.id)
                 else:
                     self._entries[entry.name] = changed[entry.name] = found
-                self._update_known()
+                self._update_cached()
                 self._is_saved = False
 
     def _read_header(self, entry: Entry) -> Entry:
@@ -302,7 +304,7 @@ class AdapterLibrary:
             return replace(entry, facts=AdapterFacts(DAMAGED, error=UNEXPECTED))
 
     def _inspect(self, entry: Entry) -> Entry | None:
-        """With its health; with another stamp and no facts if the file changed; None if stopped."""
+        """With its health; a new fingerprint and no facts if the file changed; None if stopped."""
         while self.is_busy() and not self._stopped.is_set():
             self._stopped.wait(BUSY_INTERVAL)
         if self._stopped.is_set():
@@ -310,13 +312,13 @@ class AdapterLibrary:
         try:
             health = self._inspector.inspect(entry.path, entry.facts.warnings)
         except LoraError as e:
-            stamp = read_stamp(entry.path, read_config_stamp(entry.path.parent))
-            if stamp != entry.stamp:
-                return replace(entry, stamp=stamp or GONE, facts=None, health=None)
+            fingerprint = read_fingerprint(entry.path, read_config_fingerprint(entry.path.parent))
+            if fingerprint != entry.fingerprint:
+                return replace(entry, fingerprint=fingerprint or DELETED, facts=None, health=None)
             health = Health("broken", str(e), (str(e),))
         return health and replace(entry, health=health)
 
-    def _tell(self, changed: Iterable[Entry], gone: Iterable[str]) -> None:
+    def _send_event(self, changed: Iterable[Entry], gone: Iterable[str]) -> None:
         with self._lock:
             pending = self._count()
         event = {"adapters": [e.to_dict() for e in changed], "gone": sorted(gone)}
@@ -326,7 +328,7 @@ class AdapterLibrary:
         if self._is_saved or not self._can_save:
             return
         try:
-            write_cache(self.cache, self._known)
+            write_cache(self.cache, self._cached)
             self._is_saved = True
         except FileError as e:
             self._can_save = False
@@ -337,14 +339,14 @@ def get_folders(files: Mapping[str, Path]) -> set[Path]:
     return {path.parent for path in files.values()}
 
 
-def read_stamp(path: Path, config_stamp: Stamp) -> Stamp | None:
+def read_fingerprint(path: Path, config_fingerprint: Fingerprint) -> Fingerprint | None:
     try:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_size, stat.st_mtime_ns, *config_stamp
+    return stat.st_size, stat.st_mtime_ns, *config_fingerprint
 
 
-def read_config_stamp(folder: Path) -> Stamp:
-    """Of PEFT's config file, which says what alpha is; () where there is none."""
-    return read_stamp(folder / PEFT_CONFIG, ()) or ()
+def read_config_fingerprint(folder: Path) -> Fingerprint:
+    """Of PEFT's config file, which determines alpha; () where there is none."""
+    return read_fingerprint(folder / PEFT_CONFIG, ()) or ()

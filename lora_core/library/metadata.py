@@ -1,7 +1,7 @@
 """What trainers write into an adapter's header, under the names they use for it.
 
 Sources: kohya-ss sd-scripts (`ss_*`), the modelspec 1.0.1 standard (`modelspec.*`), ai-toolkit,
-and this package's own fields. All of it is text that a stranger may have written.
+and this package's own fields. All of it is untrusted text.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ MAX_TAGS = 12
 
 
 def clean(text: Any, limit: int = MAX_TEXT) -> str:
-    """One line without control characters, cut at `limit`."""
+    """One line without control characters, truncated at `limit`."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def find_field(metadata: Mapping[str, str], fields: tuple[str, ...]) -> str:
-    """The first of the fields that says anything, or ""."""
+    """The first non-empty one of the fields, or ""."""
     found = (clean(metadata.get(field) or "") for field in fields)
     return next((text for text in found if text and text != "None"), "")
 
@@ -62,13 +62,13 @@ def find_title(metadata: Mapping[str, str]) -> str:
 
 
 def find_trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """What has to stand in the prompt, as far as the file says so."""
+    """What the prompt has to contain, according to the file."""
     for field in TRIGGER_FIELDS:
         text = metadata.get(field)
         if text and clean(text) not in ("", "None"):
             words = read_list(text) or text.split(",")
             return tuple(dict.fromkeys(filter(None, (clean(w, 120) for w in words))))[:MAX_WORDS]
-    # ai-toolkit has no field of its own: it names a folder "1_word" that holds the one tag "word".
+    # ai-toolkit has no field for it: it names a folder "1_word" that holds the one tag "word".
     frequency = read_dict(metadata.get("ss_tag_frequency"))
     return tuple(
         clean(tag, 120)
@@ -98,7 +98,7 @@ def read_value(text: str) -> Any:
 
 
 def count_tags(metadata: Mapping[str, str]) -> tuple[tuple[str, int], ...]:
-    """The pieces between commas that the captions hold most often, from `ss_tag_frequency`."""
+    """The most frequent comma-separated parts of the captions, from `ss_tag_frequency`."""
     counts: Counter[str] = Counter()
     for tags in read_dict(metadata.get("ss_tag_frequency")).values():
         for tag, number in tags.items() if isinstance(tags, dict) else ():
@@ -109,6 +109,6 @@ def count_tags(metadata: Mapping[str, str]) -> tuple[tuple[str, int], ...]:
 
 
 def list_known_fields(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Names of KNOWN_FIELDS -> what the file says."""
+    """Names of KNOWN_FIELDS -> their values in the file."""
     found = {name: find_field(metadata, fields) for name, fields in KNOWN_FIELDS.items()}
     return {name: text for name, text in found.items() if text}

@@ -1,11 +1,11 @@
-"""Encoded pairs on disk: items by what they were made of, and a folder for each training set.
+"""Encoded pairs on disk: items keyed by their inputs, and a folder for each training set.
 
-    items/<digest>.safetensors   one pair, named by everything that matters
-    sets/<name>-<digest>/        a training set as `training.dataset` reads it; its items are
+    items/<digest>.safetensors   one pair, named by a digest of its inputs
+    sets/<name>-<digest>/        a training set as `training.data.dataset` reads it; its items are
                                  hard links to those above, copies where a disk has none
 
-A set never changes: with another caption it becomes another folder, so that a paused run finds
-what it was trained on. Nothing is ever deleted here.
+A set never changes: another caption makes another folder, so that a paused run finds what it was
+trained on. Nothing is ever deleted here.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from ..training.data.dataset import (
 from ..training.data.item_checks import find_fault
 from .preflight import CheckedPair
 
-#: Goes up when the same pair would be encoded otherwise.
+#: Goes up when the same pair would be encoded differently.
 VERSION = 1
 SETS_FOLDER = "sets"
 FLOAT_BYTES = 4
-TEXT_TOKENS_PER_REFERENCE = 200  # of a 384 x 384 picture; the original's 1024 x 1024 has 1370
+TEXT_TOKENS_PER_REFERENCE = 200  # of a 384 x 384 image; the original's 1024 x 1024 has 1370
 TEMPLATE_TOKENS = 64
 LATENT_CHANNELS, PIXELS_PER_LATENT = 16, 8
 
@@ -47,10 +47,10 @@ Encode = Callable[[CheckedPair], CachedItem]
 
 @dataclass(frozen=True)
 class EditDataset:
-    """What travels from the dataset node to the trainer."""
+    """What the dataset node passes to the trainer."""
 
     folder: Path
-    """As `training.dataset.read_dataset` takes it."""
+    """As `training.data.dataset.read_dataset` takes it."""
     name: str
     keys: tuple[str, ...]
     """Of its items, in their order."""
@@ -98,7 +98,7 @@ def cache_pairs(
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> CachedPairs:
-    """Encodes what is not there yet, one pair at a time; what is done stays after an interruption.
+    """Encodes what is missing, one pair at a time; finished items survive an interruption.
 
     Raises:
         FileError: the disk does not take it.
@@ -129,7 +129,7 @@ def get_path(store: Path, key: str) -> Path:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether an item is there and whole, by its header; any other is encoded again."""
+    """Whether an item exists and is complete, by its header; any other is encoded again."""
     try:
         file = SafetensorsFile(path, CACHED_ITEM)
     except FileError:
@@ -145,7 +145,7 @@ def write_set(
     keys: Sequence[str],
     settings: Mapping[str, object],
 ) -> Path:
-    """The folder of this very set; one that is there and whole is taken as it is."""
+    """The folder of exactly this set; an existing complete one is reused."""
     named = [f"{slug(one.pair.name)}-{key[:12]}" for one, key in zip(pairs, keys, strict=True)]
     digest = hashlib.blake2b("\n".join([*named, *keys]).encode(), digest_size=6).hexdigest()
     folder = store / SETS_FOLDER / f"{slug(name)}-{digest}"
@@ -167,7 +167,7 @@ def is_set(folder: Path) -> bool:
 
 
 def link(source: Path, target: Path) -> None:
-    """A hard link, or a copy; FileError where the disk takes neither."""
+    """A hard link, or a copy; FileError where neither is possible."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -199,7 +199,7 @@ def check_disk(
     """Whether the cache's folder can be written and has room.
 
     Raises:
-        FileError: it cannot, or has not.
+        FileError: it is not writable, or is full.
     """
     probe = store / f".{secrets.token_hex(8)}.tmp"
     try:
@@ -223,7 +223,7 @@ def check_disk(
 
 
 def show_store(store: Path) -> str:
-    """As messages call it: where a user's folders lie is nobody else's business."""
+    """As messages call it: paths of a user's folders are private."""
     return f"{store.parent.name}/{store.name}"
 
 

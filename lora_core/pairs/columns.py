@@ -29,7 +29,7 @@ REFERENCE_COLUMNS = (
 MASK_COLUMNS = ("mask", "mask_path", "mask_image", "mask_file")
 KNOWN_COLUMNS = frozenset({*TARGET_COLUMNS, *REFERENCE_COLUMNS, *MASK_COLUMNS, *CAPTION_COLUMNS})
 ENDINGS = ("_path", "_file_name", "_filename", "_file")
-MAX_COLUMN = 80  # letters; nothing that says what it holds is longer
+MAX_COLUMN = 80  # letters; no meaningful name is longer
 _QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
 
 
@@ -42,7 +42,7 @@ class RowFiles:
     """Cells, in the order of their columns' numbers."""
     mask: object = None
     unused: list[str] = field(default_factory=list)
-    """Columns that name pictures and are not read."""
+    """Columns that name images and are not read."""
 
     @property
     def is_pair(self) -> bool:
@@ -50,8 +50,8 @@ class RowFiles:
 
 
 def read_columns(row: Mapping[str, object]) -> RowFiles:
-    """Which cell is what; a column that no table here knows counts by its words, such as
-    `before_image`, where it names a picture."""
+    """Which cell is what; an unknown column is classified by its words, such as `before_image`, if
+    it names an image."""
     targets = {name: row[name] for name in TARGET_COLUMNS if row.get(name)}
     references: list[tuple[int, str, object]] = []
     masks: dict[str, object] = {}
@@ -67,7 +67,7 @@ def read_columns(row: Mapping[str, object]) -> RowFiles:
         elif kind == TARGET:
             targets[column] = value
     target = next(iter(targets), None)
-    # `image` is the source where another column says target.
+    # `image` is the source where another column is the target.
     if not references and "image" in targets and target != "image":
         references.append((0, "image", targets["image"]))
     references.sort(key=lambda found: found[0])
@@ -78,7 +78,7 @@ def read_columns(row: Mapping[str, object]) -> RowFiles:
         targets.get(target),
         [value for _, _, value in references],
         masks.get(mask),
-        [column for column, value in row.items() if column not in used and names_picture(value)],
+        [column for column, value in row.items() if column not in used and names_image(value)],
     )
 
 
@@ -96,14 +96,14 @@ def find_kind(plain: str, value: object) -> str | None:
         return REFERENCE
     if plain in MASK_COLUMNS:
         return MASK
-    if len(plain) > MAX_COLUMN or not names_picture(value):
+    if len(plain) > MAX_COLUMN or not names_image(value):
         return None
     ending = next((ending for ending in ENDINGS if plain.endswith(ending)), "")
     role = parse_name(plain.removesuffix(ending))
     return None if role is None else role.kind
 
 
-def names_picture(value: object) -> bool:
+def names_image(value: object) -> bool:
     if not isinstance(value, str) or len(value) > 4096:
         return False
     return PurePosixPath(value.strip()).suffix.lower() in SUFFIXES | UNREAD_SUFFIXES

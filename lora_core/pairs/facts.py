@@ -1,4 +1,4 @@
-"""What the checks and the cache know about a picture after one look at it."""
+"""What the checks and the cache know about an image after decoding it once."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .images import Picture
+from .images import ImageSource
 from .pair import Pair
 
 SIGNATURE_PX = 32
-LOOK_PX = 256  # at which colours and details are measured
+MEASURE_PX = 256  # at which colours and details are measured
 
 
 @dataclass(frozen=True)
-class PictureFacts:
-    """Small enough to keep for thousands of pictures."""
+class ImageFacts:
+    """Small enough to keep for thousands of images."""
 
     width: int
     height: int
@@ -24,7 +24,7 @@ class PictureFacts:
     digest: str
     """Of the file's bytes, or of the pixels from the graph."""
     signature: np.ndarray
-    """uint8 (32, 32, 3): the picture squeezed."""
+    """uint8 (32, 32, 3): the downscaled image."""
     saturation: float
     """Mean of max - min over the channels, 0 to 1; 0 is grey."""
     detail: float
@@ -34,7 +34,7 @@ class PictureFacts:
     def aspect(self) -> float:
         return self.width / self.height
 
-    def looks_like(self, other: PictureFacts, tolerance: int = 2) -> bool:
+    def looks_like(self, other: ImageFacts, tolerance: int = 2) -> bool:
         """Whether no cell of the signatures differs by more than this many of 255."""
         difference = self.signature.astype(int) - other.signature.astype(int)
         return int(np.abs(difference).max()) <= tolerance
@@ -42,39 +42,39 @@ class PictureFacts:
 
 @dataclass(frozen=True)
 class PairFacts:
-    """A pair's pictures in the order of `Pair.pictures`."""
+    """A pair's images in the order of `Pair.images`."""
 
-    target: PictureFacts
-    references: tuple[PictureFacts, ...]
-    mask: PictureFacts | None = None
+    target: ImageFacts
+    references: tuple[ImageFacts, ...]
+    mask: ImageFacts | None = None
 
 
-def measure_picture(picture: Picture) -> PictureFacts:
+def measure_image(image: ImageSource) -> ImageFacts:
     """Decodes it once, small; a damaged one is a FileError."""
-    header = picture.read_header()
-    look = picture.read_small(LOOK_PX)
-    squeezed = Image.fromarray(look).resize((SIGNATURE_PX, SIGNATURE_PX), Image.Resampling.BOX)
-    values = look.astype(np.float32) / 255
+    header = image.read_header()
+    small = image.read_small(MEASURE_PX)
+    squeezed = Image.fromarray(small).resize((SIGNATURE_PX, SIGNATURE_PX), Image.Resampling.BOX)
+    values = small.astype(np.float32) / 255
     grey = values.mean(axis=2)
     steps = [np.abs(np.diff(grey, axis=axis)).mean() for axis in (0, 1) if grey.shape[axis] > 1]
-    return PictureFacts(
+    return ImageFacts(
         width=header.width,
         height=header.height,
         traits=header.traits,
-        digest=picture.compute_digest(),
+        digest=image.compute_digest(),
         signature=np.asarray(squeezed).copy(),
         saturation=float((values.max(axis=2) - values.min(axis=2)).mean()),
         detail=float(np.mean(steps)) if steps else 0.0,
     )
 
 
-def measure_pair(pair: Pair, known: dict[int | str, PictureFacts]) -> PairFacts:
-    """Facts of all pictures; `known` remembers those that several pairs share."""
+def measure_pair(pair: Pair, known: dict[int | str, ImageFacts]) -> PairFacts:
+    """Facts of all images; `known` remembers those that several pairs share."""
 
-    def measure(picture: Picture) -> PictureFacts:
-        key = str(picture.path) if hasattr(picture, "path") else id(picture)
+    def measure(image: ImageSource) -> ImageFacts:
+        key = str(image.path) if hasattr(image, "path") else id(image)
         if key not in known:
-            known[key] = measure_picture(picture)
+            known[key] = measure_image(image)
         return known[key]
 
     return PairFacts(
@@ -84,7 +84,7 @@ def measure_pair(pair: Pair, known: dict[int | str, PictureFacts]) -> PairFacts:
     )
 
 
-def have_same_pixels(a: Picture, b: Picture) -> bool:
+def have_same_pixels(a: ImageSource, b: ImageSource) -> bool:
     """Exactly, at full size, a band of each at a time."""
     first, second = a.read_header(), b.read_header()
     if (first.width, first.height) != (second.width, second.height):

@@ -22,7 +22,7 @@ def collect_folders(listing: Listing, others: Sequence[Listing]) -> Collected | 
     root = listing.root
     base, by_role = find_role_folders(listing)
     targets = by_role[TARGET]
-    if len(targets) > 1:  # `images` only where nothing says target
+    if len(targets) > 1:  # `images` only where no folder is named target
         targets = [found for found in targets if found[0].number >= 0] or targets
     if len(targets) > 1:
         names = list_some([path for _, path in targets], root).replace(", ", " and ", 1)
@@ -35,22 +35,22 @@ def collect_folders(listing: Listing, others: Sequence[Listing]) -> Collected | 
     if not folders:
         return None
     if targets:
-        target_folder, pictures = targets[0][1], listing.list_folder(targets[0][1])
+        target_folder, images = targets[0][1], listing.list_folder(targets[0][1])
     else:
         taken = {path for found in by_role.values() for _, path in found} | set(folders)
         target_folder = root
-        pictures = {
+        images = {
             key: paths
             for key, paths in listing.list_folder(root).items()
             if not any(paths[0].is_relative_to(path) for path in taken)
         }
-    if not pictures:
+    if not images:
         return None
-    references = [other.pictures for other in others] or map(listing.list_folder, inside)
+    references = [other.images for other in others] or map(listing.list_folder, inside)
     files = [(REFERENCE, number, found) for number, found in enumerate(references)]
     files += [(MASK, 0, listing.list_folder(path)) for _, path in by_role[MASK]]
     places = [target_folder, *(path for _, path in by_role[CAPTION]), base, root, *folders]
-    parts = pair_by_name(pictures, files)
+    parts = pair_by_name(images, files)
     for part in parts:
         part.caption_keys = [
             make_key(root, place / key)
@@ -69,7 +69,7 @@ def show_folder(path: Path) -> str:
 
 
 def find_role_folders(listing: Listing) -> tuple[Path, dict[str, list[tuple[Role, Path]]]]:
-    """The folders whose names say what they hold, and where they lie: on top, or all in the one
+    """The folders whose names tell what they hold, and where they are: on top, or all in the one
     folder that has both kinds, such as train/.
 
     Raises:

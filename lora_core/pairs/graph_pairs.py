@@ -1,4 +1,4 @@
-"""Pairs from pictures of a graph: batches of targets and references, and captions."""
+"""Pairs from images of a graph: batches of targets and references, and captions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import ConfigError
-from .images import ArrayPicture
+from .images import ArrayImage
 from .pair import FoundPairs, Pair
 
 
@@ -16,14 +16,14 @@ def build_graph_pairs(
     references: Sequence[Sequence[np.ndarray]],
     captions: Sequence[str],
 ) -> FoundPairs:
-    """Target i with picture i of each reference input; one picture or caption serves all.
+    """Target i with image i of each reference input; a single image or caption is used for all.
 
     Args:
         targets, references: float32 (height, width, 3) in [0, 1].
-        captions: one text of a line per target, or a text per target.
+        captions: one text with a line per target, or a text per target.
 
     Raises:
-        ConfigError: no references, or numbers that do not fit.
+        ConfigError: no references, or counts that do not match.
     """
     number = len(targets)
     if not references:
@@ -31,21 +31,21 @@ def build_graph_pairs(
             "targets are connected but no references; connect the pictures they are made from to "
             "reference_1"
         )
-    for slot, pictures in enumerate(references, 1):
-        if len(pictures) not in (1, number):
+    for slot, images in enumerate(references, 1):
+        if len(images) not in (1, number):
             raise ConfigError(
-                f"reference_{slot} holds {len(pictures)} pictures and targets {number}; expected "
+                f"reference_{slot} holds {len(images)} pictures and targets {number}; expected "
                 "as many, or one for all"
             )
     texts = split_captions(captions, number)
     shared = [
-        [ArrayPicture(f"reference {slot}.{i + 1}", picture) for i, picture in enumerate(pictures)]
-        for slot, pictures in enumerate(references, 1)
+        [ArrayImage(f"reference {slot}.{i + 1}", image) for i, image in enumerate(images)]
+        for slot, images in enumerate(references, 1)
     ]
     pairs = [
         Pair(
             name=f"pair_{i + 1:03}",
-            target=ArrayPicture(f"target {i + 1}", target),
+            target=ArrayImage(f"target {i + 1}", target),
             references=tuple(p[i if len(p) == number else 0] for p in shared),
             caption=texts[i],
         )

@@ -1,4 +1,4 @@
-"""Reading pictures of every kind that lie in people's folders, one at a time."""
+"""Reading images of every kind that users have, one at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
 ORIENTATION = 0x0112  # EXIF tag
 MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 MAX_16_BIT = 65_535
-#: EXIF orientation -> what stands the picture upright.
+#: EXIF orientation -> the transform that turns the image upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,14 +38,13 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 HASH_CHUNK_BYTES = 1 << 20
-#: Of a picture that are converted at a time; all at once would need many times the file's own
-#: memory.
+#: Of an image, converted at a time; all at once would need many times the file's own memory.
 BAND_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
-class FilePicture:
-    """A picture in a file."""
+class FileImage:
+    """An image in a file."""
 
     path: Path
     label: str = ""
@@ -59,9 +58,9 @@ class FilePicture:
         """float32 (height, width, 3) in [0, 1]: turned upright, transparency over white.
 
         Raises:
-            FileError: no picture, a damaged one, or one too large; the text names the file.
+            FileError: not an image, damaged, or too large; the text names the file.
         """
-        with open_picture(self.path, self.name) as image:
+        with open_image(self.path, self.name) as image:
             upright = turn_upright(image)
             pixels = np.empty((upright.height, upright.width, 3), np.float32)
             for top, band in split_image(upright):
@@ -70,23 +69,23 @@ class FilePicture:
 
     def read_bands(self) -> Iterator[np.ndarray]:
         """`read` piece by piece: float32 (rows, width, 3), from the top."""
-        with open_picture(self.path, self.name) as image:
+        with open_image(self.path, self.name) as image:
             for _, band in split_image(turn_upright(image)):
                 yield convert(band)
 
     def read_small(self, side_px: int) -> np.ndarray:
         """uint8 (height, width, 3), about as large as asked for; JPEGs are decoded at that size.
 
-        Beside the decoded file, memory goes with `side_px`, not with the picture.
+        Apart from the decoded file, memory depends on `side_px`, not on the image.
         """
-        with open_picture(self.path, self.name) as image:
+        with open_image(self.path, self.name) as image:
             image.draft(None, (side_px, side_px))
             upright = turn_upright(image)
             bands = ((top, convert_to_bytes(band)) for top, band in split_image(upright))
             return shrink(bands, upright.size, side_px)
 
     def compute_digest(self) -> str:
-        """Of the file's bytes, and whether they are a picture at all is not asked.
+        """Of the file's bytes, whether or not they are an image.
 
         Raises:
             FileError: the file cannot be opened.
@@ -101,12 +100,12 @@ class FilePicture:
         return digest.hexdigest()
 
     def read_header(self) -> Header:
-        """What can be said without decoding.
+        """What is known without decoding.
 
         Raises:
             FileError: as `read`.
         """
-        with open_picture(self.path, self.name) as image:
+        with open_image(self.path, self.name) as image:
             width, height = image.size
             orientation = image.getexif().get(ORIENTATION)
             if orientation in (5, 6, 7, 8):
@@ -124,8 +123,8 @@ class FilePicture:
 
 
 @dataclass(frozen=True, eq=False)
-class ArrayPicture:
-    """A picture from the graph."""
+class ArrayImage:
+    """An image from the graph."""
 
     name: str
     pixels: np.ndarray = field(repr=False)
@@ -158,7 +157,7 @@ class ArrayPicture:
         return Header(width, height, ())
 
 
-Picture = FilePicture | ArrayPicture
+ImageSource = FileImage | ArrayImage
 
 
 @dataclass(frozen=True)
@@ -171,8 +170,8 @@ class Header:
 
 
 @contextmanager
-def open_picture(path: Path, name: str) -> Iterator[Image.Image]:
-    """A Pillow image of a bearable size; whatever goes wrong inside becomes one sentence."""
+def open_image(path: Path, name: str) -> Iterator[Image.Image]:
+    """A Pillow image of an acceptable size; any error inside becomes a one-sentence FileError."""
     name = shorten(name)
     with open_regular(path, name) as file:
         try:
@@ -233,7 +232,7 @@ def slice_rows(height: int, width: int) -> Iterator[slice]:
 
 
 def split_image(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """(first row, those rows), from the top; a small image as it is."""
+    """(first row, those rows), from the top; a small image unchanged."""
     for rows in slice_rows(image.height, image.width):
         is_whole = rows == slice(0, image.height)
         yield rows.start, image if is_whole else image.crop((0, rows.start, image.width, rows.stop))
@@ -277,7 +276,7 @@ def shrink(
     """uint8 (height, width, 3) whose longer side is at most `side_px`, from `split_image`'s bands.
 
     Each band is narrowed on its own, as Pillow does before it reduces the height, so that the
-    result is that of the whole picture, bit for bit.
+    result is bit-identical to that of the whole image.
     """
     width, height = size
     scale = min(1.0, side_px / max(size))

@@ -1,4 +1,4 @@
-"""How names that form no pairs could: which folders or endings look like the two sides of one."""
+"""Hints for names that form no pairs: which folders or endings look like the two sides of one."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ GENERAL = (
 
 
 def suggest_names(listing: Listing) -> str:
-    """The end of a sentence. Which side is the edit only the user knows."""
+    """The end of a message. Only the user knows which side is the edit."""
     folders: dict[str, set[str]] = defaultdict(set)
     endings: dict[str, set[str]] = defaultdict(set)
-    for paths in listing.pictures.values():
+    for paths in listing.images.values():
         relative = paths[0].relative_to(listing.root)
         folders[relative.parent.as_posix()].add(fold(relative.stem))
         match = _ENDING.fullmatch(relative.stem)

@@ -1,7 +1,7 @@
 """Which files of a folder belong together, in the layouts that trainers of edit models use.
 
 - folders of targets and references, `target/a.png` and `control/a.png`: ai-toolkit, musubi-tuner,
-  sd-scripts; the targets may lie in the folder itself, with `control/` below it
+  sd-scripts; the targets may be in the folder itself, with `control/` below it
 - endings, `a_start.png` and `a_end.png`, `a.png` and `a-condlabel.png`: fal, T2ITrainer, OneTrainer
 - a folder for each pair, `1/before.png` and `1/after.png`: collected by hand
 - `metadata.jsonl`, `.csv` or `.json` that names the files: DiffSynth, musubi-tuner, Hugging Face
@@ -32,21 +32,21 @@ def find_pairs(
     """The pairs of a folder, and what in it was left out.
 
     Args:
-        is_allowed: asked before a file is opened or a link followed; links may lead anywhere.
+        is_allowed: called before a file is opened or a link followed; links may lead anywhere.
         reference_folders: one for each reference, if they are not below `folder`.
 
     Raises:
-        FileError: no pictures, or no layout that is known.
+        FileError: no images, or no layout that is known.
     """
     listing = list_files(folder, is_allowed)
     others = [list_files(path, is_allowed) for path in reference_folders]
-    problems = [problem for one in (listing, *others) for problem in one.tell()]
+    problems = [problem for one in (listing, *others) for problem in one.report_skipped()]
     if reference_folders:
         table = None
         problems += ignore_lists(listing)
     else:
-        table, told = find_list(listing, is_allowed)
-        problems += told
+        table, problems_of_lists = find_list(listing, is_allowed)
+        problems += problems_of_lists
     try:
         if table is not None:
             found = read_list(table, listing, is_allowed)
@@ -68,7 +68,7 @@ def ignore_lists(listing: Listing) -> list[Problem]:
 
 
 def append_problems(text: str, problems: Sequence[Problem]) -> str:
-    """A refusal with what else was found, the worst first: there is no report to say it."""
+    """An error with the other problems, the worst first: there is no report to show them."""
     for problem in sorted(problems, key=lambda problem: -problem.level):
         more = f"{text} Besides: {problem.text}."
         text = more if len(more) <= MAX_MESSAGE else text
@@ -78,12 +78,12 @@ def append_problems(text: str, problems: Sequence[Problem]) -> str:
 def find_layout(listing: Listing, others: Sequence[Listing], is_allowed: IsAllowed) -> FoundPairs:
     """FileError where the names form no pairs."""
     name = shorten(listing.root.name)
-    if not listing.num_pictures:
+    if not listing.num_images:
         raise FileError(
             f"{name} holds no pictures; expected pairs of PNG, JPEG or WebP files "
             "with captions. Put them there, or correct the folder."
         )
-    if listing.num_pictures == 1 and not others:
+    if listing.num_images == 1 and not others:
         raise FileError(
             f"{name} holds one picture; expected pairs: a target, one to {MAX_REFERENCES} "
             "references and a caption. Add what it is made from."
@@ -93,9 +93,9 @@ def find_layout(listing: Listing, others: Sequence[Listing], is_allowed: IsAllow
         if found is not None:
             layout, parts = found
             return build_pairs(layout, parts, listing, is_allowed)
-    paths = [paths[0] for paths in list(listing.pictures.values())[:3]]
+    paths = [paths[0] for paths in list(listing.images.values())[:3]]
     names = ", ".join(shorten(path.name, 40) for path in paths)
     raise FileError(
-        f"{name} holds {listing.num_pictures} pictures ({names}, ...) whose names form no pairs; "
+        f"{name} holds {listing.num_images} pictures ({names}, ...) whose names form no pairs; "
         f"{suggest_names(listing)}"
     )

@@ -18,7 +18,7 @@ from .pair import CAPTION_SUFFIXES, IsAllowed, Level, Problem, check_allowed, li
 #: What archives and systems leave behind.
 SKIPPED_FOLDERS = ("__MACOSX", "__pycache__")
 LIST_SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
-#: Pictures and films that are not read; a pair of them would vanish without a word.
+#: Images and videos that are not read; a pair of them would otherwise vanish silently.
 UNREAD_SUFFIXES = frozenset(
     {
         *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpe", ".apng", ".mpo"),
@@ -33,7 +33,7 @@ UNREAD_SUFFIXES = frozenset(
 def fold(name: str) -> str:
     """The form in which names are compared: case ignored, accents composed.
 
-    Systems and archives write one accented letter in two ways, as one character or as two.
+    Systems and archives encode an accented letter in two ways, as one character or as two.
     """
     if name.isascii():
         return name.lower()
@@ -48,45 +48,43 @@ def sort_naturally(name: str) -> list:
 
 @dataclass
 class Listing:
-    """What lies below a folder; keys are paths without suffix, folded."""
+    """The files below a folder; keys are paths without suffix, folded."""
 
     root: Path
-    pictures: dict[str, list[Path]] = field(default_factory=dict)
+    images: dict[str, list[Path]] = field(default_factory=dict)
     captions: dict[str, list[Path]] = field(default_factory=dict)
-    """The files of each key, the one that counts first."""
+    """The files of each key, the preferred one first."""
     lists: list[Path] = field(default_factory=list)
     """Files on top that may list pairs."""
     unread: list[Path] = field(default_factory=list)
-    """Pictures of kinds that are not read."""
+    """Images of kinds that are not read."""
     links: list[Path] = field(default_factory=list)
     """To folders, not followed."""
 
     @property
-    def num_pictures(self) -> int:
-        return sum(map(len, self.pictures.values()))
+    def num_images(self) -> int:
+        return sum(map(len, self.images.values()))
 
     @property
     def files(self) -> list[Path]:
         """All that a set made of this folder depends on."""
         found = [*self.unread, *self.links, *self.lists]
-        for paths in (*self.pictures.values(), *self.captions.values()):
+        for paths in (*self.images.values(), *self.captions.values()):
             found += paths
         return found
 
     def list_folder(self, folder: Path, is_deep: bool = True) -> dict[str, list[Path]]:
-        """Pictures in a folder, and below it if `is_deep`; keys are relative to it."""
+        """Images in a folder, and below it if `is_deep`; keys are relative to it."""
         start = make_key(self.root, folder)
         start = "" if start == "." else f"{start}/"
         inside = {
-            key[len(start) :]: paths
-            for key, paths in self.pictures.items()
-            if key.startswith(start)
+            key[len(start) :]: paths for key, paths in self.images.items() if key.startswith(start)
         }
         return {key: paths for key, paths in inside.items() if is_deep or "/" not in key}
 
     def list_subfolders(self, folder: Path) -> list[Path]:
-        """Those right below a folder that hold pictures or captions, in natural order."""
-        files = [path for paths in self.pictures.values() for path in paths]
+        """Those right below a folder that hold images or captions, in natural order."""
+        files = [path for paths in self.images.values() for path in paths]
         files += [path for paths in self.captions.values() for path in paths]
         inside = [p.relative_to(folder).parts for p in files if p.is_relative_to(folder)]
         names = {parts[0] for parts in inside if len(parts) > 1}
@@ -97,12 +95,14 @@ class Listing:
         found = [self.captions[key][0] for key in keys if key in self.captions]
         return next((path for path in found if not is_json(path)), found[0] if found else None)
 
-    def tell(self) -> list[Problem]:
+    def report_skipped(self) -> list[Problem]:
         """What was left out while listing."""
         problems = []
         if self.unread:
             problems.append(
-                Problem(Level.WARNING, "pictures_unread", tell_unread(self), count=len(self.unread))
+                Problem(
+                    Level.WARNING, "pictures_unread", describe_unread(self), count=len(self.unread)
+                )
             )
         if self.links:
             text = (
@@ -114,7 +114,7 @@ class Listing:
         return problems
 
 
-def tell_unread(listing: Listing) -> str:
+def describe_unread(listing: Listing) -> str:
     suffixes = sorted({path.suffix.lower() for path in listing.unread})
     return (
         f"files of kinds that are not read ({', '.join(suffixes[:6])}): {len(listing.unread)}, "
@@ -123,7 +123,7 @@ def tell_unread(listing: Listing) -> str:
 
 
 def list_files(root: Path, is_allowed: IsAllowed) -> Listing:
-    """Walks a folder; a link to a folder is followed where that is allowed, one deep.
+    """Walks a folder; a link to a folder is followed where that is allowed, one level deep.
 
     Raises:
         FileError: it cannot be opened.
@@ -153,7 +153,7 @@ def list_files(root: Path, is_allowed: IsAllowed) -> Listing:
     for path in sorted(found, key=lambda path: sort_naturally(str(path.relative_to(root)))):
         suffix = path.suffix.lower()
         if suffix in SUFFIXES:
-            listing.pictures.setdefault(make_key(root, path), []).append(path)
+            listing.images.setdefault(make_key(root, path), []).append(path)
         elif suffix in UNREAD_SUFFIXES:
             listing.unread.append(path)
         elif suffix in CAPTION_SUFFIXES:
@@ -166,7 +166,7 @@ def list_files(root: Path, is_allowed: IsAllowed) -> Listing:
 
 
 def may_follow(link: Path, linked: Sequence[str], is_allowed: IsAllowed) -> bool:
-    """Not to a folder that the link stands in, and not from inside another link: links could
+    """Not to a folder that contains the link, and not from inside another link: links could
     multiply without end."""
     if str(link).startswith(tuple(linked)):
         return False

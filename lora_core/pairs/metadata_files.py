@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import FileError
 from ..text import shorten
 from .columns import KNOWN_COLUMNS, RowFiles, read_columns, read_paths
-from .images import FilePicture
+from .images import FileImage
 from .listing import Listing, is_json, make_key
 from .pair import (
     UNUSABLE,
@@ -31,11 +31,11 @@ from .tables import Row, Table, read_table
 
 #: What these trainers call them; any other name is read too where its rows name pairs.
 NAMES = re.compile(r"(metadata|dataset|data|train)\.(jsonl|csv|tsv|json)", re.IGNORECASE)
-MAX_TRIED = 20  # rows by which a list of another name is told
+MAX_TRIED = 20  # rows checked in a list of another name
 
 
 def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, list[Problem]]:
-    """The file that lists the pairs, and what is said of the others.
+    """The file that lists the pairs, and problems with the others.
 
     Raises:
         FileError: one of the usual names cannot be read.
@@ -43,7 +43,7 @@ def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, li
     chosen: Table | None = None
     problems: list[Problem] = []
     others: list[Path] = []
-    paths = [p for p in listing.lists if not is_json(p) or not is_beside_picture(p, listing)]
+    paths = [p for p in listing.lists if not is_json(p) or not is_beside_image(p, listing)]
     for path in sorted(paths, key=lambda path: not NAMES.fullmatch(path.name)):
         try:
             check_allowed(path, is_allowed)
@@ -78,8 +78,8 @@ def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, li
     return chosen, problems
 
 
-def is_beside_picture(path: Path, listing: Listing) -> bool:
-    return make_key(listing.root, path) in listing.pictures
+def is_beside_image(path: Path, listing: Listing) -> bool:
+    return make_key(listing.root, path) in listing.images
 
 
 def describe_unused(table: Table) -> str:
@@ -99,20 +99,20 @@ def read_list(table: Table, listing: Listing, is_allowed: IsAllowed) -> FoundPai
             pairs.append(reader.build_pair(row, number))
         except FileError as e:
             problems.append(Problem(Level.STOP, UNUSABLE, str(e), reader.name))
-    problems += reader.tell_unused()
+    problems += reader.report_unused_columns()
     if table.left_out:
         keys = ", ".join(shorten(key, 30) for key in table.left_out[:3])
         text = f"{table.name} holds further lists that are not used: {keys}"
         problems.append(Problem(Level.WARNING, "list_unused", text, count=len(table.left_out)))
-    problems += tell_unlisted(table, listing, pairs)
+    problems += report_unlisted(table, listing, pairs)
     return FoundPairs(f"listed in {table.name}", tuple(pairs), tuple(problems))
 
 
-def tell_unlisted(table: Table, listing: Listing, pairs: Sequence[Pair]) -> list[Problem]:
-    listed = {os.path.normpath(p.path) for pair in pairs for p in pair.pictures}
+def report_unlisted(table: Table, listing: Listing, pairs: Sequence[Pair]) -> list[Problem]:
+    listed = {os.path.normpath(p.path) for pair in pairs for p in pair.images}
     unlisted = [
         path
-        for paths in listing.pictures.values()
+        for paths in listing.images.values()
         for path in paths
         if os.path.normpath(path) not in listed
     ]
@@ -133,7 +133,7 @@ class ListReader:
         self.folder = folder
         self.is_allowed = is_allowed
         self.name = ""
-        """Of the pair in hand."""
+        """Of the current pair."""
         self._names: set[str] = set()
         self._unused: Counter[str] = Counter()
         self._composed: dict[Path, dict[str, str]] = {}
@@ -164,7 +164,7 @@ class ListReader:
         return Pair(self.name, target, references, caption, mask)
 
     def has_files(self, row: Row) -> bool:
-        """Whether the pictures of a row are there."""
+        """Whether the images of a row exist."""
         files = read_columns(row.values)
         try:
             self._open_one(files.target, "the target")
@@ -173,8 +173,8 @@ class ListReader:
             return False
         return True
 
-    def tell_unused(self) -> list[Problem]:
-        """Columns that name pictures and are none of those that are read."""
+    def report_unused_columns(self) -> list[Problem]:
+        """Columns that name images and are not read."""
         if not self._unused:
             return []
         columns = ", ".join(shorten(column, 30) for column in list(self._unused)[:4])
@@ -185,20 +185,20 @@ class ListReader:
         )
         return [Problem(Level.WARNING, "columns_unused", text, count=count)]
 
-    def _open_references(self, files: RowFiles, place: str) -> tuple[FilePicture, ...]:
+    def _open_references(self, files: RowFiles, place: str) -> tuple[FileImage, ...]:
         return tuple(
             self._open(path)
             for value in files.references
             for path in read_paths(value, f"a reference in {place[:-1]}")
         )
 
-    def _open_one(self, value: object, place: str) -> FilePicture:
+    def _open_one(self, value: object, place: str) -> FileImage:
         paths = read_paths(value, place)
         if len(paths) != 1:
             raise FileError(f"{place} is a list of {len(paths)}; expected the path of one picture.")
         return self._open(paths[0])
 
-    def _open(self, named: str) -> FilePicture:
+    def _open(self, named: str) -> FileImage:
         """A file that a row names, relative to the folder."""
         if "\0" in named:
             raise FileError(
@@ -216,7 +216,7 @@ class ListReader:
         return open_file(path, self.folder, self.is_allowed)
 
     def _find_composed(self, path: Path) -> Path:
-        """The file whose name differs only in how accents are written, or `path` as it is."""
+        """The file whose name differs only in how accents are encoded, or `path` itself."""
         if is_file(path) or path.as_posix().isascii() or not path.is_relative_to(self.folder):
             return path
         found = self.folder

@@ -1,4 +1,4 @@
-"""Pairs by what files are called: an ending, a beginning, or the whole name in a folder each."""
+"""Pairs by file names: an ending, a beginning, or the whole name in a folder for each pair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def collect_endings(listing: Listing, _: Sequence[Listing]) -> Collected | None:
     named: dict[str, list[tuple[Role, str]]] = defaultdict(list)
     bare: list[str] = []
     endings: Counter[tuple[str, str]] = Counter()
-    for key, paths in listing.pictures.items():
+    for key, paths in listing.images.items():
         role = parse_ending(paths[0].stem)
         if role is None or role.kind == CAPTION:
             bare.append(key)
@@ -26,8 +26,8 @@ def collect_endings(listing: Listing, _: Sequence[Listing]) -> Collected | None:
         named[join_key(key.rpartition("/")[0], role.base)].append((role, key))
         endings[role.kind, role.word.rstrip("0123456789")] += len(paths)
     parts = {part.name: part for part in build_numbered(named, listing)}
-    for key in bare:  # the target, where the others say what they are
-        parts.setdefault(key, Parts(key)).targets += listing.pictures[key]
+    for key in bare:  # the target, where the others have roles
+        parts.setdefault(key, Parts(key)).targets += listing.images[key]
     return finish_named("endings", endings, "no ending", parts.values(), listing)
 
 
@@ -46,7 +46,7 @@ def build_numbered(
         for role, key in found:
             name = f"{base} {role.number}" if is_many else base
             part = made.setdefault(name, Parts(name))
-            for path in listing.pictures[key]:
+            for path in listing.images[key]:
                 part.add(role.kind, path, (role.number,))
             part.caption_keys.append(key)
         parts += made.values()
@@ -63,8 +63,8 @@ def finish_named(
     """The layout's name, with the words that made it, and where each pair's caption may be.
 
     Args:
-        words: times that each (kind, word) was met.
-        no_word: what stands for a target's word where there was none.
+        words: how often each (kind, word) occurred.
+        no_word: used for a target's word where there was none.
     """
     if not any(part.targets and part.references for part in parts):
         return None
@@ -91,7 +91,7 @@ def put_target_first(parts: Iterable[Parts], listing: Listing) -> None:
 def collect_folder_per_pair(listing: Listing, others: Sequence[Listing]) -> Collected | None:
     """`1/before.png`, `1/after.png`, `1/prompt.txt`."""
     parts: dict[str, Parts] = {}
-    for key, paths in listing.pictures.items():
+    for key, paths in listing.images.items():
         folder = key.rpartition("/")[0]
         role = parse_name(paths[0].stem)
         if folder and role is not None and role.kind != CAPTION:
@@ -128,7 +128,7 @@ def collect_starts(listing: Listing, _: Sequence[Listing]) -> Collected | None:
     """`before_1.png` and `after_1.png`, `start-cat.png` and `end-cat.png`."""
     parts: dict[str, Parts] = {}
     words: Counter[tuple[str, str]] = Counter()
-    for key, paths in listing.pictures.items():
+    for key, paths in listing.images.items():
         role = parse_start(paths[0].stem)
         if role is None or role.kind == CAPTION:
             continue

@@ -12,12 +12,12 @@ from ..disk.regular_files import decode_text, read_bytes
 from ..errors import FileError
 from ..findings import ERROR, NOTE, WARNING
 from ..text import shorten
-from .images import FilePicture, Picture
+from .images import FileImage, ImageSource
 
 MAX_REFERENCES = 3  # sockets of TextEncodeQwenImageEditPlus
-#: The first that is there counts. A .json beside a picture often holds anything but a caption.
+#: The first that exists is used. A .json next to an image often holds anything but a caption.
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
-#: Columns of a list, and fields of a .json beside a picture, the surest first.
+#: Columns of a list, and fields of a .json next to an image, the most certain first.
 CAPTION_COLUMNS = (
     *("edit_prompt", "instruction", "edit_instruction", "prompt", "caption", "text"),
 )
@@ -28,7 +28,7 @@ IsAllowed = Callable[[Path], bool]
 
 
 class Level(IntEnum):
-    """How bad a problem is."""
+    """Severity of a problem."""
 
     NOTE = 0
     WARNING = 1
@@ -51,13 +51,13 @@ UNUSABLE = "pair_unusable"
 class Problem:
     level: Level
     kind: str
-    """What programs know it by; never changes its name."""
+    """Its identifier for programs; never changes."""
     text: str
     """A sentence."""
     pair: str | None = None
     """Name of the pair; None for the whole set."""
     short: str = ""
-    """The same in a few words, for below a picture."""
+    """The same in a few words, for the caption of an image."""
     count: int = 1
     """How many files or pairs it is about."""
 
@@ -67,15 +67,15 @@ class Pair:
     """One example of an edit."""
 
     name: str
-    target: Picture
-    references: tuple[Picture, ...]
+    target: ImageSource
+    references: tuple[ImageSource, ...]
     caption: str | None
     """None where none was found."""
-    mask: Picture | None = None
-    """Bright where the loss counts."""
+    mask: ImageSource | None = None
+    """White where the loss counts."""
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
+    def images(self) -> tuple[ImageSource, ...]:
         masks = () if self.mask is None else (self.mask,)
         return (self.target, *self.references, *masks)
 
@@ -118,10 +118,10 @@ def choose_caption(row: Mapping[str, object], place: str) -> str | None:
     """The first column with text; "" where these are there and empty, None where there are none.
 
     Args:
-        place: where the row stands, for the message.
+        place: where the row is, for the message.
 
     Raises:
-        FileError: the first that holds something holds no text.
+        FileError: the first non-empty one is not text.
     """
     found = [row[name] for name in CAPTION_COLUMNS if row.get(name) is not None]
     for value in found:
@@ -147,20 +147,20 @@ def check_allowed(path: Path, is_allowed: IsAllowed) -> None:
         )
 
 
-def open_file(path: Path, root: Path, is_allowed: IsAllowed) -> FilePicture:
+def open_file(path: Path, root: Path, is_allowed: IsAllowed) -> FileImage:
     """FileError for a link that leads outside."""
     check_allowed(path, is_allowed)
-    return FilePicture(path, describe_path(path, root))
+    return FileImage(path, describe_path(path, root))
 
 
 def describe_path(path: Path, root: Path) -> str:
-    """As a person finds the file: inside the set's folder, or with the name of its own folder."""
+    """As a user finds the file: relative to the set's folder, or with its own folder's name."""
     inside = path.is_relative_to(root)
     return path.relative_to(root).as_posix() if inside else f"{path.parent.name}/{path.name}"
 
 
 def list_some(paths: Sequence[Path], root: Path, limit: int = 3) -> str:
-    """The first few of many files, for a sentence."""
+    """The first few of many files, for a message."""
     shown = [shorten(describe_path(path, root), 60) for path in paths[:limit]]
     return ", ".join([*shown, "..."] if len(paths) > limit > 1 else shown)
 

@@ -1,4 +1,4 @@
-"""From files that belong together to pairs, and what is said of those that do not."""
+"""From files that belong together to pairs, and problems with those that do not."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .pair import (
 )
 from .roles import MASK, REFERENCE, TARGET
 
-#: Captions with these names are about the folder, not about a picture.
+#: Captions with these names are about the folder, not about an image.
 NOT_CAPTIONS = re.compile(r"(.*/)?(readme|licen[cs]e|notes?|requirements|info)")
-MAX_ODD_SHARE = 0.1  # of the pairs that may have more or fewer references and look like a slip
+MAX_ODD_SHARE = 0.1  # of the pairs whose number of references differs and may be a mistake
 
 
 @dataclass
@@ -39,12 +39,12 @@ class Parts:
     name: str
     targets: list[Path] = field(default_factory=list)
     references: list[tuple[tuple, Path]] = field(default_factory=list)
-    """(what they are ordered by, file)."""
+    """(sort key, file)."""
     masks: list[Path] = field(default_factory=list)
     caption_keys: list[str] = field(default_factory=list)
     """Where its caption may be, the likeliest first."""
     fallback_keys: list[str] = field(default_factory=list)
-    """Where it may be if it is nowhere else, which is then told."""
+    """Where it may be if it is nowhere else; this is then reported."""
 
     def add(self, role: str, path: Path, order: tuple = ()) -> None:
         if role == REFERENCE:
@@ -73,7 +73,7 @@ def join_key(folder: str, name: str) -> str:
 def build_pairs(
     layout: str, parts: Sequence[Parts], listing: Listing, is_allowed: IsAllowed
 ) -> FoundPairs:
-    """Opens captions, and says what is missing or left out."""
+    """Opens captions, and reports what is missing or left out."""
     builder = Builder(listing, is_allowed)
     parts = sorted(parts, key=lambda part: sort_naturally(part.name))
     for part in parts:
@@ -83,15 +83,15 @@ def build_pairs(
             builder.problems.append(Problem(Level.STOP, UNUSABLE, str(e), part.name))
     problems = [
         *builder.problems,
-        *builder.tell_captions(),
-        *tell_references(parts, listing.root),
-        *tell_pictures(parts, listing),
+        *builder.report_captions(),
+        *report_doubtful_references(parts, listing.root),
+        *report_unused_images(parts, listing),
     ]
     return FoundPairs(layout, tuple(builder.pairs), tuple(problems))
 
 
 class Builder:
-    """Makes pairs of parts and keeps in mind which captions these took, and by which rule."""
+    """Builds pairs from parts and records which captions they took, and by which rule."""
 
     def __init__(self, listing: Listing, is_allowed: IsAllowed):
         self.listing = listing
@@ -131,7 +131,7 @@ class Builder:
             mask=open_file(part.masks[0], root, self.is_allowed) if part.masks else None,
         )
 
-    def tell_captions(self) -> Iterator[Problem]:
+    def report_captions(self) -> Iterator[Problem]:
         """Text files that no pair took, and captions taken by a rule that may be wrong."""
         root = self.listing.root
         spare, second, plain_json = [], [], []
@@ -141,15 +141,15 @@ class Builder:
                 spare += [] if NOT_CAPTIONS.fullmatch(key) else texts
             else:
                 second += [path for path in texts if path not in self._used]
-            # Those on top with names of their own were looked at as lists.
+            # Those on top with other names were checked as lists.
             plain_json += [
                 path
                 for path in paths
                 if is_json(path)
                 and path not in self._used
-                and (key in self.listing.pictures or path.parent != root)
+                and (key in self.listing.images or path.parent != root)
             ]
-        told: list[tuple[Level, str, str, list[Path]]] = [
+        groups: list[tuple[Level, str, str, list[Path]]] = [
             (Level.WARNING, "captions_unused", "text files that belong to no pair", spare),
             (Level.WARNING, "captions_second", "captions not used, for a .txt is there", second),
             (Level.NOTE, "json_unused", ".json files that are not read", plain_json),
@@ -157,7 +157,7 @@ class Builder:
             (Level.NOTE, "captions_from_json", "captions read from .json files", self._from_json),
             (Level.NOTE, "captions_by_fallback", "captions by no known name", self._fallbacks),
         ]
-        for level, kind, what, paths in told:
+        for level, kind, what, paths in groups:
             if paths:
                 text = f"{what}: {len(paths)}, such as {list_some(paths, root, 1)}"
                 yield Problem(level, kind, text, count=len(paths))
@@ -172,7 +172,7 @@ class Builder:
         return path
 
     def _read_caption(self, path: Path) -> str | None:
-        """A .json beside a picture may be anything: one that cannot be read is told, no more."""
+        """A .json next to an image may be anything: an unreadable one is only reported."""
         try:
             caption = read_caption(path, self.is_allowed)
         except FileError as e:
@@ -185,8 +185,8 @@ class Builder:
         return caption
 
 
-def tell_references(parts: Sequence[Parts], root: Path) -> list[Problem]:
-    """Files that may have become a reference by chance: leftovers, or a lack of one."""
+def report_doubtful_references(parts: Sequence[Parts], root: Path) -> list[Problem]:
+    """Files that may have become a reference by mistake: leftovers, or a missing one."""
     problems = []
     same: list[Path] = []
     masks: list[Path] = []
@@ -207,10 +207,12 @@ def tell_references(parts: Sequence[Parts], root: Path) -> list[Problem]:
             masks, root, 1
         )
         problems.append(Problem(Level.WARNING, "masks_unused", text, count=len(masks)))
-    return problems + tell_odd_numbers([p for p in parts if p.targets and p.references], root)
+    return problems + report_odd_reference_counts(
+        [p for p in parts if p.targets and p.references], root
+    )
 
 
-def tell_odd_numbers(parts: Sequence[Parts], root: Path) -> list[Problem]:
+def report_odd_reference_counts(parts: Sequence[Parts], root: Path) -> list[Problem]:
     """A few pairs with another number of references than the rest."""
     counts = Counter(len(part.references) for part in parts)
     if len(counts) < 2:
@@ -228,10 +230,10 @@ def tell_odd_numbers(parts: Sequence[Parts], root: Path) -> list[Problem]:
     return [Problem(Level.WARNING, "references_odd", text, count=len(odd))]
 
 
-def tell_pictures(parts: Sequence[Parts], listing: Listing) -> list[Problem]:
-    """Pictures in no role at all."""
+def report_unused_images(parts: Sequence[Parts], listing: Listing) -> list[Problem]:
+    """Images without any role."""
     taken = {path for part in parts for path in part.paths}
-    spare = [path for paths in listing.pictures.values() for path in paths if path not in taken]
+    spare = [path for paths in listing.images.values() for path in paths if path not in taken]
     if not spare:
         return []
     text = (

@@ -1,4 +1,4 @@
-"""A look at every pair before any is encoded: what would ruin a run, what may be a mistake."""
+"""Checks every pair before any is encoded: what would ruin a run, what may be a mistake."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..errors import ConfigError, FileError
 from ..findings import SEVERITIES, Finding
 from ..progress import Progress, ShouldStop, track
 from ..text import shorten
-from .facts import PairFacts, PictureFacts, have_same_pixels, measure_pair
-from .images import Picture
+from .facts import ImageFacts, PairFacts, have_same_pixels, measure_pair
+from .images import ImageSource
 from .pair import UNUSABLE, FoundPairs, Level, Pair, Problem
 from .sizes import Size, check_megapixels, choose_target_size
 from .swapping import find_swaps
@@ -47,7 +47,7 @@ class CheckedPair:
 
 @dataclass(frozen=True)
 class Preflight:
-    """All that was found out."""
+    """The result of the checks."""
 
     name: str
     layout: str
@@ -119,7 +119,7 @@ def check_pairs(
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> Preflight:
-    """Decodes every picture once, one at a time.
+    """Decodes every image once, one at a time.
 
     Args:
         megapixels: area the targets are trained at, in units of 1024 x 1024.
@@ -128,11 +128,11 @@ def check_pairs(
         on_problem: LEAVE_OUT turns a pair that cannot be used into a warning.
 
     Raises:
-        ConfigError: `megapixels` is no area.
+        ConfigError: `megapixels` is not an area.
     """
     check_megapixels(megapixels, "megapixels")
     problems = list(found.problems)
-    known: dict[int | str, PictureFacts] = {}
+    known: dict[int | str, ImageFacts] = {}
     checked: list[CheckedPair] = []
     for pair in track(found.pairs, progress, should_stop, "check of the pairs"):
         try:
@@ -162,7 +162,7 @@ def check_pairs(
     return Preflight(name, found.layout, tuple(checked), tuple(problems), num_found)
 
 
-#: Kind of a problem that cost a pair.
+#: Kind of a problem for which a pair was left out.
 LEFT_OUT = "pair_left_out"
 
 
@@ -205,10 +205,10 @@ def check_mask(pair: Pair) -> None:
         )
 
 
-def measure_brightness(picture: Picture) -> float:
+def measure_brightness(image: ImageSource) -> float:
     """Mean of all pixels, 0 to 1."""
     total, number = 0.0, 0
-    for band in picture.read_bands():
+    for band in image.read_bands():
         total += float(band.sum(dtype=np.float64))
         number += band.size
     return total / number
@@ -220,28 +220,28 @@ def measure_brightness(picture: Picture) -> float:
 def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
     found: list[Problem] = []
     add = make_adder(found, pair.name)
-    pictures = [facts.target, *facts.references, *([facts.mask] if facts.mask else [])]
-    for picture, known in zip(pair.pictures, pictures, strict=True):
+    images = [facts.target, *facts.references, *([facts.mask] if facts.mask else [])]
+    for image, known in zip(pair.images, images, strict=True):
         if known.traits:
-            text = f"{shorten(picture.name)} is {', '.join(known.traits)}"
+            text = f"{shorten(image.name)} is {', '.join(known.traits)}"
             add(Level.NOTE, "converted", text)
         if max(known.aspect, 1 / known.aspect) > MAX_ASPECT:
             add(
                 Level.WARNING,
                 "strip",
-                f"{shorten(picture.name)} is {known.width} x {known.height} px, a strip; crop it",
+                f"{shorten(image.name)} is {known.width} x {known.height} px, a strip; crop it",
                 "a strip",
             )
-    for picture, known in zip(pair.references, facts.references, strict=True):
+    for image, known in zip(pair.references, facts.references, strict=True):
         if known.digest == facts.target.digest or (
             (known.width, known.height) == (facts.target.width, facts.target.height)
             and known.looks_like(facts.target)
-            and have_same_pixels(picture, pair.target)
+            and have_same_pixels(image, pair.target)
         ):
             add(
                 Level.WARNING,
                 "same_picture",
-                f"{shorten(pair.target.name)} and its reference {shorten(picture.name)} are the "
+                f"{shorten(pair.target.name)} and its reference {shorten(image.name)} are the "
                 "same picture; this pair teaches to change nothing",
                 "target = reference",
             )
@@ -316,7 +316,7 @@ def make_adder(problems: list[Problem], pair: str | None) -> Adder:
 
 
 def drop_repeats(checked: Sequence[CheckedPair]) -> tuple[list[CheckedPair], list[Problem]]:
-    """Pairs with the same pictures and caption as one before are used once."""
+    """Pairs with the same images and caption as one before are used once."""
     kept: dict[tuple, CheckedPair] = {}
     repeats: list[Problem] = []
     for one in checked:

@@ -15,7 +15,7 @@ from .preflight import CheckedPair, Preflight, count_sizes
 MAX_PROBLEMS = 12  # a level in the report; the table has all
 MAX_SIZES = 6
 MAX_TILES = 18  # pairs on the contact sheet
-ROW_PICTURES = 6  # side by side
+ROW_IMAGES = 6  # side by side
 TILE_PX = 224
 GAP_PX = 4
 CAPTION_LETTERS = 60
@@ -70,7 +70,7 @@ def build_table(preflight: Preflight) -> str:
                 f"{target.width} x {target.height}",
                 f"{one.size[0]} x {one.size[1]}",
                 ", ".join(f"{r.width} x {r.height}" for r in one.facts.references),
-                cut(one.pair.caption or ""),
+                cut_caption(one.pair.caption or ""),
                 "; ".join(by_pair.pop(one.pair.name, [])) or "-",
             ]
         )
@@ -89,7 +89,7 @@ def align_left(rows: list[list[str]]) -> list[str]:
     return [line.rstrip() for line in align(padded)]
 
 
-def cut(text: str, letters: int = CAPTION_LETTERS) -> str:
+def cut_caption(text: str, letters: int = CAPTION_LETTERS) -> str:
     line = " ".join(text.split())
     return line if len(line) <= letters else f"{line[: letters - 3]}..."
 
@@ -109,7 +109,7 @@ def draw_pairs(preflight: Preflight) -> np.ndarray:
     shown = pairs[:MAX_TILES]
     widest = max((len(one.pair.references) for one in shown), default=1) + 1
     tiles = [build_tile(one, worst.get(one.pair.name), widest) for one in shown]
-    per_row = min(len(tiles), ROW_PICTURES // widest)
+    per_row = min(len(tiles), ROW_IMAGES // widest)
     rows = [Row("", tuple(tiles[i : i + per_row])) for i in range(0, len(tiles), per_row or 1)]
     rows = rows or [Row("no pair can be used", (Tile(None, ""),))]
     name = shorten(preflight.name)
@@ -121,16 +121,16 @@ def draw_pairs(preflight: Preflight) -> np.ndarray:
 
 
 def build_tile(one: CheckedPair, problem: Problem | None, widest: int) -> Tile:
-    """The pair as one picture, as wide as the widest pair's."""
-    pictures = [*one.pair.references, one.pair.target]
+    """The pair as one image, as wide as the widest pair's."""
+    images = [*one.pair.references, one.pair.target]
     blank = np.full((TILE_PX, TILE_PX, 3), GREY, np.uint8)
-    frames = [blank] * (widest - len(pictures))
-    frames += [frame(picture.read_small(TILE_PX)) for picture in pictures]
+    frames = [blank] * (widest - len(images))
+    frames += [pad_to_square(picture.read_small(TILE_PX)) for picture in images]
     gap = np.full((TILE_PX, GAP_PX, 3), BACKGROUND_GREY, np.uint8)
     joined = [part for picture in frames for part in (gap, picture)][1:]
     target = one.facts.target
     size = f"{target.width} x {target.height}, trained at {one.size[0]} x {one.size[1]}"
-    caption = cut(one.pair.caption or "empty caption")
+    caption = cut_caption(one.pair.caption or "empty caption")
     notes = (caption, size)
     is_marked = problem is not None and problem.level >= Level.WARNING
     if is_marked:
@@ -138,8 +138,8 @@ def build_tile(one: CheckedPair, problem: Problem | None, widest: int) -> Tile:
     return Tile(np.concatenate(joined, axis=1), one.pair.name, notes, is_marked=is_marked)
 
 
-def frame(picture: np.ndarray) -> np.ndarray:
-    """The picture whole in a square: tiles are of one size, and nothing shall be cut off."""
+def pad_to_square(picture: np.ndarray) -> np.ndarray:
+    """The whole image in a square: tiles have one size, and nothing should be cropped."""
     image = Image.fromarray(picture)
     scale = TILE_PX / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)

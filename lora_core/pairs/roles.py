@@ -1,4 +1,4 @@
-"""Words by which people say what a file or folder is for: `a_start.png`, `control_2`, `before`."""
+"""Words by which people name what a file or folder is for: `a_start.png`, `control_2`, `before`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = {
     ),
     MASK: ("mask", "masks", "masklabel"),
 }
-#: Folders of targets may have these names too; a file called `a_image.png` says nothing.
+#: Folders of targets may have these names too; a file called `a_image.png` has no role.
 VAGUE_FOLDERS = ("image", "images", "img", "imgs", "edit", "edits")
 
 _ROLES = {word: role for role, words in WORDS.items() for word in words}
@@ -37,7 +37,7 @@ _LETTER = re.compile(r"(.+)(_([RT])(\d*))")  # T2ITrainer's endings, capitals on
 
 @dataclass(frozen=True)
 class Role:
-    """What a name says."""
+    """The role that a name states."""
 
     kind: str
     """TARGET, REFERENCE, CAPTION or MASK."""

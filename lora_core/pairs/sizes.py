@@ -1,7 +1,7 @@
-"""Which size a picture is encoded at.
+"""Which size an image is encoded at.
 
-Pictures are stretched by less than half a step, never cropped: a target that loses an edge which
-its reference keeps teaches a shift.
+Images are stretched by less than half a step, never cropped: a target that loses an edge that its
+reference keeps teaches a shift.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from ..errors import ConfigError
 PIXELS_PER_MEGAPIXEL = 1024 * 1024  # as ComfyUI's ImageScaleToTotalPixels counts
 TARGET_STEP_PX = 16  # 8 pixels a latent, 2 latents a patch
 REFERENCE_STEP_PX = 8  # as TextEncodeQwenImageEditPlus rounds
-MAX_MEGAPIXELS = 64.0  # 8192 x 8192; no picture is enlarged beyond it by a slip of the pen
+MAX_MEGAPIXELS = 64.0  # 8192 x 8192; a typo cannot enlarge an image beyond it
 
 Size = tuple[int, int]
 
 
 def check_megapixels(value: float, name: str) -> None:
-    """ConfigError for what is no area: NaN, infinity, zero, or absurdly much."""
+    """ConfigError for an invalid area: NaN, infinity, zero, or absurdly large."""
     if not isinstance(value, (int, float)) or not 0 < value <= MAX_MEGAPIXELS:
         raise ConfigError(
             f"{name} is {str(value)[:20]}; expected a number above 0 and up to "

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..text import shorten
 from .facts import PairFacts
-from .images import Picture
+from .images import ImageSource
 from .listing import fold
 from .pair import Level, Pair, Problem
 from .roles import REFERENCE, TARGET, parse_ending, parse_name
 
-MIN_SHARE = 0.5  # of the pairs a sign speaks about
-MIN_PAIRS_SHARED = 3  # one picture with several others
+MIN_SHARE = 0.5  # of the pairs a sign applies to
+MIN_PAIRS_SHARED = 3  # one image with several others
 MIN_RATIO = 1.5  # of saturation or detail, to call one side the stronger
 
 #: Words of an instruction -> what a target should have more of than its reference.
@@ -50,9 +50,9 @@ def ask_about_names(pairs: Sequence[Pair]) -> str | None:
     )
 
 
-def is_wrong(target: Picture, reference: Picture) -> bool:
-    """Whether one is called what the other is taken as. Where both files have one name, such as
-    x_original.png, it tells nothing and only their folders count."""
+def is_wrong(target: ImageSource, reference: ImageSource) -> bool:
+    """Whether one is named as the other's role. Where both files have the same name, such as
+    x_original.png, it is no sign and only their folders count."""
     paths = getattr(target, "path", None), getattr(reference, "path", None)
     if None in paths:
         return False
@@ -94,7 +94,7 @@ def ask_about_captions(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> str
         ("colour", MORE_COLOUR, LESS_COLOUR, "saturation"),
         ("detail", MORE_DETAIL, LESS_DETAIL, "detail"),
     )
-    for what, more, less, figure in rules:
+    for what, more, less, measure in rules:
         asked, against = 0, []
         for pair, known in zip(pairs, facts, strict=True):
             caption = pair.caption or ""
@@ -102,8 +102,8 @@ def ask_about_captions(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> str
             if wants_more == wants_less:
                 continue
             asked += 1
-            target = getattr(known.target, figure) + 1e-4
-            reference = getattr(known.references[0], figure) + 1e-4
+            target = getattr(known.target, measure) + 1e-4
+            reference = getattr(known.references[0], measure) + 1e-4
             ratio = reference / target if wants_more else target / reference
             if ratio > MIN_RATIO:
                 against.append(pair)

@@ -15,7 +15,7 @@ from ..text import shorten
 
 MAX_BYTES = 100_000_000
 DELIMITERS = ",;\t|"
-_SPARE = object()  # key of the cells that stand beyond a CSV's header
+_SPARE = object()  # key of the cells beyond a CSV's header
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Row:
     values: Mapping[str, object]
     """By column: lower case, "_" for blanks and hyphens."""
     fault: str = ""
-    """Why it cannot be used; a sentence."""
+    """Why it cannot be used, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def read_table(path: Path, known_columns: Collection[str]) -> Table:
     """The rows of a file; none where it is JSON without a list of objects.
 
     Args:
-        known_columns: by which a CSV's delimiter is told.
+        known_columns: by which a CSV's delimiter is recognised.
 
     Raises:
         FileError: no regular file, too long, no UTF-8, damaged, or not one row can be read.
@@ -105,7 +105,7 @@ def is_list_of_objects(value: object) -> bool:
 
 
 def read_cells(text: str, name: str, known_columns: Collection[str]) -> Iterator[Row]:
-    """Rows of a CSV, whatever parts its cells."""
+    """Rows of a CSV with any delimiter."""
     delimiter = choose_delimiter(text.split("\n", 1)[0], known_columns)
     reader = csv.DictReader(
         io.StringIO(text, newline=""),
@@ -128,7 +128,7 @@ def read_cells(text: str, name: str, known_columns: Collection[str]) -> Iterator
 
 
 def choose_delimiter(header: str, known_columns: Collection[str]) -> str:
-    """The one that finds most known columns; a comma where none does."""
+    """The one that yields the most known columns; a comma where none does."""
 
     def count(delimiter: str) -> int:
         names = map(name_column, next(csv.reader([header], delimiter=delimiter), []))

@@ -1,8 +1,8 @@
-"""The decoding part of the VAE that a training set was made with, kept once beside the sets.
+"""The decoding part of the VAE that a training set was made with, kept once next to the sets.
 
     vaes/<identity>.safetensors   `decoder.*` and `conv2.*` under ComfyUI's names
 
-A job's worker decodes its sample pictures with it, also when no ComfyUI runs any more.
+A job's worker decodes its samples with it, even when ComfyUI is no longer running.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..training.data.latents import NUM_CHANNELS
 
 VAES_FOLDER = "vaes"
 PARTS = ("decoder.", "conv2.")
-#: Key -> (axis, size): what tells Qwen-Image's and Wan 2.1's VAE from others of 16 channels.
+#: Key -> (axis, size): distinguishes Qwen-Image's and Wan 2.1's VAE from others of 16 channels.
 MARKS = {
     "decoder.conv1.weight": (1, NUM_CHANNELS),
     "decoder.middle.0.residual.0.gamma": (1, 1),
@@ -38,11 +38,11 @@ def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tens
 
     Args:
         store: the cache of training sets.
-        identity: what tells it from every other VAE; hexadecimal.
+        identity: identifies the VAE; hexadecimal.
         weights: key and tensor, by ComfyUI's names.
 
     Raises:
-        ConfigError: it is no VAE of Qwen-Image or Wan 2.1, or not held in plain numbers.
+        ConfigError: it is no VAE of Qwen-Image or Wan 2.1, or its weights are not plain numbers.
         FileError: the disk does not take it.
     """
     path = get_path(store, identity)
@@ -54,7 +54,7 @@ def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tens
     for tensor in tensors.values():
         if hasattr(tensor, "_qdata") or tensor.is_meta or not tensor.is_floating_point():
             raise ConfigError("its weights are not held in plain numbers")
-    # Copies: where a loader mapped a whole file, all share one memory, which cannot be written.
+    # Copies: where a loader mapped a whole file, all share one storage, which cannot be saved.
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def find_vae(dataset_folder: Path) -> Path | None:
 
 
 def get_path(store: Path, identity: object) -> Path:
-    """Raises ConfigError for what is no identity, so that no other path is ever built from it."""
+    """Raises ConfigError for an invalid identity, so that no other path is ever built from it."""
     if not isinstance(identity, str) or not re.fullmatch(r"[0-9a-f]{8,128}", identity):
         raise ConfigError(f"{str(identity)[:40]!r} does not tell a VAE")
     return store / VAES_FOLDER / f"{identity}.safetensors"
@@ -92,7 +92,7 @@ def is_readable(path: Path) -> bool:
 
 
 def find_fault(tensors: Mapping[str, AnyTensor]) -> str | None:
-    """The first of MARKS that these weights do not bear; None for those of such a decoder."""
+    """The first of MARKS that these weights lack; None for those of such a decoder."""
     for key, (axis, size) in MARKS.items():
         tensor = tensors.get(key)
         if tensor is None or tensor.ndim <= axis or tensor.shape[axis] != size:

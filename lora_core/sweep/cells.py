@@ -1,4 +1,4 @@
-"""The pictures of a sweep: which strength, seed and adapter makes each, and their labels."""
+"""The images of a sweep: which strength, seed and adapter makes each, and their labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PARTS = re.compile(
 
 @dataclass(frozen=True)
 class Cell:
-    """Hashable; equal cells are the same picture."""
+    """Hashable; equal cells are the same image."""
 
     strength: float
     seed: int | None = None

@@ -1,7 +1,7 @@
-"""When a picture of a sweep is broken rather than edited, judged beside strength 0.
+"""When an image of a sweep is broken rather than edited, judged against strength 0.
 
 A LoRA that is too strong fails in one of four ways. Each criterion looks at something that no
-wanted edit does to a whole picture, so that a white background or a night scene is no failure.
+intended edit does to a whole image, so that a white background or a night scene is no failure.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 NON_FINITE, BLACK, ONE_COLOUR, BURNT, NOISE = "NaN", "black", "one colour", "burnt colours", "noise"
 
-#: An edit leaves something to see; below a tenth of the contrast of strength 0 nothing is left.
+#: An edit leaves a visible image; below a tenth of the contrast of strength 0 nothing is left.
 FLAT_RATIO = 0.1
-#: Less contrast than this is no picture, whatever it is compared with.
+#: With less contrast than this it is no image, whatever it is compared with.
 FLAT_CONTRAST = STEP
 #: Mean luma under which one colour is called black.
 BLACK_BRIGHTNESS = 2 * STEP
-#: Values that leave the range of the VAE are cut off, and what is cut at both ends of one pixel is
-#: a pure colour (red, blue, yellow ...). Photographs have next to none; white and black are none.
+#: Values outside the range of the VAE are clipped, and a pixel clipped at both ends is a pure
+#: colour (red, blue, yellow ...). Photographs have next to none; white and black are none.
 BURNT_INCREASE = 0.25
 #: Unrelated photographs still share an SSIM of 0.1 to 0.4 by their smooth parts, so a lost
-#: structure alone may be a new picture. Together with the next it is noise.
+#: structure alone may be a new image. Together with the next it is noise.
 LOST_SSIM = 0.3
 #: Steps from pixel to pixel over those of strength 0. Sharpening doubles them at most; white noise
 #: over a photograph makes them five and more times as large.
@@ -34,10 +34,10 @@ ROUGHNESS_RATIO = 3.0
 
 
 def find_damage(measures: CellMeasures, reference: CellMeasures | None) -> str:
-    """What is wrong with a picture in a word or two; "" if nothing is.
+    """What is wrong with an image in a word or two; "" if nothing is.
 
     Args:
-        reference: strength 0 of the same seed; may be the picture itself, or absent.
+        reference: strength 0 of the same seed; may be the image itself, or absent.
     """
     found = measures.appearance
     if found.non_finite > 0:
@@ -46,7 +46,7 @@ def find_damage(measures: CellMeasures, reference: CellMeasures | None) -> str:
         return name_flat(found) if found.contrast < FLAT_CONTRAST else ""
     before = reference.appearance
     if before.contrast < FLAT_CONTRAST or not measures.change:
-        return ""  # strength 0 is broken itself: there is nothing to go by
+        return ""  # strength 0 is broken itself: nothing to compare with
     if found.contrast < max(FLAT_CONTRAST, FLAT_RATIO * before.contrast):
         return name_flat(found)
     if found.burnt - before.burnt > BURNT_INCREASE:
@@ -62,7 +62,7 @@ def name_flat(found: Appearance) -> str:
 
 
 def describe_damage(damage: str, measures: CellMeasures, reference: CellMeasures | None) -> str:
-    """The damage with its figures and limits."""
+    """The damage with its values and limits."""
     found, before = measures.appearance, reference and reference.appearance
     if damage == NON_FINITE:
         return f"NaN or Inf in {found.non_finite:.0%} of the pixels, shown as black"

@@ -15,7 +15,7 @@ from .strength_grammar import parse_numbers
 
 SIGMAS_EXAMPLE = "'0.8, 0.4' or '0.2:1:0.2'"
 MAX_SIGMAS = 16
-#: Changes that the report names the strength of: hardly to be overlooked, and another picture.
+#: Changes whose strength the report names: clearly visible, and a different image.
 VISIBLE, LARGE = 0.05, TOP_CHANGE
 DEFAULT_POINTS = 5
 
@@ -41,7 +41,7 @@ def parse_sigmas(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class StrengthEffect:
-    """Relative changes at one strength; NaN where the model's answer was not finite."""
+    """Relative changes at one strength; NaN where the model's output was not finite."""
 
     strength: float
     outputs: tuple[float, ...]
@@ -77,7 +77,7 @@ class Effect:
         return choose_by_change([(e.strength, e.change) for e in self.strengths], count)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN: None stands for it."""
+        """For JSON, which has no NaN: None replaces it."""
         return {
             "name": self.name,
             "sigmas": list(self.sigmas),
@@ -123,12 +123,12 @@ class Effect:
                 "it is untrained, or nothing of it was applied"
             )
         largest = max(active, key=lambda effect: effect.change)
-        said = [f"changes the output by {largest.change:.1%} at strength {largest.strength:g}"]
+        parts = [f"changes the output by {largest.change:.1%} at strength {largest.strength:g}"]
         for level in (VISIBLE, LARGE):
             strength = self.find_strength(level)
             if strength is not None:
-                said.append(f"{level:.0%} at about {strength:.2g}")
-        return "; ".join(said)
+                parts.append(f"{level:.0%} at about {strength:.2g}")
+        return "; ".join(parts)
 
 
 class ChangeMeter:

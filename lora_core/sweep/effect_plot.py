@@ -1,4 +1,4 @@
-"""The picture of an Effect: change over strength above, change through the blocks below."""
+"""The plot of an Effect: change over strength above, change through the blocks below."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def find_loras(patterns: str, names: Sequence[str]) -> list[str]:
     """The names that match any line of `patterns`, numbers in their order: step 9 before step 10.
 
     Args:
-        patterns: one per line, such as "my_run/*"; `/` also stands for the folders of Windows.
+        patterns: one per line, such as "my_run/*"; `/` also matches Windows' separator.
         names: as ComfyUI lists them.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Measuring the pictures of a sweep, one at a time: figures and small copies are all that stays.
+"""Measuring the images of a sweep, one at a time: only metrics and small copies are kept.
 
-Each picture is compared with the one at strength 0 of its seed, and with the source, if there is
-one, where nothing was meant to change.
+Each image is compared with the one at strength 0 of its seed, and with the source, if there is one,
+where nothing was meant to change.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .picture_metrics import (
     Appearance,
     Difference,
     clamp,
-    compare_pictures,
+    compare_images,
     describe_size,
+    fit_image,
     fit_mask,
-    fit_picture,
     measure_appearance,
     take_colours,
 )
@@ -34,14 +34,14 @@ WHOLE, INSIDE, OUTSIDE = "whole", "inside", "outside"
 
 @dataclass(frozen=True)
 class CellMeasures:
-    """One picture; where it holds NaN or Inf, or has no strength 0 to go by, figures are absent."""
+    """One image; where it holds NaN or Inf, or has no strength 0, metrics are absent."""
 
     cell: Cell
     appearance: Appearance
     change: Mapping[str, Difference]
     """Region -> against strength 0: WHOLE, and with a mask INSIDE and OUTSIDE."""
     kept: Difference | None
-    """Against the source: outside the mask, or the whole picture where there is no mask."""
+    """Against the source: outside the mask, or the whole image where there is no mask."""
     thumbnail: np.ndarray
     """uint8 (height, width, 3)."""
     change_thumbnail: np.ndarray | None
@@ -52,7 +52,7 @@ class CellMeasures:
         return build_label(self.cell)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every figure, without the pictures."""
+        """All metrics, without the images."""
         return {
             "label": self.label,
             "strength": self.cell.strength,
@@ -66,18 +66,18 @@ class CellMeasures:
 
 @dataclass(frozen=True)
 class SweepMeasures:
-    """Every picture of a sweep."""
+    """Every image of a sweep."""
 
     cells: Mapping[Cell, CellMeasures]
-    """In the order of the pictures."""
+    """In the order of the images."""
     size: tuple[int, int]
-    """Width and height of the pictures in pixels."""
+    """Width and height of the images in pixels."""
     num_frames: int = 1
-    """Pictures behind each cell: the figures are of all of them, the sheet shows the first."""
+    """Images behind each cell: the metrics are of all of them, the sheet shows the first."""
     has_mask: bool = False
     has_source: bool = False
     notes: tuple[str, ...] = ()
-    """What was left out, a sentence each."""
+    """What was left out, one sentence each."""
 
     @property
     def strengths(self) -> list[float]:
@@ -85,7 +85,7 @@ class SweepMeasures:
 
     @property
     def adapters(self) -> list[str]:
-        """Their names, in the order of the pictures; [""] if none is named."""
+        """Their names, in the order of the images; [""] if none is named."""
         named = dict.fromkeys(cell.adapter for cell in self.cells if cell.strength != 0)
         return list(named or dict.fromkeys(cell.adapter for cell in self.cells))
 
@@ -102,7 +102,7 @@ class SweepMeasures:
 
 
 def measure_sweep(
-    pictures: Sequence[torch.Tensor],
+    images: Sequence[torch.Tensor],
     labels: Sequence[str],
     source: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
@@ -110,33 +110,33 @@ def measure_sweep(
     progress: Progress | None = None,
     should_stop: ShouldStop | None = None,
 ) -> SweepMeasures:
-    """Looks at one picture after the other.
+    """Measures one image after the other.
 
     Args:
-        pictures: (batch, height, width, channels) each, 0 to 1; one per label, or a single one
-            whose batch has one picture per label.
+        images: (batch, height, width, channels) each, 0 to 1; one per label, or a single one
+            whose batch has one image per label.
         labels: as `cells.build_label` makes them, or bare strengths.
-        source: the picture that was edited, of any size; the first of its batch.
+        source: the image that was edited, of any size; the first of its batch.
         mask: (height, width) of any size, 1 where the edit was meant to be.
         thumbnail_px: the longer side of the small copies.
 
     Raises:
-        ConfigError: labels or sizes that do not fit together, or a seed without strength 0.
+        ConfigError: labels or sizes that do not match, or a seed without strength 0.
         InterruptedError: `should_stop` returned True.
     """
-    pictures = split_pictures(pictures, labels)
-    by_cell = pair(pictures, labels)
+    images = split_images(images, labels)
+    by_cell = index_by_cell(images, labels)
     check_sizes(by_cell)
-    shape = pictures[0].shape
+    shape = images[0].shape
     height, width = shape[1:3]
     regions, notes = build_regions(mask, height, width)
     if source is not None:
         source, note = prepare_source(source, shape)
         notes += note
     measured: dict[Cell, CellMeasures] = {}
-    for cell, picture in track(by_cell.items(), progress, should_stop, "sweep"):
+    for cell, image in track(by_cell.items(), progress, should_stop, "sweep"):
         reference = by_cell.get(find_reference(cell, by_cell))
-        measured[cell] = measure_cell(cell, picture, reference, source, regions, thumbnail_px)
+        measured[cell] = measure_cell(cell, image, reference, source, regions, thumbnail_px)
     return SweepMeasures(
         cells=measured,
         size=(width, height),
@@ -147,29 +147,31 @@ def measure_sweep(
     )
 
 
-def split_pictures(pictures: Sequence[torch.Tensor], labels: Sequence[str]) -> list[torch.Tensor]:
+def split_images(images: Sequence[torch.Tensor], labels: Sequence[str]) -> list[torch.Tensor]:
     """One tensor per label."""
-    if len(pictures) == 1 and len(labels) > 1:
-        pictures = list(pictures[0].split(1))
-    if len(pictures) != len(labels) or not labels:
+    if len(images) == 1 and len(labels) > 1:
+        images = list(images[0].split(1))
+    if len(images) != len(labels) or not labels:
         raise ConfigError(
-            f"there are {len(pictures)} pictures and {len(labels)} labels; expected one label per "
+            f"there are {len(images)} pictures and {len(labels)} labels; expected one label per "
             "picture, such as images and labels of Sweep Edit LoRA"
         )
     if len(labels) > MAX_CELLS:
         raise ConfigError(f"there are {len(labels)} pictures; expected at most {MAX_CELLS}")
-    return list(pictures)
+    return list(images)
 
 
-def pair(pictures: Sequence[torch.Tensor], labels: Sequence[str]) -> dict[Cell, torch.Tensor]:
+def index_by_cell(
+    images: Sequence[torch.Tensor], labels: Sequence[str]
+) -> dict[Cell, torch.Tensor]:
     by_cell: dict[Cell, torch.Tensor] = {}
-    for picture, label in zip(pictures, labels, strict=True):
+    for image, label in zip(images, labels, strict=True):
         cell = parse_label(label)
         if cell in by_cell:
             raise ConfigError(
                 f"two pictures have the label {build_label(cell)!r}; expected every label once"
             )
-        by_cell[cell] = picture
+        by_cell[cell] = image
     if all(find_reference(cell, by_cell) is None for cell in by_cell):
         raise ConfigError(
             "no picture is labelled 'strength=0', and a change can only be measured against it; "
@@ -180,11 +182,11 @@ def pair(pictures: Sequence[torch.Tensor], labels: Sequence[str]) -> dict[Cell, 
 
 def check_sizes(by_cell: Mapping[Cell, torch.Tensor]) -> None:
     first_cell, first = next(iter(by_cell.items()))
-    for cell, picture in by_cell.items():
-        if picture.shape[:3] != first.shape[:3]:
+    for cell, image in by_cell.items():
+        if image.shape[:3] != first.shape[:3]:
             raise ConfigError(
                 f"the pictures differ in size: {build_label(first_cell)!r} is "
-                f"{describe_size(first)}, {build_label(cell)!r} is {describe_size(picture)}; "
+                f"{describe_size(first)}, {build_label(cell)!r} is {describe_size(image)}; "
                 "expected the same size for all"
             )
     if min(first.shape[1:3]) < SSIM_WINDOW:
@@ -208,16 +210,16 @@ def build_regions(
         return regions, []
     inside = fit_mask(mask, height, width)
     if inside.all() or not inside.any():
-        # LoadImage gives an empty mask for a picture without transparency.
+        # LoadImage gives an empty mask for an image without transparency.
         kind = "empty" if not inside.any() else "full"
         return regions, [f"the mask is {kind} and was left out"]
     return {**regions, INSIDE: inside, OUTSIDE: ~inside}, []
 
 
 def prepare_source(source: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, list[str]]:
-    """The source in the size of the pictures, once for each of their batch."""
+    """The source in the size of the images, once for each of their batch."""
     batch, height, width = shape[:3]
-    fitted = fit_picture(source[:1], height, width)
+    fitted = fit_image(source[:1], height, width)
     notes = []
     rows, columns = source.shape[1:3]
     ratio = (columns / rows) / (width / height)
@@ -231,38 +233,38 @@ def prepare_source(source: torch.Tensor, shape: torch.Size) -> tuple[torch.Tenso
 
 def measure_cell(
     cell: Cell,
-    picture: torch.Tensor,
+    image: torch.Tensor,
     reference: torch.Tensor | None,
     source: torch.Tensor | None,
     regions: Mapping[str, torch.Tensor | None],
     thumbnail_px: int,
 ) -> CellMeasures:
-    picture = take_colours(picture)
-    appearance = measure_appearance(picture)
+    image = take_colours(image)
+    appearance = measure_appearance(image)
     change, kept, change_thumbnail = {}, None, None
     if appearance.non_finite == 0:
         if reference is not None:
             reference = take_colours(reference)
             if reference.isfinite().all():
-                change = compare_pictures(picture, reference, regions)
-                difference = (clamp(picture[:1]) - clamp(reference[:1])).abs_()
+                change = compare_images(image, reference, regions)
+                difference = (clamp(image[:1]) - clamp(reference[:1])).abs_()
                 change_thumbnail = shrink(difference, thumbnail_px).numpy().astype(np.float16)
         if source is not None:
             region = {OUTSIDE: regions.get(OUTSIDE)}
-            kept = compare_pictures(picture, source, region)[OUTSIDE]
-    small = shrink(clamp(picture[:1]), thumbnail_px)
+            kept = compare_images(image, source, region)[OUTSIDE]
+    small = shrink(clamp(image[:1]), thumbnail_px)
     thumbnail = small.mul(255).round_().to(torch.uint8).numpy()
     return CellMeasures(cell, appearance, change, kept, thumbnail, change_thumbnail)
 
 
-def shrink(picture: torch.Tensor, longer_px: int) -> torch.Tensor:
-    """(1, height, width, 3) -> (height, width, 3) with this longer side; small ones keep theirs."""
-    height, width = picture.shape[1:3]
+def shrink(image: torch.Tensor, longer_px: int) -> torch.Tensor:
+    """(1, height, width, 3) -> (height, width, 3) with this longer side, or smaller."""
+    height, width = image.shape[1:3]
     scale = min(1.0, longer_px / max(height, width))
     if scale == 1.0:
-        return picture[0].clamp(0, 1)
+        return image[0].clamp(0, 1)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     resized = torch.nn.functional.interpolate(
-        picture.movedim(-1, 1), size, mode="bilinear", antialias=True
+        image.movedim(-1, 1), size, mode="bilinear", antialias=True
     )
     return resized[0].movedim(0, -1).clamp(0, 1).contiguous()

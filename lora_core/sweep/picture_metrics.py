@@ -1,7 +1,7 @@
-"""What one picture looks like, and how far two pictures are apart.
+"""The appearance of one image, and the difference between two.
 
-Pictures are ComfyUI's: (batch, height, width, 3 or more channels), 0 to 1, of which the first three
-channels are looked at. Everything is measured on the values a display gets: clamped to 0 to 1.
+Images are ComfyUI's: (batch, height, width, 3 or more channels), 0 to 1, of which the first three
+channels are used. Everything is measured on the values a display gets: clamped to 0 to 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL converts to "L"
 
 @dataclass(frozen=True)
 class Appearance:
-    """One picture on its own. Where values are NaN or Inf, the figures are those of the rest."""
+    """One image on its own. Where values are NaN or Inf, the metrics are those of the rest."""
 
     non_finite: float
     """Share of the pixels with a NaN or Inf."""
@@ -41,7 +41,7 @@ class Appearance:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two pictures, or the same region of both."""
+    """Two images, or the same region of both."""
 
     rms: float
     """Root mean square over pixels and channels, of the full scale 1."""
@@ -55,10 +55,10 @@ class Difference:
     """The largest difference of a channel, 0 to 1."""
 
 
-def measure_appearance(picture: torch.Tensor) -> Appearance:
-    picture = take_colours(picture)
-    finite = picture.isfinite().all(dim=-1)
-    shown = clamp(picture)
+def measure_appearance(image: torch.Tensor) -> Appearance:
+    image = take_colours(image)
+    finite = image.isfinite().all(dim=-1)
+    shown = clamp(image)
     luma = compute_luma(shown)
     seen = luma[finite] if finite.any() else luma.flatten()
     ends = (shown.amin(dim=-1) < STEP / 2) & (shown.amax(dim=-1) > 1 - STEP / 2)
@@ -74,7 +74,7 @@ def measure_appearance(picture: torch.Tensor) -> Appearance:
     )
 
 
-def compare_pictures(
+def compare_images(
     a: torch.Tensor, b: torch.Tensor, regions: Mapping[str, torch.Tensor | None]
 ) -> dict[str, Difference]:
     """The difference in each region.
@@ -82,8 +82,8 @@ def compare_pictures(
     SSIM compares windows of SSIM_WINDOW pixels, which at the edge of a region reach beyond it.
 
     Args:
-        a, b: finite pictures of the same shape, at least SSIM_WINDOW pixels wide and high.
-        regions: name -> bool (height, width) with at least one True; None is the whole picture.
+        a, b: finite images of the same shape, at least SSIM_WINDOW pixels wide and high.
+        regions: name -> bool (height, width) with at least one True; None is the whole image.
 
     Raises:
         ShapeError: the shapes differ, or are too small for SSIM.
@@ -117,24 +117,24 @@ def compute_ssim_map(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(batch, height, width, 3) each -> (batch, height, width); beyond the border is mirrored."""
     from kornia.metrics import ssim  # ComfyUI brings it
 
-    a, b = (picture.movedim(-1, 1).contiguous() for picture in (a, b))
+    a, b = (image.movedim(-1, 1).contiguous() for image in (a, b))
     return ssim(a, b, SSIM_WINDOW, max_val=1.0, eps=0.0).mean(dim=1)
 
 
-def fit_picture(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Cut in the middle to the shape of height by width, and resized to it.
+def fit_image(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Centre-cropped to the shape of height by width, and resized to it.
 
-    That is what ComfyUI's image scaling nodes do with "center", and so how an edited picture lies
-    on its source.
+    That is what ComfyUI's image scaling nodes do with "center", and so how an edited image aligns
+    with its source.
     """
-    picture = take_colours(picture)
-    rows, columns = picture.shape[1:3]
+    image = take_colours(image)
+    rows, columns = image.shape[1:3]
     if (rows, columns) == (height, width):
-        return picture
+        return image
     scale = min(rows / height, columns / width)
     keep_rows, keep_columns = round(height * scale), round(width * scale)
     top, left = (rows - keep_rows) // 2, (columns - keep_columns) // 2
-    cut = picture[:, top : top + keep_rows, left : left + keep_columns]
+    cut = image[:, top : top + keep_rows, left : left + keep_columns]
     resized = torch.nn.functional.interpolate(
         cut.movedim(-1, 1), (height, width), mode="bicubic", antialias=True
     )
@@ -144,25 +144,25 @@ def fit_picture(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def fit_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """A MASK (height, width) or (batch, ...), of which the first, as bool (height, width)."""
     first = mask.reshape(-1, *mask.shape[-2:])[:1, ..., None].float().cpu()
-    return fit_picture(first.expand(-1, -1, -1, 3), height, width)[0, ..., 0] >= 0.5
+    return fit_image(first.expand(-1, -1, -1, 3), height, width)[0, ..., 0] >= 0.5
 
 
-def take_colours(picture: torch.Tensor) -> torch.Tensor:
+def take_colours(image: torch.Tensor) -> torch.Tensor:
     """float32 on the CPU, three channels; a single one is repeated."""
-    picture = picture[..., :3].float().cpu()
-    return picture if picture.shape[-1] == 3 else picture[..., :1].expand(*picture.shape[:-1], 3)
+    image = image[..., :3].float().cpu()
+    return image if image.shape[-1] == 3 else image[..., :1].expand(*image.shape[:-1], 3)
 
 
-def clamp(picture: torch.Tensor) -> torch.Tensor:
-    """As it is saved: NaN becomes black, the rest is cut to 0 to 1."""
-    return picture.nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+def clamp(image: torch.Tensor) -> torch.Tensor:
+    """As it is saved: NaN becomes black, the rest is clamped to 0 to 1."""
+    return image.nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
 
 
-def compute_luma(picture: torch.Tensor) -> torch.Tensor:
-    return picture @ torch.tensor(LUMA)
+def compute_luma(image: torch.Tensor) -> torch.Tensor:
+    return image @ torch.tensor(LUMA)
 
 
-def describe_size(picture: torch.Tensor) -> str:
-    """ "1024 x 768", width first as ComfyUI says it."""
-    batch = f"{picture.shape[0]} of " if picture.shape[0] > 1 else ""
-    return f"{batch}{picture.shape[2]} x {picture.shape[1]}"
+def describe_size(image: torch.Tensor) -> str:
+    """ "1024 x 768", width first as in ComfyUI."""
+    batch = f"{image.shape[0]} of " if image.shape[0] > 1 else ""
+    return f"{batch}{image.shape[2]} x {image.shape[1]}"

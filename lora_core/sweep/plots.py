@@ -1,4 +1,4 @@
-"""A sweep as pictures: contact sheet, differences to strength 0, and the curve of change."""
+"""A sweep as images: contact sheet, differences to strength 0, and the curve of change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .verdict import AdapterVerdict, SweepVerdict
 
 MAX_FACTOR = 64
-#: Share of a difference picture's values that the factor keeps below white.
+#: Share of a difference image's values that the factor keeps below white.
 UNCLIPPED = 0.99
 CURVE_COLOURS = (BLUE, ORANGE, YELLOW, "#009e73", "#cc79a7", FOREGROUND)
 CURVE_STYLES = ("-", "--", "-.", (0, (1, 1.5)))  # curves that coincide show both
@@ -44,7 +44,7 @@ MISSING = "no picture"
 
 
 def draw_contact_sheet(sweep: SweepMeasures, verdict: SweepVerdict) -> np.ndarray:
-    """The pictures by strength (across) and by adapter and seed (down), with their figures."""
+    """The images by strength (across) and by adapter and seed (down), with their metrics."""
     rows = [
         Row(heading, tuple(build_tile(sweep, verdict, place) for place in places))
         for heading, places in arrange(sweep)
@@ -56,7 +56,7 @@ def draw_contact_sheet(sweep: SweepMeasures, verdict: SweepVerdict) -> np.ndarra
 
 
 def draw_differences(sweep: SweepMeasures, verdict: SweepVerdict) -> np.ndarray:
-    """|picture - strength 0|, all amplified by the same factor, laid out as the contact sheet."""
+    """|image - strength 0|, all amplified by the same factor, laid out as the contact sheet."""
     factor = choose_factor(sweep, verdict)
     rows = [
         Row(heading, tuple(build_difference_tile(place, factor) for place in places))
@@ -72,10 +72,10 @@ Place = tuple[float, "CellMeasures | None"]
 
 
 def arrange(sweep: SweepMeasures) -> list[tuple[str, list[Place]]]:
-    """Heading -> the places of its row; None where the sweep has no picture."""
+    """Heading -> the cells of its row; None where the sweep has no image."""
     rows = []
     adapters, seeds, strengths = sweep.adapters, sweep.seeds, sweep.strengths
-    # A table with more holes than pictures is no table: each row then has only what there is.
+    # A table with more holes than images is no table: each row then has only what exists.
     is_sparse = len(adapters) * len(seeds) * len(strengths) > 2 * len(sweep.cells) + len(strengths)
     for adapter in adapters:
         for seed in seeds:
@@ -117,14 +117,14 @@ def build_difference_tile(place: Place, factor: int) -> Tile:
     if measures is None or measures.change_thumbnail is None:
         return Tile(None, caption, (MISSING if measures is None else "NaN",))
     amplified = measures.change_thumbnail.astype(np.float32) * factor
-    picture = (amplified.clip(0, 1) * 255).round().astype(np.uint8)
+    image = (amplified.clip(0, 1) * 255).round().astype(np.uint8)
     if strength == 0:
-        return Tile(picture, caption, ("reference",), is_reference=True)
-    return Tile(picture, caption, (f"RMS {show(measures.change[WHOLE].rms)}",))
+        return Tile(image, caption, ("reference",), is_reference=True)
+    return Tile(image, caption, (f"RMS {show(measures.change[WHOLE].rms)}",))
 
 
 def choose_factor(sweep: SweepMeasures, verdict: SweepVerdict) -> int:
-    """The largest power of two that leaves the middle one of the sound pictures below white."""
+    """The largest power of two that keeps the median of the undamaged images below white."""
     found = [
         float(np.quantile(m.change_thumbnail.astype(np.float32), UNCLIPPED))
         for m in sweep.cells.values()

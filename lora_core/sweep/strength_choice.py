@@ -17,7 +17,7 @@ TOP_RATIO = 0.05
 TOPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 #: For an adapter whose delta is 0, of which no strength does anything.
 DEFAULT_TOP = 2
-#: A change of the output at which it is another picture: where a sweep by effect ends.
+#: A change of the output at which the image is a different one: where a sweep by effect ends.
 TOP_CHANGE = 0.5
 
 
@@ -41,10 +41,12 @@ def choose_strengths(ratio: float, count: int) -> tuple[float, ...]:
     top = choose_top(ratio)
     if count == 2:
         return 0.0, 1.0
-    return put_1_in(spread(top, count)) if top >= 1 else (*spread(top, count - 1), 1.0)
+    return (
+        replace_nearest_with_1(spread(top, count)) if top >= 1 else (*spread(top, count - 1), 1.0)
+    )
 
 
-def put_1_in(points: tuple[float, ...]) -> tuple[float, ...]:
+def replace_nearest_with_1(points: tuple[float, ...]) -> tuple[float, ...]:
     """1 in the place of the nearest point but the first."""
     nearest = min(range(1, len(points)), key=lambda index: abs(points[index] - 1))
     return (*points[:nearest], 1.0, *points[nearest + 1 :])
@@ -67,10 +69,10 @@ def choose_by_change(curve: Sequence[tuple[float, float]], count: int) -> tuple[
     """
     measured = sorted(point for point in curve if point[0] >= 0)
     broken = [strength for strength, change in measured if not math.isfinite(change)]
-    sound = [point for point in measured if not broken or point[0] < broken[0]]
+    undamaged = [point for point in measured if not broken or point[0] < broken[0]]
     # A change that falls again at a higher strength counts as the highest before it.
-    highest = accumulate((change for _, change in sound), max)
-    points = [(strength, change) for (strength, _), change in zip(sound, highest, strict=True)]
+    highest = accumulate((change for _, change in undamaged), max)
+    points = [(strength, change) for (strength, _), change in zip(undamaged, highest, strict=True)]
     top = min(TOP_CHANGE, points[-1][1]) if points else 0.0
     with_1 = not broken or broken[0] > 1
     if top == 0 or count == 2:
@@ -83,7 +85,7 @@ def choose_by_change(curve: Sequence[tuple[float, float]], count: int) -> tuple[
     if ends_below_1:
         chosen = (*chosen, 1.0)
     elif with_1:
-        chosen = put_1_in(chosen)
+        chosen = replace_nearest_with_1(chosen)
     return tuple(sorted(set(map(round_to_digits, chosen))))
 
 

@@ -87,9 +87,9 @@ def parse_numbers(text: str, name: str, example: str) -> list[Decimal]:
     for item in text.strip().split(","):
         bounds = [parse_number(part) for part in item.split(":")]
         if None in bounds or len(bounds) not in (1, 3):
-            said = f"{name} is empty" if not text.strip() else f"{name} is {shorten(text)!r}"
+            problem = f"{name} is empty" if not text.strip() else f"{name} is {shorten(text)!r}"
             raise ConfigError(
-                f"{said}; expected finite numbers separated by commas, or start:stop:step, such "
+                f"{problem}; expected finite numbers separated by commas, or start:stop:step, such "
                 f"as {example}"
             )
         found += bounds if len(bounds) == 1 else expand_range(item.strip(), bounds, name, example)

@@ -1,4 +1,4 @@
-"""A sweep as text: one line per picture."""
+"""A sweep as text: one line per image."""
 
 from __future__ import annotations
 

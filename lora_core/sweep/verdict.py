@@ -1,4 +1,4 @@
-"""Judging a sweep: sentences with figures and thresholds, and a range of strengths to use."""
+"""Judging a sweep: sentences with values and thresholds, and a range of strengths to use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_EFFECT, SMOOTH, UNEVEN, COLLAPSES, UNKNOWN = (
 NO_EFFECT_RMS = 0.5 * STEP
 #: A change that small on average may still be a small spot: 1e-4 of a megapixel is 10 x 10 pixels.
 NO_EFFECT_VISIBLE = 1e-4
-#: Where a change of the whole picture begins to be seen when the two are shown in turn.
+#: Where a change of the whole image becomes visible when the two are shown in turn.
 VISIBLE_RMS = 2 * STEP
 #: Share by which a change may fall at a higher strength and still be called smooth.
 DIP = 0.2
@@ -36,7 +36,7 @@ class CurvePoint:
 
     strength: float
     rms: float | None
-    """Mean over the seeds, of the full scale 1; None if no seed has a figure."""
+    """Mean over the seeds, of the full scale 1; None if no seed has a value."""
     rms_low: float | None
     rms_high: float | None
     ssim: float | None
@@ -48,7 +48,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class AdapterVerdict:
-    """What the sweep says about one adapter."""
+    """The verdict on one adapter."""
 
     kind: str
     """NO_EFFECT, SMOOTH, UNEVEN, COLLAPSES or UNKNOWN."""
@@ -62,11 +62,11 @@ class AdapterVerdict:
 
 @dataclass(frozen=True)
 class SweepVerdict:
-    """What the sweep says."""
+    """The verdict on a sweep."""
 
     adapters: Mapping[str, AdapterVerdict]
     damages: Mapping[Cell, str]
-    """Only damaged pictures."""
+    """Only damaged images."""
     warnings: tuple[str, ...] = ()
     thresholds: Mapping[str, float] = field(
         default_factory=lambda: {
@@ -93,7 +93,7 @@ class SweepVerdict:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What was not measured, then what the verdicts make of each adapter."""
+        """What was not measured, then the verdict on each adapter."""
         left_out = [Finding("not_measured", WARNING, text) for text in self.warnings]
         return (*left_out, *map(build_finding, self.adapters.values()))
 
@@ -215,10 +215,10 @@ def is_without_effect(others: Sequence[CellMeasures]) -> bool:
 def describe_no_effect(others: Sequence[CellMeasures]) -> str:
     changes = {m.cell: m.change[WHOLE] for m in others if m.change}
     cell, worst = max(changes.items(), key=lambda item: item[1].rms)
-    pictures = "the picture" if len(changes) == 1 else f"all {len(changes)} pictures"
+    images = "the picture" if len(changes) == 1 else f"all {len(changes)} pictures"
     if worst.largest == 0:
         return (
-            f"no effect: {pictures} at other strengths equal strength 0 bit for bit; the LoRA was "
+            f"no effect: {images} at other strengths equal strength 0 bit for bit; the LoRA was "
             "not applied (look at the report of Load or Apply for its matched keys) or is "
             "untrained (lora_B is 0; Inspect Edit LoRA tells)"
         )
@@ -283,13 +283,13 @@ def find_main_side(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
 def suggest_range(curve: Sequence[CurvePoint]) -> tuple[float, float] | None:
     """From where the change is seen to the last tested strength before a collapse."""
     points = find_main_side(curve)
-    sound = []
+    undamaged = []
     for point in points:
         if point.damage:
             break
-        sound.append(point)
+        undamaged.append(point)
     before, low = (0.0, 0.0), None
-    for point in sound:
+    for point in undamaged:
         if point.rms is None:
             continue
         if point.rms >= VISIBLE_RMS:
@@ -300,7 +300,7 @@ def suggest_range(curve: Sequence[CurvePoint]) -> tuple[float, float] | None:
     if low is None:
         return None
     low = float(f"{low:.1g}")  # an interpolation is no more precise than that
-    high = sound[-1].strength
+    high = undamaged[-1].strength
     return (high, high) if abs(low) > abs(high) else (low, high)
 
 
@@ -325,8 +325,8 @@ def describe_range(curve: Sequence[CurvePoint], suggested: tuple[float, float] |
 
 def describe_regions(cells: Sequence[CellMeasures], damages: Mapping[Cell, str]) -> list[str]:
     """What happens inside and outside the mask, and to the source, at the strength next to 1."""
-    sound = [m for m in cells if m.cell not in damages]
-    candidates = [m for m in sound if m.cell.strength != 0 and m.change]
+    undamaged = [m for m in cells if m.cell not in damages]
+    candidates = [m for m in undamaged if m.cell.strength != 0 and m.change]
     if not candidates:
         return []
     chosen = min(candidates, key=lambda m: abs(m.cell.strength - 1))
@@ -336,7 +336,7 @@ def describe_regions(cells: Sequence[CellMeasures], damages: Mapping[Cell, str])
         found.append(
             f"mask: {at} RMS {show(inside.rms)} of 255 inside and {show(outside.rms)} outside"
         )
-    zero = next((m for m in sound if is_zero_of(m, chosen)), None)
+    zero = next((m for m in undamaged if is_zero_of(m, chosen)), None)
     if chosen.kept is not None:
         where = "outside the mask" if INSIDE in chosen.change else "as a whole"
         beside = f" ({zero.kept.ssim:.3f} at strength 0)" if zero and zero.kept else ""
@@ -352,5 +352,5 @@ def is_zero_of(measures: CellMeasures, other: CellMeasures) -> bool:
 
 
 def show(value: float | None) -> str:
-    """A figure of the full scale, in steps of 255."""
+    """A value of the full scale, in steps of 255."""
     return "-" if value is None else f"{value / STEP:.3g}"

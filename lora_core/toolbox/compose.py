@@ -28,7 +28,7 @@ from .composition import Composition, build_composition, check_energy, check_ran
 #: Times the smaller side of a module: a LoRA of a higher rank is not merged bit by bit, but in
 #: factors of the rank its delta can have.
 MAX_EXCESS = 8
-#: Far beyond any use, and far from what a dtype holds.
+#: Far beyond any use, and far below any dtype's limit.
 MAX_STRENGTH = 1e4
 
 
@@ -42,7 +42,7 @@ def resize_adapter(
 ) -> Composition:
     """Lowers every module's rank to the best approximation of its delta.
 
-    LoHa and LoKr become LoRA. A LoRA whose rank is already low enough stays as it is, bit for bit;
+    LoHa and LoKr become LoRA. A LoRA whose rank is already low enough stays bit-identical;
     nothing is ever padded. Of a DoRA the direction is resized and the magnitude kept: its energies
     are those of the direction.
 
@@ -101,8 +101,8 @@ def merge_adapters(
     """One adapter whose deltas are the sums of strength * delta over the given ones.
 
     Without `rank` the factors are concatenated, so a module's rank is the sum of the ranks; with
-    it the sum is cut to the best approximation. Targets may differ. A module that one adapter
-    alone holds is taken over in its own kind; one at strength 0 counts as absent.
+    it the sum is cut to the best approximation. Targets may differ. A module that only one adapter
+    holds keeps its kind; one at strength 0 counts as absent.
 
     Raises:
         ConfigError: nothing to merge, a wrong setting, or a module whose kind cannot be summed.
@@ -164,7 +164,7 @@ def add_weights(
             return truncate_factors(exact, rank, None, dtype, bias_delta)
         return concatenate(matrices, exact, dtype, bias_delta)
     is_dense = any(isinstance(weights, DiffWeights) for weights, _ in matrices)
-    if rank is None and not is_dense:  # said before matrices are made that take gigabytes
+    if rank is None and not is_dense:  # raised before matrices of gigabytes are made
         whole = next(w for (w, _), (f, _) in zip(matrices, found, strict=True) if f is None)
         raise ConfigError(
             f"{path} holds {whole.kind} weights without low-rank factors, so the sum has no exact "
@@ -193,7 +193,7 @@ def concatenate(
 ) -> Truncated:
     """The factors side by side, under the largest of their scales.
 
-    Tensors with just that scale keep their bits; the others shrink, so nothing overflows.
+    Tensors with exactly that scale stay bit-identical; the others shrink, so nothing overflows.
     """
     downs, ups, scales = [], [], []
     for weights, strength in shares:

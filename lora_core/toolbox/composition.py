@@ -1,4 +1,4 @@
-"""What resize, merge and extract return: a new adapter, and what it kept."""
+"""What resize, merge and extract return: a new adapter, and what it retained."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..errors import ConfigError, FileError
 from ..formats.files import build_state_dict, read_state_dict
 
 HISTORY = "qwen_edit_lora.history"
-#: Metadata that would speak of the file as it was.
+#: Metadata that would describe the original file.
 STALE = ("lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
 @dataclass(frozen=True)
 class Composition:
-    """A new adapter, and how much of what it was made from it holds."""
+    """A new adapter, and how much of its sources it retains."""
 
     adapter: Adapter
     retained: Mapping[str, float]

@@ -34,12 +34,12 @@ def extract_adapter(
 ) -> Composition:
     """A LoRA that turns `base` into `tuned`, as far as `rank` allows.
 
-    Linear by Linear, the float32 difference goes through a randomised SVD, by float32 products
-    whatever PyTorch is set to; no more than one module of either model is in memory. `retained` and
-    `residual` are measured on the difference itself, so `residual` is a bound that holds:
-    |tuned - base - delta|_F, which no singular value of what is missing exceeds. What does not
-    differ is left out. Biases and norms are small, so their differences are kept whole, as the
-    `.diff_b` and `.diff` entries that ComfyUI applies too; they are no part of the energy.
+    Linear by Linear, the float32 difference goes through a randomised SVD, with full float32
+    products whatever PyTorch's settings; no more than one module of either model is in memory.
+    `retained` and `residual` are measured on the difference itself, so `residual` is a bound that
+    holds: |tuned - base - delta|_F, which no singular value of what is missing exceeds. What does
+    not differ is left out. Biases and norms are small, so their differences are kept exactly, as
+    the `.diff_b` and `.diff` entries that ComfyUI applies too; they are no part of the energy.
 
     Args:
         base: a model file, a GGUF, a diffusers folder, or tensors by `<module_path>.weight`; bf16,
@@ -51,7 +51,7 @@ def extract_adapter(
 
     Raises:
         ConfigError: a wrong rank, models that do not differ, or a packed storage.
-        FileError: a file is missing, damaged, or stored in a way that cannot be read.
+        FileError: a file is missing, damaged, or stored in an unsupported way.
         KeyFormatError: no Qwen-Image model, or one lacks Linears of the other.
         ShapeError: the models have Linears of different shapes.
         NonFiniteWeightsError: a difference holds NaN or Inf.

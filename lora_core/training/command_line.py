@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import ConfigError
 
 #: They note on import which of their own optional parts are missing; nothing a user can use.
-TALKATIVE = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
+NOISY_LOGGERS = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
 
 
 def add_commands(commands) -> None:
@@ -52,7 +52,7 @@ def add_commands(commands) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    """Trains; Ctrl-C writes a checkpoint after the step under way."""
+    """Trains; Ctrl-C writes a checkpoint after the current step."""
     from .config.config_files import read_config
     from .run.interruption import stop_on_signals
     from .run.session import choose_device, describe_session, open_session
@@ -67,7 +67,7 @@ def run_train(options: argparse.Namespace) -> None:
         check_output(config, options.resume)
     session = open_session(config, device, accelerator)
     for sentence in describe_session(session, config) if is_main else ():
-        tell(sentence)
+        print_line(sentence)
     with stop_on_signals() as should_stop:
         reports = train(
             config,
@@ -80,7 +80,7 @@ def run_train(options: argparse.Namespace) -> None:
             accelerator=accelerator,
             resume=options.resume,
             should_stop=should_stop,
-            notify=tell if is_main else None,
+            notify=print_line if is_main else None,
         )
         step = None
         for report in reports:
@@ -94,7 +94,9 @@ def run_train(options: argparse.Namespace) -> None:
     if is_main:
         is_finished = step in (None, config.steps)
         path = f"{config.output}/{config.name}.safetensors"
-        tell(f"wrote {path}" if is_finished else f"stopped after step {step}; --resume goes on")
+        print_line(
+            f"wrote {path}" if is_finished else f"stopped after step {step}; --resume goes on"
+        )
 
 
 def describe_report(report) -> str:
@@ -110,22 +112,22 @@ def describe_report(report) -> str:
 
 
 def quiet_libraries() -> None:
-    """Errors of the libraries only: a terminal shall show the run."""
+    """Lets libraries log errors only, so that a terminal shows the run."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in TALKATIVE:
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def find_accelerator(on_cpu: bool, patience_h: float | None = None):
-    """The Accelerator of `accelerate launch`; None for a process on its own.
+    """The Accelerator of `accelerate launch`; None for a single process.
 
     Args:
-        patience_h: hours for which a process waits for another; PyTorch's minutes if None.
+        patience_h: hours for which a process waits for another; PyTorch's default if None.
 
     Raises:
-        ConfigError: it is not installed, or was told to shard the model in a way that training
-            does not go with.
+        ConfigError: it is not installed, or is configured to shard the model in a way that
+            training does not support.
     """
     import torch
 
@@ -143,7 +145,7 @@ def find_accelerator(on_cpu: bool, patience_h: float | None = None):
         raise ConfigError(
             "several processes need Hugging Face Accelerate; run pip install accelerate"
         ) from None
-    # Types are the configuration's; a user's Accelerate settings shall not cast on top of them.
+    # Types are the configuration's; a user's Accelerate settings must not cast on top of them.
     handlers = []
     if patience_h is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(hours=patience_h)))
@@ -151,14 +153,14 @@ def find_accelerator(on_cpu: bool, patience_h: float | None = None):
 
 
 def run_sample(options: argparse.Namespace) -> None:
-    """Writes each item's latents, and its picture where the configuration names a VAE."""
+    """Writes each item's latents, and its image where the configuration names a VAE."""
     from ..formats.files import read_adapter
     from .config.config_files import read_config
     from .data.dataset import read_dataset
     from .run.checkpoint import make_folder
     from .run.session import choose_device, load_model
     from .sampling.image_decoder import load_decoder
-    from .sampling.pictures import write_latents, write_picture
+    from .sampling.pictures import write_image, write_latents
     from .sampling.sampling import applied, sample
 
     if options.steps < 1:
@@ -185,7 +187,7 @@ def run_sample(options: argparse.Namespace) -> None:
             stem = Path(options.out) / dataset.items[index].key
             print(f"Wrote {write_latents(latents, stem)}")
             if decode is not None:
-                print(f"Wrote {write_picture(decode(latents)[0], stem)}")
+                print(f"Wrote {write_image(decode(latents)[0], stem)}")
 
 
 def choose_items(dataset, keys: str | None) -> list[int]:
@@ -212,5 +214,5 @@ def run_estimate(options: argparse.Namespace) -> None:
     print(json.dumps(estimate.to_dict(), indent=1) if options.json else estimate.to_text())
 
 
-def tell(sentence: str) -> None:
+def print_line(sentence: str) -> None:
     print(f"train: {sentence}", file=sys.stderr, flush=True)

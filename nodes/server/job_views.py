@@ -45,7 +45,7 @@ def show_job(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
         "health": build_health(rows, MAX_POINTS),
         "settings": flatten(describe_settings(job)),
         "samples": [path.name for path in store.list_samples(job_id)],
-        "pictures": [dataclasses.asdict(picture) for picture in store.list_pictures(job_id)],
+        "pictures": [dataclasses.asdict(picture) for picture in store.list_images(job_id)],
         "files": [path.name for path in store.list_adapters(job_id)],
     }
 

@@ -30,7 +30,7 @@ from server import PromptServer
 from ...lora_core.disk.json_reader import parse_object
 from ...lora_core.disk.plain_json import drop_non_finite, write_json
 from ...lora_core.errors import ConfigError, FileError, LoraError, MissingFileError
-from ...lora_core.jobs.job import JobStateError, UnknownJobError, UnknownPictureError, check_id
+from ...lora_core.jobs.job import JobStateError, UnknownImageError, UnknownJobError, check_id
 from ...lora_core.library import library
 from ...lora_core.text import shorten
 from .. import host
@@ -194,7 +194,7 @@ async def run(work: Callable[[], T]) -> T:
 async def send_picture(request: web.Request) -> web.Response:
     job_id, name = check_id(request.match_info["id"]), request.match_info["name"]
     store = job_host.get_store()
-    body = await run(lambda: for_job(job_id, lambda: store.read_picture(job_id, name)))
+    body = await run(lambda: for_job(job_id, lambda: store.read_image(job_id, name)))
     # A picture never changes: its name has the step.
     headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
     return web.Response(body=body, content_type="image/png", headers=headers)
@@ -247,7 +247,7 @@ def respond(result: dict[str, Any]) -> web.Response:
 STATUSES: tuple[tuple[type[LoraError], int], ...] = (
     (ForeignPageError, 403),
     (UnknownJobError, 404),
-    (UnknownPictureError, 404),
+    (UnknownImageError, 404),
     (library.UnknownAdapterError, 404),
     (MissingFileError, 404),
     (JobStateError, 409),

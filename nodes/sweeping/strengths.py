@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...lora_core import Adapter, ConfigError
-from ...lora_core.algebra.products import compute_square, find_obstacle
+from ...lora_core.algebra.products import compute_square, explain_no_delta
 from ...lora_core.sweep.strength_choice import choose_strengths
 from ...lora_core.sweep.strength_grammar import AutoStrengths, parse_strengths
 from .. import host
@@ -42,7 +42,7 @@ def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
     """|delta|_F / |W|_F over up to MAX_MODULES of the modules it reaches in this model."""
     match = match_adapter(model, adapter)
     matched = sorted(match.side_path)
-    paths = [path for path in matched if find_obstacle(adapter.modules[path]) is None]
+    paths = [path for path in matched if explain_no_delta(adapter.modules[path]) is None]
     squares, weights, obstacle = 0.0, 0.0, ""
     for path in choose_evenly(paths, MAX_MODULES):
         norm = host.measure_weight(model, match.layout.find_place(path).module_path)

@@ -19,7 +19,7 @@ from qwen_edit_lora.lora_core import LoraError, LoraWeights
 from qwen_edit_lora.lora_core.inspection.inspection import Inspection, inspect_module
 from qwen_edit_lora.lora_core.inspection.saved import read_inspection, write_inspection
 from qwen_edit_lora.lora_core.inspection.tables import build_table, describe_verdict
-from qwen_edit_lora.lora_core.library.cache import Known, read_cache, write_cache
+from qwen_edit_lora.lora_core.library.cache import CacheEntry, read_cache, write_cache
 from qwen_edit_lora.lora_core.library.facts import AdapterFacts
 from qwen_edit_lora.lora_core.library.health import Health
 from qwen_edit_lora.lora_core.pairs.vae_copy import find_vae
@@ -287,7 +287,7 @@ def test_a_changed_inspection_is_read_whole_or_not_at_all(data, value):
 
 
 KNOWN = {
-    "a.safetensors": Known(
+    "a.safetensors": CacheEntry(
         (1, 2, 3),
         AdapterFacts(kinds=("LoRA",), ranks=(4,), alphas=(4.0,), num_modules=3),
         Health("healthy", "fine", ("fine",), ({"name": "attn.to_q"},)),

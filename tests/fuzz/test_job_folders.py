@@ -150,7 +150,7 @@ def check_job(store: JobStore) -> None:
     for path in [*store.list_samples(BAD), *store.list_adapters(BAD)]:
         assert not path.is_symlink()
         assert path.resolve().is_relative_to(store.root.resolve())
-    assert all(store.read_picture(BAD, one.name) for one in store.list_pictures(BAD))
+    assert all(store.read_image(BAD, one.name) for one in store.list_images(BAD))
 
 
 # --- values of JSON, as texts, since some are none that Python would write ---

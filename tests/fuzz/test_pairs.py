@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from qwen_edit_lora.lora_core import LoraError
 from qwen_edit_lora.lora_core.pairs.graph_pairs import split_captions
-from qwen_edit_lora.lora_core.pairs.images import FilePicture
+from qwen_edit_lora.lora_core.pairs.images import FileImage
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
 from qwen_edit_lora.lora_core.pairs.pair import FoundPairs, read_caption
 from qwen_edit_lora.lora_core.pairs.preflight import LEAVE_OUT, STOP, Preflight, check_pairs
@@ -164,7 +164,7 @@ def test_every_picture_is_in_a_pair_or_told(files):
         found = find(folder)
         if found is None or "listed in" in found.layout:
             return
-        used = {picture.path for pair in found.pairs for picture in pair.pictures}
+        used = {picture.path for pair in found.pairs for picture in pair.images}
         there = [
             path
             for path in folder.rglob("*")
@@ -218,7 +218,7 @@ def test_any_list_is_read_or_refused_in_a_sentence(rows, name):
         if found is not None:
             for pair in found.pairs:
                 assert pair.caption is None or isinstance(pair.caption, str)
-                assert all(picture.path.parent == folder for picture in pair.pictures)
+                assert all(picture.path.parent == folder for picture in pair.images)
             check(found, LEAVE_OUT)
 
 
@@ -332,7 +332,7 @@ def test_a_picture_with_flipped_bytes_is_whole_or_a_sentence(
     with make_folder() as folder:
         path = folder / "a.png"
         path.write_bytes(data)
-        picture = FilePicture(path)
+        picture = FileImage(path)
         for read in (
             picture.read_header,
             picture.read,

@@ -243,7 +243,7 @@ def inspect_beside_model(base: str, lora_name: str = "my_edit_lora.safetensors")
     }
 
 
-def read_figures(entry: dict[str, Any]) -> dict[str, Any]:
+def read_step_numbers(entry: dict[str, Any]) -> dict[str, Any]:
     return json.loads(entry["outputs"]["json"]["text"][0])
 
 
@@ -253,9 +253,9 @@ def read_figures(entry: dict[str, Any]) -> dict[str, Any]:
 )
 def test_a_loaded_model_gives_the_same_figures_as_its_file(server, base, storage, cache):
     graph = inspect_beside_model(base)
-    from_model = read_figures(server.run_prompt(graph))
+    from_model = read_step_numbers(server.run_prompt(graph))
     graph["inspect"] = node("QwenEditLoraInspect", adapter=["load", 0], base_model=base)
-    from_file = read_figures(server.run_prompt(graph))
+    from_file = read_step_numbers(server.run_prompt(graph))
     assert from_model["merge_error"] > 0.01  # a large delta; the tiny base's LoRA is no faint one
     assert {m["base"]["storage"] for m in from_model["modules"].values()} == {storage}
     assert from_model == from_file
@@ -263,7 +263,7 @@ def test_a_loaded_model_gives_the_same_figures_as_its_file(server, base, storage
 
 def test_loras_merged_before_are_no_part_of_the_base(server, cache):
     graph = inspect_beside_model(SCALED_BASE)
-    plain = read_figures(server.run_prompt(graph))
+    plain = read_step_numbers(server.run_prompt(graph))
     graph["merged"] = node(
         "LoraLoaderModelOnly",
         model=["model", 0],
@@ -271,7 +271,7 @@ def test_loras_merged_before_are_no_part_of_the_base(server, cache):
         strength_model=2.0,
     )
     graph["inspect"]["inputs"]["model"] = ["merged", 0]
-    assert read_figures(server.run_prompt(graph)) == plain
+    assert read_step_numbers(server.run_prompt(graph)) == plain
 
 
 def test_two_bases_at_once_are_refused(server):

@@ -181,8 +181,8 @@ def test_the_job_shows_itself_and_its_lora_is_in_the_loras_folder(server, story,
 def test_the_worker_shows_the_way_from_the_reference_to_the_target(base_directory, story, pairs):
     store = JobStore(base_directory / "user" / "__qwen_edit_lora" / "training")
     (job,) = [job for job in store.list() if job.name == NAME]
-    pictures = store.list_pictures(job.id)
-    shown = [(p.kind, p.step, read_picture(store.read_picture(job.id, p.name))) for p in pictures]
+    pictures = store.list_images(job.id)
+    shown = [(p.kind, p.step, read_picture(store.read_image(job.id, p.name))) for p in pictures]
     assert [(kind, step) for kind, step, _ in shown] == [
         *(("source", None), ("target", None)),
         *(("sample", step) for step in (0, STEPS // 2, STEPS)),

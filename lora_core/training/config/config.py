@@ -1,4 +1,4 @@
-"""Everything a run is made of, as one tree of frozen dataclasses; each value checked on its own.
+"""A run's settings as one tree of frozen dataclasses; each value is validated individually.
 
 A configuration file is TOML (or JSON) with these sections as tables:
 
@@ -30,7 +30,7 @@ FILE_DTYPES = ("bf16", "fp16", "fp32")
 #: Namespaces").
 DEVICE_NAMES = ("CON", "PRN", "AUX", "NUL", *(f"{x}{i}" for x in ("COM", "LPT") for i in range(10)))
 #: Bytes of a file's name on all common file systems (NAME_MAX).
-MOST_NAME_BYTES = 255
+MAX_NAME_BYTES = 255
 #: What files of a run add to its name at most: an adapter of a step, published under a number.
 LONGEST_ENDING = "_00000000_ema_99.safetensors"
 
@@ -38,7 +38,7 @@ LONGEST_ENDING = "_00000000_ema_99.safetensors"
 @dataclass(frozen=True, kw_only=True)
 class SavingConfig:
     checkpoint_every: int = 250
-    """Steps between checkpoints, from which a run can go on exactly."""
+    """Steps between checkpoints, from which a run can resume exactly."""
     keep_checkpoints: int = 2
     adapter_every: int = 250
     """Steps between adapter files to try out; 0 writes only the last one."""
@@ -103,9 +103,9 @@ def check_file_name(name: str) -> None:
         raise ConfigError(
             f"name is {shown}, which holds half of a character; type it anew"
         ) from None
-    if size > MOST_NAME_BYTES:
+    if size > MAX_NAME_BYTES:
         raise ConfigError(
             f"name is {shown}, {len(name.encode())} bytes; expected at most "
-            f"{MOST_NAME_BYTES - len(LONGEST_ENDING)}, since file systems count bytes and the "
+            f"{MAX_NAME_BYTES - len(LONGEST_ENDING)}, since file systems count bytes and the "
             "files' names get longer"
         )

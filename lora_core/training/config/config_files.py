@@ -101,7 +101,7 @@ BACKSLASHES = (
 
 
 def check_path(text: str, where: str) -> None:
-    """ConfigError for what stands in no path: "C:\new" in double quotes holds a line break."""
+    """ConfigError for characters that no path has: "C:\new" in double quotes holds a line break."""
     if any(ord(character) < ord(" ") for character in text):
         raise ConfigError(
             f"{where} is {shorten(repr(text))}, with a line break, a tab or another control "
@@ -149,7 +149,7 @@ def list_places() -> list[str]:
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """A value as its field's type says; whole numbers stand for floats, lists for tuples."""
+    """A value as its field's type; integers are accepted as floats, lists as tuples."""
     if hint is typing.Any:
         return check_plain(value, where)
     if dataclasses.is_dataclass(hint):

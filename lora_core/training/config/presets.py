@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
-from ..model.offload import MOST_BLOCKS
+from ..model.offload import MAX_COPIED_BLOCKS
 
 GIB = 2**30
 
@@ -18,10 +18,10 @@ GIB = 2**30
 BYTES_PER_WEIGHT = {"bf16": 2.0, "fp8": 1.0, "nf4": 0.68}
 #: For the few weights outside the blocks, and for activations.
 BYTES_PER_VALUE = 2
-#: Tensors of the sample's size, beside each block's input, that a step needs at most with
+#: Tensors of the sample's size, besides each block's input, that a step needs at most with
 #: gradient_checkpointing true. 30 were counted on blocks of full width; the rest is for weights
 #: decoded from 8 or 4 bits and for what attention's kernels sum up in float32.
-PASSING_TENSORS = 36
+TRANSIENT_TENSORS = 36
 #: Of a LoRA's parameter in float32: itself, its gradient, two moments of AdamW; an average more.
 BYTES_PER_PARAMETER, BYTES_PER_AVERAGE = 16, 4
 #: Of a GPU, what a run cannot have: a CUDA context each for ComfyUI and the worker, a desktop, and
@@ -76,7 +76,7 @@ def apply_preset(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The preset's settings with those given on top, table by table.
 
     Args:
-        settings: as for `config_files.config_from_dict`; what stands here wins.
+        settings: as for `config_files.config_from_dict`; these win.
 
     Raises:
         ConfigError: an unknown preset.
@@ -111,20 +111,20 @@ class BaseSize:
 
     def count_resident(self, storage: str, num_offloaded: int = 0) -> float:
         """Bytes on the device: all but the blocks that wait, and copies of a few of these."""
-        num_copies = min(MOST_BLOCKS, num_offloaded)
+        num_copies = min(MAX_COPIED_BLOCKS, num_offloaded)
         num_blocks = self.num_blocks - num_offloaded + num_copies
         others = self.other_weights * BYTES_PER_VALUE
         return others + num_blocks * self.count_block_bytes(storage)
 
     def count_headroom(self, num_tokens: int, num_parameters: int, averaged: bool = False) -> int:
-        """Bytes that training takes beside the base.
+        """Bytes that training takes in addition to the base.
 
         Args:
             num_tokens: of a batch of the largest sample: targets, references and text.
             num_parameters: trainable ones.
             averaged: whether an average of them is kept too.
         """
-        values = num_tokens * self.width * (self.num_blocks + PASSING_TENSORS)
+        values = num_tokens * self.width * (self.num_blocks + TRANSIENT_TENSORS)
         per_parameter = BYTES_PER_PARAMETER + BYTES_PER_AVERAGE * averaged
         return values * BYTES_PER_VALUE + num_parameters * per_parameter
 
@@ -152,7 +152,7 @@ class BaseChoice:
     host_bytes: int = 0
     """Of the blocks that wait in main memory."""
     problem: str = ""
-    """What stands in the way of training so."""
+    """What prevents training this way."""
 
     def describe(self, size: BaseSize) -> str:
         text = f"storage auto is {self.storage}"
@@ -172,17 +172,17 @@ def choose_storage(
     offload_blocks: int | None = None,
     has_nf4: bool = True,
 ) -> BaseChoice:
-    """The most exact storage that leaves room to train; where none does, with blocks that wait.
+    """The most exact storage that leaves room to train; where none does, with offloaded blocks.
 
     Args:
         gpu_bytes: of the whole GPU; None for a CPU, where float32 is both exact and fast.
-        headroom: bytes that training takes beside the base; see `BaseSize.count_headroom`.
-        host_bytes: of free main memory; None where the system does not tell.
-        offload_blocks: the user's own number of blocks that wait; None leaves it open.
+        headroom: bytes that training takes besides the base; see `BaseSize.count_headroom`.
+        host_bytes: of free main memory; None where the system does not report it.
+        offload_blocks: the user's own number of offloaded blocks; None leaves it open.
         has_nf4: whether bitsandbytes is installed.
 
     Returns:
-        Where nothing leaves room, what comes nearest, and the problem; an estimate then says what
+        Where nothing leaves room, the closest choice, and the problem; an estimate then tells what
         to lower.
     """
     if gpu_bytes is None:

@@ -1,4 +1,4 @@
-"""What a name that is no setting of ours may stand for: other trainers' words, then the nearest."""
+"""Suggestions for unknown setting names: other trainers' names, then the nearest."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ CUTOFF = 0.6
 
 
 def suggest(key: str, fields: Iterable[str], section: str, places: Iterable[str]) -> str:
-    """The end of a sentence on an unknown setting: "; did you mean rank?", or "".
+    """The end of a message on an unknown setting: "; did you mean rank?", or "".
 
     Args:
         fields: names that this table has.

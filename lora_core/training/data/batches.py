@@ -1,8 +1,8 @@
 """Which items make up which batch, and which noise they get: functions of seed and position.
 
-Nothing here has a state. Micro-batch number n of a run is the same after a restart, and the same
-for any division of its samples among processes, since every sample's draws come from a generator
-of its own, seeded by (seed, epoch, place in the epoch).
+Nothing here is stateful. Micro-batch number n of a run is the same after a restart, and the same
+for any division of its samples among processes, since every sample's draws come from its own
+generator, seeded by (seed, epoch, place in the epoch).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .latents import count_target_tokens, normalize
 
 @dataclass(frozen=True)
 class Slot:
-    """One sample of a micro-batch: an item, and what its random draws are named after."""
+    """One sample of a micro-batch: an item, and what seeds its random draws."""
 
     item: int
     """Index into the dataset's items."""
@@ -67,7 +67,7 @@ class DataOrder:
         return permute(batches, generator)
 
     def describe_repeats(self) -> str | None:
-        """A sentence on the items that an epoch shows more than once."""
+        """A message on the items that an epoch shows more than once."""
         repeats = [-len(bucket) % self.batch_size for bucket in self.buckets.values()]
         if not sum(repeats):
             return None
@@ -98,7 +98,7 @@ class Batch:
     text: torch.Tensor
     """(B, T, D)"""
     text_mask: torch.Tensor | None
-    """(B, T), True for real tokens; None where no text is padded: nobody looks for that again."""
+    """(B, T), True for real tokens; None where no text is padded, which saves later checks."""
     noise: torch.Tensor
     u: torch.Tensor
     """float64 (B,) in (0, 1), from which noise levels are made."""
@@ -115,7 +115,7 @@ class Batch:
         return count_target_tokens(*self.x_0.shape[-2:])
 
     def to(self, device: torch.device) -> Batch:
-        """There, but for `u`; from page-locked memory nobody waits for it."""
+        """On `device`, except `u`; asynchronous from page-locked memory."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self, device: torch.device) -> Batch:
@@ -134,10 +134,10 @@ class Batch:
 
 
 def pin(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in page-locked memory, the only kind that a GPU reads while the host goes on.
+    """A copy in page-locked memory, the only kind that a GPU reads asynchronously.
 
-    The tensor as it is where the system grants no more of it, of which Windows and WSL2 have
-    little: the copy to the GPU is then waited for.
+    The tensor unchanged where the system grants no more of it, of which Windows and WSL2 have
+    little: the copy to the GPU is then synchronous.
     """
     try:
         return tensor.pin_memory()
@@ -159,7 +159,7 @@ def load_batch(
 ) -> Batch:
     """Reads the items of one micro-batch and draws their noise, level and caption dropout.
 
-    Samples without a mask weigh every place alike, whatever the others of the batch do.
+    Samples without a mask weigh every position equally, whatever the rest of the batch has.
     """
     items = [dataset.load(slot.item) for slot in slots]
     draws = [draw(seed, slot, item.target.shape) for slot, item in zip(slots, items, strict=True)]
@@ -177,7 +177,7 @@ def load_batch(
             for item in items
         ]
         mask = torch.stack(masks)[:, None]
-    # Widened first: items of one set may be stored in different dtypes.
+    # Converted first: items of one set may be stored in different dtypes.
     x_0 = normalize(torch.stack([item.target.float() for item in items]))
     references = [
         normalize(torch.stack([item.references[i].float() for item in items]))

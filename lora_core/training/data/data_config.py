@@ -18,9 +18,9 @@ class DataConfig:
     use_masks: bool = True
     """Weigh the loss by the masks that items have."""
     prior: str = ""
-    """A second training set whose results shall stay as they are (prior preservation)."""
+    """A second training set whose results should stay unchanged (prior preservation)."""
     prior_weight: float = 1.0
-    """The prior's loss counts so much beside the other."""
+    """Weight of the prior's loss."""
 
     def __post_init__(self) -> None:
         check_text(self, "folder")

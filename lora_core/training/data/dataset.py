@@ -97,7 +97,7 @@ class CachedItem:
 
 
 class DatasetWriter:
-    """Writes a training set; nothing is one before `finish` has written the index.
+    """Writes a training set; it is incomplete until `finish` has written the index.
 
     Adding a key again replaces its item. An existing set is replaced at `finish`.
     """
@@ -128,11 +128,11 @@ class DatasetWriter:
         return self._record(key, tensors, caption)
 
     def add_file(self, key: str, caption: str = "") -> ItemInfo:
-        """Takes an item as it is that lies in `items/` already, from `add` of another writer.
+        """Records an item that is in `items/` already, from `add` of another writer.
 
         Raises:
             FileError: no such file, or no item.
-            ShapeError: its text embedding is as wide as no other.
+            ShapeError: its text embedding's width differs from the others'.
         """
         file = open_item(self.folder / ITEMS_FOLDER / f"{key}.safetensors")
         file.release()
@@ -157,7 +157,7 @@ class DatasetWriter:
         return info
 
     def set_empty_text(self, text_empty: torch.Tensor) -> None:
-        """(T, D): the embedding of an empty caption for every item without one of its own."""
+        """(T, D): the embedding of an empty caption for every item that has none itself."""
         self._check_text("the empty caption", text_empty)
         tensors = {"text_empty": text_empty.detach().cpu().contiguous()}
         self._save(self.folder / EMPTY_FILE, tensors)
@@ -167,7 +167,7 @@ class DatasetWriter:
         """Writes the index, in the order in which items were added.
 
         Args:
-            metadata: what the caches were made with, such as the VAE's name; kept as it is.
+            metadata: what the caches were made with, such as the VAE's name; stored unchanged.
         """
         if not self._items:
             raise ConfigError("the training set holds no items; expected at least one")
@@ -258,7 +258,7 @@ class CachedDataset:
         """Reads one item.
 
         Raises:
-            FileError: the file is gone, damaged, or does not fit the index.
+            FileError: the file is missing, damaged, or does not match the index.
         """
         info = self.items[index]
         tensors = self._read(f"{ITEMS_FOLDER}/{info.key}.safetensors")
@@ -286,7 +286,7 @@ class CachedDataset:
         """(T, D), shared by the items without one of their own.
 
         Raises:
-            FileError: the file is gone, damaged, or holds no such embedding.
+            FileError: the file is missing, damaged, or holds no such embedding.
         """
         tensors = self._read(EMPTY_FILE)
         fault = find_text_fault(tensors, "text_empty", self.text_width)
@@ -327,7 +327,7 @@ def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
 
     Raises:
         FileError: no index, one of another version, one that no `DatasetWriter` wrote, or files
-            missing that it names.
+            that it names are missing.
     """
     folder = Path(folder)
     path = folder / INDEX_FILE
@@ -378,7 +378,7 @@ def check_files(dataset: CachedDataset) -> None:
 
 
 def build_info(line: object, number: int) -> ItemInfo:
-    """A line of the index as somebody may have changed it; JSON has no tuples.
+    """A line of the index, untrusted; JSON has no tuples.
 
     Raises:
         FileError: not what `DatasetWriter` writes.
@@ -415,7 +415,7 @@ def collect_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
     """Embeddings (T_i, D) -> (B, T, D) padded with 0, and which tokens are real, (B, T).
 
     No mask where all are as long: an all-true mask makes attention take a slower kernel, and on a
-    GPU nobody could look at it without waiting.
+    GPU it could not be checked without synchronising.
     """
     lengths = [text.shape[0] for text in texts]
     padded = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)

@@ -40,7 +40,7 @@ def find_fault(
     """Why these are not the tensors of an item, by names, shapes and dtypes; None where they are.
 
     Args:
-        info: what the index says of it.
+        info: its entry in the index.
         text_width: likewise, of all embeddings.
     """
     num_references = count_references(tensors) if info is None else len(info.references)
@@ -91,6 +91,6 @@ def describe(tensor: AnyTensor) -> str:
 
 
 def is_mask(mask: torch.Tensor) -> bool:
-    """Whether weights can be taken as they are: finite, none below 0, not all of them 0."""
+    """Whether weights are valid: finite, none below 0, not all of them 0."""
     low, high = mask.float().aminmax()
     return low.item() >= 0 and 0 < high.item() < math.inf

@@ -1,4 +1,4 @@
-"""The next batch, made while the device works on this one."""
+"""The next batch, prepared while the device works on this one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Calls `load` for the next number in a thread, while the caller uses what it got for the last.
+    """Calls `load` for the next number in a thread, while the caller uses the previous result.
 
     No thread is started before there is a next number.
 
     Args:
         load: a function of the number alone, which may run in two threads at once.
-        end: the first number that nobody will ask for.
+        end: the first number that will not be requested.
     """
 
     def __init__(self, load: Callable[[int], T], end: int):

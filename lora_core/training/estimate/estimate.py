@@ -1,10 +1,10 @@
 """Memory and time of a run before it starts, from steps of a model of very few blocks.
 
-All blocks are alike, so everything is linear in their number: the full model's figures follow from
-those of one and of three blocks (`probe`), which run the true weights of the first blocks in their
-storage, with LoRAs, checkpointing, optimizer and the training set's own sizes. What lies in memory
-all the time is counted; what comes and goes is measured. Blocks that wait in host memory are
-measured on their own, two and three of them.
+All blocks are alike, so everything is linear in their number: the full model's numbers are
+extrapolated from those of one and of three blocks (`probe`), which run the real weights of the
+first blocks in their storage, with LoRAs, checkpointing, optimizer and the training set's own
+sizes. Persistent memory is counted; transient memory is measured. Offloaded blocks are measured
+separately, two and three of them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ..model.loading import check_keys
 from ..model.offload import choose_offloaded
 from ..run.session import choose_device
 from ..sampling.image_decoder import DECODING_BYTES
-from .probe import Measurement, measure
+from .probe import Measurement, measure_blocks
 
-#: Of a device's free memory, left alone: samples' sizes change from step to step and leave gaps.
+#: Reserve of a device's free memory: samples' sizes change from step to step and leave gaps.
 MARGIN = 2**29
-#: Of free main memory, left alone beside blocks that wait there: for the process itself.
+#: Reserve of free main memory besides offloaded blocks: for the process itself.
 HOST_MARGIN = 2 * 2**30
 
 
@@ -40,8 +40,7 @@ class Estimate:
 
     device: str
     memory_bytes: int | None
-    """Most that will be in use at once, on a CPU by the whole process; None where the system does
-    not tell."""
+    """Peak in use, on a CPU of the whole process; None where the system does not report it."""
     available_bytes: int | None
     """Free for the run, with ComfyUI's models off the device."""
     seconds_per_step: float
@@ -54,15 +53,15 @@ class Estimate:
     num_tokens: int
     """Of the largest item: target, references and text."""
     advice: tuple[str, ...] = ()
-    """What to lower, in the order of what costs least; empty where it fits."""
+    """What to lower, the cheapest first; empty where it fits."""
     compile_s: float = 0.0
     """Compiling the blocks, in the first steps."""
     gradient_checkpointing: bool | str = True
     """Chosen for what memory is free now, where the configuration leaves it open."""
     offloaded_bytes: int = 0
-    """Of the blocks that wait in host memory, locked there; on a CPU part of the memory above."""
+    """Of the offloaded blocks, page-locked in host memory; on a CPU part of the memory above."""
     host_available_bytes: int | None = None
-    """Free main memory for them; None on a CPU, or where the system does not tell."""
+    """Free main memory for them; None on a CPU, or where the system does not report it."""
 
     @property
     def fits_device(self) -> bool:
@@ -113,13 +112,13 @@ def estimate_run(
     is_shared: bool = False,
     with_samples: bool = False,
 ) -> Estimate:
-    """Loads three blocks, takes some steps with them, and computes the whole from that.
+    """Loads three blocks, takes some steps with them, and extrapolates to the full model.
 
-    Auxiliary losses are not part of it; of several processes it is the figure of each.
+    Auxiliary losses are not included; with several processes the numbers are per process.
 
     Args:
         is_shared: whether ComfyUI computes on the same GPU.
-        with_samples: whether sample images are decoded meanwhile, in tiles where nothing else fits.
+        with_samples: whether sample images are decoded during training, in tiles if necessary.
 
     Raises:
         FileError, KeyFormatError, ConfigError: as opening the model does.
@@ -138,7 +137,7 @@ def estimate_run(
         num_parameters = count_parameters(config, base)
         choose_offloaded(num_blocks, config.model.offload_blocks)
         arguments = (config, dataset, largest, base, device)
-        whole = measure_all(*arguments, num_blocks, num_parameters, is_shared)
+        whole = measure_full_model(*arguments, num_blocks, num_parameters, is_shared)
     finally:
         base.release()
     passes = 1.0
@@ -151,13 +150,13 @@ def estimate_run(
     micro_s = whole.micro_step_s * options.accumulation * passes
     mean_s = micro_s * mean_cost / costs[largest] + whole.optimizer_s
     memory = None
-    if whole.passing_bytes is not None:
-        kept = whole.kept_bytes + num_parameters * whole.trained_bytes
-        passing = whole.passing_bytes
+    if whole.transient_bytes is not None:
+        kept = whole.frozen_bytes + num_parameters * whole.trained_bytes
+        transient = whole.transient_bytes
         if with_samples and device.type != "cpu":
-            passing = max(passing, DECODING_BYTES)
+            transient = max(transient, DECODING_BYTES)
         memory = whole.process_bytes + round(
-            max(kept + passing, whole.kept_bytes + whole.loading_bytes)
+            max(kept + transient, whole.frozen_bytes + whole.loading_bytes)
         )
     estimate = Estimate(
         device=str(device),
@@ -182,16 +181,16 @@ def estimate_run(
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What training on all blocks takes."""
+class FullModelCost:
+    """What training on all blocks needs."""
 
     micro_step_s: float
     optimizer_s: float
     compile_s: float
-    passing_bytes: float | None
-    """Most of what comes and goes, with the allocator's gaps."""
+    transient_bytes: float | None
+    """Peak of transient memory, with the allocator's gaps."""
     loading_bytes: int
-    kept_bytes: int
+    frozen_bytes: int
     """Frozen, on the device."""
     process_bytes: int
     trained_bytes: float
@@ -199,7 +198,7 @@ class Whole:
     gradient_checkpointing: bool | str
 
 
-def measure_all(
+def measure_full_model(
     config: TrainConfig,
     dataset: CachedDataset,
     index: int,
@@ -208,28 +207,28 @@ def measure_all(
     num_blocks: int,
     num_parameters: int,
     is_shared: bool,
-) -> Whole:
+) -> FullModelCost:
     num_offloaded = config.model.offload_blocks
     num_resident = num_blocks - num_offloaded
     arguments = (config, dataset, index, base, device)
     found = []
     if num_resident:
         counts = sorted({1, min(3, num_blocks)})
-        found.append(measure(*arguments, counts, False, num_parameters, is_shared))
+        found.append(measure_blocks(*arguments, counts, False, num_parameters, is_shared))
     if num_offloaded:
         counts = (2, 3) if num_blocks > 2 else (1, 2) if num_blocks > 1 else (1,)
-        found.append(measure(*arguments, counts, True, num_parameters, is_shared))
+        found.append(measure_blocks(*arguments, counts, True, num_parameters, is_shared))
     first, last = found[0], found[-1]
-    passing = reckon_passing(first, last, num_blocks, num_offloaded)
-    if passing is not None:
-        passing += first.gap_bytes(num_resident)
-    return Whole(
-        micro_step_s=reckon_time(first, last, num_blocks, num_offloaded, device),
+    transient = estimate_transient_bytes(first, last, num_blocks, num_offloaded)
+    if transient is not None:
+        transient += first.gap_bytes(num_resident)
+    return FullModelCost(
+        micro_step_s=estimate_micro_step_s(first, last, num_blocks, num_offloaded, device),
         optimizer_s=first.optimizer_s(num_blocks),
         compile_s=max(one.compile_s for one in found),
-        passing_bytes=passing,
+        transient_bytes=transient,
         loading_bytes=first.loading_bytes or 0,
-        kept_bytes=count_kept(first, num_blocks, num_offloaded, device),
+        frozen_bytes=count_frozen_bytes(first, num_blocks, num_offloaded, device),
         process_bytes=first.process_bytes,
         trained_bytes=first.trained_bytes,
         block_bytes=first.block_bytes,
@@ -237,16 +236,16 @@ def measure_all(
     )
 
 
-def count_kept(
+def count_frozen_bytes(
     found: Measurement, num_blocks: int, num_offloaded: int, device: torch.device
 ) -> int:
-    """Bytes of frozen weights; a CPU's own memory is where offloaded blocks wait."""
+    """Bytes of frozen weights; on a CPU offloaded blocks stay in the same memory."""
     if device.type != "cpu":
         num_blocks -= num_offloaded
     return found.other_bytes + num_blocks * found.block_bytes
 
 
-def reckon_time(
+def estimate_micro_step_s(
     resident: Measurement,
     offloaded: Measurement,
     num_blocks: int,
@@ -257,23 +256,23 @@ def reckon_time(
     if resident is offloaded:
         return resident.micro_step_s(num_blocks)
     time = resident.micro_step_s
-    if device.type == "cpu":  # copies and products take turns
+    if device.type == "cpu":  # copies and products alternate
         return time(num_blocks - num_offloaded) + num_offloaded * offloaded.micro_step_s.per_block
-    # A block's weights come while those before it compute, so that the slower of both tells.
+    # A block's weights are copied while those before it compute: the slower of both counts.
     return max(time(num_blocks), time.fixed + num_offloaded * offloaded.micro_step_s.per_block)
 
 
-def reckon_passing(
+def estimate_transient_bytes(
     resident: Measurement, offloaded: Measurement, num_blocks: int, num_offloaded: int
 ) -> float | None:
-    """Most that comes and goes: activations of all blocks and copies of few, or an update."""
-    if resident.passing_bytes is None or offloaded.passing_bytes is None:
+    """Peak of transient memory: activations of all blocks and copies of a few, or an update."""
+    if resident.transient_bytes is None or offloaded.transient_bytes is None:
         return None
-    passing = resident.passing_bytes(num_blocks)
+    transient = resident.transient_bytes(num_blocks)
     if resident is not offloaded:
-        copies = offloaded.passing_bytes(num_blocks) - passing
-        passing += min(max(0.0, copies), num_offloaded * resident.block_bytes)
-    return max(passing, resident.updating_bytes(num_blocks))
+        copies = offloaded.transient_bytes(num_blocks) - transient
+        transient += min(max(0.0, copies), num_offloaded * resident.block_bytes)
+    return max(transient, resident.update_bytes(num_blocks))
 
 
 def compute_cost(info: ItemInfo, width: int) -> float:

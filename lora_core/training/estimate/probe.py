@@ -1,8 +1,8 @@
-"""A few blocks of a base, trained for some steps as `trainer` would, with a watch and a meter.
+"""A few blocks of a base, trained for some steps as `trainer` would, with time and memory measured.
 
 All blocks are alike, so what a step takes is linear in their number. One load serves models of
-different numbers of blocks: the last n of those that were loaded. Their steps are taken in turn, so
-that what else a machine does meets all of them.
+different numbers of blocks: the last n of those loaded. Their steps are interleaved, so that other
+load on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from ..optimizer.optimization import build_optimizer
 from ..run.session import COMPUTE_DTYPES
 
 #: Steps timed after those that only warm up: at least, and at most within TIMED_S seconds.
-FEWEST_STEPS = 3
-MOST_STEPS = 15
+MIN_STEPS = 3
+MAX_STEPS = 15
 TIMED_S = 4.0
-#: Times that a CPU's peak is taken: its heap leaves gaps here and there.
+#: Times that a CPU's peak is measured: its heap leaves varying gaps.
 CPU_PEAKS = 3
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A quantity of a model of n blocks."""
+class LinearFit:
+    """A quantity as a linear function of the number of blocks."""
 
     fixed: float
     per_block: float
@@ -56,35 +56,35 @@ class Linear:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What training on n blocks takes."""
+    """What training on n blocks needs."""
 
-    micro_step_s: Linear
+    micro_step_s: LinearFit
     """Forward and backward of one batch."""
-    optimizer_s: Linear
+    optimizer_s: LinearFit
     """The rest of a step."""
     compile_s: float
     """Once, in the first steps."""
-    passing_bytes: Linear | None
-    """Most of what a micro-step takes beside what lies there: activations, gradients, copies."""
-    updating_bytes: Linear | None
-    """The same of an optimizer's update: gradients, and copies of what it keeps."""
-    gap_bytes: Linear
+    transient_bytes: LinearFit | None
+    """Peak of a micro-step above persistent memory: activations, gradients, copies."""
+    update_bytes: LinearFit | None
+    """The same of an optimizer's update: gradients, and copies of its state."""
+    gap_bytes: LinearFit
     """What a GPU's allocator holds and cannot use: between weights, and in a step's peak."""
     loading_bytes: int | None
-    """Most of what loading takes beside the model."""
+    """Peak of loading above the model itself."""
     block_bytes: int
     """Frozen, of one block."""
     other_bytes: int
     """Frozen, of what is not in blocks."""
     process_bytes: int
-    """What the process is without a run; on a GPU, where only this run's tensors count, 0."""
+    """What the process takes without a run; 0 on a GPU, where only this run's tensors count."""
     gradient_checkpointing: bool | str
-    """Chosen, where the configuration leaves it open."""
+    """Chosen here, where the configuration leaves it open."""
     trained_bytes: float
     """For each trainable parameter: itself, its average and what the optimizer keeps."""
 
 
-def measure(
+def measure_blocks(
     config: TrainConfig,
     dataset: CachedDataset,
     index: int,
@@ -99,8 +99,8 @@ def measure(
 
     Args:
         index: of the item; a batch repeats it.
-        counts: one or two numbers of blocks; with one, nothing is known to grow.
-        offloaded: whether all blocks wait in host memory.
+        counts: one or two numbers of blocks; with one, no growth per block is known.
+        offloaded: whether all blocks are offloaded to host memory.
         num_parameters: trainable ones of the whole model.
         is_shared: whether ComfyUI computes on the same GPU.
     """
@@ -132,8 +132,8 @@ def measure(
     micro_s: dict[int, list[float]] = {n: [] for n in counts}
     optimizer_s: dict[int, list[float]] = {n: [] for n in counts}
     started = time.perf_counter()
-    for number in range(MOST_STEPS):
-        if number >= FEWEST_STEPS and time.perf_counter() - started > TIMED_S:
+    for number in range(MAX_STEPS):
+        if number >= MIN_STEPS and time.perf_counter() - started > TIMED_S:
             break
         for n in counts:
             micro, rest = probe.take_step(n)
@@ -142,59 +142,59 @@ def measure(
     compile_s = 0.0
     if config.model.compile:
         compile_s = sum(first_s[n][0] - statistics.median(micro_s[n]) for n in counts)
-    known = all(one.passing is not None for one in all_peaks)
+    known = all(one.transient is not None for one in all_peaks)
     return Measurement(
-        micro_step_s=fit(micro_s),
-        optimizer_s=fit(optimizer_s),
+        micro_step_s=fit_line(micro_s),
+        optimizer_s=fit_line(optimizer_s),
         compile_s=max(0.0, compile_s),
-        passing_bytes=fit_peaks(peaks, "passing") if known else None,
-        updating_bytes=fit_peaks(peaks, "updating") if known else None,
-        gap_bytes=Linear(gap, resting_gap / max(counts)),
+        transient_bytes=fit_peaks(peaks, "transient") if known else None,
+        update_bytes=fit_peaks(peaks, "update") if known else None,
+        gap_bytes=LinearFit(gap, resting_gap / max(counts)),
         loading_bytes=loading,
         block_bytes=probe.block_bytes,
         other_bytes=probe.other_bytes,
-        process_bytes=0 if meter.on_gpu else max(0, (at_rest or 0) - probe.count_kept_bytes()),
+        process_bytes=0 if meter.on_gpu else max(0, (at_rest or 0) - probe.count_resident_bytes()),
         gradient_checkpointing=model.gradient_checkpointing,
         trained_bytes=probe.count_trained_bytes() / sum(p.numel() for p in probe.parameters),
     )
 
 
-def fit(values: Mapping[int, Sequence[float]]) -> Linear:
-    """Through one or two numbers of blocks; values of one round belong together."""
+def fit_line(values: Mapping[int, Sequence[float]]) -> LinearFit:
+    """Fits a line through one or two numbers of blocks; values of one round are paired."""
     few, many = min(values), max(values)
     middle = statistics.median(values[few])
     if few == many:
-        return Linear(middle, 0.0)
+        return LinearFit(middle, 0.0)
     rises = [b - a for a, b in zip(values[few], values[many], strict=True)]
     per_block = max(0.0, statistics.median(rises) / (many - few))
-    if middle < few * per_block:  # nothing is fixed, and few blocks were lucky: caches, the heap
-        return Linear(0.0, statistics.median(values[many]) / many)
-    return Linear(middle - few * per_block, per_block)
+    if middle < few * per_block:  # no fixed part; few blocks profited from caches or the heap
+        return LinearFit(0.0, statistics.median(values[many]) / many)
+    return LinearFit(middle - few * per_block, per_block)
 
 
-def fit_peaks(peaks: Mapping[int, Sequence[Peaks]], name: str) -> Linear:
-    return fit({n: [getattr(one, name) for one in found] for n, found in peaks.items()})
+def fit_peaks(peaks: Mapping[int, Sequence[Peaks]], name: str) -> LinearFit:
+    return fit_line({n: [getattr(one, name) for one in found] for n, found in peaks.items()})
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes that one step took beside what lies there; None where the system does not tell."""
+    """Bytes that one step took above persistent memory; None where unknown."""
 
-    passing: int | None
-    updating: int | None
+    transient: int | None
+    update: int | None
     gap: int
 
 
 def measure_peaks(probe: Probe, meter: MemoryMeter, num_blocks: int) -> Peaks:
     before = meter.reset()
     probe.take_micro_step(num_blocks)
-    passing, gap = meter.read_peak(), meter.read_gap()
+    transient, gap = meter.read_peak(), meter.read_gap()
     meter.reset()  # begins the update's peak
     probe.update()
-    updating, gap = meter.read_peak(), max(gap, meter.read_gap())
-    if before is None or passing is None or updating is None:
+    update, gap = meter.read_peak(), max(gap, meter.read_gap())
+    if before is None or transient is None or update is None:
         return Peaks(None, None, gap)
-    return Peaks(max(0, passing - before), max(0, updating - before), gap)
+    return Peaks(max(0, transient - before), max(0, update - before), gap)
 
 
 class Probe:
@@ -238,7 +238,7 @@ class Probe:
         self.batch = load_repeated(dataset, index, size, config.seed).to(device)
 
     def take_step(self, num_blocks: int) -> tuple[float, float]:
-        """Seconds of one micro-step, and of what makes it a step."""
+        """Seconds of one micro-step, and of the rest of the step."""
         started = self.read_clock()
         self.take_micro_step(num_blocks)
         middle = self.read_clock()
@@ -271,7 +271,7 @@ class Probe:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def count_kept_bytes(self) -> int:
+    def count_resident_bytes(self) -> int:
         return self.frozen_bytes + self.count_trained_bytes()
 
     def count_trained_bytes(self) -> int:
@@ -289,7 +289,7 @@ class Probe:
 def load_blocks(
     config: TrainConfig, base: BaseFile, device: torch.device, num_blocks: int, offloaded: bool
 ) -> EditTransformer:
-    """The model's first blocks and both its ends."""
+    """The model's first blocks, and the modules before and after the blocks."""
     model, dtype = config.model, COMPUTE_DTYPES[config.model.compute_dtype]
     marked = base.zero_cond_t if model.variant == "auto" else model.variant == "2511"
     architecture = read_architecture(base.shapes, base.name, base.axes, marked)

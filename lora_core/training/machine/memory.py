@@ -13,7 +13,7 @@ STATUS = Path("/proc/self/status")
 MEMINFO = Path("/proc/meminfo")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
-#: How libraries say that memory ran out, in lower case. Few have an exception of its own for it.
+#: Libraries' out-of-memory messages, in lower case. Few have a dedicated exception.
 OUT_OF_MEMORY = (
     "out of memory",  # torch's allocator, CUDA, HIP, NCCL ("Cuda failure 2 'out of memory'")
     "can't allocate",  # torch's allocator of a CPU
@@ -36,7 +36,7 @@ OUT_OF_MEMORY = (
 
 
 class MemoryMeter:
-    """Bytes in use now, and at most since `reset`; None where the system does not tell.
+    """Bytes in use now, and the peak since `reset`; None where the system does not report it.
 
     A process's resident set is known on Linux only.
     """
@@ -46,7 +46,7 @@ class MemoryMeter:
         self.on_gpu = device.type == "cuda"
 
     def reset(self) -> int | None:
-        """Gives back what is free, starts the peak anew, and returns what is in use."""
+        """Releases free memory, resets the peak, and returns what is in use."""
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
@@ -54,7 +54,7 @@ class MemoryMeter:
             return torch.cuda.memory_allocated(self.device)
         trim_heap()
         try:
-            CLEAR_REFS.write_text("5")  # what proc(5) gives to start the high-water mark anew
+            CLEAR_REFS.write_text("5")  # per proc(5), resets the high-water mark
         except OSError:
             return None
         return read_status("VmRSS")
@@ -65,17 +65,17 @@ class MemoryMeter:
         return read_status("VmHWM")
 
     def read_gap(self) -> int:
-        """Bytes that a GPU's allocator holds at most beside what tensors take of it."""
+        """Peak bytes that a GPU's allocator reserves beyond what tensors take."""
         if not self.on_gpu:
             return 0
         held = torch.cuda.max_memory_reserved(self.device)
         return max(0, held - torch.cuda.max_memory_allocated(self.device))
 
     def find_available(self) -> int | None:
-        """What a run in this process's place could take: what is free, and what is its own.
+        """What a run in place of this process could take: free memory, and what this process holds.
 
-        On a GPU a run's process opens a context and loads kernels, as this one has; that, ComfyUI's
-        own context, and a desktop are what `mem_get_info` has taken off already.
+        On a GPU a run's process opens a context and loads kernels, as this one has; `mem_get_info`
+        has already subtracted those, ComfyUI's own context, and a desktop.
         """
         if self.on_gpu:
             free = torch.cuda.mem_get_info(self.device)[0]
@@ -124,7 +124,7 @@ def read_size(path: Path, name: str) -> int | None:
 
 
 def trim_heap() -> None:
-    """Hands freed blocks back to the system, which glibc else keeps; elsewhere nothing."""
+    """Returns freed blocks, which glibc keeps, to the system; a no-op elsewhere."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
@@ -141,7 +141,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def names_out_of_memory(text: str) -> bool:
-    """Whether a library's message, or a line of another process's log, is one of OUT_OF_MEMORY."""
+    """Whether a library's message, or a line of another process's log, matches OUT_OF_MEMORY."""
     text = text.lower()
     return any(words in text for words in OUT_OF_MEMORY)
 

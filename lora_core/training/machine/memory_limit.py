@@ -1,12 +1,12 @@
-"""An end to what PyTorch takes of a GPU where the driver sets none: on Windows, and under WSL.
+"""A limit on PyTorch's GPU memory where the driver sets none: on Windows, and under WSL.
 
-There NVIDIA's driver answers a full card by moving memory to the computer's own, and says nothing:
-every step gets ten to twenty times slower, and nobody learns that less should be kept. With a limit
-PyTorch raises its out-of-memory error as on Linux, and who waits for it (a step taken again with
-less kept, sample images decoded in tiles) does what it is there for.
+There NVIDIA's driver silently moves memory of a full card to main memory: every step gets ten to
+twenty times slower, and nothing signals that less should be kept. With a limit PyTorch raises its
+out-of-memory error as on Linux, and its handlers (a step retried with less kept, sample images
+decoded in tiles) take effect.
 
-On Linux the driver refuses by itself, and a limit would only keep what others give back later from
-the run. So there is none.
+On Linux the driver itself refuses, and a limit would only deny the run what others release later.
+So there is none.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import sys
 
 import torch
 
-#: Beside PyTorch's own tensors: kernels that are loaded on their first use, a desktop's windows.
+#: Besides PyTorch's own tensors: kernels loaded on first use, a desktop's windows.
 SPARE = 2**28
 
 
 def limit_memory(device: torch.device) -> None:
-    """Lets this process have what is free on the GPU now, where its driver would go on."""
+    """Limits this process to what is free on the GPU now, where the driver sets no limit."""
     if device.type != "cuda" or not is_overcommitting():
         return
     free, total = torch.cuda.mem_get_info(device)

@@ -1,8 +1,7 @@
-"""Host memory that a GPU reads by itself: pages of our own, locked where they are.
+"""Host memory that a GPU reads directly: our own pages, locked in place.
 
-torch's allocator of pinned memory rounds each request up to a power of two and keeps what it once
-locked; a block's 340 MB of fp8 would take 512. ComfyUI locks pages of its own as well
-(comfy/pinned_memory.py).
+torch's allocator of pinned memory rounds each request up to a power of two and never releases it; a
+block's 340 MB of fp8 would take 512. ComfyUI locks its own pages as well (comfy/pinned_memory.py).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Unregister = Callable[[int, torch.device], None]
 
 
 class PageLocks:
-    """Locks pages until it is refused once: a system that has no more has none for the next.
+    """Locks pages until the system refuses once: then it would refuse the next as well.
 
     Attributes:
         locked_bytes: of all that are locked now.
@@ -52,7 +51,7 @@ class PageLocks:
         return True
 
     def release(self) -> None:
-        """Unlocks all, once no copy out of them is under way."""
+        """Unlocks all, once no copy out of them is in progress."""
         if self.addresses and torch.cuda.is_initialized():
             torch.cuda.synchronize(self.device)
         while self.addresses:
@@ -61,7 +60,7 @@ class PageLocks:
 
 
 def allocate_pages(num_bytes: int) -> torch.Tensor:
-    """uint8, not initialised: whole pages that nothing else lies in."""
+    """uint8, uninitialised: whole pages that hold nothing else."""
     size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
     start = -memory.data_ptr() % mmap.PAGESIZE
@@ -82,7 +81,7 @@ def register_pages(address: int, num_bytes: int, device: torch.device) -> bool:
 
 
 def forget_error(device: torch.device) -> None:
-    """A refusal stays CUDA's last error, and the next kernel would be blamed for it."""
+    """Clears a refusal from CUDA's last error, which the next kernel would report."""
     try:
         torch.zeros(1, device=device).add_(1)
     except RuntimeError:

@@ -19,8 +19,8 @@ BLOCKS = "transformer_blocks"
 FIRST_BLOCK = f"{BLOCKS}.0."
 #: Numbers of a token, before and after the blocks: a patch of latents.
 PATCH_NUMBERS = NUM_CHANNELS * PATCH**2
-#: Of a block's number that are looked at.
-MOST_DIGITS = 9
+#: Of a block's number that are read.
+MAX_DIGITS = 9
 #: Image number, row and column.
 NUM_AXES = 3
 NORM_Q = f"{FIRST_BLOCK}attn.norm_q.weight"
@@ -50,7 +50,7 @@ class Architecture:
         zero_cond_t = arguments.pop("zero_cond_t")
         with torch.device("meta"):
             model = QwenImageTransformer2DModel(**arguments)
-        model.register_to_config(zero_cond_t=zero_cond_t)  # no argument of its own before 0.37
+        model.register_to_config(zero_cond_t=zero_cond_t)  # not an argument before 0.37
         return model
 
 
@@ -65,12 +65,12 @@ def read_architecture(
     Args:
         shapes: key without prefix -> shape.
         name: the file's, for the error.
-        axes: entries of a head that turn with image number, row and column, as anybody wrote them
-            into a config.json; None: in the full model's proportions.
+        axes: entries of a head that turn with image number, row and column, from an untrusted
+            config.json; None: in the full model's proportions.
 
     Raises:
-        KeyFormatError: a tensor that tells a size is missing, sizes that no such model has, or a
-            block's number is left out.
+        KeyFormatError: a tensor that determines a size is missing, the sizes are impossible, or a
+            block's number is missing.
     """
     name = shorten(name)
 
@@ -113,15 +113,15 @@ def count_blocks(keys: Iterable[str], name: str) -> int:
     """How many blocks these keys belong to.
 
     Raises:
-        KeyFormatError: their numbers are not 0, 1, ... without a gap, so that one odd key would
-            ask for as many blocks as it likes.
+        KeyFormatError: their numbers are not 0, 1, ... without a gap, so that a single odd key
+            could demand any number of blocks.
     """
     numbers: set[int] = set()
     for key in keys:
         first, _, rest = key.partition(".")
         number = rest.partition(".")[0]
         if first == BLOCKS and number.isascii() and number.isdecimal():
-            numbers.add(int(number[:MOST_DIGITS]))
+            numbers.add(int(number[:MAX_DIGITS]))
     highest = max(numbers, default=-1)
     if len(numbers) != highest + 1:
         raise KeyFormatError(

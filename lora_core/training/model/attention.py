@@ -32,7 +32,7 @@ def attend_keeping_result(
 ) -> torch.Tensor:
     """`attend(*prepare(*parts), mask)`, of which the backward pass keeps parts and result.
 
-    q, k and v are prepared again there; the attention, by far the most expensive, is not.
+    q, k and v are recomputed there; the attention, by far the most expensive, is not.
     """
     heads = prepare(*parts)
     if not torch.is_grad_enabled():
@@ -48,7 +48,7 @@ class PreparedAgain:
     """What an attention saves, without its q, k and v.
 
     Attributes:
-        heads: q, k and v, which are recognised by the memory they lie in; None once all is saved.
+        heads: q, k and v, which are recognised by their storage; None once all is saved.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class PreparedAgain:
             if is_view(tensor, head):
                 self.packed.add(index)
                 return index, tensor.shape, tensor.stride()
-        return tensor.detach()  # the result itself would hold what holds it
+        return tensor.detach()  # the result itself would make a reference cycle
 
     def unpack(
         self, packed: tuple[int, torch.Size, tuple[int, ...]] | torch.Tensor
@@ -92,7 +92,7 @@ def is_view(tensor: torch.Tensor, head: torch.Tensor) -> bool:
 def choose_kernels(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Sets the order in which PyTorch tries its kernels for attention on this device.
 
-    Comes around what is compiled: there the kernel is chosen when the graph is made.
+    Must wrap compiled code: there the kernel is chosen when the graph is built.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()
@@ -112,12 +112,12 @@ def order_kernels(device: torch.device, is_deterministic: bool) -> tuple[Any, ..
     kernel is then about twice as fast as the memory-efficient one, which PyTorch would take. On
     data centre GPUs from Hopper on cuDNN's is the fastest of all.
 
-    Where deterministic algorithms are asked for: flash, whose backward pass has such a mode, or the
+    Where deterministic algorithms are requested: flash, whose backward pass has such a mode, or the
     memory-efficient one; cuDNN's has none.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    if not torch.cuda.is_available():  # a make-believe GPU
+    if not torch.cuda.is_available():  # a fake GPU
         return ()
     if torch.version.hip or "set_priority" not in inspect.signature(sdpa_kernel).parameters:
         return ()

@@ -1,18 +1,18 @@
 """One block of the transformer, computed as ComfyUI computes it.
 
 Holds the submodules of diffusers' block under their own names, so that every module path stays
-what it is in the files, and computes them itself. diffusers' own forward was changed in most of its
+as in the files, and computes them itself. diffusers' own forward was changed in most of its
 releases (0.35 to 0.42) and gives each token its own modulation, three tensors of the image's size;
 here the target's tokens and the references' are two parts, as in ComfyUI.
 
-Under gradient checkpointing the last product of each stream's MLP is not computed again: a backward
-pass needs nothing of its result. That is a third of the work of doing a block twice, and keeps only
-a LoRA's down-product, (tokens, rank), beside the block's input. Nor is the modulation, a third of
-the weights.
+Under gradient checkpointing the last product of each stream's MLP is not recomputed: a backward
+pass needs nothing of its result. That is a third of the work of computing a block twice, and keeps
+only a LoRA's down-product, (tokens, rank), besides the block's input. Nor is the modulation, a
+third of the weights.
 
-Selective checkpointing keeps what costs most to compute again for its size: q, k and v as they
+Selective checkpointing keeps what is most expensive to recompute for its size: q, k and v as they
 leave their products, the attention's result and the stream after it, six tensors of the stream's
-size instead of one. What is computed again is the norms, the rotation and the MLP's first product.
+size instead of one. The norms, the rotation and the MLP's first product are recomputed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Unfinished = tuple[torch.Tensor, torch.Tensor, Begun]
 
 
 def recompute(function: Callable[..., Any], *inputs: Any, is_random: bool) -> Any:
-    """Keeps the inputs only, and computes the rest again in the backward pass.
+    """Keeps only the inputs, and recomputes the rest in the backward pass.
 
     Args:
         is_random: random numbers are drawn inside, so that their state has to be kept.
@@ -83,10 +83,10 @@ class EditBlock(nn.Module):
             rotation: of the text's tokens, then the image's; see `rope.compute_rotation`.
             mask: (B, 1, 1, T + L), True for tokens that may be attended to.
             split: number of the target's tokens; those after it take the second half of `time`.
-            checkpointed: keep only the inputs for the backward pass, and compute the rest again;
-                "selective": keep what is dear too.
+            checkpointed: keep only the inputs for the backward pass, and recompute the rest;
+                "selective": keep what is expensive too.
         """
-        # A third of all weights for one token's worth of products: not to be read twice.
+        # A third of all weights for products of one token: must not be read twice.
         text_time = time if split is None else time.chunk(2)[0]
         modulation = self.img_mod(time).unsqueeze(1), self.txt_mod(text_time).unsqueeze(1)
         inputs = (image, text, *modulation, rotation, mask, split)
@@ -99,9 +99,9 @@ class EditBlock(nn.Module):
         return self.finish(*streams, split)
 
     def compile(self, **options: object) -> None:
-        """Compiles what is computed again and what is not each on its own.
+        """Compiles the recomputed part and the rest separately.
 
-        Under "selective" all but the products and the attention, which compiling leaves alone.
+        Under "selective" all but the products and the attention, which are not compiled.
         """
         for name in ("begin", "enter", "prepare", "begin_mlps", "finish"):
             setattr(self, name, torch.compile(getattr(self, name), **options))
@@ -155,7 +155,7 @@ class EditBlock(nn.Module):
         mask: torch.Tensor | None,
         split: int | None,
     ) -> tuple[Unfinished, Unfinished]:
-        """The same, its cheap parts computed again in the backward pass."""
+        """The same, with its cheap parts recomputed in the backward pass."""
         is_random = self.is_random
         image_first, image_second = image_modulation.chunk(2, dim=-1)
         text_first, text_second = text_modulation.chunk(2, dim=-1)

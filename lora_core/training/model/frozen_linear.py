@@ -1,10 +1,11 @@
-"""Linears whose weight is kept in few bits and widened only while it is used.
+"""Linears whose weight is kept in few bits and dequantised only while it is used.
 
-Nothing of the widened weight outlives a product: the backward pass widens the codes again.
+No dequantised weight outlives a product: the backward pass dequantises the codes again.
 Gradients go to the input alone; weights are never trained here.
 
 A rotated weight W = C R (ConvRot) is multiplied as x W^T = (x R) C^T, as ComfyUI does: R is
-symmetric, and turning x costs one product of 256 columns, turning C back about 100 bytes a weight.
+symmetric, and rotating x costs one product of 256 columns, rotating C back about 100 bytes a
+weight.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """A Linear of codes and what turns them into numbers.
+    """A Linear of codes and their dequantisation.
 
     `weight` are the codes; what else is needed to read them (scales) are buffers. Moves between
     devices with `.to(device)`; must not be cast by `.to(dtype)`.
 
     Args:
         codes: name -> tensor, "weight" among them, in the order in which `decode` takes them.
-        rotation: the matrix (`build_rotation`) that turned the weight before it became codes.
+        rotation: the matrix (`build_rotation`) that rotated the weight before it was quantised.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class FrozenLinear(nn.Module):
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight as it acts, (out, in)."""
+        """The effective weight, (out, in)."""
         codes = map(gather, self.codes)
         if self.rotation is None:
             return self.decode(dtype, *codes)
@@ -107,8 +108,8 @@ def rotate_columns(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Every `len(rotation)` columns of (..., in) times the matrix, in the type of x.
 
     In bf16 x is rounded once more: the product of random weights is off by 0.29 % of its norm
-    instead of the 0.23 % of a weight turned back in float32. Turning x in float32 ends in the same
-    rounding, since the product takes bf16, and moves twice the bytes.
+    instead of the 0.23 % of a weight rotated back in float32. Rotating x in float32 ends in the
+    same rounding, since the product takes bf16, and moves twice the bytes.
     """
     return (x.reshape(-1, len(rotation)) @ rotation.to(x.dtype)).view(x.shape)
 
@@ -124,8 +125,8 @@ class ScaledCodes:
     ) -> torch.Tensor:
         """The product is taken in the scale's float32 and rounded once.
 
-        Bytes moved a weight in bf16: 3 from int8, 7 from fp8, which torch multiplies by nothing
-        else and which is widened first.
+        Bytes moved per weight in bf16: 3 from int8, 7 from fp8, which torch multiplies by no other
+        type and which is therefore converted first.
 
         Args:
             scale: float32 (1, 1), (out, 1), or (out, in / 32).
@@ -154,7 +155,7 @@ def build_scaled_linear(
     """A Linear that keeps the weight exactly as stored.
 
     Args:
-        rotation: of a rotated weight, where there is one on its device that many can share.
+        rotation: of a rotated weight, one per device that many can share.
     """
     device = weight.stored.device
     codes: dict[str, torch.Tensor] = {"weight": weight.stored}

@@ -1,7 +1,7 @@
 """The functions of autograd behind `lora_products`: products by frozen weights and LoRAs of one x.
 
 Every gradient of x's size after the first is added into the first by `addmm_`; weights that are
-kept in few bits are widened once for the forward and once for the backward pass.
+kept in few bits are dequantised once for the forward and once for the backward pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .frozen_linear import Decode
 
 
 class Part(NamedTuple):
-    """What `FrozenProducts` has to know of one Linear besides its tensors."""
+    """What `FrozenProducts` needs of one Linear besides its tensors."""
 
     decode: Decode
     num_codes: int
@@ -30,13 +30,13 @@ Piece = tuple[Part, torch.Tensor | None, torch.Tensor | None, Sequence[torch.Ten
 
 
 class DownProducts(torch.autograd.Function):
-    """x as it is, and x @ down^T.
+    """x unchanged, and x @ down^T.
 
-    What the first result's gradient is, the second's is added to.
+    The second result's gradient is added to the first's.
 
     Args:
-        is_ours: nobody but `FrozenProducts` reads the first result, so that its gradient is a
-            tensor nobody else holds.
+        is_ours: only `FrozenProducts` reads the first result, so that no other code holds its
+            gradient.
     """
 
     @staticmethod
@@ -44,7 +44,7 @@ class DownProducts(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         down = down.to(x.dtype)
         ctx.save_for_backward(x, down)
-        # A compiled backward pass must not write into what it is given.
+        # A compiled backward pass must not write into its inputs.
         ctx.is_ours = is_ours and not torch.compiler.is_compiling()
         return x.view_as(x), functional.linear(x, down)
 
@@ -71,7 +71,7 @@ class FrozenProducts(torch.autograd.Function):
 
     Args:
         x: (..., in).
-        hidden: (..., k), all LoRAs' down-products side by side, or None.
+        hidden: (..., k), all LoRAs' down-products concatenated, or None.
         parts: of every Linear.
         tensors: of every Linear its bias or None, its LoRA's up (out, rank) or None, its codes.
     """
@@ -105,7 +105,7 @@ class FrozenProducts(torch.autograd.Function):
 
 
 class WholeProducts(torch.autograd.Function):
-    """`DownProducts` and `FrozenProducts` in one, where nothing is to be computed again apart."""
+    """`DownProducts` and `FrozenProducts` in one, where nothing is recomputed separately."""
 
     @staticmethod
     def forward(
@@ -129,7 +129,7 @@ class WholeProducts(torch.autograd.Function):
         x, down, hidden, *tensors = ctx.saved_tensors
         pieces = split_by_part(ctx.parts, tensors)
         grad_x, grad_hidden, grad_tensors = multiply_back(grads, hidden, pieces, True)
-        if grad_x is None:  # nobody used a result
+        if grad_x is None:  # no result was used
             return None, None, None, *grad_tensors
         grad_down = grad_hidden.T @ to_rows(x)
         return grad_x.addmm_(grad_hidden, down).view(x.shape), grad_down, None, *grad_tensors
@@ -195,7 +195,7 @@ def split_by_part(
 
 
 def list_kept(pieces: Sequence[Piece]) -> list[torch.Tensor | None]:
-    """What a backward pass needs; a bias has no part in any gradient."""
+    """What a backward pass needs; a bias affects no gradient."""
     return [tensor for _, _, up, codes in pieces for tensor in (None, up, *codes)]
 
 

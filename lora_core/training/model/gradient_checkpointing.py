@@ -1,9 +1,9 @@
-"""How much of a forward pass is kept for the backward pass, where "auto" leaves it to us.
+"""How much of a forward pass is kept for the backward pass, where "auto" leaves the choice to us.
 
-What is kept need not be computed again: "false" keeps all of it, "selective" what is dear, "true"
-each block's input only. All three give the same bits, so that the choice is one of memory and time
-alone. It is made from one block's forward pass on the largest sample, by counting the bytes that
-stay alive after it; no allocator is asked, so that a CPU's count is as exact as a GPU's.
+What is kept need not be recomputed: "false" keeps all of it, "selective" what is expensive, "true"
+each block's input only. All three give bit-identical results, so the choice is only one of memory
+and time. It is based on one block's forward pass on the largest sample, by counting the bytes that
+stay alive after it; no allocator is queried, so a CPU's count is as exact as a GPU's.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ KINDS: tuple[bool | str, ...] = (False, SELECTIVE, True)
 #: Of the free memory, what a run may take for what it keeps. A GPU's is also for sample images and
 #: the gaps of an allocator, a CPU's for everything else that runs.
 USABLE = {"cuda": 0.9, "cpu": 0.5}
-#: Of a GPU on which ComfyUI computes too, for its prompts meanwhile.
+#: Of a GPU on which ComfyUI computes too, leaving room for its prompts.
 USABLE_SHARED = 0.6
-#: Beside what is kept: one block's activations computed again, and as much of gradients.
-PASSING_BLOCKS = 2
+#: Besides what is kept: one block's recomputed activations, and as much of gradients.
+TRANSIENT_BLOCKS = 2
 #: Of a trainable parameter in float32: gradient, two moments of Adam, average.
 BYTES_PER_PARAMETER = 16
 
 
 def is_free_to_choose(config: ModelConfig) -> bool:
-    """Whether there is a choice: offloaded blocks are always computed again."""
+    """Whether there is a choice: offloaded blocks are always recomputed."""
     return config.gradient_checkpointing == AUTO and not config.offload_blocks
 
 
@@ -57,14 +57,14 @@ def adapt_to_memory(
     free_bytes: int | None,
     is_shared: bool = False,
 ) -> None:
-    """Sets what `choose_kind` finds for the largest batch of a run, and that it may be lowered.
+    """Sets what `choose_kind` finds for the largest batch of a run, and allows lowering it.
 
     Args:
         is_shared: whether ComfyUI computes on the same GPU.
     """
     kind: bool | str = True
     if free_bytes is not None:
-        kept = measure_kept_bytes(model, batch)
+        kept = measure_saved_bytes(model, batch)
         share = choose_share(batch.x_0.device.type, is_shared)
         kind = choose_kind(kept, num_blocks, num_parameters, share * free_bytes)
     model.enable_gradient_checkpointing(kind)
@@ -79,34 +79,34 @@ def choose_share(device_type: str, is_shared: bool) -> float:
 
 
 def choose_kind(
-    kept_bytes: Mapping[bool | str, int],
+    saved_bytes: Mapping[bool | str, int],
     num_blocks: int,
     num_parameters: int,
     usable_bytes: float,
 ) -> bool | str:
-    """The fastest kind whose memory is there.
+    """The fastest kind that fits into memory.
 
     Args:
-        kept_bytes: of one block, for False and "selective"; see `measure_kept_bytes`.
+        saved_bytes: of one block, for False and "selective"; see `measure_saved_bytes`.
         num_parameters: trainable ones of the whole model.
-        usable_bytes: of what is free on the device once the base and the LoRAs lie there.
+        usable_bytes: of what is free on the device once the base and the LoRAs are loaded.
     """
-    beside = PASSING_BLOCKS * kept_bytes[False] + BYTES_PER_PARAMETER * num_parameters
+    beside = TRANSIENT_BLOCKS * saved_bytes[False] + BYTES_PER_PARAMETER * num_parameters
     for kind in KINDS[:-1]:
-        if num_blocks * kept_bytes[kind] + beside <= usable_bytes:
+        if num_blocks * saved_bytes[kind] + beside <= usable_bytes:
             return kind
     return True
 
 
-def measure_kept_bytes(model: EditTransformer, batch: Batch) -> dict[bool | str, int]:
+def measure_saved_bytes(model: EditTransformer, batch: Batch) -> dict[bool | str, int]:
     """Bytes that one block keeps of this batch until its backward pass, by kind.
 
-    Runs the first block and both ends of the model; leaves the model as it was.
+    Runs the model with only its first block; leaves the model unchanged.
     """
-    return {kind: count_kept_bytes(model, batch, kind) for kind in KINDS[:-1]}
+    return {kind: count_saved_bytes(model, batch, kind) for kind in KINDS[:-1]}
 
 
-def count_kept_bytes(model: EditTransformer, batch: Batch, kind: bool | str) -> int:
+def count_saved_bytes(model: EditTransformer, batch: Batch, kind: bool | str) -> int:
     counts: list[int] = []
     counter = LiveBytes()
 
@@ -142,12 +142,12 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         live: bytes of those that are still alive.
-        most: the most that were alive at once.
+        peak: the most that were alive at once.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.most = 0
+        self.live = self.peak = 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -162,7 +162,7 @@ class LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         self.known.add(key)
         self.live += size
-        self.most = max(self.most, self.live)
+        self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self.remove, key, size)
 
     def remove(self, key: int, size: int) -> None:

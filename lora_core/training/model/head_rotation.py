@@ -1,7 +1,6 @@
-"""What lies between the products of q and k and the attention: every head of a token is normalised
-and rotated.
+"""Between the products of q and k and the attention: each head is normalised and rotated.
 
-One step of autograd, which keeps q and k as they left their products and nothing else of their
+One autograd function, which keeps q and k as they left their products and nothing else of their
 size. On NVIDIA GPUs one Triton kernel each way computes it (`rotation_kernel`), elsewhere a few of
 PyTorch's operations. ComfyUI computes the same by `rms_norm` and a rotation
 (comfy/ldm/qwen_image/model.py, comfy/rmsnorm.py).
@@ -21,7 +20,7 @@ from .rope import Rotation, rotate, swap_pairs
 
 logger = logging.getLogger(__name__)
 
-#: Compute capability from which on a GPU knows bfloat16.
+#: Lowest compute capability with bfloat16.
 SUPPORTED = (8, 0)
 #: Of the kernels' results from those of PyTorch's operations, relative; bfloat16 gives 4e-3.
 ROUNDING = 2e-2
@@ -41,14 +40,14 @@ def normalize_and_rotate(
     eps: float,
 ) -> torch.Tensor:
     """q or k of all tokens, (B, T + L, heads, head width), of (B, T, …) and (B, L, …)."""
-    if torch.compiler.is_compiling():  # which writes one kernel of it
+    if torch.compiler.is_compiling():  # which fuses it into one kernel
         parts = normalize(text, text_weight, eps), normalize(image, image_weight, eps)
         return rotate(torch.cat(parts, dim=1), rotation)
     return NormalizedRotation.apply(text, image, text_weight, image_weight, *rotation, eps)
 
 
 class NormalizedRotation(torch.autograd.Function):
-    """`normalize_and_rotate`, which keeps its inputs alone; weights get no gradient."""
+    """`normalize_and_rotate`, which saves only its inputs; weights get no gradient."""
 
     @staticmethod
     def forward(
@@ -61,7 +60,7 @@ class NormalizedRotation(torch.autograd.Function):
         sin: torch.Tensor,
         eps: float,
     ) -> torch.Tensor:
-        # Hooks on what is saved need not see what every block and step shares.
+        # Saved-tensor hooks need not see what every block and step shares.
         ctx.rest = cos, sin, eps
         ctx.save_for_backward(text, image, text_weight, image_weight)
         num_tokens = text.shape[1] + image.shape[1]
@@ -133,7 +132,7 @@ OPERATIONS = SimpleNamespace(write_rotated=write_rotated, compute_gradient=compu
 def choose_steps(x: torch.Tensor) -> Any:
     """What has `write_rotated` and `compute_gradient` for tensors like q: kernels or operations."""
     width = x.shape[-1]
-    # A make-believe tensor has no memory that a kernel could read.
+    # A fake tensor has no memory that a kernel could read.
     if x.device.type != "cuda" or type(x) is not torch.Tensor or width & (width - 1):
         return OPERATIONS
     return find_kernels(x.device) or OPERATIONS
@@ -141,9 +140,9 @@ def choose_steps(x: torch.Tensor) -> Any:
 
 @lru_cache(maxsize=16)
 def find_kernels(device: torch.device) -> Any:
-    """The Triton kernels, once they were seen to be right on this device; None where they are not.
+    """The Triton kernels, once verified on this device; None where they fail.
 
-    Triton has no build for Windows of its own, and needs a C compiler where it runs first.
+    Triton has no official build for Windows, and needs a C compiler on its first run.
     """
     if torch.version.hip or torch.cuda.get_device_capability(device) < SUPPORTED:
         return None
@@ -164,7 +163,7 @@ def find_kernels(device: torch.device) -> Any:
 def compare_kernels(kernels: Any, device: torch.device) -> float:
     """How far they are from PyTorch's operations, relative, in bfloat16."""
 
-    def draw(*shape: int) -> torch.Tensor:  # without a random number
+    def draw(*shape: int) -> torch.Tensor:  # without random numbers
         count = torch.arange(torch.Size(shape).numel(), device=device, dtype=torch.float32)
         return (1.7 * count).sin().reshape(shape).bfloat16()
 

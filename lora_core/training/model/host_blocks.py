@@ -27,10 +27,10 @@ Copies = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """Where one tensor lies in the buffer."""
+    """Where one tensor is in the buffer."""
 
     tensor: torch.Tensor
-    """The block's own: it is found by its identity, since names change when LoRAs come in."""
+    """The block's own: it is found by its identity, since names change when LoRAs are injected."""
     start: int
     num_bytes: int
 
@@ -70,11 +70,11 @@ class HostBlock:
 
 
 class HostBlocks:
-    """All blocks that wait; their pages are locked as long as this lives.
+    """All offloaded blocks; their pages are locked as long as this object lives.
 
     Attributes:
         num_bytes: of host memory that they take.
-        num_locked: blocks that the GPU reads by itself.
+        num_locked: blocks that the GPU reads directly.
     """
 
     def __init__(self, device: torch.device, locks: PageLocks | None = None):
@@ -83,10 +83,10 @@ class HostBlocks:
         self.blocks: dict[nn.Module, HostBlock] = {}
         self.num_locked = 0
         finalizer = weakref.finalize(self, self.locks.release)
-        finalizer.atexit = False  # CUDA may be gone by then, and takes its locks with it
+        finalizer.atexit = False  # CUDA may be torn down by then, its page locks with it
 
     def add(self, block: nn.Module) -> None:
-        """Lets the tensors that a block on the CPU holds now wait."""
+        """Moves the tensors of a block on the CPU into a host buffer."""
         packed = self.blocks[block] = HostBlock(block)
         trim_heap()  # of the gaps that its tensors left, or they add up to the model's size
         if self.device.type == "cuda":
@@ -105,7 +105,7 @@ class HostBlocks:
         return self.locks.locked_bytes
 
     def describe(self) -> str | None:
-        """What is not as it should be, in a sentence."""
+        """Problems, in one sentence."""
         if not self.locks.was_refused:
             return None
         return (

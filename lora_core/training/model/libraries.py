@@ -1,4 +1,4 @@
-"""Names out of diffusers, or a sentence where it is missing or broken."""
+"""Names from diffusers, or a clear error where it is missing or broken."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """From a file to a model that can be trained on, one tensor at a time.
 
-The base is never in memory twice: the model is built without data, and each tensor is read, brought
-into its storage on its device and put in place before the next one is read. Beside the model itself
-memory holds no more than some chunks of 16 MB (DESIGN section 8), see `weight_reader`, and where
-blocks wait in host memory one of them twice.
+The base is never in memory twice: the model is built without data, and each tensor is read,
+converted to its storage on its device and put in place before the next one is read. Besides the
+model itself memory holds only some chunks of 16 MB (DESIGN section 8), see `weight_reader`, and one
+offloaded block twice.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def load_transformer(
     Args:
         source: ComfyUI's single file (bf16, fp16, fp32, plain or scaled fp8, int8, mxfp8), a GGUF,
             or a diffusers folder.
-        storage: one of `quantization.STORAGES`; what each is, is told there.
+        storage: one of `quantization.STORAGES`, which is documented there.
         zero_cond_t: whether references are shown at noise level 0, as 2511 does; None: as the file
             is marked.
-        num_offloaded: so many of the blocks stay in host memory; see `offload`.
-        sharding: spreads each block over several processes as soon as it is whole.
+        num_offloaded: number of blocks that stay in host memory; see `offload`.
+        sharding: shards each block over several processes as soon as it is complete.
 
     Raises:
-        FileError: the source is missing, damaged, or stored in a way that is not understood.
+        FileError: the source is missing, damaged, or stored in an unsupported way.
         KeyFormatError: it is another model, or tensors are missing.
         ShapeError: a tensor's shape contradicts the others.
         NonFiniteWeightsError: NaN or Inf in a tensor.
@@ -115,10 +115,10 @@ def find_block(path: str) -> int:
 
 
 def check_keys(architecture: Architecture, base: BaseFile) -> None:
-    """That the file holds this model, whole and alone; one block is built for it, not all.
+    """Checks that the file holds exactly this model; builds one block for it, not all.
 
     Raises:
-        KeyFormatError: tensors are missing, or are none of this model's.
+        KeyFormatError: tensors are missing, or do not belong to this model.
         ShapeError: one has another shape.
     """
     expected = list_shapes(architecture)

@@ -1,4 +1,4 @@
-"""Frozen Linears that read one tensor, and the LoRAs beside them, as one function of autograd.
+"""Frozen Linears that read one tensor, and their LoRAs, as one autograd function.
 
 q, k and v of a stream read the same x, and so do their LoRAs. Left to autograd that is four
 gradients of x's size and three sums, each of which reads two tensors and writes one; here every
@@ -6,12 +6,12 @@ product after the first is added into the first one's result by `addmm_`. The gr
 down-products is added to the same tensor.
 
 For gradient checkpointing a product comes in two halves. `begin_products` computes what a backward
-pass needs x for, the LoRAs' down-products; it is cheap to do again. `finish_products` computes the
-rest, which needs no x in the backward pass, and so need not be done again. The functions themselves
+pass needs x for, the LoRAs' down-products; it is cheap to recompute. `finish_products` computes the
+rest, which needs no x in the backward pass, and so need not be recomputed. The functions themselves
 are in `frozen_products`.
 
-What is no plain sum of two products is left to the module itself: a DoRA, and a base that only it
-can multiply by (torchao, a hook on it).
+What is not a plain sum of two products is left to the module itself: a DoRA, and a base that only
+it can multiply by (torchao, a module with a hook).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Base(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """Products of one x, of which the expensive halves are still to come."""
+    """Products of one x, whose expensive halves are still to be computed."""
 
     x: torch.Tensor
     hidden: torch.Tensor | None
@@ -93,9 +93,9 @@ def finish_products(linears: Sequence[nn.Module], begun: Begun) -> list[torch.Te
 def collect_parts(
     linears: Sequence[nn.Module],
 ) -> tuple[tuple[Part, ...], list[torch.Tensor | None]] | None:
-    """What `FrozenProducts` takes of those that are halved.
+    """The inputs of `FrozenProducts` for the halved products.
 
-    None where the base of one has to multiply by itself.
+    None where one of the bases has to do its own product.
     """
     parts: list[Part] = []
     tensors: list[torch.Tensor | None] = []
@@ -163,8 +163,8 @@ def has_bases(linears: Sequence[nn.Module]) -> bool:
 def read_base(linear: nn.Module) -> Base | None:
     """The frozen weight of a Linear, with or without a LoRA.
 
-    None where only the module itself may multiply: its weight is of a kind of its own or is
-    trained, or somebody watches the module.
+    None where only the module itself may multiply: its weight is of a special type or is trained,
+    or the module has hooks.
     """
     base = linear.base if isinstance(linear, LoraLinear) else linear
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:

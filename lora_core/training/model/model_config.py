@@ -26,10 +26,10 @@ class ModelConfig:
     device: str = "auto"
     """"cuda", "cuda:1", "cpu"; "auto" takes the GPU where there is one."""
     gradient_checkpointing: bool | str = AUTO
-    """Compute activations again in the backward pass: a third more time, far less memory.
-    "selective" keeps those that are dear to compute: faster, with six times what true keeps.
+    """Recompute activations in the backward pass: a third more time, far less memory.
+    "selective" keeps those that are expensive to compute: faster, with six times what true keeps.
     "auto" takes the fastest of the three that fits into 90 % of a GPU's free memory, 60 % where
-    ComfyUI computes on it too and half of a CPU's; all give the same bits."""
+    ComfyUI computes on it too and half of a CPU's; all give bit-identical results."""
     compile: bool = False
     """Compile each block once (regional torch.compile)."""
     offload_blocks: int = 0

@@ -2,7 +2,7 @@
 
 A 2511 shows its references at noise level 0: the target's tokens and those after them are two parts
 with parameters of their own. Each part is written straight into the result, and its gradient
-straight into the gradient: parts that are computed apart and joined would be copied twice.
+straight into the gradient: parts that are computed separately and joined would be copied twice.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Blocks whose weights wait in host memory and are on the device only while they are used.
+"""Blocks whose weights stay in host memory and are on the device only while they are used.
 
 A block's weights are copied to the device right before it runs, all in one piece (`host_blocks`):
 in the forward pass, and again when gradient checkpointing runs it for the backward pass. The copy
-is dropped once nobody needs it; torch's allocator then gives the same memory to the next.
+is dropped once it is no longer needed; torch's allocator then reuses its memory for the next.
 
-While one block computes, the next one's weights are on their way, on a stream of their own where
-the device is a GPU: at most `MOST_BLOCKS` blocks' copies are alive at once. LoRAs, their gradients
-and the optimizer stay on the device.
+While one block computes, the next one's weights are being copied, on a separate stream where the
+device is a GPU: at most `MAX_COPIED_BLOCKS` blocks' copies are alive at once. LoRAs, their
+gradients and the optimizer stay on the device.
 
 The weights themselves never move, so nothing is ever written back.
 """
@@ -24,13 +24,13 @@ from torch.func import functional_call
 from ...errors import ConfigError
 from .host_blocks import Copies, HostBlocks
 
-#: The one in use, the one on its way, and on a GPU one whose last kernels are still running.
-MOST_BLOCKS = 3
+#: The one in use, the one being copied, and on a GPU one whose last kernels are still running.
+MAX_COPIED_BLOCKS = 3
 
 
 @dataclass(frozen=True)
 class Shipment:
-    """A block's weights on their way to the device."""
+    """A block's weights being copied to the device."""
 
     buffer: torch.Tensor
     copies: Copies
@@ -60,11 +60,11 @@ def choose_offloaded(num_blocks: int, num_offloaded: int) -> tuple[int, ...]:
 class BlockOffload:
     """Runs the blocks of one model, some of them with copies of their weights.
 
-    Made before LoRAs are injected: everything a block holds by then is its base, and waits in host
-    memory; what comes later stays where it is.
+    Made before LoRAs are injected: everything a block holds by then is its base, and stays in host
+    memory; what is added later stays where it is.
 
     Args:
-        host: what holds the blocks' weights, where it is there already.
+        host: what holds the blocks' weights, if it exists already.
 
     Attributes:
         num_moved: blocks copied to the device so far.
@@ -86,7 +86,7 @@ class BlockOffload:
             for index in self.indices:
                 host.add(blocks[index])
         self.host = host
-        # One that is only made believe has no streams.
+        # A fake device has no streams.
         has_streams = device.type == "cuda" and torch.cuda.is_available()
         self.stream = torch.cuda.Stream(device) if has_streams else None
         self.arriving: tuple[int, Shipment] | None = None
@@ -139,7 +139,7 @@ class BlockOffload:
         if self.stream is None:
             buffer = self.copy(packed.buffer)
             return Shipment(buffer, packed.view(block, buffer), None)
-        # Not further ahead of the GPU than one block: copies in use cannot be freed for new ones.
+        # At most one block ahead of the GPU: copies in use cannot be freed for new ones.
         if self.started is not None:
             self.started.synchronize()
         self.started = torch.cuda.current_stream(self.device).record_event()

@@ -1,10 +1,10 @@
-"""How a base weight is kept in memory: built row by row, so that it is never there twice.
+"""How a base weight is kept in memory: built row by row, so that it is never in memory twice.
 
 | storage | a block's Linears | bytes a weight | error of a normal weight |
 |---|---|---|---|
 | fp32, bf16 | as such | 4, 2 | 0, 0.2 % |
-| fp8 | e4m3 with a scale per row; a file's own fp8 as it is | 1 | 2.7 % |
-| int8 | with a scale per row; a file's own int8 as it is | 1 | 0.8 % |
+| fp8 | e4m3 with a scale per row; a file's own fp8 unchanged | 1 | 2.7 % |
+| int8 | with a scale per row; a file's own int8 unchanged | 1 | 0.8 % |
 | nf4 | NormalFloat4, blocks of 64, double quantisation; modulation as int8 | 0.516 | 9.2 % |
 | as stored | what the file holds; a GGUF's codes are slow to decode | | 0 |
 
@@ -36,7 +36,7 @@ AS_STORED = "as stored"
 STORAGES = ("bf16", "fp32", "fp8", "int8", "nf4", AS_STORED)
 PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EIGHT_BITS = {"fp8": (torch.float8_e4m3fn, torch.float8_e5m2), "int8": (torch.int8,)}
-#: Said where a GGUF is kept as stored; tests/lora_core/training/model/test_gguf.py counts the
+#: Shown where a GGUF is kept as stored; tests/lora_core/training/model/test_gguf.py counts the
 #: bytes.
 GGUF_COST = (
     'storage is "as stored", so the GGUF\'s own codes are kept: decoding them moves 11 to 48 bytes '
@@ -48,7 +48,7 @@ NF4_NESTED_BLOCK = 256
 
 
 def check_storage(storage: str) -> None:
-    """Raises ConfigError for an unknown one, or one whose library is missing."""
+    """Raises ConfigError for an unknown storage, or one whose library is missing."""
     if storage not in STORAGES:
         raise ConfigError(f"unknown storage {storage!r}; expected one of {', '.join(STORAGES)}")
     if storage == "nf4":
@@ -70,7 +70,7 @@ def build_linear(
     """One Linear of the base on the reader's device: nn.Linear where nothing is converted on use.
 
     Raises:
-        FileError: the file stores it in a way that is not understood.
+        FileError: the file stores it in an unsupported way.
     """
     bias = reader.read_parameter(f"{module_path}.bias", compute_dtype)
     storage = choose_storage(module_path, storage)

@@ -1,10 +1,10 @@
 """Norm and rotation of q or k as one Triton kernel each way, for NVIDIA GPUs.
 
-Spelled as PyTorch's operations they move nine tensors of the stream's size forwards and as many
+Written as PyTorch operations they move nine tensors of the stream's size forwards and as many
 backwards, in eight kernels; here two and three, in one. All is computed in float32 and rounded
-once. Imported only where Triton is; `attention` says when.
+once. Imported only where Triton is available; `attention` decides when.
 
-Legend: a row is one head of one token, WIDTH entries that lie side by side. `first` is the place of
+Legend: a row is one head of one token, WIDTH contiguous entries. `first` is the place of
 the first token among all tokens, text before image.
 """
 
@@ -16,7 +16,7 @@ import triton.language as tl
 
 #: Rows of one program, 2,048 entries of a head of 128.
 ROWS = 16
-#: Numbers that change from sample to sample: one compiled kernel for all.
+#: Values that change from sample to sample: one compiled kernel for all.
 VARYING = ["num_rows", "num_heads", "num_tokens", "num_joint", "first", "eps"]
 
 

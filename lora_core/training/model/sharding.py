@@ -1,14 +1,14 @@
-"""A base spread over several GPUs: PyTorch's FSDP2 under Hugging Face Accelerate.
+"""A base sharded over several GPUs: PyTorch's FSDP2 under Hugging Face Accelerate.
 
 Each process keeps a share of every block's frozen weights; a block's whole weights are gathered
 right before it runs, forwards and again backwards, and dropped after. Blocks are sharded one by one
-while the model is loaded and before LoRAs are injected, which does two things: no process ever
-holds the whole base, and FSDP manages what a block holds by then, its base. LoRAs, their gradients
-and the optimizer stay whole on each process, so that checkpoints, clipping and EMA are those of a
+while the model is loaded and before LoRAs are injected, for two reasons: no process ever holds the
+whole base, and FSDP manages only what a block holds by then, its base. LoRAs, their gradients and
+the optimizer stay whole on each process, so that checkpoints, clipping and EMA are those of a
 single process; gradients are averaged by Accelerate (`processes.Processes.average_gradients`).
 
-What lies outside the blocks is 0.3 % of the weights and stays whole, as do the quantisation's
-scales, which are buffers. Codes are gathered as they are: int8 travels as int8.
+What is outside the blocks is 0.3 % of the weights and stays whole, as do the quantisation's scales,
+which are buffers. Codes are gathered unchanged: int8 travels as int8.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
     from .transformer import EditTransformer
 
-#: Other ways of Accelerate to spread one model over several devices.
+#: Accelerate's other ways to shard a model over several devices.
 OTHERS = ("DEEPSPEED", "MEGATRON_LM")
 
 
 class Sharding:
-    """Spreads the blocks of one model over the processes of a group.
+    """Shards the blocks of one model over the processes of a group.
 
     Args:
         device: of this process.
@@ -94,10 +94,10 @@ def read_flag(environment: Mapping[str, str], name: str, default: str = "false")
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
-    """Looks at what `accelerate launch` was told.
+    """Checks the settings of `accelerate launch`.
 
     Raises:
-        ConfigError: a way of sharding the model that training does not go with.
+        ConfigError: a way of sharding the model that training does not support.
     """
     for name in OTHERS:
         if read_flag(environment, f"ACCELERATE_USE_{name}"):

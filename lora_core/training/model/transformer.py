@@ -31,15 +31,15 @@ class EditTransformer(nn.Module):
 
     Args:
         transformer: diffusers' QwenImageTransformer2DModel. Its blocks are replaced by `EditBlock`s
-            of the same submodules, so that it cannot be called on its own from then on.
+            of the same submodules, so that it cannot be called directly from then on.
         compute_dtype: of the activations.
 
     Attributes:
         transformer: the modules by their paths, such as `transformer_blocks.0.attn.to_q`.
         zero_cond_t: whether references are shown at noise level 0, as 2511 does.
-        offload: None, or what lets some blocks' weights wait in host memory.
+        offload: None, or what keeps some blocks' weights in host memory.
         is_adaptive: whether `recompute_more` may do so.
-        notes: sentences on what of it is not as it was asked for, or has a price.
+        notes: sentences on what differs from the request, or has a cost.
     """
 
     def __init__(self, transformer: nn.Module, compute_dtype: torch.dtype = torch.bfloat16):
@@ -50,7 +50,7 @@ class EditTransformer(nn.Module):
         self.axes = tuple(config.axes_dims_rope)
         self.zero_cond_t = bool(getattr(config, "zero_cond_t", False))
         for index, block in enumerate(transformer.transformer_blocks):
-            if not isinstance(block, EditBlock):  # sharded ones had to be by then
+            if not isinstance(block, EditBlock):  # sharded ones already are
                 transformer.transformer_blocks[index] = EditBlock(block)
         self.offload: BlockOffload | None = None
         self.is_adaptive = False
@@ -72,13 +72,13 @@ class EditTransformer(nn.Module):
         return self.transformer.gradient_checkpointing
 
     def enable_gradient_checkpointing(self, enabled: bool | str = True) -> None:
-        """Keep only each block's input for the backward pass, and compute the rest again there.
+        """Keep only each block's input for the backward pass, and recompute the rest there.
 
         Args:
-            enabled: "selective" keeps what is dear to compute too; see `edit_block`.
+            enabled: "selective" keeps what is expensive to compute too; see `edit_block`.
 
         Raises:
-            ConfigError: blocks wait in host memory, and it is to be without or selective.
+            ConfigError: blocks are offloaded, and `enabled` is False or "selective".
         """
         if self.offload is not None and enabled is not True:
             raise ConfigError(
@@ -105,9 +105,9 @@ class EditTransformer(nn.Module):
     def offload_blocks(
         self, indices: Sequence[int], device: torch.device, host: HostBlocks | None = None
     ) -> None:
-        """Lets these blocks' weights, which lie in host memory, stay there; see `offload`.
+        """Keeps these blocks' weights, which are in host memory, there; see `offload`.
 
-        Comes before LoRAs are injected.
+        Call it before LoRAs are injected.
         """
         self.offload = BlockOffload(self.blocks, indices, device, host)
         sentence = self.offload.host.describe()
@@ -133,8 +133,8 @@ class EditTransformer(nn.Module):
     ) -> torch.Tensor:
         """Predicted velocity (noise - x_0) of the target, (B, 16, H, W) in the compute dtype.
 
-        Items of a batch do not see each other: each gets what it would get alone, if its text is
-        padded at the end.
+        Items of a batch do not see each other: each gets the result it would get alone, if its
+        text is padded at the end.
 
         Args:
             latents: noisy target, normalised, (B, 16, H, W); any H and W.
@@ -151,7 +151,7 @@ class EditTransformer(nn.Module):
         norm = model.txt_norm
         text = model.txt_in(normalize(text.to(dtype), norm.weight, norm.eps))
 
-        # Noise levels are drawn on the CPU; whoever calls need not know where the model computes.
+        # Noise levels are drawn on the CPU; callers need not know where the model computes.
         sigma = sigma.to(latents.device, torch.float32)
         split = num_target_tokens if self.zero_cond_t and references else None
         levels = sigma if split is None else torch.cat([sigma, torch.zeros_like(sigma)])
@@ -165,7 +165,7 @@ class EditTransformer(nn.Module):
                 image, text = block(*inputs, checkpointed)
                 continue
             run = partial(self.offload.run, index)
-            # The whole block: what lies outside a checkpoint would keep its weights on the device.
+            # The whole block: what is outside a checkpoint would keep its weights on the device.
             image, text = (
                 recompute(run, *inputs, is_random=block.is_random) if checkpointed else run(*inputs)
             )
@@ -204,7 +204,7 @@ def build_mask(text_mask: torch.Tensor | None, num_image_tokens: int) -> torch.T
     """(B, 1, 1, text and image tokens), True where attention may look; None where it may anywhere.
 
     A mask of text tokens is for texts that are padded: even an all-true one makes attention take a
-    slower kernel, and to look at it here would wait for the device.
+    slower kernel, and checking it here would synchronise with the device.
     """
     if text_mask is None:
         return None

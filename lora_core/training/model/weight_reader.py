@@ -1,8 +1,8 @@
-"""From a base's file to the device, some rows at a time, with a look for NaN and Inf on the way.
+"""From a base's file to the device, some rows at a time, with a check for NaN and Inf.
 
 On a GPU the rows are read into two pinned buffers in turn: while one is copied to the card, which
-needs no help of the CPU, the next rows are read into the other. Nothing waits for the GPU but a
-buffer that is to be filled again, so that loading takes as long as reading the file does.
+needs no CPU time, the next rows are read into the other. Only a buffer that is to be refilled waits
+for the GPU, so that loading takes as long as reading the file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WeightReader:
     """One base's weights, on one device.
 
     Args:
-        base: a `BaseFile`, or what looks like one.
+        base: a `BaseFile`, or an object with the same interface.
     """
 
     def __init__(self, base: BaseFile, device: torch.device):
@@ -96,12 +96,12 @@ class WeightReader:
         return self.rotations.get(group)
 
     def check(self, values: torch.Tensor, what: str) -> None:
-        """Remembers what `finish` will look at."""
+        """Records what `finish` will check."""
         if values.numel():
             self.extremes.setdefault(what, []).extend(torch.aminmax(values))
 
     def finish(self) -> None:
-        """Looks at all there was, once: each look would wait for the GPU.
+        """Checks everything at once: each single check would wait for the GPU.
 
         Raises:
             NonFiniteWeightsError: NaN or Inf in a tensor, which is named.
@@ -129,7 +129,7 @@ class Staging:
         self.turn = 0
 
     def bring(self, stored: StoredTensor, rows: slice) -> torch.Tensor:
-        """Rows of a tensor on disk to the device; they may still be on their way."""
+        """Rows of a tensor on disk to the device; the copy may still be in progress."""
         turn, self.turn = self.turn, 1 - self.turn
         if self.copied[turn] is not None:
             self.copied[turn].synchronize()
@@ -139,17 +139,17 @@ class Staging:
         return values
 
     def mark(self) -> Any:
-        """An event that comes once what was copied so far is there."""
+        """An event that is set once everything copied so far has arrived."""
         return torch.cuda.current_stream(self.device).record_event()
 
 
 def open_staging(device: torch.device) -> Staging | None:
-    """None where there is no GPU, or no memory that it can read by itself."""
-    # One that is only made believe has none.
+    """None where there is no GPU, or no page-locked memory."""
+    # A fake device has none.
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     options = {"dtype": torch.uint8, "pin_memory": True}
     try:
         return Staging(device, tuple(torch.empty(BUFFER_BYTES, **options) for _ in range(2)))
-    except RuntimeError:  # the system locks no more
+    except RuntimeError:  # the system refuses to lock more
         return None

@@ -29,16 +29,16 @@ SCHEDULES = ("comfyui", "diffusers")
 
 def add_noise(x_0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """x_sigma of (B, C, H, W) latents at the levels `sigma` (B,)."""
-    sigma = widen(sigma, x_0)
+    sigma = expand_like(sigma, x_0)
     return (1 - sigma) * x_0 + sigma * noise
 
 
 def predict_x_0(x_sigma: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """The clean latents that a predicted velocity points to: x_sigma - sigma * velocity."""
-    return x_sigma - widen(sigma, x_sigma) * velocity
+    return x_sigma - expand_like(sigma, x_sigma) * velocity
 
 
-def widen(sigma: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def expand_like(sigma: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(B,) -> (B, 1, 1, 1)."""
     return sigma.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
@@ -52,8 +52,8 @@ def compute_loss(
     """Mean squared error of the velocity.
 
     Args:
-        velocity: (B, C, H, W), the model's answer on the target's tokens.
-        mask: (B, 1, H, W) weights >= 0 of the places; the mean is taken over the weights, so a
+        velocity: (B, C, H, W), the model's output on the target's tokens.
+        mask: (B, 1, H, W) weights >= 0 of the positions; the mean is taken over the weights, so a
             small region counts as much as a large one.
 
     Returns:

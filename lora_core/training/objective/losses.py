@@ -1,4 +1,4 @@
-"""Auxiliary losses on what a prediction would look like if it were followed to the end.
+"""Auxiliary losses on the clean image that a prediction implies.
 
 An auxiliary loss is any callable `loss(prediction) -> (B,)`; give it to `train` with its weight.
 """
@@ -66,7 +66,7 @@ SMALLEST_EDIT = 1e-4
 def contrastive(prediction: CleanPrediction) -> torch.Tensor:
     """Nearer to the target than to the first reference, by a margin (a triplet loss).
 
-    Counters an adapter that hands back its reference. With d the mean square distance and
+    Penalises an adapter that returns its reference. With d the mean square distance and
     edit = d(x_0, reference):
     max(0, d(x_0_hat, x_0) - d(x_0_hat, reference) + margin * edit) / edit,
     so 0 at the target and 1 + margin at the reference. 0 where the sizes differ or nothing is

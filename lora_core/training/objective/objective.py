@@ -35,8 +35,8 @@ class Objective:
     """The weighted losses of a run.
 
     Args:
-        auxiliary: name -> loss and weight, beside those that the configuration names.
-        decode: makes images of latents, for auxiliary losses that look at them.
+        auxiliary: name -> loss and weight, besides those in the configuration.
+        decode: decodes latents to images, for auxiliary losses that use them.
     """
 
     def __init__(

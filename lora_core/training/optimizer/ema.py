@@ -43,7 +43,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the present weights in; call it once after each step."""
+        """Adds the current weights; call it once after each step."""
         averages = list(self.averages.values())
         weights = [
             parameter.detach().to(average.dtype)
@@ -54,7 +54,7 @@ class Ema:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The model has the averages inside the block, and its own weights to the bit after it."""
+        """Inside the block the model has the averages; after it exactly its own weights."""
         kept = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._put(self.averages)
         try:

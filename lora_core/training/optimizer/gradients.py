@@ -1,6 +1,6 @@
-"""What goes around an optimizer's step: the gradients' norm, clipping, whether all is finite.
+"""Around an optimizer's step: the gradients' norm, clipping, whether all are finite.
 
-Norms and flags stay on the device, so that whoever calls decides when to wait for it.
+Norms and flags stay on the device, so that the caller decides when to wait for it.
 """
 
 from __future__ import annotations

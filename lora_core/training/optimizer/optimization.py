@@ -1,8 +1,8 @@
 """Optimizers by name, and their state as tensors and JSON instead of a pickle.
 
-None is written here: AdamW is torch's, the others come from the libraries their authors publish.
+None is implemented here: AdamW is torch's, the others come from their authors' libraries.
 A state goes to disk by `flatten_state` and comes back by `unflatten_state` and `load_state`;
-training then goes on to the bit where it was left.
+training then resumes bit-exactly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class OptimizerKind:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: How torch's own optimizers compute a step, not what: chosen anew for the device at hand.
+#: How torch's own optimizers compute a step, not what: chosen again for the current device.
 IMPLEMENTATION = ("foreach", "fused", "capturable")
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
@@ -70,7 +70,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         "schedulefree",
         {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "warmup_steps": 0},
     ),
-    # Not torch's: that one multiplies each step by the weights' size and cannot be told not to, so
+    # Not torch's: that one multiplies each step by the weights' size, which cannot be disabled, so
     # that lora_B, which is 0 at first, would move a thousand times too slowly.
     "adafactor": OptimizerKind(
         "transformers.optimization",
@@ -128,8 +128,8 @@ def build_optimizer(
 def can_fuse(params: Iterable[torch.nn.Parameter]) -> bool:
     """Whether a step can be one pass over the weights, as on CUDA and ROCm.
 
-    Its counters lie on the device then, and the copies of all weights that the other way makes for
-    a moment are spared. A CPU keeps to the other, whose bits older checkpoints go on with.
+    Its counters are then on the device, and the temporary copies of all weights that the other way
+    makes are avoided. A CPU keeps the other, with whose bits older checkpoints resume.
     """
     return all(p.is_cuda and p.is_floating_point() for p in params)
 
@@ -161,8 +161,8 @@ def set_train_mode(optimizer: torch.optim.Optimizer) -> None:
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """The weights a schedule-free optimizer means to be used, for saving and sampling.
 
-    The library's own way back loses the last bits, so that a run would depend on how often it was
-    looked at; here the trained weights are kept aside and put back. Other optimizers: nothing.
+    The library's own inverse loses the last bits, so that a run would depend on how often it was
+    sampled; here the trained weights are saved and restored. Other optimizers: nothing.
     """
     evaluate = getattr(optimizer, "eval", None)
     if not callable(evaluate):
@@ -181,11 +181,11 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Puts back what `optimizer.state_dict()` gave, every tensor in the type it had.
+    """Restores what `optimizer.state_dict()` gave, every tensor in its original type.
 
     torch casts them to the parameter's type instead, which loses Adafactor's float32 moments of
-    bfloat16 weights; and it takes over how a step was computed, which may not be had on this
-    device.
+    bfloat16 weights; and it restores how a step was computed, which this device may not
+    support.
 
     Raises:
         ConfigError: the state was made for other parameters or another optimizer.
@@ -217,7 +217,7 @@ def flatten_state(state: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor]
     """A nested state (an optimizer's `state_dict()`) as tensors by name and a JSON value.
 
     Tensors that occur twice, as the code books of 8-bit states do, are stored once. Numbers survive
-    JSON to the bit; dictionaries keep the type of their keys, tuples stay tuples.
+    JSON exactly; dictionaries keep the type of their keys, tuples stay tuples.
 
     Raises:
         ConfigError: the state holds something that is neither a tensor nor plain data.

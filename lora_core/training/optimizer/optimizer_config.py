@@ -18,7 +18,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-4
     """For "prodigy" a factor on the rate it finds, usually 1."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further ones of the optimizer, such as weight_decay; see `optimization.OPTIMIZERS`."""
+    """Further options of the optimizer, such as weight_decay; see `optimization.OPTIMIZERS`."""
     schedule: str = "constant"
     warmup_steps: int = 0
     final_factor: float = 0.0

@@ -1,6 +1,6 @@
 """Learning rate schedules as pure functions: step -> factor on the base rate.
 
-A step is an optimizer update, counted from 0. Nothing is remembered, so a resumed run cannot get
+A step is an optimizer update, counted from 0. They are stateless, so a resumed run cannot get
 out of step. Values are those of transformers' `get_scheduler`.
 """
 
@@ -13,7 +13,7 @@ from ...errors import ConfigError
 
 Schedule = Callable[[int], float]
 
-#: Progress after the warm-up, from 0 to 1, and the power -> share of the way down still to go.
+#: Progress after the warm-up, from 0 to 1, and the power -> remaining share of the decay.
 SHAPES: dict[str, Callable[[float, float], float]] = {
     "constant": lambda progress, power: 1.0,
     "linear": lambda progress, power: 1.0 - progress,

@@ -1,4 +1,4 @@
-"""The adapters a run gives out: raw and averaged, complete in themselves, loadable anywhere."""
+"""The adapters a run writes: raw and averaged, self-contained, loadable anywhere."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ CONFIG_KEY = "qwen_edit_lora.config"
 def build_run_metadata(
     config: TrainConfig, dataset: CachedDataset, step: int, variant: str | None, is_ema: bool
 ) -> dict[str, str]:
-    """What other programs and people want to know of an adapter (modelspec 1.0.0, kohya's ss_*).
+    """An adapter's metadata for other programs and people (modelspec 1.0.0, kohya's ss_*).
 
     Rank, alpha and the architecture's other fields are added by `write_adapter`. Paths are left
-    out: they say nothing on another machine, and tell where a user keeps his files.
+    out: they mean nothing on another machine, and reveal where users keep their files.
 
     Args:
         variant: "original", "2509" or "2511"; None where it is not known.
@@ -89,13 +89,13 @@ def write_adapters(
 
     Args:
         adapters: suffix of the file's name ("" or "_ema") -> adapter.
-        step: None for the finished ones, which lie in the run's folder without a number.
+        step: None for the finished ones, which are in the run's folder without a number.
 
     Returns:
         Paths relative to `folder`.
 
     Raises:
-        FileError: the disk does not take them, or `folder` is not there: it is never made again.
+        FileError: they cannot be written, or `folder` is missing: it is never created again.
     """
     if not folder.is_dir():
         raise FileError(f"{shorten(folder.name)} is not there any more; nothing is written to it.")
@@ -120,5 +120,5 @@ def remove_older(folder: Path, name: str, keep: int) -> None:
             by_step.setdefault(int(match[1]), []).append(path)
     for step in sorted(by_step)[:-keep]:
         for path in by_step[step]:
-            with contextlib.suppress(OSError):  # one too many is no reason to end a run
+            with contextlib.suppress(OSError):  # a leftover is no reason to end a run
                 path.unlink()

@@ -1,10 +1,10 @@
-"""Checkpoints: folders that are complete or absent, whenever the process dies.
+"""Checkpoints: folders that are complete or absent, even if the process dies at any moment.
 
 `step_00000250/` holds one safetensors file per group of tensors, and `state.json` with the numbers,
 every file's size and digest (BLAKE2b), and a digest of itself. A folder is filled under a temporary
-name, brought to the disk (fsync) and renamed; an old one is renamed away before its files are
-deleted. So whatever carries a checkpoint's name was complete when it got it; a disk that changed
-a bit since is found out before any of it is taken. No pickles.
+name, flushed to disk (fsync) and renamed; an old one is renamed away before its files are deleted.
+So whatever has a checkpoint's name was complete when it got it; later corruption is detected before
+any of it is used. No pickles.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ class CheckpointFolder:
     folder: Path
     keep: int = 2
     passed_over: list[str] = field(default_factory=list)
-    """A sentence for each damaged checkpoint that `read_latest` met."""
+    """A sentence for each damaged checkpoint that `read_latest` skipped."""
 
     def prepare(self) -> None:
-        """Makes the folder, tries to write to it, and clears away what a killed process left.
+        """Creates the folder, tests that it is writable, and removes what a killed process left.
 
-        The run's own folder has to be there: who moved it away while it was waited for would find
-        it made again.
+        The run's own folder has to exist: if it was moved away meanwhile, it must not be created
+        again.
 
         Raises:
-            FileError: the folder is read-only or its disk is full, or the run's is not there.
+            FileError: the folder is read-only or its disk is full, or the run's is missing.
         """
         try:
             self.folder.mkdir(exist_ok=True)
@@ -132,7 +132,7 @@ class CheckpointFolder:
         return path
 
     def read_latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; `passed_over` says why newer ones were not taken."""
+        """The newest intact checkpoint; `passed_over` tells why newer ones were skipped."""
         for step in reversed(self.list_steps()):
             try:
                 return read_checkpoint(self.get_path(step))
@@ -145,7 +145,7 @@ class CheckpointFolder:
 
     def _rotate(self) -> None:
         for step in self.list_steps()[: -self.keep]:
-            with contextlib.suppress(OSError):  # one too many is no reason to end a run
+            with contextlib.suppress(OSError):  # a leftover is no reason to end a run
                 self._move_away(self.get_path(step))
 
     def _move_away(self, path: Path) -> None:
@@ -158,8 +158,7 @@ class CheckpointFolder:
 
 
 def make_folder(folder: Path, what: str = "checkpoints") -> None:
-    """A folder with all above it, for what is to be written. Nothing makes one later, while a run
-    goes on.
+    """Creates a folder and its parents, before a run. During a run nothing creates one.
 
     Raises:
         FileError: it cannot be made.
@@ -182,8 +181,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except FileError as e:
         raise FileError(f"{path.name} is damaged: {e}") from None
     try:
-        # Not by the reader of strangers' JSON: prodigy's state holds an infinity, and the digest
-        # tells whether it is what was written.
+        # Not by the reader of untrusted JSON: prodigy's state holds an infinity, and the digest
+        # verifies that it is what was written.
         record = json.loads(data)
         if record["version"] != VERSION:
             raise FileError(
@@ -209,7 +208,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """What tells a file from any other, of whatever damage: size and BLAKE2b digest."""
+    """Identifies a file's content and detects any damage: size and BLAKE2b digest."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     size = 0
     with open_regular(path) as file:
@@ -220,14 +219,14 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def compute_state_digest(record: Mapping[str, Any]) -> str:
-    """Of everything in state.json but the digest itself; JSON keeps numbers to the bit."""
+    """Of everything in state.json but the digest itself; JSON keeps numbers exactly."""
     rest = {name: value for name, value in record.items() if name != "digest"}
     text = json.dumps(rest, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed process left half done; nothing that has a name of its own."""
+    """Deletes what a killed process left unfinished; nothing that has its final name."""
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
             if path.is_dir():
@@ -237,7 +236,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Copies, so that no mapping of the file outlives this."""
+    """Copies, so that no mapping of the file remains open."""
     file = SafetensorsFile(path)
     for key, tensor in file.tensors.items():
         yield key, tensor.load().clone()
@@ -245,7 +244,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def synchronize(path: Path) -> None:
-    """Brings a file's or folder's contents to the disk; Windows cannot open folders for that."""
+    """Flushes a file or folder to disk; Windows cannot open folders for that."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -1,7 +1,7 @@
 """Whether an adapter grows as it should, from a few of its modules at a time.
 
-The thresholds that a finished adapter is judged by stand in `lora_core.inspection.verdict`; here
-are the figures, cheap enough to take during training.
+The thresholds for finished adapters are in `lora_core.inspection.verdict`; the statistics here are
+cheap enough to take during training.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import math
 from ...algebra.factors import Factors, compute_singular_values
 from ...injection.inject import Injection
 
-#: Modules looked at each time; all come round in turn.
-MODULES_PER_LOOK = 8
+#: Modules measured each time, in rotation.
+MODULES_PER_CHECK = 8
 
 
 def measure_health(injection: Injection, turn: int) -> dict[str, float]:
-    """Figures of the deltas of some modules; a DoRA's magnitudes are not looked at.
+    """Statistics of the deltas of some modules; a DoRA's magnitudes are not included.
 
     Args:
         turn: how often this was called before; chooses the modules.
 
     Returns:
         `std`, the median over the modules of the delta's root mean square; `spectral`, the largest
-        singular value met; `effective_rank`, the median of the entropy rank
+        singular value found; `effective_rank`, the median of the entropy rank
         exp(H(sigma / sum(sigma))) (Roy and Vetterli 2007), 0 while the deltas are.
     """
     paths = list(injection.layers)
-    count = min(MODULES_PER_LOOK, len(paths))
+    count = min(MODULES_PER_CHECK, len(paths))
     stds, spectrals, ranks = [], [], []
     for i in range(count):
         # Evenly over the model, one further each turn.

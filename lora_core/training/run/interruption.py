@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a polite request: the step under way is finished and saved."""
+"""Ctrl-C and SIGTERM as a polite request: the current step is finished and saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...progress import ShouldStop
 
 @contextmanager
 def stop_on_signals() -> Iterator[ShouldStop]:
-    """Inside the block the first signal makes the function yielded here say True.
+    """Inside the block the first signal makes the yielded function return True.
 
     The second one has its usual effect.
     """

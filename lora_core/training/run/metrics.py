@@ -1,4 +1,4 @@
-"""What a run says of itself: one JSON line per step, and reports for whoever watches."""
+"""A run's metrics: one JSON line per step, and reports for observers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ...disk.writing import explain, write_then_rename
 from ...errors import FileError
 
 METRICS_FILE = "metrics.jsonl"
-#: Of a line, the numbers that are drawn as curves.
-FIGURES = (
+#: The numbers of a line that are drawn as curves.
+METRIC_NAMES = (
     *("loss", "smoothed_loss", "learning_rate", "grad_norm"),
     *("tokens_per_s", "seconds", "memory_bytes"),
 )
-#: No run has so many; what names a later step is no line of ours.
-MOST_STEPS = 2**53
+#: No run has so many; a line with a later step is not ours.
+MAX_STEPS = 2**53
 #: Weight of the past in the smoothed loss, of about 50 steps' memory.
 SMOOTHING = 0.98
 
@@ -46,18 +46,18 @@ class StepReport:
     tokens_per_s: float
     seconds: float
     memory_bytes: int
-    """Most the device had allocated so far; the process's memory on a CPU."""
+    """Peak allocation of the device so far; the process's memory on a CPU."""
     parts: Mapping[str, float] | None = None
     """The loss by its parts, where there is more than the velocity's."""
     health: Mapping[str, float] | None = None
-    """Figures of some modules' deltas; see `health.measure_health`."""
+    """Statistics of some modules' deltas; see `health.measure_health`."""
     checkpoint: str | None = None
     """Name of the checkpoint written after this step."""
     adapters: tuple[str, ...] = ()
     """Names of the adapter files written after this step."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Without the fields that say nothing."""
+        """Without empty fields."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: value for name, value in values.items() if value not in (None, ())}
 
@@ -95,7 +95,7 @@ class MetricsFile:
             raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
 
     def synchronize(self) -> None:
-        """Brings the lines to the disk, so that no checkpoint is newer than they are.
+        """Flushes the lines to disk, so that no checkpoint is newer than they are.
 
         Raises:
             FileError: the disk does not take them.
@@ -111,7 +111,7 @@ class MetricsFile:
         """Drops what a killed run wrote after its last checkpoint, of `step`, or half wrote.
 
         Returns:
-            How many lines cannot be read and are dropped too; figures never stop a run.
+            How many lines cannot be read and are dropped too; metrics never stop a run.
 
         Raises:
             FileError: the file cannot be read or written.
@@ -130,7 +130,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file, but for those that cannot be read and a last one cut short."""
+    """The lines of a metrics file, except unreadable ones and a truncated last one."""
     with open_regular(path) as file:
         for line in file:
             if line.endswith(b"\n") and (row := parse_row(line)) is not None:
@@ -138,19 +138,19 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """One step's figures; None for a line that holds none, such as one that a crash tore."""
+    """One step's metrics; None for an invalid line, such as one that a crash truncated."""
     try:
         row = parse_json(line, METRICS_FILE)
     except FileError:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
-    if not 0 <= row["step"] < MOST_STEPS:
+    if not 0 <= row["step"] < MAX_STEPS:
         return None
     health = row.get("health", {})
-    figures = [row.get(name) for name in FIGURES]
-    figures += health.values() if isinstance(health, dict) else ["no figure"]
-    is_whole = all(x is None or (type(x) in (int, float)) for x in figures)
+    numbers = [row.get(name) for name in METRIC_NAMES]
+    numbers += health.values() if isinstance(health, dict) else ["no figure"]
+    is_whole = all(x is None or (type(x) in (int, float)) for x in numbers)
     return row if is_whole else None
 
 

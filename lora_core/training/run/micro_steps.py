@@ -24,13 +24,13 @@ PRIOR = "prior"
 class MicroSteps:
     """Leaves a step's gradients in the parameters.
 
-    The batch of the next micro-step is read, drawn and put into page-locked memory meanwhile.
+    Meanwhile the next micro-step's batch is read, drawn and put into page-locked memory.
 
     Args:
         model: as `Processes.prepare` gave it.
         parameters: those that are trained.
-        prior: whose loss is added with `config.data.prior_weight`; None without.
-        notify: told when less is kept for the backward pass from some step on.
+        prior: training set whose loss is added with `config.data.prior_weight`; None without.
+        notify: called when less is kept for the backward pass from some step on.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class MicroSteps:
     def take(self, step: int) -> tuple[dict[str, torch.Tensor], int]:
         """Computes the gradients of the step after `step` steps.
 
-        Where memory runs out and the model was free to choose what it keeps, again with less kept:
-        the same numbers, so that it is the same run. Not in a group of processes, whose others
-        would not come along.
+        Where memory runs out and the model may choose what it keeps, retries with less kept: the
+        results are the same, and so is the run. Not in a group of processes, where the others
+        would not follow.
 
         Returns:
             Part of the loss -> this process's mean, a scalar on the device; and the number of
@@ -93,7 +93,7 @@ class MicroSteps:
         except Exception as e:
             if random_numbers is None or not is_out_of_memory(e):
                 raise
-        # Only here, where the exception is gone, does nothing hold on to activations.
+        # Only here, outside of the handler, does nothing keep activations alive.
         self.model.recompute_more()
         self.drop_gradients()
         MemoryMeter(self.device).reset()

@@ -1,7 +1,7 @@
-"""One process or several: the few things that differ, behind one small interface.
+"""One process or several: the few differences, behind one small interface.
 
-Several processes are Hugging Face Accelerate's (`accelerate launch`); nothing here communicates on
-its own. Without an Accelerator this is a single process and Accelerate need not be installed.
+Several processes are managed by Hugging Face Accelerate (`accelerate launch`), which does all the
+communication. Without an Accelerator this is a single process and Accelerate need not be installed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def can_join_gpus() -> bool:
 
 
 class Processes:
-    """The process this is, and what it does together with the others."""
+    """This process, and what it does together with the others."""
 
     def __init__(self, accelerator: Accelerator | None = None):
         self.accelerator = accelerator
@@ -44,14 +44,14 @@ class Processes:
         return self.index == 0
 
     def prepare(self, model: Any, parameters: Sequence[torch.nn.Parameter]) -> Any:
-        """The model as it has to be called, with equal parameters on each process.
+        """The model to call, with equal parameters on each process.
 
         DDP averages gradients in the backward pass; where FSDP holds the base (`sharding`),
         `average_gradients` does.
         """
         if self.count == 1:
             return model
-        if holds_shards(model):  # Accelerate would give it back as it is
+        if holds_shards(model):  # Accelerate would return it unchanged
             from accelerate.utils import broadcast
 
             for parameter in parameters:
@@ -59,7 +59,7 @@ class Processes:
             self.is_sharded = True
             return model
         leave_frozen_alone(model)
-        # It lies where it shall lie; moving it would bring offloaded blocks back.
+        # It is where it should be; moving it would bring offloaded blocks back.
         return self.accelerator.prepare(model, device_placement=[False])
 
     def without_sync(self, model: Any) -> AbstractContextManager:
@@ -111,7 +111,7 @@ def holds_shards(model: Any) -> bool:
 def make_buckets(
     parameters: Sequence[torch.nn.Parameter], size: int = BUCKET
 ) -> Iterator[list[torch.nn.Parameter]]:
-    """Neighbours of one type, together at least `size` bytes where there are as many."""
+    """Neighbouring tensors of one type, together at least `size` bytes if there are enough."""
     bucket: list[torch.nn.Parameter] = []
     num_bytes = 0
     for parameter in parameters:
@@ -125,9 +125,9 @@ def make_buckets(
 
 
 def leave_frozen_alone(model: torch.nn.Module) -> None:
-    """Keeps DDP from sending the base around: at the start, and its buffers before every forward.
+    """Keeps DDP from broadcasting the base at the start, and its buffers before every forward.
 
-    Every process read the same file, so that it would be tens of gigabytes for nothing; and types
+    Every process read the same file, so that would transfer tens of gigabytes needlessly; and types
     like fp8 cannot be sent everywhere.
     """
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]

@@ -32,7 +32,7 @@ def collect_random_state() -> RandomState:
 
 
 def restore_random_state(tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
-    """The inverse of `collect_random_state`; CUDA devices that are gone are left out."""
+    """The inverse of `collect_random_state`; missing CUDA devices are left out."""
     version, gauss = numbers["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     name, position, has_gauss, cached_gaussian = numbers["numpy"]

@@ -1,4 +1,4 @@
-"""A training run while it lives: where it starts, its steps, what it writes."""
+"""A training run in memory: its start, its steps, its output."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_is_free(checkpoints: CheckpointFolder, resume: bool) -> None:
 
 
 class Run:
-    """Everything a run has while it lives; made by `train`."""
+    """The state and parts of a run; created by `train`."""
 
     def __init__(
         self,
@@ -120,9 +120,9 @@ class Run:
             )
 
     def start(self, resume: bool) -> None:
-        """Takes up the newest checkpoint, or makes sure that this is a new run."""
+        """Restores the newest checkpoint, or ensures that this is a new run."""
         check_is_free(self.checkpoints, resume)
-        self.processes.wait()  # nobody writes before everybody has looked
+        self.processes.wait()  # no process writes before all have checked
         if self.processes.is_main:
             self.checkpoints.prepare()
             remove_leftovers(self.folder)
@@ -157,12 +157,12 @@ class Run:
                 if self.processes.is_main:
                     self.metrics.append(report)
                 is_last = self.step == self.config.steps
-                # The checkpoint comes last: what a killed run left out, the resumed one writes.
+                # The checkpoint comes last: what a killed run did not write, the resumed one does.
                 try:
                     if every.adapter_every and self.step % every.adapter_every == 0:
                         report = replace(report, adapters=self.save_adapters(self.step))
                 except FileError:
-                    self.save_checkpoint()  # an adapter's name or folder must not cost the work
+                    self.save_checkpoint()  # a bad adapter name or folder must not lose the work
                     raise
                 if is_last or self.step % every.checkpoint_every == 0:
                     report = replace(report, checkpoint=self.save_checkpoint())
@@ -184,7 +184,7 @@ class Run:
         options = self.config.optimizer
         parts, num_tokens = self.micro_steps.take(self.step)
         self.processes.average_gradients(self.parameters)
-        figures, num_tokens, grad_norm = self.read_figures(
+        figures, num_tokens, grad_norm = self.read_step_numbers(
             parts, num_tokens, compute_grad_norm(self.parameters), should_stop
         )
         loss = math.fsum(figures.values())
@@ -214,7 +214,7 @@ class Run:
             health=self.measure_health(),
         )
 
-    def read_figures(
+    def read_step_numbers(
         self,
         parts: Mapping[str, torch.Tensor],
         num_tokens: int,
@@ -223,7 +223,7 @@ class Run:
     ) -> tuple[dict[str, float], float, float]:
         """A step's numbers over all processes, in one copy from the device.
 
-        Several processes also learn so whether one of them was asked to stop.
+        With several processes, this also tells whether one of them was asked to stop.
 
         Returns:
             Part of the loss -> its mean; the tokens of all processes; the norm of the gradients.
@@ -231,7 +231,7 @@ class Run:
         shared = [*parts.values()]
         if self.processes.count > 1:
             asked = float(should_stop())
-            # By kernels that take the number along: a copy from the host would be waited for.
+            # By kernels with the number as an argument: a copy from the host would synchronise.
             shared += [torch.full((), x, device=self.device) for x in (num_tokens, asked)]
         means = self.processes.average(torch.stack(shared))
         own = [grad_norm] if self.is_finite is None else [grad_norm, self.is_finite]
@@ -275,7 +275,7 @@ class Run:
 
     @contextmanager
     def explaining_lack_of_memory(self) -> Iterator[None]:
-        """Where the model was free to keep less, it has by then, down to each block's input."""
+        """If the model could keep less, it already does by then, down to each block's input."""
         step = self.step + 1
         try:
             yield
@@ -283,9 +283,9 @@ class Run:
             if not is_out_of_memory(e):
                 raise
             where = "computer" if self.device.type == "cpu" else "device"
-            said = " ".join(str(e).split())[:120]
+            reason = " ".join(str(e).split())[:120]
             raise OutOfMemoryError(
-                f"the {where} ran out of memory in step {step} ({said or type(e).__name__})",
+                f"the {where} ran out of memory in step {step} ({reason or type(e).__name__})",
                 advise(self.config),
             ) from e
 
@@ -303,7 +303,7 @@ class Run:
         )
 
     def is_asked_to_stop(self, should_stop: ShouldStop) -> bool:
-        """True on every process as soon as one of them is asked; see `read_figures`."""
+        """True on every process as soon as one is asked to stop; see `read_step_numbers`."""
         if self.processes.count == 1:
             return should_stop()
         if self.is_stopping is None:
@@ -311,7 +311,7 @@ class Run:
         return self.is_stopping
 
     def is_still_to_stop(self, should_stop: ShouldStop) -> bool:
-        """Once the steps have ended: asks again, on all processes. False: `take_steps` goes on."""
+        """Checks again after the steps, on all processes. False: `take_steps` resumes."""
         self.is_stopping = None
         return self.is_asked_to_stop(should_stop)
 
@@ -330,7 +330,7 @@ class Run:
         return None if path is None else path.name
 
     def save_adapters(self, step: int | None) -> tuple[str, ...]:
-        """Files of the present weights and their average; None for the finished ones."""
+        """Writes the current weights and their average; `step` None for the finished ones."""
         self.check_weights()
         if not self.processes.is_main:
             return ()

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and whether a run may go on from it."""
+"""A run's state in a checkpoint, and whether a run may resume from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FREE = (
     *("model.compile", "model.offload_blocks", "model.vae", "model.variant"),
     *("data.folder", "data.prior"),
 )
-#: Settings that change what comes, but not what the state means; the user is told.
+#: Settings that change later steps, but not the meaning of the state; the change is reported.
 SOFT = ("steps", "objective", "optimizer", "data.caption_dropout", "data.use_masks")
 SOFT += ("data.prior_weight", "model.source", "model.storage", "model.compute_dtype")
 #: Those of SOFT that do change what the state means.
@@ -46,7 +46,7 @@ def collect_state(run: Run) -> tuple[dict[str, Tensors], dict[str, Any]]:
 
 
 def restore_state(run: Run, checkpoint: Checkpoint) -> None:
-    """Puts a run where it was when `collect_state` was called."""
+    """Restores a run to where `collect_state` was called."""
     tensors, state = checkpoint.tensors, checkpoint.state
     run.injection.load_state_dict(tensors["adapter"])
     load_state(run.optimizer, unflatten_state(tensors["optimizer"], state["optimizer"]))
@@ -70,7 +70,7 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 
 def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Compares what a checkpoint was made with to what a run was started with.
+    """Compares a checkpoint's settings with those of the run.
 
     Returns:
         A sentence for each setting that differs and takes effect from now on.
@@ -92,7 +92,7 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
     old, new = (dict(flatten(values["config"])) for values in (then, now))
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
-        if name == "model.source":  # a file may move, but not become another unnoticed
+        if name == "model.source":  # a file may move, but must not be replaced unnoticed
             before, after = (
                 str(path).replace("\\", "/").rpartition("/")[2] for path in (before, after)
             )

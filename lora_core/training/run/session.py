@@ -50,7 +50,7 @@ def open_session(
     accelerator: Accelerator | None = None,
     is_shared: bool = False,
 ) -> Session:
-    """Loads and injects; training sets first, since they are quick to be found wrong.
+    """Loads and injects; training sets first, since their errors are found quickly.
 
     Args:
         accelerator: of `accelerate launch`, which may ask for the base to be sharded.
@@ -87,29 +87,31 @@ def open_session(
 
 
 def describe_session(session: Session, config: TrainConfig) -> list[str]:
-    """What will be trained and how large its file will be, a sentence each."""
+    """What will be trained and how large its file will be, one sentence each."""
     plan = session.injection.plan
     metadata = build_run_metadata(config, session.dataset, config.steps, session.variant, False)
     size_bytes = plan.compute_file_size(
         DTYPES[config.saving.dtype], metadata=metadata, title=config.name
     )
-    said = [
+    messages = [
         f"{len(plan.targets)} modules, {plan.num_parameters:,} parameters; the adapter's file will "
         f"take {size_bytes:,} bytes"
     ]
     if config.model.offload_blocks:
-        said.append(
+        messages.append(
             f"storage is {config.model.storage}; {config.model.offload_blocks} of "
             f"{len(session.model.blocks)} blocks wait in main memory"
         )
     if session.model.is_adaptive:
         kind = json.dumps(session.model.gradient_checkpointing)
-        said.append(f"gradient_checkpointing is {kind}, the fastest that the free memory allows")
-    said += session.model.notes
+        messages.append(
+            f"gradient_checkpointing is {kind}, the fastest that the free memory allows"
+        )
+    messages += session.model.notes
     for reason in dict.fromkeys(plan.skipped.values()):
         paths = [path for path, why in plan.skipped.items() if why == reason]
-        said.append(f"left out {shorten_list(paths, 4)}: {reason}")
-    return said
+        messages.append(f"left out {shorten_list(paths, 4)}: {reason}")
+    return messages
 
 
 def load_model(
@@ -129,10 +131,10 @@ def load_model(
 
 
 def choose_device(config: ModelConfig) -> torch.device:
-    """The one asked for, or the GPU where there is one.
+    """The configured device, or the GPU where there is one.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: there is no such device.
     """
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -147,7 +149,7 @@ def choose_device(config: ModelConfig) -> torch.device:
 
 
 def find_variant(config: ModelConfig, model: EditTransformer) -> str | None:
-    """What the adapter's metadata will say it is made for; None where nothing tells."""
+    """The variant for the adapter's metadata; None where it is unknown."""
     if config.variant != "auto":
         return config.variant
     if model.zero_cond_t:

@@ -1,8 +1,8 @@
 """`train`: a model with LoRAs in it, a cached training set and a configuration -> step reports.
 
 A step is one optimizer update, counted from 1 in reports; a micro-step one forward and backward.
-What a step does depends on the checkpointed state and on its number alone, so a run that was
-killed and resumed is the same run, to the bit where the device computes the same bits.
+A step depends only on the checkpointed state and on its number, so a run that was killed and
+resumed is the same run, bit-identical where the device is deterministic.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ def train(
     """Trains, and yields a report after every step.
 
     Everything is checked and restored before this returns; the steps are taken as the reports are
-    asked for. The finished adapters lie in `config.output` once the last report was taken.
+    consumed. The finished adapters are in `config.output` once the last report has been consumed.
 
     Args:
         model: called with normalised latents; its LoRAs are those of `injection`.
         prior: a training set whose loss is added with `config.data.prior_weight`.
         auxiliary: name -> further auxiliary loss and its weight.
-        decode: for auxiliary losses that look at the image.
+        decode: for auxiliary losses on images.
         variant: "original", "2509" or "2511", for the adapters' metadata.
         accelerator: of `accelerate launch`, for several processes.
-        resume: go on from the newest whole checkpoint; start anew where there is none.
-        should_stop: asked before every step, with several processes during the one before; once
-            one of them says yes, a checkpoint is written and the reports end.
-        notify: told in sentences what is not as it was asked for.
+        resume: from the newest intact checkpoint; start from scratch where there is none.
+        should_stop: called before every step, with several processes during the previous one; once
+            one of them returns True, a checkpoint is written and the reports end.
+        notify: called with a sentence for each deviation from the request.
 
     Raises:
         ConfigError: settings that do not fit each other or the run to be resumed, or a folder that
@@ -81,7 +81,7 @@ def train(
 
 
 def check_output(config: TrainConfig, resume: bool) -> None:
-    """What `train` says of the output folder, for who wants to know before a model is loaded.
+    """Checks the output folder as `train` does, before a model is loaded.
 
     Raises:
         ConfigError: it already holds a run that is not to be resumed.

@@ -1,1 +1,1 @@
-"""Images on the way: denoised, decoded, written."""
+"""Sample images during training: denoised, decoded, written."""

@@ -1,4 +1,4 @@
-"""Latents -> pictures, by diffusers' VAE, from ComfyUI's single file or a diffusers folder."""
+"""Latents -> images, by diffusers' VAE, from ComfyUI's single file or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def load_decoder(
         if "decoder.conv1.weight" in tensors:  # Wan's names, which ComfyUI keeps
             tensors = convert_wan_vae_to_diffusers(tensors)
         width = tensors["decoder.norm_out.gamma"].shape[0]
-        with torch.device("meta"):  # weights of its own would be drawn at random
+        with torch.device("meta"):  # its own weights would be drawn at random
             vae = AutoencoderKLQwenImage(width, NUM_CHANNELS)
         vae.encoder = vae.quant_conv = torch.nn.Identity()
         vae.load_state_dict(tensors, assign=True)

@@ -1,4 +1,4 @@
-"""Samples on disk: latents as the VAE would give them, and PNG pictures."""
+"""Samples on disk: latents as the VAE encodes them, and PNG images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_latents(latents: torch.Tensor, stem: Path) -> Path:
     return write(path, lambda temporary: save_file({"samples": samples}, temporary))
 
 
-def write_picture(image: torch.Tensor, stem: Path) -> Path:
+def write_image(image: torch.Tensor, stem: Path) -> Path:
     """(3, H, W) in [0, 1] -> STEM.png."""
     from PIL import Image
 

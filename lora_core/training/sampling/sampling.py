@@ -1,4 +1,4 @@
-"""Pictures from cached prompts and references: Euler steps along the velocity."""
+"""Images from cached prompts and references: Euler steps along the velocity."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from qwen_edit_lora.lora_core.disk import writing
-from qwen_edit_lora.lora_core.disk.writing import explain, insist
+from qwen_edit_lora.lora_core.disk.writing import explain, retry_while_denied
 from qwen_edit_lora.lora_core.formats.files import read_adapter, write_adapter
 from qwen_edit_lora.lora_core.jobs.publication import publish
 from qwen_edit_lora.lora_core.pairs.cache import link
@@ -88,11 +88,11 @@ def test_what_stays_denied_is_raised_and_nothing_else_is_tried_twice():
         raise kind(13, "no")
 
     with pytest.raises(PermissionError):
-        insist(lambda: fail(PermissionError), 0.05)
+        retry_while_denied(lambda: fail(PermissionError), 0.05)
     assert len(calls) > 1
     calls.clear()
     with pytest.raises(FileNotFoundError):
-        insist(lambda: fail(FileNotFoundError))
+        retry_while_denied(lambda: fail(FileNotFoundError))
     assert len(calls) == 1
 
 

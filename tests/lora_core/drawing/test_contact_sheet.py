@@ -64,7 +64,7 @@ def test_every_cell_has_a_place_of_its_own_and_its_words_stay_in_it(columns, row
         for column in {0, columns // 2, columns - 1}:
             changed = [Row(r.heading, r.tiles) for r in sheet_rows]
             tiles = list(changed[row].tiles)
-            picture = 255 - tiles[column].picture
+            picture = 255 - tiles[column].image
             tiles[column] = Tile(picture, LONG, (LONG,))
             changed[row] = Row(changed[row].heading, tuple(tiles))
             left, top, right, bottom = find_changes(sheet, draw_sheet("title", changed))

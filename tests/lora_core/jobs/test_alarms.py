@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 import pytest
-from qwen_edit_lora.lora_core.jobs.alarms import Alarms
+from qwen_edit_lora.lora_core.jobs.alarms import Alerts
 from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
 from qwen_edit_lora.lora_core.training.run.metrics import SmoothedLoss, StepReport
 
@@ -30,13 +30,13 @@ REPORT = StepReport(
 
 def look_at(losses, stds=None):
     """All sentences of a run with these raw losses and sizes of the delta."""
-    alarms, smoothed, said = Alarms(CONFIG), SmoothedLoss(), []
+    alerts, smoothed, said = Alerts(CONFIG), SmoothedLoss(), []
     for i, loss in enumerate(losses):
         health = {"std": stds[i]} if stds is not None else None
         report = dataclasses.replace(
             REPORT, step=i + 1, loss=loss, smoothed_loss=smoothed.update(loss), health=health
         )
-        said += alarms.look(report)
+        said += alerts.check(report)
     return said
 
 

@@ -11,7 +11,7 @@ from qwen_edit_lora.lora_core.jobs.curves import (
     MetricsReader,
     build_curves,
     build_health,
-    thin,
+    thin_out,
 )
 
 
@@ -93,7 +93,7 @@ def test_thinning_keeps_ends_extremes_and_order(count):
     if count > 600:
         rows[567] = make_row(568, 99.0)
         rows[321] = make_row(322, 1e-6)
-    kept = thin(rows, 1000)
+    kept = thin_out(rows, 1000)
     steps = [row["step"] for row in kept]
     assert len(kept) == min(count, len(kept)) <= 1000
     assert steps == sorted(set(steps))

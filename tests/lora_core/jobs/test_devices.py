@@ -10,7 +10,7 @@ from qwen_edit_lora.lora_core.jobs.devices import (
     Device,
     choose_devices,
     list_devices,
-    place,
+    set_device,
 )
 from qwen_edit_lora.lora_core.jobs.job import JobStatus
 from qwen_edit_lora.lora_core.jobs.launch import build_environment
@@ -65,7 +65,7 @@ def test_a_job_made_for_a_large_gpu_waits_for_it():
 )
 def test_a_process_that_sees_one_gpu_calls_it_cuda(wanted, name, placed, material):
     config = make_train(material, **{"model.device": wanted})
-    assert place(config, name).model.device == placed
+    assert set_device(config, name).model.device == placed
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from qwen_edit_lora.lora_core.jobs.job import (
     UnknownJobError,
     WorkerIdentity,
 )
-from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse
+from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
 from qwen_edit_lora.lora_core.jobs.training_job import run_job
@@ -63,7 +63,7 @@ def assert_same_run(ours: Path, whole: JobFolder) -> None:
 # --- pauses taken back ---
 
 
-class Fickle(Pulse):
+class Fickle(JobReporter):
     """Somebody asks for a pause at the n-th time that the worker looks, and takes it back after
     the look.
     """
@@ -92,11 +92,11 @@ def test_a_pause_taken_back_before_it_took_effect_costs_nothing(store, submit, w
     met = set()
     for at in range(0, calm.count, 2):
         folder = store.open_folder(submit(samples=SAMPLES, max_restarts=0))
-        pulse = Fickle(folder, at)
-        assert run_job(folder.read_settings(), folder, ["cpu"], pulse), at
+        reporter = Fickle(folder, at)
+        assert run_job(folder.read_settings(), folder, ["cpu"], reporter), at
         assert_same_run(folder.path, whole)
-        assert pulse.state.restarts == 0
-        met.add(pulse.count > calm.count)
+        assert reporter.state.restarts == 0
+        met.add(reporter.count > calm.count)
         shutil.rmtree(folder.path)
     assert True in met
 
@@ -104,10 +104,10 @@ def test_a_pause_taken_back_before_it_took_effect_costs_nothing(store, submit, w
 def test_a_pause_taken_back_as_the_worker_ends_is_no_restart(store, submit, whole):
     job_id = submit(samples=SAMPLES, max_restarts=0)
     folder = store.open_folder(job_id)
-    settings, pulse = folder.read_settings(), Fickle(folder, 9, 10**6)
-    assert not run_job(settings, folder, ["cpu"], pulse)
-    assert 0 < pulse.state.step < STEPS
-    finish_stopped(settings, folder, pulse)  # the request is taken back by now
+    settings, reporter = folder.read_settings(), Fickle(folder, 9, 10**6)
+    assert not run_job(settings, folder, ["cpu"], reporter)
+    assert 0 < reporter.state.step < STEPS
+    finish_stopped(settings, folder, reporter)  # the request is taken back by now
     job = store.get(job_id)
     assert (job.status, job.state.restarts, job.state.failure) == (JobStatus.PENDING, 0, None)
     Supervisor(store, []).tick()
@@ -118,16 +118,16 @@ def test_a_pause_taken_back_as_the_worker_ends_is_no_restart(store, submit, whol
 
 def test_a_shutdown_still_counts(store, submit):
     folder = store.open_folder(submit(max_restarts=0))
-    pulse = Pulse(folder, folder.read_state())
-    pulse.is_terminated = lambda: True
-    finish_stopped(folder.read_settings(), folder, pulse)
+    reporter = JobReporter(folder, folder.read_state())
+    reporter.is_terminated = lambda: True
+    finish_stopped(folder.read_settings(), folder, reporter)
     assert folder.read_state().status is JobStatus.FAILED
 
 
 # --- folders that go ---
 
 
-class Mover(Pulse):
+class Mover(JobReporter):
     """Moves the job's folder away at a moment."""
 
     def __init__(self, folder: JobFolder, moment: str, target: Path):
@@ -138,7 +138,7 @@ class Mover(Pulse):
         if moment == self.moment and self.folder.path.exists():
             self.folder.path.rename(self.target)
 
-    def say(self, sentence: str) -> None:
+    def log(self, sentence: str) -> None:
         self.move("while it loads")  # the first thing that a worker says
 
     def report(self, report) -> None:
@@ -166,9 +166,9 @@ def test_a_folder_that_is_moved_away_is_not_made_again_and_goes_on_elsewhere(
     folder = store.open_folder(job_id)
     other = JobStore(tmp_path / "other")
     target = other.root / "jobs" / job_id
-    pulse = Mover(folder, moment, target)
+    reporter = Mover(folder, moment, target)
     with pytest.raises((FileError, OSError)):
-        run_job(folder.read_settings(), folder, ["cpu"], pulse)
+        run_job(folder.read_settings(), folder, ["cpu"], reporter)
     assert not folder.path.exists()
     assert store.list() == []
     run_here(other, job_id)
@@ -404,7 +404,7 @@ def test_a_name_that_the_disk_does_not_take_costs_no_step(store, submit, whole, 
     """As on eCryptfs, which takes 143 bytes; the check at submission counts 255."""
     job_id = submit(samples=SAMPLES)
     folder = store.open_folder(job_id)
-    pulse = Pulse(folder, folder.read_state())
+    reporter = JobReporter(folder, folder.read_state())
     replace = os.replace
 
     def refuse(source, target) -> None:
@@ -414,7 +414,7 @@ def test_a_name_that_the_disk_does_not_take_costs_no_step(store, submit, whole, 
 
     monkeypatch.setattr(files.os, "replace", refuse)
     with pytest.raises(FileError, match="the name is too long"):
-        run_job(folder.read_settings(), folder, ["cpu"], pulse)
+        run_job(folder.read_settings(), folder, ["cpu"], reporter)
     monkeypatch.undo()
     assert (folder.path / "checkpoints" / f"step_{STEPS:08d}").is_dir()
     run_here(store, job_id)
@@ -442,7 +442,7 @@ def test_the_newest_checkpoint_damaged_in_any_file_costs_a_step_and_no_bit(store
         shutil.rmtree(folder.path)
 
 
-class StopsAfter(Pulse):
+class StopsAfter(JobReporter):
     """Somebody asks for a pause after so many steps."""
 
     def __init__(self, folder: JobFolder, step: int):

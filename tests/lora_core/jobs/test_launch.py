@@ -11,7 +11,7 @@ from qwen_edit_lora.lora_core import ConfigError
 from qwen_edit_lora.lora_core.jobs import estimate_process, launch, nccl, team
 from qwen_edit_lora.lora_core.jobs.devices import Device
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
-from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse
+from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter
 from qwen_edit_lora.lora_core.jobs.training_job import run_job
 from qwen_edit_lora.lora_core.training.command_line import find_accelerator
 from tiny_jobs import make_train
@@ -88,9 +88,9 @@ def test_several_gpus_without_nccl_are_refused_in_a_sentence_wherever_they_come_
     assert "torch.distributed.run" in launch.build_command(tmp_path, ID, two_cpus)
     job_id = store.submit(make_train(material), num_devices=2)
     folder = store.open_folder(job_id)
-    pulse = Pulse(folder, folder.read_state())
+    reporter = JobReporter(folder, folder.read_state())
     with pytest.raises(ConfigError, match="which this PyTorch comes without, as every"):
-        run_job(folder.read_settings(), folder, ["cuda:0", "cuda:1"], pulse)
+        run_job(folder.read_settings(), folder, ["cuda:0", "cuda:1"], reporter)
     for name, value in OF_TWO.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -125,7 +125,7 @@ def test_a_team_of_gpus_has_the_settings_before_accelerate_looks_for_them(monkey
         "qwen_edit_lora.lora_core.training.command_line.find_accelerator",
         lambda on_cpu, patience_h: seen.update(environment),
     )
-    team.join_team(on_cpu=False)
+    team.join_process_group(on_cpu=False)
     assert (seen["NCCL_P2P_DISABLE"], seen["NCCL_IB_DISABLE"]) == ("1", "1")
     said = capsys.readouterr().out
     assert "set for these cards and their driver: NCCL_P2P_DISABLE, NCCL_IB_DISABLE" in said

@@ -15,11 +15,11 @@ from qwen_edit_lora.lora_core.jobs.curves import MetricsReader
 from qwen_edit_lora.lora_core.jobs.devices import Device
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
 from qwen_edit_lora.lora_core.jobs.identity import is_running
-from qwen_edit_lora.lora_core.jobs.job import JobStatus, UnknownPictureError, WorkerIdentity
+from qwen_edit_lora.lora_core.jobs.job import JobStatus, UnknownImageError, WorkerIdentity
 from qwen_edit_lora.lora_core.jobs.retraining import read_settings
 from qwen_edit_lora.lora_core.jobs.store import JobStore
-from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor, is_gone
-from qwen_edit_lora.lora_core.jobs.team import get_failure_path, take_failure
+from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor, has_ended
+from qwen_edit_lora.lora_core.jobs.team import get_failure_path, pop_failure
 from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
 from tiny_jobs import make_train
 
@@ -287,7 +287,7 @@ def test_a_row_that_is_not_what_was_written_is_never_a_job(harm, store, submit, 
 
 def test_a_claim_of_any_owner_is_read():
     for owner in ("", "{}", DEEP, "NaN", '{"host": [], "pid": 1, "started": 0}', '{"pid": null}'):
-        assert not is_gone(owner)
+        assert not has_ended(owner)
     for pid in (0, -1, 2**63):
         assert not is_running(WorkerIdentity(host="x", pid=pid, started=0.0))
 
@@ -296,7 +296,7 @@ def test_a_claim_of_any_owner_is_read():
 def test_a_failure_that_cannot_be_read_is_none(text, store, submit):
     folder = store.open_folder(submit())
     get_failure_path(folder, 1).write_text(text)
-    assert take_failure(folder, 1) is None
+    assert pop_failure(folder, 1) is None
     assert not get_failure_path(folder, 1).exists()
 
 
@@ -416,10 +416,10 @@ def test_links_in_a_jobs_folder_are_not_followed(is_whole, store, submit, secret
     for name in ("log.txt", "metrics.jsonl", "a.safetensors"):
         (folder.path / name).symlink_to(secret / name)
     assert store.list_samples(job_id) == []
-    assert store.list_pictures(job_id) == []
+    assert store.list_images(job_id) == []
     assert store.list_adapters(job_id) == []
-    with pytest.raises(UnknownPictureError):
-        store.read_picture(job_id, "step_00000001_x.png")
+    with pytest.raises(UnknownImageError):
+        store.read_image(job_id, "step_00000001_x.png")
     with pytest.raises(ConfigError, match="it has none yet"):
         store.publish(job_id, "a.safetensors")
     with pytest.raises(FileError, match=r"log\.txt is a link"):

@@ -11,8 +11,8 @@ from demo_base.checkout import ROOT
 from PIL import Image
 from qwen_edit_lora.lora_core import ConfigError, FileError
 from qwen_edit_lora.lora_core.jobs import picture_writer
-from qwen_edit_lora.lora_core.jobs.job import SampleSettings, UnknownPictureError
-from qwen_edit_lora.lora_core.jobs.picture_writer import IN_TILES, ON_CPU, PictureWriter
+from qwen_edit_lora.lora_core.jobs.job import SampleSettings, UnknownImageError
+from qwen_edit_lora.lora_core.jobs.picture_writer import IN_TILES, ON_CPU, ImageWriter
 from qwen_edit_lora.lora_core.jobs.pictures import (
     name_sample,
     name_source,
@@ -57,7 +57,7 @@ def test_what_is_no_picture_has_no_name_of_one(name):
 
 def test_pictures_are_listed_in_order_and_read_by_listed_names_only(store, material, tmp_path):
     job_id = store.submit(make_train(material))
-    assert store.list_pictures(job_id) == []
+    assert store.list_images(job_id) == []
     folder = store.open_folder(job_id).samples
     folder.mkdir()
     names = (
@@ -68,7 +68,7 @@ def test_pictures_are_listed_in_order_and_read_by_listed_names_only(store, mater
         (folder / name).write_bytes(name.encode())
     (tmp_path / "secret").write_bytes(b"secret")
     (folder / "target_c.png").symlink_to(tmp_path / "secret")
-    listed = store.list_pictures(job_id)
+    listed = store.list_images(job_id)
     assert [picture.name for picture in listed] == [
         *("target_a.png", "source_b_0.png", "source_b_1.png", "target_b.png"),
         *("step_00000002_b.png", "step_00000010_b.png"),
@@ -76,10 +76,10 @@ def test_pictures_are_listed_in_order_and_read_by_listed_names_only(store, mater
     assert [(p.kind, p.step, p.index) for p in listed[1::2]] == [
         *(("source", None, 0), ("target", None, None), ("sample", 10, None)),
     ]
-    assert store.read_picture(job_id, "source_b_1.png") == b"source_b_1.png"
+    assert store.read_image(job_id, "source_b_1.png") == b"source_b_1.png"
     for name in ("target_c.png", "notes.txt", "../state.json", "source_b_9.png", "/etc/passwd"):
-        with pytest.raises(UnknownPictureError, match="there is no picture"):
-            store.read_picture(job_id, name)
+        with pytest.raises(UnknownImageError, match="there is no picture"):
+            store.read_image(job_id, name)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_job_makes_pictures_and_its_weights_stay_the_same_to_the_bit(store, ma
     items = ["item_0", "item_2"]
     without = train_here(store, make_train(material))
     with_pictures = train_here(store, make_train(material), samples(items=items, vae=str(kept)))
-    pictures = store.list_pictures(with_pictures)
+    pictures = store.list_images(with_pictures)
     assert [(p.kind, p.item, p.step, p.index) for p in pictures] == [
         line
         for item in items
@@ -161,7 +161,7 @@ def test_a_job_makes_pictures_and_its_weights_stay_the_same_to_the_bit(store, ma
             *(("sample", item, step, None) for step in (0, 3, 6)),
         )
     ]
-    assert store.list_pictures(without) == []
+    assert store.list_images(without) == []
     ours, theirs = (store.open_folder(job).path for job in (with_pictures, without))
     for name in ("tiny.safetensors", "tiny_ema.safetensors"):
         assert_equal_weights(ours / name, theirs / name)
@@ -174,7 +174,7 @@ def test_a_job_makes_pictures_and_its_weights_stay_the_same_to_the_bit(store, ma
     with torch.no_grad():
         decoded = decoder.vae.decode(target[None, :, None], return_dict=False)[0][0, :, 0]
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().movedim(0, -1)
-    data = store.read_picture(with_pictures, "target_item_2.png")
+    data = store.read_image(with_pictures, "target_item_2.png")
     with Image.open(io.BytesIO(data)) as image:
         shown = torch.tensor(list(image.getdata()), dtype=torch.uint8).view(64, 64, 3)
     assert (shown.int() - expected.int()).abs().max() <= 1
@@ -183,7 +183,7 @@ def test_a_job_makes_pictures_and_its_weights_stay_the_same_to_the_bit(store, ma
 def test_a_vae_that_is_gone_costs_the_pictures_and_not_the_training(store, material, kept):
     save_file({"a": torch.zeros(1)}, kept)
     job_id = train_here(store, make_train(material), samples(vae=str(kept)))
-    assert store.list_pictures(job_id) == []
+    assert store.list_images(job_id) == []
     assert len(store.list_samples(job_id)) == 3  # latents
     (note,) = store.get(job_id).state.notes
     assert "no pictures are made, latents only" in note
@@ -192,7 +192,7 @@ def test_a_vae_that_is_gone_costs_the_pictures_and_not_the_training(store, mater
 
 def test_pictures_too_large_for_the_memory_are_left_out_with_a_note(kept, tmp_path):
     notes: list[str] = []
-    writer = PictureWriter(str(kept), None, CPU, notes.append)
+    writer = ImageWriter(str(kept), None, CPU, notes.append)
     huge = torch.zeros(1, 16, 1, 1).expand(1, 16, 1 << 21, 1 << 21)  # a mere view
     with writer.ready():
         writer.write(torch.zeros(1, 16, 2, 2), tmp_path / "small")
@@ -228,7 +228,7 @@ def test_a_picture_too_large_for_the_gpu_is_decoded_in_tiles_and_then_on_the_cpu
     monkeypatch.setattr(picture_writer, "load_decoder", lambda *arguments: Decoder())
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)
     # Whatever is no CPU stands for a device whose memory may be too small.
-    writer = PictureWriter("a path", None, torch.device("meta"), notes.append)
+    writer = ImageWriter("a path", None, torch.device("meta"), notes.append)
     for name in ("first", "second"):
         with writer.ready():
             writer.write(torch.zeros(1, 16, 2, 2), tmp_path / name)

@@ -26,7 +26,7 @@ from qwen_edit_lora.lora_core.jobs.job import (
     UnknownJobError,
     WorkerIdentity,
 )
-from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse, is_gone
+from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter, is_deleted
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from tiny_jobs import make_train
 
@@ -391,21 +391,21 @@ def test_a_state_is_written_over_one_that_is_being_read(store, submit, monkeypat
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", deny)
-    Pulse(folder_of_job, folder_of_job.read_state()).finish(JobStatus.COMPLETED)
+    JobReporter(folder_of_job, folder_of_job.read_state()).finish(JobStatus.COMPLETED)
     assert len(tries) == 5
     assert folder_of_job.read_state().status is JobStatus.COMPLETED
 
 
 def test_only_a_state_that_is_not_there_says_that_the_job_was_deleted(tmp_path, monkeypatch):
-    assert is_gone(tmp_path / "state.json")
+    assert is_deleted(tmp_path / "state.json")
     (tmp_path / "state.json").touch()
-    assert not is_gone(tmp_path / "state.json")
+    assert not is_deleted(tmp_path / "state.json")
 
     def deny(path, **_):
         raise PermissionError(13, "Access is denied")
 
     monkeypatch.setattr(Path, "stat", deny)
-    assert not is_gone(tmp_path / "state.json")
+    assert not is_deleted(tmp_path / "state.json")
 
 
 # --- missing files and disks that do not take any ---
@@ -456,7 +456,7 @@ spec = importlib.util.spec_from_file_location(
 sys.modules["qwen_edit_lora"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from qwen_edit_lora.lora_core.errors import FileError
-from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse, is_gone
+from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter, is_deleted
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 
 store = JobStore(folder)

@@ -13,10 +13,10 @@ import pytest
 from qwen_edit_lora.lora_core import ConfigError
 from qwen_edit_lora.lora_core.jobs.devices import Device
 from qwen_edit_lora.lora_core.jobs.job import JobFailure, JobStatus
-from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse
+from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter
 from qwen_edit_lora.lora_core.jobs.launch import build_command, build_environment
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
-from qwen_edit_lora.lora_core.jobs.team import leave_failure, take_failure
+from qwen_edit_lora.lora_core.jobs.team import pop_failure, write_failure
 from qwen_edit_lora.lora_core.jobs.training_job import run_job
 from safetensors import safe_open
 from tiny_jobs import (
@@ -134,9 +134,9 @@ def test_a_job_that_wants_more_devices_than_there_are_is_started_to_say_so(store
     Supervisor(store, TWO, launch=launch).tick()
     assert started == [2]
     folder = store.open_folder(job_id)
-    pulse = Pulse(folder, folder.read_state())
+    reporter = JobReporter(folder, folder.read_state())
     with pytest.raises(ConfigError, match="train on 3 GPUs together, but there are 2 devices"):
-        run_job(folder.read_settings(), folder, ["cpu", "cpu"], pulse)
+        run_job(folder.read_settings(), folder, ["cpu", "cpu"], reporter)
 
 
 def test_the_launcher_is_this_interpreters_and_gets_ids_only(tmp_path):
@@ -154,6 +154,6 @@ def test_the_launcher_is_this_interpreters_and_gets_ids_only(tmp_path):
 def test_what_a_member_said_before_it_ended_is_taken_once(store, material):
     folder = store.open_folder(store.submit(make_train(material)))
     failure = JobFailure(sentence="the device ran out of memory", advice=("lower lora.rank",))
-    leave_failure(folder, 1, failure)
-    assert take_failure(folder, 1) == failure
-    assert take_failure(folder, 1) is None
+    write_failure(folder, 1, failure)
+    assert pop_failure(folder, 1) == failure
+    assert pop_failure(folder, 1) is None

@@ -6,7 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from qwen_edit_lora.lora_core.jobs.training_plot import MAX_POINTS, describe, draw_training, thin
+from qwen_edit_lora.lora_core.jobs.training_plot import (
+    MAX_POINTS,
+    average_groups,
+    describe,
+    draw_training,
+)
 
 
 def make_metrics(num_steps: int, level: float = 0.4) -> list[dict]:
@@ -42,7 +47,7 @@ def test_the_curve_moves_with_the_loss():
 
 def test_thinning_keeps_the_mean_and_the_order():
     metrics = make_metrics(12345)
-    steps, losses = thin(metrics, lambda line: line["loss"])
+    steps, losses = average_groups(metrics, lambda line: line["loss"])
     assert len(steps) == len(losses) == MAX_POINTS
     assert (np.diff(steps) > 0).all()
     assert losses.mean() == pytest.approx(np.mean([line["loss"] for line in metrics]), rel=1e-2)

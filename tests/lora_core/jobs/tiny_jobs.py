@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from demo_base.dit import write_dit
 from qwen_edit_lora.lora_core.jobs.job import Job, JobStatus
-from qwen_edit_lora.lora_core.jobs.job_reporter import Pulse
+from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
 from qwen_edit_lora.lora_core.jobs.training_job import run_job
-from qwen_edit_lora.lora_core.training.command_line import TALKATIVE
+from qwen_edit_lora.lora_core.training.command_line import NOISY_LOGGERS
 from safetensors.torch import load_file
 from tiny import make_config, make_dataset, make_item
 
@@ -56,14 +56,14 @@ def train_here(store: JobStore, train: Any, samples: Any = None) -> str:
 def run_here(store: JobStore, job_id: str) -> str:
     """The same for a job that waits."""
     folder = store.open_folder(job_id)
-    pulse = Pulse(folder, folder.read_state())
-    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
+    reporter = JobReporter(folder, folder.read_state())
+    levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
     try:
-        assert run_job(folder.read_settings(), folder, ["cpu"], pulse)
+        assert run_job(folder.read_settings(), folder, ["cpu"], reporter)
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-    pulse.finish(JobStatus.COMPLETED)
+    reporter.finish(JobStatus.COMPLETED)
     return job_id
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from qwen_edit_lora.lora_core import ConfigError, FileError
 from qwen_edit_lora.lora_core.pairs import images
 from qwen_edit_lora.lora_core.pairs.facts import have_same_pixels
-from qwen_edit_lora.lora_core.pairs.images import FilePicture
+from qwen_edit_lora.lora_core.pairs.images import FileImage
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
 from qwen_edit_lora.lora_core.pairs.pair import Level
 from qwen_edit_lora.lora_core.pairs.preflight import check_pairs
@@ -39,7 +39,7 @@ def test_a_picture_starts_no_program(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
     path = tmp_path / "a.png"
     path.write_bytes(EPS)
-    for read in (FilePicture(path).read, lambda: FilePicture(path).read_small(64)):
+    for read in (FileImage(path).read, lambda: FileImage(path).read_small(64)):
         with pytest.raises(FileError, match=r"^a.png is no picture that can be read"):
             read()
     assert not started.exists()
@@ -48,12 +48,12 @@ def test_a_picture_starts_no_program(tmp_path, monkeypatch):
 def test_only_the_formats_that_messages_name_are_opened(tmp_path):
     image = load_photograph(0)
     for suffix in ("png", "jpg", "webp", "bmp", "tif", "gif"):
-        FilePicture(write_picture(image, tmp_path / f"a.{suffix}")).read()
+        FileImage(write_picture(image, tmp_path / f"a.{suffix}")).read()
     for kind in ("PPM", "TGA", "ICO", "JPEG2000", "PCX", "DDS"):
         path = tmp_path / "a.png"
         image.save(path, format=kind)
         with pytest.raises(FileError, match="is no picture that can be read"):
-            FilePicture(path).read()
+            FileImage(path).read()
 
 
 MEASURE = """
@@ -63,9 +63,9 @@ import importlib.util
 spec = importlib.util.spec_from_file_location(
     "qwen_edit_lora", Path(sys.argv[1], "__init__.py"), submodule_search_locations=[sys.argv[1]])
 sys.modules["qwen_edit_lora"] = importlib.util.module_from_spec(spec)
-from qwen_edit_lora.lora_core.pairs.images import FilePicture
+from qwen_edit_lora.lora_core.pairs.images import FileImage
 from qwen_edit_lora.lora_core.pairs.preflight import measure_brightness
-small, large = FilePicture(Path(sys.argv[2])), FilePicture(Path(sys.argv[3]))
+small, large = FileImage(Path(sys.argv[2])), FileImage(Path(sys.argv[3]))
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 small.read_small(256), measure_brightness(small)
 before = peak()
@@ -108,7 +108,7 @@ def test_reading_in_bands_changes_no_bit(mode, orientation, tmp_path, monkeypatc
     exif = Image.Exif()
     exif[0x0112] = orientation
     suffix = "tif" if mode == "CMYK" else "png"
-    picture = FilePicture(write_picture(image, tmp_path / f"a.{suffix}", exif=exif))
+    picture = FileImage(write_picture(image, tmp_path / f"a.{suffix}", exif=exif))
     whole = [picture.read(), picture.read_small(32), picture.read_small(500)]
     monkeypatch.setattr(images, "BAND_PIXELS", 7 * 90)
     bands = [picture.read(), picture.read_small(32), picture.read_small(500)]
@@ -126,13 +126,13 @@ def test_reading_in_bands_changes_no_bit(mode, orientation, tmp_path, monkeypatc
 def test_pictures_of_several_bands_are_compared_to_the_last_pixel(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "BAND_PIXELS", 500)
     image = load_photograph(0)
-    a = FilePicture(write_picture(image, tmp_path / "a.png"))
-    b = FilePicture(write_picture(image, tmp_path / "b.png", compress_level=1))
+    a = FileImage(write_picture(image, tmp_path / "a.png"))
+    b = FileImage(write_picture(image, tmp_path / "b.png", compress_level=1))
     assert have_same_pixels(a, b)
     image.putpixel((95, 63), (1, 2, 3))
-    assert not have_same_pixels(a, FilePicture(write_picture(image, tmp_path / "c.png")))
+    assert not have_same_pixels(a, FileImage(write_picture(image, tmp_path / "c.png")))
     other = write_picture(image.crop((0, 0, 96, 63)), tmp_path / "d.png")
-    assert not have_same_pixels(a, FilePicture(other))
+    assert not have_same_pixels(a, FileImage(other))
 
 
 def test_pixels_of_32_bits_are_refused(tmp_path):
@@ -140,11 +140,11 @@ def test_pixels_of_32_bits_are_refused(tmp_path):
     values = np.linspace(0, 2**31 - 1, 64, dtype=np.int32).reshape(8, 8)
     Image.fromarray(values).save(path)
     with pytest.raises(FileError, match=r"32-bit whole numbers, expected 8 or 16 bits"):
-        FilePicture(path).read()
+        FileImage(path).read()
     with pytest.raises(FileError, match=r"32-bit whole numbers, expected 8 or 16 bits"):
-        FilePicture(path).read_small(64)
+        FileImage(path).read_small(64)
     Image.fromarray(values.clip(0, 65535)).save(path)
-    assert FilePicture(path).read().max() == 1
+    assert FileImage(path).read().max() == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
@@ -162,7 +162,7 @@ def test_a_pipe_in_the_place_of_a_file_is_a_sentence(place, tmp_path):
     (stop,) = preflight.stops
     assert "is a pipe, socket or device; expected a regular file" in stop.text
     with pytest.raises(FileError, match="is a pipe"):
-        FilePicture(path).compute_digest()
+        FileImage(path).compute_digest()
     assert [one.pair.name for one in preflight.pairs] == ["photo_1"]
     assert stop.level == Level.STOP
 

@@ -16,7 +16,7 @@ from demo_base.pair_folders import (
 )
 from PIL import Image
 from qwen_edit_lora.lora_core import ConfigError, FileError
-from qwen_edit_lora.lora_core.pairs.images import FilePicture
+from qwen_edit_lora.lora_core.pairs.images import FileImage
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
 from qwen_edit_lora.lora_core.pairs.pair import Level
 from qwen_edit_lora.lora_core.pairs.preflight import LEAVE_OUT, Preflight, check_pairs
@@ -41,7 +41,7 @@ def list_texts(preflight: Preflight, level: Level) -> list[str]:
 
 def test_ordinary_pictures_are_read_as_comfyui_reads_them(tmp_path):
     image = load_photograph(0)
-    picture = FilePicture(write_picture(image, tmp_path / "a.png"))
+    picture = FileImage(write_picture(image, tmp_path / "a.png"))
     expected = np.asarray(image).astype(np.float32) / 255
     assert picture.read().dtype == np.float32
     assert np.array_equal(picture.read(), expected)
@@ -53,9 +53,9 @@ def test_a_picture_turned_by_exif_stands_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying, to be turned clockwise
     path = write_picture(image.transpose(Image.Transpose.ROTATE_90), tmp_path / "a.png", exif=exif)
-    picture = FilePicture(path)
+    picture = FileImage(path)
     assert np.array_equal(
-        picture.read(), FilePicture(write_picture(image, tmp_path / "b.png")).read()
+        picture.read(), FileImage(write_picture(image, tmp_path / "b.png")).read()
     )
     header = picture.read_header()
     assert (header.width, header.height) == image.size
@@ -65,7 +65,7 @@ def test_a_picture_turned_by_exif_stands_upright(tmp_path):
 def test_sixteen_bits_keep_their_brightness(tmp_path):
     ramp = np.linspace(0, 65535, 64 * 96).reshape(64, 96).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "a.png")
-    picture = FilePicture(tmp_path / "a.png")
+    picture = FileImage(tmp_path / "a.png")
     assert picture.read_header().traits == ("16-bit",)
     assert np.allclose(picture.read()[..., 0], ramp / 65535, atol=1e-6)
     assert np.ptp(picture.read(), axis=2).max() == 0
@@ -73,14 +73,14 @@ def test_sixteen_bits_keep_their_brightness(tmp_path):
 
 def test_cmyk_is_converted_and_an_animation_gives_its_first_frame(tmp_path):
     image = load_photograph(0)
-    cmyk = FilePicture(write_picture(image.convert("CMYK"), tmp_path / "a.tif"))
+    cmyk = FileImage(write_picture(image.convert("CMYK"), tmp_path / "a.tif"))
     assert cmyk.read_header().traits == ("CMYK",)
     assert np.abs(cmyk.read() - np.asarray(image) / 255).max() < 0.02
     others = [load_photograph(1)]
     path = write_picture(
         image, tmp_path / "a.webp", save_all=True, append_images=others, lossless=True
     )
-    animated = FilePicture(path)
+    animated = FileImage(path)
     assert animated.read_header().traits == ("2 frames, the first is used",)
     assert np.array_equal(animated.read(), np.asarray(image).astype(np.float32) / 255)
 
@@ -95,7 +95,7 @@ def test_transparency_becomes_white_whatever_colour_lies_behind_it(mode, tmp_pat
         image.putpalette([0, 0, 255, 255, 0, 0])
         image.paste(1, (4, 0, 8, 8))
         options = {"transparency": 1}
-    picture = FilePicture(write_picture(image.convert(mode), tmp_path / "a.png", **options))
+    picture = FileImage(write_picture(image.convert(mode), tmp_path / "a.png", **options))
     assert picture.read_header().traits == ("transparent",)
     assert (picture.read()[:, 4:] == 1).all()
     assert (picture.read()[:, :4] != 1).any()
@@ -114,7 +114,7 @@ def test_a_file_that_is_no_picture_is_a_sentence(name, tmp_path):
     path = tmp_path / "bad.png"
     path.write_bytes(content)
     with pytest.raises(FileError, match=f"^bad.png {sentence}"):
-        FilePicture(path).read()
+        FileImage(path).read()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".tif", ".bmp"])
@@ -124,7 +124,7 @@ def test_a_picture_cut_short_anywhere_is_a_sentence_or_whole(suffix, tmp_path):
     refused = 0
     for share in range(1, 20):
         path.write_bytes(whole[: len(whole) * share // 20])
-        for read in (FilePicture(path).read, lambda: FilePicture(path).read_small(256)):
+        for read in (FileImage(path).read, lambda: FileImage(path).read_small(256)):
             try:
                 assert read().ndim == 3
             except FileError as e:
@@ -137,10 +137,10 @@ def test_a_picture_of_20000_pixels_is_refused_by_its_header(tmp_path):
     path = tmp_path / "huge.png"
     Image.new("1", (20_000, 20_000)).save(path)
     with pytest.raises(FileError, match=r"huge.png .*million pixels; expected at most 16,384 px"):
-        FilePicture(path).read_header()
+        FileImage(path).read_header()
     Image.new("1", (20_000, 64)).save(path)
     with pytest.raises(FileError, match=r"huge.png is 20,000 x 64 px; expected at most 16,384"):
-        FilePicture(path).read_header()
+        FileImage(path).read_header()
 
 
 # --- sizes ----------------------------------------------------------------------------------------

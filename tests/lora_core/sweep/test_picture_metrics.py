@@ -9,9 +9,9 @@ import pytest
 import torch
 from qwen_edit_lora.lora_core import ShapeError
 from qwen_edit_lora.lora_core.sweep.picture_metrics import (
-    compare_pictures,
+    compare_images,
+    fit_image,
     fit_mask,
-    fit_picture,
     measure_appearance,
 )
 
@@ -54,7 +54,7 @@ def test_the_figures_equal_their_formulas_in_every_region(batch):
     inside = torch.zeros(48, 48, dtype=torch.bool)
     inside[10:30, 5:20] = True
     regions = {"whole": None, "inside": inside, "outside": ~inside}
-    found = compare_pictures(a, b, regions)
+    found = compare_images(a, b, regions)
     x, y = a.double().numpy(), b.double().numpy()
     maps = [
         np.mean([compute_ssim(x[n, ..., c], y[n, ..., c]) for c in range(3)], axis=0)
@@ -74,30 +74,30 @@ def test_the_figures_equal_their_formulas_in_every_region(batch):
 
 
 def test_equal_pictures_have_no_psnr_and_an_ssim_of_one():
-    found = compare_pictures(make_picture(), make_picture(), WHOLE)["whole"]
+    found = compare_images(make_picture(), make_picture(), WHOLE)["whole"]
     assert (found.rms, found.psnr, found.visible, found.largest) == (0.0, None, 0.0, 0.0)
     assert found.ssim == pytest.approx(1.0, abs=1e-6)
 
 
 def test_what_a_display_cannot_show_is_no_difference():
     white = torch.ones(1, 16, 16, 3)
-    assert compare_pictures(white, white * 7, WHOLE)["whole"].rms == 0
-    assert compare_pictures(white, white.half(), WHOLE)["whole"].rms == 0
+    assert compare_images(white, white * 7, WHOLE)["whole"].rms == 0
+    assert compare_images(white, white.half(), WHOLE)["whole"].rms == 0
 
 
 def test_transparency_is_left_out_and_grey_pictures_count_as_colour():
     picture = make_picture()
     with_alpha = torch.cat([picture, torch.rand(1, 48, 48, 1)], dim=-1)
-    assert compare_pictures(with_alpha, picture, WHOLE)["whole"].rms == 0
+    assert compare_images(with_alpha, picture, WHOLE)["whole"].rms == 0
     grey = picture[..., :1]
-    assert compare_pictures(grey, grey.expand(-1, -1, -1, 3), WHOLE)["whole"].rms == 0
+    assert compare_images(grey, grey.expand(-1, -1, -1, 3), WHOLE)["whole"].rms == 0
 
 
 @pytest.mark.parametrize("shape", [(1, 48, 47, 3), (2, 48, 48, 3), (1, 8, 8, 3)])
 def test_pictures_that_cannot_be_compared_say_so(shape):
     other = torch.zeros(shape) if shape[1] == 8 else make_picture()
     with pytest.raises(ShapeError, match=f"and {'2 of ' if shape[0] == 2 else ''}"):
-        compare_pictures(other, torch.zeros(shape), WHOLE)
+        compare_images(other, torch.zeros(shape), WHOLE)
 
 
 def test_an_appearance_tells_burnt_colours_from_black_and_white():
@@ -133,13 +133,13 @@ def test_values_that_are_no_number_are_counted_and_leave_the_rest_alone(value):
 def test_a_source_is_cut_in_the_middle_and_resized():
     wide = torch.zeros(1, 20, 60, 3)
     wide[:, :, 20:40] = 1.0
-    assert torch.equal(fit_picture(wide, 20, 20), torch.ones(1, 20, 20, 3))
-    assert torch.allclose(fit_picture(wide, 40, 40), torch.ones(1, 40, 40, 3), atol=1e-6)
+    assert torch.equal(fit_image(wide, 20, 20), torch.ones(1, 20, 20, 3))
+    assert torch.allclose(fit_image(wide, 40, 40), torch.ones(1, 40, 40, 3), atol=1e-6)
     tall = wide.transpose(1, 2)
-    assert fit_picture(tall, 10, 30).shape == (1, 10, 30, 3)
+    assert fit_image(tall, 10, 30).shape == (1, 10, 30, 3)
     picture = make_picture()
-    assert torch.equal(fit_picture(picture, 48, 48), picture)
-    half = fit_picture(picture, 24, 24)
+    assert torch.equal(fit_image(picture, 48, 48), picture)
+    half = fit_image(picture, 24, 24)
     means = torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 2).movedim(1, -1)
     assert (half - means).abs().max() < 0.05
 

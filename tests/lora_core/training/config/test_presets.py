@@ -12,9 +12,9 @@ from qwen_edit_lora.lora_core.injection.plan import LoraSettings
 from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
 from qwen_edit_lora.lora_core.training.config.presets import (
     GIB,
-    PASSING_TENSORS,
     PRESETS,
     RESERVE,
+    TRANSIENT_TENSORS,
     BaseSize,
     apply_preset,
     choose_storage,
@@ -117,7 +117,7 @@ def test_a_small_model_and_a_cpu_stay_exact():
 
 
 def test_headroom_grows_with_the_sample_and_the_lora():
-    assert HEADROOM == 2 * 8448 * 3072 * (60 + PASSING_TENSORS) + 16 * 106_168_320
+    assert HEADROOM == 2 * 8448 * 3072 * (60 + TRANSIENT_TENSORS) + 16 * 106_168_320
     assert SIZE.count_headroom(2 * 8448, 0) == 2 * SIZE.count_headroom(8448, 0)
     assert SIZE.count_headroom(0, 10, averaged=True) == 200
 
@@ -159,4 +159,4 @@ def count_peak(num_blocks: int) -> int:
         with LiveBytes() as counter:
             out = model(latents, [latents], text, None, torch.zeros(1))
             out.float().square().mean().backward()
-    return counter.most
+    return counter.peak

@@ -23,12 +23,12 @@ from qwen_edit_lora.lora_core.training.estimate import estimate, probe
 from qwen_edit_lora.lora_core.training.estimate.estimate import (
     HOST_MARGIN,
     MARGIN,
-    count_kept,
+    count_frozen_bytes,
+    estimate_micro_step_s,
     estimate_run,
-    reckon_passing,
-    reckon_time,
+    estimate_transient_bytes,
 )
-from qwen_edit_lora.lora_core.training.estimate.probe import Linear, Measurement
+from qwen_edit_lora.lora_core.training.estimate.probe import LinearFit, Measurement
 from qwen_edit_lora.lora_core.training.machine.memory import CLEAR_REFS, MemoryMeter
 from qwen_edit_lora.lora_core.training.run.session import open_session
 from qwen_edit_lora.lora_core.training.run.trainer import train
@@ -49,12 +49,12 @@ def make_measurement(seconds, size, **changes) -> Measurement:
     """Of n blocks: `seconds` and `size` are (fixed, for each block)."""
     return Measurement(
         **{
-            "micro_step_s": Linear(*seconds),
-            "optimizer_s": Linear(0.0, 0.01),
+            "micro_step_s": LinearFit(*seconds),
+            "optimizer_s": LinearFit(0.0, 0.01),
             "compile_s": 0.0,
-            "passing_bytes": Linear(*size),
-            "updating_bytes": Linear(0, 0),
-            "gap_bytes": Linear(0, 0),
+            "transient_bytes": LinearFit(*size),
+            "update_bytes": LinearFit(0, 0),
+            "gap_bytes": LinearFit(0, 0),
             "loading_bytes": 0,
             "block_bytes": 1000,
             "other_bytes": 500,
@@ -75,7 +75,7 @@ def make_estimate(**changes) -> estimate.Estimate:
 
 def test_figures_of_all_blocks_follow_from_few(tmp_path, base, monkeypatch):
     found = make_measurement((0.1, 0.2), (50, 10**7), trained_bytes=16.0)
-    monkeypatch.setattr(estimate, "measure", lambda *arguments: found)
+    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: found)
     changes = {"model.source": base, "optimizer.accumulation": 3, "steps": 10}
     dataset = make_dataset(tmp_path / "data", {"a": make_item(0)})
     found = estimate_run(make_config(tmp_path, **changes), dataset)
@@ -99,14 +99,14 @@ def test_offloaded_blocks_cost_time_and_copies(device, micro_step_s, on_device):
     resident = make_measurement((0.1, 0.2), (50, 300))
     offloaded = make_measurement((0.0, 0.5), (2050, 300))
     device = torch.device(device)
-    assert reckon_time(resident, offloaded, 5, 2, device) == pytest.approx(micro_step_s)
-    assert reckon_passing(resident, offloaded, 5, 2) == 50 + 5 * 300 + 2000
-    assert count_kept(resident, 5, 2, device) == 500 + on_device * 1000
+    assert estimate_micro_step_s(resident, offloaded, 5, 2, device) == pytest.approx(micro_step_s)
+    assert estimate_transient_bytes(resident, offloaded, 5, 2) == 50 + 5 * 300 + 2000
+    assert count_frozen_bytes(resident, 5, 2, device) == 500 + on_device * 1000
 
 
 def test_the_prior_and_compiling_are_part_of_the_time(tmp_path, base, monkeypatch):
     found = make_measurement((0.1, 0.2), (50, 300), compile_s=40.0)
-    monkeypatch.setattr(estimate, "measure", lambda *arguments: found)
+    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: found)
     dataset = make_dataset(tmp_path / "data", {"a": make_item(0)})
     changes = {"model.source": base, "data.prior": str(dataset.folder), "steps": 10}
     found = estimate_run(make_config(tmp_path, **changes), dataset)
@@ -117,7 +117,7 @@ def test_the_prior_and_compiling_are_part_of_the_time(tmp_path, base, monkeypatc
 
 def test_what_does_not_fit_is_said_with_what_to_lower(tmp_path, base, monkeypatch):
     found = make_measurement((0, 1.0), (0, 10**7), other_bytes=0, process_bytes=0)
-    monkeypatch.setattr(estimate, "measure", lambda *arguments: found)
+    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: found)
     monkeypatch.setattr(MemoryMeter, "find_available", lambda self: 5 * (10**7 + 1000))
     changes = {"model.source": base, "data.batch_size": 2, "model.gradient_checkpointing": False}
     found = estimate_run(make_config(tmp_path, **changes), make_dataset(tmp_path / "data"))
@@ -148,7 +148,7 @@ def test_blocks_that_wait_need_free_main_memory(tmp_path, base, monkeypatch):
     # On a CPU they are part of the process's own memory.
     monkeypatch.setattr(estimate, "find_free_host_memory", lambda: 0)
     measured = make_measurement((0.1, 0.2), (50, 300))
-    monkeypatch.setattr(estimate, "measure", lambda *arguments: measured)
+    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: measured)
     config = make_config(tmp_path, **{"model.source": base, "model.offload_blocks": 2})
     dataset = make_dataset(tmp_path / "data")
     assert estimate_run(config, dataset).fits
@@ -172,15 +172,15 @@ def test_gaps_an_update_and_the_decoding_of_samples_are_part_of_the_memory(
 
     def estimate_with(with_samples=False, **changes):
         found = make_measurement((0, 1.0), (50, 300), process_bytes=0, **changes)
-        monkeypatch.setattr(estimate, "measure", lambda *arguments: found)
+        monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: found)
         return estimate_run(config, dataset, with_samples=with_samples).memory_bytes
 
     kept = 500 + 5 * 1000
     step = kept + 50 + 5 * 300
     assert estimate_with() == step
-    assert estimate_with(gap_bytes=Linear(7, 11)) == step + 7 + 5 * 11
-    assert estimate_with(updating_bytes=Linear(0, 400)) == kept + 5 * 400
-    assert estimate_with(updating_bytes=Linear(0, 100)) == step
+    assert estimate_with(gap_bytes=LinearFit(7, 11)) == step + 7 + 5 * 11
+    assert estimate_with(update_bytes=LinearFit(0, 400)) == kept + 5 * 400
+    assert estimate_with(update_bytes=LinearFit(0, 100)) == step
     assert estimate_with(with_samples=True) == kept + DECODING_BYTES
 
 

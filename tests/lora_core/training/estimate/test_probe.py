@@ -11,7 +11,7 @@ from qwen_edit_lora.lora_core.training.estimate.probe import Probe, load_blocks
 from qwen_edit_lora.lora_core.training.model.gradient_checkpointing import (
     KINDS,
     adapt_to_memory,
-    measure_kept_bytes,
+    measure_saved_bytes,
 )
 from small_bases import TINY, write_base
 from tiny import make_config, make_dataset, make_item
@@ -56,7 +56,7 @@ def test_a_probe_on_a_gpu_brings_everything_there(storage, tmp_path, monkeypatch
     with FakeTensorMode(allow_non_fake_inputs=True):
         move(model)
         probe = Probe(config, model, dataset, 0, GPU, (1, 2), offloaded=False)
-        kept = measure_kept_bytes(probe.model, probe.batch)
+        kept = measure_saved_bytes(probe.model, probe.batch)
         assert kept[False] > kept["selective"] > 0
         adapt_to_memory(probe.model, probe.batch, 3, 1000, 2**40, is_shared=True)
         for kind in KINDS:

@@ -14,7 +14,7 @@ from qwen_edit_lora.lora_core.training.data.batches import load_repeated
 from qwen_edit_lora.lora_core.training.model.gradient_checkpointing import (
     KINDS,
     adapt_to_memory,
-    measure_kept_bytes,
+    measure_saved_bytes,
 )
 from qwen_edit_lora.lora_core.training.model.loading import load_transformer
 from qwen_edit_lora.lora_core.training.model.quantization import AS_STORED, STORAGES
@@ -149,7 +149,7 @@ def test_what_a_block_keeps_is_counted_on_a_card(tmp_path, loaded):
     dataset = make_dataset(tmp_path / "data", {"a": make_item(0, (16, 16), ((16, 16),), 8)})
     card, model = loaded
     with card:
-        kept = measure_kept_bytes(model, load_repeated(dataset, 0, 1, 0).to(CUDA))
+        kept = measure_saved_bytes(model, load_repeated(dataset, 0, 1, 0).to(CUDA))
     assert 0 < kept["selective"] < kept[False]
 
 

@@ -17,12 +17,12 @@ from qwen_edit_lora.lora_core.training.machine.memory import MemoryMeter
 from qwen_edit_lora.lora_core.training.model import gradient_checkpointing
 from qwen_edit_lora.lora_core.training.model.gradient_checkpointing import (
     KINDS,
-    PASSING_BLOCKS,
+    TRANSIENT_BLOCKS,
     LiveBytes,
     choose_kind,
     choose_share,
-    count_kept_bytes,
-    measure_kept_bytes,
+    count_saved_bytes,
+    measure_saved_bytes,
 )
 from qwen_edit_lora.lora_core.training.model.loading import load_transformer
 from qwen_edit_lora.lora_core.training.run import session
@@ -91,14 +91,14 @@ def test_live_bytes_are_those_of_what_lives():
         z = torch.zeros(500)
         del y, z
     assert counter.live == 0
-    assert counter.most == 8000
+    assert counter.peak == 8000
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1], ids=str)
 def test_what_a_step_needs_is_within_what_is_reckoned_for_it(kind, tmp_path, base, monkeypatch):
     _, opened = make_run(tmp_path, base, None, monkeypatch)
     batch = load_repeated(opened.dataset, 1, 1, 0)
-    kept = measure_kept_bytes(opened.model, batch)
+    kept = measure_saved_bytes(opened.model, batch)
     opened.model.enable_gradient_checkpointing(kind)
     with LiveBytes() as counter:
         out = opened.model(
@@ -107,19 +107,19 @@ def test_what_a_step_needs_is_within_what_is_reckoned_for_it(kind, tmp_path, bas
         after_forward = counter.live
         out.float().square().mean().backward()
     assert after_forward == pytest.approx(NUM_BLOCKS * kept[kind], rel=0.15)
-    reckoned = NUM_BLOCKS * kept[kind] + PASSING_BLOCKS * kept[False]
+    reckoned = NUM_BLOCKS * kept[kind] + TRANSIENT_BLOCKS * kept[False]
     gradients = 4 * opened.injection.plan.num_parameters
-    assert 0.5 * reckoned < counter.most <= reckoned + gradients
+    assert 0.5 * reckoned < counter.peak <= reckoned + gradients
 
 
 def test_selective_keeps_a_quarter_and_the_model_is_left_as_it_was(tmp_path, base, monkeypatch):
     _, opened = make_run(tmp_path, base, None, monkeypatch)
     model = opened.model
-    kept = measure_kept_bytes(model, load_repeated(opened.dataset, 1, 1, 0))
+    kept = measure_saved_bytes(model, load_repeated(opened.dataset, 1, 1, 0))
     assert 0.1 * kept[False] < kept["selective"] < 0.4 * kept[False]
     assert len(model.blocks) == NUM_BLOCKS
     assert model.gradient_checkpointing is True
-    twice = measure_kept_bytes(model, load_repeated(opened.dataset, 1, 2, 0))
+    twice = measure_saved_bytes(model, load_repeated(opened.dataset, 1, 2, 0))
     assert twice[False] == pytest.approx(2 * kept[False], rel=0.1)
 
 
@@ -136,7 +136,7 @@ def test_a_block_keeps_no_more_tensors_of_the_streams_size_than_its_products_nee
     assert injection.plan.num_parameters
     batch = load_repeated(read_dataset(tmp_path / "data"), 0, 1, 0)
     stream = (2 * 16 * 16 + 64) * 4 * 64 * 2
-    kept = {kind: count_kept_bytes(model, batch, kind) / stream for kind in KINDS}
+    kept = {kind: count_saved_bytes(model, batch, kind) / stream for kind in KINDS}
     assert 17 < kept[False] < 18.5
     assert 5.9 < kept["selective"] < 6.5
     assert 0.9 < kept[True] < 1.5
@@ -150,7 +150,7 @@ def test_bases_of_every_storage_are_counted(storage, tmp_path, base, monkeypatch
     changes = {"model.storage": storage}
     _, opened = make_run(tmp_path / storage, base, None, monkeypatch, **changes)
     expected, found = (
-        measure_kept_bytes(one.model, load_repeated(one.dataset, 1, 1, 0))
+        measure_saved_bytes(one.model, load_repeated(one.dataset, 1, 1, 0))
         for one in (whole, opened)
     )
     for kind in KINDS[:-1]:  # the activations are the same; no copy of a weight is kept
@@ -284,8 +284,8 @@ def test_the_estimate_chooses_as_the_run_will(tmp_path, base, monkeypatch):
     from qwen_edit_lora.lora_core.training.estimate.estimate import estimate_run
 
     config, opened = make_run(tmp_path, base, None, monkeypatch)
-    kept = measure_kept_bytes(opened.model, load_repeated(opened.dataset, 1, 1, 0))
-    blocks = NUM_BLOCKS * kept["selective"] + PASSING_BLOCKS * kept[False]
+    kept = measure_saved_bytes(opened.model, load_repeated(opened.dataset, 1, 1, 0))
+    blocks = NUM_BLOCKS * kept["selective"] + TRANSIENT_BLOCKS * kept[False]
     needed = blocks + 16 * opened.injection.plan.num_parameters
     size = sum(p.numel() * p.itemsize for p in opened.model.blocks[0].parameters())
     size -= sum(p.numel() * 4 for p in opened.injection.parameters()) // NUM_BLOCKS

@@ -11,7 +11,7 @@ from fake_cuda.bases import KINDS as FILES
 from fake_cuda.bases import write_base as write_stored
 from qwen_edit_lora.lora_core.training.data.batches import load_repeated
 from qwen_edit_lora.lora_core.training.machine.memory import MemoryMeter
-from qwen_edit_lora.lora_core.training.model.gradient_checkpointing import measure_kept_bytes
+from qwen_edit_lora.lora_core.training.model.gradient_checkpointing import measure_saved_bytes
 from qwen_edit_lora.lora_core.training.model.quantization import AS_STORED, STORAGES
 from qwen_edit_lora.lora_core.training.run.session import open_session
 from qwen_edit_lora.lora_core.training.run.trainer import train
@@ -112,7 +112,7 @@ def test_a_step_for_which_memory_runs_out_is_taken_again_with_less_kept(
     session = open_session(config)
     model, said = session.model, []
     assert model.gradient_checkpointing is False
-    kept = measure_kept_bytes(model, load_repeated(session.dataset, 0, 1, 0).to(device))[False]
+    kept = measure_saved_bytes(model, load_repeated(session.dataset, 0, 1, 0).to(device))[False]
     with short_of_memory(model, device, num_blocks // 2 * kept):
         losses = [
             report.loss

@@ -10,7 +10,7 @@ from fake_cuda.bases import write_base
 from fake_cuda.card import CUDA, LAZY, FakeCard
 from qwen_edit_lora.lora_core import extract_adapter
 from qwen_edit_lora.lora_core.injection.inject import LoraSettings, inject
-from qwen_edit_lora.lora_core.jobs.picture_writer import PictureWriter
+from qwen_edit_lora.lora_core.jobs.picture_writer import ImageWriter
 from qwen_edit_lora.lora_core.training.data.dataset import read_dataset
 from qwen_edit_lora.lora_core.training.estimate import probe
 from qwen_edit_lora.lora_core.training.estimate.estimate import estimate_run
@@ -194,7 +194,7 @@ def test_gradients_are_measured_clipped_and_averaged_on_a_card():
 
 def test_an_estimate_is_measured_on_a_card(configure, monkeypatch):
     monkeypatch.setattr(MemoryMeter, "find_free", lambda self: 2**34)
-    monkeypatch.setattr(probe, "MOST_STEPS", 1)
+    monkeypatch.setattr(probe, "MAX_STEPS", 1)
     monkeypatch.setattr(probe, "CPU_PEAKS", 1)
     config = configure()
     with FakeCard(LAZY, ANSWER):
@@ -205,7 +205,7 @@ def test_an_estimate_is_measured_on_a_card(configure, monkeypatch):
 def test_a_picture_is_decoded_on_a_card_and_written(vae, tmp_path):
     said = []
     with FakeCard(LAZY):
-        writer = PictureWriter(str(vae), None, LAZY, said.append)
+        writer = ImageWriter(str(vae), None, LAZY, said.append)
         with writer.ready():
             writer.write(torch.randn(1, 16, 4, 6, device=LAZY), tmp_path / "picture")
     assert [path.name for path in tmp_path.glob("picture*")] == ["picture.png"]

@@ -87,7 +87,7 @@ def test_a_tile_of_the_true_vae_takes_no_more_than_is_counted_for_it():
             latents = torch.zeros(1, 16, 128, 128, device="cuda:0")
             with LiveBytes() as counter:
                 decode(latents, in_tiles)
-            peaks[in_tiles] = weights + counter.most
+            peaks[in_tiles] = weights + counter.peak
     assert 0.7 * DECODING_BYTES < peaks[True] < DECODING_BYTES
     assert peaks[False] > 3 * peaks[True]
 
