@@ -1,4 +1,4 @@
-"""ComfyUI's folders: what is in them, and where things go."""
+"""ComfyUI's folders: what is in them, and where output goes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def list_loras() -> list[str]:
 
 
 def find_lora(lora_name: str | None) -> Path:
-    """Full path of a file below one of the loras folders.
+    """Full path of a file in one of the loras folders.
 
     Raises:
         FileError: no such file, or a name that points outside these folders.
@@ -32,7 +32,7 @@ def find_lora(lora_name: str | None) -> Path:
         )
     try:
         path = folder_paths.get_full_path("loras", name)
-        if path is None and "\\" in name:  # a graph that was made on Windows
+        if path is None and "\\" in name:  # a graph made on Windows
             path = folder_paths.get_full_path("loras", name.replace("\\", "/"))
     except OSError as e:
         raise FileError(f"{shorten(name)} cannot be opened: {e.strerror}.") from None
