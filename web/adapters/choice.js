@@ -1,4 +1,4 @@
-// Which entries are shown, and in what order. Pure functions of the entries.
+// Selects and sorts the entries to show. Pure functions of the entries.
 
 export const VARIANTS = ["original", "2509", "2511", "text-to-image", "unknown"];
 export const HEALTHS = ["healthy", "warning", "broken", "unknown", "pending"];
@@ -58,10 +58,10 @@ const COMPARE = {
   health: (a, b) => GRAVITY.indexOf(getHealth(a)) - GRAVITY.indexOf(getHealth(b)),
 };
 
-// Made once: localeCompare with options makes one for each pair.
+// Created once: localeCompare with options would create one for each comparison.
 const collator = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" });
 
-/** Newest, largest and worst first; names break ties. */
+/** Newest, largest or worst first; names break ties. */
 export function sortEntries(entries, sort, isReversed) {
   const compare = (a, b) => COMPARE[sort](a, b) || collator.compare(a.name, b.name);
   const sorted = [...entries].sort(compare);

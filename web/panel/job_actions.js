@@ -1,4 +1,4 @@
-// What can be done with a training; the server decides, and its sentence is shown where it refuses.
+// The actions on a training; the server decides, and its message is shown if it refuses.
 
 import { askToCancel, askToClone, askToDelete } from "./dialogs.js";
 import { build, setHidden } from "../elements.js";
@@ -17,7 +17,7 @@ const CAN = {
 };
 
 export class JobActions {
-  // leave(): after the job is deleted; open(id): another one; loadIntoGraph(name)
+  // leave(): called after the job is deleted; open(id): shows another one; loadIntoGraph(name)
   constructor({ jobs, t, fail, open, leave, loadIntoGraph }) {
     Object.assign(this, { jobs, t, fail, open, leave, loadIntoGraph });
     this.buttons = {};
@@ -85,7 +85,7 @@ export class JobActions {
     this.open(made.id);
   }
 
-  // The newest LoRA; one that is not in the loras folder yet is put there first.
+  // The newest LoRA; copied to the loras folder first if it is not there yet.
   async load(job) {
     let names = job.published ?? [];
     if (!names.length) names = (await this.jobs.act(job.id, "publish")).published;
