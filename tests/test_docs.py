@@ -141,7 +141,7 @@ def find_nodes() -> dict[str, list[Socket]]:
 NODES = find_nodes()
 
 
-def test_the_walk_over_the_nodes_finds_what_is_there():
+def test_the_walk_over_the_nodes_finds_all_nodes():
     assert {s.id for s in NODES["QwenEditLoraApply"] if s.direction == "Input"} == {
         *("model", "adapter", "strength", "mode", "image_strength", "text_strength", "blocks")
     }
@@ -201,7 +201,7 @@ def list_quotes(page: str) -> list[str]:
     return [piece for piece in pieces if len(piece) > 3]
 
 
-def test_messages_are_found_in_the_column_where_they_stand():
+def test_messages_are_found_in_their_column():
     plain = '| You see | Do |\n|---|---|\n| "once ... and two" | "no" |\n'
     looked_at = '| Look at | If | Do |\n|---|---|---|\n| "this" | "three, " | "no" |\n'
     assert list_quotes(f"{plain}\n{looked_at}\n{plain}") == [
@@ -233,7 +233,7 @@ def test_the_messages_a_page_quotes_exist(page):
 # --- README and docs ------------------------------------------------------------------------------
 
 
-def test_the_readme_is_read_in_a_minute_and_links_every_page():
+def test_the_readme_is_short_and_links_every_page():
     assert len(README.splitlines()) <= MAX_README_LINES
     first_screen = README.splitlines()[:12]
     assert any(line.startswith("![") for line in first_screen)
@@ -296,7 +296,7 @@ def list_anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_and_file_names_lead_somewhere(page):
+def test_links_and_file_names_resolve(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     lost = []
     for link in re.findall(r"\]\(([^)]+)\)", text):
@@ -345,7 +345,7 @@ WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_a_workflow_has_a_picture_and_only_known_nodes(name):
+def test_a_workflow_has_an_image_and_only_known_nodes(name):
     workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     assert {node["type"] for node in workflow["nodes"]} - CORE_NODES - set(NODES) == set()
     picture = ROOT / "workflows" / f"{name}.jpg"
@@ -362,7 +362,7 @@ def test_the_first_note_of_a_workflow_explains_it_in_three_sentences(name):
     assert len(re.findall(r"[.?!](?=\s|$)", plain)) == 3
 
 
-def test_every_workflow_is_in_the_changelog_and_every_picture_has_one():
+def test_every_workflow_is_in_the_changelog_and_every_image_has_one():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert [name for name in WORKFLOWS if f"`{name}`" not in changelog] == []
     assert sorted(path.stem for path in (ROOT / "workflows").glob("*.jpg")) == WORKFLOWS

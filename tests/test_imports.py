@@ -149,7 +149,7 @@ def find_violations(source: str, file: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", SOURCES)
-def test_a_file_imports_only_what_its_place_allows(file):
+def test_a_file_imports_only_what_its_package_allows(file):
     assert find_violations((ROOT / file).read_text(encoding="utf-8"), file) == []
 
 
@@ -229,7 +229,7 @@ def test_the_table_holds_every_package_once_and_no_cycle():
     TopologicalSorter(PACKAGES).prepare()  # CycleError where one comes back to itself
 
 
-def test_only_the_ground_floor_lies_beside_the_packages_of_the_core():
+def test_only_the_ground_floor_is_outside_the_packages_of_the_core():
     beside = {Path(file).stem for file in SOURCES if Path(file).parent.as_posix() == "lora_core"}
     assert beside == {*GROUND, "__init__", "__main__"}
 
@@ -241,7 +241,7 @@ def test_every_package_is_on_the_map():
 
 
 @pytest.mark.parametrize(("file", "source"), FORBIDDEN)
-def test_the_walk_sees_every_forbidden_form(file, source):
+def test_the_walk_detects_every_forbidden_form(file, source):
     assert len(find_violations(source, file)) == 1
 
 
@@ -325,12 +325,12 @@ PROMISED = {
 }
 
 
-def test_every_name_that_was_promised_to_scripts_is_public():
+def test_every_name_promised_to_scripts_is_public():
     core = importlib.import_module(f"{PACKAGE}.lora_core")
     assert PROMISED <= set(core.__all__)
 
 
-def test_the_training_set_of_scripts_is_public():
+def test_the_training_set_api_for_scripts_is_public():
     training = importlib.import_module(f"{PACKAGE}.lora_core.training")
     assert training.__all__ == ["CachedItem", "DatasetWriter", "read_dataset"]
 

@@ -88,7 +88,7 @@ def list_fixed_parts(text: str) -> list[str]:
     return sorted([*quoted, *names, *re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", rest)])
 
 
-def test_what_a_translation_keeps_is_found():
+def test_the_fixed_parts_of_a_text_are_found():
     text = "A list '0, 0.5', a/ folder, x_start.png or 64 (.ckpt) to_q, 1e-6."
     expected = [".ckpt", "0, 0.5", "1e-6", "64", "a/", "to_q", "x_start.png"]
     assert list_fixed_parts(text) == expected
@@ -136,7 +136,7 @@ def test_a_translation_keeps_numbers_examples_and_identifiers(nodes, language):
 
 
 @pytest.mark.parametrize("language", TRANSLATIONS)
-def test_a_translation_holds_nothing_that_the_page_would_compile(language):
+def test_a_translation_contains_nothing_the_page_would_compile(language):
     texts = flatten(read(LOCALES / language / "nodeDefs.json"))
     assert all(text == text.strip() != "" for text in texts.values())
     compiled = [text for place, text in texts.items() if not place.endswith(".tooltip")]
@@ -144,7 +144,7 @@ def test_a_translation_holds_nothing_that_the_page_would_compile(language):
 
 
 @pytest.mark.comfy
-def test_the_menu_translated_is_the_menu_there_is(nodes):
+def test_the_translated_menu_matches_the_menu(nodes):
     categories = {node["category"] for node in nodes.values()}
     assert set(read(LOCALES / "en" / "main.json")["nodeCategories"]) == categories
 

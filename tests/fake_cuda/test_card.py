@@ -36,7 +36,7 @@ def test_operands_on_two_devices_are_refused(device):
             x @ y
 
 
-def test_a_backward_pass_runs_and_refuses_them_too():
+def test_a_backward_pass_runs_and_refuses_mixed_devices_too():
     with FakeCard(LAZY):
         x = torch.ones(2, 3, device=LAZY, requires_grad=True)
         Scaled.apply(x, torch.ones(3, device=LAZY)).sum().backward()
@@ -45,7 +45,7 @@ def test_a_backward_pass_runs_and_refuses_them_too():
             Scaled.apply(x, torch.ones(3)).sum().backward()
 
 
-def test_a_checkpoint_is_computed_again_on_the_card():
+def test_a_checkpoint_is_recomputed_on_the_card():
     from torch.utils.checkpoint import checkpoint
 
     counts = []
@@ -74,7 +74,7 @@ def test_a_checkpoint_is_computed_again_on_the_card():
     ],
     ids=["item", "tolist", "cpu", "to", "copy_", "bool", "float"],
 )
-def test_waiting_for_the_card_is_noted(read, device):
+def test_waiting_for_the_card_is_recorded(read, device):
     with FakeCard(device) as card:
         x = torch.ones((), device=device)
         with card.never_waiting():

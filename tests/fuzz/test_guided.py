@@ -22,7 +22,7 @@ def test_a_surface_takes_any_bytes(name, data):
     guided.check(SURFACES[name], data)
 
 
-def test_another_error_than_ours_is_a_find():
+def test_an_error_outside_our_family_is_a_finding():
     def fail(data: bytes) -> None:
         raise KeyError("x")
 

@@ -190,7 +190,7 @@ def change(values: Any, indices: list[int]) -> bool:
 
 @settings(max_examples=SHARE // 2)
 @given(file=FILES, indices=INDICES, text=TEXTS)
-def test_a_value_of_any_kind_in_any_place_is_a_job_right_or_failed(whole, file, indices, text):
+def test_a_value_of_any_type_in_any_place_is_a_correct_or_failed_job(whole, file, indices, text):
     with copied(whole) as root:
         path = root / "jobs" / BAD / file
         values = json.loads(path.read_text())
@@ -241,7 +241,7 @@ def mutate(path: Path, mutation: tuple[str, int, bytes]) -> None:
 
 @settings(max_examples=SHARE // 2)
 @given(mutations=st.lists(st.tuples(ALL_FILES, MUTATIONS), min_size=1, max_size=3))
-def test_files_of_any_bytes_or_none_are_a_job_right_or_failed(whole, mutations):
+def test_files_of_any_bytes_or_none_are_a_correct_or_failed_job(whole, mutations):
     with copied(whole) as root:
         for name, mutation in mutations:
             mutate(root / "jobs" / BAD / name, mutation)
@@ -259,7 +259,7 @@ LINES = st.one_of(
 
 @settings(max_examples=SHARE // 2)
 @given(lines=st.lists(st.one_of(LINES, st.binary(max_size=30)), max_size=6))
-def test_figures_of_any_kind_are_drawn_or_left_out(whole, lines):
+def test_metrics_of_any_type_are_drawn_or_left_out(whole, lines):
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "metrics.jsonl")
         known = (whole / "jobs" / BAD / "metrics.jsonl").read_bytes()

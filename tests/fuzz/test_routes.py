@@ -180,7 +180,7 @@ def write_query(query: dict[str, str]) -> str:
 @given(IDS, st.sampled_from(["", "/log", "/pictures/"]), TEXTS, QUERIES)
 @example("completed", "/log", "", {"offset": "9" * 15, "limit": "0"})
 @example("completed", "/pictures/", "step_00000004_item.png", {})
-def test_any_look_at_a_job_is_answered(place, job_id, part, name, query):
+def test_any_request_for_a_job_is_answered(place, job_id, part, name, query):
     place.fill()
     path = f"{JOBS}/{encode(place.ids.get(job_id, job_id))}{part}"
     if part == "/pictures/":
@@ -198,7 +198,7 @@ def is_route(name: str, path: str) -> bool:
 @example("completed", "publish", b'{"adapter": "fuzzed.safetensors"}')
 @example("paused", "clone", b'{"changes": {"optimizer.options": {"eps": 1e999}}}')
 @example("paused", "clone", b'{"changes": {"name": "\\ud800"}}')
-def test_any_wish_is_done_or_refused_in_a_sentence(place, job_id, action, body):
+def test_any_action_is_done_or_refused_with_a_message(place, job_id, action, body):
     place.fill()
     before = {job.id for job in place.store.list()}
     path = f"{JOBS}/{encode(place.ids.get(job_id, job_id))}/{action}"
@@ -214,7 +214,7 @@ def test_any_wish_is_done_or_refused_in_a_sentence(place, job_id, action, body):
 
 @settings(max_examples=SHARE // 2)
 @given(TEXTS, st.sampled_from(["GET", "POST"]), st.sampled_from(["", "/train"]), BODIES)
-def test_any_adapter_is_answered(place, adapter_id, method, part, body):
+def test_any_request_for_an_adapter_is_answered(place, adapter_id, method, part, body):
     path = f"{ADAPTERS}/{encode(adapter_id)}{part}"
     known = [entry["id"] for entry in place.routes.ask("GET", ADAPTERS).read()["adapters"]]
     for one in (path, f"{ADAPTERS}/{known[0]}{part}"):
@@ -236,7 +236,7 @@ HEADERS = st.dictionaries(
 
 @settings(max_examples=SHARE)
 @given(st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH", "X"]), IDS, HEADERS)
-def test_any_method_and_headers_are_answered_and_only_a_wish_of_ours_changes_anything(
+def test_any_method_and_headers_are_answered_and_only_our_actions_change_anything(
     place, method, job_id, headers
 ):
     place.fill()

@@ -96,7 +96,7 @@ def is_known(values: dict) -> bool:
 
 @settings(max_examples=SHARE)
 @given(trees())
-def test_any_tree_is_taken_as_it_is_or_refused_in_a_sentence(values):
+def test_any_tree_is_accepted_as_is_or_refused_with_a_message(values):
     try:
         config = config_from_dict(values)
     except LoraError as e:
@@ -176,7 +176,7 @@ rank = 8
     ),
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "gbk", "utf-32"]),
 )
-def test_a_changed_file_is_settings_or_a_sentence(changes, encoding):
+def test_a_changed_file_is_settings_or_an_error(changes, encoding):
     data = TOML.encode(encoding)
     for place, piece in changes:
         data = data[:place] + piece + data[place:]
@@ -189,7 +189,7 @@ def test_a_changed_file_is_settings_or_a_sentence(changes, encoding):
 
 @settings(max_examples=SHARE // 2)
 @given(st.binary(max_size=80) | VALUES.map(lambda value: json.dumps(value).encode()))
-def test_noise_in_the_place_of_settings_is_a_sentence(content):
+def test_noise_in_place_of_settings_is_an_error(content):
     for name in ("a.toml", "a.json", "a"):
         assert read(content, name) is None
 

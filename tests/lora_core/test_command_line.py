@@ -265,7 +265,7 @@ def test_a_ggufs_storage_is_called_what_it_is(run, folder):
 
 
 @pytest.mark.parametrize("name", ["none.safetensors", "a\0b", "x" * 300, "."])
-def test_a_base_that_is_none_is_not_called_a_lora(name, folder, capsys):
+def test_an_invalid_base_is_not_called_a_lora(name, folder, capsys):
     for argv in (
         ["inspect", "a.safetensors", "--base", name],
         ["extract", name, name, "out.safetensors", "--rank", "4"],
@@ -298,7 +298,7 @@ def test_a_folder_without_an_adapter_says_what_was_looked_for(folder, capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_base_with_nan_leaves_valid_json_and_says_so(value, run, folder):
+def test_a_base_with_nan_gives_valid_json_and_is_reported(value, run, folder):
     base = write_models(folder)["base"]
     base[f"{PATHS[0]}.weight"][3, 3] = value
     save_file(base, folder / "base.safetensors")

@@ -63,7 +63,7 @@ def read_findings(entry: dict[str, Any], name: str) -> tuple[dict[str, dict], li
     return {one["kind"]: one for one in findings}, lines, shown["qwen_edit_lora_warning"][0]
 
 
-def test_load_tells_keys_left_out_and_an_alpha_that_is_a_guess(server):
+def test_load_reports_skipped_keys_and_a_guessed_alpha(server):
     graph = {"load": LOAD, "watch": watch("load", 2)}
     found, lines, is_amber = read_findings(server.run_prompt(graph), "load")
     assert (found["unmatched_keys"]["severity"], found["unmatched_keys"]["count"]) == ("warning", 1)
@@ -72,7 +72,7 @@ def test_load_tells_keys_left_out_and_an_alpha_that_is_a_guess(server):
     assert is_amber
 
 
-def test_apply_tells_modules_that_the_model_has_not(server):
+def test_apply_reports_modules_missing_from_the_model(server):
     apply = node(
         "QwenEditLoraApply", model=["unet", 0], adapter=["load", 0], strength=1.0, mode="auto"
     )
@@ -83,7 +83,7 @@ def test_apply_tells_modules_that_the_model_has_not(server):
     assert is_amber
 
 
-def test_a_stack_tells_what_reading_its_files_found_too(server):
+def test_a_stack_reports_findings_from_reading_its_files_too(server):
     files = {"files": "1 file", "files.lora_1": LORA, "files.strength_1": 1.0}
     stack = node("QwenEditLoraStack", model=["unet", 0], mode="merge", strengths="1", **files)
     graph = {"unet": UNET, "stack": stack, "watch": watch("stack", 1)}
@@ -94,7 +94,7 @@ def test_a_stack_tells_what_reading_its_files_found_too(server):
     assert is_amber
 
 
-def test_a_sweep_tells_what_reading_and_applying_its_files_found(server):
+def test_a_sweep_reports_findings_from_reading_and_applying_its_files(server):
     settings = {"seed": 0, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "denoise": 1.0}
     sweep = node(
         "QwenEditLoraSweep",
@@ -110,7 +110,7 @@ def test_a_sweep_tells_what_reading_and_applying_its_files_found(server):
     assert is_amber
 
 
-def test_inspect_tells_the_same_on_the_node_and_in_its_json(server):
+def test_inspect_reports_the_same_on_the_node_and_in_its_json(server):
     inspect = node(
         "QwenEditLoraInspect", adapter=["load", 0], base_model=UNET["inputs"]["unet_name"]
     )
@@ -124,7 +124,7 @@ def test_inspect_tells_the_same_on_the_node_and_in_its_json(server):
     assert is_amber
 
 
-def test_saving_tells_what_the_native_loader_will_make_of_the_file(server):
+def test_saving_reports_how_the_native_loader_will_read_the_file(server):
     save = node(
         "QwenEditLoraSave", adapter=["load", 0], key_format="peft", filename_prefix="x/peft"
     )

@@ -121,7 +121,7 @@ def test_the_reports_say_what_was_matched_and_how_it_was_applied(run):
     assert "side path: 24 modules, no weight is touched (auto" in reports["apply"]
 
 
-def test_the_picture_equals_the_native_loaders(run):
+def test_the_image_equals_the_native_loaders(run):
     ours = read_pixels(run(apply_graph(strength=0.7))[0])
     native = read_pixels(run(native_graph(0.7))[0])
     base = read_pixels(run(build_graph(["unet", 0]))[0])
@@ -162,7 +162,7 @@ def test_files_and_adapters_of_a_stack_add_up(run, loras):
     assert reports["stack"].count("side path: 24 modules") == 2
 
 
-def test_a_script_needs_no_more_than_the_fixed_inputs(run, server):
+def test_a_script_needs_only_the_fixed_inputs(run, server):
     apply = node("QwenEditLoraApply", model=["unet", 0], adapter=["load", 0], strength=0.7)
     load = node("QwenEditLoraLoad", lora_name=LORA)
     short, _ = run(build_graph(["apply", 0], load=load, apply=apply))
@@ -174,7 +174,7 @@ def test_a_script_needs_no_more_than_the_fixed_inputs(run, server):
     assert "Wrote loras/edit_lora_" in entry["outputs"]["save"]["qwen_edit_lora_report"][0]
 
 
-def test_an_empty_stack_says_so(run):
+def test_an_empty_stack_is_reported(run):
     stack = node(
         "QwenEditLoraStack",
         **{"model": ["unet", 0], "mode": "auto", "files": "0 files", "strengths": "1"},
@@ -184,7 +184,7 @@ def test_an_empty_stack_says_so(run):
 
 
 @pytest.mark.parametrize("key_format", ["comfyui", "kohya"])
-def test_what_save_writes_gives_the_same_picture_in_the_native_loader(
+def test_a_saved_file_gives_the_same_image_in_the_native_loader(
     key_format, server, run, loras, base_directory
 ):
     save = node(
@@ -290,7 +290,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_a_red_node_with_one_sentence(name, server, run, loras):
+def test_a_bad_file_fails_its_node_with_one_sentence(name, server, run, loras):
     write, sentence = BAD_FILES[name]
     write(loras / "bad.safetensors")
     before = run(build_graph(["unet", 0]))[0]

@@ -101,12 +101,12 @@ def measure_error(latents: list[torch.Tensor], others: list[torch.Tensor]) -> fl
     return torch.stack(errors).mean().item()
 
 
-def test_the_base_gives_the_photograph_back(base, edit_all, held_out):
+def test_the_base_reproduces_the_photograph(base, edit_all, held_out):
     pictures = edit_all(base).pictures
     assert (pictures - held_out.pictures).square().mean().item() < 4 * 10**-2.4  # 24 dB
 
 
-def test_training_halves_the_error_on_photographs_it_never_saw(
+def test_training_halves_the_error_on_unseen_photographs(
     trained, base, edit_all, held_out, apply_native
 ):
     before, after = edit_all(base), edit_all(apply_native(base, trained.path, 1.0))
@@ -128,7 +128,7 @@ def test_the_effect_grows_evenly_with_the_strength(trained, base, edit_all, held
     assert errors == sorted(errors, reverse=True)
 
 
-def test_the_stock_loader_and_our_node_give_the_same_picture(
+def test_the_stock_loader_and_our_node_give_the_same_image(
     trained, base, edit_all, apply_native, apply_ours
 ):
     stock = edit_all(apply_native(base, trained.path, 0.8))

@@ -40,7 +40,7 @@ def odd_lora(demo_models: Any) -> Any:
     path.unlink()
 
 
-def test_what_load_left_out_is_a_colored_line_with_its_kind_and_number(workspace, odd_lora):
+def test_keys_skipped_by_load_are_a_colored_line_with_kind_and_count(workspace, odd_lora):
     page = workspace.page
     page.reload()
     page.wait_for_function("window.app?.graph && window.app?.extensionManager")

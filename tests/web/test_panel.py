@@ -254,7 +254,7 @@ def read_toasts(page: Any) -> str:
     return " ".join(page.locator(".p-toast-message").all_inner_texts())
 
 
-def test_a_failure_is_told_at_once_and_what_ended_meanwhile_at_the_next_visit(workspace, host):
+def test_a_failure_is_announced_at_once_and_ended_trainings_at_the_next_visit(workspace, host):
     page = workspace.page
     broken = host.material / "broken.safetensors"
     broken.write_bytes(b"no safetensors at all")

@@ -102,7 +102,7 @@ def test_long_lists_are_shortened(num, text):
     assert shorten_list(list("abc")[:num], 2) == text
 
 
-def test_a_dropped_key_tells_its_reason_and_its_nearest_module():
+def test_a_dropped_key_is_reported_with_its_reason_and_nearest_module():
     dropped = DroppedKey("img_on.alpha", "names no module", "img_in")
     assert str(dropped) == "img_on.alpha: names no module (nearest known module: img_in)"
 

@@ -109,7 +109,7 @@ def test_no_mapping_stays_open_after_release(make_state_dict, write_file):
     assert "mapped.safetensors" not in Path("/proc/self/maps").read_text()
 
 
-def test_a_file_deleted_after_opening_is_a_sentence(make_state_dict, write_file):
+def test_a_file_deleted_after_opening_is_a_clear_error(make_state_dict, write_file):
     path = write_file(make_state_dict())
     adapter = read_adapter(path)
     path.unlink()

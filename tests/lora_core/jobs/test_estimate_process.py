@@ -27,7 +27,7 @@ def test_the_estimate_of_another_process_is_of_this_run(tmp_path):
     assert found.fits
 
 
-def test_what_is_wrong_with_the_run_is_said_in_its_own_sentence(tmp_path):
+def test_what_is_wrong_with_the_run_is_reported_in_its_own_words(tmp_path):
     config = make_train(make_material(tmp_path), **{"model.source": str(tmp_path / "gone.gguf")})
     with pytest.raises(ConfigError, match=r"^gone.gguf is not there; expected a diffusion model"):
         estimate_in_process(config, DEVICE)
@@ -58,5 +58,5 @@ def test_a_stopped_estimate_leaves_no_process(tmp_path):
         ("", "the estimate ended with exit code 9: it said nothing"),
     ],
 )
-def test_the_last_words_become_a_sentence(errors, sentence):
+def test_the_last_output_becomes_the_error_message(errors, sentence):
     assert explain(errors, 9).startswith(sentence)

@@ -34,7 +34,7 @@ def torment(tmp_path_factory: pytest.TempPathFactory):
     return folder, json.loads(result.stdout)
 
 
-def test_every_job_is_found_again_and_completed(torment):
+def test_every_killed_job_is_found_again_and_completed(torment):
     _, outcome = torment
     assert outcome["killed"] == {"worker": 7, "server": 7, "both": 7}
     assert set(outcome["statuses"]) == {"completed"}, outcome["states"]
@@ -44,7 +44,7 @@ def test_every_job_is_found_again_and_completed(torment):
     assert outcome["phases"].get("training", 0) > 0
 
 
-def test_killed_jobs_end_with_the_weights_of_one_that_ran_through_to_the_bit(torment):
+def test_killed_jobs_end_with_weights_bit_identical_to_an_uninterrupted_run(torment):
     folder, outcome = torment
     store = JobStore(folder / "root")
     whole, *killed = outcome["jobs"]
@@ -61,7 +61,7 @@ def test_killed_jobs_end_with_the_weights_of_one_that_ran_through_to_the_bit(tor
     store.index.close()
 
 
-def test_samples_are_made_once_and_alike_in_spite_of_the_kills(torment):
+def test_samples_are_made_once_and_identical_despite_the_kills(torment):
     folder, outcome = torment
     store = JobStore(folder / "root")
     whole, *killed = outcome["jobs"]
@@ -75,7 +75,7 @@ def test_samples_are_made_once_and_alike_in_spite_of_the_kills(torment):
     store.index.close()
 
 
-def test_each_adapter_is_published_once_under_a_free_name_and_whole(torment):
+def test_each_adapter_is_published_once_completely_and_under_a_free_name(torment):
     folder, outcome = torment
     loras = folder / "loras"
     assert (loras / "tiny.safetensors").read_bytes() == b"of somebody else"
@@ -88,7 +88,7 @@ def test_each_adapter_is_published_once_under_a_free_name_and_whole(torment):
             assert len(read_weights(loras / name)) > 0
 
 
-def test_never_two_workers_at_once_and_none_left_over(torment):
+def test_two_workers_never_run_at_once_and_none_is_left_over(torment):
     folder, outcome = torment
     assert outcome["most_at_once"] <= 1
     assert outcome["running"] == 0

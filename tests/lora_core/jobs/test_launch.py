@@ -67,7 +67,7 @@ def test_no_process_opens_a_window_or_sees_the_users_own_packages(
     assert popen["command"][1] == "-s"
 
 
-def test_a_worker_and_an_estimate_are_told_whose_gpu_it_is_too(popen, material, tmp_path):
+def test_a_worker_and_an_estimate_know_that_the_gpu_is_shared(popen, material, tmp_path):
     assert "--shared" in launch.build_command(tmp_path, ID, [SHARED_GPU])
     assert "--shared" not in launch.build_command(tmp_path, ID, [GPU])
     for device, is_told in ((SHARED_GPU, True), (GPU, False)):
@@ -77,7 +77,7 @@ def test_a_worker_and_an_estimate_are_told_whose_gpu_it_is_too(popen, material, 
         assert ("--samples" in popen["command"]) == is_told
 
 
-def test_several_gpus_without_nccl_are_refused_in_a_sentence_wherever_they_come_from(
+def test_several_gpus_without_nccl_are_refused_with_a_message_from_any_source(
     store, material, tmp_path, monkeypatch
 ):
     assert "torch.distributed.run" in launch.build_command(tmp_path, ID, TWO_GPUS)
@@ -106,7 +106,7 @@ def test_several_gpus_without_nccl_are_refused_in_a_sentence_wherever_they_come_
         (False, {"NCCL_IB_DISABLE": "0"}, {"NCCL_P2P_DISABLE": "1"}),
     ],
 )
-def test_cards_that_accelerate_says_cannot_reach_each_other_get_its_settings(
+def test_cards_that_accelerate_finds_unconnected_get_its_settings(
     is_supported, inherited, expected, monkeypatch
 ):
     utils = pytest.importorskip("accelerate.utils")
@@ -133,7 +133,7 @@ def test_a_team_of_gpus_has_the_settings_before_accelerate_looks_for_them(monkey
 
 
 @pytest.mark.skipif(not nccl.SHARED_MEMORY.is_dir(), reason="there is no /dev/shm")
-def test_shared_memory_is_asked_for_where_there_is_little(monkeypatch):
+def test_shared_memory_is_requested_where_there_is_little(monkeypatch):
     status = SimpleNamespace(f_bavail=1 << 14, f_frsize=1 << 12)  # Docker's 64 MB
     monkeypatch.setattr(nccl.os, "statvfs", lambda path: status)
     assert nccl.explain_shared_memory(2, {}).startswith("only 64 MB of shared memory are free")

@@ -19,7 +19,7 @@ def look_in(folder: Path):
     return lambda name: [path for path in folder.rglob("*") if path.name == name]
 
 
-def test_a_lora_trained_again_from_its_metadata_is_the_same_to_the_bit(store, material):
+def test_a_lora_retrained_from_its_metadata_is_bit_identical(store, material):
     train = make_train(
         material,
         **{"data.caption_dropout": 0.0, "optimizer.warmup_steps": 2, "objective.shift": 3.0},
@@ -110,6 +110,6 @@ def test_metadata_from_elsewhere_never_becomes_a_path(evil, place, tmp_path):
         (describe(steps="many"), "are of another version: steps is 'many'"),
     ],
 )
-def test_metadata_that_says_too_little_is_a_sentence(metadata, sentence, here):
+def test_incomplete_metadata_is_a_clear_error(metadata, sentence, here):
     with pytest.raises(ConfigError, match=sentence):
         build_again(metadata, here(), here(), here())

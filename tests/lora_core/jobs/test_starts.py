@@ -46,7 +46,7 @@ def start_those_that_end(store, code: int, devices: list[Device], count: int = 6
 
 
 @pytest.mark.parametrize("shadowed", ["dataclasses", "runpy"])
-def test_no_file_of_a_jobs_folder_is_run(shadowed, store, material, monkeypatch, tmp_path):
+def test_no_file_of_a_jobs_folder_is_executed(shadowed, store, material, monkeypatch, tmp_path):
     folder = store.open_folder(store.submit(make_train(material)))
     marker = tmp_path / "was_run"
     (folder.path / f"{shadowed}.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
@@ -68,7 +68,7 @@ def test_a_worker_and_a_launcher_work_outside_of_the_jobs_folder(store, material
 
 
 @pytest.mark.parametrize("devices", [[CPU], TWO], ids=["one process", "a launcher"])
-def test_a_worker_that_ends_well_and_did_nothing_is_a_failed_start(devices, store, material):
+def test_a_worker_that_exits_successfully_without_work_is_a_failed_start(devices, store, material):
     job_id = store.submit(make_train(material), num_devices=len(devices))
     assert start_those_that_end(store, 0, devices) == [job_id]
     state = store.get(job_id).state
@@ -79,13 +79,13 @@ def test_a_worker_that_ends_well_and_did_nothing_is_a_failed_start(devices, stor
 
 
 @pytest.mark.parametrize("code", [EXIT_NOTHING_TO_DO, EXIT_TAKEN])
-def test_a_worker_that_found_the_job_or_device_taken_is_none(code, store, material):
+def test_a_worker_that_found_the_job_or_device_taken_is_not_a_failed_start(code, store, material):
     job_id = store.submit(make_train(material))
     assert len(start_those_that_end(store, code, [CPU], 3)) > 1
     assert store.get(job_id).status is JobStatus.PENDING
 
 
-def test_a_start_that_failed_is_not_repeated_while_nobody_can_write_that_down(
+def test_a_failed_start_is_not_repeated_while_it_cannot_be_recorded(
     store, material, monkeypatch, caplog
 ):
     failed, other = (store.submit(make_train(material)) for _ in range(2))

@@ -50,7 +50,7 @@ def test_a_written_result_reads_back_with_equal_deltas_and_says_what_was_done(tm
     assert history[1]["retained"] == pytest.approx(resized.total_retained)
 
 
-def test_the_report_of_a_result_speaks_of_the_result():
+def test_the_report_of_a_result_describes_the_result():
     weights = make_lora(8, 2.0, torch.bfloat16)
     metadata = {"sshs_model_hash": "of the old file", "lora_adapter_metadata": "{}"}
     adapter = make_adapter({TO_Q: weights, TO_K: make_loha(2)}, "old", metadata=metadata)
@@ -77,7 +77,7 @@ def test_plain_loras_are_resized_and_merged_without_a_tensor_of_the_modules_size
         assert ROWS * 3 <= seen.largest < ROWS * COLUMNS / 2
 
 
-def test_progress_is_told_and_a_stop_is_heard():
+def test_progress_is_reported_and_a_stop_is_obeyed():
     adapter = make_adapter({TO_Q: make_lora(), TO_K: make_lora()})
     base = {f"{path}.weight": torch.zeros(ROWS, COLUMNS) for path in adapter}
     tuned = {key: torch.randn(ROWS, COLUMNS) for key in base}

@@ -33,7 +33,7 @@ def parse(text: str) -> dict:
     return tomllib.loads(text)
 
 
-def test_the_example_is_a_configuration_that_leaves_every_default():
+def test_the_example_is_a_configuration_of_defaults():
     values = parse(EXAMPLE.read_text(encoding="utf-8"))
     config = config_to_dict(config_from_dict(values))
     smallest = {key: values[key] for key in ("name", "output", "model", "data")}
@@ -60,7 +60,7 @@ def test_the_training_set_of_the_manual_can_be_written_and_read(tmp_path, monkey
     assert written.items[0].bucket == ((128, 128), (128, 128))
 
 
-def test_the_manual_names_only_commands_there_are():
+def test_the_manual_names_only_existing_commands():
     from qwen_edit_lora.lora_core.__main__ import build_parser
 
     parser = build_parser()

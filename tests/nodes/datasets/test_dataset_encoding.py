@@ -162,7 +162,7 @@ def test_a_target_is_stretched_to_its_size_without_going_out_of_range(size, enco
     assert resized.mean() == pytest.approx(image.mean().item(), abs=0.01)
 
 
-def test_models_are_told_apart_by_weights_dtypes_and_patches(
+def test_models_are_distinguished_by_weights_dtypes_and_patches(
     comfyui, models, encoding, demo_models
 ):
     def identify(vae: Any) -> str:
@@ -199,7 +199,7 @@ def test_models_are_told_apart_by_weights_dtypes_and_patches(
     assert encoding.compute_identity(clip.patcher) == base
 
 
-def test_another_clip_or_vae_is_refused_in_a_sentence(comfyui, models, encoding):
+def test_another_clip_or_vae_is_refused_with_a_message(comfyui, models, encoding):
     from comfy.sd1_clip import SD1Tokenizer
 
     clip = models.clip.clone()

@@ -184,7 +184,7 @@ def test_everything_that_matters_is_part_of_the_key(server, roots):
     assert "pairs encoded: 1," in run(server, build_graph(folder=folder))
 
 
-def test_pictures_of_the_graph_make_a_set(server, roots):
+def test_images_of_the_graph_make_a_set(server, roots):
     for name, index in (("a", 0), ("b", 1)):
         write_picture(load_photograph(index), roots["input"] / f"{name}.png")
     graph = build_graph(captions="first\nsecond", targets=["inverted", 0], reference_1=["batch", 0])
@@ -203,7 +203,7 @@ def test_pictures_of_the_graph_make_a_set(server, roots):
     assert "both a folder (input/test_pairs) and targets are given" in fail(server, graph)
 
 
-def test_bad_input_is_a_sentence_before_anything_is_encoded(server, roots, tmp_path):
+def test_bad_input_is_a_clear_error_before_anything_is_encoded(server, roots, tmp_path):
     folder = roots["datasets"]
     graph = build_graph(folder="datasets/test_pairs")
     assert "the folder 'datasets/test_pairs' does not exist" in fail(server, graph)
@@ -247,7 +247,7 @@ def test_folders_outside_the_roots_are_refused(server, roots, tmp_path):
     assert list_items(roots) == {}
 
 
-def test_odd_names_and_numbers_are_short_sentences_and_tell_no_absolute_folder(server, roots):
+def test_odd_names_and_numbers_are_short_errors_without_an_absolute_path(server, roots):
     write_pairs(roots["input"], 1)
     for name in ("a" * 300, "input/" + "é" * 5000, "input/test_pairs/" + "x" * 256, "\ud800"):
         message = fail(server, build_graph(folder=name))
@@ -261,7 +261,7 @@ def test_odd_names_and_numbers_are_short_sentences_and_tell_no_absolute_folder(s
     assert list_items(roots) == {}
 
 
-def test_what_is_left_out_is_told_on_the_node_and_in_its_json(server, roots):
+def test_what_is_left_out_is_reported_on_the_node_and_in_its_json(server, roots):
     folder = write_pairs(roots["input"], 2)
     write_picture(load_photograph(3), folder / "garment" / "photo_0.png")
     entry = server.run_prompt(build_graph(folder="input/test_pairs"), timeout=500)
@@ -277,7 +277,7 @@ def test_what_is_left_out_is_told_on_the_node_and_in_its_json(server, roots):
     assert "__qwen_edit_lora/datasets of the user folder" in report
 
 
-def test_pictures_of_every_kind_are_encoded(server, roots):
+def test_images_of_every_kind_are_encoded(server, roots):
     folder = write_pairs(roots["datasets"], 6, "target/🐈 {}.png", "control/🐈 {}.png", None)
     image = load_photograph(0)
     exif = Image.Exif()
@@ -303,7 +303,7 @@ def test_pictures_of_every_kind_are_encoded(server, roots):
     assert {info.references for info in dataset.items} == {dataset.items[5].references}
 
 
-def test_a_read_only_or_full_cache_is_a_sentence(server, roots):
+def test_a_read_only_or_full_cache_is_a_clear_error(server, roots):
     write_pairs(roots["input"], 1)
     roots["cache"].parent.mkdir(parents=True, exist_ok=True)
     roots["cache"].write_bytes(b"in the way")

@@ -167,7 +167,7 @@ def apply(
     return ours.application.apply_adapters(model, [(adapter, Strengths(strength, **more))], mode)
 
 
-def test_the_stand_in_computes_what_the_base_does(base, nunchaku, sample):
+def test_the_stand_in_computes_the_same_as_the_base(base, nunchaku, sample):
     assert worst(sample(nunchaku), sample(base)) < ROUNDING
 
 
@@ -224,7 +224,7 @@ def test_modules_inside_a_kernel_are_named_and_left_out(base, nunchaku, sample, 
         apply(ours, nunchaku, build_adapter(MLP))
 
 
-def test_what_needs_weights_is_refused_with_a_sentence(nunchaku, sample, ours, comfyui):
+def test_what_needs_weights_is_refused_with_a_message(nunchaku, sample, ours, comfyui):
     lora, dora = build_adapter(ATTENTION), build_adapter(ATTENTION[:1], "DoRA")
     with pytest.raises(ConfigError, match=r"nunchaku model keeps no weights that can be patched"):
         apply(ours, nunchaku, lora, mode="merge")
@@ -243,7 +243,7 @@ def test_what_needs_weights_is_refused_with_a_sentence(nunchaku, sample, ours, c
         apply(ours, compiled, lora)
 
 
-def test_cpu_offload_of_nunchaku_is_refused_with_a_sentence(nunchaku, ours):
+def test_cpu_offload_of_nunchaku_is_refused_with_a_message(nunchaku, ours):
     nunchaku.model.diffusion_model.offload = True
     with pytest.raises(ConfigError, match=r"Set cpu_offload to 'disable' in its loader"):
         apply(ours, nunchaku, build_adapter(ATTENTION))
@@ -332,7 +332,7 @@ def test_a_large_gguf_weight_is_measured_by_a_sample_of_its_rows(base, ours, mon
     assert decoded == [500]
 
 
-def test_what_cannot_be_measured_says_why(base, ours, monkeypatch):
+def test_a_weight_that_cannot_be_measured_gives_the_reason(base, ours, monkeypatch):
     linear = base.model.diffusion_model.get_submodule(PATH)
     weight = linear.weight.detach().clone()
 

@@ -111,7 +111,7 @@ def overwrite(path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoKr", "diff"])
-def test_a_merged_file_that_is_overwritten_between_two_samplings_is_told(
+def test_a_merged_file_overwritten_between_two_samplings_is_reported(
     kind, comfyui, base, sample, apply_ours, tmp_path
 ):
     path, other = tmp_path / "held.safetensors", tmp_path / "other.safetensors"
@@ -131,7 +131,7 @@ def test_a_merged_file_that_is_overwritten_between_two_samplings_is_told(
 
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["deleted", "replaced"])
-def test_a_merged_file_that_is_deleted_or_replaced_is_held_as_it_was(
+def test_a_merged_file_that_is_deleted_or_replaced_stays_readable(
     is_replaced, comfyui, base, sample, apply_ours, tmp_path
 ):
     path, other = tmp_path / "held.safetensors", tmp_path / "other.safetensors"
@@ -148,7 +148,7 @@ def test_a_merged_file_that_is_deleted_or_replaced_is_held_as_it_was(
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "diff"])
-def test_a_merged_file_gives_the_very_bits_of_the_native_loader(
+def test_a_merged_file_is_bit_identical_to_the_native_loader(
     kind, base, sample, apply_native, apply_ours, tmp_path
 ):
     path = tmp_path / "held.safetensors"

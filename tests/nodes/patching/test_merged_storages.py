@@ -118,7 +118,7 @@ def test_the_prediction_is_within_15_percent_of_a_merge_by_comfyui(storage, std,
 
 
 @pytest.mark.parametrize("storage", ["fp8", "mxfp8"])
-def test_a_delta_below_the_coins_resolution_is_lost_and_not_noise(storage, comfyui):
+def test_a_delta_below_the_resolution_of_stochastic_rounding_is_lost(storage, comfyui):
     """fp8 goes through fp16 and a chance of 8 bits: what is finer never gets a coin."""
     entries, delta = store(storage, draw(0.02, 0)), draw(3e-6, 1)
     weight = open_weight(entries)
@@ -157,7 +157,7 @@ def test_a_delta_of_zero_on_one_weight_moves_the_whole_grid_of_a_scaled_one(comf
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "convrot_w4a4"])
-def test_four_bits_are_refused_with_a_sentence(name, comfyui):
+def test_four_bits_are_refused_with_a_message(name, comfyui):
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
     from qwen_edit_lora.lora_core import FileError
 

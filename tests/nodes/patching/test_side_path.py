@@ -26,7 +26,7 @@ def test_side_path_equals_patched_weights(base, sample, make_lora, apply_native,
 
 
 @pytest.mark.parametrize("variant", ["2509_fp32", "2511_fp32"])
-def test_both_variants_of_the_reference_timestep(
+def test_a_side_path_equals_patched_weights_in_both_variants_of_the_reference_timestep(
     variant, load_base, sample, make_lora, apply_native, apply_ours
 ):
     model, path = load_base(variant), make_lora("a", seed=1, alpha=3.0)
@@ -53,7 +53,7 @@ def test_a_side_path_on_top_of_a_native_lora_adds_up(
     )
 
 
-def test_merge_mode_equals_the_native_loader_to_the_last_bit(
+def test_merge_mode_is_bit_identical_to_the_native_loader(
     base, sample, make_lora, apply_native, apply_ours
 ):
     path = make_lora("a", seed=1)
@@ -155,7 +155,9 @@ def test_an_extension_that_copies_the_options_deeply_keeps_the_lora(
     assert copied
 
 
-def test_a_lora_whose_modules_never_run_is_warned_of(base, sample, make_lora, apply_ours, caplog):
+def test_a_lora_whose_modules_never_run_raises_a_warning(
+    base, sample, make_lora, apply_ours, caplog
+):
     model = apply_ours(base, make_lora("a"), 1.0)
     diffusion_model = base.model.diffusion_model
     twin = copy.deepcopy(diffusion_model)
@@ -307,7 +309,7 @@ def test_gradients_flow_through_a_side_path(ours, base, make_lora, apply_ours):
 
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["deleted", "replaced"])
-def test_a_file_that_goes_between_load_and_sampling_is_one_sentence(
+def test_a_file_deleted_between_load_and_sampling_is_a_one_sentence_error(
     is_replaced, base, sample, make_lora, apply_ours
 ):
     path = make_lora("a", seed=1)
@@ -322,6 +324,6 @@ def test_a_file_that_goes_between_load_and_sampling_is_one_sentence(
     assert torch.equal(sample(base), before)
 
 
-def test_strengths_refuse_numbers_that_are_none():
+def test_strengths_refuse_non_finite_numbers():
     with pytest.raises(ValueError, match="strength is nan; expected a finite number"):
         Strengths(float("nan"))

@@ -195,7 +195,7 @@ def build_adapter_of_plain_loras() -> Adapter:
     )
 
 
-def test_weights_left_behind_are_found_out(fake_mode, ours, monkeypatch):
+def test_weights_left_on_the_wrong_device_are_detected(fake_mode, ours, monkeypatch):
     """That this ring would fail: the same without ComfyUI's cast."""
     bank = build_bank(build_adapter("LoRA"))
     monkeypatch.setattr(ours.host.PackedWeights, "fetch", lambda self, x: (self.weight, None))

@@ -97,7 +97,7 @@ def test_a_saved_model_holds_the_lora_also_where_apply_ran_before(
     assert "side path: 24 modules" in read_output(after)[0]
 
 
-def test_a_saver_behind_nodes_that_hand_the_model_on_is_seen(server, output, demo_models, lora):
+def test_a_saver_behind_nodes_that_pass_the_model_on_is_detected(server, output, demo_models, lora):
     more = {
         "shift": node("ModelSamplingAuraFlow", model=["apply", 0], shift=3.0),
         "again": node(
@@ -136,7 +136,7 @@ def test_merged_models_hold_the_lora(server, output, demo_models, lora, name):
     check_saved(file, compute_patched(base, lora, share * STRENGTH))
 
 
-def test_a_side_path_that_was_asked_for_is_told_to_be_missing_from_the_file(server, output):
+def test_a_requested_side_path_is_reported_as_missing_from_the_file(server, output):
     save = node("ModelSave", model=["apply", 0], filename_prefix="saved_beside/model")
     entry = server.run_prompt(build_graph(mode="side path", save=save))
     report, findings = read_output(entry)

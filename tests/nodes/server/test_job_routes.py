@@ -290,7 +290,7 @@ def test_pause_resume_cancel_and_delete(comfy):
     assert comfy.get(JOBS) == {"jobs": []}
 
 
-def test_unknown_jobs_and_bad_requests_are_one_sentence(comfy):
+def test_unknown_jobs_and_bad_requests_are_one_sentence_errors(comfy):
     expected = f"there is no job {UNKNOWN}; it may have been deleted"
     for path in (f"{JOBS}/{UNKNOWN}", f"{JOBS}/{UNKNOWN}/log"):
         assert comfy.refuse(lambda path=path: comfy.get(path)) == (404, expected)
@@ -394,7 +394,7 @@ def test_a_clone_is_a_new_job_with_the_changes_and_shows_no_paths(comfy, demo_mo
     assert len(comfy.store.list()) == 2
 
 
-def test_a_slow_answer_keeps_nobody_waiting(comfy):
+def test_a_slow_response_blocks_no_other(comfy):
     job_id = comfy.submit(steps=MANY)
     comfy.store.pause(job_id)
     lock = comfy.store.open_folder(job_id).lock
@@ -426,7 +426,7 @@ def list_queue(comfy: Host) -> tuple[list[str], list[str]]:
     )
 
 
-def test_prompts_wait_for_a_job_that_wants_it_until_it_ends_or_the_user_does_not(comfy):
+def test_prompts_wait_for_a_job_with_that_policy_until_it_ends_or_the_user_interrupts(comfy):
     job_id = comfy.submit("pause prompts", steps=MANY)
     comfy.wait_for_steps(job_id)
     first = comfy.server.queue_prompt(sampler_graph(60))
@@ -447,7 +447,7 @@ def test_prompts_wait_for_a_job_that_wants_it_until_it_ends_or_the_user_does_not
     assert comfy.store.get(job_id).status is JobStatus.IN_PROGRESS
 
 
-def test_a_killed_comfyui_finds_its_running_job_again_and_a_killed_job_too(comfy):
+def test_a_restarted_comfyui_finds_running_and_killed_jobs_again(comfy):
     job_id = comfy.submit("pause prompts", steps=MANY)
     waiting = comfy.submit(steps=3)
     comfy.wait_for_steps(job_id)

@@ -47,7 +47,7 @@ def move(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "int8"])
-def test_a_probe_on_a_gpu_brings_everything_there(storage, tmp_path, monkeypatch):
+def test_a_probe_on_a_gpu_moves_everything_there(storage, tmp_path, monkeypatch):
     config, dataset = write_run(tmp_path, storage)
     base = open_base_file(config.model.source)
     model = load_blocks(config, base, torch.device("cpu"), 2, offloaded=False)

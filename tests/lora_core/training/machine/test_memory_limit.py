@@ -33,7 +33,7 @@ def limits(monkeypatch):
         ("linux", "6.8.0-45-generic", False),
     ],
 )
-def test_only_drivers_that_overcommit_are_limited(system, release, is_limited, limits, monkeypatch):
+def test_only_overcommitting_drivers_are_limited(system, release, is_limited, limits, monkeypatch):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "release", lambda: release)
     limit_memory(torch.device("cuda"))

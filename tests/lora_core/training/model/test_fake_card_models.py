@@ -193,7 +193,7 @@ def test_a_sample_is_made_on_a_card(guidance, variant, tmp_path, find_base):
             assert sample(model, dataset, 0, num_steps=1, device=CUDA).device == CUDA
 
 
-def test_pictures_are_decoded_on_a_card(tmp_path):
+def test_images_are_decoded_on_a_card(tmp_path):
     from diffusers import AutoencoderKLQwenImage
 
     AutoencoderKLQwenImage(base_dim=8, z_dim=16).save_pretrained(tmp_path)

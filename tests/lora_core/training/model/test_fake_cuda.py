@@ -97,13 +97,13 @@ def test_a_forward_pass_stays_on_the_device_and_never_waits_for_it(settings, zer
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_base_of_codes_does_so_too(kind):
+def test_a_quantised_base_never_waits_for_the_device_either(kind):
     model = build(True, LoraSettings(rank=4), use_codes=True)
     model.enable_gradient_checkpointing(kind)
     assert run(model, (9, 4), 1).requires_grad
 
 
-def test_sampling_without_gradients_does_so_too():
+def test_sampling_without_gradients_never_waits_for_the_device_either():
     model = build(True, LoraSettings(rank=4))
     with torch.no_grad():
         assert run(model, (9, 4), 1).device == DEVICE

@@ -113,7 +113,7 @@ def test_the_order_of_operations_for_a_gpu_gives_the_same_bits():
     ("kind", "limit"),
     [("fp8", 7), ("fp8 by row", 7), ("int8", 3), ("int8 by row", 3), ("mxfp8", 7.2)],
 )
-def test_decoding_on_a_gpu_moves_few_bytes_a_weight(kind, limit):
+def test_decoding_on_a_gpu_moves_few_bytes_per_weight(kind, limit):
     mode = FakeTensorMode()
     linear = pretend(build_scaled_linear(make_weight(kind), None), mode)
     with mode, ByteCount() as moved:
@@ -163,7 +163,7 @@ def test_a_rotated_linear_computes_with_the_weight_that_it_stands_for(num_bias, 
         assert torch.equal(linear(x), out)
 
 
-def test_a_rotated_linear_tells_its_true_weight():
+def test_a_rotated_linear_returns_its_true_weight():
     weight = make_weight("rotated int8")
     linear = build_scaled_linear(weight, None)
     assert torch.equal(linear.dequantize(), weight.values)

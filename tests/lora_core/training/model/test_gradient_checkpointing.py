@@ -76,7 +76,7 @@ def test_a_gpu_that_comfyui_uses_too_is_filled_less_than_one_for_the_run_alone()
     assert choose_share("cpu", is_shared=False) == choose_share("cpu", is_shared=True) == 0.5
 
 
-def test_live_bytes_are_those_of_what_lives():
+def test_live_bytes_are_those_of_live_tensors():
     with LiveBytes() as counter:
         x = torch.zeros(1000)
         view = x[10:]
@@ -95,7 +95,7 @@ def test_live_bytes_are_those_of_what_lives():
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1], ids=str)
-def test_what_a_step_needs_is_within_what_is_reckoned_for_it(kind, tmp_path, base, monkeypatch):
+def test_the_memory_of_a_step_is_within_its_estimate(kind, tmp_path, base, monkeypatch):
     _, opened = make_run(tmp_path, base, None, monkeypatch)
     batch = load_repeated(opened.dataset, 1, 1, 0)
     kept = measure_kept_bytes(opened.model, batch)
@@ -169,7 +169,7 @@ def test_a_run_takes_what_the_free_memory_allows_and_says_so(
     assert len(run(config, opened)) == config.steps
 
 
-def test_what_the_configuration_asks_for_is_not_changed(tmp_path, base, monkeypatch):
+def test_the_configured_kind_is_not_changed(tmp_path, base, monkeypatch):
     wanted = {"model.gradient_checkpointing": "selective"}
     config, opened = make_run(tmp_path, base, 2**40, monkeypatch, **wanted)
     assert opened.model.gradient_checkpointing == "selective"
@@ -180,7 +180,7 @@ def test_what_the_configuration_asks_for_is_not_changed(tmp_path, base, monkeypa
     assert opened.model.gradient_checkpointing is True
 
 
-def test_the_larger_of_training_set_and_prior_decides(tmp_path, base, monkeypatch):
+def test_the_larger_of_training_set_and_prior_determines_the_choice(tmp_path, base, monkeypatch):
     seen = []
 
     def note(model, batch, *rest):
@@ -302,7 +302,7 @@ def test_the_estimate_chooses_as_the_run_will(tmp_path, base, monkeypatch):
     assert "gradient_checkpointing" not in said
 
 
-def test_injection_alone_leaves_the_choice_to_who_calls(base):
+def test_injection_alone_leaves_the_choice_to_the_caller(base):
     from qwen_edit_lora.lora_core.injection.plan import LoraSettings
 
     model = load_transformer(base, "fp32", torch.device("cpu"), torch.float32)

@@ -137,7 +137,7 @@ def test_nothing_but_the_inputs_is_kept():
     assert {t.data_ptr() for t in saved} <= given
 
 
-def test_weights_of_another_type_are_read_in_that_of_the_stream():
+def test_weights_of_another_dtype_are_read_in_that_of_the_stream():
     inputs, rotation = draw_inputs(torch.bfloat16)
     wide = [weight.float() for weight in inputs[2:]]
     out = compute(*inputs[:2], *wide, rotation)
@@ -193,7 +193,7 @@ class Wrong:
 
 
 @pytest.mark.parametrize(("factor", "is_used"), [(1.0, True), (1.1, False), (None, False)])
-def test_kernels_are_used_only_where_they_were_seen_to_be_right(factor, is_used, monkeypatch):
+def test_kernels_are_used_only_where_verified(factor, is_used, monkeypatch):
     from qwen_edit_lora.lora_core.training import model
 
     kernels = Wrong(factor)

@@ -37,7 +37,7 @@ def compute_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_storage_is_as_exact_as_it_says(storage, tmp_path):
+def test_a_storage_is_as_exact_as_stated(storage, tmp_path):
     model = load(tmp_path, storage)
     state_dict = dit.make_dit("2509")
     for path in (TO_Q, "transformer_blocks.1.txt_mlp.net.2"):
@@ -82,7 +82,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "nf4": 0.516}
 
 
 @pytest.mark.parametrize("storage", BYTES)
-def test_a_storage_takes_the_bytes_it_says(storage):
+def test_a_storage_takes_the_stated_bytes(storage):
     # One wide Linear: scales and tables weigh little in it, as in the full model.
     weight = BaseWeight(torch.randn(512, 1024), None)
     linear = build_linear(WeightReader(OneWeight(weight), CPU), TO_Q, storage, torch.bfloat16)

@@ -135,7 +135,7 @@ def make_fake(kind: str) -> BaseWeight:
         *(("rotated", storage) for storage in ("bf16", "fp8", "as stored")),
     ],
 )
-def test_building_a_linear_on_a_gpu_asks_it_for_no_number(kind, storage, narrow_chunks):
+def test_building_a_linear_on_a_gpu_reads_no_value_back(kind, storage, narrow_chunks):
     # What has no data cannot be asked: FakeTensorMode raises where a value is read.
     with FakeTensorMode():
         reader = WeightReader(OneWeight(make_fake(kind)), CUDA)
@@ -147,7 +147,7 @@ def test_building_a_linear_on_a_gpu_asks_it_for_no_number(kind, storage, narrow_
         assert reader.extremes
 
 
-def test_the_check_names_the_first_tensor_that_is_wrong():
+def test_the_check_names_the_first_wrong_tensor():
     reader = WeightReader(OneWeight(None), CPU)
     reader.check(torch.ones(3), "first in file")
     reader.check(torch.tensor([1.0, float("inf")]), "second in file")

@@ -135,7 +135,7 @@ def fake_reports(tmp_path, monkeypatch) -> Iterator:
             reports.close()
 
 
-def test_a_step_on_a_gpu_copies_nothing_that_is_waited_for_but_its_figures(fake_reports):
+def test_a_step_on_a_gpu_waits_for_no_copy_but_its_metrics(fake_reports):
     reports, reads = fake_reports
     next(reports)  # makes the optimizer's state, and the positions of these sizes
     for _ in range(2):
@@ -196,7 +196,7 @@ class TwoProcesses(Processes):
 
 @pytest.mark.parametrize("who", ["this", "the other"])
 @pytest.mark.parametrize("last", [0, 2])
-def test_several_processes_stop_after_the_same_step_and_wait_no_more_often(
+def test_several_processes_stop_after_the_same_step_without_extra_waits(
     who, last, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(optimization, "can_fuse", lambda params: True)
@@ -238,7 +238,7 @@ def infinite_updates(injection) -> Iterator[None]:
         handle.remove()
 
 
-def test_weights_that_became_infinite_are_told_with_their_step_before_another_is_taken(tmp_path):
+def test_infinite_weights_are_reported_with_their_step_before_the_next_one(tmp_path):
     config = make_config(tmp_path, **{"saving.checkpoint_every": 100})
     model, injection = make_injected(config)
     reports = train(config, model, injection, make_dataset(tmp_path / "data"))
@@ -275,7 +275,7 @@ def test_no_sample_is_made_of_infinite_weights(tmp_path):
 
 
 @pytest.mark.parametrize("by", ["stop", "checkpoint", "adapter", "health"])
-def test_weights_are_known_to_be_finite_before_anything_is_made_of_them(by, tmp_path):
+def test_weights_are_checked_to_be_finite_before_they_are_used(by, tmp_path):
     asked: list[bool] = []
     changes = {"saving.checkpoint_every": 2 if by == "checkpoint" else 100}
     changes["saving.adapter_every"] = 2 if by == "adapter" else 0

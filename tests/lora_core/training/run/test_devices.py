@@ -100,9 +100,7 @@ def short_of_memory(model, device: torch.device, extra_bytes: int) -> Iterator[N
     torch.cuda.empty_cache()
 
 
-def test_a_step_for_which_memory_runs_out_is_taken_again_with_less_kept(
-    device, tmp_path, monkeypatch
-):
+def test_a_step_that_runs_out_of_memory_is_retried_with_less_kept(device, tmp_path, monkeypatch):
     # On a GPU large enough that its allocator's blocks, up to 20 MB, weigh little.
     side, num_blocks = (192, 8) if device.type == "cuda" else (8, 3)
     monkeypatch.setattr(MemoryMeter, "find_free", lambda self: 2**45)

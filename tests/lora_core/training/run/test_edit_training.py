@@ -192,7 +192,7 @@ def test_a_step_over_different_sizes_is_the_mean_of_its_samples_alone(files, tmp
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_the_base_is_bit_equal_after_training_in_every_storage(storage, files, tmp_path):
+def test_the_base_is_bit_identical_after_training_in_every_storage(storage, files, tmp_path):
     if storage == "nf4":
         pytest.importorskip("bitsandbytes")
     config = make_config(tmp_path, **{"data.batch_size": 2, "lora.dropout": 0.1})
@@ -240,7 +240,9 @@ def test_gradient_checkpointing_changes_no_bit_of_a_run(files, tmp_path):
     assert losses[True] == losses[False]
 
 
-def test_an_item_damaged_during_the_run_is_a_sentence_and_mended_the_run_goes_on(files, tmp_path):
+def test_an_item_damaged_during_the_run_is_a_clear_error_and_repaired_the_run_continues(
+    files, tmp_path
+):
     config = make_config(tmp_path)
     dataset = make_dataset(tmp_path / "data", {"a": make_item(0), "b": make_item(1)})
     whole = make_config(tmp_path / "whole")

@@ -101,7 +101,7 @@ def one(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_are_one_with_twice_the_batch_and_resume_to_the_bit(kind, folder, one):
+def test_two_processes_equal_one_with_twice_the_batch_and_resume_bit_exactly(kind, folder, one):
     config = write_config(folder / kind, 1)
     two = run(config, kind)
     assert len(one) == len(two) == 6
@@ -159,7 +159,7 @@ def test_buckets_hold_every_gradient_once_and_one_type_each():
         ),
     ],
 )
-def test_other_ways_of_sharding_are_refused_with_what_to_use(changes, said):
+def test_unsupported_sharding_is_refused_with_what_to_use(changes, said):
     with pytest.raises(ConfigError, match=said):
         check_launch(changes)
 
