@@ -1,4 +1,4 @@
-"""dev.py sets up what it should, no more than once, and explains what it cannot do."""
+"""dev.py sets up everything exactly once, and explains what it cannot do."""
 
 import importlib.util
 import io

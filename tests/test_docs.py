@@ -1,4 +1,4 @@
-"""What the documents say, held against the code: nodes, inputs, examples, links, packaging."""
+"""The documents checked against the code: nodes, inputs, examples, links, packaging."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_every_help_page_belongs_to_a_node():
 def list_quotes(page: str) -> list[str]:
     """The messages a page quotes: "..." in the first column of a table, cut at each ellipsis.
 
-    Where the first column says what to look at, they are in the second.
+    If the first column says what to look at, they are in the second.
     """
     quotes, column = [], 0
     for line in page.splitlines():
@@ -210,7 +210,7 @@ def test_messages_are_found_in_their_column():
 
 
 def list_strings(tree: ast.AST) -> Iterator[str]:
-    """Every literal of a file, and what lies between the braces of its f-strings."""
+    """Every string literal of a file, and the text between the braces of its f-strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
@@ -218,7 +218,7 @@ def list_strings(tree: ast.AST) -> Iterator[str]:
 
 @cache
 def list_said() -> str:
-    """All that the nodes and the core can say; parsing them takes seconds."""
+    """All messages of the nodes and the core; parsing them takes seconds."""
     core = [ast.parse(p.read_text(encoding="utf-8")) for p in ROOT.glob("lora_core/**/*.py")]
     return "\n".join(text for tree in [*TREES.values(), *core] for text in list_strings(tree))
 
@@ -370,7 +370,7 @@ def test_every_workflow_is_in_the_changelog_and_every_image_has_one():
 
 # --- what must not be published ------------------------------------------------------------------
 
-# Put together here, so that this file does not hold what it looks for.
+# Assembled here, so that this file does not contain what it searches for.
 MACHINE_FOLDERS = ("work", "root", "tmp", "home", "Users")
 REGISTRIES = ("pypi", "pythonhosted", "npmjs", "anaconda")
 FORBIDDEN = re.compile(
@@ -380,7 +380,7 @@ FORBIDDEN = re.compile(
 
 
 def list_repository_files() -> list[Path]:
-    """Files that git tracks or would take up."""
+    """Files that git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)

@@ -1,4 +1,4 @@
-"""The check for a card, on a CPU: every part runs, and what it finds is told as it is."""
+"""The GPU check, on a CPU: every part runs, and reports its results correctly."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check(gpu):
 
 
 def run_part(part, folder, comfyui=None):
-    """One part of the dry run in a process of its own, as gpu_check.py starts it."""
+    """Runs one part of the dry run in its own process, as started by gpu_check.py."""
     results = folder / "results.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment |= {"COMFYUI_PATH": str(comfyui)} if comfyui else {}
@@ -102,7 +102,7 @@ def test_part_e_compares_both_patchers_and_the_merge(tmp_path, comfyui_path):
     found = run_part("E", tmp_path, comfyui_path)
     assert found["dynamic VRAM"]["kind"] == "skipped"
     assert found["dynamic, fp8_scaled, the base is bit-equal afterwards"]["passed"]
-    # The LoRA does something, and beside it the two ways are the same.
+    # The LoRA has an effect, relative to which the two ways are equal.
     assert found["bf16, side path - merge"]["value"] < 1e-3
     assert found["legacy, bf16, r2, two calls, kernels"]["value"] > 0
 
@@ -220,7 +220,7 @@ def test_a_part_at_its_limit_is_terminated_with_its_children(gpu, tmp_path):
 
 
 def wait_until_gone(process_id: int) -> None:
-    """Returns once a killed process has ended; one that nobody has waited for yet has ended too."""
+    """Returns once a killed process has ended; a zombie counts as ended."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
@@ -254,7 +254,7 @@ def test_a_trace_is_split_by_what_its_kernels_do(gpu):
     assert kinds == {"attention": 150, "products": 250, "element-wise": 100, "copies": 10}
     assert found.num_kernels == 5
     assert found.copies["HtoD"] == 1
-    assert found.busy_s == pytest.approx(460e-6)  # what runs side by side counts once
+    assert found.busy_s == pytest.approx(460e-6)  # overlapping intervals count once
     assert found.wall_s == pytest.approx(1000e-6)
     assert found.waiting_s == pytest.approx(600e-6)
 

@@ -1,4 +1,4 @@
-"""What the ComfyUI registry and Manager read."""
+"""The files that the ComfyUI registry and Manager read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_files_users_do_not_need_stay_out_of_the_archive():
 
 
 def test_files_comfyui_reads_are_in_the_archive():
-    """The archive holds what git tracks, less .comfyignore; new files are to be tracked."""
+    """The archive contains what git tracks, minus .comfyignore; new files must be tracked."""
     try:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)

@@ -1,4 +1,4 @@
-"""The panel's words: each that is asked for exists, in every language, with the same places."""
+"""The panel's texts: each used one exists, in every language, with the same placeholders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 WEB = Path(__file__).resolve().parents[1] / "web"
 WORDS = WEB / "words"
 LANGUAGES = sorted(path.stem for path in WORDS.glob("*.js"))
-#: Keys that are put together from a value: what they begin with.
+#: Prefixes of keys that are built from a value.
 STEM = re.compile(r"`([\w.]+\.)\$\{")
 ENTRY = re.compile(r'^  "([\w.-]+)":\s+"((?:[^"\\]|\\.)*)",$', re.MULTILINE)
 PLACE = re.compile(r"\{(\w+)\}")

@@ -1,4 +1,4 @@
-"""The demo base is what the rest of the tests believe it to be."""
+"""The demo base is what the other tests assume it to be."""
 
 import io
 from pathlib import Path
@@ -66,7 +66,7 @@ def make_graph(dit_name, lora_strength):
 
 
 def render(server, dit_name, lora_strength):
-    """The edited picture as float32 (64, 64, 3)."""
+    """The edited image as float32 (64, 64, 3)."""
     entry = server.run_prompt(make_graph(dit_name, lora_strength))
     return np.asarray(Image.open(io.BytesIO(server.images(entry)[0])), dtype=np.float32)
 
@@ -103,7 +103,7 @@ def test_the_tiny_dit_has_exactly_the_keys_of_comfyuis_class(comfyui, variant):
 def test_every_storage_loads_as_its_name_says(comfyui, demo_models, name, variant, weight_type):
     from comfy.quant_ops import QuantizedTensor
 
-    # on a CPU ComfyUI widens bf16 and plain fp8 files to float32, unless told the type
+    # on a CPU ComfyUI widens bf16 and plain fp8 files to float32, unless given the dtype
     options = {} if weight_type is None else {"dtype": weight_type}
     with torch.inference_mode():
         patcher = comfyui.sd.load_diffusion_model(str(demo_models.dit[name]), options)

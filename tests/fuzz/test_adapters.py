@@ -1,7 +1,7 @@
-"""Adapters as nobody wrote them yet: read rightly, refused in one sentence, or a red test.
+"""Generated adapters must be read correctly, or refused with one sentence.
 
-The oracle is float64 algebra on the tensors, spelled here a second time, and PEFT's own rule for
-patterns. A case that fails is printed whole by hypothesis and fails the same way next time.
+The oracle is an independent float64 computation on the tensors, and PEFT's own rule for patterns.
+Hypothesis prints a failing case completely, and it fails the same way next time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHARE = settings.default.max_examples
 
 
 def check_refusal(error: LoraError) -> None:
-    """One short text that can be shown anywhere."""
+    """The message is one short text that can be shown anywhere."""
     assert 0 < len(str(error)) <= MAX_MESSAGE, str(error)
     assert str(error).isprintable(), repr(str(error))
 
@@ -251,7 +251,7 @@ def check_deltas(adapter: Adapter, case: Case) -> None:
 
 
 def use_in_every_way(adapter: Adapter) -> None:
-    """Whatever can be done with an adapter ends, in a result or in one of our errors."""
+    """Every operation on an adapter ends with a result or one of our errors."""
     report = adapter.report.to_dict()
     json.dumps({k: v for k, v in report.items() if k != "non_finite"}, default=str)
     adapter.report.to_text()
@@ -343,7 +343,7 @@ STRANGE_TEXTS = st.one_of(
 
 @st.composite
 def damages(draw, part: Part) -> list[Part]:
-    """What may become of one tensor: nothing, another one, or several."""
+    """Possible replacements of one tensor: nothing, another one, or several."""
     tensor = part.tensor
     how = draw(
         st.sampled_from(
@@ -432,7 +432,7 @@ def test_damaged_adapters_are_refused_with_a_message_or_usable(case):
 @settings(max_examples=SHARE // 2)
 @given(case=damaged_cases())
 def test_what_a_damaged_adapter_lost_is_always_reported(case):
-    """Without a word of warning, everything that was in the file has to be in the adapter."""
+    """Without a warning, everything in the file must be in the adapter."""
     state_dict = case.state_dict
     try:
         adapter = read_state_dict(state_dict)
@@ -609,7 +609,7 @@ _folders: list[Path] = []
 
 
 def get_folder(tmp_path_factory) -> Path:
-    """One folder for all examples of this file; function-scoped fixtures are not renewed."""
+    """One folder for all examples of this file; function-scoped fixtures are not recreated."""
     if not _folders:
         _folders.append(tmp_path_factory.mktemp("adapters"))
     return _folders[0]

@@ -1,8 +1,8 @@
-"""Base models as nobody made them yet: single files, GGUFs, folders, notes of quantised weights.
+"""Generated base models: single files, GGUFs, folders, quantisation notes.
 
-The oracle is the state dict that a file was written from, and the arithmetic of scales and
-rotations spelled here a second time. Anything else is an error of our own family, in one short
-sentence, or a red test; so is a model of more blocks than the file holds.
+The oracle is the state dict that a file was written from, and an independent implementation of
+scales and rotations. Anything else must be an error of our own family in one short sentence; a
+model with more blocks than the file contains fails the test too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_BLOCKS = 3
 
 @pytest.fixture(autouse=True)
 def few_blocks(monkeypatch):
-    """No file here holds more, so building more would be what a bomb asks for."""
+    """No file here has more, so building more would mean falling for a decompression bomb."""
     build = architecture.Architecture.build_empty
 
     def check(self):
@@ -58,7 +58,7 @@ def make_folder() -> Iterator[Path]:
 
 
 def build_state_dict(num_blocks: int = 1, head: int = 8, heads: int = 2, text: int = 6):
-    """A whole model, a few kilobytes of it."""
+    """A complete model of a few kilobytes."""
     sizes = {"attention_head_dim": head, "num_attention_heads": heads, "joint_attention_dim": text}
     model = architecture.Architecture(num_layers=num_blocks, **sizes).build_empty()
     generator = torch.Generator().manual_seed(num_blocks)
@@ -95,7 +95,7 @@ DTYPES = st.sampled_from(
 
 
 class Model(dict):
-    """A state dict that a failure prints as what is odd about it."""
+    """A state dict whose repr shows what is odd about it."""
 
     def __repr__(self) -> str:
         odd = {
@@ -130,7 +130,7 @@ def changes(draw) -> Model:
 
 
 def load(source: Path, storage: str = "as stored") -> dict[str, torch.Tensor] | None:
-    """Key -> values; None where it is refused, as it may be."""
+    """Key -> values; None if it is refused, which is allowed."""
     try:
         model = load_transformer(source, storage, compute_dtype=torch.float32)
     except LoraError as e:
@@ -145,7 +145,7 @@ def load(source: Path, storage: str = "as stored") -> dict[str, torch.Tensor] | 
 
 
 def use(source: Path) -> None:
-    """What else opens a base: beside a LoRA, and for the difference to itself."""
+    """Other ways to open a base: beside a LoRA, and for the difference to itself."""
     try:
         base = open_base(source)
         shape = next(iter(base.list_matrices().values()), torch.ones(4, 4)).shape

@@ -1,7 +1,7 @@
-"""Cached training sets as somebody changed them: what was written comes back, or one sentence.
+"""Modified cached training sets must read back as written, or be refused with one sentence.
 
-The oracle is the set that was written; a change that is not refused must leave batches of finite
-shapes that fit each other.
+The oracle is the set that was written; a change that is not refused must leave batches of finite,
+matching shapes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def write_set(folder: Path, items=None) -> CachedDataset:
 
 
 def use(folder: Path) -> CachedDataset | None:
-    """Opens the set and makes batches of it; None where that is refused, as it may be."""
+    """Opens the set and makes batches of it; None if that is refused, which is allowed."""
     try:
         dataset = read_dataset(folder)
         order = DataOrder(dataset.items, 2, seed=0)
@@ -155,7 +155,7 @@ def put(index: dict, place: str, value: object) -> None:
             table = table[part]
         table[last] = value
     except (KeyError, IndexError, TypeError, AttributeError):
-        return  # an earlier change took the place away
+        return  # an earlier change removed this path
 
 
 @settings(max_examples=SHARE)
@@ -256,7 +256,7 @@ INSPECTION = Inspection(
 
 @st.composite
 def places(draw, tree: object) -> tuple:
-    """A way into a tree of JSON, a list or a table deep at a time."""
+    """A path into a JSON tree, one list or table per level."""
     path = []
     while isinstance(tree, list | dict) and tree and (not path or draw(st.booleans())):
         step = draw(st.sampled_from(range(len(tree)) if isinstance(tree, list) else sorted(tree)))

@@ -1,4 +1,4 @@
-"""The surfaces of guided.py, which atheris drives by hand: each takes bytes, whatever they are."""
+"""The surfaces of guided.py, which atheris drives by hand: each accepts any bytes."""
 
 from __future__ import annotations
 

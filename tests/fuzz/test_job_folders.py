@@ -1,8 +1,8 @@
-"""Job folders as nobody left them yet: each is one job of the list, right or failed, and no other
-job is any different.
+"""Generated job folders: each is one job of the list, correct or failed, and no other job is
+affected.
 
-The folders are those of a real tiny job that paused after two steps. Anything but an error of our
-own family is a red test, as is a sentence that cannot be shown or JSON that a browser refuses.
+The folders are those of a real tiny job that paused after two steps. Any error outside our own
+family fails the test, as does a message that cannot be shown or JSON that a browser refuses.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ for name, path in (
 
 
 class Sleeper:
-    """A worker that goes on and on."""
+    """A worker that never ends."""
 
     pid = 1
 
@@ -56,7 +56,7 @@ class Sleeper:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store's folder with a job that waits, and one that has all that a run leaves."""
+    """A store's folder with a pending job, and one with all files of a run."""
     from tiny_jobs import make_material, make_train, train_here
 
     folder = tmp_path_factory.mktemp("whole")
@@ -94,7 +94,7 @@ def check_text(text: str) -> None:
 
 
 def try_to(action: Any) -> Any:
-    """What it gives; None where it is refused, as it may be."""
+    """Its result; None if it is refused, which is allowed."""
     try:
         return action()
     except LoraError as e:
@@ -103,7 +103,7 @@ def try_to(action: Any) -> Any:
 
 
 def check_store(root: Path) -> Job:
-    """Everything that the panel and the supervisor ask; the damaged job as it was listed."""
+    """Makes all requests of the panel and the supervisor; returns the damaged job as listed."""
     store = JobStore(root)
     try:
         jobs = {job.id: job for job in store.list()}
@@ -138,7 +138,7 @@ def check_store(root: Path) -> Job:
 
 
 def check_job(store: JobStore) -> None:
-    """As the job's own page."""
+    """Makes the requests of the job's own page."""
     shown = [
         try_to(lambda: store.get(BAD).to_dict()),
         try_to(lambda: store.read_log(BAD)),
@@ -174,7 +174,7 @@ INDICES = st.lists(st.integers(0, 40), min_size=1, max_size=5)
 
 
 def change(values: Any, indices: list[int]) -> bool:
-    """Puts "PLACE" somewhere into the tree, chosen by the indices; False where nothing is there."""
+    """Puts "PLACE" into the tree at the position given by the indices; False if there is none."""
     place = values
     for depth, index in enumerate(indices):
         keys = list(place) if isinstance(place, dict) else range(len(place))

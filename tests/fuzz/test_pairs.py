@@ -1,7 +1,7 @@
-"""Folders of pairs as nobody laid them out yet: read rightly, or refused in one short sentence.
+"""Generated folders of pairs must be read correctly, or refused with one short sentence.
 
-The oracle of a list is the row it was written from; of a picture, Pillow itself. Anything but an
-error of our own family is a red test, as is a sentence that cannot be shown.
+The oracle for a list is the row it was written from; for an image, Pillow itself. Any error outside
+our own family fails the test, as does a message that cannot be shown.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check_text(text: str) -> None:
 
 
 def find(folder: Path) -> FoundPairs | None:
-    """None where it is refused, as it may be."""
+    """None if it is refused, which is allowed."""
     try:
         found = find_pairs(folder, is_inside(folder.parent))
     except LoraError as e:

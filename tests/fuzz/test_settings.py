@@ -1,4 +1,4 @@
-"""Settings of trainings as people type and paste them: TOML and JSON, right or one sentence.
+"""Training settings as people type and paste them: TOML and JSON, read or refused in one sentence.
 
 The oracle is the tree of values that a file was written from.
 """
@@ -40,7 +40,7 @@ def check_refusal(error: LoraError) -> None:
 
 
 def read(content: bytes, name: str) -> TrainConfig | None:
-    """None where it is refused, as it may be."""
+    """None if it is refused, which is allowed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_bytes(content)
@@ -147,7 +147,7 @@ def test_toml_and_json_of_one_tree_are_one_configuration(values, has_mark):
 
 
 def tomllib_takes(text: str, values: dict) -> bool:
-    """Whether this writer above gave what it meant; surrogate pairs are JSON's alone."""
+    """Whether the writer above wrote valid TOML; surrogate pairs exist in JSON only."""
     try:
         return tomllib.loads(text) == values
     except ValueError:

@@ -1,4 +1,4 @@
-"""`python -m lora_core`, in a process of its own once, in this one for the rest."""
+"""`python -m lora_core`, once in its own process, otherwise in this one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def get_delta(file: str, path: str = PATHS[0]) -> torch.Tensor:
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command line that must work; what it prints."""
+    """Runs a command line that must succeed; returns its output."""
 
     def run(*argv: str) -> str:
         assert main(list(argv)) == 0

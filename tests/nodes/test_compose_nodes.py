@@ -48,7 +48,7 @@ def load_nodes() -> dict[str, Any]:
 
 @pytest.fixture
 def compose(server: Any, base_directory: Path) -> Callable[..., tuple[Adapter, str]]:
-    """Runs one toolbox node; the adapter it gives, by way of Save, and its report."""
+    """Runs one toolbox node; returns its adapter, through Save, and its report."""
 
     def run(class_type: str, **inputs: Any) -> tuple[Adapter, str]:
         graph = {

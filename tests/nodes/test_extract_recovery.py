@@ -1,4 +1,4 @@
-"""What Extract makes of a tuned model, applied by ComfyUI's own loader, gives that model again."""
+"""A LoRA extracted from a tuned model, applied by ComfyUI's own loader, recovers the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANK = 3
 
 
 def make_tuned(base: Path, path: Path) -> Path:
-    """Every block Linear by a delta of rank 3, and by a change of its bias; one norm as well."""
+    """Changes every block Linear by a delta of rank 3 and in its bias, and one norm."""
     tensors = load_file(base)
     generator = torch.Generator().manual_seed(11)
 

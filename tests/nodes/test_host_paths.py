@@ -118,7 +118,7 @@ def test_every_site_is_one_page_and_is_released(
     expected = sample(apply_native(apply_native(model, first, 0.7), second, -0.5))
     before = sample(model)
     tuned = apply_ours(apply_ours(model, first, 0.7), second, -0.5)
-    sample(tuned)  # brings the pages
+    sample(tuned)  # loads the pages
     assert dynamic_vram.pinned == 0
     dynamic_vram.faults.clear()
     assert worst(sample(tuned), expected) < ROUNDING
@@ -221,7 +221,7 @@ def test_a_model_on_several_gpus_is_merged(
 def test_a_changed_strength_reuses_the_bank_after_the_old_model_is_freed(
     ours, base, sample, make_lora, apply_ours
 ):
-    """ComfyUI drops what an edited node gave before it runs again, for Stack the adapter too."""
+    """ComfyUI drops an edited node's output before it runs again, for Stack the adapter too."""
     adapter = read_adapter(make_lora("a"))
     model = apply_ours(base, adapter, 0.5)
     sample(model)
@@ -257,7 +257,7 @@ def test_a_base_is_freed_with_its_bank(ours, load_base, sample, make_lora, apply
     from comfy.patcher_extension import WrappersMP
 
     gc.collect()
-    gc.disable()  # a base waiting for the next collection would lie in memory beside its successor
+    gc.disable()  # a base waiting for garbage collection would stay beside its successor
     try:
         base = load_base("2509_fp32")
         model = apply_ours(base, make_lora("a"), 1.0)

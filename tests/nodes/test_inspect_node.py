@@ -1,4 +1,4 @@
-"""Inspect Edit LoRA in a running server, and what it remembers, in this process."""
+"""Inspect Edit LoRA in a running server, and its caches, in this process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LORA = "inspected.safetensors"
 
 
 def inspect_graph(lora_name: str = LORA, **options: Any) -> dict[str, Any]:
-    """Every output of Inspect goes into a node that shows it."""
+    """Every output of Inspect is connected to a node that shows it."""
     graph = {
         "load": node("QwenEditLoraLoad", lora_name=lora_name),
         "inspect": node("QwenEditLoraInspect", adapter=["load", 0], **options),
@@ -47,7 +47,7 @@ def lora(demo_models: Any) -> Iterator[Path]:
 
 @pytest.fixture
 def cache(base_directory: Path) -> Iterator[Path]:
-    """The folder of kept inspections, empty before and after."""
+    """The folder of cached inspections, empty before and after."""
     folder = base_directory / "user" / "__qwen_edit_lora" / "inspections"
     for path in folder.glob("*"):
         path.unlink()
@@ -118,7 +118,7 @@ def test_a_wrong_input_is_a_one_sentence_error(server):
         server.run_prompt(graph)
 
 
-# --- what is remembered --------------------------------------------------------------------------
+# --- caches --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def inspections(comfyui: SimpleNamespace, cache: Path) -> Any:
 
 @pytest.fixture
 def calls(inspections: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """`exact` of every inspection that is really made."""
+    """`exact` of every inspection that is actually computed."""
     calls: list[bool] = []
     original = inspections.inspect_adapter
 
@@ -153,7 +153,7 @@ def test_a_second_inspection_costs_nothing_even_after_a_restart(
     assert calls == [False]
     exact = inspections.get_inspection(adapter, exact=True)
     assert exact.is_exact
-    # An exact one answers both questions, from memory and from disk.
+    # An exact one serves both requests, from memory and from disk.
     for old in cache.glob("*[!t].json"):
         old.unlink()
     assert inspections.get_inspection(read_adapter(path), exact=False) == exact
@@ -256,7 +256,7 @@ def test_a_loaded_model_gives_the_same_statistics_as_its_file(server, base, stor
     from_model = read_figures(server.run_prompt(graph))
     graph["inspect"] = node("QwenEditLoraInspect", adapter=["load", 0], base_model=base)
     from_file = read_figures(server.run_prompt(graph))
-    assert from_model["merge_error"] > 0.01  # a large delta; the tiny base's LoRA is no faint one
+    assert from_model["merge_error"] > 0.01  # a large delta; the tiny base's LoRA is not faint
     assert {m["base"]["storage"] for m in from_model["modules"].values()} == {storage}
     assert from_model == from_file
 

@@ -1,4 +1,4 @@
-"""What is left out, merged instead or read by a rule: a line on the node, and an entry as data."""
+"""What is skipped, merged instead or decided by a rule: a line on the node, and a data entry."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEVERITIES = {"error", "warning", "note"}
 
 @pytest.fixture(scope="module", autouse=True)
 def lora(demo_models: Any) -> Iterator[Path]:
-    """One key of no module, one module that the tiny base has not, and no alpha."""
+    """A key without a module, a module that the tiny base lacks, and no alpha."""
     from demo_base.adapters import make_adapter
 
     path = demo_models.root / "loras" / LORA
@@ -45,7 +45,7 @@ def watch(name: str, output: int) -> dict[str, Any]:
 
 
 def read_findings(entry: dict[str, Any], name: str) -> tuple[dict[str, dict], list[str], bool]:
-    """By kind; the report's lines; whether the node is amber. Each finding ends a line."""
+    """Findings by kind; the report's lines; whether the node is amber. Each finding ends a line."""
     outputs = [
         output
         for key, output in entry["outputs"].items()

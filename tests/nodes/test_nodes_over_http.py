@@ -1,4 +1,4 @@
-"""The nodes in a running ComfyUI server, asked through its HTTP API as a script would."""
+"""The nodes in a running ComfyUI server, used through its HTTP API as by a script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LORA = "strong.safetensors"
 
 
 def build_graph(model: list, **more: Any) -> dict[str, Any]:
-    """A small picture from `model`: 64 x 64, two steps, no reference."""
+    """A small image from `model`: 64 x 64, two steps, no reference."""
     return {
         "unet": node("UNETLoader", unet_name="tiny_fp32_2509.safetensors", weight_dtype="default"),
         "clip": node(
@@ -71,7 +71,7 @@ def native_graph(strength: float) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def strong_lora(demo_models: Any) -> None:
-    """A LoRA whose effect is seen in a 64 x 64 picture without a reference."""
+    """A LoRA whose effect is visible in a 64 x 64 image without a reference."""
     from demo_base.adapters import make_adapter
 
     path = demo_models.root / "loras" / LORA
@@ -90,7 +90,7 @@ def loras(demo_models: Any) -> Iterator[Path]:
 
 @pytest.fixture
 def run(server: Any) -> Callable[[dict[str, Any]], tuple[bytes, dict[str, str]]]:
-    """Runs a graph: its picture as PNG bytes, and the reports by node."""
+    """Runs a graph; returns its image as PNG bytes, and the reports by node."""
 
     def run(graph: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
         entry = server.run_prompt(graph)
@@ -243,7 +243,7 @@ def sdxl(path: Path) -> None:
 
 
 def rewrite(change: Callable[[dict], dict]) -> Callable[[Path], None]:
-    """Writes the demo LoRA changed by `change` to a path."""
+    """Writes the demo LoRA, modified by `change`, to a path."""
 
     def write(path: Path) -> None:
         tensors = load_file(path.with_name(LORA))

@@ -1,4 +1,4 @@
-"""Inputs that no widget gives and a graph written by hand may: one short sentence of our family."""
+"""Inputs that no widget gives but a handwritten graph may: one short error of our own family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A LoRA's file in ComfyUI's folders -> the training that made it, in the queue again."""
+"""A LoRA file in ComfyUI's folders -> the training that made it, queued again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASE = "tiny_fp32_2509.safetensors"
 
 @pytest.fixture
 def job_host(executor: Any, ours: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module with a queue of its own that nobody works on."""
+    """The module with its own queue, which has no worker."""
     from qwen_edit_lora.nodes.server import job_host, routes
 
     prompts = routes.PromptQueue(executor.server)
@@ -70,7 +70,7 @@ def test_a_lora_is_trained_again_with_the_files_of_this_comfyui(
     assert Path(job.settings.loras).samefile(demo_models.root / "loras")
     assert (job.settings.samples.every, job.settings.samples.items) == (250, ("a", "b"))
     assert job.settings.origin == {"again": lora.name, "prompts": "warn"}
-    assert job_host.train_again(lora) != job.id  # a click is a training
+    assert job_host.train_again(lora) != job.id  # every click is a training
 
 
 def test_the_jobs_other_settings_are_kept(job_host, lora, dataset):

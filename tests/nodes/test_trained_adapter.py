@@ -1,4 +1,4 @@
-"""What a training run writes, in ComfyUI's stock loader, in ours, in diffusers and in PEFT."""
+"""A training run's file in ComfyUI's stock loader, in ours, in diffusers and in PEFT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.comfy
 
 ROUNDING = 1e-5  # float32 base
 TEXT_WIDTH = 64
-#: What is trained -> settings. All of it has to come out as a file that anyone reads.
+#: What is trained -> settings. Each must give a file that every loader reads.
 SETTINGS: dict[str, dict[str, Any]] = {
     "alpha unlike rank": {"rank": 4, "alpha": 10},
     "rsLoRA": {"rank": 4, "alpha": 3, "use_rslora": True},
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Where other processes keep the cores busy, threads that wait for each other take minutes."""
+    """On busy cores, threads that wait for each other take minutes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""The trainer's forward pass beside ComfyUI's own, on the same file."""
+"""The trainer's forward pass compared with ComfyUI's own, on the same file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def run_comfyui(model: Any, latents, references, text, mask, sigma) -> torch.Tensor:
-    # A mask of booleans or integers is for ComfyUI to widen; its own conditioning sends integers.
+    # ComfyUI widens a boolean or integer mask; its own conditioning sends integers.
     with torch.inference_mode():
         out = model.model.diffusion_model(
             latents[:, :, None],
@@ -128,7 +128,7 @@ def write_int8(source: Path, path: Path, dense: Path, **options: Any) -> None:
 def test_an_int8_base_rotated_or_not_matches_comfyui_in_every_block(
     group, comfyui, demo_models, tmp_path
 ):
-    """Kept as stored, where only the input is turned, and widened, where the weight is."""
+    """Kept as stored, with only the input rotated, and widened, with the weight rotated back."""
     path, dense = tmp_path / "int8.safetensors", tmp_path / "dense.safetensors"
     rotation = {"convrot": True, "convrot_groupsize": group} if group else {}
     write_int8(demo_models.dit["2511_fp32"], path, dense, per_channel=True, **rotation)

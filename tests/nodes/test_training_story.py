@@ -40,7 +40,7 @@ def save_picture(picture: torch.Tensor, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pairs(base_directory: Path) -> Path:
-    """A folder of pairs as a user has it, and a photograph nobody trains on."""
+    """A user's folder of pairs, and a held-out photograph."""
     folder = base_directory / "input" / FOLDER
     before = read_crops(TRAINING_CROPS, SIDE)
     for index, (source, target) in enumerate(zip(before, edit.grade(before), strict=True)):
@@ -146,7 +146,7 @@ def fetch(server: Any, image: dict[str, str]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def story(server: Any, pairs: Path) -> dict[str, Any]:
-    """Everything in one graph, as workflow 07 has it."""
+    """Everything in one graph, as in workflow 07."""
     graph = {**training_graph(), **job_nodes(), **sweep_nodes()}
     return server.run_prompt(graph, TRAINING_TIMEOUT)["outputs"]
 
@@ -162,7 +162,7 @@ def test_the_error_on_an_unseen_photograph_is_halved(server, story):
     pictures = [fetch(server, image) for image in story["pictures"]["images"]]
     errors = [float(np.square(picture - wanted).mean()) for picture in pictures]
     assert errors[-1] <= 0.5 * errors[0], errors
-    assert errors == sorted(errors, reverse=True)  # each strength nearer than the one before
+    assert errors == sorted(errors, reverse=True)  # each strength closer than the previous one
 
 
 def test_the_job_is_shown_and_its_lora_is_in_the_loras_folder(server, story, demo_models):
@@ -191,7 +191,7 @@ def test_the_worker_shows_samples_moving_from_the_reference_to_the_target(
     ]
     source, target, *samples = [picture for _, _, picture in shown]
     name = pictures[0].item.split("-")[0]
-    # as the VAE gives them back
+    # as decoded by the VAE
     for picture, original in ((source, "control"), (target, "target")):
         wanted = read_picture((pairs / original / f"{name}.png").read_bytes())
         assert np.square(picture - wanted).mean() < 0.2 * np.square(source - target).mean()
@@ -246,7 +246,7 @@ def wait_for_job(server: Any, name: str, condition: Any, timeout: float = 180.0)
 )
 def test_wrong_settings_are_a_one_sentence_error_before_anything_runs(server, change, sentence):
     graph = training_graph(steps=3, **change)
-    graph["dataset"]["inputs"]["clip"] = ["vae", 0]  # else the dataset alone would be made
+    graph["dataset"]["inputs"]["clip"] = ["vae", 0]  # otherwise only the dataset would be made
     with pytest.raises(PromptError, match=re.escape(sentence)):
         server.queue_prompt(graph)
 
@@ -254,7 +254,7 @@ def test_wrong_settings_are_a_one_sentence_error_before_anything_runs(server, ch
 def test_a_missing_base_is_refused_before_anything_runs(server):
     graph = training_graph(steps=3)
     graph["train"]["inputs"]["model_name"] = "gone.gguf"
-    graph["dataset"]["inputs"]["clip"] = ["vae", 0]  # else the dataset alone would be made
+    graph["dataset"]["inputs"]["clip"] = ["vae", 0]  # otherwise only the dataset would be made
     with pytest.raises(PromptError, match=r"model_name: 'gone\.gguf' not in"):
         server.queue_prompt(graph)
 

@@ -1,4 +1,4 @@
-"""What nodes found out, on the nodes of the real page: counted, in color, with kind and number."""
+"""Findings on the nodes of the real page: counted, in color, with kind and count."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ READ = """type => {
 
 @pytest.fixture
 def odd_lora(demo_models: Any) -> Any:
-    """A file of which two keys are left out, one with markup in its name."""
+    """A file with two skipped keys, one with markup in its name."""
     path = demo_models.root / "loras" / "with_findings.safetensors"
     state_dict = load_file(demo_models.lora)
     state_dict["<img src=x onerror=alert(1)>.lora_A.weight"] = torch.zeros(4, 4)

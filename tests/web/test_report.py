@@ -1,4 +1,4 @@
-"""Reports on the nodes, and what they must not disturb, in the real page."""
+"""Reports on the nodes, and what they must not affect, in the real page."""
 
 from __future__ import annotations
 

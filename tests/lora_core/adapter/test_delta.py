@@ -1,4 +1,4 @@
-"""Deltas against dense algebra in float64, written out here a second time."""
+"""Deltas against an independent dense implementation in float64."""
 
 from __future__ import annotations
 

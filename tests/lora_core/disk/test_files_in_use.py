@@ -1,4 +1,4 @@
-"""Files that another process has open for a moment, as Windows lets everybody know."""
+"""Files that another process briefly has open, which blocks access on Windows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIMES = 3
 
 @pytest.fixture
 def denied(monkeypatch):
-    """Every name is in use the first times that somebody wants it; gives those that were."""
+    """Every name is in use for its first accesses; returns the names that were."""
     tried: list[Path] = []
 
     def deny(function):

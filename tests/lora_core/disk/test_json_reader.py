@@ -1,4 +1,4 @@
-"""Our one reader of JSON: valid texts to the letter, everything else refused in one sentence."""
+"""Our JSON reader: reads valid texts exactly, and refuses everything else in one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors stay in their file, as stored, until somebody asks for them."""
+"""Tensors stay in their file, as stored, until they are requested."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_shapes_and_sizes_are_known_before_any_tensor_is_read(make_state_dict, w
 
 
 def write_sparse_file(path: Path) -> int:
-    """A LoRA of zeros that takes no room on disk; returns its size in bytes."""
+    """A LoRA of zeros that takes no disk space; returns its size in bytes."""
     header, end = {}, 0
     for block in range(50):
         for name, shape in {"A": (64, 16384), "B": (16384, 64)}.items():
@@ -167,4 +167,4 @@ def test_finite_weights_pass_the_check(make_state_dict, write_file):
     adapter = read_adapter(write_file(make_state_dict()))
     adapter.check_finite()
     Path(adapter.file.path).unlink()
-    adapter.check_finite()  # remembered: the file is not read a second time
+    adapter.check_finite()  # cached: the file is not read a second time

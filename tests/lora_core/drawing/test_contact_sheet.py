@@ -1,4 +1,4 @@
-"""The contact sheet: everything in its place, whatever the number, shape and names of the cells."""
+"""The contact sheet: correct layout for any number, shape and names of the cells."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_rows(columns: int, rows: int = 1, shape: tuple[int, int] = (256, 256)) 
 
 
 def find_changes(a: np.ndarray, b: np.ndarray) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of what differs."""
+    """(left, top, right, bottom) of the pixels that differ."""
     y, x = np.nonzero((a != b).any(axis=2))
     return x.min(), y.min(), x.max(), y.max()
 

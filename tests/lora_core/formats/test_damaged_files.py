@@ -1,4 +1,4 @@
-"""Files that are no adapter: one sentence each, with what was expected and what to do."""
+"""Files that are not adapters: a one-sentence error with what was expected and what to do."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ BLOCKS = [f"transformer_blocks.{block}.attn.to_q" for block in range(3)]
 
 
 def shift(state_dict):
-    """Other numbers under the same keys, so that a test sees which source was taken."""
+    """Different values under the same keys, so that a test shows which source was used."""
     return {key: tensor + 1 for key, tensor in state_dict.items()}
 
 

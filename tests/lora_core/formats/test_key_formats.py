@@ -1,4 +1,4 @@
-"""Every spelling in the wild reads as the same adapter."""
+"""Every spelling found in public files reads as the same adapter."""
 
 from __future__ import annotations
 

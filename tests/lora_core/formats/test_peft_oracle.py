@@ -1,4 +1,4 @@
-"""PEFT as oracle: its merged weights against our deltas, both ways through its folder."""
+"""PEFT as oracle: its merged weights against our deltas, reading and writing its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading what we wrote gives what we had, in every format that can express it."""
+"""Written adapters read back unchanged, in every format that can express them."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path):
     assert torch.equal(again.modules[TO_Q].lora_A, lora_A)
 
 
-# In a process of its own: the limit would also cut the log of this one.
+# In its own process: the limit would also truncate the log of this one.
 WRITE_WITHOUT_ROOM = """
 import importlib.util, resource, sys
 root, target, key_format = sys.argv[1:]
@@ -261,7 +261,7 @@ def test_file_permissions_follow_the_umask(make_state_dict, tmp_path):
 
 @pytest.fixture
 def read_only_folder():
-    """A folder this process may not write to; root gives up its rights for the while."""
+    """A folder this process may not write to; root drops its privileges for the test."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o555)
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0

@@ -1,4 +1,4 @@
-"""Adapters of other models: the error names what they are, and none of ours is taken for one."""
+"""Adapters of other models: the error names the model, and none of ours is mistaken for one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qwen_edit_lora.lora_core import KeyFormatError, read_adapter, read_state_di
 from qwen_edit_lora.lora_core.base_model import module_paths
 from qwen_edit_lora.lora_core.formats.architectures import detect_architecture, detect_variants
 
-#: What the error shall name -> keys as that model's trainers save them, without the ending.
+#: Name expected in the error -> keys as that model's trainers save them, without the suffix.
 FOREIGN = {
     "SDXL UNet": [
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",

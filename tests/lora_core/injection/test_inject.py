@@ -50,7 +50,7 @@ def diffusers_model():
 
 @pytest.fixture
 def model(diffusers_model):
-    """Two blocks of true architecture, float64, so that differences are ours and not rounding."""
+    """Two blocks of the real architecture in float64, so that differences are not rounding."""
     return copy.deepcopy(diffusers_model)
 
 
@@ -77,7 +77,7 @@ def compute_loss(model):
 
 
 def randomise(injection, seed=2):
-    """Every parameter away from its start, so that no part of an adapter is 0."""
+    """Moves every parameter from its initial value, so that no part of an adapter is 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in injection.named_parameters():
@@ -114,7 +114,7 @@ ALL = {
 
 
 def build_peft_twin(model, plan, injection):
-    """PEFT's layers over the same modules, with the same numbers."""
+    """PEFT's layers over the same modules, with the same values."""
     peft = pytest.importorskip("peft")
     settings = plan.settings
     config = peft.LoraConfig(
@@ -180,7 +180,7 @@ def test_gradients_are_those_of_a_dense_weight(name, model):
         a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
         leaves[path] = {"lora_A": a, "lora_B": b}
         weight = base + layer.scale * (b @ a)
-        if name == "pissa":  # as its paper has it: a residual in the place of the base
+        if name == "pissa":  # as in its paper: a residual in place of the base
             down, up = compute_principal_factors(base, layer.rank, layer.scale)
             weight = base - layer.scale * (up @ down) + layer.scale * ((b + up) @ (a + down))
         if name == "dora":
@@ -287,7 +287,7 @@ def test_inert_modules_of_the_last_block_are_left_out_by_name(model):
 
 
 def test_exactly_the_inert_modules_would_get_no_gradient(model):
-    """What the plan skips, and nothing else: seen on the base's own weights."""
+    """Exactly the modules the plan skips, checked on the base's own weights."""
     compute_loss(model).backward()
     silent = {
         f"{block}.{name}"
@@ -418,7 +418,7 @@ def test_initializations_have_the_spread_their_names_promise():
 
 @pytest.mark.parametrize("size", [(12, 20), (200, 160)])
 def test_pissa_starts_on_the_leading_singular_vectors(size):
-    """Small by an exact SVD, large by a randomised one."""
+    """Small modules by an exact SVD, large ones by a randomised one."""
     generator = torch.Generator().manual_seed(0)
     u, _, vh = torch.linalg.svd(torch.randn(size, generator=generator), full_matrices=False)
     values = 0.6 ** torch.arange(len(vh))
@@ -446,7 +446,7 @@ def test_the_file_size_is_known_before_anything_runs(name, key_format, model, tm
 
 
 def test_the_sizes_of_the_real_model_are_those_of_the_survey():
-    """60 blocks of full width, without memory: device meta."""
+    """60 blocks of full width on the meta device, without memory."""
     with torch.device("meta"):
         root = torch.nn.Module()
         for path in module_paths.list_module_paths():
@@ -629,7 +629,7 @@ def test_sharing_the_down_product_changes_only_rounding(model):
 
 @pytest.fixture
 def trio(model):
-    """q, k and v of one block, randomised, and what each gives alone."""
+    """q, k and v of one block, randomised, and the result of each alone."""
     injection = inject(model, LoraSettings(rank=2, targets=("*.0.attn.to_[qkv]",)), torch.float64)
     randomise(injection)
     return list(injection.layers.values())
@@ -759,7 +759,7 @@ def test_autocast_runs_the_lora_in_its_dtype(model):
 
 
 class Fp8Linear(torch.nn.Module):
-    """A base that stores scaled fp8, as ComfyUI's files do."""
+    """A base that stores scaled fp8, like ComfyUI's files."""
 
     def __init__(self, linear):
         super().__init__()

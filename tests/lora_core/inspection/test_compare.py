@@ -90,7 +90,7 @@ def test_metrics_of_a_module_equal_dense_algebra_at_any_ranks(rank_a, rank_b):
 
 
 def make_spectrum(spectrum: torch.Tensor) -> LoraWeights:
-    """A LoRA of these singular values, in float64 and badly balanced."""
+    """A LoRA with these singular values, in float64 and badly balanced."""
     u = torch.linalg.qr(torch.randn(ROWS, len(spectrum), dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn(COLUMNS, len(spectrum), dtype=torch.float64))[0]
     mix = torch.randn(len(spectrum), len(spectrum), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Every figure of an inspection against dense float64, and the verdicts' thresholds."""
+"""Every statistic of an inspection against dense float64, and the verdicts' thresholds."""
 
 from __future__ import annotations
 

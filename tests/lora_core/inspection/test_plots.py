@@ -1,4 +1,4 @@
-"""The pictures: their size, that they show something, and that different facts look different."""
+"""The plots: their size, that they show something, and that different data look different."""
 
 from __future__ import annotations
 

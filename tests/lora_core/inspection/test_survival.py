@@ -1,4 +1,4 @@
-"""What merging leaves of a delta, predicted against rounding for real."""
+"""How much of a delta survives merging: predictions against actual rounding."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_an_unknown_quantisation_note_is_refused_and_never_guessed(note):
         f"{PATH}.weight_scale": torch.ones(()),
         f"{PATH}.comfy_quant": torch.tensor(list(note), dtype=torch.uint8),
     }
-    if note == b"{}":  # says nothing: as if it were not there
+    if note == b"{}":  # empty: treated as missing
         assert open_base(entries).get(PATH).storage == "scaled int8"
     else:
         with pytest.raises(FileError, match="which cannot be read here yet"):

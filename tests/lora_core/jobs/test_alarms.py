@@ -1,4 +1,4 @@
-"""Alarms: what goes wrong is said once, with its figure; what goes well is left alone."""
+"""Alarms: a problem is reported once, with its value; healthy runs raise none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REPORT = StepReport(
 
 
 def look_at(losses, stds=None):
-    """All sentences of a run with these raw losses and sizes of the delta."""
+    """All messages for a run with these raw losses and delta norms."""
     alarms, smoothed, said = Alarms(CONFIG), SmoothedLoss(), []
     for i, loss in enumerate(losses):
         health = {"std": stds[i]} if stds is not None else None
@@ -41,7 +41,7 @@ def look_at(losses, stds=None):
 
 
 def noisy(step: int) -> float:
-    """0.02 to 0.3 as sigmas come and go, without a trend."""
+    """0.02 to 0.3 as sigma varies, without a trend."""
     return 0.02 + 0.28 * (0.5 + 0.5 * math.sin(step * 12.9898) * math.cos(step * 4.1)) ** 2
 
 

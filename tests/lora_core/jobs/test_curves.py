@@ -1,4 +1,4 @@
-"""Curves: files are read on as they grow, and thinning keeps what a user looks for."""
+"""Curves: growing files are read incrementally, and thinning keeps the important points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which devices there are, which of them a job gets, and how a worker sees it alone."""
+"""Available devices, which of them a job gets, and how its worker is limited to it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_job_made_for_a_large_gpu_waits_for_it():
         ("cuda:1", "cuda:1", "cuda"),
         ("auto", "cuda:3", "cuda"),
         ("auto", "cpu", "cpu"),
-        ("cuda:1", "cpu", "cuda:1"),  # whose opening says that it is not there
+        ("cuda:1", "cpu", "cuda:1"),  # opening it fails because it does not exist
     ],
 )
 def test_a_process_that_sees_one_gpu_calls_it_cuda(wanted, name, placed, material):
@@ -70,7 +70,7 @@ def test_a_process_that_sees_one_gpu_calls_it_cuda(wanted, name, placed, materia
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """Two that can be described and not opened."""
+    """Two GPUs that can be described but not opened."""
 
     def refuse(*arguments):
         raise AssertionError("this opens a CUDA context")
@@ -127,7 +127,7 @@ def test_a_worker_sees_the_second_of_the_gpus_that_the_user_chose(
 
 
 class Process:
-    """A worker that runs on and on."""
+    """A worker that never ends."""
 
     pid = 1
 

@@ -1,4 +1,4 @@
-"""An estimate measured in a process of its own is the estimate, and its errors are sentences."""
+"""Estimating in a separate process gives the same estimate, and clear errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_what_is_wrong_with_the_run_is_reported_in_its_own_words(tmp_path):
 def test_a_process_that_sees_one_gpu_is_not_asked_for_the_second(tmp_path):
     config = make_train(make_material(tmp_path), **{"model.device": "cuda:1"})
     none_visible = Device("cuda:1", "test-gpu", "99")
-    # It looks for the one GPU that it would see, and not for a second one.
+    # It looks for the only GPU it can see, and not for a second one.
     with pytest.raises(ConfigError, match="the device 'cuda' is not there"):
         estimate_in_process(config, none_visible)
 

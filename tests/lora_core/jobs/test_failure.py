@@ -1,4 +1,4 @@
-"""Why a job ended badly, and what a worker is started with."""
+"""Why a job failed, and how a worker is started."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def make_backend_error(text: str) -> Exception:
 
 
 def make_accelerator_error(text: str) -> Exception:
-    """As torch raises from 2.8 on what was a RuntimeError before."""
+    """As raised by torch from 2.8 on, where it was a RuntimeError before."""
     kind = getattr(torch, "AcceleratorError", RuntimeError)
     return kind(text)
 

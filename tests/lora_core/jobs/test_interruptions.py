@@ -1,4 +1,4 @@
-"""Whatever comes between: pauses taken back, kills, moves, deletions; nothing is lost or left."""
+"""Interruptions: withdrawn pauses, kills, moves, deletions; nothing is lost or left over."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ JOB = "20260131-120000-0123abcd"
 
 @pytest.fixture(scope="module")
 def whole(material, tmp_path_factory):
-    """The folder of a job that nothing came between."""
+    """The folder of a job that was not interrupted."""
     store = JobStore(tmp_path_factory.mktemp("whole"))
     job_id = train_here(store, make_train(material, steps=STEPS), SAMPLES)
     yield store.open_folder(job_id)
@@ -60,13 +60,11 @@ def assert_same_run(ours: Path, whole: JobFolder) -> None:
         assert bool((read_weights(ours / "samples" / name)["samples"] == latents).all())
 
 
-# --- pauses taken back ---
+# --- withdrawn pauses ---
 
 
 class Fickle(Pulse):
-    """Somebody asks for a pause at the n-th time that the worker looks, and takes it back after
-    the look.
-    """
+    """Requests a pause at the n-th time the worker checks, and withdraws it after the check."""
 
     def __init__(self, folder: JobFolder, at: int | None, looks: int = 1):
         super().__init__(folder, folder.read_state())
@@ -84,7 +82,7 @@ class Fickle(Pulse):
 
 
 def test_a_pause_withdrawn_before_it_took_effect_costs_nothing(store, submit, whole):
-    """At every second place where it may meet the run: before and in a sample, before a step."""
+    """At every second point where a run checks for it: before and in a sample, before a step."""
     first = store.open_folder(submit(samples=SAMPLES))
     calm = Fickle(first, None)
     assert run_job(first.read_settings(), first, ["cpu"], calm)
@@ -107,7 +105,7 @@ def test_a_pause_withdrawn_as_the_worker_ends_is_not_a_restart(store, submit, wh
     settings, pulse = folder.read_settings(), Fickle(folder, 9, 10**6)
     assert not run_job(settings, folder, ["cpu"], pulse)
     assert 0 < pulse.state.step < STEPS
-    finish_stopped(settings, folder, pulse)  # the request is taken back by now
+    finish_stopped(settings, folder, pulse)  # the request is withdrawn by now
     job = store.get(job_id)
     assert (job.status, job.state.restarts, job.state.failure) == (JobStatus.PENDING, 0, None)
     Supervisor(store, []).tick()
@@ -124,11 +122,11 @@ def test_a_shutdown_still_counts(store, submit):
     assert folder.read_state().status is JobStatus.FAILED
 
 
-# --- folders that go ---
+# --- folders that disappear ---
 
 
 class Mover(Pulse):
-    """Moves the job's folder away at a moment."""
+    """Moves the job's folder away at a given moment."""
 
     def __init__(self, folder: JobFolder, moment: str, target: Path):
         super().__init__(folder, folder.read_state())
@@ -139,7 +137,7 @@ class Mover(Pulse):
             self.folder.path.rename(self.target)
 
     def say(self, sentence: str) -> None:
-        self.move("while it loads")  # the first thing that a worker says
+        self.move("while it loads")  # a worker's first message
 
     def report(self, report) -> None:
         super().report(report)
@@ -177,11 +175,11 @@ def test_a_moved_folder_is_not_recreated_and_continues_elsewhere(
     other.index.close()
 
 
-# --- jobs deleted meanwhile ---
+# --- concurrently deleted jobs ---
 
 
 def delete_before(monkeypatch, owner, name: str, path: Path) -> None:
-    """Somebody else deletes the job just before a function is called."""
+    """Deletes the job just before a function is called."""
     function = getattr(owner, name)
 
     def call(*arguments, **named):
@@ -377,11 +375,11 @@ def test_a_submission_killed_at_any_line_leaves_a_complete_job_or_nothing(store,
             assert job.status is JobStatus.PENDING
             assert job.settings.loras == str(loras)
             store.delete(job.id)
-    assert line > 60  # it did meet the lines
+    assert line > 60  # it did reach the lines
 
 
 def kill_at_line(number: int) -> None:
-    """This process ends at the n-th line that it runs of what writes a job."""
+    """Ends this process at the n-th line it runs of the code that writes a job."""
     left = number
 
     def look(frame, event, _):
@@ -397,11 +395,11 @@ def kill_at_line(number: int) -> None:
     sys.settrace(look)
 
 
-# --- what a disk does to a run ---
+# --- disk errors ---
 
 
 def test_a_file_name_the_disk_refuses_costs_no_step(store, submit, whole, monkeypatch):
-    """As on eCryptfs, which takes 143 bytes; the check at submission counts 255."""
+    """As on eCryptfs, which allows 143 bytes; the check at submission allows 255."""
     job_id = submit(samples=SAMPLES)
     folder = store.open_folder(job_id)
     pulse = Pulse(folder, folder.read_state())
@@ -445,7 +443,7 @@ def test_damage_to_any_file_of_the_newest_checkpoint_costs_one_step_and_no_bit(
 
 
 class StopsAfter(Pulse):
-    """Somebody asks for a pause after so many steps."""
+    """Requests a pause after this many steps."""
 
     def __init__(self, folder: JobFolder, step: int):
         super().__init__(folder, folder.read_state())

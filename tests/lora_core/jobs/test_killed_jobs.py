@@ -1,4 +1,4 @@
-"""Workers and servers killed at random moments: nothing is lost, twice, or another result."""
+"""Workers and servers killed at random moments: nothing is lost, duplicated or changed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_killed_job_is_found_again_and_completed(torment):
     _, outcome = torment
     assert outcome["killed"] == {"worker": 7, "server": 7, "both": 7}
     assert set(outcome["statuses"]) == {"completed"}, outcome["states"]
-    # each worker that was killed was followed by one other, and no more
+    # each killed worker was followed by exactly one other
     num_jobs, num_dead = len(outcome["jobs"]), sum(outcome["phases"].values())
     assert 14 <= sum(outcome["starts"]) <= num_jobs + num_dead
     assert outcome["phases"].get("training", 0) > 0

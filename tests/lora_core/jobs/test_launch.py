@@ -1,4 +1,4 @@
-"""How processes of our own are started, on Windows and with several GPUs too."""
+"""How our own processes are started, including on Windows and with several GPUs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ GPU = Device("cuda:0", "here-a", "0")
 SHARED_GPU = Device("cuda:0", "here-a", "0", is_shared=True)
 TWO_GPUS = [GPU, Device("cuda:1", "here-b", "1")]
 ID = "20260131-120000-0123abcd"
-#: "process 2 of 2" of a launcher's.
+#: A launcher's "process 2 of 2".
 OF_TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
 
 
 class Started(Exception):
-    """Instead of a process."""
+    """Raised instead of starting a process."""
 
 
 @pytest.fixture
 def popen(monkeypatch):
-    """What a process would have been started with."""
+    """The arguments that a process would have been started with."""
     seen = {}
 
     def start(command, **options):
@@ -82,7 +82,7 @@ def test_several_gpus_without_nccl_are_refused_with_a_message_from_any_source(
 ):
     assert "torch.distributed.run" in launch.build_command(tmp_path, ID, TWO_GPUS)
     be_without_nccl(monkeypatch)
-    # PyTorch's launcher would die of the same before it could say why.
+    # PyTorch's launcher would fail in the same way before it could report why.
     assert "torch.distributed.run" not in launch.build_command(tmp_path, ID, TWO_GPUS)
     two_cpus = [Device("cpu", "a", ""), Device("cpu", "b", "")]
     assert "torch.distributed.run" in launch.build_command(tmp_path, ID, two_cpus)

@@ -1,4 +1,4 @@
-"""Job folders as a crash, a hand or a stranger left them: one job each, and no other suffers."""
+"""Job folders damaged by a crash, a user or an attacker: one job each, and no other is affected."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def submit(store: JobStore, material: Path):
 
 
 class Sleeper:
-    """A worker that goes on and on."""
+    """A worker that never ends."""
 
     pid = 1
 
@@ -44,7 +44,7 @@ class Sleeper:
 
 
 def change(path: Path, name: str, text: str) -> None:
-    """Puts a JSON text in the place of a field's value; "name" inside of "table.name"."""
+    """Replaces a field's value with a JSON text; a nested field is "table.name"."""
     values = json.loads(path.read_text())
     *tables, last = name.split(".")
     place = values
@@ -55,7 +55,7 @@ def change(path: Path, name: str, text: str) -> None:
 
 
 def check_list(store: JobStore, damaged: str, others: list[str]) -> str:
-    """The damaged job's sentence, where all the others are what they were."""
+    """The damaged job's error message, after checking that all other jobs are unchanged."""
     jobs = {job.id: job for job in store.list()}
     assert set(jobs) == {damaged, *others}
     assert {jobs[other].status for other in others} == {JobStatus.PENDING}
@@ -151,13 +151,13 @@ def test_a_pipe_in_place_of_log_metrics_or_request_blocks_nothing(store, submit)
             read(job_id)
     with pytest.raises(FileError, match="pipe"):
         MetricsReader().read(folder.metrics)
-    with folder.open_log() as log:  # as a worker that starts
+    with folder.open_log() as log:  # like a worker that starts
         log.write(b"said")
     assert store.read_log(job_id)["text"] == "said"
 
 
 def test_other_jobs_are_started_and_settled_beside_an_odd_one(store, submit):
-    """An odd state at "created_at" once kept the supervisor from all jobs at every tick."""
+    """An odd "created_at" in a state once blocked the supervisor for all jobs at every tick."""
     dead, waiting, odd = submit(max_restarts=0), submit(), submit()
     path = store.root / "jobs"
     gone = '{"host": "here", "pid": 1, "started": 0.5}'
@@ -298,7 +298,7 @@ def test_a_failure_that_cannot_be_read_is_none(text, store, submit):
     assert not get_failure_path(folder, 1).exists()
 
 
-# --- on the way in ---
+# --- submission ---
 
 
 BAD_CHANGES = [
@@ -334,7 +334,7 @@ def test_a_clone_of_odd_settings_is_refused_with_a_short_message(store, submit):
 
 
 def test_options_nested_to_the_interpreters_limit_are_refused_and_leave_no_folder(store, submit):
-    """json.dumps gave up at about a thousand levels, and the half-made folder stayed."""
+    """json.dumps failed at about a thousand levels, and the incomplete folder remained."""
     job_id = submit()
     for depth in (12, 490, 3000):
         options: object = 1.0

@@ -1,4 +1,4 @@
-"""A job's pictures: their names, who may read what, and that making them changes no weight."""
+"""A job's images: their names, which may be read, and that making them changes no weight."""
 
 from __future__ import annotations
 
@@ -227,11 +227,11 @@ def test_an_image_too_large_for_the_gpu_is_decoded_in_tiles_and_then_on_the_cpu(
 
     monkeypatch.setattr(picture_writer, "load_decoder", lambda *arguments: Decoder())
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)
-    # Whatever is no CPU stands for a device whose memory may be too small.
+    # Any device other than the CPU stands for one whose memory may be too small.
     writer = PictureWriter("a path", None, torch.device("meta"), notes.append)
     for name in ("first", "second"):
         with writer.ready():
             writer.write(torch.zeros(1, 16, 2, 2), tmp_path / name)
-    assert tried == [*ways, ways[-1]]  # the next one begins where the first one ended
+    assert tried == [*ways, ways[-1]]  # the next one starts where the first one ended up
     assert notes == [IN_TILES, ON_CPU][: len(ways) - 1]
     assert len(list(tmp_path.glob("*.png"))) == 2

@@ -1,4 +1,4 @@
-"""The finished adapter in a loras folder: whole, under a free name, once."""
+"""The finished adapter in a loras folder: complete, under a free name, once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loras(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapters(tmp_path: Path) -> list[Path]:
-    """Raw and averaged weights, as a run leaves them."""
+    """Raw and averaged weights, as written by a run."""
     return [write(tmp_path / "a.safetensors", 1), write(tmp_path / "a_ema.safetensors", 2)]
 
 

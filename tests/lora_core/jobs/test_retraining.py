@@ -1,4 +1,4 @@
-"""Training an adapter again from its metadata alone, and what stands in the way."""
+"""Retraining an adapter from its metadata alone, and what prevents it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def describe(**changes) -> dict[str, str]:
 
 @pytest.fixture
 def here(tmp_path: Path):
-    """Finds everything but what a test says."""
+    """Finds everything except what a test specifies."""
 
     def find(*lacking: str):
         return lambda name: [] if name in lacking else [tmp_path / name]

@@ -1,4 +1,4 @@
-"""Starting workers: what they may run, and what a start that comes to nothing is."""
+"""Starting workers: what they may run, and what counts as a failed start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TWO = [CPU, Device("cpu", "test-cpu-2", "")]
 
 
 class Ended:
-    """A worker that is gone already."""
+    """A worker that has already ended."""
 
     pid = 2**22 + 1
 
@@ -32,7 +32,7 @@ class Ended:
 
 
 def start_those_that_end(store, code: int, devices: list[Device], count: int = 6) -> list[str]:
-    """Ids of the jobs whose workers were started within some ticks, each to end with the code."""
+    """Ids of the jobs started within some ticks, whose workers each end with this exit code."""
     started = []
 
     def launch_one(root, folder, chosen):
@@ -50,7 +50,7 @@ def test_no_file_of_a_jobs_folder_is_executed(shadowed, store, material, monkeyp
     folder = store.open_folder(store.submit(make_train(material)))
     marker = tmp_path / "was_run"
     (folder.path / f"{shadowed}.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
-    monkeypatch.chdir(folder.path)  # not by the server's own place either
+    monkeypatch.chdir(folder.path)  # nor from the server's own folder
     monkeypatch.setattr(launch, "WORKER", "dataclasses")
     assert start_worker(store.root, folder, [CPU]).wait() == 0
     assert not marker.exists()

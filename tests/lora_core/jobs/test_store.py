@@ -1,4 +1,4 @@
-"""The store without any worker: what a program asks of it, and what a disk does to it."""
+"""The store without any worker: its API, and disk errors."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_deleting_removes_only_the_jobs_folder(store, submit, tmp_path):
     store.delete(gone, with_adapter=True)
     assert [job.id for job in store.list()] == [keep]
     assert not folder.path.exists()
-    # it does not say that it is this job's
+    # its metadata does not name this job
     assert (loras / "tiny.safetensors").read_bytes() == b"mine"
     assert [p.name for p in (store.root / "jobs").iterdir()] == [keep]
 
@@ -208,7 +208,7 @@ def test_a_job_held_by_its_worker_gets_a_request_and_is_not_changed(store, submi
     folder.write_state(state)
     assert store.pause(job_id).request == "pause"
     assert store.cancel(job_id).request == "cancel"  # the later one counts
-    assert store.resume(job_id).request == "run"  # and may be taken back
+    assert store.resume(job_id).request == "run"  # and may be withdrawn
     assert store.get(job_id).state == state
     folder.lock.release()
 
@@ -320,7 +320,7 @@ def test_a_job_with_a_broken_file_is_a_failed_one_that_can_be_deleted(name, cont
 
 @pytest.fixture
 def in_use(monkeypatch):
-    """`in_use(name, times)`: Windows lets nobody read files of that name for so many tries."""
+    """`in_use(name, times)`: as on Windows, files of that name are unreadable for `times` tries."""
 
     def deny(name: str, times: float) -> None:
         open_any = os.open
@@ -408,7 +408,7 @@ def test_only_a_state_that_is_not_there_says_that_the_job_was_deleted(tmp_path, 
     assert not is_gone(tmp_path / "state.json")
 
 
-# --- missing files and disks that do not take any ---
+# --- missing files and disks that refuse writes ---
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def test_a_full_disk_is_a_clear_error_and_changes_nothing(store, submit):
     assert [p for p in store.root.rglob(".*") if p.is_file()] == []
 
 
-# --- what the system says of processes and locks ---
+# --- processes and locks of the system ---
 
 
 def test_a_reused_pid_is_another_process():

@@ -1,4 +1,4 @@
-"""Several devices for one job, as two processes on the CPU: who starts, who dies, who is left."""
+"""Several devices for one job, as two processes on the CPU: starts, deaths and leftovers."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_team_survives_a_dead_member_and_a_pause_with_the_same_weights(store, 
     assert job.state.published == ("tiny.safetensors", "tiny_ema.safetensors")
     with safe_open(tmp_path / "loras" / "tiny.safetensors", "pt") as file:
         assert file.metadata()["qwen_edit_lora.job"] == job_id
-    assert store.read_log(job_id)["text"].count("loading ") == 3  # one process speaks
+    assert store.read_log(job_id)["text"].count("loading ") == 3  # only rank 0 prints
     assert list(ours.glob(".process_*")) == []
 
 

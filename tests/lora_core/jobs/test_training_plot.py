@@ -1,4 +1,4 @@
-"""The picture of a training shows what the metrics say."""
+"""The plot of a training shows the metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers in interpreters of their own: pause, resume, cancel, the queue, and what fails."""
+"""Workers in their own interpreters: pause, resume, cancel, the queue, and failures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tiny_jobs import (
 )
 
 CPU = Device("cpu", "test-cpu", "")
-MANY = 5000  # steps; a job of so many ends only because it is stopped
+MANY = 5000  # steps; a job this long ends only because it is stopped
 NOTICE_S = 10.0
 
 pytestmark = pytest.mark.skipif(
@@ -217,7 +217,7 @@ def test_a_dead_worker_is_noticed_and_restarted_a_limited_number_of_times(
     store.resume(job_id)
     assert store.get(job_id).state.restarts == 0
 
-    # one that hangs is ended by asking twice
+    # a second request ends a hanging one
     run_until(supervisor, lambda: store.get(job_id).state.worker)
     (pid,) = list_processes(store.root)
     os.kill(pid, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""The list of adapter files: what it says of each, when it computes, and what it keeps."""
+"""The list of adapter files: its entries, when it computes, and what it caches."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def forbid_computing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inspections as the process makes them, without the seconds that torch takes to start."""
+    """Inspects like the inspector process, without the seconds torch takes to start."""
 
     def ask(inspector: Inspector, question: str) -> str:
         return json.dumps(answer(json.loads(question))) + "\n"
@@ -304,7 +304,7 @@ def test_a_viewed_file_is_judged_next(loras, open_library):
     assert adapters.show(build_id("0.safetensors"))["ranks"] == (8,)
     is_busy = False
     assert adapters.wait(WAIT)
-    assert judged.index("0.safetensors") <= 1  # at most the one that had begun comes before
+    assert judged.index("0.safetensors") <= 1  # at most the one in progress comes before
 
 
 def test_health_waits_while_the_machine_is_busy_and_stops_when_asked(loras, open_library):

@@ -27,7 +27,7 @@ SETTINGS = {"clip": "a", "vae": "b", "stock_code": "c", "reference_megapixels": 
 
 
 class Encoder:
-    """Numbers in the place of latents, as the target's digest gives them; counts its calls."""
+    """Numbers in place of latents, derived from the target's digest; counts its calls."""
 
     def __init__(self) -> None:
         self.names: list[str] = []

@@ -1,4 +1,4 @@
-"""Pictures of strangers: what they may start, how much memory they may take, what is refused."""
+"""Untrusted images: what they may start, how much memory they may use, what is refused."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_reading_an_image_takes_the_memory_of_one_decoded_copy(tmp_path):
         text=True,
         check=True,
     )
-    assert int(done.stdout) < 3 * side * side  # a byte a pixel decoded; it was 40
+    assert int(done.stdout) < 3 * side * side  # one byte per pixel decoded; it was 40
 
 
 MODES = ("RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "I;16")
@@ -115,7 +115,7 @@ def test_reading_in_bands_changes_no_bit(mode, orientation, tmp_path, monkeypatc
     for a, b in zip(whole, bands, strict=True):
         assert np.array_equal(a, b)
     assert np.array_equal(np.concatenate(list(picture.read_bands())), whole[0])
-    # As it was before there were bands.
+    # As implemented before bands were introduced.
     expected = Image.fromarray((whole[0] * 255).round().astype(np.uint8))
     size = tuple(max(1, round(length * 32 / max(expected.size))) for length in expected.size)
     assert np.array_equal(

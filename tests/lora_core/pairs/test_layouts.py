@@ -1,4 +1,4 @@
-"""Which files make a pair: the layouts of trainers, and what is said about files that fit none."""
+"""Which files make a pair: the layouts of trainers, and reports on files that fit none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a folder is not used, or used by a rule that may be wrong: always told, by kind."""
+"""Unused files of a folder, or files used by a rule that may be wrong, are always reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_picture(path: Path, index: int = 5) -> Path:
     return write_picture(load_photograph(index), path)
 
 
-# --- references nobody meant ---
+# --- unintended references ---
 
 
 def test_a_reference_of_the_same_name_and_another_suffix_is_reported(tmp_path):
@@ -136,7 +136,7 @@ def test_a_json_without_a_caption_stops_nothing_and_is_reported(tmp_path):
     assert get_problem(found, "json_unused").count == 4
 
 
-# --- pictures that are in no pair ---
+# --- images that are in no pair ---
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_several_sets_in_one_folder_are_refused_by_name(tmp_path):
         find(tmp_path / "set")
 
 
-# --- how it is told ---
+# --- how it is reported ---
 
 
 def test_what_is_left_out_is_a_line_on_the_node_and_an_entry_in_the_json(tmp_path):

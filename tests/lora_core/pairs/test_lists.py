@@ -1,4 +1,4 @@
-"""Files that list pairs: whatever program wrote them, each cell is what it says or is told."""
+"""Files that list pairs: from any program, each cell is used as written or reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Before anything is encoded: pictures of every kind, and what would ruin a run."""
+"""Checks before anything is encoded: images of every kind, and what would ruin a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qwen_edit_lora.lora_core.pairs.preflight import LEAVE_OUT, Preflight, check
 from qwen_edit_lora.lora_core.pairs.preview import build_table, describe_preflight, draw_pairs
 from qwen_edit_lora.lora_core.pairs.sizes import choose_reference_size, choose_target_size
 
-SMALL = 64 * 96 / 1024**2  # megapixels of the test pictures
+SMALL = 64 * 96 / 1024**2  # megapixels of the test images
 
 
 def check(folder: Path, **options) -> Preflight:
@@ -51,7 +51,7 @@ def test_ordinary_images_are_read_as_in_comfyui(tmp_path):
 def test_an_image_turned_by_exif_stands_upright(tmp_path):
     image = load_photograph(0)
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying, to be turned clockwise
+    exif[0x0112] = 6  # stored in landscape, to be rotated clockwise
     path = write_picture(image.transpose(Image.Transpose.ROTATE_90), tmp_path / "a.png", exif=exif)
     picture = FilePicture(path)
     assert np.array_equal(
@@ -222,7 +222,7 @@ def test_identical_target_and_reference_are_found_by_bytes_and_by_pixels(tmp_pat
     almost[3, 4] += 1
     Image.fromarray(almost).save(folder / "target" / "photo_2.png")
     preflight = check(folder)
-    preflight.raise_stops()  # two of five may be meant
+    preflight.raise_stops()  # two of five may be intended
     same = [p.pair for p in preflight.problems if "are the same picture" in p.text]
     assert same == ["photo_0", "photo_1"]
 
@@ -291,7 +291,7 @@ def test_swapped_pairs_raise_a_question_from_their_captions(name, is_swapped, tm
     assert all(
         q.startswith("Are targets and references swapped? Captions such as") for q in questions
     )
-    check(folder).raise_stops()  # a question, no stop
+    check(folder).raise_stops()  # a question, not an error
 
 
 def test_swapped_folders_raise_a_question_by_name_and_by_sharing(tmp_path):

@@ -1,4 +1,4 @@
-"""The pictures of a sweep and their labels; which files and strengths they are of."""
+"""The images of a sweep, their labels, and their files and strengths."""
 
 from __future__ import annotations
 

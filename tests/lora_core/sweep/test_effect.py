@@ -1,4 +1,4 @@
-"""What an Effect says of its figures."""
+"""Effect: its metrics, verdict, text and plot."""
 
 from __future__ import annotations
 

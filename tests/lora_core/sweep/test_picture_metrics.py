@@ -1,4 +1,4 @@
-"""The figures against their formulas in float64; cuts and sizes against pictures made by hand."""
+"""The metrics against their formulas in float64; crops and sizes against handmade images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may write for strengths and seeds, and what the answer to anything else is."""
+"""What a user may write for strengths and seeds, and the errors for anything else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps made by hand, each of which has one right answer."""
+"""Handmade sweeps with one correct verdict each."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def judge_one(pictures: dict[str, torch.Tensor]):
 
 
 def damage(strength: float) -> torch.Tensor:
-    """Noise over the whole picture."""
+    """Noise over the whole image."""
     generator = torch.Generator().manual_seed(int(strength))
     return torch.rand(1, SIZE, SIZE, 3, generator=generator)
 
 
 def blue(share: float) -> torch.Tensor:
-    """The picture with this share of its rows in pure blue."""
+    """The image with this share of its rows in pure blue."""
     picture = make_picture()
     picture[:, : round(share * SIZE)] = torch.tensor([0.0, 0.0, 1.0])
     return picture
@@ -64,7 +64,7 @@ DAMAGES = {
     "burnt colours": blue(0.3),
     "noise": damage(2),
 }
-#: Strong edits that a user may well want.
+#: Strong edits that a user may intend.
 EDITS = {
     "another picture": make_picture(55),
     "white background": torch.where(

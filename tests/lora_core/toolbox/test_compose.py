@@ -1,4 +1,4 @@
-"""What every resized, merged or extracted adapter is."""
+"""Properties of every resized, merged or extracted adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example configuration and what docs/ says of training, held against the code."""
+"""The example configuration and the training docs, checked against the code."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ SIZE = BaseSize(
 NUM_WEIGHTS = SIZE.num_blocks * SIZE.block_weights + SIZE.other_weights
 #: 1024 x 1024, one reference of that size, and a caption.
 NUM_TOKENS = 4096 + 4096 + 256
-#: What PyTorch finds of a card's nominal memory.
+#: Share of a card's nominal memory that PyTorch reports.
 REPORTED = 0.98
 ROW = re.compile(
     r"^\| (\d+) GB[^|]*\|[^|]*\| (\w+) \| (\w+)( \(auto\))? \| (\d+) \| ([\d.]+) GiB \| "

@@ -126,7 +126,7 @@ def test_an_unknown_item_is_a_one_line_error(write_config, tmp_path, capsys):
 
 
 def test_sharding_by_accelerate_is_refused_in_one_line(write_config, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # what `accelerate launch --use_fsdp` sets
+    monkeypatch.setenv("WORLD_SIZE", "2")  # set by `accelerate launch --use_fsdp`
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", write_config()]) == 2
     assert "train: FSDP version 1 would spread the LoRAs" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Encoded pairs beside what ComfyUI's own nodes give for the same picture and prompt."""
+"""Encoded pairs compared with ComfyUI's own nodes for the same image and prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEGAPIXELS = 0.01
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Where other processes keep the cores busy, threads that wait for each other take minutes."""
+    """On busy cores, threads that wait for each other take minutes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +58,7 @@ def check(folder: Path, max_references: int = 3) -> tuple:
 
 
 def load_image(path: Path) -> torch.Tensor:
-    """As ComfyUI's LoadImage does."""
+    """Loads like ComfyUI's LoadImage."""
     image = Image.open(path).convert("RGB")
     return torch.from_numpy(np.array(image).astype(np.float32) / 255.0)[None]
 
@@ -102,7 +102,7 @@ def test_embedding_and_references_are_the_stock_nodes_own(
     assert all(map(torch.equal, item.references, references))
     empty, _ = run_stock(models, variant, "", images)
     assert torch.equal(item.text_empty, empty)
-    assert len(text) > len(empty) > 100 * number  # the pictures are part of it
+    assert len(text) > len(empty) > 100 * number  # the images are part of it
 
     expected = load_image(checked.pair.target.path)
     assert item.target.shape == (16, checked.size[1] // 8, checked.size[0] // 8)

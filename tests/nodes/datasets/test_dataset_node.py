@@ -1,4 +1,4 @@
-"""Edit Dataset in a running ComfyUI: photographs in, a cached set out that training takes."""
+"""Edit Dataset in a running ComfyUI: from photographs to a cached set ready for training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qwen_edit_lora.lora_core.training.data.dataset import CachedDataset, read_d
 
 pytestmark = pytest.mark.comfy
 
-SMALL = 0.01  # megapixels; on a shared machine a picture of the stock's size takes a minute
+SMALL = 0.01  # megapixels; on a shared machine an image of the stock size takes a minute
 
 
 def build_graph(**inputs: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def fail(server: Any, graph: dict[str, Any]) -> str:
 
 @pytest.fixture
 def roots(base_directory: Path) -> Iterator[dict[str, Path]]:
-    """Folders of this test alone, and an empty cache."""
+    """Folders used only by this test, and an empty cache."""
     made = {name: base_directory / name / "test_pairs" for name in ("datasets", "input", "output")}
     cache = base_directory / "user" / "__qwen_edit_lora" / "datasets"
     yield {**made, "base": base_directory, "cache": cache}
@@ -134,7 +134,7 @@ def test_photographs_become_a_set_that_trains_a_step(server, roots, demo_models)
 
 
 def run_again_without(folder: Path, server: Any, graph: dict[str, Any]) -> str:
-    """The report after somebody deleted the set: ComfyUI must not take the node's old output."""
+    """The report after the set was deleted: ComfyUI must not reuse the node's cached output."""
     shutil.rmtree(folder)
     return run(server, graph)
 
@@ -150,7 +150,7 @@ def test_a_changed_caption_encodes_one_pair_and_the_old_set_stays(server, roots)
     assert "pairs encoded: 1, there already: 3" in report
     now = list_items(roots)
     assert len(now) == 5
-    assert {name: now[name] for name in items} == items  # not one was written again
+    assert {name: now[name] for name in items} == items  # none was rewritten
     second = read_set(roots, report)
     assert [info.caption for info in second.items][2] == "something else"
     assert [info.caption for info in read_dataset(first.folder).items][2].endswith("number 2")

@@ -1,4 +1,4 @@
-"""Sites that read one tensor share its down-product, whoever comes in which order."""
+"""Sites that read one tensor share its down-product, in any order."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def check(site, adapter, path, x, gain=1.0):
 def test_q_k_and_v_read_x_once_in_any_order(order, build_bank, count_products):
     adapter = build_adapter(QKV)
     bank = build_bank(adapter)
-    for seed in (1, 2):  # the second time as at the next step
+    for seed in (1, 2):  # the second time like the next step
         x = draw(2, 5, WIDTH, seed=seed)
         for index in order:
             check(bank.sites[QKV[index]], adapter, QKV[index], x, gain=index + 0.5)
@@ -165,7 +165,7 @@ def test_gradients_reach_x_through_a_shared_product(build_bank):
     bank = build_bank(adapter)
     x = draw(2, 5, WIDTH).requires_grad_()
     weights = [draw(WIDTH, WIDTH, seed=seed) for seed in range(3)]
-    with torch.no_grad():  # a product made here must not be taken where gradients are wanted
+    with torch.no_grad():  # a product computed here must not be reused where gradients are required
         bank.sites[QKV[2]].add(x @ weights[2].T, x, (0.1,))
     bases = [x @ weight.T for weight in weights]
     kept = [base.detach().clone() for base in bases]

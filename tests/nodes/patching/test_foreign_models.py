@@ -1,9 +1,9 @@
 """Models of other extensions: nunchaku's, and GGUF files.
 
-nunchaku needs a GPU and its own compiled kernels, so its classes stand here by their names and
-attributes (nunchaku 1.2, models/linear.py; ComfyUI-nunchaku 1.0, models/qwenimage.py), with dense
-weights behind them. ComfyUI-GGUF's tensor class is one such stand-in too; its codes and their
-decoder are those of the gguf package.
+nunchaku needs a GPU and its own compiled kernels, so stand-ins have the names and attributes of its
+classes (nunchaku 1.2, models/linear.py; ComfyUI-nunchaku 1.0, models/qwenimage.py), with dense
+weights. ComfyUI-GGUF's tensor class is a stand-in too; its codes and their decoder are those of the
+gguf package.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class SVDQW4A4Linear(torch.nn.Module):
 
 
 class AWQW4A16Linear(torch.nn.Module):
-    """Its outputs lie as (width, 6), where the adapter's lie as (6, width)."""
+    """Its outputs are ordered as (width, 6), the adapter's as (6, width)."""
 
     def __init__(self, linear: Any):
         super().__init__()
@@ -84,7 +84,7 @@ class AWQW4A16Linear(torch.nn.Module):
 
 
 class Modulation(torch.nn.Sequential):
-    """What nunchaku's block does with the modulation's output."""
+    """How nunchaku's block uses the modulation's output."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = super().forward(x)
@@ -272,7 +272,7 @@ def test_a_linear_without_a_weight_in_another_model_runs_beside_and_is_not_merge
 
 
 class GGMLTensor(torch.Tensor):
-    """As in ComfyUI-GGUF's ops.py: raw bytes that say they have the shape of the weight."""
+    """As in ComfyUI-GGUF's ops.py: raw bytes that report the shape of the weight."""
 
     def __new__(cls, data: torch.Tensor, *, tensor_type: Any, tensor_shape: Any):
         return data.as_subclass(cls)
@@ -341,7 +341,7 @@ def test_a_weight_that_cannot_be_measured_gives_the_reason(base, ours, monkeypat
         return ours.host.measure_weight(base, PATH)
 
     class Codes(torch.Tensor):
-        """Another extension's floats that are no values."""
+        """Another extension's floats that are codes, not values."""
 
     packed = quantise(weight, "Q8_0")
     assert measure(weight.to(torch.uint8)) == (None, "it is stored as uint8")

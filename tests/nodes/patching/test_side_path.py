@@ -162,7 +162,7 @@ def test_a_lora_whose_modules_never_run_raises_a_warning(
     diffusion_model = base.model.diffusion_model
     twin = copy.deepcopy(diffusion_model)
     expected = sample(base)
-    diffusion_model.__dict__["_forward"] = twin._forward  # as an extension with a model of its own
+    diffusion_model.__dict__["_forward"] = twin._forward  # like an extension with its own model
     try:
         with caplog.at_level("WARNING"):
             assert torch.equal(sample(model), expected)

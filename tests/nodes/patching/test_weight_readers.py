@@ -1,4 +1,4 @@
-"""ComfyUI's own savers and mergers behind Apply, Stack and Sweep: what they make holds the LoRA."""
+"""ComfyUI's own savers and mergers behind Apply, Stack and Sweep: their output has the LoRA."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build_graph(mode: str = "auto", applied: str = "QwenEditLoraApply", **more: 
 
 
 def compute_patched(base: dict[str, torch.Tensor], lora: Path, strength: float) -> dict:
-    """Path -> the weight that a merge gives, of every module of the LoRA."""
+    """Path -> the merged weight, for every module of the LoRA."""
     adapter = read_adapter(lora)
     names = {path: next(k for k in base if k.endswith(f"{path}.weight")) for path in adapter}
     return {

@@ -23,7 +23,7 @@ TIMEOUT = 90.0  # seconds
 
 @pytest.fixture(scope="module")
 def folder(demo_models):
-    """A folder of this test's own inside models/loras."""
+    """This test's own folder inside models/loras."""
     folder = demo_models.root / "loras" / "library"
     folder.mkdir()
     yield folder

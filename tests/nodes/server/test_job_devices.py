@@ -1,4 +1,4 @@
-"""The devices that the Train node asks about are those that its job gets, and what fits on them."""
+"""The devices that the Train node checks are those that its job gets, and what fits on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QWEN_IMAGE = BaseSize(60, 339_830_784, 40_519_744, 3072)
 
 @pytest.fixture
 def job_devices(ours: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """On a machine of 24 GB for ComfyUI too, and 12 GB."""
+    """On a machine with a 24 GB GPU, shared with ComfyUI, and a 12 GB GPU."""
     from qwen_edit_lora.nodes.server import job_devices
 
     monkeypatch.setattr(job_devices, "list_devices", lambda: [LARGE, SMALL, CPU])
@@ -84,7 +84,7 @@ def test_several_gpus_need_a_backend_that_connects_them(job_devices, monkeypatch
         job_devices.check_devices(2)
 
 
-# --- how the base is kept there -------------------------------------------------------------------
+# --- how the base is stored there -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_auto_keeps_the_users_own_settings(choose):
     assert choose([SMALL], "nf4") == ({"storage": "nf4", "compute_dtype": "bf16"}, [], 0)
     assert choose([SMALL], storage="auto", **{"offload_blocks": 60})[0]["storage"] == "bf16"
     kept, _, _ = choose([SMALL], **{"gradient_checkpointing": False})
-    assert kept["offload_blocks"] == 0  # blocks that wait would have to be computed again
+    assert kept["offload_blocks"] == 0  # offloaded blocks would have to be recomputed
 
 
 def test_a_storage_in_more_settings_disables_auto(choose):

@@ -1,4 +1,4 @@
-"""What our HTTP routes answer to names, bodies and races that no page of ours sends."""
+"""How our HTTP routes answer names, bodies and races that our own page never sends."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FOREIGN_NAMES = [
 
 @pytest.fixture
 def listen(comfyui: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Says what ComfyUI was started with: listen("0.0.0.0", cors="http://x")."""
+    """Sets what ComfyUI was started with: listen("0.0.0.0", cors="http://x")."""
     from comfy.cli_args import args
 
     def listen(addresses: str, cors: str | None = None) -> None:
@@ -64,8 +64,8 @@ def listen(comfyui: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def ask_all(routes: Any, job_id: str, host: str) -> set[int]:
-    """Status of each kind of route to a page that came by this name."""
-    # Without Origin, for which ComfyUI's own check looks names up in the network.
+    """Status of each kind of route for a page at this host name."""
+    # Without Origin, for which ComfyUI's own check resolves names on the network.
     headers = {"Host": host}
     return {
         *(routes.ask("GET", path, headers=headers).status for path in (JOBS, ADAPTERS)),
@@ -102,8 +102,8 @@ def test_a_configured_proxy_and_servers_on_other_addresses_are_answered(routes, 
         assert ask_all(routes, job_id, "comfy.lan:8188") == {200}
 
 
-#: A page of another site, by the browser's word or by its address; ComfyUI's own check passes
-#: where the Host is no loopback address.
+#: A page of another site, by the browser's header or by its address; ComfyUI's own check passes if
+#: the Host is not a loopback address.
 ADDRESS = "192.168.1.5"
 FOREIGN = [
     {"Host": f"{ADDRESS}:8188", "Origin": "http://evil.example"},
@@ -208,7 +208,7 @@ def test_a_job_deleted_during_a_request_is_a_404_and_not_a_server_error(
     shutil.copytree(folder, kept)
 
     def find_and_lose(self: Catalog, job_id: str) -> Any:
-        """As if another page's delete came right after the look."""
+        """As if another page deleted it right after the lookup."""
         found = find(self, job_id)
         shutil.rmtree(folder)
         return found

@@ -1,4 +1,4 @@
-"""The Effect beside ComfyUI's own sampler: a one-step Euler sampling gives the same answer."""
+"""Effect compared with ComfyUI's own sampler: one-step Euler sampling gives the same result."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_an_effect_costs_one_model_call_per_strength_and_sigma(
     measure(base, path, (0.0, 0.5, 1.0))
     assert sizes == [1] * 3 * len(SIGMAS)
     sizes.clear()
-    measure(base, path, (0.5, 1.0))  # the reference at 0 is measured in any case
+    measure(base, path, (0.5, 1.0))  # the reference at 0 is always measured
     assert sizes == [1] * 3 * len(SIGMAS)
 
 

@@ -1,4 +1,4 @@
-"""What a sweep costs beyond its sampling, counted in this process at ComfyUI's own executor."""
+"""Overhead of a sweep beyond sampling, counted in this process with ComfyUI's own executor."""
 
 from __future__ import annotations
 

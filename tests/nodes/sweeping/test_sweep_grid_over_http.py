@@ -21,7 +21,7 @@ pytestmark = pytest.mark.comfy
 def grid_graph(
     labels: str = "0\n0.5\n1", load_names: tuple[str, ...] = (), **more: Any
 ) -> dict[str, Any]:
-    """Pictures from the input folder as one batch, and every output shown."""
+    """Images from the input folder as one batch, with every output shown."""
     graph = {
         f"load_{n}": node("LoadImage", image=name) for n, name in enumerate(load_names, start=1)
     }
@@ -41,7 +41,7 @@ def grid_graph(
 
 @pytest.fixture
 def cells(base_directory: Path) -> tuple[str, ...]:
-    """Three pictures in the input folder: the photograph, a little and much brighter."""
+    """Three images in the input folder: the photograph, slightly and much brighter."""
     photo = Image.open(base_directory / "input" / "example.png").convert("RGB").resize((96, 64))
     names = []
     for number, factor in enumerate((1.0, 1.05, 1.1)):

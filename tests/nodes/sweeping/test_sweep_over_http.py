@@ -1,6 +1,6 @@
-"""The sweep in a running ComfyUI server: its pictures, and what is rendered, cached and cancelled.
+"""The sweep in a running ComfyUI server: its images, and what is rendered, cached and cancelled.
 
-Every figure of what ran comes from the server's own `executing` messages on its websocket.
+Which nodes ran is taken from the server's own `executing` messages on its websocket.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ LINKS = {
 
 
 def sweep_graph(strengths: str = "0, 0.5, 1", size: int = 64, **more: Any) -> dict[str, Any]:
-    """A sweep whose images and labels are shown; None takes an input away."""
+    """A sweep whose images and labels are shown; None removes an input."""
     inputs = {
         "model": ["unet", 0],
         "adapter": ["load", 0],
@@ -91,7 +91,7 @@ def sweep_graph(strengths: str = "0, 0.5, 1", size: int = 64, **more: Any) -> di
 
 
 def hand_graph(model: list, seed: int = 1, vary: Callable | None = None) -> dict[str, Any]:
-    """One picture wired by hand."""
+    """One image from a hand-wired graph."""
     links = {name: link for name, link in LINKS.items() if name != "vae"}
     graph = {
         **base_graph(),
@@ -185,14 +185,14 @@ def watcher(server: Any) -> Iterator[Watcher]:
 
 
 def pick(executed: list[str], what: str) -> list[str]:
-    """The cells of which this was done, without the sweep's own prefix."""
+    """The cells for which this was executed, without the sweep's own prefix."""
     words = (name.removeprefix("sweep.0.0.").split(" ", 1) for name in executed)
     return [rest[0] for word, *rest in words if word == what and rest]
 
 
 @pytest.fixture
 def render(server: Any) -> Callable[[dict[str, Any]], list[np.ndarray]]:
-    """Runs a graph: its saved pictures as arrays."""
+    """Runs a graph; returns its saved images as arrays."""
 
     def run(graph: dict[str, Any]) -> list[np.ndarray]:
         return read_pictures(server, server.run_prompt(graph))

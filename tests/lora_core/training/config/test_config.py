@@ -1,4 +1,4 @@
-"""Configurations: what is refused, in which words, and that files come back as they were."""
+"""Configurations: what is refused, with which message, and that files survive a round trip."""
 
 from __future__ import annotations
 

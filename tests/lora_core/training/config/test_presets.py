@@ -1,4 +1,4 @@
-"""Presets are whole configurations, and a user's own settings win."""
+"""Presets are complete configurations, and a user's own settings take precedence."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
         apply_preset("fast", {})
 
 
-#: Qwen-Image; the figures of `test_documents` are those of its layers.
+#: Qwen-Image; the numbers in `test_documents` are those of its layers.
 SIZE = BaseSize(60, 339_830_784, 40_519_744, 3072)
 HEADROOM = SIZE.count_headroom(num_tokens=8448, num_parameters=106_168_320)  # 1 MP, rank 16
 

@@ -236,7 +236,7 @@ def test_the_index_keeps_captions_and_what_it_was_made_with(tmp_path):
     assert json.loads((tmp_path / "index.json").read_text())["latents"] == "raw"
 
 
-# what somebody changed
+# changed by the user
 
 HUGE = 10**400
 

@@ -1,4 +1,4 @@
-"""Batches made ahead: the same ones, errors where they belong, no thread that outlives its run."""
+"""Prefetched batches: identical, errors at their own step, no thread that outlives its run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The estimate's arithmetic, and its 15 % on a CPU's memory; time too where there is a GPU.
 
-`benchmarks/estimate.py` holds its time on a CPU against runs: here others share the machine.
+`benchmarks/estimate.py` compares its time on a CPU with runs: here the machine is shared.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def base(tmp_path):
 
 
 def make_measurement(seconds, size, **changes) -> Measurement:
-    """Of n blocks: `seconds` and `size` are (fixed, for each block)."""
+    """A measurement of n blocks: `seconds` and `size` are (fixed, per block)."""
     return Measurement(
         **{
             "micro_step_s": Linear(*seconds),
@@ -185,7 +185,7 @@ def test_gaps_an_update_and_the_decoding_of_samples_are_part_of_the_memory(
 
 
 def test_a_step_and_its_update_are_measured_apart(tmp_path, base, monkeypatch):
-    readings = iter((10, 100, 30, 40))  # at rest; the step's peak; begun anew; the update's peak
+    readings = iter((10, 100, 30, 40))  # at rest; the step's peak; reset; the update's peak
     found = []
     meter = MemoryMeter(torch.device("cpu"))
     for name in ("reset", "read_peak"):
@@ -249,9 +249,9 @@ MIDDLE = {"attention_head_dim": 128, "num_attention_heads": 3, "joint_attention_
 
 
 class Processes:
-    """The estimate and the run in processes of their own, as users have them.
+    """The estimate and the run in separate processes, as for users.
 
-    What a process takes without a run is that of a tiny one, and left out on both sides.
+    The memory of a process without a run is that of a tiny run, and subtracted on both sides.
     """
 
     def __init__(self, folder):

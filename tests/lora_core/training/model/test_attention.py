@@ -1,4 +1,4 @@
-"""Which kernel computes the attention, and what is kept of it for the backward pass."""
+"""Which kernel computes attention, and what is kept of it for the backward pass."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Calls(TorchDispatchMode):
 
 
 class Preparation:
-    """Three parts to q, k and v, that counts how often."""
+    """Combines three parts to q, k and v, and counts its calls."""
 
     def __init__(self):
         self.num_calls = 0
@@ -153,7 +153,7 @@ def test_an_unused_result_leaves_nothing_behind():
     out = attend_keeping_result(Preparation(), parts, None)
     reference = weakref.ref(out.untyped_storage())
     del out
-    assert reference() is None  # no cycle that a garbage collector would have to find
+    assert reference() is None  # no reference cycle that the garbage collector would have to find
 
 
 def test_a_backward_pass_may_be_run_again():

@@ -1,4 +1,4 @@
-"""Base files that somebody damaged or made up: one sentence, before anything is built."""
+"""Damaged or forged base files: a one-sentence error, before anything is built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_MESSAGE = 400
 
 @pytest.fixture
 def never_build(monkeypatch):
-    """Building a model of more blocks than the demo's would take minutes, or never end."""
+    """Fails if a model with more blocks than the demo's is built, which might never end."""
     build = architecture.Architecture.build_empty
 
     def check(self):
@@ -200,7 +200,7 @@ def test_a_source_with_an_invalid_or_too_long_name_is_a_clear_error(tmp_path):
         check_refusal(caught)
 
 
-# notes of quantised bases
+# markers of quantised bases
 
 GROUPS = [
     *("16", None, [16], {"a": 1}, 1e300, 0, -4, 4.5, 3, True, 10**30, 64, "x" * 1000),
@@ -270,7 +270,7 @@ def test_weights_and_scales_without_numbers_are_refused(stored, scale):
 
 
 def test_a_gguf_whose_array_claims_more_than_the_file_holds_is_refused(tmp_path):
-    """The package's own reader would count to 2^60."""
+    """The gguf package's own reader would count to 2^60."""
     name = b"general.tags"
     value = struct.pack("<IIQ", 9, 0, 1 << 60)
     head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)

@@ -1,7 +1,7 @@
-"""The model on a make-believe GPU: no tensor on the wrong device, and nothing read back from it.
+"""The model on a fake GPU: no tensor on the wrong device, and nothing read back from it.
 
-PyTorch's fake tensors carry a device but no numbers: a forward pass that would wait for the device,
-to look at a number, fails.
+PyTorch's fake tensors have a device but no data: a forward pass that would wait for the device to
+read a value fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def fake_mode():
-    """One for each test, without what another one left in the cache."""
+    """A mode for each test, with an empty cache."""
     rope.compute_rotation.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield

@@ -1,4 +1,4 @@
-"""Codes become numbers alike on every device, and what that moves."""
+"""Codes are decoded identically on every device, and how many bytes that moves."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KINDS = ("fp8", "fp8 by row", "int8", "int8 by row", "rotated int8", "mxfp8")
 
 
 class WatchedProducts(TorchDispatchMode):
-    """The dimensions and types of what is multiplied into weights."""
+    """Records dimensions and dtypes of the factors multiplied into weights."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class WatchedProducts(TorchDispatchMode):
 
 
 def pretend(linear, mode):
-    """The same on a GPU that is not there."""
+    """The same on a fake GPU."""
     linear = copy.deepcopy(linear)
     for name, tensor in (*linear.named_parameters(), *linear.named_buffers()):
         fake = mode.from_tensor(tensor.data)
@@ -94,7 +94,7 @@ def test_a_product_with_its_scale_is_rounded_once(kind, dtype):
 
 
 def test_the_order_of_operations_for_a_gpu_gives_the_same_bits():
-    # What decodes on a GPU, run here: out= with types of its own, and (1, 1) for one scale.
+    # The GPU's decoding code, run here: out= with its own dtypes, and (1, 1) for one scale.
     for kind in KINDS:
         weight = make_weight(kind)
         expected = BaseWeight(weight.stored, weight.scale).values.bfloat16()

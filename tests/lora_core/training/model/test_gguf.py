@@ -1,4 +1,4 @@
-"""What a GGUF's own codes cost where they are kept, and that nobody gets that unasked."""
+"""The cost of keeping a GGUF's own codes, and that this is never the default."""
 
 from __future__ import annotations
 

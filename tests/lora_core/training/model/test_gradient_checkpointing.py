@@ -1,4 +1,4 @@
-"""What "auto" keeps for the backward pass: counted right, within the memory, to the same bits."""
+"""What "auto" keeps for the backward pass: counted correctly, within memory, bit-identical."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def base(tmp_path_factory):
 
 
 def make_run(folder, base, free_bytes, monkeypatch, **changes):
-    """A configuration and its session, on a machine with so much free memory."""
+    """A configuration and its session, on a machine with this much free memory."""
     monkeypatch.setattr(MemoryMeter, "find_free", lambda self: free_bytes)
     items = {f"item_{i}": make_item(i, (16, 16), ((16, 16),), 8 + i) for i in range(2)}
     make_dataset(folder / "data", items)
@@ -124,8 +124,8 @@ def test_selective_keeps_a_quarter_and_the_model_is_left_as_it_was(tmp_path, bas
 
 
 def test_a_block_keeps_no_more_tensors_of_the_streams_size_than_its_products_need(tmp_path):
-    """Of its input 1, the attention 7 (q, k before and after their norms, v, result, input), the
-    stream after it 1, the MLP 9: nothing of norms, rotation or modulation, in the type of the base.
+    """Input 1, attention 7 (q, k before and after their norms, v, result, input), the stream
+    after it 1, MLP 9: nothing for norms, rotation or modulation, in the dtype of the base.
     """
     sizes = {"attention_head_dim": 64, "num_attention_heads": 4, "joint_attention_dim": 64}
     path = write_base(tmp_path / "base.safetensors", 2, **sizes)

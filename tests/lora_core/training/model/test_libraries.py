@@ -1,4 +1,4 @@
-"""diffusers missing or broken: a sentence, and everything that needs none of it goes on."""
+"""diffusers missing or broken: a clear error, and everything that does not need it works."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from qwen_edit_lora.lora_core.training.model.libraries import import_from_diffus
 from tiny import make_dataset
 
 ROOT = Path(__file__).resolve().parents[4]
-#: What diffusers does where it meets a version of another package that it does not know.
+#: What diffusers does if it finds an unsupported version of another package.
 BROKEN = "raise RuntimeError('Failed to import diffusers.models\\nbecause of torchao')\n"
 
 
 @pytest.fixture
 def broken(tmp_path):
-    """The environment of a process in which diffusers and its like cannot be imported."""
+    """The environment of a process in which diffusers and similar packages cannot be imported."""
     for name in ("diffusers", "accelerate", "peft", "bitsandbytes"):
         (tmp_path / "broken" / name).mkdir(parents=True)
         (tmp_path / "broken" / name / "__init__.py").write_text(BROKEN)

@@ -1,4 +1,4 @@
-"""Every kind of base file becomes the same model; what is wrong with one is said in a sentence."""
+"""Every kind of base file loads as the same model; faults are reported in one sentence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 WIDTH = dit.NUM_HEADS * dit.HEAD_WIDTH
-#: Not those that would be guessed.
+#: Not the values that would be guessed.
 AXES = (dit.HEAD_WIDTH // 2, dit.HEAD_WIDTH // 4, dit.HEAD_WIDTH // 4)
 
 
@@ -74,7 +74,7 @@ def test_everything_has_data_and_nothing_requires_a_gradient(tmp_path):
 
 
 def write_folder(folder: Path, num_shards: int, **config) -> Path:
-    """A diffusers folder, as `save_pretrained` writes one."""
+    """A diffusers folder, as written by `save_pretrained`."""
     from diffusers import QwenImageTransformer2DModel
 
     model = QwenImageTransformer2DModel(
@@ -114,7 +114,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def write_gguf(path: Path, state_dict, kind: str) -> dict[str, torch.Tensor]:
-    """Matrices in `kind` where their rows allow it, the rest as float32; returns what it means."""
+    """Matrices in `kind` if their rows allow it, the rest as float32; returns decoded values."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "qwen_image")

@@ -1,4 +1,4 @@
-"""Linears that read one tensor as one function of autograd: the numbers of each on its own."""
+"""Linears that read one tensor, as one autograd function: the results of each on its own."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_unused_results_cost_no_gradient(wanted):
 
 
 def test_a_tensor_with_other_readers_gets_all_its_gradients():
-    """The sum is written in place; nothing that somebody else holds may change."""
+    """The sum is written in place; tensors referenced elsewhere must not change."""
     group = make_group("loras")
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
     held = []
@@ -190,7 +190,7 @@ def test_without_gradients_nothing_is_kept():
 
 
 class Recorded(TorchDispatchMode):
-    """Names of operations and the shapes of what they give."""
+    """Names of operations and the shapes of their results."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Offloaded blocks compute the same numbers, with few copies alive at once."""
+"""Offloaded blocks compute identical results, with few copies alive at once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def base(tmp_path_factory):
 
 
 class WatchedOffload(BlockOffload):
-    """Knows which copies are alive, and what ran in which order."""
+    """Records which copies are alive, and what ran in which order."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -55,7 +55,7 @@ class WatchedOffload(BlockOffload):
         return out
 
     def count_alive(self) -> int:
-        """Blocks whose copy's memory is still held, be it by one view."""
+        """Number of blocks whose copy's memory is still referenced, even by a single view."""
         return sum(not ref.expired() for ref in self.copies)
 
 
@@ -121,7 +121,7 @@ def test_few_copies_are_alive_at_once_and_the_weights_never_move(base):
     places = {name: t.data_ptr() for name, t in model.named_parameters()}
     take_step(model, injection, num_steps=3)
     offload = model.offload
-    assert 1 <= offload.most_alive <= MOST_BLOCKS - 1  # the third only where work is queued
+    assert 1 <= offload.most_alive <= MOST_BLOCKS - 1  # a third only if work is queued
     assert {name: t.data_ptr() for name, t in model.named_parameters()} == places
     offload.release()
     assert offload.count_alive() == 0
@@ -143,7 +143,7 @@ def test_without_gradients_the_first_block_follows_the_last(base):
     with torch.no_grad():
         for _ in range(3):
             model(*inputs)
-    assert model.offload.num_moved == 1 + 2 * 3  # one is on its way already
+    assert model.offload.num_moved == 1 + 2 * 3  # one is already in transit
 
 
 def test_loras_are_on_the_device_and_not_copied(base):
@@ -187,7 +187,7 @@ def test_an_offloaded_blocks_weights_are_in_memory_once(base):
 
 
 class Driver:
-    """Locks pages as long as there is room, and knows what it was asked."""
+    """Locks pages up to a limit, and records its calls."""
 
     def __init__(self, room: int):
         self.room = room
@@ -248,7 +248,7 @@ def test_blocks_beyond_the_systems_lock_limit_stay_unlocked_and_are_reported(bas
     config = make_config(tmp_path, **{"model.source": base})
     session = replace(open_session(config), model=model)
     assert sentence in describe_session(session, config)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # what is not locked is sent all the same
+    with FakeTensorMode(allow_non_fake_inputs=True):  # unlocked pages are sent too
         assert model.offload.take(4).buffer.device == CUDA
 
 

@@ -66,7 +66,7 @@ def test_padding_of_the_text_changes_nothing(model):
     latents, references, text, _, sigma = batch = make_batch(2)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 4:] = False
-    text[1, 4:] = 100.0  # whatever lies there
+    text[1, 4:] = 100.0  # any values there
     with torch.no_grad():
         padded = model(latents, references, text, mask, sigma)
         for i, length in enumerate((9, 4)):
@@ -125,7 +125,7 @@ def test_gradient_checkpointing_changes_no_bit(model):
 
 
 def test_checkpointing_keeps_one_tensor_per_block_and_stream(model):
-    weights = {p.data_ptr() for p in model.parameters()}  # lie there anyway
+    weights = {p.data_ptr() for p in model.parameters()}  # are in memory anyway
 
     def count_saved() -> int:
         saved = {}
@@ -284,7 +284,7 @@ def test_the_last_product_of_a_checkpointed_block_is_not_computed_again(model):
 
 
 class CountedCalls(TorchDispatchMode):
-    """How often each operation runs."""
+    """Counts how often each operation runs."""
 
     def __init__(self):
         super().__init__()

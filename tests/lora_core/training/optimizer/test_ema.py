@@ -1,4 +1,4 @@
-"""The moving average: its formula, swapping to the bit, and its state."""
+"""The moving average: its formula, bit-exact swapping, and its state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers and schedules: the libraries and transformers as oracles, resuming to the bit."""
+"""Optimizers and schedules: the libraries and transformers as oracles, bit-exact resuming."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def take_steps(optimizer, parameters, steps, lr):
 
 
 def send_through_disk(state, tmp_path):
-    """As a checkpoint stores it: safetensors and JSON."""
+    """Through safetensors and JSON, as a checkpoint stores it."""
     tensors, value = flatten_state(state)
     save_file(separate(tensors), tmp_path / "state.safetensors")
     (tmp_path / "state.json").write_text(json.dumps(value))
@@ -79,16 +79,16 @@ def test_a_resumed_optimizer_takes_bit_identical_steps(name, stop, dtype, tmp_pa
     take_steps(other, resumed, range(stop, 8), lr)
     for a, b, start in zip(straight, resumed, make_parameters(dtype), strict=True):
         assert torch.equal(a, b)
-        # Prodigy's first steps are below what bfloat16 can tell apart
+        # Prodigy's first steps are below bfloat16's resolution
         assert not torch.equal(a, start) or (name == "prodigy" and dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_state_moves_from_a_gpu_to_another_device_and_back(steps, tmp_path):
-    """Counters go to the device where one pass does a step, and come back where it does not."""
+    """Counters move to the device if one kernel does a step, and back if not."""
     straight, fused = make_parameters(), make_parameters()
     take_steps(build_optimizer("adamw", straight, 1e-2), straight, range(8), 1e-2)
-    theirs = torch.optim.AdamW(fused, 1e-2, fused=True)  # which a CPU has too
+    theirs = torch.optim.AdamW(fused, 1e-2, fused=True)  # also available on a CPU
     take_steps(theirs, fused, range(steps), 1e-2)
 
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in fused]

@@ -1,4 +1,4 @@
-"""What a disk, a crash or a hand did to a run's folder costs one checkpoint at most."""
+"""Damage to a run's folder by a disk, a crash or a user costs at most one checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny import make_config, make_dataset, make_injected
 
 @pytest.fixture
 def checkpoints(tmp_path) -> CheckpointFolder:
-    """Steps 1 and 2, alike in every file's size."""
+    """Checkpoints of steps 1 and 2, with files of equal size."""
     folder = CheckpointFolder(tmp_path / "checkpoints")
     for step in (1, 2):
         generator = torch.Generator().manual_seed(step)
@@ -29,7 +29,7 @@ def checkpoints(tmp_path) -> CheckpointFolder:
 
 
 def list_flips(data: bytes) -> list[bytes]:
-    """The file with one bit changed, at places all over it."""
+    """Versions of the file with one bit flipped, at positions throughout."""
     places = range(0, len(data), max(1, len(data) // 40))
     return [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in places]
 

@@ -1,7 +1,7 @@
-"""How often a step waits for the device: once, for its figures.
+"""How often a step waits for the device: once, for its metrics.
 
-A make-believe CUDA device shows every copy between it and the host, and refuses to mix the two; a
-backward pass only a real one or a CPU can run.
+A fake CUDA device shows every copy between it and the host, and refuses to mix the two; only a real
+one or a CPU can run a backward pass.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CUDA = torch.device("cuda:0")
-#: Everything that a step can have.
+#: Every feature of a step.
 CHANGES = {
     "optimizer.ema_decay": 0.9,
     "optimizer.accumulation": 2,
@@ -52,7 +52,7 @@ READS = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "
 
 
 class Copies(TorchDispatchMode):
-    """Copies between the devices that the host waits for, and what looks at values."""
+    """Records copies between the devices that the host waits for, and reads of values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,9 +99,9 @@ def build_fake_model() -> EditTransformer:
 
 @pytest.fixture
 def fake_reports(tmp_path, monkeypatch) -> Iterator:
-    """Reports of a run on a make-believe device, and how many numbers each look at it gave, all 1.
+    """Reports of a run on a fake device, and how many values each read of it returned, all 1.
 
-    Whatever else looks at a value there raises an error.
+    Any other read of a value there raises an error.
     """
     reads: list[int] = []
 
@@ -166,7 +166,7 @@ def test_a_step_with_its_backward_pass_reads_values_once(kind, tmp_path, monkeyp
 
 
 class TwoProcesses(Processes):
-    """This one and another that does the same, but is asked to stop at a moment of its own."""
+    """This process and an identical one that is asked to stop at its own time."""
 
     def __init__(self, is_other_asked) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ def test_several_processes_stop_after_the_same_step_without_extra_waits(
 
 @contextmanager
 def infinite_updates(injection) -> Iterator[None]:
-    """Inside, an optimizer's step leaves an infinite weight."""
+    """Inside this context, an optimizer's step leaves an infinite weight."""
 
     def spoil(*_) -> None:
         with torch.no_grad():

@@ -20,7 +20,7 @@ from qwen_edit_lora.lora_core.training.run.trainer import train
 from tiny import make_config, make_dataset, make_item, pack
 
 VARIANTS = ("2509", "2511")
-#: With these the base's fixed ends move too; inner blocks of random weights cannot fit a picture.
+#: With these the base's fixed ends are trained too; random inner blocks cannot fit an image.
 WIDE_TARGETS = ["full + modulation", "img_in", "proj_out", "norm_out.linear"]
 
 
@@ -41,7 +41,7 @@ def load(path: Path, config, storage: str = "fp32", dtype: torch.dtype = torch.f
 
 
 def set_lora_B(injection) -> None:
-    """Away from 0, so that lora_A has gradients too."""
+    """Sets it away from 0, so that lora_A has gradients too."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in injection.named_parameters():
         if name.endswith("lora_B"):
@@ -208,7 +208,7 @@ def test_the_base_is_bit_identical_after_training_in_every_storage(storage, file
 
 
 def get_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """To the bit: NaN would be unequal to itself, and fp8 cannot be compared everywhere."""
+    """Raw bytes: NaN would be unequal to itself, and fp8 cannot be compared everywhere."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Whole runs on a make-believe card: session, steps, optimizers, averages, resuming, estimate."""
+"""Whole runs on a fake card: session, steps, optimizers, averages, resuming, estimate."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def configure(tmp_path, base):
 
 
 def run(config, **more):
-    """To its end; weights and gradients are on the card."""
+    """Runs to the end; weights and gradients are on the card."""
     session = open_session(config)
     more = {"decode": session.decode, "prior": session.prior, **more}
     reports = list(train(config, session.model, session.injection, session.dataset, **more))

@@ -1,4 +1,4 @@
-"""Interrupted and resumed: the same run, to the bit, however it was interrupted."""
+"""An interrupted and resumed run is bit-identical, however it was interrupted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMINGS = {"seconds", "tokens_per_s", "memory_bytes"}
 
 
 def read_outcome(run: Path) -> dict[str, object]:
-    """Everything a run leaves that must not depend on how often it was interrupted."""
+    """All output of a run that must not depend on how often it was interrupted."""
     lines = [
         {name: value for name, value in line.items() if name not in TIMINGS}
         for line in read_metrics(run / "metrics.jsonl")
@@ -241,7 +241,10 @@ def test_a_half_written_line_of_metrics_is_dropped(tmp_path):
 def test_only_half_written_files_of_a_killed_process_are_removed(tmp_path):
     run(tmp_path, steps=2, **{"saving.adapter_every": 1})
     folder = tmp_path / "run"
-    ours = (".0123456789abcdef.tmp", ".tmpvKHBLu")  # our own names, and those of safetensors
+    ours = (
+        ".0123456789abcdef.tmp",
+        ".tmpvKHBLu",
+    )  # our own names, and those of safetensors
     others = (".tmp", ".gitignore", "notes.tmp", ".tmp_notes")
     for name in (*ours, *others):
         (folder / name).write_bytes(b"half")

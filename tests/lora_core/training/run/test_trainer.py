@@ -34,7 +34,7 @@ def run(folder: Path, dataset=None, **changes):
 
 
 def set_lora_B(injection) -> None:
-    """Away from 0, so that lora_A has gradients too."""
+    """Sets it away from 0, so that lora_A has gradients too."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in injection.named_parameters():
         if name.endswith("lora_B"):
@@ -251,7 +251,7 @@ def test_stopping_writes_a_checkpoint_of_the_last_step_and_no_finished_adapter(t
 
 @pytest.fixture
 def read_only_folder():
-    """A folder this process may not write to; root gives up its rights for the while."""
+    """A folder this process may not write to; root drops its privileges for the test."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o555)
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0

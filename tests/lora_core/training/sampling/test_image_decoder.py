@@ -1,4 +1,4 @@
-"""The VAE behind auxiliary losses and samples: shapes, gradients, and what is no VAE."""
+"""The VAE of auxiliary losses and samples: shapes, gradients, and invalid VAEs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from qwen_edit_lora.lora_core.training.sampling.image_decoder import (
 )
 from tiny import make_config, make_dataset, make_injected
 
-#: Of the true architecture, narrow and trained.
+#: A VAE of the real architecture, narrow and trained.
 VAE = ROOT / "tests" / "demo_base" / "weights" / "vae.safetensors"
 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    """diffusers' folder of a VAE that is tiny but of the true architecture."""
+    """A diffusers folder of a tiny VAE of the real architecture."""
     from diffusers import AutoencoderKLQwenImage
 
     torch.manual_seed(0)
