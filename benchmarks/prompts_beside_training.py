@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDE = 128  # pixels
 TEXT_WIDTH = 64  # of the demo base
 BASE = "qwen_image_edit_2511_bf16.safetensors"
-MANY = 1_000_000  # steps: the job runs as long as needed
+ENDLESS_STEPS = 1_000_000  # steps: the job runs as long as needed
 TIMEOUT = 600.0  # seconds
 
 
@@ -108,10 +108,10 @@ def submit_job(store: Any, folder: Path, base: Path) -> str:
     values = {
         "name": "benchmark",
         "output": "x",
-        "steps": MANY,
+        "steps": ENDLESS_STEPS,
         "model": {"source": str(base), "storage": "fp32", "compute_dtype": "fp32"},
         "data": {"folder": str(writer.finish()), "batch_size": 4},
-        "saving": {"checkpoint_every": MANY, "adapter_every": 0},
+        "saving": {"checkpoint_every": ENDLESS_STEPS, "adapter_every": 0},
     }
     return store.submit(config_from_dict(values), origin={"prompts": "share"})
 

@@ -320,7 +320,7 @@ def test_a_bundle_for_another_python_is_ignored(gpu, carried, tmp_path, capsys):
 
 def test_a_bundle_over_the_size_limit_is_refused(gpu, carried, monkeypatch):
     gpu.bundle.check_size(carried)
-    monkeypatch.setattr(gpu.bundle, "MOST_BYTES", 1000)
+    monkeypatch.setattr(gpu.bundle, "MAX_BYTES", 1000)
     with pytest.raises(gpu.bundle.BundleError, match="must take 0 MB at most"):
         gpu.bundle.check_size(carried)
 

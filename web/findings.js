@@ -17,7 +17,7 @@ export function readFindings(output) {
 }
 
 /** The finding on a line of the report, if any. The server puts its text there unchanged. */
-export function findTold(line, findings) {
+export function findFinding(line, findings) {
   return findings.find((finding) => finding.text && line.endsWith(finding.text));
 }
 

@@ -1,7 +1,7 @@
 // Shows what a node reported (matched keys, side path or merge, warnings) on the node itself.
 // A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
 
-import { buildLine, buildSummary, COLORS, findTold, readFindings } from "./findings.js";
+import { buildLine, buildSummary, COLORS, findFinding, readFindings } from "./findings.js";
 
 const MIN_HEIGHT = 64; // px, about four lines
 const NOTHING = readFindings(null);
@@ -33,13 +33,13 @@ export function createReportView(t) {
     show(text, state, found = NOTHING) {
       view.text = text ?? "";
       const lines = (view.text || t("report.waiting")).split("\n");
-      const told = lines.map((line) => findTold(line, found.findings));
-      const untold = found.findings.filter((finding) => !told.includes(finding));
+      const matched = lines.map((line) => findFinding(line, found.findings));
+      const unmatched = found.findings.filter((finding) => !matched.includes(finding));
       const summary = buildSummary(found, t);
       element.replaceChildren(
         ...(summary ? [summary] : []),
-        ...lines.map((line, index) => buildLine(line, told[index])),
-        ...untold.map((finding) => buildLine(finding.text, finding)),
+        ...lines.map((line, index) => buildLine(line, matched[index])),
+        ...unmatched.map((finding) => buildLine(finding.text, finding)),
       );
       element.style.opacity = view.text ? "" : "0.6";
       element.style.borderLeftColor = view.text ? COLORS[state] : "transparent";

@@ -26,7 +26,7 @@ from .settings import ROOT
 BUNDLE = ROOT / ".gpu"
 MANIFEST, COMFYUI, BITSANDBYTES = "manifest.json", "comfyui.tar.xz", "bitsandbytes.tar.xz"
 #: Size limit in bytes of the folder and the checkout together, so both can be carried at once.
-MOST_BYTES = 52e6
+MAX_BYTES = 52e6
 
 WHEELS = (
     *("diffusers", "importlib_metadata", "lazy-importer"),
@@ -223,9 +223,9 @@ def check_size(folder: Path) -> None:
         print(f"{size / 1e6:8.2f} MB  {name}")
     bundle, checkout = sum(files.values()), measure_checkout()
     print(f"{bundle / 1e6:8.2f} MB  .gpu\n{checkout / 1e6:8.2f} MB  the checkout", flush=True)
-    if bundle + checkout > MOST_BYTES:
+    if bundle + checkout > MAX_BYTES:
         raise BundleError(
-            f".gpu and the checkout must take {MOST_BYTES / 1e6:.0f} MB at most, but take "
+            f".gpu and the checkout must take {MAX_BYTES / 1e6:.0f} MB at most, but take "
             f"{(bundle + checkout) / 1e6:.1f}: leave something out."
         )
 

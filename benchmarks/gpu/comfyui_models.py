@@ -82,13 +82,13 @@ def load_model(state_dict: dict[str, Any], storage: str) -> Any:
     import comfy.sd
     import torch
 
-    let_small_models_in()
+    allow_small_models()
     dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
     options = {"dtype": dtypes[storage]} if storage in dtypes else {}
     return comfy.sd.load_diffusion_model_state_dict(dict(state_dict), options)
 
 
-def let_small_models_in() -> None:
+def allow_small_models() -> None:
     """ComfyUI supports one width only; the tests' shim reads it from the weights."""
     name = "gpu_check_shim"
     if name in sys.modules:

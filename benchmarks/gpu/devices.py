@@ -89,7 +89,7 @@ def read_host_memory(name: str) -> int:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """Blocks other measuring processes with a file lock; does nothing without fcntl."""
     try:
         import fcntl

@@ -60,12 +60,12 @@ def measure_all(context: Context, name: str) -> None:
     import torch
 
     from .bases import build_adapter, draw_state_dict
-    from .devices import alone, free
+    from .devices import exclusive, free
 
     if reason:
         context.record.skip("dynamic VRAM", reason)
     sizes, device, blocks = context.sizes, context.device, context.sizes.few_blocks
-    with torch.inference_mode(), alone(context.folder / "card.lock"):
+    with torch.inference_mode(), exclusive(context.folder / "card.lock"):
         low, high = sizes.ranks
         adapters = {
             f"r{low}": build_adapter(sizes, blocks, low, device, 1),
@@ -119,7 +119,7 @@ class Measured:
         for way, layers in self.ways.items():
             patched = apply(self.model, *layers)
             found[way] = self.call(way, patched, base.median_s).predictions
-            self.look_at_bank(f"{way}, room", patched)
+            self.measure_resident_share(f"{way}, room", patched)
         if self.is_whole:
             self.profile()
         again = self.call("base again", self.model)
@@ -162,14 +162,14 @@ class Measured:
         for way in (self.low, self.high):
             patched = apply(self.model, *self.ways[way])
             self.call(f"{way}, little room", patched, base.median_s)
-            share = self.look_at_bank(f"{way}, little room", patched)
+            share = self.measure_resident_share(f"{way}, little room", patched)
             if share is not None:
                 name = f"{self.label}, {way}, little room, bank on the card"
                 self.context.record.goal(name, share, "", ">= 0.99")
         del filler
         torch.cuda.empty_cache()
 
-    def look_at_bank(self, way: str, patched: Any) -> float | None:
+    def measure_resident_share(self, way: str, patched: Any) -> float | None:
         """Share of the LoRAs' pages that are on the GPU after a call; None without pages."""
         from qwen_edit_lora.nodes.patching import side_path
 

@@ -26,7 +26,7 @@ def run(context: Context) -> None:
     with record.item("loading"):
         path = context.folder / "large.safetensors"
         write_large_base(path, sizes, sizes.loaded_blocks)
-        forget(path)
+        drop_from_page_cache(path)
         while not (context.folder / "card is free").exists():
             time.sleep(0.1)
         if device == "cuda":
@@ -34,7 +34,7 @@ def run(context: Context) -> None:
         record.figure("disk, reading", measure_disk(path) / 1e9, "GB/s")
         for name in ("from the disk", "from the page cache"):
             if name == "from the disk":
-                forget(path)
+                drop_from_page_cache(path)
             free(device)
             reset_host_peak()
             before = read_host_memory("VmRSS")
@@ -49,7 +49,7 @@ def run(context: Context) -> None:
         path.unlink()
 
 
-def forget(path: Path) -> None:
+def drop_from_page_cache(path: Path) -> None:
     """Makes the system drop the file from its page cache, if it has a call for that."""
     if not hasattr(os, "posix_fadvise"):
         return

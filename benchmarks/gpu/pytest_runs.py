@@ -21,7 +21,7 @@ HOST_TESTS = tuple(
 )
 #: One test in a dry run, which shows that the host starts.
 DRY_HOST_TESTS = (f"{HOST_TESTS[0]}::test_strength_0_is_bit_identical_to_the_base",)
-MOST_FAILURES = 12  # listed individually
+MAX_FAILURES = 12  # listed individually
 
 
 def run_gpu_tests(context: Context) -> None:
@@ -58,7 +58,7 @@ def run_pytest(context: Context, arguments: Sequence[str], environment: dict[str
     counts, failures = read_report(report)
     for name, count in counts.items():
         context.record.figure(f"tests {name}", count)
-    for name, message in failures[:MOST_FAILURES]:
+    for name, message in failures[:MAX_FAILURES]:
         context.record.must(name, False, "failed", message)
     num_taken = counts.get("run", 0) - (0 if context.is_dry else counts.get("skipped", 0))
     is_good = ended.returncode == 0 and num_taken > 0

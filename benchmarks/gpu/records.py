@@ -159,7 +159,7 @@ def show(value: float | str | None) -> str:
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
-def judge_in_words(record: Record) -> str:
+def format_verdict(record: Record) -> str:
     if record.kind in (SKIPPED, FAILED):
         return record.kind
     if record.passed is None:
@@ -172,7 +172,7 @@ def judge_in_words(record: Record) -> str:
 def describe(record: Record) -> str:
     """One line for a terminal."""
     parts = [record.part, record.name, show(record.value), record.unit]
-    parts += [f"({record.limit})" if record.limit else "", judge_in_words(record)]
+    parts += [f"({record.limit})" if record.limit else "", format_verdict(record)]
     text = " ".join(part for part in parts if part)
     return f"{text}: {record.note}" if record.note else text
 
@@ -184,7 +184,7 @@ def print_table(records: list[Record], columns: int = 100) -> None:
     for record in (*judged, *bad):
         value = " ".join(part for part in (show(record.value), record.unit) if part)
         line = f"{record.part}  {record.name:52.52} {value:>16} {record.limit:>8}  "
-        line += judge_in_words(record)
+        line += format_verdict(record)
         print(line[: columns + 20], flush=True)
         if record.note and record.kind in (SKIPPED, FAILED):
             print(f"     {record.note[-400:]}", flush=True)

@@ -121,12 +121,12 @@ def check_store(root: Path) -> Job:
             started.append(folder.id)
             return Sleeper()
 
-        told: dict[str, Job | None] = {}
+        reported: dict[str, Job | None] = {}
         two = [CPU, Device("cpu", "other-cpu", "")]
-        Supervisor(store, two, listener=told.__setitem__, launch=launch).tick()
+        Supervisor(store, two, listener=reported.__setitem__, launch=launch).tick()
         assert GOOD in started
-        assert set(told) == {GOOD, BAD}
-        json.dumps([told[BAD].to_dict()], allow_nan=False)
+        assert set(reported) == {GOOD, BAD}
+        json.dumps([reported[BAD].to_dict()], allow_nan=False)
         assert store.pause(GOOD).status is JobStatus.PAUSED
         try_to(lambda: store.cancel(BAD))
         try_to(lambda: store.clone(BAD))

@@ -95,10 +95,10 @@ def test_the_node_takes_biases_or_leaves_them_and_says_so(server, demo_models):
 def test_an_interrupted_extraction_stops_between_two_layers(
     comfyui, ours, demo_models, tuned, monkeypatch
 ):
-    management, told = comfyui.model_management, []
+    management, reported = comfyui.model_management, []
 
     def interrupt_at_the_third(done: int, total: int) -> None:
-        told.append(done)
+        reported.append(done)
         if done == 2:
             management.interrupt_current_processing()
 
@@ -107,6 +107,6 @@ def test_an_interrupted_extraction_stops_between_two_layers(
         ours.host.run_with_progress(
             extract_adapter, demo_models.dit["2509_fp32"], tuned, RANK, device="cpu"
         )
-    assert told == [0, 1, 2]
+    assert reported == [0, 1, 2]
     assert ours.host.choose_compute_device("cpu") == torch.device("cpu")
     assert ours.host.choose_compute_device("auto") == management.get_torch_device()

@@ -171,10 +171,10 @@ def test_an_interrupted_inspection_leaves_nothing_behind(
     inspections, calls, comfyui, make_lora, cache, monkeypatch
 ):
     management = comfyui.model_management
-    told = []
+    reported = []
 
     def interrupt_at_the_third(done: int, total: int) -> None:
-        told.append(done)
+        reported.append(done)
         if done == 2:
             management.interrupt_current_processing()
 
@@ -182,7 +182,7 @@ def test_an_interrupted_inspection_leaves_nothing_behind(
     adapter = read_adapter(make_lora("a"))
     with pytest.raises(management.InterruptProcessingException):
         inspections.get_inspection(adapter, exact=True)
-    assert told == [0, 1, 2]
+    assert reported == [0, 1, 2]
     assert not management.processing_interrupted()  # the next prompt runs
     assert list(cache.glob("*")) == []
     monkeypatch.undo()
@@ -190,13 +190,15 @@ def test_an_interrupted_inspection_leaves_nothing_behind(
 
 
 def test_the_progress_bar_follows_the_modules(inspections, comfyui, make_lora, monkeypatch):
-    told = []
+    reported = []
     monkeypatch.setattr(
-        comfyui.utils, "PROGRESS_BAR_HOOK", lambda done, total, *_, **__: told.append((done, total))
+        comfyui.utils,
+        "PROGRESS_BAR_HOOK",
+        lambda done, total, *_, **__: reported.append((done, total)),
     )
     inspections.get_inspection(read_adapter(make_lora("a")), exact=False)
-    assert told[0] == (0, 24)
-    assert told[-1] == (24, 24)
+    assert reported[0] == (0, 24)
+    assert reported[-1] == (24, 24)
 
 
 def test_a_full_cache_drops_the_oldest_and_a_read_only_one_is_ignored(

@@ -119,8 +119,11 @@ def test_inspect_reports_the_same_on_the_node_and_in_its_json(server):
     found, _, is_amber = read_findings(entry, "inspect")
     figures = json.loads(entry["outputs"]["json"]["text"][0])
     assert figures["findings"] == list(found.values())
-    told = found["modules_without_figures"]
-    assert (told["severity"], told["count"]) == ("warning", 1)  # the base has no such module
+    reported = found["modules_without_figures"]
+    assert (reported["severity"], reported["count"]) == (
+        "warning",
+        1,
+    )  # the base has no such module
     assert is_amber
 
 

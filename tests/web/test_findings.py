@@ -58,11 +58,11 @@ def test_keys_skipped_by_load_are_a_colored_line_with_kind_and_count(workspace, 
     page.wait_for_timeout(1000)
     shown = page.evaluate(READ, "QwenEditLoraLoad")
     assert shown["summary"].startswith("warnings: 1")
-    (told,) = (row for row in shown["rows"] if row["kind"] == "unmatched_keys")
-    assert told["severity"] == "warning"
-    assert told["title"] == "unmatched_keys: 2"
-    assert "2 of " in told["text"]
-    assert "amber" in told["color"]
+    (reported,) = (row for row in shown["rows"] if row["kind"] == "unmatched_keys")
+    assert reported["severity"] == "warning"
+    assert reported["title"] == "unmatched_keys: 2"
+    assert "2 of " in reported["text"]
+    assert "amber" in reported["color"]
     assert "amber" in shown["border"]
     assert shown["scripts"] == 0
     assert all("amber" not in row["color"] for row in shown["rows"] if row["severity"] == "note")

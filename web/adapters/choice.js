@@ -12,7 +12,7 @@ export const NO_FILTER = {
 };
 
 const SHOWN_STATES = new Set(["ok", "damaged", "reading"]);
-const GRAVITY = ["broken", "warning", "unknown", "pending", "healthy", "none"];
+const HEALTH_ORDER = ["broken", "warning", "unknown", "pending", "healthy", "none"];
 
 /** "pending" until it is known, "none" for a file that is not examined. */
 export function getHealth(entry) {
@@ -55,7 +55,7 @@ const COMPARE = {
   date: (a, b) => b.modified_at - a.modified_at,
   size: (a, b) => b.size_bytes - a.size_bytes,
   rank: (a, b) => getMaxRank(b) - getMaxRank(a),
-  health: (a, b) => GRAVITY.indexOf(getHealth(a)) - GRAVITY.indexOf(getHealth(b)),
+  health: (a, b) => HEALTH_ORDER.indexOf(getHealth(a)) - HEALTH_ORDER.indexOf(getHealth(b)),
 };
 
 // Created once: localeCompare with options would create one for each comparison.

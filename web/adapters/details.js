@@ -81,7 +81,7 @@ export function createDetails({ t, onload, ontrain, onclose }) {
 
   function verdict(entry, sentences) {
     const health = getHealth(entry);
-    const said = sentences?.length ? sentences : [entry.health?.sentence ?? entry.error];
+    const messages = sentences?.length ? sentences : [entry.health?.sentence ?? entry.error];
     return build(
       "div",
       { class: `qel-verdict qel-verdict-${health}` },
@@ -91,9 +91,9 @@ export function createDetails({ t, onload, ontrain, onclose }) {
         icon(HEALTH_ICONS[health]),
         build("strong", {}, t(`adapters.health.${health}`)),
       ),
-      ...said.filter(Boolean).map((sentence) => build("p", {}, sentence)),
+      ...messages.filter(Boolean).map((sentence) => build("p", {}, sentence)),
       ...(entry.state === "ok" ? entry.warnings : [])
-        .filter((warning) => !said.includes(warning))
+        .filter((warning) => !messages.includes(warning))
         .map((warning) => build("p", {}, warning)),
     );
   }

@@ -3,7 +3,7 @@
 import { askToCancel, askToClone, askToDelete } from "./dialogs.js";
 import { build, setHidden } from "../elements.js";
 
-const CAN = {
+const IS_ALLOWED = {
   pause: (job) => ["pending", "in_progress"].includes(job.status) && job.request !== "pause",
   resume: (job) =>
     ["paused", "failed", "cancelled"].includes(job.status) ||
@@ -21,7 +21,7 @@ export class JobActions {
   constructor({ jobs, t, fail, open, leave, loadIntoGraph }) {
     Object.assign(this, { jobs, t, fail, open, leave, loadIntoGraph });
     this.buttons = {};
-    for (const name of Object.keys(CAN)) {
+    for (const name of Object.keys(IS_ALLOWED)) {
       this.buttons[name] = build(
         "button",
         {
@@ -43,7 +43,9 @@ export class JobActions {
 
   update(job) {
     this.job = job;
-    for (const [name, button] of Object.entries(this.buttons)) setHidden(button, !CAN[name](job));
+    for (const [name, button] of Object.entries(this.buttons)) {
+      setHidden(button, !IS_ALLOWED[name](job));
+    }
   }
 
   async press(name) {

@@ -26,12 +26,12 @@ export function announce(app, jobs, t) {
     }
   });
 
-  const tellOnce = () => {
+  const announceOnce = () => {
     if (!jobs.isKnown) return;
-    jobs.removeEventListener("change", tellOnce);
+    jobs.removeEventListener("change", announceOnce);
     announceAbsence(jobs, add, t);
   };
-  jobs.addEventListener("change", tellOnce);
+  jobs.addEventListener("change", announceOnce);
 }
 
 // Reports trainings that ended while no page was open.

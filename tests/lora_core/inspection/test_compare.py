@@ -332,9 +332,9 @@ def test_plain_loras_are_compared_without_a_tensor_of_the_modules_size():
 
 def test_progress_is_reported_and_a_stop_is_obeyed():
     a = make_adapter({TO_Q: make_lora(), TO_K: make_lora()})
-    told = []
-    compare_adapters(a, a, progress=lambda done, total: told.append((done, total)))
-    assert told == [(0, 2), (1, 2), (2, 2)]
+    reported = []
+    compare_adapters(a, a, progress=lambda done, total: reported.append((done, total)))
+    assert reported == [(0, 2), (1, 2), (2, 2)]
     answers = iter([False, True])
     with pytest.raises(InterruptedError, match="comparison was stopped after 1 of 2 modules"):
         compare_adapters(a, a, should_stop=lambda: next(answers))

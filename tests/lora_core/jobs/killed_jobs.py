@@ -108,14 +108,14 @@ def kill_worker(store: JobStore) -> bool:
 def main(folder: Path, num_kills: int) -> None:
     servers: list[int] = []
     try:
-        torment(folder, num_kills, servers)
+        kill_repeatedly(folder, num_kills, servers)
     finally:
         for server in servers:
             kill(server)
         kill_worker(JobStore(folder / "root"))
 
 
-def torment(folder: Path, num_kills: int, servers: list[int]) -> None:
+def kill_repeatedly(folder: Path, num_kills: int, servers: list[int]) -> None:
     torch.set_num_threads(1)
     moments = random.Random(1)
     material = tiny_jobs.make_material(folder)

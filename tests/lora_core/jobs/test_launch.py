@@ -41,20 +41,20 @@ def popen(monkeypatch):
     return seen
 
 
-def be_windows(monkeypatch):
+def pretend_windows(monkeypatch):
     monkeypatch.setattr(launch, "os", SimpleNamespace(name="nt", environ={}))
     monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
     monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
 
 
-def be_without_nccl(monkeypatch):
+def hide_nccl(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
 
 
 def test_no_process_opens_a_window_or_sees_the_users_own_packages(
     popen, material, tmp_path, monkeypatch
 ):
-    be_windows(monkeypatch)
+    pretend_windows(monkeypatch)
     monkeypatch.setattr(launch.sys, "flags", SimpleNamespace(no_user_site=1))
     with pytest.raises(Started):
         launch.start_worker(tmp_path, JobFolder(tmp_path), [GPU])
@@ -70,18 +70,20 @@ def test_no_process_opens_a_window_or_sees_the_users_own_packages(
 def test_a_worker_and_an_estimate_know_that_the_gpu_is_shared(popen, material, tmp_path):
     assert "--shared" in launch.build_command(tmp_path, ID, [SHARED_GPU])
     assert "--shared" not in launch.build_command(tmp_path, ID, [GPU])
-    for device, is_told in ((SHARED_GPU, True), (GPU, False)):
+    for device, is_expected in ((SHARED_GPU, True), (GPU, False)):
         with pytest.raises(Started):
-            estimate_process.estimate_in_process(make_train(material), device, with_samples=is_told)
-        assert ("--shared" in popen["command"]) == is_told
-        assert ("--samples" in popen["command"]) == is_told
+            estimate_process.estimate_in_process(
+                make_train(material), device, with_samples=is_expected
+            )
+        assert ("--shared" in popen["command"]) == is_expected
+        assert ("--samples" in popen["command"]) == is_expected
 
 
 def test_several_gpus_without_nccl_are_refused_with_a_message_from_any_source(
     store, material, tmp_path, monkeypatch
 ):
     assert "torch.distributed.run" in launch.build_command(tmp_path, ID, TWO_GPUS)
-    be_without_nccl(monkeypatch)
+    hide_nccl(monkeypatch)
     # PyTorch's launcher would fail in the same way before it could report why.
     assert "torch.distributed.run" not in launch.build_command(tmp_path, ID, TWO_GPUS)
     two_cpus = [Device("cpu", "a", ""), Device("cpu", "b", "")]

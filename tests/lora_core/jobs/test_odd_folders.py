@@ -164,17 +164,17 @@ def test_other_jobs_are_started_and_settled_beside_an_odd_one(store, submit):
     change(path / dead / "state.json", "status", '"in_progress"')
     change(path / dead / "state.json", "worker", gone)
     change(path / odd / "state.json", "created_at", "null")
-    told: dict[str, object] = {}
+    reported: dict[str, object] = {}
     started: list[str] = []
 
     def launch(root, folder, devices):
         started.append(folder.id)
         return Sleeper()
 
-    Supervisor(store, [CPU], listener=told.__setitem__, launch=launch).tick()
+    Supervisor(store, [CPU], listener=reported.__setitem__, launch=launch).tick()
     assert started == [waiting]
     assert store.get(dead).status is JobStatus.FAILED  # noticed
-    assert told[odd].status is JobStatus.FAILED
+    assert reported[odd].status is JobStatus.FAILED
     assert store.pause(waiting).status is JobStatus.PAUSED
 
 

@@ -15,7 +15,7 @@ from tiny_jobs import assert_equal_weights, make_train, train_here
 BASE = "tiny_fp32_2509.safetensors"
 
 
-def look_in(folder: Path):
+def make_finder(folder: Path):
     return lambda name: [path for path in folder.rglob("*") if path.name == name]
 
 
@@ -29,7 +29,7 @@ def test_a_lora_retrained_from_its_metadata_is_bit_identical(store, material):
     with safe_open(file, "pt") as adapter:
         metadata = adapter.metadata()
     assert str(material) not in json.dumps(metadata)
-    again = build_again(metadata, look_in(material), look_in(material))
+    again = build_again(metadata, make_finder(material), make_finder(material))
     assert (again.model, again.data, again.lora) == (train.model, train.data, train.lora)
     second = train_here(store, again)
     assert_equal_weights(store.open_folder(second).path / "tiny.safetensors", file)

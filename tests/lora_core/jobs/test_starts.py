@@ -31,7 +31,7 @@ class Ended:
         return self.code
 
 
-def start_those_that_end(store, code: int, devices: list[Device], count: int = 6) -> list[str]:
+def start_and_end(store, code: int, devices: list[Device], count: int = 6) -> list[str]:
     """Ids of the jobs started within some ticks, whose workers each end with this exit code."""
     started = []
 
@@ -70,18 +70,18 @@ def test_a_worker_and_a_launcher_work_outside_of_the_jobs_folder(store, material
 @pytest.mark.parametrize("devices", [[CPU], TWO], ids=["one process", "a launcher"])
 def test_a_worker_that_exits_successfully_without_work_is_a_failed_start(devices, store, material):
     job_id = store.submit(make_train(material), num_devices=len(devices))
-    assert start_those_that_end(store, 0, devices) == [job_id]
+    assert start_and_end(store, 0, devices) == [job_id]
     state = store.get(job_id).state
     assert state.status is JobStatus.FAILED
     assert "exit code 0" in state.failure.sentence
     store.resume(job_id)
-    assert start_those_that_end(store, 0, devices) == [job_id]
+    assert start_and_end(store, 0, devices) == [job_id]
 
 
 @pytest.mark.parametrize("code", [EXIT_NOTHING_TO_DO, EXIT_TAKEN])
 def test_a_worker_that_found_the_job_or_device_taken_is_not_a_failed_start(code, store, material):
     job_id = store.submit(make_train(material))
-    assert len(start_those_that_end(store, code, [CPU], 3)) > 1
+    assert len(start_and_end(store, code, [CPU], 3)) > 1
     assert store.get(job_id).status is JobStatus.PENDING
 
 
@@ -94,7 +94,7 @@ def test_a_failed_start_is_not_repeated_while_it_cannot_be_recorded(
         raise FileError("the disk is full")
 
     monkeypatch.setattr(JobFolder, "write_state", refuse)
-    assert sorted(start_those_that_end(store, 1, [CPU])) == sorted([failed, other])
+    assert sorted(start_and_end(store, 1, [CPU])) == sorted([failed, other])
     assert len([r for r in caplog.records if "the disk is full" in r.message]) == 1
 
 

@@ -215,12 +215,12 @@ def test_a_job_held_by_its_worker_gets_a_request_and_is_not_changed(store, submi
 
 def test_waiting_can_be_stopped_and_the_job_goes_on(store, submit):
     job_id = submit()
-    told, asked = [], []
+    reported, asked = [], []
     with pytest.raises(InterruptedError, match="the job goes on"):
         store.wait(
-            job_id, should_stop=lambda: len(asked) > 1 or asked.append(1), notify=told.append
+            job_id, should_stop=lambda: len(asked) > 1 or asked.append(1), notify=reported.append
         )
-    assert [job.status for job in told] == [JobStatus.PENDING]
+    assert [job.status for job in reported] == [JobStatus.PENDING]
     assert store.wait(job_id, timeout_s=0).status is JobStatus.PENDING
     store.cancel(job_id)
     assert store.wait(job_id).status is JobStatus.CANCELLED

@@ -287,15 +287,15 @@ def test_what_is_left_out_is_a_line_on_the_node_and_an_entry_in_the_json(tmp_pat
     lines = describe_preflight(preflight).splitlines()
     assert sum(line.startswith("Warning: pictures that belong to no pair: 1,") for line in lines)
     assert sum(line.startswith("Warning: files of kinds that are not read (.he") for line in lines)
-    told = json.loads(json.dumps(preflight.to_dict(), allow_nan=False))
-    assert (told["num_pairs"], told["num_found"]) == (2, 3)
-    entries = {(entry["kind"], entry["severity"], entry["count"]) for entry in told["findings"]}
+    reported = json.loads(json.dumps(preflight.to_dict(), allow_nan=False))
+    assert (reported["num_pairs"], reported["num_found"]) == (2, 3)
+    entries = {(entry["kind"], entry["severity"], entry["count"]) for entry in reported["findings"]}
     assert entries >= {
         ("pair_unusable", "error", 1),
         ("pictures_unused", "warning", 1),
         ("pictures_unread", "warning", 1),
     }
-    assert told["findings"][0]["severity"] == "error"
+    assert reported["findings"][0]["severity"] == "error"
 
 
 def test_an_error_of_many_pairs_is_short_and_a_pair_is_left_out_by_its_kind(tmp_path):

@@ -301,15 +301,15 @@ def test_only_small_copies_stay():
 
 
 def test_a_sweep_stops_between_two_images():
-    told = []
+    reported = []
     with pytest.raises(InterruptedError, match="the sweep was stopped after 2 of 3"):
         measure_sweep(
             [edit(s) for s in (0, 1, 2)],
             ["0", "1", "2"],
-            progress=lambda *at: told.append(at),
-            should_stop=lambda: len(told) == 2,
+            progress=lambda *at: reported.append(at),
+            should_stop=lambda: len(reported) == 2,
         )
-    assert told == [(0, 3), (1, 3)]
+    assert reported == [(0, 3), (1, 3)]
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,9 @@ def test_progress_is_reported_and_a_stop_is_obeyed():
         "merge": lambda **options: merge_adapters([(adapter, 1.0)], **options),
         "extraction": lambda **options: extract_adapter(base, tuned, 2, **options),
     }.items():
-        told = []
-        work(progress=lambda done, total, told=told: told.append((done, total)))
-        assert told == [(0, 2), (1, 2), (2, 2)]
+        reported = []
+        work(progress=lambda done, total, reported=reported: reported.append((done, total)))
+        assert reported == [(0, 2), (1, 2), (2, 2)]
         answers = iter([False, True])
         with pytest.raises(InterruptedError, match=f"{name} was stopped after 1 of 2 modules"):
             work(should_stop=lambda answers=answers: next(answers))

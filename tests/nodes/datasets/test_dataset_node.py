@@ -269,10 +269,10 @@ def test_what_is_left_out_is_reported_on_the_node_and_in_its_json(server, roots)
     report = shown["qwen_edit_lora_report"][0]
     assert "Warning: pictures that belong to no pair: 1, such as garment/photo_0.png" in report
     assert shown["qwen_edit_lora_warning"] == [True]
-    (told,) = shown["qwen_edit_lora_pairs"]
-    (finding,) = told["findings"]
+    (reported,) = shown["qwen_edit_lora_pairs"]
+    (finding,) = reported["findings"]
     assert (finding["kind"], finding["severity"]) == ("pictures_unused", "warning")
-    assert (told["num_pairs"], finding["count"]) == (2, 1)
+    assert (reported["num_pairs"], finding["count"]) == (2, 1)
     assert str(roots["base"]) not in report
     assert "__qwen_edit_lora/datasets of the user folder" in report
 

@@ -140,12 +140,14 @@ def test_a_requested_side_path_is_reported_as_missing_from_the_file(server, outp
     save = node("ModelSave", model=["apply", 0], filename_prefix="saved_beside/model")
     entry = server.run_prompt(build_graph(mode="side path", save=save))
     report, findings = read_output(entry)
-    (told,) = (one for one in findings if one["kind"] == "not_in_weights")
-    assert (told["severity"], told["count"]) == ("warning", 24)
-    assert told["text"].startswith("ModelSave behind this node reads the weights alone, so that 24")
-    assert f"Warning: {told['text']}" in report.splitlines()
+    (reported,) = (one for one in findings if one["kind"] == "not_in_weights")
+    assert (reported["severity"], reported["count"]) == ("warning", 24)
+    assert reported["text"].startswith(
+        "ModelSave behind this node reads the weights alone, so that 24"
+    )
+    assert f"Warning: {reported['text']}" in report.splitlines()
     assert entry["outputs"]["apply"]["qwen_edit_lora_warning"] == [True]
-    assert told["text"] in server.log.read_text(errors="replace")
+    assert reported["text"] in server.log.read_text(errors="replace")
 
 
 def test_a_saver_beside_apply_changes_nothing(server):

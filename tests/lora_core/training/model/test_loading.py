@@ -296,10 +296,10 @@ def test_a_missing_package_is_named_with_its_installation(
 
 def test_loading_can_be_stopped_and_reports_progress(tmp_path):
     path = dit.write_dit(tmp_path / "dit.safetensors")
-    told = []
-    load_transformer(path, progress=lambda done, total: told.append((done, total)))
-    assert told[0][0] == 0
-    assert told[-1][0] == told[-1][1] == len(told) - 1
+    reported = []
+    load_transformer(path, progress=lambda done, total: reported.append((done, total)))
+    assert reported[0][0] == 0
+    assert reported[-1][0] == reported[-1][1] == len(reported) - 1
     with pytest.raises(InterruptedError):
         load_transformer(path, should_stop=lambda: True)
 

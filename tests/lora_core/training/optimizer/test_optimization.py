@@ -53,7 +53,7 @@ def take_steps(optimizer, parameters, steps, lr):
         optimizer.zero_grad()
 
 
-def send_through_disk(state, tmp_path):
+def round_trip(state, tmp_path):
     """Through safetensors and JSON, as a checkpoint stores it."""
     tensors, value = flatten_state(state)
     save_file(separate(tensors), tmp_path / "state.safetensors")
@@ -72,7 +72,7 @@ def test_a_resumed_optimizer_takes_bit_identical_steps(name, stop, dtype, tmp_pa
     parameters = make_parameters(dtype)
     optimizer = build_optimizer(name, parameters, lr)
     take_steps(optimizer, parameters, range(stop), lr)
-    state = send_through_disk(optimizer.state_dict(), tmp_path)
+    state = round_trip(optimizer.state_dict(), tmp_path)
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     other = build_optimizer(name, resumed, lr)
     load_state(other, state)
@@ -93,7 +93,7 @@ def test_a_state_moves_from_a_gpu_to_another_device_and_back(steps, tmp_path):
 
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in fused]
     optimizer = build_optimizer("adamw", resumed, 1e-2)
-    load_state(optimizer, send_through_disk(theirs.state_dict(), tmp_path))
+    load_state(optimizer, round_trip(theirs.state_dict(), tmp_path))
     assert not optimizer.param_groups[0]["fused"]
     take_steps(optimizer, resumed, range(steps, 8), 1e-2)
     for a, b in zip(straight, resumed, strict=True):
