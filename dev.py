@@ -38,7 +38,7 @@ GPU_CHECK = ROOT / "benchmarks" / "gpu_check.py"
 RUN_ALL = "QWEN_EDIT_LORA_FUZZ"
 LOG_TAIL_LINES = 15
 NUM_SLOWEST = 30  # tests whose time is printed
-MAX_TEST_PROCESSES = 4  # each has a ComfyUI and a server of its own, 2 GB together
+MAX_TEST_PROCESSES = 4  # each has its own ComfyUI and server, 2 GB together
 
 
 class DevError(Exception):

@@ -285,7 +285,7 @@ def get_host() -> Any:
 def count_traffic(placement: str, rank: int, shares: bool) -> dict[str, Any]:
     """The side path's memory traffic per block, in tensors of NUM_TOKENS x 3072.
 
-    The image stream's modules stand for both streams, which together have NUM_TOKENS tokens.
+    The image stream's modules represent both streams, which together have NUM_TOKENS tokens.
 
     Args:
         placement: "resident" or "paged" (dynamic VRAM).

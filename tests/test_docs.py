@@ -217,7 +217,7 @@ def list_strings(tree: ast.AST) -> Iterator[str]:
 
 
 @cache
-def list_said() -> str:
+def list_messages() -> str:
     """All messages of the nodes and the core; parsing them takes seconds."""
     core = [ast.parse(p.read_text(encoding="utf-8")) for p in ROOT.glob("lora_core/**/*.py")]
     return "\n".join(text for tree in [*TREES.values(), *core] for text in list_strings(tree))
@@ -225,7 +225,7 @@ def list_said() -> str:
 
 @pytest.mark.parametrize("page", ["README.md", *DOCS, *(f"web/docs/{id}.md" for id in NODES)])
 def test_the_messages_a_page_quotes_exist(page):
-    said, known_elsewhere = list_said(), {"lora key not loaded"}  # ComfyUI's console
+    said, known_elsewhere = list_messages(), {"lora key not loaded"}  # ComfyUI's console
     text = (ROOT / page).read_text(encoding="utf-8")
     assert [q for q in list_quotes(text) if q not in said and q not in known_elsewhere] == []
 
@@ -274,7 +274,7 @@ def test_the_python_example_of_the_manual_runs(tmp_path, monkeypatch, capsys):
     make_adapter(tmp_path / "my_edit_lora.safetensors", paths, rank=2, alpha=1.0)
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    # Imported by its folder, lora_core goes by that name alone, as the manual says.
+    # Imported by its folder, lora_core has just that name, as in the manual.
     monkeypatch.setitem(sys.modules, "lora_core", lora_core)
     runpy.run_path("example.py")
     printed = capsys.readouterr().out

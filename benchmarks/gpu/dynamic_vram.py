@@ -102,7 +102,7 @@ class Measured:
     ):
         self.context, self.model, self.adapters = context, model, adapters
         self.label = f"{name}, {storage}"
-        #: The older patcher is only compared with; one storage of it says enough of the rest.
+        #: The older patcher is only a reference; one storage represents the others.
         self.is_whole = name == DYNAMIC or storage == "bf16"
         self.low, self.high, second = adapters
         self.ways: dict[str, tuple[tuple[Any, float], ...]] = {

@@ -100,7 +100,7 @@ def find_training_base(model_name: str) -> Path:
 def map_gguf_files() -> dict[str, Path]:
     """Name -> path of the GGUF files in the folders of diffusion models.
 
-    ComfyUI itself lists none; the extension ComfyUI-GGUF registers a list of folders of its own.
+    ComfyUI itself lists none; the extension ComfyUI-GGUF registers its own list of folders.
     """
     kinds = ("diffusion_models", "unet_gguf")
     known = [kind for kind in kinds if kind in folder_paths.folder_names_and_paths]
@@ -156,7 +156,7 @@ def name_below_output(path: Path) -> str:
 
 
 def list_dataset_roots() -> dict[str, list[str]]:
-    """Name -> folders that training pictures may lie in."""
+    """Name -> folders that training images may be in."""
     return {
         "datasets": folder_paths.get_folder_paths("datasets"),
         "input": [folder_paths.get_input_directory()],

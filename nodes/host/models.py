@@ -39,7 +39,7 @@ def describe_model(model: ModelPatcher) -> tuple[str, str | None]:
     """The model's class name in ComfyUI, and for Qwen-Image whether it is the 2511 variant.
 
     The variant is "2511" where the file carries the marker for zero-timestep references
-    (comfy/model_detection.py); the other variants cannot be told apart by their weights.
+    (comfy/model_detection.py); the other variants cannot be distinguished by their weights.
     """
     method = getattr(model.model.diffusion_model, "default_ref_method", None)
     variant = "2511" if method == "index_timestep_zero" else None

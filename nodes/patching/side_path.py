@@ -235,7 +235,7 @@ def swapped_forwards(diffusion_model: torch.nn.Module, side_path: SidePath) -> I
             undo.append((attributes, attributes.get("forward")))
             attributes["forward"] = functools.partial(run_site, module.forward, site, gains)
         if side_path.has_run is None:
-            with noticing_runs(side_path, undo):
+            with warning_if_unused(side_path, undo):
                 yield
         else:
             yield
@@ -250,7 +250,7 @@ def swapped_forwards(diffusion_model: torch.nn.Module, side_path: SidePath) -> I
 
 
 @contextmanager
-def noticing_runs(side_path: SidePath, swapped: list[tuple[dict, Callable | None]]):
+def warning_if_unused(side_path: SidePath, swapped: list[tuple[dict, Callable | None]]):
     """Warns if a call ran none of the modules whose forwards are swapped.
 
     Checked in the first call only: caches such as EasyCache may skip later ones.

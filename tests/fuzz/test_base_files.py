@@ -399,9 +399,8 @@ def test_a_quantisation_note_gives_its_values_or_an_error(
             check_refusal(e)
         else:
             assert isinstance(note, dict)
-            if (
-                weight.scaling != "block"
-            ):  # of which tests/lora_core/inspection/test_survival.py knows more
+            # Block scales: tests/lora_core/inspection/test_survival.py.
+            if weight.scaling != "block":
                 expected = stored.float()
                 if scale is not None:
                     expected = (

@@ -230,7 +230,7 @@ def test_flipped_and_missing_bytes_are_a_set_or_an_error(name, flips, share):
         use(folder)
 
 
-# --- caches of figures: anything unreadable is as if it were not there ---
+# --- caches of statistics: anything unreadable counts as missing ---
 
 PARTS = st.sampled_from(
     ["version", "fields", "modules", "skipped", "non_finite", "misfits", "adapters"]

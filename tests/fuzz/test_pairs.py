@@ -280,7 +280,7 @@ def test_a_text_file_gives_each_target_its_own_line(captions):
     assert split_captions(["\n".join(lines)], len(lines)) == [line.strip() for line in lines]
 
 
-# --- captions and pictures ---
+# --- captions and images ---
 
 
 @settings(max_examples=SHARE // 2)

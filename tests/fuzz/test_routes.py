@@ -25,7 +25,7 @@ SHARE = settings.default.max_examples
 JOBS, ADAPTERS = "/qwen_edit_lora/jobs", "/qwen_edit_lora/adapters"
 ACTIONS = ("pause", "resume", "cancel", "delete", "clone", "publish")
 UNKNOWN = "20260131-120000-0123abcd"
-#: What our routes never give: the rest of ComfyUI answers what is no route of ours in its way.
+#: All statuses of our routes; the rest of ComfyUI answers other paths in its own way.
 OURS = {200, 400, 403, 404, 405, 409, 413}
 
 

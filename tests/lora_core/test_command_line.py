@@ -162,7 +162,7 @@ def test_a_file_is_written_under_a_name_that_loaders_list(run, folder, out, file
 
 
 @pytest.mark.parametrize("name", ["a\0b.safetensors", "\ud800.safetensors", "x" * 300])
-def test_a_name_no_file_can_have_is_one_line(name, capsys):
+def test_an_impossible_file_name_is_a_one_line_error(name, capsys):
     assert main(["inspect", name]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -309,6 +309,6 @@ def test_a_base_with_nan_gives_valid_json_and_is_reported(value, run, folder):
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
-def test_a_file_to_merge_of_an_impossible_name_is_one_line(name, capsys):
+def test_an_impossible_name_of_a_file_to_merge_is_a_one_line_error(name, capsys):
     assert main(["merge", "out.safetensors", name, f"{name}:0.5"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

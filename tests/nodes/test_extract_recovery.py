@@ -70,7 +70,7 @@ def test_the_extracted_lora_gives_the_tuned_model_in_comfyui(
     assert worst(without, expected) > 0.05 * worst(before, expected)  # the biases do matter
 
 
-def test_the_node_takes_biases_or_leaves_them_and_says_so(server, demo_models):
+def test_the_node_extracts_biases_or_skips_and_reports_them(server, demo_models):
     base = demo_models.dit["2509_fp32"]
     tuned = make_tuned(base, demo_models.root / "diffusion_models" / "tuned_bias.safetensors")
     try:

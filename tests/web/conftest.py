@@ -34,7 +34,7 @@ class Workspace:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def _note_console(self, message: Any) -> None:
-        # The frontend logs errors of its own (404 for empty user folders); ours carry our folder.
+        # The frontend logs its own errors (404 for empty user folders); ours contain our folder.
         where = message.location.get("url", "") + message.text
         if message.type == "error" and "/extensions/qwen-edit-lora/" in where:
             self.errors.append(message.text)

@@ -103,7 +103,7 @@ def open_panel(page: Any) -> Any:
 
 
 def wait_for(condition: Callable[[], Any], page: Any, timeout: float = 60.0) -> float:
-    """Seconds until the condition holds; the page's events go on meanwhile."""
+    """Seconds until the condition holds; page events are processed meanwhile."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < timeout, page.locator(".qel-panel").inner_text()

@@ -153,7 +153,7 @@ def test_the_difference_image_is_amplified_and_black_where_nothing_changes():
     plain = draw_contact_sheet(sweep, verdict)
     assert differences.shape[1] == plain.shape[1]
     layout = choose_layout(make_rows(3, shape=(96, 96)))
-    # The square, 4 % of the picture, differs by 0.02 and 0.04 of the full scale; 32 times leaves
+    # The square, 4 % of the image, differs by 0.02 and 0.04 of the full scale; 32 times leaves
     # the middle one, 0.03, below white.
     red = differences[..., 0].astype(int)
     area = layout.tile[0] ** 2

@@ -67,7 +67,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_an_error_for_a_damaged_file_is_a_one_sentence_error_with_its_name(case, tmp_path):
+def test_a_damaged_file_is_a_one_sentence_error_with_its_name(case, tmp_path):
     content, message = DAMAGED[case]
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
@@ -143,7 +143,7 @@ def test_unusual_names_are_read(name, make_state_dict, write_file):
     assert read_adapter(write_file(make_state_dict(), name=name)).name == name
 
 
-def test_a_file_without_tensors_says_so(write_file):
+def test_a_file_without_tensors_is_a_clear_error(write_file):
     with pytest.raises(KeyFormatError, match=r"my lora.safetensors holds no tensors; expected"):
         read_adapter(write_file({}))
 

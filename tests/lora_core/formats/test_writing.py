@@ -120,7 +120,9 @@ def test_a_dora_magnitude_is_stored_in_the_shape_its_readers_expect(
 
 @pytest.mark.parametrize("key_format", ["diffusers", "peft"])
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr half", "OFT", "diff"])
-def test_a_format_that_cannot_express_a_kind_says_so(kind, key_format, make_state_dict, tmp_path):
+def test_a_format_that_cannot_express_a_kind_refuses_it(
+    kind, key_format, make_state_dict, tmp_path
+):
     adapter = read_state_dict(make_state_dict(modules=[TO_Q], kind=kind))
     message = f"{TO_Q} holds {kind.split()[0]} weights .* which the {key_format} format cannot"
     with pytest.raises(ConfigError, match=f"{message} express.*Write it as comfyui instead"):

@@ -232,7 +232,7 @@ def test_every_claim_about_the_variant_states_its_source():
     ("num_blocks", "preset", "hinted"),
     [(19, "attention", True), (60, "attention", False), (19, "full", False)],
 )
-def test_a_file_that_would_fit_flux_as_well_says_so(num_blocks, preset, hinted):
+def test_a_file_that_also_fits_flux_is_reported(num_blocks, preset, hinted):
     state_dict = {}
     for block in range(num_blocks):
         for name in module_paths.TARGET_PRESETS[preset]:

@@ -107,7 +107,7 @@ def test_a_bf16_base_keeps_a_lora_of_usual_size():
     assert found.base_ratio == pytest.approx(1e-3 / 0.02, rel=0.1)
 
 
-def test_modules_that_do_not_match_the_base_say_so_one_by_one():
+def test_modules_that_do_not_match_the_base_are_reported_individually():
     adapter, base = make_small_adapter(3e-4)
     first, second, third = adapter.modules
     del base[f"{first}.weight"]

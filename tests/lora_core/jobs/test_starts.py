@@ -99,7 +99,7 @@ def test_a_failed_start_is_not_repeated_while_it_cannot_be_recorded(
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="makes a link")
-def test_a_workers_log_is_no_link(store, material, tmp_path, monkeypatch):
+def test_a_workers_log_is_not_a_link(store, material, tmp_path, monkeypatch):
     folder = store.open_folder(store.submit(make_train(material)))
     outside = tmp_path / "precious"
     outside.write_text("mine")

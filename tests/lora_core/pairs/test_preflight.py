@@ -109,7 +109,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_file_that_is_no_image_is_a_clear_error(name, tmp_path):
+def test_a_file_that_is_not_an_image_is_a_clear_error(name, tmp_path):
     content, sentence = BAD_FILES[name]
     path = tmp_path / "bad.png"
     path.write_bytes(content)

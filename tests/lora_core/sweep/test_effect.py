@@ -60,7 +60,7 @@ def test_the_verdict_names_no_effect_and_collapse():
     assert build({0: 0}).judge().startswith("nothing to judge")
 
 
-def test_json_has_no_nan_and_holds_every_figure():
+def test_json_has_no_nan_and_every_metric():
     effect = build({0: 0, 1: math.nan})
     found = json.loads(json.dumps(effect.to_dict(), allow_nan=False))
     assert found["strengths"][0] == {

@@ -94,7 +94,7 @@ def test_transparency_is_left_out_and_grey_images_count_as_colour():
 
 
 @pytest.mark.parametrize("shape", [(1, 48, 47, 3), (2, 48, 48, 3), (1, 8, 8, 3)])
-def test_images_that_cannot_be_compared_say_so(shape):
+def test_images_that_cannot_be_compared_give_the_reason(shape):
     other = torch.zeros(shape) if shape[1] == 8 else make_picture()
     with pytest.raises(ShapeError, match=f"and {'2 of ' if shape[0] == 2 else ''}"):
         compare_pictures(other, torch.zeros(shape), WHOLE)

@@ -218,9 +218,7 @@ def test_adapters_that_meet_on_a_module_run_as_one_down_and_one_up_product(
         assert shapes[-1][1] == term.rank == 13
 
 
-def test_no_bank_is_built_for_the_steps_of_a_chain_that_nobody_samples(
-    ours, base, sample, make_lora, apply_ours
-):
+def test_no_bank_is_built_for_unsampled_steps_of_a_chain(ours, base, sample, make_lora, apply_ours):
     first = apply_ours(base, make_lora("a", seed=1), 1.0)
     second = apply_ours(first, make_lora("b", seed=2), 1.0)
     sample(second)

@@ -432,7 +432,7 @@ def test_prompts_wait_for_a_job_with_that_policy_until_it_ends_or_the_user_inter
     first = comfy.server.queue_prompt(sampler_graph(60))
     time.sleep(1)
     assert list_queue(comfy) == (["QwenEditLoraHold"], ["EmptyImage"])
-    comfy.post(job_id, "pause")  # gives the device back, so prompts go on
+    comfy.post(job_id, "pause")  # releases the device, so prompts continue
     comfy.server.wait_for_prompt(first)
     assert comfy.store.get(job_id).status is JobStatus.PAUSED
 

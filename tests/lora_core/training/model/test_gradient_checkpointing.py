@@ -158,7 +158,7 @@ def test_bases_of_every_storage_are_counted(storage, tmp_path, base, monkeypatch
 
 
 @pytest.mark.parametrize(("free_bytes", "kind"), [(None, True), (0, True), (2**40, False)])
-def test_a_run_takes_what_the_free_memory_allows_and_says_so(
+def test_a_run_uses_what_the_free_memory_allows_and_reports_it(
     free_bytes, kind, tmp_path, base, monkeypatch
 ):
     config, opened = make_run(tmp_path, base, free_bytes, monkeypatch)
@@ -269,7 +269,9 @@ def test_out_of_memory_with_the_least_kept_says_in_which_step_and_what_to_lower(
     assert "lower lora.rank" in failure.advice
 
 
-def test_out_of_memory_as_the_optimizer_makes_its_state_says_so_too(tmp_path, base, monkeypatch):
+def test_out_of_memory_while_the_optimizer_creates_its_state_is_reported_too(
+    tmp_path, base, monkeypatch
+):
     config, opened = make_run(tmp_path, base, 2**40, monkeypatch)
 
     def fail(*_, **__):

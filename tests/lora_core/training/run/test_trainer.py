@@ -278,7 +278,7 @@ def test_a_read_only_output_folder_is_a_clear_error_before_the_first_step(
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 2 MB of its own."""
+    """A separate disk of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(folder)]
