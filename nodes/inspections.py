@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 #: Per adapter: (identity of the base file, whether exact) -> its inspection.
 _known: WeakKeyDictionary[Adapter, dict[Hashable, Inspection]] = WeakKeyDictionary()
 #: The same for loaded models, keyed by the module that all clones of one share. Never on disk:
-#: another loader, or another day, may put other weights behind the same MODEL.
+#: another loader or a later session may put other weights behind the same MODEL.
 _beside: WeakKeyDictionary[Adapter, MutableMapping] = WeakKeyDictionary()
 
 

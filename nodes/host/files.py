@@ -114,7 +114,7 @@ def map_gguf_files() -> dict[str, Path]:
 
 
 def find_vaes(name: str) -> list[Path]:
-    """VAEs of a file name, in whatever subfolder of the vae folders."""
+    """VAEs with this file name, in any subfolder of the vae folders."""
     names = folder_paths.get_filename_list("vae")
     same = [n for n in names if Path(n.replace("\\", "/")).name == name]
     return [Path(folder_paths.get_full_path_or_raise("vae", n)) for n in same]

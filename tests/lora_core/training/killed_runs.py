@@ -84,7 +84,7 @@ def fork(action: Callable[[], None]) -> int:
         return child
     try:
         action()
-    except BaseException as e:  # noqa: BLE001 - the parent must be told of any error
+    except BaseException as e:  # noqa: BLE001 - the parent must learn of any error
         sys.stderr.write(f"{type(e).__name__}: {e}\n")
         os._exit(1)
     os._exit(0)
