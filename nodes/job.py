@@ -182,10 +182,10 @@ def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
     store = job_host.get_store()
     latents = list_latents(job)
     named = [(path, parse_name(f"{path.stem}.png")) for path in latents if vae is not None]
-    # Latents are named like their decoded image.
+    # Latents go by the name that their picture would have.
     sources: list[tuple[Picture, Callable[[], np.ndarray]]] = [
         *(
-            (picture, partial(read_thumbnail, store, job.id, picture.name))
+            (picture, partial(read_image, store, job.id, picture.name))
             for picture in store.list_pictures(job.id)
         ),
         *((picture, partial(decode, path, vae)) for path, picture in named if picture),
@@ -224,8 +224,8 @@ def name_tile(picture: Picture) -> str:
     return "target" if picture.kind == "target" else f"reference {(picture.index or 0) + 1}"
 
 
-def read_thumbnail(store: JobStore, job_id: str, name: str) -> np.ndarray:
-    """A PNG of the job as a thumbnail, uint8 (height, width, 3).
+def read_image(store: JobStore, job_id: str, name: str) -> np.ndarray:
+    """A PNG of the job as a small picture, uint8 (height, width, 3).
 
     Raises:
         FileError: it is not a PNG, damaged, or larger than any sample.

@@ -258,7 +258,7 @@ def test_a_loaded_model_gives_the_same_statistics_as_its_file(server, base, stor
     from_model = read_figures(server.run_prompt(graph))
     graph["inspect"] = node("QwenEditLoraInspect", adapter=["load", 0], base_model=base)
     from_file = read_figures(server.run_prompt(graph))
-    assert from_model["merge_error"] > 0.01  # a large delta; the tiny base's LoRA is not faint
+    assert from_model["merge_error"] > 0.01  # a large delta; the tiny base's LoRA is no faint one
     assert {m["base"]["storage"] for m in from_model["modules"].values()} == {storage}
     assert from_model == from_file
 

@@ -1,4 +1,4 @@
-"""Alarms: a problem is reported once, with its value; healthy runs raise none."""
+"""Alarms: what goes wrong is said once, with its figure; what goes well is left alone."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ REPORT = StepReport(
 )
 
 
-def list_alarms(losses, stds=None):
-    """All messages for a run with these raw losses and delta norms."""
-    alarms, smoothed, alarms_raised = Alarms(CONFIG), SmoothedLoss(), []
+def look_at(losses, stds=None):
+    """All sentences of a run with these raw losses and sizes of the delta."""
+    alarms, smoothed, said = Alarms(CONFIG), SmoothedLoss(), []
     for i, loss in enumerate(losses):
         health = {"std": stds[i]} if stds is not None else None
         report = dataclasses.replace(
             REPORT, step=i + 1, loss=loss, smoothed_loss=smoothed.update(loss), health=health
         )
-        alarms_raised += alarms.look(report)
-    return alarms_raised
+        said += alarms.look(report)
+    return said
 
 
 def noisy(step: int) -> float:
@@ -46,30 +46,30 @@ def noisy(step: int) -> float:
 
 
 def test_a_noisy_falling_loss_raises_no_alarm():
-    assert list_alarms([noisy(i) * (0.5 + 0.5 * 0.995**i) for i in range(STEPS)]) == []
+    assert look_at([noisy(i) * (0.5 + 0.5 * 0.995**i) for i in range(STEPS)]) == []
 
 
 def test_an_exploding_loss_is_reported_once_with_its_step():
     losses = [noisy(i) if i < 300 else 1.0 for i in range(STEPS)]
-    (sentence,) = list_alarms(losses)
+    (sentence,) = look_at(losses)
     assert "the training diverges; clone it with a lower learning rate than 0.0001" in sentence
     step = int(sentence.split(" at step ")[1].split(",")[0])
     assert 325 <= step < 400
 
 
 def test_a_single_bad_step_raises_no_alarm():
-    assert list_alarms([50.0 if i == 400 else 10.0 for i in range(STEPS)]) == []
+    assert look_at([50.0 if i == 400 else 10.0 for i in range(STEPS)]) == []
 
 
 @pytest.mark.parametrize(("std", "is_alarm"), [(1e-3, False), (9e-3, False), (2e-2, True)])
 def test_a_delta_that_overwrites_the_base_is_reported(std, is_alarm):
-    alarms_raised = list_alarms([0.1] * 100, [std * i / 100 for i in range(1, 101)])
-    assert bool(alarms_raised) is is_alarm
-    assert all("overwrites the base" in sentence for sentence in alarms_raised)
+    said = look_at([0.1] * 100, [std * i / 100 for i in range(1, 101)])
+    assert bool(said) is is_alarm
+    assert all("overwrites the base" in sentence for sentence in said)
 
 
 def test_an_unchanging_delta_is_reported_after_a_tenth_of_the_run():
-    assert list_alarms([0.1] * 99, [1e-9] * 99) == []
-    (sentence,) = list_alarms([0.1] * STEPS, [1e-9] * STEPS)
+    assert look_at([0.1] * 99, [1e-9] * 99) == []
+    (sentence,) = look_at([0.1] * STEPS, [1e-9] * STEPS)
     assert "still 1e-09 after 100 steps" in sentence
-    assert list_alarms([0.1] * STEPS, [1e-5] * STEPS) == []
+    assert look_at([0.1] * STEPS, [1e-5] * STEPS) == []

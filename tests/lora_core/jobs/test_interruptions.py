@@ -64,7 +64,9 @@ def assert_same_run(ours: Path, whole: JobFolder) -> None:
 
 
 class Fickle(Pulse):
-    """Requests a pause at the n-th time the worker checks, and withdraws it after the check."""
+    """Somebody asks for a pause at the n-th time that the worker looks, and takes it back after
+    the look.
+    """
 
     def __init__(self, folder: JobFolder, at: int | None, looks: int = 1):
         super().__init__(folder, folder.read_state())
@@ -105,7 +107,7 @@ def test_a_pause_withdrawn_as_the_worker_ends_is_not_a_restart(store, submit, wh
     settings, pulse = folder.read_settings(), Fickle(folder, 9, 10**6)
     assert not run_job(settings, folder, ["cpu"], pulse)
     assert 0 < pulse.state.step < STEPS
-    finish_stopped(settings, folder, pulse)  # the request is withdrawn by now
+    finish_stopped(settings, folder, pulse)  # the request is taken back by now
     job = store.get(job_id)
     assert (job.status, job.state.restarts, job.state.failure) == (JobStatus.PENDING, 0, None)
     Supervisor(store, []).tick()
@@ -126,7 +128,7 @@ def test_a_shutdown_still_counts(store, submit):
 
 
 class Mover(Pulse):
-    """Moves the job's folder away at a given moment."""
+    """Moves the job's folder away at a moment."""
 
     def __init__(self, folder: JobFolder, moment: str, target: Path):
         super().__init__(folder, folder.read_state())
@@ -137,7 +139,7 @@ class Mover(Pulse):
             self.folder.path.rename(self.target)
 
     def say(self, sentence: str) -> None:
-        self.move("while it loads")  # a worker's first message
+        self.move("while it loads")  # the first thing that a worker says
 
     def report(self, report) -> None:
         super().report(report)
@@ -443,7 +445,7 @@ def test_damage_to_any_file_of_the_newest_checkpoint_costs_one_step_and_no_bit(
 
 
 class StopsAfter(Pulse):
-    """Requests a pause after this many steps."""
+    """Somebody asks for a pause after so many steps."""
 
     def __init__(self, folder: JobFolder, step: int):
         super().__init__(folder, folder.read_state())

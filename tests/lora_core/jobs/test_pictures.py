@@ -227,7 +227,7 @@ def test_an_image_too_large_for_the_gpu_is_decoded_in_tiles_and_then_on_the_cpu(
 
     monkeypatch.setattr(picture_writer, "load_decoder", lambda *arguments: Decoder())
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)
-    # Any device other than the CPU stands for one whose memory may be too small.
+    # Whatever is no CPU stands for a device whose memory may be too small.
     writer = PictureWriter("a path", None, torch.device("meta"), notes.append)
     for name in ("first", "second"):
         with writer.ready():

@@ -73,7 +73,7 @@ def test_the_metrics_equal_their_formulas_in_every_region(batch):
     assert found["inside"].rms != found["outside"].rms
 
 
-def test_equal_images_have_no_psnr_and_an_ssim_of_one():
+def test_equal_pictures_have_no_psnr_and_an_ssim_of_one():
     found = compare_pictures(make_picture(), make_picture(), WHOLE)["whole"]
     assert (found.rms, found.psnr, found.visible, found.largest) == (0.0, None, 0.0, 0.0)
     assert found.ssim == pytest.approx(1.0, abs=1e-6)

@@ -121,7 +121,7 @@ def test_few_copies_are_alive_at_once_and_the_weights_never_move(base):
     places = {name: t.data_ptr() for name, t in model.named_parameters()}
     take_step(model, injection, num_steps=3)
     offload = model.offload
-    assert 1 <= offload.most_alive <= MOST_BLOCKS - 1  # a third only if work is queued
+    assert 1 <= offload.most_alive <= MOST_BLOCKS - 1  # the third only where work is queued
     assert {name: t.data_ptr() for name, t in model.named_parameters()} == places
     offload.release()
     assert offload.count_alive() == 0
@@ -358,6 +358,6 @@ def test_offloading_reduces_the_bases_gpu_memory(tmp_path, deterministic):
         gc.collect()
     size = sum(t.numel() * 2 for t in load_transformer(base).blocks.parameters())
     assert peaks[1] < peaks[0] - size * (6 - MOST_BLOCKS - 0.5) / 6
-    for found, expected in zip(*results, strict=True):  # bit-identical on a CPU, see above
+    for found, expected in zip(*results, strict=True):  # to the bit on a CPU, see above
         error = (found - expected).float().norm() / expected.float().norm().clamp_min(1e-12)
         assert error < 1e-2  # activations are in bf16
