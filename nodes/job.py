@@ -185,7 +185,7 @@ def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
     # Latents go by the name that their picture would have.
     sources: list[tuple[Picture, Callable[[], np.ndarray]]] = [
         *(
-            (picture, partial(read_image, store, job.id, picture.name))
+            (picture, partial(read_picture, store, job.id, picture.name))
             for picture in store.list_pictures(job.id)
         ),
         *((picture, partial(decode, path, vae)) for path, picture in named if picture),
@@ -224,7 +224,7 @@ def name_tile(picture: Picture) -> str:
     return "target" if picture.kind == "target" else f"reference {(picture.index or 0) + 1}"
 
 
-def read_image(store: JobStore, job_id: str, name: str) -> np.ndarray:
+def read_picture(store: JobStore, job_id: str, name: str) -> np.ndarray:
     """A PNG of the job as a small picture, uint8 (height, width, 3).
 
     Raises:

@@ -107,7 +107,7 @@ def test_a_sample_is_read_only_as_a_png_of_acceptable_size(comfyui, monkeypatch,
     started: list[Any] = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **more: started.append(1))
     with pytest.raises(FileError, match="step_1"):
-        job.read_image(Store(), "id", "step_1.png")
+        job.read_picture(Store(), "id", "step_1.png")
     assert started == []
 
 
@@ -118,5 +118,5 @@ def test_a_sample_is_shown_small(comfyui):
         def read_picture(self, job_id: str, name: str) -> bytes:
             return draw_png((2048, 1024))
 
-    assert job.read_image(Store(), "id", "step_1.png").shape == (256, 512, 3)
-    assert np.asarray(job.read_image(Store(), "id", "step_1.png")).dtype == np.uint8
+    assert job.read_picture(Store(), "id", "step_1.png").shape == (256, 512, 3)
+    assert np.asarray(job.read_picture(Store(), "id", "step_1.png")).dtype == np.uint8
