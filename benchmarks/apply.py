@@ -1,14 +1,14 @@
-"""What applying a LoRA costs beside ComfyUI's own LoraLoader: per strength change, per model call.
+"""Cost of applying a LoRA beside ComfyUI's own LoraLoader: per strength change and model call.
 
 usage: .venv/bin/python benchmarks/apply.py [--blocks 1] [--rank 32] [--tokens 256] [--rounds 3]
        .venv/bin/python benchmarks/apply.py --count [--rank 16]
 
-`--count` runs no product: it counts what the side path would move on a GPU, and what it costs in
-Python. Without it:
+`--count` computes no products: it counts the memory traffic the side path would cause on a GPU, and
+its cost in Python. Without it:
 
 One process, full layer width (3072), the 14 Linears of a Qwen-Image block times `--blocks`, under
-ComfyUI's own ModelPatcher and ops, per storage: bf16, plain fp8, scaled fp8. Pairs are measured in
-turn and medians are reported, as ratios.
+ComfyUI's own ModelPatcher and ops, per storage: bf16, plain fp8, scaled fp8. Pairs are measured
+alternately; the medians of their ratios are reported.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def import_package(name: str, folder: Path) -> None:
-    """As ComfyUI imports extensions: by path, since our `nodes` must not hide ComfyUI's."""
+    """Imports by path, as ComfyUI imports extensions: our `nodes` must not shadow ComfyUI's."""
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -132,7 +132,7 @@ def build_adapter(num_blocks: int, rank: int) -> Any:
 
 
 def run_model(model: Any, inputs: dict[int, Any]) -> None:
-    """Every Linear once, through the wrappers of a model call."""
+    """Runs every Linear once, through the wrappers of a model call."""
     import comfy.patcher_extension as extension
     import torch
 
@@ -174,7 +174,7 @@ def measure(storage: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
     def load(patched: Any) -> None:
-        """What a sampler does before its first step."""
+        """Loads the model as a sampler does before its first step."""
         side_path.prepare_side_path(
             lambda model: mm.load_models_gpu([model, *model.get_nested_additional_models()]),
             patched,
@@ -201,7 +201,7 @@ def measure(storage: str, options: argparse.Namespace) -> dict[str, Any]:
         pairs["node"].append(
             take(lambda s=strength: application.apply_adapters(model, [(adapter, Strengths(s))]))
         )
-        load(model)  # untimed: takes the native patches of the last round out again
+        load(model)  # untimed: removes the native patches of the previous round
         change_ours(1.0)
         pairs["ours"].append(take(lambda s=strength: change_ours(s)))
         pairs["native"].append(take(lambda s=strength: change_native(s)))
@@ -225,7 +225,7 @@ def measure(storage: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_840_modules() -> dict[str, float]:
-    """What Apply takes for a whole model's module list (60 blocks), and what each call adds."""
+    """Time of Apply for a whole model's module list (60 blocks), and the overhead per call."""
     import comfy.model_patcher
     import torch
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
@@ -265,12 +265,12 @@ def measure_840_modules() -> dict[str, float]:
     }
 
 
-#: Tokens of 1024 x 1024, one reference of that size and 256 of text.
+#: Tokens of a 1024 x 1024 image, one reference of that size and 256 text tokens.
 NUM_TOKENS = 2 * 4096 + 256
 
 
 def get_host() -> Any:
-    """The modules of ComfyUI that the stand-in for paged memory replaces functions of."""
+    """The ComfyUI modules whose functions the stand-in for paged memory replaces."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.ops
@@ -283,13 +283,13 @@ def get_host() -> Any:
 
 
 def count_traffic(placement: str, rank: int, shares: bool) -> dict[str, Any]:
-    """What the side path adds to a block's traffic, in tensors of NUM_TOKENS x 3072.
+    """The side path's memory traffic per block, in tensors of NUM_TOKENS x 3072.
 
-    The image stream's modules stand for both streams, which together have NUM_TOKENS tokens.
+    The image stream's modules represent both streams, which together have NUM_TOKENS tokens.
 
     Args:
         placement: "resident" or "paged" (dynamic VRAM).
-        shares: k and v take their down-products from q.
+        shares: whether k and v reuse q's down-products.
     """
     import pytest
     import torch
@@ -350,9 +350,9 @@ def count_traffic(placement: str, rank: int, shares: bool) -> dict[str, Any]:
 
 
 def measure_python(placement: str, rounds: int) -> dict[str, Any]:
-    """Microseconds a site takes before its products, over 840 sites at 4 tokens; process time.
+    """Microseconds of Python overhead per site, over 840 sites at 4 tokens; process time.
 
-    The products are there, at width 128, and cost some 4 us a site on one core.
+    Includes the products, which at width 128 cost some 4 us per site on one core.
     """
     import pytest
     import torch

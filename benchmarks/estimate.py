@@ -1,14 +1,14 @@
-"""What the estimate says beside what a run takes: memory and seconds per step.
+"""Estimate compared with an actual run: memory and seconds per step.
 
 usage: .venv/bin/python benchmarks/estimate.py [--blocks 4] [--heads 24] [--rounds 3]
                                                [--cases plain,int8]
        .venv/bin/python benchmarks/estimate.py --device cuda --blocks 8
 
-Random weights in a file, as ComfyUI's are; each case is estimated, then trained, in this process.
-Cases take turns, round by round, since a machine's speed changes from minute to minute; medians
-of the rounds are printed, and the lowest, median and highest ratio. Memory is torch's allocator's
-on a GPU; on a CPU the process's, without what Python and its libraries took before. `--cpu-time`
-counts seconds on processors, for a machine others use. `--quick` only shows that everything runs.
+Random weights in a file laid out like ComfyUI's; each case is estimated, then trained, in this
+process. Cases alternate round by round, since a machine's speed changes from minute to minute;
+medians of the rounds are printed, and the lowest, median and highest ratio. Memory is that of
+torch's allocator on a GPU; on a CPU that of the process, minus the use before by Python and its
+libraries. `--cpu-time` counts CPU seconds, for a shared machine. `--quick` is only a smoke test.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 TEXT_WIDTH = 256
 KINDS = ("estimated", "measured")
-#: Number of references, and settings of [model].
+#: Case -> number of references, and settings of [model].
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {}),
     "no checkpointing": (1, {"gradient_checkpointing": False}),
@@ -100,7 +100,7 @@ def write_dataset(folder: Path, side: int, num_references: int):
 
 
 def compare(name: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Estimates and trains one case: seconds and bytes of both."""
+    """Estimates and trains one case: seconds and bytes of each."""
     num_references, changes = CASES[name]
     dataset = write_dataset(folder / name / "data", options.side, num_references)
     offloaded = changes.get("offload_blocks", 0)
@@ -123,7 +123,7 @@ def compare(name: str, folder: Path, options: argparse.Namespace) -> dict[str, f
     before = meter.reset()
     session = open_session(config)
     if meter.on_gpu:
-        torch.cuda.reset_peak_memory_stats()  # what loading needed is another figure
+        torch.cuda.reset_peak_memory_stats()  # peak memory of loading is separate
     reports = train(config, session.model, session.injection, session.dataset)
     seconds = []
     for _ in range(options.steps):
@@ -131,7 +131,7 @@ def compare(name: str, folder: Path, options: argparse.Namespace) -> dict[str, f
         next(reports)
         seconds.append(time.perf_counter() - started)
     peak = meter.read_peak() - before
-    # A CPU's figure counts the whole process.
+    # On a CPU the estimate covers the whole process.
     estimated = found.memory_bytes - (0 if meter.on_gpu else before)
     return {
         "estimated_s": found.seconds_per_step,

@@ -1,22 +1,23 @@
 #!/usr/bin/env python3
-"""Whether everything starts, is right and is fast on this card, in less than ten minutes.
+"""Checks that everything starts, is correct and is fast on this GPU, in less than ten minutes.
 
 usage: python3 dev.py gpu [arguments]              in .venv, which it makes
-       python3 benchmarks/gpu_check.py             on a bare machine with a card and .gpu/
+       python3 benchmarks/gpu_check.py             on a bare machine with a GPU and .gpu/
        python3 dev.py gpu --prepare                makes .gpu/ on a machine with a network
        python3 dev.py gpu --dry-run                all of it on a CPU, tiny
 
-    A facts, rates, attention's kernels      E the side path under dynamic VRAM, 6 blocks
+    A facts, rates, attention kernels        E the side path under dynamic VRAM, 6 blocks
     B every way of starting a training       F training 60 blocks, beside a plain loop
     C tests that are marked gpu              G the side path on 60 blocks
-    D tests with ComfyUI on the card
+    D tests with ComfyUI on the GPU
 
-Each part is a process with a time limit of its own, ended with all it started when that is over;
-what a part leaves of its time goes to those after it. Each figure becomes a line of
-OUT/results.jsonl as soon as it is there, and a table stands at the end. What must hold and does
-not, and what fails, gives exit status 1; goals that are missed are told and do not.
+Each part is a process with its own time limit, terminated with everything it started when that is
+over; the unused time of a part goes to later ones. Each value is written to OUT/results.jsonl as
+soon as it is measured, and a table is printed at the end. Failures and violated requirements give
+exit status 1; missed goals are reported but do not.
 
-Needs Linux or Windows with an NVIDIA card of 80 GB for part F and G; elsewhere choose other parts.
+Needs Linux or Windows, and for parts F and G an NVIDIA GPU with 80 GB; elsewhere choose other
+parts.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ from gpu import bundle  # noqa: E402
 from gpu.children import TIMED_OUT, start_group, stop_group, wait  # noqa: E402
 from gpu.records import Recorder, has_failed, print_table, read_records  # noqa: E402
 
-#: Part -> seconds. In the order in which they are worth their time: F needs the rate of A.
+#: Part -> seconds, most valuable first; F needs the rate from A.
 SECONDS = {"A": 20, "B": 85, "E": 80, "F": 180, "G": 50, "C": 45, "D": 60}
-#: For the table, and for what a machine takes to end a process.
+#: Seconds for the table, and for ending processes.
 RESERVE_S = 8
-#: Of its seconds, the share without which a part is not begun.
+#: A part is not started with less than this share of its seconds.
 LEAST_SHARE = 0.35
-DRY_SECONDS = 400  # of each part; a CI machine may be slow
+DRY_SECONDS = 400  # per part; a CI machine may be slow
 TAIL_BYTES = 1500
 
 
@@ -71,7 +72,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse_options(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # children are stopped on both
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops child processes too
     if options.prepare:
         try:
             bundle.prepare(options.python)
@@ -109,7 +110,7 @@ def check(options: argparse.Namespace, command: str, folder: Path) -> int:
 
 
 def plan_ends(parts: Sequence[str], started: float, end: float, is_dry: bool) -> dict[str, float]:
-    """When each part is ended at the latest; a part that ends early leaves its rest to the next."""
+    """Deadline of each part; a part that ends early leaves its remaining time to the next."""
     plans, until = {}, started
     for part in parts:
         until += DRY_SECONDS if is_dry else SECONDS[part]
@@ -118,7 +119,7 @@ def plan_ends(parts: Sequence[str], started: float, end: float, is_dry: bool) ->
 
 
 def run_part(recorder: Recorder, environment: dict[str, str], log: Path) -> None:
-    """One part in a process group of its own; how it ended is a record."""
+    """Runs one part in its own process group; its exit becomes a record."""
     started = time.time()
     command = [sys.executable, "-m", "gpu", recorder.part, "--results", str(recorder.path)]
     command += ["--card", recorder.card, "--command", recorder.command]
@@ -140,7 +141,7 @@ def run_part(recorder: Recorder, environment: dict[str, str], log: Path) -> None
 
 
 def read_tail(log: Path, size: int) -> str:
-    """The end of what was written since the file had this size, in one line."""
+    """The end of the text appended since the file had this size, as one line."""
     with log.open("rb") as file:
         file.seek(max(size, log.stat().st_size - TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
@@ -148,7 +149,7 @@ def read_tail(log: Path, size: int) -> str:
 
 
 def find_card() -> str:
-    """The name of the first card, by the driver's own tool."""
+    """The name of the first GPU, from the driver's own tool."""
     if shutil.which("nvidia-smi") is None:
         return "unknown"
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]

@@ -1,14 +1,13 @@
-"""What a trainable LoRA costs in one Qwen-Image block: PEFT's layers beside ours, in one process.
+"""Cost of a trainable LoRA in one Qwen-Image block: PEFT's layers beside ours, in one process.
 
 usage: .venv/bin/python benchmarks/injection.py [--alone] [--tokens 1024] [--rank 16] [--rounds 5]
 
 One block of full width (3072, diffusers' own class), forward and backward to its inputs and to the
-LoRA of all 12 Linears. The variants share the block's weights and are measured in turn, so that
-each round gives ratios; their medians are reported. "base" has no LoRA and gives what cannot be
-saved. `--alone` leaves the base's own products out (they give zeros at once), so that the LoRAs'
-cost stands out. `--threads 1` on a CPU counts the process's own time, which other processes hardly
-change. On a GPU the peak memory above the weights is reported too. `--quick` only shows that
-everything runs.
+LoRA of all 12 Linears. The variants share the block's weights and are measured alternately, so that
+each round gives ratios; their medians are reported. "base" has no LoRA and is the lower bound.
+`--alone` leaves out the base's own products (they return zeros at once), to isolate the LoRAs'
+cost. `--threads 1` on a CPU counts the process's own time, which other processes hardly change. On
+a GPU the peak memory above the weights is reported too. `--quick` is only a smoke test.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def import_extension() -> None:
-    """As ComfyUI does: by path, since our `nodes` must not hide ComfyUI's."""
+    """Imports by path, as ComfyUI does: our `nodes` must not shadow ComfyUI's."""
     spec = importlib.util.spec_from_file_location(
         "qwen_edit_lora", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )
@@ -60,7 +59,7 @@ def import_extension() -> None:
 
 
 def build_model(options: argparse.Namespace) -> Any:
-    """The block as `transformer_blocks.0`, before a last one that keeps it from being inert."""
+    """The block as `transformer_blocks.0`, followed by one that keeps it from being inert."""
     import torch
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
@@ -78,12 +77,12 @@ def build_model(options: argparse.Namespace) -> Any:
 
 
 def share(model: Any) -> Any:
-    """A copy of the module tree over the same weights."""
+    """A copy of the module tree that shares the weights."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def build_variants(model: Any, options: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
-    """Name -> (model, context under which it runs)."""
+    """Name -> (model, context it runs in)."""
     import peft
     import torch
     from qwen_edit_lora.lora_core.injection.inject import LoraSettings, inject, plan_injection
@@ -99,7 +98,7 @@ def build_variants(model: Any, options: argparse.Namespace) -> dict[str, tuple[A
     )
 
     class SeparateSum(LoraLinear):
-        """The up-product scaled and added as PEFT does, for what `addmm_` saves."""
+        """Scales and adds the up-product as PEFT does, to show what `addmm_` saves."""
 
         def add_lora(self, out: Any, hidden: Any) -> Any:
             up = self.up.to(out.dtype)
@@ -128,7 +127,7 @@ def build_variants(model: Any, options: argparse.Namespace) -> dict[str, tuple[A
     }
     if not options.dora:
         variants["ours, separate sum"] = (inject_ours(SeparateSum), none)
-    if options.dtype == "bfloat16":  # how diffusers' scripts train: LoRA in float32, autocast
+    if options.dtype == "bfloat16":  # as diffusers' scripts train: LoRA in float32, autocast
         autocast = torch.autocast(options.device, torch.bfloat16)
         variants["peft, autocast"] = (inject_peft(), autocast)
     if options.alone:
@@ -138,7 +137,7 @@ def build_variants(model: Any, options: argparse.Namespace) -> dict[str, tuple[A
 
 
 def leave_out_products(tree: Any) -> None:
-    """The base's Linears answer with zeros; PEFT's lora_A and lora_B are Linears too, and stay."""
+    """Makes the base's Linears return zeros; PEFT's lora_A and lora_B, also Linears, are kept."""
     import torch
 
     for name, module in tree.named_modules():
@@ -148,7 +147,7 @@ def leave_out_products(tree: Any) -> None:
 
 
 def build_step(model: Any, context: Any, options: argparse.Namespace) -> Callable[[], None]:
-    """One forward and backward; the inputs take gradients, as those of a block inside a model."""
+    """One forward and backward; inputs require gradients, like those of a block inside a model."""
     import torch
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
@@ -210,7 +209,7 @@ def main() -> None:
     variants = build_variants(model, options)
     steps = {name: build_step(*variant, options) for name, variant in variants.items()}
     for step in steps.values():
-        step()  # warm
+        step()  # warm-up
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(options.rounds):
         names = list(steps)

@@ -1,10 +1,10 @@
-"""How long an inspection takes beside forming every delta.
+"""Time of an inspection, compared with materialising every delta.
 
 usage: .venv/bin/python benchmarks/inspect_adapter.py [--rank 64] [--rounds 3] [--full]
 
-One real block (12 attention and MLP modules, width 3072, bf16 factors), in one run, in turn:
-default and exact inspection against materialise + svdvals + moments. With --full, a whole file
-(720 modules, 849 MB at rank 64) made on the fly. Ratios of medians.
+One real block (12 attention and MLP modules, width 3072, bf16 factors), measured alternately in one
+run: default and exact inspection against materialise + svdvals + moments. With --full, a whole file
+(720 modules, 849 MB at rank 64) generated on the fly. Ratios of medians.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # lora_core; our own folder would hide the standard inspect module
+sys.path[0] = str(ROOT)  # for lora_core; our own folder would shadow the standard inspect module
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402

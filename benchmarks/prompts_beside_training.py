@@ -1,15 +1,15 @@
-"""Latency of 20 prompts while a job trains, beside that of the same prompts without a job.
+"""Latency of 20 prompts while a job trains, compared with the same prompts without a job.
 
 usage: .venv/bin/python benchmarks/prompts_beside_training.py [--prompts 20] [--rounds 3]
 
-A real ComfyUI server on the tiny demo base and a job in its worker process, with the niceness that
-jobs have by default. A prompt is a whole edit: a reference encoded, sampled over 8 steps of a
-128 x 128 picture, decoded and saved; every one has a seed of its own, so that it samples. They come
-one after another, as a user's do. In turn, `--rounds` times: the prompts without the job, the job
-resumed, the prompts beside it, the job paused. The job's own steps are timed in both states.
+A real ComfyUI server on the tiny demo base and a job in its worker process, with the default
+niceness of jobs. A prompt is a whole edit: a reference encoded, 8 steps sampled at 128 x 128,
+decoded and saved; each has its own seed, so that it is not cached. They run one after another, like
+a user's. Repeated `--rounds` times: the prompts without the job, the job resumed, the prompts
+beside it, the job paused. The job's own steps are timed in both states.
 
-The server and the worker share the CPU; on one GPU they would share that, and niceness would not
-help. COMFYUI_PATH names ComfyUI.
+The server and the worker share the CPU; on one GPU they would share the GPU, and niceness would not
+help. COMFYUI_PATH is the path of ComfyUI.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDE = 128  # pixels
 TEXT_WIDTH = 64  # of the demo base
 BASE = "qwen_image_edit_2511_bf16.safetensors"
-MANY = 1_000_000  # steps: the job lasts as long as it is wanted
+ENDLESS_STEPS = 1_000_000  # steps: the job runs as long as needed
 TIMEOUT = 600.0  # seconds
 
 
@@ -41,7 +41,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def import_package(name: str, folder: Path) -> None:
-    """As tests/conftest.py does: neither needs the checkout on sys.path."""
+    """Imports like tests/conftest.py: neither needs the checkout on sys.path."""
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -92,7 +92,7 @@ def build_graph(seed: int) -> dict[str, Any]:
 
 
 def submit_job(store: Any, folder: Path, base: Path) -> str:
-    """A job on pairs of the prompts' size that never ends by itself."""
+    """A job on pairs of the prompts' size that never finishes by itself."""
     import torch
     from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
     from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, DatasetWriter
@@ -108,20 +108,20 @@ def submit_job(store: Any, folder: Path, base: Path) -> str:
     values = {
         "name": "benchmark",
         "output": "x",
-        "steps": MANY,
+        "steps": ENDLESS_STEPS,
         "model": {"source": str(base), "storage": "fp32", "compute_dtype": "fp32"},
         "data": {"folder": str(writer.finish()), "batch_size": 4},
-        "saving": {"checkpoint_every": MANY, "adapter_every": 0},
+        "saving": {"checkpoint_every": ENDLESS_STEPS, "adapter_every": 0},
     }
     return store.submit(config_from_dict(values), origin={"prompts": "share"})
 
 
 def measure_prompts(server: Any, seeds: range) -> list[float]:
-    """Seconds of each, from its queueing until its history says success."""
+    """Seconds per prompt, from queueing until its history reports success."""
     seconds = []
     for seed in seeds:
         started = time.perf_counter()
-        server.run_prompt(build_graph(seed), TIMEOUT)  # raises where it does not succeed
+        server.run_prompt(build_graph(seed), TIMEOUT)  # raises on failure
         seconds.append(time.perf_counter() - started)
     return seconds
 
@@ -157,7 +157,7 @@ def measure(server: Any, store: Any, job_id: str, options: argparse.Namespace) -
             store.resume(job_id)
         done = len(list_step_seconds(store, job_id))
         wait_until(lambda done=done: len(list_step_seconds(store, job_id)) > done + 2)
-        # ComfyUI gave its models back when the job started
+        # ComfyUI released its models when the job started
         measure_prompts(server, range(count + 10**6, count + 10**6 + 1))
         before = len(list_step_seconds(store, job_id))
         take("beside")
@@ -201,7 +201,7 @@ def main() -> None:
             try:
                 print(json.dumps(measure(server, store, job_id, options), indent=1))
             finally:
-                kill(store.get(job_id).state.worker)  # it would outlive the server
+                kill(store.get(job_id).state.worker)  # otherwise it would outlive the server
                 store.index.close()
 
 

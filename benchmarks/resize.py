@@ -1,11 +1,11 @@
-"""How long lowering a LoRA's rank takes beside the ways other tools do it.
+"""Time to reduce a LoRA's rank, compared with the methods of other tools.
 
 usage: .venv/bin/python benchmarks/resize.py [--rank 64] [--to 16] [--rounds 3] [--full]
 
-One real block (12 attention and MLP modules, width 3072, bf16 factors), in one run, in turn: ours
-against the SVD of the whole product, as kohya's resize and extraction scripts take it (thin here,
-where theirs is full: this favours the peer), and against the QR core in float32 of KJNodes' rank
-reduction, which measures no loss. With --full, ours on a whole file of 720 modules too.
+One real block (12 attention and MLP modules, width 3072, bf16 factors), measured alternately in one
+run: ours against the SVD of the whole product, as in kohya's resize and extraction scripts (thin
+here, full there: this favours the peer), and against the float32 QR core of KJNodes' rank
+reduction, which measures no loss. With --full, also ours on a whole file of 720 modules.
 """
 
 from __future__ import annotations

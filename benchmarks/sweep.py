@@ -1,20 +1,20 @@
-"""What an 8-point sweep costs beyond its sampling, beside eight runs of ComfyUI's LoraLoader.
+"""Overhead of an 8-point sweep beyond sampling, compared with eight runs of ComfyUI's LoraLoader.
 
 usage: .venv/bin/python benchmarks/sweep.py [--blocks 1] [--rank 32] [--points 8] [--rounds 3]
 
 One process and ComfyUI's own executor: Qwen-Image's DiT at full layer width (3072) with `--blocks`
-blocks and random weights, 1 step on a 64 x 64 picture. The model call itself is made trivial: its
-blocks are skipped, everything around them is real (loading, patching, wrappers, swapped forwards),
-so that a difference is overhead and not the noise of long products. `--real-calls` runs the blocks
-too. What the side path adds inside a call is measured by apply.py. Three graphs are run in turn
-per storage (bf16, plain fp8):
+blocks and random weights, 1 step on a 64 x 64 image. The model call itself is trivial: its blocks
+are skipped, everything around them is real (loading, patching, wrappers, swapped forwards), so that
+a difference is overhead and not the noise of long products. `--real-calls` runs the blocks too.
+The side path's overhead inside a call is measured by apply.py. Three graphs are run alternately per
+storage (bf16, plain fp8):
 
     base    the same number of KSamplers without a LoRA, on other seeds
     ours    Sweep Edit LoRA over the strengths
     native  LoraLoaderModelOnly and KSampler per strength
 
-Overhead is a graph's time minus that of `base`. Both ours and native hold the LoRA file in memory
-from an untimed first run. Medians over the rounds, each with strengths of its own.
+Overhead is a graph's time minus that of `base`. Both ours and native have the LoRA file in memory
+from an untimed first run. Medians over the rounds, each with its own strengths.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def list_shapes(num_blocks: int, width: int) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the DiT, from the demo base at another width."""
+    """Keys and shapes of the DiT, derived from the demo base at another width."""
     path = ROOT / "tests" / "demo_base" / "dit.py"
     spec = importlib.util.spec_from_file_location("benchmark_dit", path)
     dit = importlib.util.module_from_spec(spec)
@@ -73,15 +73,15 @@ def build_model(storage: str, options: argparse.Namespace) -> Any:
     dtype = getattr(torch, DTYPES[storage])
     model = comfy.sd.load_diffusion_model_state_dict(state_dict, {"dtype": dtype})
     if not options.real_calls:
-        # Inside the DIFFUSION_MODEL wrappers, where the side path works.
+        # Inside the DIFFUSION_MODEL wrappers, where the side path runs.
         model.model.diffusion_model._forward = lambda x, *args, **kwargs: torch.zeros_like(x)
     return model
 
 
 def register_nodes(models: dict[str, Any]) -> None:
-    """Stock and our nodes, and three of our own: a MODEL, a prompt, an end."""
+    """Registers stock nodes, our nodes, and three helper nodes: a MODEL, a prompt, an end."""
     import torch
-    from comfy_extras import nodes_custom_sampler  # noqa: F401 - what an ordinary start loads
+    from comfy_extras import nodes_custom_sampler  # noqa: F401 - loaded by a regular start
     from qwen_edit_lora.nodes import QwenEditLoraExtension
 
     import nodes
@@ -193,10 +193,10 @@ def measure(executor: Any, storage: str, options: argparse.Namespace) -> dict[st
     graphs = {"base": base_graph, "ours": our_graph, "native": native_graph}
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for round_ in range(options.rounds):
-        # 0 is there for both: the native loader does nothing then either.
+        # Both include 0, where the native loader does nothing either.
         strengths = [0.0, *(index / 4 + round_ / 100 for index in range(1, options.points))]
         for name, build in graphs.items():
-            # Untimed: puts the weights back after native patches, and the LoRA into memory.
+            # Untimed: restores the weights after native patches, and loads the LoRA into memory.
             take(base_graph(storage, [0.0], 500 + 3 * round_ + len(name)))
             if name != "base" and round_ == 0:
                 take(build(storage, [0.0, 0.123 + round_ / 100], 900 + round_))
@@ -212,7 +212,7 @@ def measure(executor: Any, storage: str, options: argparse.Namespace) -> dict[st
         **{f"{name}_s": round(value, 3) for name, value in middle.items()},
         "overhead_ours_s": round(ours, 4),
         "overhead_native_s": round(native, 3),
-        # Below the noise of the base's own times an overhead has no ratio; 1 ms is that noise.
+        # An overhead below the noise of the base's own times, 1 ms, has no meaningful ratio.
         "native / ours": round(native / max(ours, 1e-3), 1),
         "base_spread_s": round(max(times["base"]) - min(times["base"]), 4),
     }
@@ -251,7 +251,7 @@ def main() -> None:
 
 
 def build_small_adapter(options: argparse.Namespace) -> Any:
-    """For a quick look at another width."""
+    """For a quick test at another width."""
     import torch
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
     from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS

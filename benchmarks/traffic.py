@@ -1,8 +1,8 @@
 """Bytes that a model's element-wise operations read and write, counted rather than timed.
 
-On a GPU these are bound by memory, so that their time is their bytes. Products and attention are
-not counted, nor what moves nothing (views, empty tensors). PyTorch computes `rms_norm` by one
-kernel on CUDA and by eight operations on a CPU; here it counts as on CUDA.
+On a GPU these are memory-bound, so their time is proportional to their bytes. Products and
+attention are not counted, nor operations that move nothing (views, empty tensors). PyTorch computes
+`rms_norm` with one kernel on CUDA and eight operations on a CPU; it is counted as on CUDA.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch.utils._pytree import tree_leaves
 
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear")
 UNTOUCHED = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach")
-#: In place, but what was there is not read.
+#: In-place operations that do not read the old value.
 OVERWRITING = ("copy_", "zero_", "fill_")
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what runs inside, forwards and backwards.
+    """Counts operations inside this context, in forward and backward passes.
 
     Attributes:
-        moved_bytes: read and written.
-        num_kernels: operations that moved anything.
+        moved_bytes: bytes read and written.
+        num_kernels: operations that moved any bytes.
     """
 
     def __init__(self) -> None:
@@ -47,14 +47,14 @@ class Traffic(TorchDispatchMode):
         return out
 
     def add(self, *tensors: Any) -> None:
-        """One kernel that reads and writes these."""
+        """Adds one kernel that reads and writes these tensors."""
         moved = sum(count_bytes(t) for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
         self.moved_bytes += moved
         self.num_kernels += moved > 0
 
 
 def count_bytes(tensor: torch.Tensor) -> int:
-    """Of its memory; an expanded axis is read once."""
+    """Bytes of its memory; an expanded axis is read once."""
     places = zip(tensor.shape, tensor.stride(), strict=True)
     size = torch.Size(length for length, step in places if step or length == 1)
     return size.numel() * tensor.element_size()
@@ -62,7 +62,7 @@ def count_bytes(tensor: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def counting_as_on_cuda(counter: Traffic, steps: Any, use_kernels: bool) -> Iterator[None]:
-    """`rms_norm` is one kernel each way, and so is norm + rotation where Triton's are used.
+    """Counts `rms_norm` as one kernel each way, and norm + rotation too if Triton's are used.
 
     Args:
         steps: the module `head_rotation`.
@@ -83,7 +83,7 @@ def counting_as_on_cuda(counter: Traffic, steps: Any, use_kernels: bool) -> Iter
 
 
 class CountedNorm(torch.autograd.Function):
-    """`rms_norm` that counts as CUDA's: reads x, writes y; reads x and dy, writes dx."""
+    """`rms_norm` counted as on CUDA: reads x, writes y; reads x and dy, writes dx."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, counter, norm):
@@ -106,7 +106,7 @@ class CountedNorm(torch.autograd.Function):
 
 
 class CountedKernels:
-    """`rotation_kernel`'s functions, computed by PyTorch's operations and counted as kernels."""
+    """`rotation_kernel`'s functions, computed with PyTorch operations and counted as kernels."""
 
     def __init__(self, counter: Traffic, operations: Any):
         self.counter = counter

@@ -1,6 +1,6 @@
 """The training steps that `train_step.py` compares, all on the same random weights.
 
-Each `build_*` gives a function that takes one whole step: forward, backward, clipping, AdamW.
+Each `build_*` returns a function that takes one whole step: forward, backward, clipping, AdamW.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Step = Callable[[], Any]
 
 @dataclass
 class OurStep:
-    """A step of ours, and the model it trains."""
+    """Our step, and the model it trains."""
 
     model: EditTransformer
     reports: Iterator[StepReport]
@@ -63,7 +63,7 @@ class OurStep:
 
 
 class RandomBase:
-    """Looks like a `BaseFile`; its weights are drawn on the device when they are asked for."""
+    """Stands in for a `BaseFile`; its weights are generated on the device on request."""
 
     name = "random weights"
     file = None
@@ -83,11 +83,11 @@ class RandomBase:
 
 
 def build_transformer(options: Namespace, storage: str) -> torch.nn.Module:
-    """diffusers' model with random weights, brought into its storage as files are."""
+    """diffusers' model with random weights, converted to its storage as when loaded from files."""
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
     architecture = Architecture(num_layers=options.blocks, zero_cond_t=options.variant == "2511")
-    if options.quick and not options.text_only:  # ComfyUI knows one width
+    if options.quick and not options.text_only:  # ComfyUI supports one width only
         architecture = Architecture(
             options.blocks, 32, 2, 64, axes_dims_rope=(4, 14, 14), zero_cond_t=False
         )
@@ -104,7 +104,7 @@ def build_transformer(options: Namespace, storage: str) -> torch.nn.Module:
 
 
 def share(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the module tree over the same weights."""
+    """A copy of the module tree that shares the weights."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -122,7 +122,7 @@ def make_dataset(folder: Path, options: Namespace, text_width: int) -> CachedDat
 
 
 def count_flops(tokens: int, text_tokens: int, width: int, blocks: int, rank: int) -> float:
-    """Of one step, forward and backward, each counted once.
+    """FLOPs of one step, forward and backward, each counted once.
 
     A frozen product costs 2 in the forward and 2 in the backward pass (no gradient of the weight),
     a LoRA's 2 and 4; attention's two products 4 and 8 w per pair of tokens. The 12 w^2 of a token
@@ -143,12 +143,12 @@ def build_ours(
     checkpointing: bool | str = True,
     num_offloaded: int = 0,
 ) -> OurStep:
-    """A step of `trainer.train` with everything it does: reading the sample, checks, metrics.
+    """A complete step of `trainer.train`, including reading the sample, checks and metrics.
 
     Args:
         checkpointing: "auto" chooses by the free memory, as a run with default settings does; the
-            step's model tells what it chose.
-        num_offloaded: so many blocks' weights are moved to host memory for good.
+            step's model shows the choice.
+        num_offloaded: number of blocks whose weights are kept in host memory.
     """
     compute_dtype, device = DTYPES[options.dtype], torch.device(options.device)
     ours = EditTransformer(share(model), compute_dtype)
@@ -188,11 +188,11 @@ def build_ours(
 def build_plain(
     model: torch.nn.Module, options: Namespace, rank: int, kind: str, checkpointing: bool = True
 ) -> Step:
-    """What diffusers' LoRA scripts do, with references: diffusers' forward, PEFT's layers, AdamW.
+    """As diffusers' LoRA scripts, with references: diffusers' forward, PEFT's layers, AdamW.
 
     Args:
-        kind: "script", as diffusers' and FlyMyAI's scripts leave it: LoRA in the base's type, and
-            under autocast where that is bf16; "fp32 LoRA", weights that keep small steps.
+        kind: "script", as in diffusers' and FlyMyAI's scripts: LoRA in the base's dtype, and
+            under autocast if that is bf16; "fp32 LoRA", weights that keep small updates.
     """
     from peft import LoraConfig
 
@@ -249,8 +249,8 @@ def run_comfyui(
 ) -> None:
     """ComfyUI's TrainLoraNode on the same weights; `between` is called after each of its steps.
 
-    It trains without references (with them it fails), and a LoRA on every Linear that there is:
-    it has no choice of targets.
+    It trains without references (with them it fails), with a LoRA on every Linear: it offers no
+    choice of targets.
     """
     import comfy.sd
     from comfy_extras.nodes_train import TrainLoraNode
@@ -290,7 +290,7 @@ def run_comfyui(
 
     def after_step(optimizer: Any, *_: Any) -> None:
         owner.append(id(optimizer)) if not owner else None
-        if owner[0] == id(optimizer):  # the first to step is the node's; ours step inside between
+        if owner[0] == id(optimizer):  # the first to step is the node's; ours step inside `between`
             between()
 
     hook = register_optimizer_step_post_hook(after_step)

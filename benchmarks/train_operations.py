@@ -1,17 +1,16 @@
 """Floating point operations of one training step, ours and a plain diffusers + PEFT loop's, and
-what a block of ours moves through memory and keeps.
+the memory traffic and saved activations of one of our blocks.
 
 usage: .venv/bin/python benchmarks/train_operations.py [--blocks 2] [--side 32] [--text-tokens 64]
 
-Counted by torch's FlopCounterMode on the device "meta", where nothing is computed: the figures are
-the same on every machine, and tell what a step saves whatever else the machine does. There
-attention is plain products, of which selective checkpointing keeps the results, as it keeps that of
-a real device's fused kernel.
+Counted by torch's FlopCounterMode on the device "meta", where nothing is computed: the numbers are
+the same on every machine, whatever its load. On "meta", attention is plain products, whose results
+selective checkpointing keeps, as it keeps that of a real device's fused kernel.
 
-Memory is counted on a CPU in bfloat16, on one block of smaller width: the unit, a stream tensor
-(all tokens, width), makes the figures those of any width. They are what a second block adds to one.
-Norm and rotation are computed by Triton's kernels where these run, and by PyTorch's operations
-elsewhere (Windows); torch.compile is not counted.
+Memory is counted on a CPU in bfloat16, on one block of smaller width: in units of a stream tensor
+(all tokens, width) the numbers hold for any width. They are the increase from a second block. Norm
+and rotation are computed by Triton's kernels where available, and by PyTorch's operations elsewhere
+(Windows); torch.compile is not counted.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ NUM_TOKENS = 2 * 16**2 + 64
 
 
 def build_small(num_blocks: int, zero_cond_t: bool, kind: bool | str) -> Callable:
-    """A step of a model of random weights, of which memory is counted."""
+    """A step of a model with random weights, whose memory is counted."""
     architecture = Architecture(
         num_layers=num_blocks,
         num_attention_heads=HEADS,
@@ -135,8 +134,8 @@ def count_sum_in_place(total, a, b, **options) -> int:
 
 
 def count(forward: Callable[[], torch.Tensor]) -> float:
-    """In units of 10^12, of the forward and the backward pass."""
-    # PyTorch's counter knows `addmm` alone, which LoRAs and sums of gradients are not added by.
+    """FLOPs in units of 10^12, of the forward and backward pass together."""
+    # PyTorch's counter knows only `addmm`, which does not add LoRAs or sums of gradients.
     formula = {torch.ops.aten.addmm_: count_sum_in_place}
     with FlopCounterMode(display=False, custom_mapping=formula) as counter:
         forward().mean().backward()
@@ -153,7 +152,7 @@ def main() -> None:
                 row |= {"2511": zero_cond_t, "checkpointing": kind}
                 row |= count_memory(zero_cond_t, kind, use_kernels)
                 print(json.dumps(row), flush=True)
-    torch.is_autocast_enabled = lambda *device: False  # which "meta" has no answer to
+    torch.is_autocast_enabled = lambda *device: False  # unsupported on "meta"
     plain = count(build_plain(options))
     print(json.dumps({"variant": "plain", "tera": round(plain, 3)}), flush=True)
     for name, checkpointing in VARIANTS.items():

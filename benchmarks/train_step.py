@@ -5,25 +5,25 @@ usage: .venv/bin/python benchmarks/train_step.py [--blocks 2] [--dtype fp32] [--
        python benchmarks/train_step.py --device cuda --full           (60 blocks)
 
 One process, random weights at full layer width (3072), batch of one, AdamW, clipping, LoRA on
-attention and MLP of both streams. The variants share the weights and take their steps in turn, so
-that each round gives ratios; medians are reported.
+attention and MLP of both streams. The variants share the weights and step alternately, so that each
+round gives ratios; medians are reported.
 
-    ours, true        a step of `lora_core.training.run.trainer.train`, all of it, that keeps as
-                      little for the backward pass as the plain loops do
+    ours, true        a complete step of `lora_core.training.run.trainer.train` that keeps as little
+                      for the backward pass as the plain loops do
     ours, selective   the same with gradient_checkpointing = "selective", which keeps more
-    ours, false       the same that keeps everything: what "auto", the default, does for few blocks
+    ours, false       the same, keeping everything: what "auto", the default, does for few blocks
     plain, script     diffusers' model and PEFT as diffusers' own scripts train (LoRA in the base's
-                      type, under autocast in bf16)
-    plain, fp32 LoRA  the same with a LoRA in float32, as ours, and without autocast
+                      dtype, under autocast in bf16)
+    plain, fp32 LoRA  the same with a LoRA in float32, like ours, and without autocast
     plain, false      the latter (in fp32 the former) without gradient checkpointing
     comfyui           TrainLoraNode: --text-only, since it fails with references
 
-Memory is the most that a step takes beyond what lies there before it: on a GPU by torch's
-allocator, on a CPU by the process's resident size. `--full` also gives the model FLOP utilisation
-(forward and backward of the products and of attention, nothing counted twice for checkpointing)
-against the bf16 matrix product measured in the same run, and the peak memory of fp8 and nf4 at
-rank 16. `--quick` only shows that everything runs. `--cpu-time` counts the process's seconds on
-processors instead of those on the wall: with `--threads 1` others on the machine matter little.
+Memory is a step's peak above the memory in use before it: on a GPU by torch's allocator, on a CPU
+by the process's resident size. `--full` also gives the model FLOP utilisation (forward and backward
+of the products and of attention, nothing counted twice for checkpointing) relative to the bf16
+matrix product measured in the same run, and the peak memory of fp8 and nf4 at rank 16. `--quick` is
+only a smoke test. `--cpu-time` counts the process's CPU seconds instead of wall-clock seconds: with
+`--threads 1`, other load on the machine matters little.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def measure(step: Callable[[], object]) -> tuple[float, int]:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = read_status("VmRSS")
     started = read_clock()
     step()
@@ -143,7 +143,7 @@ class Table:
 
 
 def compare_with_plain(folder: Path) -> None:
-    """Ours and the plain loops, a step each in turn."""
+    """Alternates steps of ours and the plain loops."""
     model = loops.build_transformer(OPTIONS, OPTIONS.dtype)
     steps = {
         name: loops.build_ours(model, OPTIONS, OPTIONS.rank, folder, checkpointing)
@@ -152,7 +152,7 @@ def compare_with_plain(folder: Path) -> None:
     for kind in PLAIN:
         if kind == "script" or OPTIONS.dtype == "bf16":
             steps[f"plain, {kind}"] = loops.build_plain(model, OPTIONS, OPTIONS.rank, kind)
-    if not OPTIONS.full:  # where it would need far more than there is
+    if not OPTIONS.full:  # which would need far more memory than available
         kind = PLAIN[OPTIONS.dtype == "bf16"]
         steps["plain, false"] = loops.build_plain(model, OPTIONS, OPTIONS.rank, kind, False)
     for step in steps.values():
@@ -167,7 +167,7 @@ def compare_with_plain(folder: Path) -> None:
 
 
 def compare_with_comfyui(folder: Path) -> None:
-    """ComfyUI's steps and ours in turn: ours are taken inside its loop, after each of its own."""
+    """Alternates ComfyUI's steps and ours: ours run inside its loop, after each of its own."""
     model = loops.build_transformer(OPTIONS, OPTIONS.dtype)
     ours = loops.build_ours(model, OPTIONS, OPTIONS.rank, folder)
     ours()
@@ -176,7 +176,7 @@ def compare_with_comfyui(folder: Path) -> None:
 
     def between() -> None:
         synchronize()
-        if started:  # the node's first step also made its model ready
+        if started:  # the node's first step also prepared its model
             table.add("comfyui", time.perf_counter() - started[-1], read_peak() - before[-1])
             with torch.inference_mode(False), torch.enable_grad():
                 table.add("ours", *measure(ours))
@@ -259,7 +259,7 @@ def main() -> None:
             compare_with_comfyui(Path(folder))
         elif OPTIONS.full:
             measure_full(Path(folder))
-            # bf16 once more, beside the plain loops over the same weights
+            # bf16 again, beside the plain loops over the same weights
             compare_with_plain(Path(folder))
         else:
             compare_with_plain(Path(folder))

@@ -1,4 +1,4 @@
-"""How the Train node keeps a base model in the memory of the devices that its job will get."""
+"""How the Train node fits a base model into the memory of the devices that its job gets."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from ..lora_core.training.model.architecture import read_architecture
 from .server.job_devices import find_memory
 from .training_settings import AUTO
 
-#: Bytes by which GPUs of one kind may differ.
+#: Bytes by which the memory of GPUs of one kind may differ.
 SAME_KIND = 2**28
 
 
 def choose_base(
     config: TrainConfig, storage: str, own: Mapping[str, Any], devices: Sequence[Device]
 ) -> tuple[dict[str, Any], list[str], int]:
-    """How the base is kept, for the devices that the job will get.
+    """Chooses how the base is stored on the devices that the job gets.
 
     Args:
-        config: as asked for; a run with its LoRA and its training set.
+        config: the requested run, with its LoRA and training set.
         storage: the node's input.
-        own: the user's settings of the model in `more_settings`, which win.
+        own: the user's own model settings from `more_settings`; they take precedence.
 
     Returns:
-        Values of `ModelConfig`; what to report; bytes of the GPUs that a choice was made for.
+        Values of `ModelConfig`; lines for the report; GPU memory in bytes the choice needs.
 
     Raises:
-        KeyFormatError: the file is no Qwen-Image model.
+        KeyFormatError: the file is not a Qwen-Image model.
     """
     available = find_memory(devices)
     if storage != AUTO or "storage" in own:
@@ -51,14 +51,14 @@ def choose_base(
     host_bytes = find_free_host_memory()
     offload_blocks = own.get("offload_blocks")
     if offload_blocks is None and config.model.gradient_checkpointing not in (AUTO, True):
-        offload_blocks = 0  # blocks that wait are computed again
+        offload_blocks = 0  # offloaded blocks are recomputed
     choice = choose_storage(
         size,
         available,
         size.count_headroom(
-            count_tokens(config), count_lora(config), bool(config.optimizer.ema_decay)
+            count_tokens(config), count_lora_parameters(config), bool(config.optimizer.ema_decay)
         ),
-        None if host_bytes is None else host_bytes // len(devices),  # each has a process
+        None if host_bytes is None else host_bytes // len(devices),  # one process per device
         offload_blocks,
         find_spec("bitsandbytes") is not None,
     )
@@ -72,14 +72,14 @@ def choose_base(
 
 
 def count_tokens(config: TrainConfig) -> int:
-    """Of a batch of the largest sample."""
+    """Tokens in a batch of the largest sample."""
     folders = (config.data.folder, config.data.prior)
     sets = [read_dataset(folder) for folder in folders if folder]
     return config.data.batch_size * max(one.items[one.find_largest()].num_tokens for one in sets)
 
 
-def count_lora(config: TrainConfig) -> int:
-    """Trainable parameters on the full model; patterns count as every layer but modulation."""
+def count_lora_parameters(config: TrainConfig) -> int:
+    """Trainable parameters on the full model; patterns count as all layers but modulation."""
     names = [name if name in TARGET_PRESETS else "full" for name in config.lora.targets]
     rank = config.lora.rank
     every = count_parameters("full + modulation", rank)

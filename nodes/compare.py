@@ -1,4 +1,4 @@
-"""Two adapters -> how they stand to each other."""
+"""Two adapters -> how they relate to each other."""
 
 from __future__ import annotations
 

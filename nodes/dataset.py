@@ -1,4 +1,4 @@
-"""Folder of pairs, or pictures of the graph -> a training set on disk, checked and encoded once."""
+"""Folder of pairs, or images from the graph -> a training set on disk, checked and encoded once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from .sockets import (
 
 GRAPH_NAME = "graph"
 
-#: Training sets made since ComfyUI started; a node whose set somebody deleted has to run again.
+#: Training sets made since ComfyUI started; a node whose set was deleted has to run again.
 _made: set[Path] = set()
 
 
@@ -64,7 +64,7 @@ class QwenEditDataset(io.ComfyNode):
                 "dataset folder",
                 "cache latents",
             ],
-            is_input_list=True,  # takes batches and the lists of ComfyUI's dataset nodes alike
+            is_input_list=True,  # accepts batches as well as the lists of ComfyUI's dataset nodes
             is_output_node=True,
             inputs=[
                 io.Clip.Input("clip", tooltip="qwen_2.5_vl_7b, from CLIPLoader, type qwen_image."),
@@ -180,7 +180,7 @@ class QwenEditDataset(io.ComfyNode):
             num_gone = sum(not folder.exists() for folder in _made)
             return f"{compute_fingerprint(folders)} {num_gone}"
         except (LoraError, OSError):
-            return None  # execute says what is wrong
+            return None  # execute raises the error
 
     @classmethod
     def execute(
@@ -251,12 +251,12 @@ def reference_input(slot: int) -> io.Image.Input:
 
 
 def take_one(value: Any) -> Any:
-    """The single value of an input; the first where a list came."""
+    """The single value of an input; the first if it is a list."""
     return value[0] if isinstance(value, (list, tuple)) and value else value
 
 
 def compute_fingerprint(folders: list[Path]) -> str:
-    """Changes when a file comes, goes or is written."""
+    """Changes when a file is added, removed or written."""
     digest = hashlib.blake2b(digest_size=16)
     for folder in folders:
         for path in list_files(folder, is_dataset_path).files:
@@ -274,7 +274,7 @@ def collect_pairs(
     references: list[list[torch.Tensor]],
     captions: list[str],
 ) -> tuple[str, FoundPairs]:
-    """(name of the set, its pairs) from the folder or from the connected pictures."""
+    """(name of the set, its pairs) from the folder or from the connected images."""
     if targets and folder.strip():
         raise ConfigError(
             f"both a folder ({shorten(folder.strip())}) and targets are given; empty the folder, "
@@ -299,18 +299,18 @@ def collect_pairs(
 
 
 def split_batches(batches: list[torch.Tensor]) -> list[np.ndarray]:
-    """IMAGEs (n, height, width, channels) -> pictures (height, width, 3)."""
+    """IMAGEs (n, height, width, channels) -> images (height, width, 3)."""
     return [
-        picture[..., :3].detach().float().cpu().clamp(0, 1).numpy()
+        image[..., :3].detach().float().cpu().clamp(0, 1).numpy()
         for batch in batches
-        for picture in batch
+        for image in batch
     ]
 
 
 def encode(
     preflight: Preflight, encoder: PairEncoder, variant: str
 ) -> tuple[EditDataset, str, list[Finding]]:
-    """The training set, what was done for it, and what of that the user should know."""
+    """The training set, what was done to build it, and findings for the user."""
     store, settings = host.get_cache_folder() / "datasets", encoder.settings
     missing = count_missing(store, preflight.pairs, settings)
     check_disk(store, missing, encoder.text_width, encoder.reference_megapixels)

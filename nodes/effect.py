@@ -106,7 +106,7 @@ class QwenEditLoraEffect(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, strengths: str | None = None, sigmas: str | None = None) -> bool:
-        # None: connected. Raised, as ComfyUI would repeat a returned sentence for every input.
+        # None: connected. Raised, since ComfyUI would repeat a returned message for every input.
         parse_strengths("0" if strengths is None else strengths)
         parse_sigmas("1" if sigmas is None else sigmas)
         return True

@@ -1,4 +1,4 @@
-"""The prompt that waits while a training job has ComfyUI's device."""
+"""The prompt that waits while a training job uses ComfyUI's device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .sockets import CATEGORY
 
 
 class QwenEditLoraHold(io.ComfyNode):
-    """Queued by `routes`, before all other prompts, for jobs with the policy "pause"."""
+    """Queued by `routes` ahead of all other prompts, for jobs with the policy "pause prompts"."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

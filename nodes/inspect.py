@@ -1,4 +1,4 @@
-"""Adapter -> what its deltas look like, as text, JSON and pictures."""
+"""Adapter -> what its deltas look like, as text, JSON and images."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class QwenEditLoraInspect(io.ComfyNode):
                         "to it before are not part of them. Instead of base_model, not beside it."
                     ),
                 ),
-                # Last: saved workflows keep their widgets' values by position.
+                # Last, because saved workflows store widget values by position.
                 io.Combo.Input(
                     "base_model",
                     options=[NO_BASE, *host.list_diffusion_models()],
@@ -110,7 +110,7 @@ class QwenEditLoraInspect(io.ComfyNode):
                 else read_signature(host.find_diffusion_model(base_model))
             )
         except LoraError:
-            return None  # execute says what is wrong
+            return None  # execute raises the error
 
     @classmethod
     def execute(

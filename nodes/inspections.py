@@ -1,4 +1,4 @@
-"""Inspections made before: in memory while the adapter lives, on disk by the files' content."""
+"""Cached inspections: in memory while the adapter lives, on disk by the files' content."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from ..lora_core.inspection.saved import (
 from . import host
 from .model_base import read_model_base
 
-MAX_FILES = 50  # of a few megabytes each
+MAX_FILES = 50  # a few megabytes each
 
 logger = logging.getLogger(__name__)
 
-#: Of an adapter: (beside which base file, whether exact) -> its inspection.
+#: Per adapter: (identity of the base file, whether exact) -> its inspection.
 _known: WeakKeyDictionary[Adapter, dict[Hashable, Inspection]] = WeakKeyDictionary()
-#: The same beside loaded models, by the module that all clones of one share. Never on disk:
-#: another loader, or another day, may put other weights behind the same MODEL.
+#: The same for loaded models, keyed by the module that all clones of one share. Never on disk:
+#: another loader or a later session may put other weights behind the same MODEL.
 _beside: WeakKeyDictionary[Adapter, MutableMapping] = WeakKeyDictionary()
 
 
 def get_inspection(
     adapter: Adapter, exact: bool, base: Path | host.ModelPatcher | None = None
 ) -> Inspection:
-    """The inspection of an adapter; one with `exact` also answers where it was not asked for.
+    """The inspection of an adapter; a cached exact one also serves requests without `exact`.
 
     Raises:
-        KeyFormatError: the base is no Qwen-Image model.
+        KeyFormatError: the base is not a Qwen-Image model.
         FileError: a file is missing, damaged or stored in a way that cannot be read.
     """
     if isinstance(base, host.ModelPatcher):
@@ -64,7 +64,7 @@ def get_inspection(
 def get_inspection_beside_model(
     adapter: Adapter, exact: bool, model: host.ModelPatcher
 ) -> Inspection:
-    """Remembered only while both live; patches are no part of it, so that clones share it."""
+    """Cached only while both live; patches are ignored, so clones share the inspection."""
     models = _beside.setdefault(adapter, WeakKeyDictionary())
     known = models.setdefault(model.model.diffusion_model, {})
     for is_exact in (True,) if exact else (False, True):
@@ -90,7 +90,7 @@ def get_path(content_hash: str, base_identity: str, exact: bool) -> Path:
 
 
 def save(inspection: Inspection, path: Path) -> None:
-    """A full disk costs the next run some seconds, and this one nothing."""
+    """A full disk does not fail this run; the next one only computes it again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_inspection(inspection, path)

@@ -1,4 +1,4 @@
-"""Job id -> how the training is going, and what came of it."""
+"""Job id -> the training's progress and its result."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from .sockets import (
     show_report,
 )
 
-#: Sides of a picture on the sheet of samples, in pixels.
+#: Largest side of an image on the sheet of samples, in pixels.
 TILE_SIDE = 512
-#: Of a sample; 16 times the pixels that models are trained on.
+#: Largest side of a sample; 16 times the pixels that models are trained on.
 MAX_SIDE_PX = 4096
 
 
@@ -127,7 +127,7 @@ class QwenEditLoraJob(io.ComfyNode):
 
 
 def wait_for(job_id: str) -> Job:
-    """Waits with a progress bar; the prompt's interrupt ends the waiting alone."""
+    """Waits with a progress bar; interrupting the prompt ends only the wait."""
     progress = host.build_progress()
     job = job_host.wait(job_id, lambda job: progress(job.state.step, max(job.state.num_steps, 1)))
     if job.status is JobStatus.FAILED and job.state.failure is not None:
@@ -137,7 +137,7 @@ def wait_for(job_id: str) -> Job:
 
 
 def take_adapter(job: Job) -> Any:
-    """The newest adapter, or what stops the nodes behind with a sentence."""
+    """The newest adapter, or a value that stops the downstream nodes with a message."""
     files = job_host.get_store().list_adapters(job.id)
     if not files:
         return host.block_output(
@@ -149,7 +149,7 @@ def take_adapter(job: Job) -> Any:
 
 
 def describe(job: Job, lacks_vae: bool) -> list[str]:
-    """The job in lines."""
+    """The job as lines of text."""
     state = job.state
     lines = [f"{job.name} ({job.id}): {job_host.describe(job)}"]
     if state.published:
@@ -167,7 +167,7 @@ def describe(job: Job, lacks_vae: bool) -> list[str]:
 
 
 def list_latents(job: Job) -> list[Path]:
-    """Files of samples that have no picture beside them."""
+    """Latents of samples that have no decoded image beside them."""
     files = job_host.get_store().list_samples(job.id)
     names = {path.name for path in files}
     return [p for p in files if p.suffix == ".safetensors" and f"{p.stem}.png" not in names]
@@ -178,7 +178,7 @@ def needs_vae(job: Job) -> bool:
 
 
 def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
-    """Rows of items: references, target and steps, uint8 (height, width, 3); what was left out."""
+    """Sheet, uint8 (height, width, 3): per item its references, target and steps; and findings."""
     store = job_host.get_store()
     latents = list_latents(job)
     named = [(path, parse_name(f"{path.stem}.png")) for path in latents if vae is not None]
@@ -194,7 +194,7 @@ def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
     for picture, read in sources:
         try:
             found.append((picture, read()))
-        except FileError as e:  # is no reason to hold back the LoRA
+        except FileError as e:  # no reason to withhold the LoRA
             broken.append(str(e))
     findings = []
     if broken:
@@ -228,11 +228,11 @@ def read_image(store: JobStore, job_id: str, name: str) -> np.ndarray:
     """A PNG of the job as a small picture, uint8 (height, width, 3).
 
     Raises:
-        FileError: it is no PNG, a damaged one, or larger than any sample.
+        FileError: it is not a PNG, damaged, or larger than any sample.
     """
     data = store.read_image(job_id, name)
     try:
-        # The one format that a worker writes. Some readers of others start programs.
+        # The only format a worker writes. Pillow's readers of some others start programs.
         with Image.open(BytesIO(data), formats=("PNG",)) as image:
             if max(image.size) > MAX_SIDE_PX:
                 raise FileError(
@@ -242,7 +242,7 @@ def read_image(store: JobStore, job_id: str, name: str) -> np.ndarray:
             small = image.convert("RGB")
     except FileError:
         raise
-    except Exception as e:  # noqa: BLE001 - Pillow raises nearly anything on damaged files
+    except Exception as e:  # noqa: BLE001 - Pillow raises almost anything on damaged files
         raise FileError(
             f"{name} is no PNG that can be read ({shorten(str(e) or type(e).__name__)}); remove it "
             "from the job's samples."
@@ -252,7 +252,7 @@ def read_image(store: JobStore, job_id: str, name: str) -> np.ndarray:
 
 
 def decode(path: Path, vae: Any) -> np.ndarray:
-    """A sample's latents as a small picture, uint8 (height, width, 3)."""
+    """A sample's latents as a thumbnail, uint8 (height, width, 3)."""
     file = SafetensorsFile(path)
     if "samples" not in file.tensors:
         raise FileError(f"{shorten(path.name)} holds no latents; remove it from the job's samples.")

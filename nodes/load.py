@@ -19,16 +19,16 @@ from .sockets import (
     take_adapter,
 )
 
-# One adapter per file as long as anybody holds it, so that two nodes with the same file share
+# One adapter per file as long as it is referenced, so that two nodes with the same file share
 # the memory of its side path.
 _open: WeakValueDictionary[tuple, Adapter] = WeakValueDictionary()
 
-# ComfyUI validates before anything runs: a connected input is None then, a free one is left out.
+# ComfyUI validates before anything runs: a connected input is None then, an unconnected one absent.
 NOT_CONNECTED = object()
 
 
 def open_lora(lora_name: str) -> Adapter:
-    """The adapter in a file of the loras folders, read once while it stays unchanged on disk."""
+    """The adapter in a file of the loras folders, read once while the file is unchanged on disk."""
     path = host.find_lora(lora_name)
     identity = (str(path), *read_signature(path))
     adapter = _open.get(identity)
@@ -85,7 +85,7 @@ class QwenEditLoraLoad(io.ComfyNode):
     def validate_inputs(
         cls, lora_name: str | None = None, lora_model: Any = NOT_CONNECTED
     ) -> bool | str:
-        if lora_model is not NOT_CONNECTED:  # then the file does not matter
+        if lora_model is not NOT_CONNECTED:  # then the file is ignored
             return True
         try:
             host.find_lora(lora_name)

@@ -12,19 +12,19 @@ PREFIX = "diffusion_model."
 
 
 def read_model_base(model: ModelPatcher) -> BaseWeights:
-    """The weights as stored, where they are; each is copied to the CPU when it is asked for.
+    """The weights as stored, left in place; each is copied to the CPU on request.
 
     Raises:
-        KeyFormatError: the MODEL is no Qwen-Image transformer.
+        KeyFormatError: the MODEL is not a Qwen-Image transformer.
     """
     return BaseWeights(collect_tensors(model), f"{NAME} ({type(model.model).__name__})")
 
 
 def collect_tensors(model: ModelPatcher) -> dict[str, torch.Tensor]:
-    """Key -> tensor as a file of the diffusion model would hold it; nothing is moved or copied.
+    """Key -> tensor as in a file of the diffusion model; nothing is moved or copied.
 
-    ComfyUI's own state dict takes comfy-kitchen's quantised weights apart into what their file
-    holds. A LoRA merged earlier has replaced some weights; the originals are in the patcher's
+    ComfyUI's own state dict splits comfy-kitchen's quantised weights into the tensors of their
+    file. A LoRA merged earlier has replaced some weights; the originals are in the patcher's
     backups, which all clones of one model share.
     """
     tensors = dict(model.model.diffusion_model.state_dict())

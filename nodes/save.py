@@ -14,7 +14,7 @@ from .sockets import CATEGORY, Report, adapter_input, report_output, show_report
 
 
 def find_warnings(adapter: Adapter, key_format: str) -> list[Finding]:
-    """What ComfyUI's own LoraLoader (0.30) will make of the file."""
+    """How ComfyUI's own LoraLoader (0.30) will read the file."""
     if key_format == "peft":
         text = (
             "ComfyUI's own LoraLoader matches none of PEFT's keys and applies nothing; Load Edit "

@@ -1,4 +1,4 @@
-"""Socket types and pieces of schema that several nodes share."""
+"""Socket types and schema parts that several nodes share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DatasetSocket = io.Custom("QWEN_EDIT_DATASET")
 
 
 def adapter_input(id: str = "adapter", **kwargs: Any) -> io.MultiType.Input:
-    """A socket that takes our adapters and ComfyUI's LORA_MODEL alike."""
+    """A socket that takes both our adapters and ComfyUI's LORA_MODEL."""
     kwargs.setdefault(
         "tooltip",
         "The adapter: from Load Edit LoRA, or a LORA_MODEL from ComfyUI's own training node.",
@@ -50,12 +50,12 @@ def take_adapter(value: Any) -> Adapter:
 
 
 def build_image(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 (height, width, 3) -> an IMAGE of one picture."""
+    """uint8 (height, width, 3) -> an IMAGE with a batch of one."""
     return torch.from_numpy(pixels).float().div(255)[None]
 
 
 class Report(str):
-    """A report's text as any STRING input takes it, with its findings as data."""
+    """A report's text for any STRING input, with its findings as data."""
 
     findings: tuple[Finding, ...]
 
@@ -66,7 +66,7 @@ class Report(str):
 
 
 def get_findings(report: str) -> tuple[Finding, ...]:
-    """() for a text that other nodes made."""
+    """() for a text from other nodes."""
     return report.findings if isinstance(report, Report) else ()
 
 
@@ -74,9 +74,9 @@ def show_report(report: str, node_id: str = "", *, warning: bool = False) -> dic
     """The `ui` part of a NodeOutput; web/report.js draws it on the node.
 
     Args:
-        node_id: of a node that also runs inside others, which then do not show its report as
-            theirs.
-        warning: the node is amber though no finding says so.
+        node_id: of a node that also runs inside others, so that they do not show its report as
+            their own.
+        warning: colors the node amber even if no finding does.
     """
     findings = get_findings(report)
     shown: dict[str, list] = {
@@ -88,5 +88,5 @@ def show_report(report: str, node_id: str = "", *, warning: bool = False) -> dic
 
 
 def show_job(job_id: str) -> dict[str, list]:
-    """The `ui` part that has web/job_view.js show a training on the node, live."""
+    """The `ui` part that makes web/job_view.js show a training live on the node."""
     return {"qwen_edit_lora_job": [job_id]}

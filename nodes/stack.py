@@ -33,7 +33,7 @@ def parse_strengths(text: str, count: int) -> list[float]:
     """One number per adapter, or one for all.
 
     Raises:
-        ConfigError: not numbers, or another count than there are adapters.
+        ConfigError: not numbers, or not as many as there are adapters.
     """
     try:
         numbers = [float(item) for item in text.split(",")]
@@ -80,7 +80,7 @@ def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
     """(lora_name, strength) per row of the DynamicCombo's value.
 
     Raises:
-        ConfigError: it is none, as a graph that was written by hand may have it.
+        ConfigError: it is not such a value, as in a graph written by hand.
     """
     files = files or {}
     try:
@@ -93,8 +93,8 @@ def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
         ) from None
 
 
-def tell_file(applied: Application, adapter: Adapter) -> None:
-    """What reading the file found, as Load Edit LoRA would tell it."""
+def report_file(applied: Application, adapter: Adapter) -> None:
+    """Adds the findings from reading the file, as Load Edit LoRA would report them."""
     for finding in adapter.report.findings:
         add = applied.note if finding.severity == NOTE else applied.warn
         add(finding.kind, f"{adapter.name}: {finding.text}", finding.count)
@@ -104,7 +104,7 @@ class QwenEditLoraStack(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         options = [
-            # No bare numbers: JavaScript would sort them and lose the default.
+            # Not bare numbers: JavaScript would sort them and lose the default.
             io.DynamicCombo.Option(name, build_file_rows(count))
             for name, count in COUNTS.items()
         ]
@@ -160,7 +160,7 @@ class QwenEditLoraStack(io.ComfyNode):
             signatures = [read_signature(host.find_lora(name)) for name in names]
             return [*signatures, host.find_queued_readers()]
         except LoraError:
-            return None  # execute says what is wrong
+            return None  # execute raises the error
 
     @classmethod
     def execute(
@@ -184,10 +184,10 @@ class QwenEditLoraStack(io.ComfyNode):
             raise ConfigError("the stack is empty; choose a number of files, or connect an adapter")
         readers = host.find_weight_readers(cls.hidden.dynprompt)
         applied = apply_adapters(model, layers, mode, readers)
-        # Nothing else tells of these files, which no Load node read.
+        # No Load node read these files, so nothing else reports on them.
         opened = {id(adapter): adapter for adapter, _ in layers[: len(rows)]}
         for adapter in opened.values():
-            tell_file(applied, adapter)
+            report_file(applied, adapter)
         report = Report(applied.to_text(), applied.findings)
         return io.NodeOutput(applied.model, report, ui=show_report(report))
 

@@ -1,4 +1,4 @@
-"""MODEL + adapters + strengths -> one picture per strength, seed and adapter."""
+"""MODEL + adapters + strengths -> one image per strength, seed and adapter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .sweeping.strengths import resolve_strengths
 SETTINGS = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
 SAMPLING_LINKS = ("positive", "negative", "latent_image", "vae", "sampler", "sigmas")
 TITLES = {ERROR: "Warning", WARNING: "Warning", NOTE: "Note"}
-IMAGES, LATENTS = 0, 1  # places of these outputs
+IMAGES, LATENTS = 0, 1  # output positions
 
 NO_IMAGES = (
     "this sweep makes no images: connect positive, negative, latent_image and vae to Sweep Edit "
@@ -172,7 +172,7 @@ class QwenEditLoraSweep(io.ComfyNode):
                     template=io.Autogrow.TemplatePrefix(
                         adapter_input(), prefix="adapter_", min=0, max=MAX_ADAPTERS
                     ),
-                    optional=True,  # else it comes before adapter
+                    optional=True,  # otherwise it is placed before adapter
                     tooltip="Further adapters; each is swept over the same strengths.",
                 ),
             ],
@@ -201,8 +201,8 @@ class QwenEditLoraSweep(io.ComfyNode):
     def validate_inputs(
         cls, strengths: Any, seeds: Any = None, loras: Any = None, adapters: Any = None
     ) -> bool:
-        # None: connected. Raised, as ComfyUI would repeat a returned sentence for every input.
-        # adapters is not looked at, but comes in any case.
+        # None: connected. Raised, since ComfyUI would repeat a returned message for every input.
+        # adapters is not checked, but is always passed.
         parse_strengths("0" if strengths[0] is None else strengths[0])
         parse_seeds((seeds or [None])[0] or "", 0)
         find_loras((loras or [None])[0] or "", host.list_loras())
@@ -215,7 +215,7 @@ class QwenEditLoraSweep(io.ComfyNode):
             signatures = [(name, *read_signature(host.find_lora(name))) for name in names]
             return [*signatures, host.find_queued_readers()]
         except LoraError:
-            return None  # execute says what is wrong
+            return None  # execute raises the error
 
     @classmethod
     def execute(
@@ -260,7 +260,7 @@ class QwenEditLoraSweep(io.ComfyNode):
 
 
 def take_one(name: str, values: Any) -> Any:
-    """The only value of an input; ComfyUI hands them over as lists, so that longer ones show."""
+    """The only value of an input, which ComfyUI passes as a list; longer lists are refused."""
     if not isinstance(values, list):
         return values
     if len(values) != 1:
@@ -286,10 +286,10 @@ def find_sources(
 
 
 def choose_sampling(links: Mapping[str, host.Link], given: Mapping[str, Any]) -> Sampling | None:
-    """What is connected decides; None where nothing is.
+    """Chosen by what is connected; None if nothing is.
 
     Raises:
-        ConfigError: only a part of what sampling needs is connected.
+        ConfigError: only part of what sampling needs is connected.
     """
     found = {name: links[name] for name in SAMPLING_LINKS if name in links}
     if not found:
@@ -329,7 +329,7 @@ def describe(
 
 
 class QwenEditLoraSweepCollect(io.ComfyNode):
-    """The end of what a sweep expands into; ComfyUI can only hand lists over inside one value."""
+    """The last node of an expanded sweep; ComfyUI can pass lists on only inside one value."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -352,20 +352,22 @@ class QwenEditLoraSweepCollect(io.ComfyNode):
 
     @classmethod
     def execute(cls, text: str, **parts: Any) -> io.NodeOutput:
-        reports = pick(parts, "report")
-        told = [
+        reports = collect_numbered(parts, "report")
+        findings = [
             replace(finding, text=f"{name}: {finding.text}")
-            for name, load in zip(pick(parts, "name"), pick(parts, "load"), strict=True)
+            for name, load in zip(
+                collect_numbered(parts, "name"), collect_numbered(parts, "load"), strict=True
+            )
             for finding in get_findings(load)
         ]
-        lines = [text, *reports, *(f"{TITLES[one.severity]}: {one.text}" for one in told)]
-        report = Report("\n".join(lines), chain(*map(get_findings, reports), told))
-        lists = [pick(parts, name) for name in ("image", "latent", "model")]
+        lines = [text, *reports, *(f"{TITLES[one.severity]}: {one.text}" for one in findings)]
+        report = Report("\n".join(lines), chain(*map(get_findings, reports), findings))
+        lists = [collect_numbered(parts, name) for name in ("image", "latent", "model")]
         return io.NodeOutput(*lists, report, ui=show_report(report))
 
 
-def pick(parts: Mapping[str, Any], name: str) -> list[Any]:
-    """name_0, name_1, ... in the order of their numbers."""
+def collect_numbered(parts: Mapping[str, Any], name: str) -> list[Any]:
+    """name_0, name_1, ... in numerical order."""
     numbers = sorted(int(key.split("_")[1]) for key in parts if key.startswith(f"{name}_"))
     return [parts[f"{name}_{number}"] for number in numbers]
 

@@ -1,4 +1,4 @@
-"""The pictures of a sweep -> contact sheet, differences, curve, figures and a verdict."""
+"""The images of a sweep -> contact sheet, differences, curve, metrics and a verdict."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
         thumbnail_px: list[int] | None = None,
     ) -> io.NodeOutput:
         prefix = filename_prefix[0]
-        host.choose_output_path(prefix)  # a bad name is told before the work, not after it
+        host.choose_output_path(prefix)  # a bad name fails before the work, not after it
         sweep = host.run_with_progress(
             measure_sweep,
             images,
@@ -146,9 +146,9 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
 
 
 def split_labels(labels: list[str]) -> list[str]:
-    """One label per cell; a single text holds one a line, or numbers with commas between them."""
+    """One label per cell; a single text has one per line, or numbers separated by commas."""
     if len(labels) == 1:
-        # Commas stay in the labels of a sweep, where names of files may have them.
+        # Labels of a sweep keep their commas: file names may contain them.
         text = labels[0] if "strength=" in labels[0] else labels[0].replace(",", "\n")
         labels = [line.strip() for line in text.splitlines() if line.strip()]
     if not labels:

@@ -213,7 +213,7 @@ class QwenEditLoraExtract(io.ComfyNode):
             names = (base_name, tuned_name)
             return [read_signature(host.find_diffusion_model(name)) for name in names]
         except LoraError:
-            return None  # execute says what is wrong
+            return None  # execute raises the error
 
     @classmethod
     def execute(

@@ -106,15 +106,15 @@ class QwenEditLoraTrain(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> Any:
-        # Also after a job failed or was deleted: then the same graph starts another one.
+        # Also changes after a job failed or was deleted: then the same graph starts another one.
         return job_host.describe_states()
 
     @classmethod
     def validate_inputs(
         cls, name: str | None = None, more_settings: str | None = None, gpus: int | None = None
     ) -> bool:
-        # Before the dataset is encoded. None: connected. Raised, as ComfyUI would repeat a returned
-        # sentence for every input.
+        # Before the dataset is encoded. None: connected. Raised, since ComfyUI would repeat a
+        # returned message for every input.
         build_config(
             *(Path("model"), Path("dataset"), "a" if name is None else name, next(iter(PRESETS))),
             steps=1,
@@ -157,23 +157,25 @@ class QwenEditLoraTrain(io.ComfyNode):
             chosen=chosen,
             more_settings=more_settings,
         )
-        asked = build(base={} if storage == AUTO else {"storage": storage})
-        # What auto comes to depends on what is free now, and so does not belong into the key.
-        key = f"{compute_key(asked)}, storage {storage}" + (f" on {gpus}" if gpus > 1 else "")
+        requested = build(base={} if storage == AUTO else {"storage": storage})
+        # What auto resolves to depends on the memory free now, so it is not part of the key.
+        key = f"{compute_key(requested)}, storage {storage}" + (f" on {gpus}" if gpus > 1 else "")
         known = job_host.find_same(key)
         if known is not None:
             text = f"job {known.id} is this training already: {known.describe()}"
             return io.NodeOutput(known.id, text, ui=show_report(text) | show_job(known.id))
-        devices, taken = job_devices.choose_for_job(job_host.get_store(), asked.model.device, gpus)
+        devices, taken = job_devices.choose_for_job(
+            job_host.get_store(), requested.model.device, gpus
+        )
         own = read_more(more_settings).get("model", {})
-        base, lines, needed_bytes = choose_base(asked, storage, own, devices)
+        base, lines, needed_bytes = choose_base(requested, storage, own, devices)
         findings = [Finding("storage_chosen", NOTE, line) for line in lines]
         config = build(base=base)
         vae = find_vae(Path(dataset.folder)) if sample_every else None
         if estimate == MEASURE:
-            obstacle = job_devices.prepare_measuring(devices, taken)
-            if obstacle:
-                lines.append(f"not estimated: {obstacle}")
+            reason = job_devices.prepare_measuring(devices, taken)
+            if reason:
+                lines.append(f"not estimated: {reason}")
                 findings.append(Finding("not_estimated", NOTE, lines[-1]))
             else:
                 found = measure(config, devices[0], vae is not None)
@@ -211,7 +213,7 @@ class QwenEditLoraTrain(io.ComfyNode):
 
 
 def list_advanced_inputs() -> list[Any]:
-    """Everything that the engine has a default for."""
+    """The settings for which the engine has defaults."""
     extra = {"optional": True, "advanced": True}
     return [
         io.Int.Input(

@@ -1,4 +1,4 @@
-"""What the Train node's inputs come to: one configuration of the training engine."""
+"""Turns the Train node's inputs into one configuration of the training engine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..lora_core.training.config.config_files import config_from_dict, config_to
 from ..lora_core.training.config.presets import apply_preset
 from ..lora_core.training.data.dataset import INDEX_FILE
 
-#: Stands for "as the preset says" in a number's widget.
+#: Means "as in the preset" in a number widget.
 AS_PRESET = 0
 AS_PRESET_CHOICE = "as the preset"
 AUTO = "auto"
-#: Whatever the engine puts in its place.
+#: A placeholder that the engine replaces.
 OUTPUT = "set by the job"
 MORE_SETTINGS = Path("more_settings.toml")
 
@@ -35,15 +35,15 @@ def build_config(
     chosen: Mapping[str, Any],
     more_settings: str,
 ) -> TrainConfig:
-    """The run's configuration: preset, then the inputs that say something, then `more_settings`.
+    """The run's configuration: preset, then the inputs that are set, then `more_settings`.
 
     Args:
-        base: `ModelConfig.storage` and what else says how the base is kept.
-        chosen: "table.setting" -> value; left out where it is AS_PRESET, AS_PRESET_CHOICE or None.
+        base: `ModelConfig.storage` and the other settings of how the base is stored.
+        chosen: "table.setting" -> value; ignored if it is AS_PRESET, AS_PRESET_CHOICE or None.
         more_settings: TOML text with the same tables as a configuration file.
 
     Raises:
-        ConfigError: a value out of range, an unknown setting, a text that is no TOML.
+        ConfigError: a value out of range, an unknown setting, or invalid TOML.
     """
     values: dict[str, Any] = {
         "name": name.strip(),
@@ -64,10 +64,10 @@ def build_config(
 
 
 def read_more(text: str) -> dict[str, Any]:
-    """The tables of a TOML text; what the node's other inputs and the job decide is refused.
+    """The tables of a TOML text; refuses what the node's other inputs or the job decide.
 
     Raises:
-        ConfigError: no TOML, or it names the model's file, the training set or the output.
+        ConfigError: invalid TOML, or it sets the model's file, the training set or the output.
     """
     if not text.strip():
         return {}
@@ -90,7 +90,7 @@ def read_more(text: str) -> dict[str, Any]:
 
 
 def compute_key(config: TrainConfig) -> str:
-    """What makes two runs the same: all settings, the model's file, the training set's index."""
+    """Equal for equal runs: a hash of all settings, the model's file, the training set's index."""
     values = config_to_dict(config)
     values["output"] = ""
     values["model"]["signature"] = [str(part) for part in read_signature(Path(config.model.source))]

@@ -1,7 +1,7 @@
-"""Names the extension as ComfyUI would, and lends the tests a tiny base, a server and a browser.
+"""Imports the extension as ComfyUI would; provides a tiny base, a server and a browser.
 
 Three are importable in every test: `qwen_edit_lora` (this checkout), `demo_base` and `fake_cuda`.
-None needs the checkout on sys.path, where our `nodes` would hide ComfyUI's.
+None needs the checkout on sys.path, where our `nodes` would shadow ComfyUI's.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 USE_GPU = os.environ.get("QWEN_EDIT_LORA_GPU") == "1"  # ComfyUI's device; one per process
-#: Without it cuBLAS adds in any order, and refuses tests that ask for one; read once a process.
+#: Without it cuBLAS sums in arbitrary order and refuses tests that require determinism; read once
+#: per process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-#: On a GPU ComfyUI computes in 16 bits, merges LoRAs so too, and would differ by their rounding.
+#: On a GPU ComfyUI computes and merges LoRAs in 16 bits, so results would differ by rounding.
 FULL_PRECISION = ("--force-fp32", "--fp32-text-enc")
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_ARGS = (
@@ -34,7 +35,7 @@ BROWSER_ARGS = (
 
 
 def import_package(name: str, folder: Path) -> ModuleType:
-    """Imports a package by its folder under a name of our choice, as ComfyUI imports extensions."""
+    """Imports a package by its folder under a given name, as ComfyUI imports extensions."""
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -61,12 +62,12 @@ def find_comfyui() -> Path | None:
 
 
 def pytest_configure() -> None:
-    """Lets a terminated pytest stop its server, as an interrupted one does."""
+    """Makes a terminated pytest stop its server, like an interrupted one."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a marked test whose host is missing, before any fixture starts to look for it."""
+    """Skips a marked test whose host is missing, before any fixture looks for it."""
     needs_comfyui = item.get_closest_marker("comfy") or item.get_closest_marker("web")
     if needs_comfyui and find_comfyui() is None:
         pytest.skip("needs ComfyUI: run `python dev.py setup` or set COMFYUI_PATH")
@@ -83,7 +84,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @dataclass(frozen=True)
 class DemoModels:
-    """Where the files of the demo base lie."""
+    """Paths of the demo base's files."""
 
     root: Path
     """ComfyUI's models folder; a LoRA written into root / "loras" is seen by the server."""
@@ -96,7 +97,7 @@ class DemoModels:
 
 @pytest.fixture(scope="session")
 def comfyui_path() -> Path:
-    """The ComfyUI checkout; skips where there is none."""
+    """The ComfyUI checkout; skips if there is none."""
     path = find_comfyui()
     if path is None:
         pytest.skip("needs ComfyUI: run `python dev.py setup` or set COMFYUI_PATH")
@@ -110,7 +111,7 @@ def base_directory(
     """A fresh --base-directory with our extension, the shim, the photograph and the demo base."""
     from demo_base import layout
 
-    # 7 s to make, so kept between runs; one for each of several test processes.
+    # Takes 7 s to make, so kept between runs; one for each of several test processes.
     name = "demo_models" + os.environ.get("PYTEST_XDIST_WORKER", "")
     cache = Path(pytestconfig.cache.mkdir(name))
     models = layout.make_models(cache, sys.executable, comfyui_path)
@@ -141,7 +142,7 @@ def demo_models(base_directory: Path) -> DemoModels:
 def comfyui(comfyui_path: Path, base_directory: Path) -> SimpleNamespace:
     """ComfyUI imported into this process, on the CPU, with `base_directory` as its folders.
 
-    With QWEN_EDIT_LORA_GPU=1 on the GPU, in the types that it uses on a CPU.
+    With QWEN_EDIT_LORA_GPU=1 on the GPU, in the dtypes that it uses on a CPU.
 
     Fields: path, device, sd, model_management, model_patcher, lora, ops, utils, folder_paths,
     nodes. Other modules can be imported by name from then on.
@@ -184,7 +185,7 @@ def comfyui(comfyui_path: Path, base_directory: Path) -> SimpleNamespace:
 
 
 def multiply_in_full_precision(management: ModuleType) -> None:
-    """What ComfyUI has no flag for: no products of 8 bits, and none of TensorFloat-32."""
+    """What ComfyUI has no flag for: disables 8-bit and TensorFloat-32 products."""
     import torch
 
     for kind in ("fp8", "mxfp8", "nvfp4"):
@@ -217,7 +218,7 @@ def routes(
 
 
 def find_browser() -> str:
-    """Path of a Chromium; skips where there is none, fails where one is required."""
+    """Path of a Chromium; skips if there is none, fails if one is required."""
     candidates = [os.environ.get("CHROMIUM_PATH"), *map(shutil.which, BROWSER_NAMES)]
     for path in filter(None, candidates):
         return path

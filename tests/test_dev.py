@@ -1,4 +1,4 @@
-"""dev.py sets up what it should, no more than once, and explains what it cannot do."""
+"""dev.py sets up everything exactly once, and explains what it cannot do."""
 
 import importlib.util
 import io
@@ -98,7 +98,7 @@ def test_all_requirement_files_go_into_one_pip_call(dev, checkout, monkeypatch):
     assert calls == [["install", *(f"--requirement={path}" for path in files)]]
 
 
-def test_a_comfyui_path_without_main_py_is_refused_in_a_sentence(tmp_path):
+def test_a_comfyui_path_without_main_py_is_refused_with_a_message(tmp_path):
     result = run_dev("setup", COMFYUI_PATH=str(tmp_path))
     assert result.returncode == 1
     assert "Traceback" not in result.stdout + result.stderr
@@ -107,12 +107,12 @@ def test_a_comfyui_path_without_main_py_is_refused_in_a_sentence(tmp_path):
     )
 
 
-def test_an_old_python_is_refused_in_a_sentence(dev):
+def test_an_old_python_is_refused_with_a_message(dev):
     with pytest.raises(dev.DevError, match=r"needs Python 3\.10 or newer, but runs on 3\.8"):
         dev.check_python((3, 8))
 
 
-def test_the_check_for_a_card_gets_its_arguments_in_their_place(dev, monkeypatch, tmp_path):
+def test_the_gpu_check_gets_its_arguments_in_order(dev, monkeypatch, tmp_path):
     commands = []
     monkeypatch.setattr(dev, "setup", lambda root, environment: tmp_path)
     monkeypatch.setattr(dev, "run", lambda command, comfyui: commands.append(command) or 3)
@@ -130,7 +130,7 @@ def test_the_check_for_a_card_gets_its_arguments_in_their_place(dev, monkeypatch
         (["tests/fuzz"], ["tests/fuzz"], None),
     ],
 )
-def test_all_of_the_fuzzing_is_asked_for_by_a_word_that_pytest_never_sees(
+def test_the_option_for_all_fuzzing_is_not_passed_to_pytest(
     dev, monkeypatch, tmp_path, given, handed_on, fuzz
 ):
     ran = []
@@ -147,7 +147,7 @@ def test_all_of_the_fuzzing_is_asked_for_by_a_word_that_pytest_never_sees(
     assert options["env"]["QWEN_EDIT_LORA_FUZZ"] == "all"
 
 
-def test_the_benchmarks_that_all_run_are_those_that_need_no_card(dev, monkeypatch, tmp_path):
+def test_bench_runs_only_benchmarks_that_need_no_gpu(dev, monkeypatch, tmp_path):
     names = []
     monkeypatch.setattr(dev, "run", lambda command, comfyui: names.append(command[1].stem) or 0)
     assert dev.bench(tmp_path, []) == 0
@@ -215,7 +215,7 @@ def test_an_interrupt_ends_the_child_first(dev, tmp_path):
         os.kill(child_id, 0)
 
 
-def test_a_taken_port_is_refused_in_a_sentence():
+def test_a_taken_port_is_refused_with_a_message():
     from demo_base.server import ServerError, check_port, find_free_port
 
     port = find_free_port()

@@ -1,4 +1,4 @@
-"""What the documents say, held against the code: nodes, inputs, examples, links, packaging."""
+"""The documents checked against the code: nodes, inputs, examples, links, packaging."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def find_nodes() -> dict[str, list[Socket]]:
 NODES = find_nodes()
 
 
-def test_the_walk_over_the_nodes_finds_what_is_there():
+def test_the_walk_over_the_nodes_finds_all_nodes():
     assert {s.id for s in NODES["QwenEditLoraApply"] if s.direction == "Input"} == {
         *("model", "adapter", "strength", "mode", "image_strength", "text_strength", "blocks")
     }
@@ -186,7 +186,7 @@ def test_every_help_page_belongs_to_a_node():
 def list_quotes(page: str) -> list[str]:
     """The messages a page quotes: "..." in the first column of a table, cut at each ellipsis.
 
-    Where the first column says what to look at, they are in the second.
+    If the first column says what to look at, they are in the second.
     """
     quotes, column = [], 0
     for line in page.splitlines():
@@ -201,7 +201,7 @@ def list_quotes(page: str) -> list[str]:
     return [piece for piece in pieces if len(piece) > 3]
 
 
-def test_messages_are_found_in_the_column_where_they_stand():
+def test_messages_are_found_in_their_column():
     plain = '| You see | Do |\n|---|---|\n| "once ... and two" | "no" |\n'
     looked_at = '| Look at | If | Do |\n|---|---|---|\n| "this" | "three, " | "no" |\n'
     assert list_quotes(f"{plain}\n{looked_at}\n{plain}") == [
@@ -210,22 +210,22 @@ def test_messages_are_found_in_the_column_where_they_stand():
 
 
 def list_strings(tree: ast.AST) -> Iterator[str]:
-    """Every literal of a file, and what lies between the braces of its f-strings."""
+    """Every string literal of a file, and the text between the braces of its f-strings."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
 
 
 @cache
-def list_said() -> str:
-    """All that the nodes and the core can say; parsing them takes seconds."""
+def list_messages() -> str:
+    """All messages of the nodes and the core; parsing them takes seconds."""
     core = [ast.parse(p.read_text(encoding="utf-8")) for p in ROOT.glob("lora_core/**/*.py")]
     return "\n".join(text for tree in [*TREES.values(), *core] for text in list_strings(tree))
 
 
 @pytest.mark.parametrize("page", ["README.md", *DOCS, *(f"web/docs/{id}.md" for id in NODES)])
 def test_the_messages_a_page_quotes_exist(page):
-    said, known_elsewhere = list_said(), {"lora key not loaded"}  # ComfyUI's console
+    said, known_elsewhere = list_messages(), {"lora key not loaded"}  # ComfyUI's console
     text = (ROOT / page).read_text(encoding="utf-8")
     assert [q for q in list_quotes(text) if q not in said and q not in known_elsewhere] == []
 
@@ -233,7 +233,7 @@ def test_the_messages_a_page_quotes_exist(page):
 # --- README and docs ------------------------------------------------------------------------------
 
 
-def test_the_readme_is_read_in_a_minute_and_links_every_page():
+def test_the_readme_is_short_and_links_every_page():
     assert len(README.splitlines()) <= MAX_README_LINES
     first_screen = README.splitlines()[:12]
     assert any(line.startswith("![") for line in first_screen)
@@ -274,7 +274,7 @@ def test_the_python_example_of_the_manual_runs(tmp_path, monkeypatch, capsys):
     make_adapter(tmp_path / "my_edit_lora.safetensors", paths, rank=2, alpha=1.0)
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    # Imported by its folder, lora_core goes by that name alone, as the manual says.
+    # Imported by its folder, lora_core has just that name, as in the manual.
     monkeypatch.setitem(sys.modules, "lora_core", lora_core)
     runpy.run_path("example.py")
     printed = capsys.readouterr().out
@@ -296,7 +296,7 @@ def list_anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_and_file_names_lead_somewhere(page):
+def test_links_and_file_names_resolve(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     lost = []
     for link in re.findall(r"\]\(([^)]+)\)", text):
@@ -345,7 +345,7 @@ WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_a_workflow_has_a_picture_and_only_known_nodes(name):
+def test_a_workflow_has_an_image_and_only_known_nodes(name):
     workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     assert {node["type"] for node in workflow["nodes"]} - CORE_NODES - set(NODES) == set()
     picture = ROOT / "workflows" / f"{name}.jpg"
@@ -362,7 +362,7 @@ def test_the_first_note_of_a_workflow_explains_it_in_three_sentences(name):
     assert len(re.findall(r"[.?!](?=\s|$)", plain)) == 3
 
 
-def test_every_workflow_is_in_the_changelog_and_every_picture_has_one():
+def test_every_workflow_is_in_the_changelog_and_every_image_has_one():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert [name for name in WORKFLOWS if f"`{name}`" not in changelog] == []
     assert sorted(path.stem for path in (ROOT / "workflows").glob("*.jpg")) == WORKFLOWS
@@ -370,7 +370,7 @@ def test_every_workflow_is_in_the_changelog_and_every_picture_has_one():
 
 # --- what must not be published ------------------------------------------------------------------
 
-# Put together here, so that this file does not hold what it looks for.
+# Assembled here, so that this file does not contain what it searches for.
 MACHINE_FOLDERS = ("work", "root", "tmp", "home", "Users")
 REGISTRIES = ("pypi", "pythonhosted", "npmjs", "anaconda")
 FORBIDDEN = re.compile(
@@ -380,7 +380,7 @@ FORBIDDEN = re.compile(
 
 
 def list_repository_files() -> list[Path]:
-    """Files that git tracks or would take up."""
+    """Files that git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)

@@ -1,4 +1,4 @@
-"""The check for a card, on a CPU: every part runs, and what it finds is told as it is."""
+"""The GPU check, on a CPU: every part runs, and reports its results correctly."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check(gpu):
 
 
 def run_part(part, folder, comfyui=None):
-    """One part of the dry run in a process of its own, as gpu_check.py starts it."""
+    """Runs one part of the dry run in its own process, as started by gpu_check.py."""
     results = folder / "results.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment |= {"COMFYUI_PATH": str(comfyui)} if comfyui else {}
@@ -84,7 +84,7 @@ def test_part_a_measures_what_the_others_need(gpu, tmp_path):
     assert found["scaled fp8 is decoded exactly"]["passed"]
 
 
-def test_part_b_starts_trainings_and_resumes_one_to_the_bit(tmp_path):
+def test_part_b_starts_trainings_and_resumes_one_bit_exactly(tmp_path):
     found = run_part("B", tmp_path)
     assert found["resume is bit-equal, deterministic"]["passed"]
     assert found["sample and decode, ends well"]["passed"]
@@ -92,7 +92,7 @@ def test_part_b_starts_trainings_and_resumes_one_to_the_bit(tmp_path):
     assert found["out of memory"]["kind"] == "skipped"
 
 
-def test_part_c_finds_the_tests_that_are_marked(tmp_path):
+def test_part_c_finds_the_marked_tests(tmp_path):
     found = run_part("C", tmp_path)
     assert found["tests run"]["value"] >= 4
 
@@ -102,7 +102,7 @@ def test_part_e_compares_both_patchers_and_the_merge(tmp_path, comfyui_path):
     found = run_part("E", tmp_path, comfyui_path)
     assert found["dynamic VRAM"]["kind"] == "skipped"
     assert found["dynamic, fp8_scaled, the base is bit-equal afterwards"]["passed"]
-    # The LoRA does something, and beside it the two ways are the same.
+    # The LoRA has an effect, relative to which the two ways are equal.
     assert found["bf16, side path - merge"]["value"] < 1e-3
     assert found["legacy, bf16, r2, two calls, kernels"]["value"] > 0
 
@@ -117,7 +117,7 @@ def test_part_f_trains_beside_a_plain_loop(tmp_path):
 
 
 @pytest.mark.comfy
-def test_part_g_leaves_the_base_as_it_was(tmp_path, comfyui_path):
+def test_part_g_leaves_the_base_unchanged(tmp_path, comfyui_path):
     found = run_part("G", tmp_path, comfyui_path)
     assert found["1 MP, the base is bit-equal afterwards"]["passed"]
     assert found["strength change, node and sampler"]["value"] > 0
@@ -130,11 +130,11 @@ def test_part_g_leaves_the_base_as_it_was(tmp_path, comfyui_path):
         *((0, "== 0", True), (1, "< 1", False), (float("nan"), "<= 5", False)),
     ],
 )
-def test_a_limit_is_kept_or_not(gpu, value, limit, expected):
+def test_a_value_is_within_its_limit_or_not(gpu, value, limit, expected):
     assert gpu.records.is_within(value, limit) is expected
 
 
-def test_a_missed_goal_is_told_and_is_no_failure(gpu, make_recorder, capsys):
+def test_a_missed_goal_is_reported_and_is_not_a_failure(gpu, make_recorder, capsys):
     recorder = make_recorder()
     recorder.goal("idle", 0.2, "", "< 0.05")
     recorder.goal("ratio", 1.6, "", ">= 1.5")
@@ -147,13 +147,13 @@ def test_a_missed_goal_is_told_and_is_no_failure(gpu, make_recorder, capsys):
     assert "goals: 1 of 2" in printed
 
 
-def test_what_must_hold_and_does_not_is_a_failure(gpu, make_recorder):
+def test_a_violated_requirement_is_a_failure(gpu, make_recorder):
     recorder = make_recorder()
     recorder.limit("memory", 0.3, "", "<= 0.15")
     assert gpu.records.has_failed(gpu.records.read_records(recorder.path))
 
 
-def test_a_dry_run_judges_no_limits_but_what_must_hold_everywhere(gpu, make_recorder):
+def test_a_dry_run_judges_requirements_but_no_limits(gpu, make_recorder):
     recorder = make_recorder(is_dry=True)
     recorder.limit("memory", 0.3, "", "<= 0.15")
     recorder.goal("idle", 0.9, "", "< 0.05")
@@ -175,7 +175,7 @@ def test_an_item_that_fails_is_a_record_and_the_next_one_runs(gpu, make_recorder
     assert gpu.records.has_failed([first, second])
 
 
-def test_what_no_longer_fits_is_skipped_aloud(gpu, make_recorder):
+def test_an_item_without_enough_time_is_skipped_and_reported(gpu, make_recorder):
     recorder = make_recorder(deadline=0.0)
     assert not recorder.has_time("compile", 50)
     (record,) = gpu.records.read_records(recorder.path)
@@ -183,7 +183,7 @@ def test_what_no_longer_fits_is_skipped_aloud(gpu, make_recorder):
     assert make_recorder().has_time("compile", 50)
 
 
-def test_half_a_line_of_a_killed_process_is_passed_over(gpu, make_recorder):
+def test_a_partial_line_of_a_killed_process_is_skipped(gpu, make_recorder):
     recorder = make_recorder()
     recorder.figure("whole", 1.0)
     with recorder.path.open("a") as file:
@@ -191,7 +191,7 @@ def test_half_a_line_of_a_killed_process_is_passed_over(gpu, make_recorder):
     assert [r.name for r in gpu.records.read_records(recorder.path)] == ["whole"]
 
 
-def test_an_early_end_gives_its_time_to_the_next_part_and_the_limit_holds(check):
+def test_unused_time_goes_to_the_next_part_within_the_limit(check):
     parts = list(check.SECONDS)
     plans = check.plan_ends(parts, 1000.0, 1522.0, False)
     assert plans["A"] == 1000 + check.SECONDS["A"]
@@ -202,7 +202,7 @@ def test_an_early_end_gives_its_time_to_the_next_part_and_the_limit_holds(check)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals")
-def test_a_part_at_its_limit_is_ended_with_its_children(gpu, tmp_path):
+def test_a_part_at_its_limit_is_terminated_with_its_children(gpu, tmp_path):
     code = (
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -220,7 +220,7 @@ def test_a_part_at_its_limit_is_ended_with_its_children(gpu, tmp_path):
 
 
 def wait_until_gone(process_id: int) -> None:
-    """Returns once a killed process has ended; one that nobody has waited for yet has ended too."""
+    """Returns once a killed process has ended; a zombie counts as ended."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
@@ -254,7 +254,7 @@ def test_a_trace_is_split_by_what_its_kernels_do(gpu):
     assert kinds == {"attention": 150, "products": 250, "element-wise": 100, "copies": 10}
     assert found.num_kernels == 5
     assert found.copies["HtoD"] == 1
-    assert found.busy_s == pytest.approx(460e-6)  # what runs side by side counts once
+    assert found.busy_s == pytest.approx(460e-6)  # overlapping intervals count once
     assert found.wall_s == pytest.approx(1000e-6)
     assert found.waiting_s == pytest.approx(600e-6)
 
@@ -291,7 +291,7 @@ def carried(gpu, tmp_path, monkeypatch):
     return folder
 
 
-def test_what_was_carried_is_found_and_unpacked(gpu, carried, tmp_path):
+def test_the_bundle_is_found_and_unpacked(gpu, carried, tmp_path):
     environment = gpu.bundle.find_environment(tmp_path / "temporary")
     code = "import tool, beside, av, av.container\nfrom av.video import Frame\nprint(tool.answer)"
     ended = subprocess.run(
@@ -307,20 +307,20 @@ def test_what_was_carried_is_found_and_unpacked(gpu, carried, tmp_path):
     assert files == {"main.py", "comfy/sd.py"}
 
 
-def test_inside_the_venv_nothing_carried_is_used(gpu, carried, monkeypatch, tmp_path):
+def test_inside_the_venv_the_bundle_is_not_used(gpu, carried, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "prefix", str(ROOT / ".venv"))
     assert gpu.bundle.find_environment(tmp_path / "temporary") == {}
 
 
-def test_what_is_for_another_python_is_left_alone(gpu, carried, tmp_path, capsys):
+def test_a_bundle_for_another_python_is_ignored(gpu, carried, tmp_path, capsys):
     (carried / gpu.bundle.MANIFEST).write_text('{"python": "3.99"}')
     assert gpu.bundle.find_environment(tmp_path / "temporary") == {}
     assert ".gpu is for Python 3.99" in capsys.readouterr().out
 
 
-def test_more_than_can_be_carried_is_refused(gpu, carried, monkeypatch):
+def test_a_bundle_over_the_size_limit_is_refused(gpu, carried, monkeypatch):
     gpu.bundle.check_size(carried)
-    monkeypatch.setattr(gpu.bundle, "MOST_BYTES", 1000)
+    monkeypatch.setattr(gpu.bundle, "MAX_BYTES", 1000)
     with pytest.raises(gpu.bundle.BundleError, match="must take 0 MB at most"):
         gpu.bundle.check_size(carried)
 
@@ -336,7 +336,7 @@ def test_an_unknown_part_is_refused(check, capsys):
     assert "--parts takes A, B, E, F, G, C, D, but found Z" in capsys.readouterr().err
 
 
-def test_operations_of_a_step_are_those_of_the_audit():
+def test_the_operations_of_a_step_match_the_formula():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import train_loops\n"

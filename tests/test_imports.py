@@ -1,7 +1,7 @@
 """Who may import whom: only nodes/host/ and nodes/server/routes.py know ComfyUI, the core nothing.
 
 The ruff rule TID251 sees absolute imports only; this walks the syntax trees, relative ones
-included, and then imports the package where the host does not exist.
+included, and then imports the package in a process without the host.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HOST = {
     ),
     **dict.fromkeys(("server", "aiohttp"), ("nodes/server/routes.py",)),
 }
-#: Modules of the core that every package may use; they use each other alone.
+#: Modules of the core that every package may use; they import only each other.
 GROUND = ("checks", "errors", "findings", "progress", "text", "threads")
 #: Files that may import all of the core.
 ABOVE = ("__init__.py", "lora_core/__init__.py", "lora_core/__main__.py")
@@ -115,7 +115,7 @@ def list_imports(source: str, file: str) -> Iterator[str]:
 
 
 def find_package(name: str) -> str:
-    """Row of PACKAGES that a module belongs to, or "ground", or "" where there is none."""
+    """Row of PACKAGES that a module belongs to, or "ground", or "" if there is none."""
     parts = name.split(".")
     if parts[0] == "lora_core":
         parts = parts[1:]
@@ -126,7 +126,7 @@ def find_package(name: str) -> str:
 
 
 def find_violations(source: str, file: str) -> list[str]:
-    """Imports of `source` that a file at this place must not have."""
+    """Imports of `source` that a file at this path must not have."""
     in_core, in_nodes = file.startswith("lora_core/"), file.startswith("nodes/")
     own = find_package(".".join(Path(file).with_suffix("").parts))
     violations = []
@@ -149,7 +149,7 @@ def find_violations(source: str, file: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", SOURCES)
-def test_a_file_imports_only_what_its_place_allows(file):
+def test_a_file_imports_only_what_its_package_allows(file):
     assert find_violations((ROOT / file).read_text(encoding="utf-8"), file) == []
 
 
@@ -226,10 +226,10 @@ ALLOWED = [
 def test_the_table_holds_every_package_once_and_no_cycle():
     folders = {".".join(Path(file).parts[:-1]).removeprefix("lora_core.") for file in SOURCES}
     assert folders - {"", "lora_core"} == set(PACKAGES)
-    TopologicalSorter(PACKAGES).prepare()  # CycleError where one comes back to itself
+    TopologicalSorter(PACKAGES).prepare()  # raises CycleError if there is a cycle
 
 
-def test_only_the_ground_floor_lies_beside_the_packages_of_the_core():
+def test_only_the_ground_floor_is_outside_the_packages_of_the_core():
     beside = {Path(file).stem for file in SOURCES if Path(file).parent.as_posix() == "lora_core"}
     assert beside == {*GROUND, "__init__", "__main__"}
 
@@ -241,7 +241,7 @@ def test_every_package_is_on_the_map():
 
 
 @pytest.mark.parametrize(("file", "source"), FORBIDDEN)
-def test_the_walk_sees_every_forbidden_form(file, source):
+def test_the_walk_detects_every_forbidden_form(file, source):
     assert len(find_violations(source, file)) == 1
 
 
@@ -289,7 +289,7 @@ def import_alone(folder: Path, *modules: str) -> set[str]:
 
 
 def list_core_modules() -> list[str]:
-    """Every module of the core but its command line, dotted and without the package."""
+    """Every module of the core except its command line, dotted and without the package."""
     files = (Path(file).with_suffix("") for file in SOURCES if file.startswith("lora_core/"))
     dotted = (".".join(part for part in file.parts if part != "__init__") for file in files)
     return [name for name in dotted if not name.endswith("__main__")]
@@ -311,7 +311,7 @@ def test_every_public_name_of_the_core_exists_and_is_listed_once():
     assert [name for name in core.__all__ if not hasattr(core, name)] == []
 
 
-#: What scripts import from `lora_core`: a name once here stays.
+#: Names that scripts import from `lora_core`: a name once here stays.
 PROMISED = {
     *("Adapter", "Comparison", "Composition", "DroppedKey", "Finding", "Inspection"),
     *("LoadReport", "ModuleComparison", "ModuleInspection", "TARGET_PRESETS"),
@@ -325,12 +325,12 @@ PROMISED = {
 }
 
 
-def test_every_name_that_was_promised_to_scripts_is_public():
+def test_every_name_promised_to_scripts_is_public():
     core = importlib.import_module(f"{PACKAGE}.lora_core")
     assert PROMISED <= set(core.__all__)
 
 
-def test_the_training_set_of_scripts_is_public():
+def test_the_training_set_api_for_scripts_is_public():
     training = importlib.import_module(f"{PACKAGE}.lora_core.training")
     assert training.__all__ == ["CachedItem", "DatasetWriter", "read_dataset"]
 

@@ -1,6 +1,6 @@
-"""The translations, held against the nodes that ComfyUI serves and against the English help pages.
+"""The translations, checked against the nodes that ComfyUI serves and the English help pages.
 
-English has no nodeDefs.json: where ComfyUI's page (1.47) finds no entry it takes the schema's text.
+English has no nodeDefs.json: if ComfyUI's page (1.47) finds no entry, it uses the schema's text.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCALES = ROOT / "locales"
 PAGES = ROOT / "web" / "docs"
 TRANSLATIONS = sorted(path.parent.name for path in LOCALES.glob("*/nodeDefs.json"))
-#: The sockets of a growing list carry a label of their own, which no translation replaces.
+#: The sockets of a growing list have their own label, which no translation replaces.
 LIST_TYPE, CHOICE_TYPE = "COMFY_AUTOGROW_V3", "COMFY_DYNAMICCOMBO_V3"
-#: Names and descriptions are compiled by the page, where these have a meaning.
+#: Characters with a meaning in names and descriptions, which the page compiles.
 SYNTAX = set("@{}|")
 
 
 def read(path: Path) -> Any:
-    """The file's content; a key that stands twice would hide the first."""
+    """The file's content; refuses duplicate keys, of which the second would hide the first."""
 
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
@@ -37,7 +37,7 @@ def read(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def nodes(comfyui: Any) -> dict[str, Any]:
-    """Node id -> what /object_info says of it."""
+    """Node id -> its entry in /object_info."""
     from qwen_edit_lora.nodes import QwenEditLoraExtension
 
     found = asyncio.run(QwenEditLoraExtension().get_node_list())
@@ -56,7 +56,7 @@ def list_inputs(groups: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def list_texts(node: Mapping[str, Any]) -> dict[str, str]:
-    """Place in a locale file -> English text, for every text that the schema has."""
+    """Key path in a locale file -> English text, for every text of the schema."""
     texts = {"display_name": node["display_name"], "description": node["description"]}
     for key, options in list_inputs(node["input"]):
         texts[f"inputs.{key}.name"] = key
@@ -78,7 +78,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def list_fixed_parts(text: str) -> list[str]:
-    """What a translation keeps: numbers, examples in quotes, file names and identifiers."""
+    """The parts a translation keeps: numbers, examples in quotes, file names and identifiers."""
     quoted = re.findall(r"(?<!\w)'([^']+)'", text)
     rest = re.sub(r"(?<!\w)'[^']+'", " ", text)
     rest = rest.replace("KSampler", " ")  # named by its translated title, too
@@ -88,7 +88,7 @@ def list_fixed_parts(text: str) -> list[str]:
     return sorted([*quoted, *names, *re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", rest)])
 
 
-def test_what_a_translation_keeps_is_found():
+def test_the_fixed_parts_of_a_text_are_found():
     text = "A list '0, 0.5', a/ folder, x_start.png or 64 (.ckpt) to_q, 1e-6."
     expected = [".ckpt", "0, 0.5", "1e-6", "64", "a/", "to_q", "x_start.png"]
     assert list_fixed_parts(text) == expected
@@ -136,7 +136,7 @@ def test_a_translation_keeps_numbers_examples_and_identifiers(nodes, language):
 
 
 @pytest.mark.parametrize("language", TRANSLATIONS)
-def test_a_translation_holds_nothing_that_the_page_would_compile(language):
+def test_a_translation_contains_nothing_the_page_would_compile(language):
     texts = flatten(read(LOCALES / language / "nodeDefs.json"))
     assert all(text == text.strip() != "" for text in texts.values())
     compiled = [text for place, text in texts.items() if not place.endswith(".tooltip")]
@@ -144,7 +144,7 @@ def test_a_translation_holds_nothing_that_the_page_would_compile(language):
 
 
 @pytest.mark.comfy
-def test_the_menu_translated_is_the_menu_there_is(nodes):
+def test_the_translated_menu_matches_the_menu(nodes):
     categories = {node["category"] for node in nodes.values()}
     assert set(read(LOCALES / "en" / "main.json")["nodeCategories"]) == categories
 

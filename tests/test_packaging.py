@@ -1,4 +1,4 @@
-"""What the ComfyUI registry and Manager read."""
+"""The files that the ComfyUI registry and Manager read."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_comfyuis_own_parser_reads_every_field_of_our_configuration(comfyui):
     assert not config.tool_comfy.web  # WEB_DIRECTORY serves the folder; both would serve it twice
 
 
-def test_what_users_do_not_need_stays_out_of_the_archive():
+def test_files_users_do_not_need_stay_out_of_the_archive():
     ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
     assert {"tests/", "benchmarks/", "dev.py", "requirements-dev.txt", ".ci/"} <= set(ignored)
 
 
-def test_what_comfyui_reads_is_in_the_archive():
-    """The archive holds what git tracks, less .comfyignore; new files are to be tracked."""
+def test_files_comfyui_reads_are_in_the_archive():
+    """The archive contains what git tracks, minus .comfyignore; new files must be tracked."""
     try:
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)

@@ -1,4 +1,4 @@
-"""The panel's words: each that is asked for exists, in every language, with the same places."""
+"""The panel's texts: each used one exists, in every language, with the same placeholders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 WEB = Path(__file__).resolve().parents[1] / "web"
 WORDS = WEB / "words"
 LANGUAGES = sorted(path.stem for path in WORDS.glob("*.js"))
-#: Keys that are put together from a value: what they begin with.
+#: Prefixes of keys that are built from a value.
 STEM = re.compile(r"`([\w.]+\.)\$\{")
 ENTRY = re.compile(r'^  "([\w.-]+)":\s+"((?:[^"\\]|\\.)*)",$', re.MULTILINE)
 PLACE = re.compile(r"\{(\w+)\}")
@@ -30,7 +30,7 @@ CODE = "\n".join(p.read_text("utf-8") for p in WEB.rglob("*.js") if p.parent != 
 
 
 @pytest.mark.parametrize("language", [name for name in LANGUAGES if name != "en"])
-def test_a_language_has_every_word_with_its_places(language):
+def test_a_language_has_every_text_with_its_placeholders(language):
     words = read_words(language)
     assert words.keys() == ENGLISH.keys()
     for key, text in words.items():
@@ -38,13 +38,13 @@ def test_a_language_has_every_word_with_its_places(language):
         assert set(PLACE.findall(text)) == set(PLACE.findall(ENGLISH[key])), key
 
 
-def test_every_word_that_is_asked_for_exists():
+def test_every_text_that_is_used_exists():
     asked = set(re.findall(r'\bt\(\s*"([\w.-]+)"', CODE))
     assert len(asked) > 20
     assert asked - ENGLISH.keys() == set()
 
 
-def test_no_word_is_left_that_nobody_asks_for():
+def test_no_unused_text_is_left():
     quoted = set(re.findall(r'"([\w-]+(?:\.[\w-]+)+)"', CODE))
     stems = tuple(STEM.findall(CODE))
     forgotten = [key for key in ENGLISH.keys() - quoted if not key.startswith(stems)]

@@ -1,4 +1,4 @@
-// Elements without HTML: names, logs and metadata of files are a stranger's text.
+// Builds elements without HTML: names, logs and metadata of files are untrusted text.
 
 /** An element with properties, and children that are elements or text. */
 export function build(tag, properties = {}, ...children) {
@@ -9,12 +9,12 @@ export function build(tag, properties = {}, ...children) {
     else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : value);
   }
-  // What is left out: the null or false of `condition && child`.
+  // Skips the null or false of `condition && child`.
   element.append(...children.flat().filter((child) => child || child === 0));
   return element;
 }
 
-/** One of ComfyUI's PrimeIcons, for the eye only. */
+/** One of ComfyUI's PrimeIcons, hidden from screen readers. */
 export function icon(name) {
   return build("i", { class: `pi pi-${name} qel-icon`, "aria-hidden": "true" });
 }
@@ -24,7 +24,7 @@ export function iconButton(name, label, onclick, className = "") {
   return build("button", { ...properties, "aria-label": label, title: label }, icon(name));
 }
 
-// Leaves the page alone where nothing changed, so that selections and screen readers stay put.
+// Leaves the page alone if nothing changed, so that selections and screen readers keep their place.
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -37,7 +37,7 @@ export function setAttribute(element, name, value) {
   if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
 }
 
-// Rows by key in the order of `items`: made once, updated in place, removed with their item.
+// Rows by key in the order of `items`: created once, updated in place, removed with their item.
 export class KeyedRows {
   constructor(parent, build) {
     this.parent = parent;

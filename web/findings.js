@@ -1,4 +1,4 @@
-// What a node found out, as data beside its report: kind, severity, text, count.
+// A node's findings, as data beside its report: kind, severity, text, count.
 
 import { build } from "./elements.js";
 
@@ -16,12 +16,12 @@ export function readFindings(output) {
   return { findings: output?.qwen_edit_lora_findings ?? [], pairs };
 }
 
-/** The finding that a line of the report tells, if any. The server puts its text there as it is. */
-export function findTold(line, findings) {
+/** The finding on a line of the report, if any. The server puts its text there unchanged. */
+export function findFinding(line, findings) {
   return findings.find((finding) => finding.text && line.endsWith(finding.text));
 }
 
-/** "4 of 5 pairs · 1 warning · 2 notes", or null where there is nothing to tell. */
+/** "4 of 5 pairs · 1 warning · 2 notes", or null if there is nothing to report. */
 export function buildSummary({ findings, pairs }, t) {
   const parts = [];
   if (pairs) {
@@ -42,9 +42,9 @@ export function buildSummary({ findings, pairs }, t) {
   return row;
 }
 
-/** A line of the report; one of a finding has its color, and its kind and number on hover. */
+/** A line of the report; a finding's line has its color, and its kind and count on hover. */
 export function buildLine(line, finding) {
-  const row = build("div", {}, line || "\u00a0"); // never innerHTML: file names are not ours
+  const row = build("div", {}, line || "\u00a0"); // never innerHTML: file names are untrusted
   if (!finding) return row;
   row.dataset.kind = finding.kind;
   row.dataset.severity = finding.severity;

@@ -1,4 +1,4 @@
-// Numbers, sizes and times as people read them.
+// Human-readable numbers, sizes and times.
 
 export function formatSize(bytes) {
   if (!Number.isFinite(bytes)) return "";
@@ -12,7 +12,7 @@ export function formatCount(number) {
   return number < 1e9 ? `${(number / 1e6).toFixed(1)} M` : `${(number / 1e9).toFixed(2)} B`;
 }
 
-// So many significant digits, as short as they can be told.
+// Rounds to this many significant digits, in the shortest form.
 export function formatNumber(number, digits = 4) {
   if (number === null || number === undefined || Number.isNaN(number)) return "–";
   if (number === 0) return "0";

@@ -1,23 +1,23 @@
-// Puts nodes into the user's graph. Works on litegraph's model, which both node renderers show.
+// Adds nodes to the user's graph. Works on litegraph's model, which both node renderers show.
 
 const GAP = 60; // px of the graph between the two nodes
-const STEP = 40; // and how far a pair moves away from one that lies at the same place
+const STEP = 40; // offset of a pair from one at the same position
 
 function toGraph(app, clientX, clientY) {
-  // Not by the canvas element's own size: with Vue nodes other elements lie over it.
+  // Not by the canvas element's own size: with Vue nodes other elements cover it.
   const { left, top } = app.canvas.canvas.getBoundingClientRect();
   const { offset, scale } = app.canvas.ds;
   return [(clientX - left) / scale - offset[0], (clientY - top) / scale - offset[1]];
 }
 
-/** Position in the graph of a mouse or drag event: the middle of a title bar put there. */
+/** Graph position that centers a title bar on a mouse or drag event. */
 export function getDropPosition(app, event) {
   const [x, y] = toGraph(app, event.clientX, event.clientY);
   return [x - 20, y + window.LiteGraph.NODE_TITLE_HEIGHT / 2];
 }
 
-// The middle of what the panels leave of the canvas; below what lies there if that is in sight,
-// else a little beside it.
+// The center of the canvas area not covered by panels; if occupied, below the nodes there if that
+// is visible, otherwise slightly offset.
 function findFreePosition(app, graph, width, height) {
   const panel = document.querySelector(".graph-canvas-panel") ?? app.canvas.canvas;
   const area = panel.getBoundingClientRect();
@@ -55,10 +55,10 @@ function offers(node, loraName) {
 }
 
 /**
- * Adds Load Edit LoRA wired to Apply Edit LoRA to the graph that is open, as one step to undo.
+ * Adds Load Edit LoRA wired to Apply Edit LoRA to the open graph, as one undo step.
  *
- * @param loraName the file as the loaders list it.
- * @param position of the pair in the graph; without it the middle of the visible canvas.
+ * @param loraName the file's name in the loaders' list.
+ * @param position of the pair in the graph; defaults to the center of the visible canvas.
  * @returns {{load, apply}} the nodes.
  */
 export async function addLoadAndApply(app, loraName, position) {

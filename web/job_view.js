@@ -9,7 +9,7 @@ import { createTranslator } from "./translation.js";
 const HEIGHT = 132; // px
 const CHART_HEIGHT = 84; // px
 const PROPERTY = "qwen_edit_lora_job"; // of the node
-const MIN_INTERVAL = 3000; // ms between questions for the curve
+const MIN_INTERVAL = 3000; // ms between requests for the curve
 
 export class JobView {
   constructor({ app, jobs, showJob }) {
@@ -47,7 +47,7 @@ export class JobView {
     return this.element.hidden ? 0 : HEIGHT;
   }
 
-  // From a saved workflow: perhaps of another machine, or deleted since; then nothing is shown.
+  // From a saved workflow: perhaps from another machine, or deleted since; then nothing is shown.
   recall(id) {
     this.isRecalled = true;
     this.showJob(id);
@@ -122,7 +122,7 @@ export function addJobWidget(node, context) {
     const isFirst = view.element.hidden;
     view.isRecalled = false;
     view.showJob(id);
-    // Kept in the workflow, so that the training is seen again when it is opened tomorrow.
+    // Saved in the workflow, so that reopening it shows the training again.
     node.setProperty?.(PROPERTY, id);
     if (isFirst) node.setSize?.([node.size[0], Math.max(node.size[1] + HEIGHT, node.computeSize()[1])]);
   };

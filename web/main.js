@@ -28,9 +28,9 @@ const NODES_WITH_REPORT = new Set([
 
 const NODES_WITH_JOB = new Set(["QwenEditLoraTrain", "QwenEditLoraJob"]);
 
-// Listened to by the browser of LoRA files while it is open.
+// The browser of LoRA files listens to this while it is open.
 api.addEventListener("qwen_edit_lora.adapters", () => {});
-// Listens from now on: an event that nobody has asked for is an error in ComfyUI's console.
+// Listens from the start: an event without a listener is an error in ComfyUI's console.
 const jobs = new Jobs(api);
 let sidebar = null;
 
@@ -41,7 +41,7 @@ function findNode(locator) {
   return graph?.getNodeById(id);
 }
 
-// "5" is a node of the workflow itself, "3:5" node 5 inside the subgraph that node 3 stands for.
+// "5" is a node of the workflow itself, "3:5" is node 5 inside the subgraph of node 3.
 function findExecutedNode(id) {
   const path = String(id).split(":");
   const last = path.pop();
@@ -67,7 +67,7 @@ app.registerExtension({
     node.recallJob?.();
   },
 
-  // Outputs that come back with a reloaded page or from the history.
+  // Outputs restored with a reloaded page or from the history.
   onNodeOutputsUpdated(outputs) {
     for (const [locator, output] of Object.entries(outputs)) {
       if (output?.qwen_edit_lora_report !== undefined) findNode(locator)?.showReport?.(output);

@@ -1,7 +1,7 @@
 // Shows what a node reported (matched keys, side path or merge, warnings) on the node itself.
 // A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
 
-import { buildLine, buildSummary, COLORS, findTold, readFindings } from "./findings.js";
+import { buildLine, buildSummary, COLORS, findFinding, readFindings } from "./findings.js";
 
 const MIN_HEIGHT = 64; // px, about four lines
 const NOTHING = readFindings(null);
@@ -33,13 +33,13 @@ export function createReportView(t) {
     show(text, state, found = NOTHING) {
       view.text = text ?? "";
       const lines = (view.text || t("report.waiting")).split("\n");
-      const told = lines.map((line) => findTold(line, found.findings));
-      const untold = found.findings.filter((finding) => !told.includes(finding));
+      const matched = lines.map((line) => findFinding(line, found.findings));
+      const unmatched = found.findings.filter((finding) => !matched.includes(finding));
       const summary = buildSummary(found, t);
       element.replaceChildren(
         ...(summary ? [summary] : []),
-        ...lines.map((line, index) => buildLine(line, told[index])),
-        ...untold.map((finding) => buildLine(finding.text, finding)),
+        ...lines.map((line, index) => buildLine(line, matched[index])),
+        ...unmatched.map((finding) => buildLine(finding.text, finding)),
       );
       element.style.opacity = view.text ? "" : "0.6";
       element.style.borderLeftColor = view.text ? COLORS[state] : "transparent";
@@ -58,16 +58,16 @@ export function addReportWidget(node, t) {
     setValue: () => {},
     getMinHeight: () => MIN_HEIGHT,
   });
-  widget.serialize = false; // a report is no setting: keep it out of saved workflows
-  // A node takes its size before extensions add to it.
+  widget.serialize = false; // a report is not a setting: keep it out of saved workflows
+  // A node's size is set before extensions add widgets.
   const [width, height] = node.computeSize();
   node.setSize?.([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   node.showReport = (output) => {
     const text = output?.qwen_edit_lora_report?.[0];
-    // Nodes that a sweep expands into report under its id; their reports are not the sweep's.
+    // Nodes that a sweep expands into report under its id; skip their reports.
     const source = output?.qwen_edit_lora_node?.[0];
     if (text === undefined || (source && source !== node.comfyClass)) return;
-    // A sweep that is cached as a whole sends the first lines of its report only.
+    // A fully cached sweep sends only the first lines of its report.
     if (view.text !== text && view.text.startsWith(`${text}\n`)) return;
     const state = output.qwen_edit_lora_warning?.[0] ? "warning" : "fine";
     view.show(text, state, readFindings(output));

@@ -1,11 +1,11 @@
-// The panel's words in the language ComfyUI is set to; English where there are no others.
+// The panel's texts in ComfyUI's language; English if there is no translation.
 
 import { EN } from "./words/en.js";
 import { ZH } from "./words/zh.js";
 
 const LANGUAGES = { en: EN, zh: ZH };
 
-// t("job.left", { time: "3 s" }) fills {n}. Made anew when the panel opens, so a change is seen then.
+// t("job.left", { time: "3 s" }) fills {time}. Created anew when the panel opens, so a change shows.
 export function createTranslator(app) {
   const locale = app.extensionManager?.setting?.get?.("Comfy.Locale") ?? "en";
   const words = LANGUAGES[locale] ?? LANGUAGES[locale.split("-")[0]] ?? EN;

@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/gpu_check.py`, each a program of its own: `python -m gpu A ...`."""
+"""The parts of `benchmarks/gpu_check.py`, each a separate program: `python -m gpu A ...`."""

@@ -44,7 +44,7 @@ def main() -> int:
         context = build_context(options, options.folder or Path(temporary), letter)
         try:
             run(context)
-        except Exception as e:  # noqa: BLE001  the rest shall go on
+        except Exception as e:  # noqa: BLE001  the rest must go on
             context.record.fail("the whole part", e)
             return 1
     return 0

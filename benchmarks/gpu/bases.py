@@ -1,4 +1,4 @@
-"""Random models, training sets and LoRAs of any size, drawn on the card where there is one."""
+"""Random models, training sets and LoRAs of any size, generated on the GPU if there is one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qwen_edit_lora.lora_core.training.model.architecture import Architecture  #
 STD = 0.02
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-#: Entries drawn at a time for a file, and written again and again.
+#: Random values generated at once for a file, and written repeatedly.
 POOL = 2**24
 
 
@@ -33,13 +33,13 @@ def build_architecture(sizes: Sizes, num_blocks: int) -> Architecture:
 
 
 def list_shapes(sizes: Sizes, num_blocks: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model by its key in ComfyUI's files."""
+    """Shape of every tensor of the model, by its key in ComfyUI's files."""
     model = build_architecture(sizes, num_blocks).build_empty()
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def draw(shape: tuple[int, ...], is_gain: bool, device: str) -> torch.Tensor:
-    """bf16, on the device; gains of norms are 1."""
+    """A random bf16 tensor on the device; 1 for gains of norms."""
     if is_gain:
         return torch.ones(shape, device=device, dtype=torch.bfloat16)
     return torch.empty(shape, device=device, dtype=torch.bfloat16).normal_(std=STD)
@@ -48,11 +48,11 @@ def draw(shape: tuple[int, ...], is_gain: bool, device: str) -> torch.Tensor:
 def draw_state_dict(
     sizes: Sizes, num_blocks: int, storage: str, device: str
 ) -> dict[str, torch.Tensor]:
-    """On the CPU, as a file of this storage holds it.
+    """A state dict on the CPU, as in a file of this storage.
 
     Args:
         storage: "bf16"; "fp8", the plain downcast of every matrix; "fp8_scaled", the matrices of
-            the blocks with a scale each and ComfyUI's note.
+            the blocks with one scale each and ComfyUI's marker.
     """
     torch.manual_seed(0)
     stored = {}
@@ -77,7 +77,7 @@ def write_base(path: Path, sizes: Sizes, num_blocks: int, storage: str, device: 
 
 
 def write_large_base(path: Path, sizes: Sizes, num_blocks: int) -> Path:
-    """A bf16 file whose tensors repeat one pool of numbers, so that the disk alone takes time."""
+    """A bf16 file whose tensors repeat one pool of values, so that only the disk takes time."""
     torch.manual_seed(0)
     pool = draw((POOL,), False, "cpu")
     tensors = {}
@@ -89,7 +89,7 @@ def write_large_base(path: Path, sizes: Sizes, num_blocks: int) -> Path:
 
 
 def write_dataset(folder: Path, sizes: Sizes, with_masks: bool = False) -> Path:
-    """Two items of one size whose texts differ in length, so that a batch of both is padded."""
+    """Two items of equal size with texts of different length, so that a batch of both is padded."""
     writer = DatasetWriter(folder)
     generator = torch.Generator().manual_seed(1)
     side = sizes.side
@@ -107,7 +107,7 @@ def write_dataset(folder: Path, sizes: Sizes, with_masks: bool = False) -> Path:
 def build_adapter(
     sizes: Sizes, num_blocks: int, rank: int, device: str, seed: int = 0, **more: Any
 ) -> Adapter:
-    """A LoRA on every Linear that LoRAs take, bf16, on the CPU; `more` is for LoraWeights."""
+    """A bf16 LoRA on the CPU for every Linear that LoRAs target; `more` is for LoraWeights."""
     torch.manual_seed(seed)
     modules = {}
     for block in range(num_blocks):

@@ -1,8 +1,8 @@
-"""`.gpu/`: what a bare machine with a card lacks, in a folder that can be carried there.
+"""`.gpu/`: what a bare machine with a GPU lacks, in a portable folder.
 
 Bare means Python with torch, torchvision, torchaudio, transformers, accelerate, peft, safetensors,
-einops, aiohttp, scipy, pytest and what these need, and no network. Wheels stay zipped until the
-check unpacks them into a temporary folder; versions are those of the Python that prepares.
+einops, aiohttp, scipy, pytest and their dependencies, but no network. Wheels stay zipped until the
+check unpacks them into a temporary folder; versions are those of the Python that prepares them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .settings import ROOT
 
 BUNDLE = ROOT / ".gpu"
 MANIFEST, COMFYUI, BITSANDBYTES = "manifest.json", "comfyui.tar.xz", "bitsandbytes.tar.xz"
-#: Bytes of the folder and of the checkout together, so that both can be carried at once.
-MOST_BYTES = 52e6
+#: Size limit in bytes of the folder and the checkout together, so both can be carried at once.
+MAX_BYTES = 52e6
 
 WHEELS = (
     *("diffusers", "importlib_metadata", "lazy-importer"),
@@ -34,10 +34,10 @@ WHEELS = (
     *("annotated-types", "typing-inspection", "blake3", "comfy_aimdo", "comfy_kitchen"),
     *("torchsde", "trampoline", "simpleeval", "gguf", "schedulefree", "prodigyopt"),
 )
-#: Those whose wheel for every system is taken: the others carry kernels of 45 MB.
+#: Packages of which the platform-independent wheel is taken: others contain 45 MB of kernels.
 ANY_SYSTEM = ("comfy_kitchen",)
 GLIBC = (17, 24, 27, 28, 31, 34, 35)
-#: bitsandbytes for CPUs, and for the CUDA that torch's wheels of the bare machine are built with.
+#: bitsandbytes for CPUs, and for the CUDA version that the bare machine's torch is built with.
 LIBRARIES = ("libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so")
 
 COMFYUI_FOLDERS = ("comfy", "comfy_extras", "comfy_execution", "comfy_config", "app", "utils")
@@ -46,7 +46,7 @@ COMFYUI_FOLDERS += ("comfy_api", "comfy_api_nodes", "alembic_db", "middleware", 
 LEFT_OUT = ("llama_tokenizer", "qwen35_tokenizer", "t5_tokenizer", "t5_pile_tokenizer")
 LEFT_OUT += ("hydit_clip_tokenizer", "ace_lyrics_tokenizer", "__pycache__")
 
-#: PyAV, which ComfyUI imports everywhere and this check never calls, is a wheel of 36 MB.
+#: PyAV, a wheel of 36 MB, which ComfyUI imports everywhere but this check never calls.
 AV_STUB = '''
     """Stands in for PyAV: everything imports and nothing works."""
 
@@ -90,7 +90,7 @@ class BundleError(Exception):
 
 
 def find_environment(folder: Path) -> dict[str, str]:
-    """Unpacks `.gpu/` and says what parts have to be started with; nothing inside `.venv`."""
+    """Unpacks `.gpu/` and returns the environment for the parts; empty inside `.venv`."""
     if Path(sys.prefix) == ROOT / ".venv" or not (BUNDLE / MANIFEST).is_file():
         return {}
     wanted = json.loads((BUNDLE / MANIFEST).read_text())["python"]
@@ -106,7 +106,7 @@ def find_environment(folder: Path) -> dict[str, str]:
 
 
 def unpack(site: Path, comfyui: Path) -> None:
-    """Wheels as pip would lay them, without their scripts."""
+    """Unpacks wheels as pip would, without their scripts."""
     for wheel in sorted(BUNDLE.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
@@ -121,10 +121,10 @@ def unpack(site: Path, comfyui: Path) -> None:
 
 
 def prepare(python: str) -> None:
-    """Gathers everything anew, for that version of Python on Linux and x86-64.
+    """Collects everything afresh, for this version of Python on Linux and x86-64.
 
     Raises:
-        BundleError: pip finds something not, or all of it is too large to carry.
+        BundleError: pip does not find something, or everything together is too large to carry.
     """
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".gpu-") as temporary:
         folder = Path(temporary) / "bundle"
@@ -177,7 +177,7 @@ def download(
 
 
 def reduce_bitsandbytes(version: str, python: str, folder: Path, temporary: Path) -> None:
-    """Its wheel without the libraries of other CUDAs."""
+    """Removes the libraries for other CUDA versions from its wheel."""
     download([f"bitsandbytes=={version}"], python, temporary)
     (wheel,) = temporary.glob("bitsandbytes-*.whl")
     with zipfile.ZipFile(wheel) as archive, tarfile.open(folder / BITSANDBYTES, "w:xz") as tar:
@@ -199,7 +199,7 @@ def find_comfyui() -> Path:
 
 
 def pack_comfyui(comfyui: Path, path: Path) -> None:
-    """What importing it and running a model need."""
+    """Packs what importing it and running a model need."""
 
     def choose(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
         return None if LEFT_OUT_SET & set(Path(info.name).parts) else info
@@ -217,21 +217,21 @@ LEFT_OUT_SET = frozenset(LEFT_OUT)
 
 
 def check_size(folder: Path) -> None:
-    """Prints what is carried, and how much of the room it takes with the checkout."""
+    """Prints the contents, and how much of the size limit they take together with the checkout."""
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     for name, size in sorted(files.items(), key=lambda item: -item[1]):
         print(f"{size / 1e6:8.2f} MB  {name}")
     bundle, checkout = sum(files.values()), measure_checkout()
     print(f"{bundle / 1e6:8.2f} MB  .gpu\n{checkout / 1e6:8.2f} MB  the checkout", flush=True)
-    if bundle + checkout > MOST_BYTES:
+    if bundle + checkout > MAX_BYTES:
         raise BundleError(
-            f".gpu and the checkout must take {MOST_BYTES / 1e6:.0f} MB at most, but take "
+            f".gpu and the checkout must take {MAX_BYTES / 1e6:.0f} MB at most, but take "
             f"{(bundle + checkout) / 1e6:.1f}: leave something out."
         )
 
 
 def measure_checkout() -> int:
-    """Bytes of what git tracks or would."""
+    """Size in bytes of all files that git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     files = [ROOT / name for name in found.stdout.split("\0") if name]

@@ -1,4 +1,4 @@
-"""Programs with a time limit, ended together with everything they started."""
+"""Programs with a time limit, terminated together with everything they started."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any, TextIO
 
 from .settings import Context
 
-#: Status of a program that was ended at its limit, as timeout(1) gives it.
+#: Exit status of a program terminated at its limit, as in timeout(1).
 TIMED_OUT = 124
 
 
 def start_group(
     command: Sequence[str | Path], log: TextIO, environment: Mapping[str, str], **options: Any
 ) -> subprocess.Popen:
-    """Starts a program in a process group of its own; what it says on stderr goes to `log`."""
+    """Starts a program in its own process group, with stderr written to `log`."""
     if os.name == "nt":
         options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
     else:
@@ -30,7 +30,7 @@ def start_group(
 
 
 def wait(process: subprocess.Popen, deadline: float) -> int:
-    """Its status; at the deadline, of `time.time`, it is ended and the status is TIMED_OUT."""
+    """Its exit status; TIMED_OUT if it was terminated at the deadline, a `time.time`."""
     try:
         return process.wait(max(0.0, deadline - time.time()))
     except subprocess.TimeoutExpired:
@@ -40,7 +40,7 @@ def wait(process: subprocess.Popen, deadline: float) -> int:
 
 
 def stop_group(process: subprocess.Popen) -> None:
-    """Ends a program of `start_group` and all that it started, at once."""
+    """Immediately ends a program of `start_group` and everything it started."""
     if os.name == "nt":
         if process.poll() is None:
             command = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
@@ -54,12 +54,12 @@ def stop_group(process: subprocess.Popen) -> None:
 
 
 def start_piece(context: Context, piece: str) -> subprocess.Popen:
-    """A further process of a part, such as "E:run_legacy"; it ends with its part's group."""
+    """Starts another process of a part, such as "E:run_legacy"; it ends with its part's group."""
     return subprocess.Popen(build_command(context, piece))
 
 
 def build_command(context: Context, part: str) -> list[str]:
-    """The command line of a part, or of "part:function", with the same settings as this one's."""
+    """The command line of a part, or of "part:function", with the settings of this one."""
     record = context.record
     command = [sys.executable, "-m", "gpu", part, "--results", record.path]
     command += ["--card", record.card, "--command", record.command]

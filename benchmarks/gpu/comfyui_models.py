@@ -1,7 +1,7 @@
-"""ComfyUI in this process, its own Qwen-Image model on random weights, and calls of it.
+"""ComfyUI in this process: its own Qwen-Image model with random weights, and calls of the model.
 
-`start_comfyui` has to come before anything imports torch where dynamic VRAM is wanted, as in
-ComfyUI's main.py.
+With dynamic VRAM, `start_comfyui` must be called before anything imports torch, as in ComfyUI's
+main.py.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def start_comfyui(device: str, dynamic: bool, keep_on_card: bool = False) -> str
     """Imports ComfyUI as its main.py starts it on this device.
 
     Args:
-        dynamic: with dynamic VRAM, main.py's default on NVIDIA's cards.
-        keep_on_card: as with --highvram.
+        dynamic: whether to use dynamic VRAM, main.py's default on NVIDIA GPUs.
+        keep_on_card: like --highvram.
 
     Returns:
-        Why there is no dynamic VRAM although it was wanted; "" where all is as wanted.
+        Why there is no dynamic VRAM although it was requested, or "".
     """
     control = None
     if dynamic:
@@ -49,7 +49,7 @@ def start_comfyui(device: str, dynamic: bool, keep_on_card: bool = False) -> str
     args.use_pytorch_cross_attention = True
     args.highvram = keep_on_card
     if device == "cuda":
-        import cuda_malloc  # noqa: F401  chooses torch's allocator, as long as torch is not there
+        import cuda_malloc  # noqa: F401  chooses torch's allocator, if torch is not imported yet
     import comfy.memory_management
     import comfy.model_management as management
     import comfy.model_patcher
@@ -70,7 +70,7 @@ def start_comfyui(device: str, dynamic: bool, keep_on_card: bool = False) -> str
 
 
 def start_aimdo(control: Any) -> bool:
-    """As main.py does; releases before 0.4.11 know fewer options."""
+    """Like main.py; releases before 0.4.11 have fewer options."""
     try:
         return bool(control.init(nvml_pressure=True))
     except TypeError:
@@ -78,18 +78,18 @@ def start_aimdo(control: Any) -> bool:
 
 
 def load_model(state_dict: dict[str, Any], storage: str) -> Any:
-    """As the stock loader does: ComfyUI's detection, model class and patcher."""
+    """Loads like the stock loader: ComfyUI's detection, model class and patcher."""
     import comfy.sd
     import torch
 
-    let_small_models_in()
+    allow_small_models()
     dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
     options = {"dtype": dtypes[storage]} if storage in dtypes else {}
     return comfy.sd.load_diffusion_model_state_dict(dict(state_dict), options)
 
 
-def let_small_models_in() -> None:
-    """ComfyUI knows one width; the tests' shim reads it from the weights."""
+def allow_small_models() -> None:
+    """ComfyUI supports one width only; the tests' shim reads it from the weights."""
     name = "gpu_check_shim"
     if name in sys.modules:
         return
@@ -102,7 +102,7 @@ def let_small_models_in() -> None:
 
 
 def build_resident_model(sizes: Sizes, num_blocks: int, device: str) -> Any:
-    """A bf16 model whose weights are drawn where they stay."""
+    """A bf16 model whose weights are generated in place on the device."""
     import comfy.model_base
     import comfy.model_patcher
     import comfy.supported_models
@@ -133,7 +133,7 @@ def build_resident_model(sizes: Sizes, num_blocks: int, device: str) -> Any:
 
 @dataclass
 class Calls:
-    """What several calls of a model took and gave."""
+    """Times and predictions of several calls of a model."""
 
     seconds: list[float] = field(default_factory=list)
     """Of each call after the first, which also loads."""
@@ -153,12 +153,12 @@ def call_model(
     watch: Callable[[int], None] = lambda index: None,
     keep: bool = True,
 ) -> Calls:
-    """Calls a MODEL once a noise level through ComfyUI's sampling, with one reference.
+    """Calls a MODEL once per noise level through ComfyUI's sampling, with one reference.
 
     Args:
-        side: of the latents.
-        watch: told the number of each call right after it, with the device idle.
-        keep: whether predictions are kept.
+        side: side length of the latents.
+        watch: called with the number of each call right after it, with the device idle.
+        keep: whether to keep the predictions.
     """
     import torch
     from qwen_edit_lora.nodes.host.sampling import predict
@@ -191,7 +191,7 @@ def call_model(
 
 
 def apply(model: Any, *layers: tuple[Any, float], mode: str = "side path") -> Any:
-    """Our Apply on a MODEL: adapters with their strengths."""
+    """Applies adapters at their strengths to a MODEL with our Apply."""
     import torch
     from qwen_edit_lora.lora_core.adapter.strengths import Strengths
     from qwen_edit_lora.nodes.patching import application
@@ -202,7 +202,7 @@ def apply(model: Any, *layers: tuple[Any, float], mode: str = "side path") -> An
 
 
 def measure_difference(found: list[Any], expected: list[Any]) -> float:
-    """Largest relative difference of the calls' predictions, by norms; NaN counts as inf."""
+    """Largest relative difference in norm between the calls' predictions; NaN counts as inf."""
     worst = 0.0
     for a, b in zip(found, expected, strict=True):
         difference = ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
@@ -211,5 +211,5 @@ def measure_difference(found: list[Any], expected: list[Any]) -> float:
 
 
 def count_swapped_forwards(model: Any) -> int:
-    """Modules of the base with a forward of their own; 0 unless a call left some."""
+    """Number of modules of the base with a swapped forward; 0 unless a call left some."""
     return sum("forward" in module.__dict__ for module in model.model.diffusion_model.modules())

@@ -1,4 +1,4 @@
-"""The project's command line inside this process, so that many runs pay for one import."""
+"""The project's command line inside this process, so that many runs share one import."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import_extension()
 
 @dataclass
 class Outcome:
-    """What one command line gave."""
+    """The result of one command line."""
 
     status: int
     stdout: str
@@ -53,7 +53,7 @@ def run_command(
     """Runs `python -m lora_core ARGUMENTS` here.
 
     Args:
-        prepare: called first, inside what is captured.
+        prepare: called first, with its output captured too.
     """
     from qwen_edit_lora.lora_core.__main__ import main
 
@@ -86,7 +86,7 @@ def read_json_lines(text: str) -> list[dict[str, Any]]:
 
 
 def write_config(context: Context, name: str, base: str = "bf16", **changes: Any) -> Path:
-    """A configuration of defaults but for `changes`, by dotted name with "__" for the dot."""
+    """A configuration with defaults except `changes`, by dotted name with "__" for the dot."""
     folder = context.folder / name
     values: dict[str, Any] = {
         "name": "check",

@@ -1,4 +1,4 @@
-"""Clocks and memory of a card, and of the processor in its place in a dry run."""
+"""Clocks and memory of a GPU, or of the CPU in a dry run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def synchronize(device: str) -> None:
 
 
 def free(device: str) -> None:
-    """Gives back what nothing holds any more."""
+    """Frees unreferenced memory."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def time_calls(function: Callable[[], object], device: str, calls: int = 10) -> float:
-    """Median seconds of a call after one that warms up."""
+    """Median seconds per call, after a warm-up call."""
     function()
     synchronize(device)
     seconds = []
@@ -48,7 +48,7 @@ def time_calls(function: Callable[[], object], device: str, calls: int = 10) -> 
 
 
 def take_time(function: Callable[[], object], device: str) -> float:
-    """Seconds on the wall, with the device idle before and after."""
+    """Wall-clock seconds, with the device idle before and after."""
     synchronize(device)
     started = time.perf_counter()
     function()
@@ -57,7 +57,7 @@ def take_time(function: Callable[[], object], device: str) -> float:
 
 
 class Peak:
-    """Most memory in use since it was made: of torch's allocator, or of the process."""
+    """Peak memory since it was created: of torch's allocator, or of the process."""
 
     def __init__(self, device: str):
         self.device = device
@@ -75,13 +75,13 @@ class Peak:
 
 
 def reset_host_peak() -> None:
-    """Starts the process's high-water mark anew, where the system lets us."""
+    """Resets the process's high-water mark, if the system supports it."""
     if CLEAR_REFS.exists():
         CLEAR_REFS.write_text("5")
 
 
 def read_host_memory(name: str) -> int:
-    """VmRSS, VmHWM, RssAnon or RssFile of this process in bytes; 0 where the system tells none."""
+    """VmRSS, VmHWM, RssAnon or RssFile of this process in bytes; 0 if the system has none."""
     if not STATUS.exists():
         return 0
     lines = STATUS.read_text().splitlines()
@@ -89,8 +89,8 @@ def read_host_memory(name: str) -> int:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Holds back other processes that measure, by a lock on a file; nothing without fcntl."""
+def exclusive(path: Path) -> Iterator[None]:
+    """Blocks other measuring processes with a file lock; does nothing without fcntl."""
     try:
         import fcntl
     except ImportError:

@@ -1,7 +1,7 @@
 """Part E: the side path under ComfyUI's dynamic VRAM, beside its older patcher and the merge.
 
-Each patcher has a process of its own, as both replace parts of ComfyUI; they start side by side
-and measure one after the other.
+Each patcher has its own process, as both replace parts of ComfyUI; they start in parallel and
+measure one after the other.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .settings import Context
 STORAGES = ("bf16", "fp8", "fp8_scaled")
 FEW_STORAGES = ("bf16", "fp8_scaled")  # of a dry run
 LEGACY, DYNAMIC = "legacy", "dynamic"
-#: Relative difference of predictions between the ways to apply, in bf16.
+#: Allowed relative difference of predictions between the ways to apply, in bf16.
 CLOSE = "<= 0.02"
 OVERHEAD = "<= 8"
 GIB = 2**30
 
 
 def run(context: Context) -> None:
-    if context.is_dry:  # where both patchers are the same one, in one process
+    if context.is_dry:  # both patchers are the same one, in one process
         run_legacy(context)
         run_dynamic(context)
         compare(context)
@@ -55,17 +55,17 @@ def run_dynamic(context: Context) -> None:
 
 
 def measure_all(context: Context, name: str) -> None:
-    """Calls of every storage and way; predictions go into files for `compare`."""
+    """Calls for every storage and way; predictions are written to files for `compare`."""
     reason = start_comfyui(context.device, dynamic=name == DYNAMIC)
     import torch
 
     from .bases import build_adapter, draw_state_dict
-    from .devices import alone, free
+    from .devices import exclusive, free
 
     if reason:
         context.record.skip("dynamic VRAM", reason)
     sizes, device, blocks = context.sizes, context.device, context.sizes.few_blocks
-    with torch.inference_mode(), alone(context.folder / "card.lock"):
+    with torch.inference_mode(), exclusive(context.folder / "card.lock"):
         low, high = sizes.ranks
         adapters = {
             f"r{low}": build_adapter(sizes, blocks, low, device, 1),
@@ -102,7 +102,7 @@ class Measured:
     ):
         self.context, self.model, self.adapters = context, model, adapters
         self.label = f"{name}, {storage}"
-        #: The older patcher is only compared with; one storage of it says enough of the rest.
+        #: The older patcher is only a reference; one storage represents the others.
         self.is_whole = name == DYNAMIC or storage == "bf16"
         self.low, self.high, second = adapters
         self.ways: dict[str, tuple[tuple[Any, float], ...]] = {
@@ -119,7 +119,7 @@ class Measured:
         for way, layers in self.ways.items():
             patched = apply(self.model, *layers)
             found[way] = self.call(way, patched, base.median_s).predictions
-            self.look_at_bank(f"{way}, room", patched)
+            self.measure_resident_share(f"{way}, room", patched)
         if self.is_whole:
             self.profile()
         again = self.call("base again", self.model)
@@ -147,13 +147,13 @@ class Measured:
         return calls
 
     def measure_with_little_room(self) -> None:
-        """The same with a filler that leaves half of the model's weights room on the card."""
+        """The same with a filler that leaves room on the GPU for half of the model's weights."""
         import torch
 
         unload()
         free_bytes, _ = torch.cuda.mem_get_info()
         size = self.model.model_size()
-        leave = size // 2 + 3 * GIB  # beside weights: activations, and ComfyUI's own reserve
+        leave = size // 2 + 3 * GIB  # besides weights: activations, and ComfyUI's own reserve
         if free_bytes <= leave:
             self.context.record.skip(f"{self.label}, little room", "the card is full already")
             return
@@ -162,15 +162,15 @@ class Measured:
         for way in (self.low, self.high):
             patched = apply(self.model, *self.ways[way])
             self.call(f"{way}, little room", patched, base.median_s)
-            share = self.look_at_bank(f"{way}, little room", patched)
+            share = self.measure_resident_share(f"{way}, little room", patched)
             if share is not None:
                 name = f"{self.label}, {way}, little room, bank on the card"
                 self.context.record.goal(name, share, "", ">= 0.99")
         del filler
         torch.cuda.empty_cache()
 
-    def look_at_bank(self, way: str, patched: Any) -> float | None:
-        """Share of the LoRAs' pages that lie on the card after a call; None without pages."""
+    def measure_resident_share(self, way: str, patched: Any) -> float | None:
+        """Share of the LoRAs' pages that are on the GPU after a call; None without pages."""
         from qwen_edit_lora.nodes.patching import side_path
 
         try:
@@ -205,7 +205,7 @@ class Measured:
 
 
 def compare(context: Context) -> None:
-    """What both patchers and the merge predicted, against each other."""
+    """Compares the predictions of both patchers and the merge."""
     import torch
 
     record = context.record
@@ -222,7 +222,7 @@ def compare(context: Context) -> None:
         difference = measure_difference(dynamic[low], legacy["merge"])
         effect = measure_difference(legacy["merge"], legacy["base"])
         text = f"the LoRA itself changes {effect:.3g}"
-        # Merging rounds the sum to the storage's few bits, which the side path does not.
+        # Merging rounds the sum to the storage's low precision, which the side path does not.
         name = f"{storage}, side path - merge"
         if storage == "bf16":
             record.limit(name, difference, "", CLOSE, text)

@@ -1,4 +1,4 @@
-"""This checkout under the name that ComfyUI gives it, and the benchmarks that parts share."""
+"""Imports this checkout under the name ComfyUI gives it, and the benchmarks that parts share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part A: what machine this is, and the rates that everything else is measured against."""
+"""Part A: the machine, and the rates that everything else is measured against."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .records import read_records
 from .settings import Context
 from .traces import ATTENTION, find_kind, trace
 
-#: Names that other parts look for.
+#: Record names that other parts read.
 PRODUCT_RATE = "bf16 product rate, square"
 COPY_RATE = "copy on the device, read and written"
 
@@ -46,7 +46,7 @@ def run(context: Context) -> None:
 
 
 def find_rate(context: Context, name: str) -> float | None:
-    """What part A measured, in its unit; None where it did not run."""
+    """A rate measured by part A, in its unit; None if it did not run."""
     found = [r.value for r in read_records(context.results) if r.part == "A" and r.name == name]
     return float(found[-1]) if found and isinstance(found[-1], int | float) else None
 
@@ -103,7 +103,7 @@ def measure_copies(context: Context) -> None:
 
 
 def look_at_attention(context: Context) -> None:
-    """Which kernel PyTorch takes for a joint sequence, and how long each takes."""
+    """Which kernel PyTorch chooses for a joint sequence, and how long each takes."""
     sizes, device = context.sizes, context.device
     shape = (1, sizes.num_tokens, sizes.heads, sizes.head_width)
     # As the blocks make them: heads are a view of (batch, tokens, heads, width).
@@ -157,7 +157,7 @@ def measure_attention(
 
 
 def compare_scales(context: Context) -> None:
-    """Whether a scaled fp8 weight is decoded on the card as on a CPU, where it is exact."""
+    """Whether a scaled fp8 weight is decoded on the GPU as on a CPU, where it is exact."""
     import_extension()
     from qwen_edit_lora.lora_core.base_model.base_weight import BaseWeight
     from qwen_edit_lora.lora_core.training.model.frozen_linear import build_scaled_linear
@@ -200,7 +200,7 @@ def look_at_norms(context: Context) -> None:
 
 
 def look_at_pinned_memory(context: Context) -> None:
-    """What pinning 20 matrices one by one takes of the machine beside what they hold."""
+    """Memory overhead of pinning 20 matrices one by one, beyond their size."""
     if context.is_dry:
         context.record.skip("pinned memory", "needs a card")
         return

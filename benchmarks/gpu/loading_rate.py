@@ -1,4 +1,4 @@
-"""How fast a file comes to the card beside the disk's own rate; a process of part F."""
+"""How fast a file is loaded to the GPU compared with the disk's own rate; a process of part F."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .devices import read_host_memory, reset_host_peak, take_time
 from .extension import import_extension
 from .settings import Context
 
-#: Bytes read at a time, and in all, to find the disk's rate.
+#: Bytes per read, and in total, to measure the disk's rate.
 CHUNK, MOST_READ = 2**24, 2**30
 
 
 def run(context: Context) -> None:
-    """Writes a file while the card is used, and loads it once it is free."""
+    """Writes a file while the GPU is in use, and loads it once the GPU is free."""
     import_extension()
     from qwen_edit_lora.lora_core.training.model.loading import load_transformer
 
@@ -26,15 +26,15 @@ def run(context: Context) -> None:
     with record.item("loading"):
         path = context.folder / "large.safetensors"
         write_large_base(path, sizes, sizes.loaded_blocks)
-        forget(path)
+        drop_from_page_cache(path)
         while not (context.folder / "card is free").exists():
             time.sleep(0.1)
         if device == "cuda":
-            take_time(lambda: None, device)  # opens the context
+            take_time(lambda: None, device)  # creates the CUDA context
         record.figure("disk, reading", measure_disk(path) / 1e9, "GB/s")
         for name in ("from the disk", "from the page cache"):
             if name == "from the disk":
-                forget(path)
+                drop_from_page_cache(path)
             free(device)
             reset_host_peak()
             before = read_host_memory("VmRSS")
@@ -49,8 +49,8 @@ def run(context: Context) -> None:
         path.unlink()
 
 
-def forget(path: Path) -> None:
-    """Lets the system drop the file from its page cache, where it has a call for that."""
+def drop_from_page_cache(path: Path) -> None:
+    """Makes the system drop the file from its page cache, if it has a call for that."""
     if not hasattr(os, "posix_fadvise"):
         return
     with path.open("rb") as file:
@@ -59,7 +59,7 @@ def forget(path: Path) -> None:
 
 
 def measure_disk(path: Path) -> float:
-    """Bytes a second of plain reading."""
+    """Bytes per second of plain reading."""
     buffer, num_read = bytearray(CHUNK), 0
     started = time.perf_counter()
     with path.open("rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""Parts C and D: tests of the suite that say more on a card, counted one by one."""
+"""Parts C and D: tests of the suite that are more informative on a GPU, counted individually."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ HOST_TESTS = tuple(
         *("patching/test_low_precision", "sweeping/test_sweep_bits"),
     )
 )
-#: In a dry run one test, which shows that the host starts.
+#: One test in a dry run, which shows that the host starts.
 DRY_HOST_TESTS = (f"{HOST_TESTS[0]}::test_strength_0_is_bit_identical_to_the_base",)
-MOST_FAILURES = 12  # named one by one
+MAX_FAILURES = 12  # listed individually
 
 
 def run_gpu_tests(context: Context) -> None:
-    """The tests that are marked `gpu`; without a card they skip, which a dry run wants to see."""
+    """The tests marked `gpu`; without a GPU they are skipped, as a dry run expects."""
     files = sorted(
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "tests").rglob("test_*.py")
@@ -35,7 +35,7 @@ def run_gpu_tests(context: Context) -> None:
 
 
 def run_host_tests(context: Context) -> None:
-    """Tests of side path and merge, with ComfyUI on the card."""
+    """Tests of side path and merge, with ComfyUI on the GPU."""
     if context.is_dry:
         run_pytest(context, list(DRY_HOST_TESTS), {})
         return
@@ -44,9 +44,9 @@ def run_host_tests(context: Context) -> None:
 
 
 def run_pytest(context: Context, arguments: Sequence[str], environment: dict[str, str]) -> None:
-    """Records how many tests passed; that none failed must hold.
+    """Records how many tests passed; none may fail.
 
-    Versions of a bare machine are others than the pinned ones, so that warnings are no errors here.
+    A bare machine has other versions than the pinned ones, so warnings are not errors here.
     """
     report, cache = context.folder / "report.xml", context.folder / "cache"
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "--tb=short"]
@@ -58,7 +58,7 @@ def run_pytest(context: Context, arguments: Sequence[str], environment: dict[str
     counts, failures = read_report(report)
     for name, count in counts.items():
         context.record.figure(f"tests {name}", count)
-    for name, message in failures[:MOST_FAILURES]:
+    for name, message in failures[:MAX_FAILURES]:
         context.record.must(name, False, "failed", message)
     num_taken = counts.get("run", 0) - (0 if context.is_dry else counts.get("skipped", 0))
     is_good = ended.returncode == 0 and num_taken > 0
@@ -66,7 +66,7 @@ def run_pytest(context: Context, arguments: Sequence[str], environment: dict[str
 
 
 def read_report(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """How many were run and skipped, and which failed with what, of a junit file."""
+    """Numbers of tests run and skipped, and the failures with their messages, from a junit file."""
     if not path.is_file():
         return {}, []
     suite = ElementTree.parse(path).getroot()

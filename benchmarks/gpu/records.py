@@ -1,4 +1,4 @@
-"""What the check finds: one JSON line a figure, written as it comes, and a table at the end."""
+"""The check's results: one JSON line per value, written immediately, and a table at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 FIGURE, MUST, GOAL, SKIPPED, FAILED = KINDS = ("figure", "must", "goal", "skipped", "failed")
-#: Lines of a traceback that a record keeps.
+#: Number of traceback lines in a record.
 TAIL_LINES = 6
 
 
@@ -42,8 +42,8 @@ class Recorder:
     """Writes the records of one part.
 
     Args:
-        deadline: in seconds of `time.time`; what does not fit before it is skipped.
-        is_dry: limits of time and memory, which mean something on a card only, are not judged.
+        deadline: a `time.time`; what would not finish before it is skipped.
+        is_dry: limits of time and memory, meaningful on a GPU only, are not judged.
     """
 
     def __init__(
@@ -53,19 +53,19 @@ class Recorder:
         self.deadline, self.is_dry = deadline, is_dry
 
     def figure(self, name: str, value: float | str | None, unit: str = "", note: str = "") -> None:
-        """A figure of which nothing is asked."""
+        """A value without a requirement."""
         self.write(name, value, unit, FIGURE, note=note)
 
     def must(self, name: str, passed: bool, value: float | str = "", note: str = "") -> None:
-        """What has to hold on every machine, a dry run included."""
+        """A requirement on every machine, including in a dry run."""
         self.write(name, value, "", MUST, "", bool(passed), note)
 
     def limit(self, name: str, value: float, unit: str, limit: str, note: str = "") -> None:
-        """A figure that has to lie within its limit on a card."""
+        """A value that must be within its limit on a GPU."""
         self.judge(name, value, unit, MUST, limit, note)
 
     def goal(self, name: str, value: float, unit: str, limit: str, note: str = "") -> None:
-        """A figure that is meant to lie within its limit on a card."""
+        """A value that should be within its limit on a GPU."""
         self.judge(name, value, unit, GOAL, limit, note)
 
     def skip(self, name: str, reason: str) -> None:
@@ -79,22 +79,22 @@ class Recorder:
 
     @contextmanager
     def item(self, name: str) -> Iterator[None]:
-        """Something that may fail without the rest: the failure is a record.
+        """A block whose failure becomes a record and does not stop the rest.
 
-        Use it as `with recorder.item("name"): ...`; for what may not fit in the time left ask
+        Use it as `with recorder.item("name"): ...`; if the remaining time may not suffice, check
         `has_time` first.
         """
         started = time.monotonic()
         try:
             yield
-        except Exception as e:  # noqa: BLE001  the rest shall go on
+        except Exception as e:  # noqa: BLE001  the rest must go on
             self.fail(name, e)
         finally:
             spent = time.monotonic() - started
             print(f"{self.part} ({name}: {spent:.1f} s)", file=sys.stderr, flush=True)
 
     def has_time(self, name: str, seconds: float) -> bool:
-        """Whether so many seconds are left; where they are not, `name` is skipped aloud."""
+        """Whether this many seconds are left; if not, records `name` as skipped."""
         left = self.deadline - time.time()
         if left >= seconds:
             return True
@@ -128,7 +128,7 @@ class Recorder:
 
 
 def is_within(value: float, limit: str) -> bool:
-    """Whether a value keeps "<= 5", ">= 5", "< 5" or "== 5"; NaN keeps none."""
+    """Whether a value satisfies "<= 5", ">= 5", "< 5" or "== 5"; NaN satisfies none."""
     sign, _, number = limit.partition(" ")
     bound = float(number)
     compared = {
@@ -141,7 +141,7 @@ def is_within(value: float, limit: str) -> bool:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All whole lines; a process that was killed may have left half a line."""
+    """All complete lines; a killed process may have left a partial line."""
     records = []
     if not path.is_file():
         return records
@@ -159,7 +159,7 @@ def show(value: float | str | None) -> str:
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
-def judge_in_words(record: Record) -> str:
+def format_verdict(record: Record) -> str:
     if record.kind in (SKIPPED, FAILED):
         return record.kind
     if record.passed is None:
@@ -172,19 +172,19 @@ def judge_in_words(record: Record) -> str:
 def describe(record: Record) -> str:
     """One line for a terminal."""
     parts = [record.part, record.name, show(record.value), record.unit]
-    parts += [f"({record.limit})" if record.limit else "", judge_in_words(record)]
+    parts += [f"({record.limit})" if record.limit else "", format_verdict(record)]
     text = " ".join(part for part in parts if part)
     return f"{text}: {record.note}" if record.note else text
 
 
 def print_table(records: list[Record], columns: int = 100) -> None:
-    """What was asked for and how it went, failures last: a terminal shows the end."""
+    """Prints the requirements and their results, failures last: a terminal shows the end."""
     judged = [r for r in records if r.passed or (r.kind == SKIPPED)]
     bad = [r for r in records if r.passed is False]
     for record in (*judged, *bad):
         value = " ".join(part for part in (show(record.value), record.unit) if part)
         line = f"{record.part}  {record.name:52.52} {value:>16} {record.limit:>8}  "
-        line += judge_in_words(record)
+        line += format_verdict(record)
         print(line[: columns + 20], flush=True)
         if record.note and record.kind in (SKIPPED, FAILED):
             print(f"     {record.note[-400:]}", flush=True)
@@ -199,5 +199,5 @@ def print_table(records: list[Record], columns: int = 100) -> None:
 
 
 def has_failed(records: list[Record]) -> bool:
-    """Whether something that must hold does not, or something did not run; goals do not count."""
+    """Whether a requirement is violated, or something did not run; goals do not count."""
     return any(r.kind == FAILED or (r.kind == MUST and r.passed is False) for r in records)

@@ -1,4 +1,4 @@
-"""Sizes of the check: the model's own on a card, a few numbers in a dry run. Imports no torch."""
+"""Sizes of the check: the model's own on a GPU, tiny ones in a dry run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model and what it is shown. A side is a picture's over 8."""
+    """Sizes of the model and its inputs. A side is an image's side divided by 8."""
 
     heads: int
     head_width: int
@@ -43,7 +43,7 @@ class Sizes:
 
     @property
     def num_tokens(self) -> int:
-        """Target, one reference of the same size, and text."""
+        """Tokens of the target, one reference of the same size, and the text."""
         return 2 * (self.side // 2) ** 2 + self.text_tokens[-1]
 
 
@@ -63,7 +63,7 @@ DRY = Sizes(
 
 @dataclass(frozen=True)
 class Context:
-    """What every part is given."""
+    """Passed to every part."""
 
     record: Recorder
     sizes: Sizes
@@ -80,7 +80,7 @@ class Context:
 
 
 def build_context(options: Namespace, folder: Path, part: str) -> Context:
-    """From the command line of one part, see `__main__`."""
+    """Parsed from the command line of one part; see `__main__`."""
     record = Recorder(
         *(part, options.results, options.card, options.command),
         *(options.deadline, options.dry_run),

@@ -1,4 +1,4 @@
-"""Part G: what a side path costs a call of the whole model, and what a new strength costs."""
+"""Part G: the cost of a side path per call of the whole model, and of a new strength."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .comfyui_models import (
 from .settings import Context
 
 OVERHEAD = "<= 8"  # percent of a call at 1 MP and rank 16
-STREAM_TENSORS = "<= 25"  # a block, of (tokens, width) in bf16
+STREAM_TENSORS = "<= 25"  # per block, of (tokens, width) in bf16
 STRENGTH_CHANGE = "< 1"  # ms
 NUM_CHANGES = 20
 
@@ -61,7 +61,7 @@ def run(context: Context) -> None:
 
 
 def measure_calls(context: Context, model: Any, ways: dict[str, Any], side: int, label: str):
-    """Base before and after each way, so that a card that warms up meets both."""
+    """Measures the base before and after each way, so that a GPU warming up affects both."""
     record, calls = context.record, context.sizes.calls
     base = call_model(model, context, side, calls)
     record.figure(f"{label}, base", base.median_s * 1e3, "ms")
@@ -88,7 +88,7 @@ def measure_base(context: Context, model: Any, side: int) -> float:
 def note_overhead(
     context: Context, name: str, found: Calls, base_s: float, side: int, is_aimed_at: bool
 ) -> None:
-    """In percent of a call, and as bytes at the card's copy rate: stream tensors a block."""
+    """In percent of a call, and in bytes at the GPU's copy rate as stream tensors per block."""
     from .facts import COPY_RATE, find_rate
 
     record, sizes = context.record, context.sizes
@@ -114,7 +114,7 @@ def note_overhead(
 
 @contextmanager
 def fetched_each_time() -> Iterator[None]:
-    """Weights of the bank are brought by ComfyUI's cast each time, as where it pages them."""
+    """Makes ComfyUI's cast fetch the bank's weights each time, as when it pages them."""
     import comfy.ops
     from qwen_edit_lora.nodes.host.weights import PackedWeights
 
@@ -131,7 +131,7 @@ def fetched_each_time() -> Iterator[None]:
 
 
 def measure_changes(context: Context, model: Any, adapter: Any) -> None:
-    """A new strength: Apply, and what a sampler prepares before its first step."""
+    """A new strength: Apply, and a sampler's preparation before its first step."""
     import comfy.model_management as management
     from qwen_edit_lora.nodes.patching import side_path
 
@@ -144,7 +144,7 @@ def measure_changes(context: Context, model: Any, adapter: Any) -> None:
             lambda m: management.load_models_gpu([m, *m.get_nested_additional_models()]), patched
         )
 
-    load(apply(model, (adapter, 0.3)))  # brings the LoRA, which both sides have
+    load(apply(model, (adapter, 0.3)))  # fetches the LoRA, as on both sides
     nodes, loads, plans = [], [], []
     for number in range(NUM_CHANGES):
         synchronize(context.device)
@@ -164,7 +164,7 @@ def measure_changes(context: Context, model: Any, adapter: Any) -> None:
 
 
 def measure_merge(context: Context, model: Any) -> None:
-    """ComfyUI's own patching of as many blocks as there is room for copies of."""
+    """ComfyUI's own patching of as many blocks as there is room to copy."""
     import comfy.model_management as management
 
     from .bases import build_adapter

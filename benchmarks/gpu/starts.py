@@ -1,7 +1,7 @@
-"""Part B: every way of starting a training starts, and a resumed one is the same run.
+"""Part B: every way of starting a training works, and a resumed run is identical.
 
-On a card the pieces are processes side by side; those that are timed go first and alone. In a dry
-run they take turns in one process.
+On a GPU the pieces are parallel processes; timed ones run first and alone. In a dry run they run
+one after another in one process.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from .children import start_piece
 from .settings import ROOT, Context
 
-#: Files that a piece waits for: the models are there; what is timed has ended.
+#: Files that a piece waits for: the models are written; the timed pieces have ended.
 READY, TIMED = "ready", "timed"
 STORAGES = ("bf16", "fp8", "int8", "nf4", "as stored")
-FEW_STORAGES = ("nf4", "as stored")  # of a dry run, which is to take seconds
+FEW_STORAGES = ("nf4", "as stored")  # of a dry run, which must take only seconds
 #: Seconds below which a step's time is noise, and not judged.
 LEAST_S = 0.1
 BESIDE = ("run_compiled", "run_batches", "run_offloaded", "run_out_of_memory")
@@ -41,12 +41,12 @@ def run(context: Context) -> None:
         write_files(context)
     except Exception:
         for piece in pieces.values():
-            piece.kill()  # they would wait for the files until the end
+            piece.kill()  # it would wait for the files until the end
         raise
     for name, piece in pieces.items():
         status = piece.wait()
         if name == "run_in_turn":
-            (context.folder / TIMED).touch()  # also where it was killed
+            (context.folder / TIMED).touch()  # even if it was killed
         if status:
             context.record.must(f"{name} ends well", False, status)
 
@@ -70,14 +70,14 @@ def wait_for(context: Context, name: str) -> None:
 
 
 def wait_for_turn(context: Context) -> None:
-    """Until the card is not needed for what is timed."""
+    """Waits until the timed pieces no longer need the GPU."""
     wait_for(context, READY if context.is_dry else TIMED)
 
 
 def train(
     context: Context, name: str, *flags: str, prepare: Callable = lambda: None, **changes: Any
 ):
-    """Trains with defaults but for `changes`; that it ends well must hold."""
+    """Trains with defaults except `changes`; it must succeed."""
     from .commands import run_command, write_config
 
     resume = ("--resume",) if "--resume" in flags else ()
@@ -111,7 +111,7 @@ def run_in_turn(context: Context) -> None:
             if found.status or taken.status:
                 continue
             estimate = json.loads(found.stdout)
-            # A CPU's peak counts what earlier commands of this process took.
+            # A CPU's peak includes earlier commands of this process.
             on_gpu = context.device == "cuda"
             held = taken.reserved_bytes if on_gpu else taken.reports[-1]["memory_bytes"]
             memory = estimate["memory_bytes"] / held
@@ -121,7 +121,7 @@ def run_in_turn(context: Context) -> None:
             name = f"estimate / run, {storage}, time"
             record.figure(name, seconds, "", where)
             if taken.step_s >= LEAST_S:
-                # A goal, since a compilation runs beside it; a marked test asks for it alone.
+                # Only a goal, since a compilation runs in parallel; a `gpu` test checks it alone.
                 record.goal(f"{name} - 1", abs(seconds - 1), "", "<= 0.15", where)
 
 
@@ -158,7 +158,7 @@ def run_offloaded(context: Context) -> None:
 
 
 def run_out_of_memory(context: Context) -> None:
-    """Where the first step runs out of memory, the run keeps less and goes on."""
+    """If the first step runs out of memory, the run keeps fewer activations and continues."""
     import torch
 
     wait_for_turn(context)
@@ -174,7 +174,7 @@ def run_out_of_memory(context: Context) -> None:
         total = torch.cuda.get_device_properties(0).total_memory
 
         def fill() -> None:
-            """As if another program had taken the rest, once the model has chosen what to keep."""
+            """Simulates another program taking the rest, once the model has chosen what to keep."""
             from qwen_edit_lora.lora_core.training.run import session
 
             original = session.open_session
@@ -197,12 +197,12 @@ def run_out_of_memory(context: Context) -> None:
 
 
 def run_resumed(context: Context) -> None:
-    """Four steps at once, and two and two, give the same file to the bit."""
+    """Four steps at once, and two plus two, give bit-identical files."""
     import torch
 
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when the first product runs
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read at the first matrix product
     wait_for_turn(context)
-    # Flash attention adds up its gradients in any order unless it is told not to.
+    # Flash attention sums its gradients in arbitrary order unless set to be deterministic.
     kinds = (("deterministic", True), ("as by default", False))
     for name, deterministic in kinds[:1] if context.is_dry else kinds:
         with context.record.item(f"resume, {name}"):
@@ -222,7 +222,7 @@ def run_resumed(context: Context) -> None:
 
 
 def keep_first_half(whole: Path, halves: Path) -> None:
-    """The run's folder as it was after its second step."""
+    """A copy of the run's folder as of its second step."""
     shutil.copytree(whole, halves)
     *_, last = sorted((halves / "checkpoints").iterdir())
     shutil.rmtree(last)
@@ -238,7 +238,7 @@ def have_equal_weights(a: Path, b: Path) -> bool:
 
 
 def run_sampled(context: Context) -> None:
-    """A sample with the VAE of Qwen-Image's size, of random weights."""
+    """A sample with a random VAE of Qwen-Image's size."""
     import torch
 
     from .commands import run_command, write_config
@@ -263,7 +263,7 @@ def run_sampled(context: Context) -> None:
 
 
 def run_command_line(context: Context) -> None:
-    """The programs that a user starts."""
+    """The programs a user starts."""
     from .commands import write_config
 
     wait_for_turn(context)

@@ -1,6 +1,6 @@
-"""A profiled stretch of work as kernels: their kinds, how long the card was busy, what was copied.
+"""A profiled piece of work as kernels: their kinds, how long the GPU was busy, what was copied.
 
-Read from the trace that torch.profiler exports, whose categories are the same in every release.
+Parsed from the trace that torch.profiler exports, whose categories are the same in every release.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from .devices import synchronize
 
 ATTENTION, ELEMENT_WISE, COPIES = "attention", "element-wise", "copies"
-#: First that is found in a kernel's name; attention's kernels are made of products' pieces.
+#: The first match in a kernel's name counts; names of attention kernels contain those of products.
 KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (ATTENTION, re.compile(r"flash|fmha|sdpa|attention|cudnn.*(fprop|bprop)", re.I)),
     ("decoding", re.compile(r"dequant|kDequantize", re.I)),
@@ -29,7 +29,7 @@ KERNEL, COPY, SET, RUNTIME = "kernel", "gpu_memcpy", "gpu_memset", "cuda_runtime
 
 @dataclass
 class Trace:
-    """Times are seconds."""
+    """Times are in seconds."""
 
     wall_s: float = 0.0
     kinds_s: Counter[str] = field(default_factory=Counter)
@@ -63,7 +63,7 @@ def trace(function: Callable[[], object], device: str) -> Trace:
 
 
 def read_events(events: list[dict], kernel: str = KERNEL) -> Trace:
-    """Of the events of a trace, those that say what the card did."""
+    """Summarises the events of a trace that show what the GPU did."""
     found = Trace()
     spans = []
     edges = []
@@ -93,7 +93,7 @@ def read_events(events: list[dict], kernel: str = KERNEL) -> Trace:
 
 
 def measure_union(spans: list[tuple[float, float]]) -> float:
-    """Length of what any of the intervals covers."""
+    """Total length of the union of the intervals."""
     covered, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         covered += max(0.0, stop - max(start, end))

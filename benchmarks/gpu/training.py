@@ -25,15 +25,15 @@ import_extension()
 import train_loops as loops  # noqa: E402
 
 SELECTIVE = "selective"
-UTILISATION = ">= 0.5"  # of the card's own rate
+UTILISATION = ">= 0.5"  # of the GPU's own rate
 RATIO = ">= 1.5"  # times as fast as the plain loop
 IDLE = "< 0.05"
 #: Storage, rank and blocks in host memory -> GB allocated at most.
 PEAKS = {("bf16", 64, 0): 68, ("fp8", 16, 0): 32, ("nf4", 16, 0): 22, ("nf4", 16, 1): 12}
-#: Memory of a card on which the whole model trains without computing anything again.
+#: GPU memory on which the whole model trains without recomputing anything.
 LARGE_BYTES = 120e9
 KERNELS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-#: Kernels that are named, the longest first.
+#: Number of kernels listed, longest first.
 NUM_NAMED = 12
 #: Seconds that fp8, nf4 and offloading take.
 FEW_BITS_S = 50
@@ -67,7 +67,7 @@ def run_loading(context: Context) -> None:
 
 
 def build_options(context: Context, **changes: Any) -> Namespace:
-    """What `train_loops` takes."""
+    """Options for `train_loops`."""
     sizes = context.sizes
     options = Namespace(
         device=context.device,
@@ -85,7 +85,7 @@ def build_options(context: Context, **changes: Any) -> Namespace:
 
 
 class Training:
-    """Runs over one model's weights, one after the other."""
+    """Consecutive runs over one model's weights."""
 
     def __init__(self, context: Context, storage: str = "bf16", **changes: Any):
         self.context, self.storage = context, storage
@@ -113,7 +113,7 @@ class Training:
         chosen = ((SELECTIVE, ""), (True, ""), *((SELECTIVE, name) for name in KERNELS))
         for kind, name in chosen[-1:] if self.context.is_dry else chosen:
             label = f"r{self.low} {json_name(kind)} {name}".strip()
-            # What is aimed at comes after, and needs the time more.
+            # The actual goals come later, and need the time more.
             if record.has_time(label, FEW_BITS_S + 10):
                 with record.item(label):
                     self.measure(self.low, kind, kernel=name)
@@ -132,7 +132,7 @@ class Training:
         profile: bool = False,
         aim: bool = False,
     ) -> float:
-        """Seconds of a step; everything else becomes records."""
+        """Returns seconds per step; everything else becomes records."""
         context, record = self.context, self.context.record
         backend = KERNELS.get(kernel)
         label = f"{self.storage} r{rank} {json_name(kind)}{f' {kernel}' if kernel else ''}"
@@ -169,7 +169,7 @@ class Training:
         self.note_peak(label, rank, num_offloaded, kind, allocated, reserved)
         if profile:
             note_trace(context, label, trace(step, context.device), median)
-        step = reports = None  # nothing may hold the run when the next one is built
+        step = reports = None  # nothing may reference the run when the next one is built
         free(context.device)
         return median
 
@@ -231,14 +231,14 @@ def is_large(context: Context) -> bool:
 
 
 class Seen:
-    """Whether a choice of kernels from outside reached the model's attention."""
+    """Whether an externally forced choice of kernels reached the model's attention."""
 
     is_obeyed = True
 
 
 @contextmanager
 def forced(backend: SDPBackend | None) -> Iterator[Seen]:
-    """One attention kernel and no other, in the forward and in what is computed again."""
+    """Forces one attention kernel, in the forward pass and in recomputation."""
     seen = Seen()
     if backend is None:
         yield seen
@@ -262,7 +262,7 @@ def forced(backend: SDPBackend | None) -> Iterator[Seen]:
 
 
 def note_trace(context: Context, label: str, found: Trace, step_s: float) -> None:
-    """Where a step's time goes; the profiler slows the host, so idle is against `step_s`."""
+    """Where a step's time goes; the profiler slows the host, so idle is relative to `step_s`."""
     record = context.record
     for kind, seconds in found.kinds_s.most_common():
         record.figure(f"{label}, {kind}", seconds, "s")

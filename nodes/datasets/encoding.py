@@ -24,8 +24,8 @@ from .. import host
 STOCK_REFERENCE_MEGAPIXELS = 1.0  # 1024 x 1024, in the stock nodes
 TEXT_ENCODER = "qwen25_7b"  # the tokens' name in comfy/text_encoders/qwen_image.py
 FALLBACK_TEXT_WIDTH = 3584
-NUM_SAMPLES = 16  # numbers of each weight that tell one file from another
-SMALL_BYTES = 4096  # up to which a weight is read whole
+NUM_SAMPLES = 16  # values per weight that go into the identity
+SMALL_BYTES = 4096  # a weight up to this size is read whole
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PairEncoder:
     """Encodes pairs one by one with one CLIP and VAE.
 
     Raises:
-        ConfigError: they are not those of Qwen-Image, or the references' area is no number.
+        ConfigError: they are not Qwen-Image's, or the references' area is not a number.
     """
 
     def __init__(self, clip: Any, vae: Any, variant: str, reference_megapixels: float):
@@ -74,13 +74,13 @@ class PairEncoder:
         }
 
     def keep_vae(self, store: Path, identity: str) -> str:
-        """Copies the VAE's decoder beside the sets for the pictures of trainings.
+        """Copies the VAE's decoder beside the sets, for the sample images of trainings.
 
         Args:
-            identity: as `settings` has it.
+            identity: the VAE's identity in `settings`.
 
         Returns:
-            Why that was not possible, for the report; "" where it was.
+            Why that was not possible, for the report; "" if it was.
         """
         try:
             if self.vae.patcher.patches:
@@ -99,10 +99,10 @@ class PairEncoder:
         )
 
     def encode(self, checked: CheckedPair) -> CachedItem:
-        """One item; an interruption stops between its parts.
+        """Encodes one item; interruptible between its parts.
 
-        References are read whole, 12 bytes a pixel: the stock node shrinks each twice from the
-        original, for the text encoder and for the VAE, and no smaller image gives it the same bits.
+        References are read at full size, 12 bytes per pixel: the stock node downscales each twice
+        from the original, for the text encoder and the VAE; a smaller image changes the bits.
         """
         pair = checked.pair
         images = [to_image(reference.read()) for reference in pair.references]
@@ -131,7 +131,7 @@ class PairEncoder:
     def _encode_prompt(
         self, prompt: str, images: list[torch.Tensor], vae: Any = None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """By the stock node itself: (tokens, width) and the latents of the references."""
+        """Encodes with the stock node: (tokens, width) and the latents of the references."""
         named = dict(zip(self.variant.image_inputs, images, strict=False))
         conditioning = self._stock.execute(self.clip, prompt, vae=vae, **named).result[0]
         if len(conditioning) != 1:
@@ -162,7 +162,7 @@ def check_models(clip: Any, vae: Any) -> None:
             f"the CLIP makes tokens for {', '.join(tokens)}; expected Qwen2.5-VL: load "
             "qwen_2.5_vl_7b with CLIPLoader, type qwen_image"
         )
-    # Wan 2.1's is of the same kind; what it was trained on cannot be seen.
+    # Wan 2.1's VAE has the same architecture; what it was trained on cannot be determined.
     kind = (vae.latent_channels, vae.latent_dim, vae.spacial_compression_encode())
     if kind != (NUM_CHANNELS, 3, PIXELS_PER_LATENT):
         raise ConfigError(
@@ -172,20 +172,20 @@ def check_models(clip: Any, vae: Any) -> None:
 
 
 def get_latents(latents: torch.Tensor) -> torch.Tensor:
-    """(1, 16, 1, h, w) as the VAE gives it -> (16, h, w)."""
+    """(1, 16, 1, h, w) from the VAE -> (16, h, w)."""
     return latents[0, :, 0] if latents.ndim == 5 else latents[0]
 
 
 def to_image(pixels: np.ndarray) -> torch.Tensor:
-    """float32 (height, width, 3) -> an IMAGE of one picture."""
+    """float32 (height, width, 3) -> an IMAGE with a batch of one."""
     return torch.from_numpy(np.ascontiguousarray(pixels))[None]
 
 
 def resize_target(image: torch.Tensor, size: Size) -> torch.Tensor:
     """(1, h, w, 3) -> (1, height, width, 3).
 
-    Shrunk as the references are, so that what a pair leaves alone is equal in both; averaging
-    areas cannot enlarge, there it is bicubic.
+    Downscaled like the references, so that what a pair leaves unchanged is equal in both. Area
+    averaging cannot upscale; that is bicubic.
     """
     width, height = size
     if width <= image.shape[2] and height <= image.shape[1]:
@@ -195,7 +195,7 @@ def resize_target(image: torch.Tensor, size: Size) -> torch.Tensor:
 
 
 def resize_mask(pixels: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """float32 (h, w, 3) -> the weights of latents, (height, width) in [0, 1]."""
+    """float32 (h, w, 3) -> loss weights of the latents, (height, width) in [0, 1]."""
     grey = torch.from_numpy(pixels.mean(axis=2))
     return F.interpolate(grey[None, None], size=tuple(size), mode="area")[0, 0]
 
@@ -208,10 +208,10 @@ def get_options(clip: Any) -> str:
 
 
 def compute_identity(patcher: host.ModelPatcher, *more: object) -> str:
-    """A digest that tells one loaded model from another: names, shapes, dtypes, and some bytes.
+    """A digest that identifies a loaded model: names, shapes, dtypes, and some bytes.
 
-    Of every weight as loaded, so that the file's name and place do not matter, and of every patch
-    on it. Takes no pass over the weights: a text encoder has 15 GB.
+    Covers every weight as loaded, so that the file's name and location do not matter, and every
+    patch on it. Does not read all weights: a text encoder has 15 GB.
     """
     digest = hashlib.blake2b(repr(more).encode(), digest_size=12)
     for name, tensor in sorted(host.list_weights(patcher)):
@@ -225,19 +225,19 @@ def compute_identity(patcher: host.ModelPatcher, *more: object) -> str:
 
 
 def sample_bytes(tensor: torch.Tensor) -> bytes:
-    """Numbers spread over a tensor, as bytes; none of one that has no data."""
+    """Values spread over a tensor, as bytes; empty for a tensor without data."""
     tensor = getattr(tensor, "_qdata", tensor).detach()  # of comfy-kitchen's QuantizedTensor
     if tensor.device.type == "meta" or not tensor.numel():
         return b""
     flat = tensor if tensor.is_contiguous() else tensor.contiguous()
     numbers = flat.reshape(-1).view(torch.uint8).reshape(tensor.numel(), -1)
-    # Odd, so that the samples do not all lie in one column of a matrix.
+    # Odd, so that the samples are not all in one column of a matrix.
     step = 1 if tensor.nbytes <= SMALL_BYTES else (len(numbers) // NUM_SAMPLES) | 1
     return numbers[::step].cpu().numpy().tobytes()
 
 
 def list_pieces(value: Any) -> Iterator[bytes]:
-    """What a patch consists of: numbers, names and tensors, however they are nested."""
+    """The parts of a patch: numbers, names and tensors, at any nesting depth."""
     if isinstance(value, torch.Tensor):
         yield f"{tuple(value.shape)} {value.dtype}".encode()
         yield sample_bytes(value)

@@ -1,4 +1,4 @@
-"""Folders that a graph may name: those for training pictures, input and output."""
+"""Folders that a graph may name: those for training images, input and output."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def is_dataset_path(path: Path) -> bool:
     roots = [root for folders in host.list_dataset_roots().values() for root in folders]
     try:
         return any(host.is_within_directory(root, path) for root in roots)
-    except (OSError, ValueError):  # a name that no disk takes
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
 def find_dataset_folder(name: str) -> Path:
-    """A folder by its name below one of the roots, by root and name, or by its full path.
+    """Finds a folder by its name below one of the roots, by root and name, or by its full path.
 
     Raises:
-        FileError: outside of them, or no such folder.
+        FileError: it is outside the roots, or does not exist.
     """
     roots = host.list_dataset_roots()
     given = name.strip().replace("\\", "/").rstrip("/")
@@ -48,7 +48,7 @@ def find_dataset_folder(name: str) -> Path:
 
 
 def is_folder(path: Path) -> bool:
-    """Also for names that no disk takes."""
+    """Like Path.is_dir, but False for invalid names too."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -56,7 +56,7 @@ def is_folder(path: Path) -> bool:
 
 
 def find_composed(path: Path) -> Path:
-    """The folder whose name differs only in how accents are written, or `path` as it is."""
+    """The folder whose name differs only in Unicode normalization, or `path` itself."""
     if is_folder(path) or path.as_posix().isascii() or not is_folder(path.parent):
         return path
     wanted = unicodedata.normalize("NFC", path.name)
@@ -66,7 +66,7 @@ def find_composed(path: Path) -> Path:
 
 
 def list_some_folders(roots: Mapping[str, list[str]], limit: int = 4) -> str:
-    """Those that are there, for a message."""
+    """Some of the existing folders, for a message."""
     found = [
         f"'{shorten(f'{name}/{path.name}', 40)}'"
         for name, folders in roots.items()

@@ -1,6 +1,6 @@
 """Everything this extension asks of ComfyUI. Only this package imports comfy.* and folder_paths.
 
-Written against ComfyUI 0.30. Other modules of `nodes` see it as one: `from . import host`.
+Written against ComfyUI 0.30. Other modules of `nodes` use it as a whole: `from . import host`.
 """
 
 from __future__ import annotations

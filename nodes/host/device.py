@@ -8,7 +8,7 @@ import comfy.model_management
 import torch
 
 COMPUTE_DEVICES = ("auto", "cpu")
-#: What one layer of the model takes while it is decomposed: its difference and some products.
+#: Memory that one layer of the model takes while it is decomposed: its difference and products.
 COMPUTE_BYTES = 2 << 30
 
 
@@ -19,14 +19,14 @@ def get_device_name() -> str:
 
 
 def release_models() -> None:
-    """Takes every model off ComfyUI's device. Only while a node runs, so that none is in use."""
+    """Unloads all models from ComfyUI's device. Only inside a running node: none is in use then."""
     comfy.model_management.unload_all_models()
     gc.collect()
     comfy.model_management.soft_empty_cache()
 
 
 def choose_compute_device(name: str) -> torch.device:
-    """ComfyUI's device for "auto", with room made on it; the CPU otherwise."""
+    """ComfyUI's device for "auto", after freeing memory on it; otherwise the CPU."""
     if name != "auto":
         return torch.device("cpu")
     device = comfy.model_management.get_torch_device()

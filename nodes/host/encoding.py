@@ -1,4 +1,4 @@
-"""What ComfyUI's own encoding nodes are made of."""
+"""The building blocks of ComfyUI's own encoding nodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .models import ModelPatcher
 
 
 def get_stock_encoder(class_name: str) -> Any:
-    """The class of ComfyUI's own node that encodes a prompt with its pictures."""
+    """The class of ComfyUI's own node that encodes a prompt with its images."""
     from comfy_extras import nodes_qwen
 
     return getattr(nodes_qwen, class_name)
@@ -25,7 +25,7 @@ def scale_area(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
 
 
 def list_weights(patcher: ModelPatcher) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of all weights as loaded, without patches."""
+    """Names and tensors of all weights as loaded, without patches."""
     for key, tensor in patcher.model.state_dict().items():
-        kept = patcher.backup.get(key)  # the original, while the module holds a patched one
+        kept = patcher.backup.get(key)  # the original, if the module holds a patched one
         yield key, tensor if kept is None else kept.weight

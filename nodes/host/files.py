@@ -1,4 +1,4 @@
-"""ComfyUI's folders: what is in them, and where things go."""
+"""ComfyUI's folders: what is in them, and where output goes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def list_loras() -> list[str]:
 
 
 def find_lora(lora_name: str | None) -> Path:
-    """Full path of a file below one of the loras folders.
+    """Full path of a file in one of the loras folders.
 
     Raises:
         FileError: no such file, or a name that points outside these folders.
@@ -32,7 +32,7 @@ def find_lora(lora_name: str | None) -> Path:
         )
     try:
         path = folder_paths.get_full_path("loras", name)
-        if path is None and "\\" in name:  # a graph that was made on Windows
+        if path is None and "\\" in name:  # a graph made on Windows
             path = folder_paths.get_full_path("loras", name.replace("\\", "/"))
     except OSError as e:
         raise FileError(f"{shorten(name)} cannot be opened: {e.strerror}.") from None
@@ -100,7 +100,7 @@ def find_training_base(model_name: str) -> Path:
 def map_gguf_files() -> dict[str, Path]:
     """Name -> path of the GGUF files in the folders of diffusion models.
 
-    ComfyUI itself lists none; the extension ComfyUI-GGUF registers a list of folders of its own.
+    ComfyUI itself lists none; the extension ComfyUI-GGUF registers its own list of folders.
     """
     kinds = ("diffusion_models", "unet_gguf")
     known = [kind for kind in kinds if kind in folder_paths.folder_names_and_paths]
@@ -114,7 +114,7 @@ def map_gguf_files() -> dict[str, Path]:
 
 
 def find_vaes(name: str) -> list[Path]:
-    """VAEs of a file name, in whatever subfolder of the vae folders."""
+    """VAEs with this file name, in any subfolder of the vae folders."""
     names = folder_paths.get_filename_list("vae")
     same = [n for n in names if Path(n.replace("\\", "/")).name == name]
     return [Path(folder_paths.get_full_path_or_raise("vae", n)) for n in same]
@@ -156,7 +156,7 @@ def name_below_output(path: Path) -> str:
 
 
 def list_dataset_roots() -> dict[str, list[str]]:
-    """Name -> folders that training pictures may lie in."""
+    """Name -> folders that training images may be in."""
     return {
         "datasets": folder_paths.get_folder_paths("datasets"),
         "input": [folder_paths.get_input_directory()],

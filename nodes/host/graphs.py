@@ -15,7 +15,7 @@ _queue: Any = None
 
 
 def connect_queue(queue: Any) -> None:
-    """Once: ComfyUI's queue of prompts, which knows the graph that runs."""
+    """Called once with ComfyUI's prompt queue, which knows the running graph."""
     global _queue
     _queue = queue
 
@@ -26,13 +26,13 @@ def build_graph() -> GraphBuilder:
 
 
 def get_links(dynprompt: Any, node_id: str) -> dict[str, Link]:
-    """Input -> where it comes from, for the connected inputs of a node of the running graph."""
+    """Input -> its link, for the connected inputs of a node of the running graph."""
     inputs = dynprompt.get_node(node_id)["inputs"]
     return {name: value for name, value in inputs.items() if is_link(value)}
 
 
 def find_wired_outputs(dynprompt: Any, node_id: str) -> set[int]:
-    """Which outputs of a node another one takes."""
+    """The outputs of a node that are connected to another one."""
     return {
         link[1]
         for other in dynprompt.all_node_ids()
@@ -42,9 +42,9 @@ def find_wired_outputs(dynprompt: Any, node_id: str) -> set[int]:
 
 
 def find_weight_readers(dynprompt: Any) -> tuple[str, ...]:
-    """Classes of the nodes behind the running one that look at a MODEL's weights themselves.
+    """Classes of the nodes downstream of the running one that read a MODEL's weights themselves.
 
-    They know ComfyUI's patches, and nothing of what runs beside the weights.
+    They see ComfyUI's patches, but nothing that runs beside the weights.
     """
     context = get_executing_context()
     if dynprompt is None or context is None:
@@ -54,7 +54,7 @@ def find_weight_readers(dynprompt: Any) -> tuple[str, ...]:
 
 
 def find_queued_readers() -> tuple[str, ...]:
-    """The same while ComfyUI asks whether the node has to run again, which tells no graph."""
+    """The same while ComfyUI asks whether the node must run again, which passes no graph."""
     context = get_executing_context()
     if context is None or _queue is None:
         return ()
@@ -64,7 +64,7 @@ def find_queued_readers() -> tuple[str, ...]:
 
 
 def list_weight_readers(graph: Mapping[str, Any], node_id: str) -> tuple[str, ...]:
-    """Those that a MODEL reaches from this node of a graph, however many nodes hand it on."""
+    """Those a MODEL reaches from this node of a graph, through any number of nodes."""
     behind: dict[str, set[str]] = {}
     for other, node in graph.items():
         for link in filter(is_link, node["inputs"].values()):
@@ -88,7 +88,7 @@ def gives_model(graph: Mapping[str, Any], node_id: str, output: int) -> bool:
 
 
 def reads_weights(class_type: str) -> bool:
-    """By ComfyUI's own names, which other extensions' savers and mergers follow."""
+    """Judged by ComfyUI's own names, which savers and mergers of other extensions follow."""
     return class_type == "LoraSave" or any(
         part in class_type for part in ("ModelSave", "CheckpointSave", "ModelMerge")
     )

@@ -1,9 +1,9 @@
 """LoRAs as ComfyUI's own patches.
 
-ComfyUI keeps a patch's tensors for as long as any MODEL has it, and computes a weight anew whenever
-the model comes back to its device. They are views of the file, as with its own loader; so each
-patch looks at the file's stamp before it is used, which takes microseconds where a copy would take
-the size of the LoRA.
+ComfyUI keeps a patch's tensors as long as any MODEL has it, and recomputes a weight whenever the
+model returns to its device. The tensors are views of the file, as with ComfyUI's own loader, so
+each patch checks the file's fingerprint before use. That takes microseconds; a copy would take as
+much memory as the LoRA.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .models import ModelPatcher
 
 
 def find_files(weights: ModuleWeights) -> tuple[SafetensorsFile, ...]:
-    """Those that its tensors are views of."""
+    """The files that its tensors are views of."""
     parts = weights.parts.values()
     return tuple({part.file: None for part in parts if isinstance(part, StoredTensor)})
 
 
 def check_not_overwritten(files: Iterable[SafetensorsFile]) -> None:
-    """Raises FileError where a file has other content in the place that its views show.
+    """Raises FileError if a file was overwritten in place, so that its views show other content.
 
-    One that was deleted, or replaced by another of its name, is still there for who mapped it.
+    A file that was deleted, or replaced by another of its name, remains readable through a mapping.
     """
     for file in files:
         try:
@@ -46,7 +46,7 @@ def check_not_overwritten(files: Iterable[SafetensorsFile]) -> None:
 
 
 class CheckedLora(comfy.weight_adapter.LoRAAdapter):
-    """ComfyUI's own, whose six weights are followed by the files that they are views of."""
+    """ComfyUI's own adapter, with the files its tensors are views of after its six weights."""
 
     def calculate_weight(self, *args, **kwargs):
         check_not_overwritten(self.weights[6])
@@ -80,12 +80,12 @@ class CheckedDiff(comfy.weight_adapter.WeightAdapterBase):
 
 
 class MergedWeights(comfy.weight_adapter.WeightAdapterBase):
-    """Lets ComfyUI's patcher add a delta computed here, for kinds it has not or computes otherwise.
+    """Lets ComfyUI's patcher add a delta computed here, for kinds it lacks or computes differently.
 
     ComfyUI 0.30 divides a DoRA by the wrong norm and squares an OFT's strength
     (comfy/weight_adapter/base.py and oft.py).
 
-    `weights` is the module's weights, then their tensors one by one: ComfyUI finds them there to
+    `weights` is the module's weights, then each of their tensors: ComfyUI finds them there to
     count, pin and prefetch them, and puts the moved ones into a copy of this object
     (comfy/lora.py, prefetch_prepared_value). Dynamic VRAM fails on a patch without any tensor.
     """
@@ -121,7 +121,7 @@ class MergedWeights(comfy.weight_adapter.WeightAdapterBase):
 
 
 def build_patch(weights: ModuleWeights) -> Any:
-    """ComfyUI's own patch where it computes the same, so that its memory management knows it."""
+    """ComfyUI's own patch where it computes the same, since its memory management knows it."""
     files = find_files(weights)
     if weights.kind == "LoRA":
         values = (weights.lora_B, weights.lora_A, weights.alpha, None, None, None, files)
@@ -137,7 +137,7 @@ def add_merge(
     """Adds native patches to this clone: the weights and biases of `modules`.
 
     Raises:
-        ConfigError: a module has no weight that ComfyUI knows; it would leave such a patch out.
+        ConfigError: a module has no weight known to ComfyUI, which would skip such a patch.
     """
     by_strength: dict[float, dict[str, Any]] = defaultdict(dict)
     for path in strengths.select(modules):

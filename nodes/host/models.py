@@ -14,14 +14,14 @@ from comfy.patcher_extension import WrappersMP
 
 ModelPatcher = comfy.model_patcher.ModelPatcher
 
-#: Of a GGUF's weight, for its norm.
+#: Sampled from a GGUF weight for its norm.
 MAX_DECODED_ROWS = 512
 
 
 def get_modules(model: ModelPatcher) -> Mapping[str, torch.nn.Module]:
     """Module path -> module of the diffusion model, for everything that holds a weight.
 
-    Linears are there also if their weight has another name, as in models of other extensions.
+    Linears are included even if their weight has another name, as in models of other extensions.
     """
     return {
         path: module
@@ -31,15 +31,15 @@ def get_modules(model: ModelPatcher) -> Mapping[str, torch.nn.Module]:
 
 
 def has_weight(module: torch.nn.Module) -> bool:
-    """Whether ComfyUI could patch it."""
+    """Whether the module has a weight that ComfyUI could patch."""
     return getattr(module, "weight", None) is not None
 
 
 def describe_model(model: ModelPatcher) -> tuple[str, str | None]:
-    """The model's class name in ComfyUI, and for Qwen-Image whether it is a 2511.
+    """The model's class name in ComfyUI, and for Qwen-Image whether it is the 2511 variant.
 
     The variant is "2511" where the file carries the marker for zero-timestep references
-    (comfy/model_detection.py); the other variants cannot be told apart by their weights.
+    (comfy/model_detection.py); the other variants cannot be distinguished by their weights.
     """
     method = getattr(model.model.diffusion_model, "default_ref_method", None)
     variant = "2511" if method == "index_timestep_zero" else None
@@ -48,7 +48,7 @@ def describe_model(model: ModelPatcher) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model computes, and where ComfyUI puts it meanwhile."""
+    """Where a model computes, and where ComfyUI offloads it to."""
 
     dtype: torch.dtype
     load_device: torch.device
@@ -56,7 +56,7 @@ class Placement:
 
 
 def get_placement(model: ModelPatcher) -> Placement:
-    """The dtype is that of activations: the manual cast's if weights are stored in another."""
+    """The dtype is that of activations: the manual cast dtype if weights are stored in another."""
     dtype = getattr(model.model, "manual_cast_dtype", None) or model.model_dtype()
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         dtype = torch.bfloat16
@@ -66,7 +66,7 @@ def get_placement(model: ModelPatcher) -> Placement:
 def describe_storage(module: torch.nn.Module) -> tuple[str, bool]:
     """How a weight is stored, and whether a merged one is rounded to less than 16 bits there.
 
-    ("scaled float8_e4m3fn", True), ("GGUF Q4_K", False): ComfyUI-GGUF patches what it has decoded.
+    ("scaled float8_e4m3fn", True), ("GGUF Q4_K", False): ComfyUI-GGUF patches decoded weights.
     """
     weight = getattr(module, "weight", None)
     if weight is None:
@@ -80,18 +80,18 @@ def describe_storage(module: torch.nn.Module) -> tuple[str, bool]:
 
 
 class Norm(NamedTuple):
-    """A Frobenius norm, or why there is none."""
+    """A Frobenius norm, or the reason why there is none."""
 
     value: float | None
-    obstacle: str = ""
+    reason: str = ""
 
 
 def measure_weight(model: ModelPatcher, module_path: str) -> Norm:
-    """Frobenius norm of a weight as loaded, without patches; of a GGUF's from a sample of rows."""
+    """Frobenius norm of a weight as loaded, without patches; for GGUF from a sample of rows."""
     key = f"diffusion_model.{module_path}.weight"
     if not has_weight(model.get_model_object(f"diffusion_model.{module_path}")):
         return Norm(None, "it has no weight of its own")
-    kept = model.backup.get(key)  # the original, while the module holds a patched one
+    kept = model.backup.get(key)  # the original, if the module holds a patched one
     weight = model.get_model_object(key) if kept is None else kept.weight
     share = 1.0
     if hasattr(weight, "_qdata"):
@@ -104,7 +104,7 @@ def measure_weight(model: ModelPatcher, module_path: str) -> Norm:
             return Norm(None, "it is a GGUF's and the gguf package is missing: pip install gguf")
         except NotImplementedError:
             return Norm(None, f"the gguf package cannot decode {name}")
-    # What the numbers of another class mean is its affair, and it inherits every method.
+    # Another subclass may encode its values in any way, and it inherits every method.
     elif type(weight) not in (torch.Tensor, torch.nn.Parameter) and not is_gguf(weight):
         return Norm(None, f"it is stored as a {type(weight).__name__}")
     if not weight.is_floating_point():
@@ -116,37 +116,37 @@ def measure_weight(model: ModelPatcher, module_path: str) -> Norm:
 
 
 def is_gguf(weight: torch.Tensor) -> bool:
-    """Whether it is a GGMLTensor of ComfyUI-GGUF: codes as uint8, or floats."""
+    """Whether it is a GGMLTensor of ComfyUI-GGUF: uint8 codes, or floats."""
     return hasattr(weight, "tensor_type") and hasattr(weight, "tensor_shape")
 
 
 def decode_rows(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """float32 values of evenly spread rows of a GGMLTensor, and which share of all they are.
+    """float32 values of evenly spaced rows of a GGMLTensor, and their share of all rows.
 
-    The package decodes some 20 million weights a second on one core.
+    ComfyUI-GGUF decodes some 20 million weights a second on one core.
     """
     import gguf
 
-    codes = weight.as_subclass(torch.Tensor)  # its own class hides the shape of the codes
+    codes = weight.as_subclass(torch.Tensor)  # the subclass hides the shape of the codes
     rows = codes[:: math.ceil(len(codes) / MAX_DECODED_ROWS)]
     values = gguf.quants.dequantize(rows.cpu().numpy(), weight.tensor_type)
     return torch.from_numpy(values), len(rows) / len(codes)
 
 
 def get_options(model: ModelPatcher) -> dict[str, Any]:
-    """This clone's own transformer_options; it reaches every call of the diffusion model."""
+    """This clone's own transformer_options, passed to every call of the diffusion model."""
     return model.model_options.setdefault("transformer_options", {})
 
 
 def find_merge_reason(model: ModelPatcher) -> str | None:
     """Why forwards of this clone must not be swapped during a call; None if they may."""
-    # A compiled model would be compiled anew for each change of forwards.
+    # A compiled model would be recompiled at each change of forwards.
     if model.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"):  # comfy_api/torch_helpers
         return "torch.compile is on this MODEL"
-    # One thread per GPU runs a model of its own, and only loaders' models can be copied to them.
+    # Each GPU's thread runs its own copy, and only models from loaders can be copied.
     if model.get_additional_models_with_key("multigpu"):
         return "this MODEL is split over several GPUs"
-    # Gradient checkpointing runs blocks again after the call, when the forwards are back.
+    # Gradient checkpointing reruns blocks after the call, when the forwards are restored.
     if comfy.model_management.in_training:
         return "a node trains on this MODEL"
     return None

@@ -10,7 +10,7 @@ import comfy.utils
 
 
 def raise_if_interrupted() -> None:
-    """Raises what ComfyUI expects of a node that the user interrupted."""
+    """Raises the exception ComfyUI expects from a node that the user interrupted."""
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
@@ -19,13 +19,13 @@ def is_interrupted() -> bool:
 
 
 def build_progress() -> Callable[[int, int], None]:
-    """The progress bar of the running node, as the core wants it: (done, in all)."""
+    """The progress bar of the running node, as a callback for the core: (done, total)."""
     bar = comfy.utils.ProgressBar(1)
     return lambda done, total: bar.update_absolute(done, total)
 
 
 def run_with_progress(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a long function of the core; the user sees how far it is and can interrupt it."""
+    """Calls a long-running function of the core with a progress bar; the user can interrupt it."""
     try:
         return function(
             *args,
@@ -39,7 +39,7 @@ def run_with_progress(function: Callable[..., Any], *args: Any, **kwargs: Any) -
 
 
 def run_interruptible(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls function(*args, should_stop); an InterruptedError ends the prompt as a user's stop."""
+    """Calls function(*args, should_stop); an InterruptedError ends the prompt as interrupted."""
     try:
         return function(*args, comfy.model_management.processing_interrupted)
     except InterruptedError:

@@ -1,4 +1,4 @@
-"""Samplers, single model calls, and latents as pictures."""
+"""Samplers, single model calls, and decoded latents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def list_schedulers() -> list[str]:
 
 
 class _PredictionSampler(comfy.samplers.Sampler):
-    """In the place of a sampler: one model call per sigma, each on the latent noised to it."""
+    """Stands in for a sampler: one model call per sigma, each on the latent noised to it."""
 
     def __init__(self, record: Callable[[int, torch.Tensor, torch.Tensor], None]):
         self.record = record
@@ -45,7 +45,7 @@ def predict(
     seed: int,
     record: Callable[[int, torch.Tensor, torch.Tensor], None],
 ) -> None:
-    """Calls the model once per sigma as a sampler at cfg 1 does, and samples nothing.
+    """Calls the model once per sigma like a sampler at cfg 1, without sampling.
 
     Args:
         record: gets (index of the sigma, x, denoised), both float32 on the model's device.
@@ -65,7 +65,7 @@ def predict(
 def add_block_recorder(model: ModelPatcher, record: Callable[[int, torch.Tensor], None]) -> None:
     """`record` gets (block, image tokens) after each block of this clone.
 
-    The tokens are (batch, tokens, width), those of the references left out.
+    The tokens are (batch, tokens, width), without those of the references.
     """
 
     def watch(values: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +78,6 @@ def add_block_recorder(model: ModelPatcher, record: Callable[[int, torch.Tensor]
 
 
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (1, 16, 1, H, W) as the VAE gave them -> images (n, height, width, 3) in [0, 1]."""
+    """Latents (1, 16, 1, H, W) as encoded by the VAE -> images (n, height, width, 3) in [0, 1]."""
     images = vae.decode(latents)
     return images.reshape(-1, *images.shape[-3:])

@@ -6,10 +6,10 @@ from comfy.cli_args import args
 
 
 def get_cors_origin() -> str | None:
-    """What --enable-cors-header names: an origin beside ComfyUI's own page, or "*"."""
+    """The value of --enable-cors-header: an origin besides ComfyUI's own page, or "*"."""
     return args.enable_cors_header
 
 
 def get_listen_addresses() -> list[str]:
-    """What --listen names; "" is every address."""
+    """The addresses given by --listen; "" is every address."""
     return [address.strip() for address in args.listen.split(",")]

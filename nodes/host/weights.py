@@ -1,4 +1,4 @@
-"""Weights of our own that ComfyUI loads, offloads, pages, pins and casts as it does a model's."""
+"""Our own weights, which ComfyUI loads, offloads, pages, pins and casts like a model's."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 
 from .models import ModelPatcher, Placement
 
-#: Elements between the starts of two tensors; 256 bytes of bfloat16, what CUDA aligns to.
+#: Alignment of each tensor's start, in elements: 256 bytes of bfloat16, as CUDA aligns.
 ALIGNMENT = 128
 
 
 class PackedWeights(torch.nn.Module, comfy.ops.CastWeightBiasOp):
-    """Tensors that are moved as one: a single flat weight, one page fault and one copy for all.
+    """Tensors moved as one: a single flat weight, one page fault and one copy for all.
 
-    ComfyUI knows a module's `weight` and `bias`; how many tensors lie in the weight is our affair.
+    ComfyUI only knows a module's `weight` and `bias`; here the weight packs several tensors.
 
     Args:
-        tensors: any shapes and types, kept as `dtype`, one after the other.
+        tensors: any shapes and types, stored as `dtype`, one after the other.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype):
@@ -41,12 +41,12 @@ class PackedWeights(torch.nn.Module, comfy.ops.CastWeightBiasOp):
             view.copy_(tensor)
 
     def fetch(self, like: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """The flat weight on the device and in the type of `like`, and a ticket for `release`."""
+        """The flat weight on the device and in the dtype of `like`, and a ticket for `release`."""
         weight = self._parameters["weight"]
         if (
             weight.dtype == like.dtype
             and weight.device == like.device
-            and "_v" not in self.__dict__  # the page of a weight under dynamic VRAM
+            and "_v" not in self.__dict__  # set under dynamic VRAM
             and not self.weight_function
         ):
             return weight, None
@@ -54,7 +54,7 @@ class PackedWeights(torch.nn.Module, comfy.ops.CastWeightBiasOp):
         return weight, (weight, bias, origin)
 
     def release(self, ticket: Any) -> None:
-        """To be called once the last product that reads the fetched weight is queued."""
+        """Must be called once the last product that reads the fetched weight is queued."""
         if ticket is not None:
             comfy.ops.uncast_bias_weight(self, *ticket)
 
@@ -67,7 +67,7 @@ class PackedWeights(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
 
 def wrap_in_patcher(module: torch.nn.Module, placement: Placement) -> ModelPatcher:
-    """A patcher of its own, so that ComfyUI loads, offloads and accounts for `module`."""
+    """A patcher of its own, through which ComfyUI loads, offloads and accounts for `module`."""
     # Looked up at call time: main.py swaps in the dynamic-VRAM class after import.
     return comfy.model_patcher.CoreModelPatcher(
         module, placement.load_device, placement.offload_device
@@ -75,11 +75,11 @@ def wrap_in_patcher(module: torch.nn.Module, placement: Placement) -> ModelPatch
 
 
 def prioritize(patcher: ModelPatcher) -> None:
-    """Under dynamic VRAM: the pages of this patcher are the last that a full card gives up.
+    """Under dynamic VRAM, makes the pages of this patcher the last to be evicted from a full card.
 
     ComfyUI loads a model's additional models before the model and gives each in turn the highest
-    priority, so that of all weights the additional ones would be evicted first. Nothing happens
-    where there is no dynamic VRAM, or where a later ComfyUI has no such pages.
+    priority, so that of all weights the additional ones would be evicted first. A no-op without
+    dynamic VRAM, or if a later ComfyUI has no such pages.
     """
     get_pages = getattr(patcher, "_vbar_get", None)
     pages = None if get_pages is None else get_pages()

@@ -1,4 +1,4 @@
-"""Applying adapters to a MODEL: chooses side path or merge per module, and says which and why."""
+"""Applies adapters to a MODEL: chooses side path or merge per module, and reports which and why."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ AUTO, SIDE_PATH, MERGE = MODES = ("auto", "side path", "merge")
 
 @dataclass
 class Application:
-    """A patched clone, and what was done to it in the user's words."""
+    """A patched clone, and a report of what was done to it."""
 
     model: host.ModelPatcher
     lines: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    """Notes stand among the lines, warnings behind them."""
+    """Notes are also among the lines; warnings follow them."""
 
     def note(self, kind: str, text: str, count: int | None = None) -> None:
         self.lines.append(text)
@@ -54,10 +54,10 @@ def apply_adapters(
     """Applies each adapter to a clone of `model`; all of them are checked before the first.
 
     Args:
-        readers: nodes behind this one that read the weights; see `host.find_weight_readers`.
+        readers: downstream nodes that read the weights; see `host.find_weight_readers`.
 
     Raises:
-        LoraError: any adapter does not fit, or `mode` cannot serve it. The model is as before.
+        LoraError: an adapter does not fit, or `mode` cannot serve it. The model is unchanged.
     """
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
@@ -122,7 +122,7 @@ def apply_one(
         application.lines.append("strength is 0: nothing is applied")
         return
     if selected := strengths.select(beside):
-        # The whole set, so that another selection finds the same bank.
+        # The whole set, so that another selection reuses the same bank.
         add_to_side_path(model, Entry(adapter, beside, strengths, match.layout))
         application.lines.append(
             f"side path: {len(selected)} modules, no weight is touched"
@@ -162,7 +162,7 @@ def merge(
 
 
 def find_merge_reason(model: host.ModelPatcher, readers: Sequence[str]) -> str | None:
-    """Why no module may run beside the weights; None if they may."""
+    """Why no module may run on the side path; None if they may."""
     if readers:
         return f"{', '.join(readers)} behind this node reads the weights"
     return host.find_merge_reason(model)

@@ -1,10 +1,10 @@
 """The weights of a side path, one site per module of the base.
 
-A site's weights are packed into one tensor, so that ComfyUI brings them by one copy or one page
-fault wherever it keeps them. Sites that read the same x, as q, k and v of a stream do, have their
-down-products in one: x is larger than anything a LoRA holds, and reading it is what costs.
+A site's weights are packed into one tensor, so that ComfyUI fetches them with one copy or one page
+fault wherever it keeps them. Sites that read the same x, as q, k and v of a stream do, share one
+down-product: x is larger than any LoRA weight, and reading it dominates the cost.
 
-Legend: x (..., in) is what the module got, y (..., out) what it gave; S is the number of rows of
+Legend: x (..., in) is the module's input, y (..., out) its output; S is the number of rows of
 both; r = sum of the ranks of all plain LoRAs of the sites that share x.
 """
 
@@ -30,7 +30,7 @@ _READERS = re.compile(r"(.*\.)(to|add)_([qkv])(?:_proj)?")
 
 @dataclass(frozen=True)
 class Member:
-    """One module of one adapter, where the model has it."""
+    """One module of one adapter, and its place in the model."""
 
     entry: int
     """Which of the adapters."""
@@ -40,7 +40,7 @@ class Member:
 
 
 class Bank(torch.nn.Module):
-    """Sites of all modules that any of the adapters touches."""
+    """Sites of all modules that any of the adapters changes."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Bank(torch.nn.Module):
                 by_path[place.module_path].append(Member(entry, path, place, adapter.modules[path]))
         self.sites: dict[str, Site] = {}
         self.products: list[DownProduct] = []
-        # Nodes run in inference mode; weights made there could not take part in a backward pass.
+        # Nodes run in inference mode; weights created there could not take part in a backward pass.
         with torch.inference_mode(False):
             for paths in group_readers(by_path):
                 sites = build_sites([by_path[path] for path in paths], dtype)
@@ -68,13 +68,13 @@ class Bank(torch.nn.Module):
             adapter.release()
 
     def forget_inputs(self) -> None:
-        """Lets go of down-products that nobody came for."""
+        """Releases down-products that no site took."""
         for product in self.products:
             product.forget()
 
 
 def group_readers(by_path: dict[str, list[Member]]) -> list[list[str]]:
-    """Module paths in groups that get the same x, q before k before v; most are alone."""
+    """Groups of module paths with the same x, in the order q, k, v; most have one member."""
     groups: dict[tuple, list[tuple[int, str]]] = defaultdict(list)
     for path, members in by_path.items():
         widths = {m.weights.shape[1] for m in members if isinstance(m.weights, LoraWeights)}
@@ -88,7 +88,7 @@ def group_readers(by_path: dict[str, list[Member]]) -> list[list[str]]:
 
 
 def build_sites(group: list[list[Member]], dtype: torch.dtype) -> list[Site]:
-    """The sites of modules that get the same x; the first holds the down-factors of all."""
+    """The sites of modules with the same x; the first holds the down-factors of all."""
     group = [sorted(members, key=lambda m: (m.place.part, m.entry)) for members in group]
     downs = [
         member.weights.lora_A
@@ -107,21 +107,21 @@ def build_sites(group: list[list[Member]], dtype: torch.dtype) -> list[Site]:
 
 
 class DownProduct:
-    """x @ down.T for all sites that read the same x: computed by whichever comes first.
+    """x @ down.T for all sites that read the same x: computed by whichever runs first.
 
-    Each of the others takes it once, and only for the very tensor it was computed from, so that it
-    does not matter in which order they come, or whether all do.
+    Each of the others takes it once, and only for the very tensor it was computed from, so the
+    order in which they run does not matter, nor whether all do.
     """
 
     pack: host.PackedWeights
-    """That of the first site; down (r, in) is its first tensor. No site is held from here."""
+    """That of the first site; down (r, in) is its first tensor. Holds no reference to a site."""
 
     def __init__(self, num_sites: int):
         self.num_sites = num_sites
         self._kept: tuple | None = None
 
     def take(self, site: int, x: torch.Tensor) -> torch.Tensor | None:
-        """What another site has computed from this x, (S, r); None if there is nothing."""
+        """The product another site has computed from this x, (S, r), or None."""
         if self._kept is None:
             return None
         source, state, waiting, hidden = self._kept
@@ -140,7 +140,7 @@ class DownProduct:
         return hidden
 
     def fetch_and_compute(self, site: int, x: torch.Tensor) -> torch.Tensor:
-        """For a site that comes before the one whose pack has the down-factors."""
+        """For a site that runs before the one whose pack has the down-factors."""
         flat, ticket = self.pack.fetch(x)
         try:
             return self.compute(site, x, self.pack.split(flat)[0])
@@ -152,19 +152,19 @@ class DownProduct:
 
 
 def describe_state(x: torch.Tensor) -> tuple[bool, int]:
-    """What must not have changed since: whether gradients are wanted, and what is in x."""
-    # Inference tensors count no changes, and nothing in a model's blocks makes any to an input.
+    """State that must not change until reuse: whether gradients are recorded, and x's version."""
+    # Inference tensors have no version counter; a model's blocks never modify an input in place.
     return torch.is_grad_enabled(), 0 if x.is_inference() else x._version
 
 
 class Site:
-    """Everything that is added to one module's output.
+    """All terms added to one module's output.
 
     Args:
         members: in the order of their gains, by part of the output.
         product: the down-product it shares as its `index`-th site; None without plain LoRAs.
-        start: its first column there.
-        stack: down (r, in) of all sites, for the one that holds it.
+        start: its first column in the down-product.
+        stack: down (r, in) of all sites, for the site that holds it.
     """
 
     def __init__(
@@ -210,8 +210,8 @@ class Site:
     def add(self, y: torch.Tensor, x: torch.Tensor, gains: tuple[float, ...]) -> torch.Tensor:
         """y with all terms added, in place where no gradient needs the old y.
 
-        The base has just made y for us. Weights are fetched by ComfyUI's own cast and given back
-        before the next fetch, so that one of its buffers is enough.
+        y was just computed by the base and belongs to us. Weights are fetched by ComfyUI's own cast
+        and released before the next fetch, so that one of its buffers is enough.
         """
         out = y.reshape(-1, y.shape[-1])
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):

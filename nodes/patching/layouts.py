@@ -1,7 +1,7 @@
-"""Where a model keeps the modules that adapters name: most under the same names, some fused.
+"""Where a model keeps the modules named by adapters: most under the same names, some fused.
 
 An adapter's module paths are those of diffusers' transformer, which ComfyUI shares. Models of other
-extensions may hold several of them in one Linear, or run some in kernels that no forward reaches.
+extensions may fuse several of them into one Linear, or run some in kernels that bypass forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...lora_core import ConfigError
 
 @dataclass(frozen=True)
 class Place:
-    """A module of an adapter in a model: a Linear, or equal parts of one Linear's output."""
+    """An adapter's module in a model: a Linear, or one of equal parts of a Linear's output."""
 
     module_path: str
     part: int = 0
@@ -27,14 +27,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a kind of model differs from the modules that adapters name."""
+    """How a kind of model differs from the module names in adapters."""
 
     name: str
     find_place: Callable[[str], Place | None]
     """Module path of an adapter -> its place; None where no forward computes it."""
-    obstacle: str = ""
+    reason: str = ""
     """Why some have no place."""
-    merge_obstacle: str = ""
+    no_merge_reason: str = ""
     """Why nothing can be merged; empty where it can."""
 
 
@@ -69,7 +69,7 @@ NUNCHAKU = Layout(
 
 
 def find_layout(diffusion_model: torch.nn.Module) -> Layout:
-    """By the class's name, as the package that has it is none of ours to import."""
+    """By class name, as the package that defines it must not be imported."""
     names = {base.__name__ for base in type(diffusion_model).__mro__}
     return NUNCHAKU if "NunchakuQwenImageTransformer2DModel" in names else PLAIN
 
@@ -77,7 +77,7 @@ def find_layout(diffusion_model: torch.nn.Module) -> Layout:
 def check_layout(diffusion_model: torch.nn.Module) -> None:
     """
     Raises:
-        ConfigError: the model is set so that no forward of ours would be called.
+        ConfigError: the model is configured so that our forwards would not be called.
     """
     if find_layout(diffusion_model) is NUNCHAKU and getattr(diffusion_model, "offload", False):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Which modules of a MODEL an adapter reaches, and how each can be served."""
+"""Which modules of a MODEL an adapter matches, and how each can be applied."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .layouts import Layout, Place, find_layout
 
 @dataclass(frozen=True)
 class Match:
-    """The adapter's modules, sorted by what can be done with them on this model."""
+    """The adapter's modules, sorted by how they can be applied to this model."""
 
     side_path: frozenset[str]
     """Additive weights on a Linear: these can run beside the base."""
@@ -38,17 +38,17 @@ class Match:
         object.__setattr__(self, "paths", self.side_path | frozenset(self.merge_only))
 
 
-# Matching walks both module lists; a strength change must not pay for it again.
+# Matching walks both module lists; a strength change must not repeat it.
 _known: WeakKeyDictionary[torch.nn.Module, WeakKeyDictionary[Adapter, Match]] = WeakKeyDictionary()
 
 
 def match_adapter(model: host.ModelPatcher, adapter: Adapter) -> Match:
-    """Compares names and shapes; remembered per model and adapter.
+    """Compares names and shapes; cached per model and adapter.
 
     Raises:
-        KeyFormatError: not one module of the adapter exists in the model.
+        KeyFormatError: no module of the adapter exists in the model.
         ShapeError: a module exists but has another shape. Nothing is applied then.
-        TargetError: the modules exist, and this kind of model lets none of them be served.
+        TargetError: the modules exist, but this kind of model allows none of them to be patched.
     """
     matches = _known.setdefault(model.model.diffusion_model, WeakKeyDictionary())
     if adapter not in matches:
@@ -60,7 +60,7 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
     modules = host.get_modules(model)
     layout = find_layout(model.model.diffusion_model)
     places = {path: layout.find_place(path) for path in adapter}
-    out_of_reach = {path: layout.obstacle for path, place in places.items() if place is None}
+    out_of_reach = {path: layout.reason for path, place in places.items() if place is None}
     present = {path: p for path, p in places.items() if p is not None and p.module_path in modules}
     if not present and not out_of_reach:
         model_class, _ = host.describe_model(model)
@@ -71,9 +71,9 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
         )
     check_shapes(modules, adapter, present)
     unmergeable = {
-        path: layout.merge_obstacle or "its Linear has no weight that ComfyUI can patch"
+        path: layout.no_merge_reason or "its Linear has no weight that ComfyUI can patch"
         for path, place in present.items()
-        if layout.merge_obstacle or not host.has_weight(modules[place.module_path])
+        if layout.no_merge_reason or not host.has_weight(modules[place.module_path])
     }
     side_path, merge_only = set(), {}
     for path, place in present.items():
@@ -110,7 +110,7 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
 
 
 def is_linear(module: torch.nn.Module) -> bool:
-    # By attributes: the Linear of quantised models does not derive from torch.nn.Linear.
+    # By attributes: Linears of quantised models do not derive from torch.nn.Linear.
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
@@ -137,7 +137,7 @@ def check_shapes(
 def compare_shape(
     module: torch.nn.Module, place: Place, weights: ModuleWeights
 ) -> tuple[tuple, tuple]:
-    """The module's shape and the one the weights want, equal where these do not tell."""
+    """The module's shape and the one the weights need; equal if the weights do not determine it."""
     if is_linear(module):
         shape = (module.out_features // place.num_parts, module.in_features)
     else:

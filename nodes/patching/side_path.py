@@ -1,15 +1,15 @@
 """LoRA as a side path: out = base(x) + sum of strength * scale * lora_B(lora_A x).
 
-Nothing of the base changes. Three pieces work together on a clone of the model:
+The base stays unchanged. Three pieces work together on a clone of the model:
 
-- `SidePath`, an immutable value in the clone's transformer_options: which adapters, how strong.
-- `Bank`, a module with the adapters' weights under a ModelPatcher of its own. It is built when a
-  sampler prepares the model, so that a chain of Apply nodes never builds its intermediate steps.
-- two wrappers: one hands the bank to ComfyUI when it loads models, one swaps the forwards of the
-  affected modules during a call of the diffusion model and puts them back after it.
+- `SidePath`, an immutable value in the clone's transformer_options: the adapters and strengths.
+- `Bank`, a module with the adapters' weights, under a ModelPatcher of its own. It is built when a
+  sampler prepares the model, so that a chain of Apply nodes builds no intermediate banks.
+- two wrappers: one passes the bank to ComfyUI when it loads models, one swaps the forwards of the
+  affected modules during a call of the diffusion model and restores them after it.
 
-Sampling never leaves a trace on the shared model, so clones with other strengths, other
-extensions and exceptions in mid-sampling cannot meet a stale forward.
+Sampling leaves no trace on the shared model, so clones with other strengths, other extensions
+and code after an exception in mid-sampling never see a stale forward.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class SidePath:
         self._bank: PlacedBank | None = None
         self._plan: tuple[ref, list[Swap]] | None = None
         self._merged: tuple[ref, host.ModelPatcher] | None = None
-        #: This sampling runs on merged weights instead; decided anew each time.
+        #: This sampling runs on merged weights instead; decided for each sampling.
         self.is_merged = False
         #: Whether a call of the model ran any of the sites; None before the first call.
         self.has_run: bool | None = None
 
     def __copy__(self) -> SidePath:
-        """Itself: extensions copy options deeply, and a copy would run modules of nobody's."""
+        """Itself: extensions deep-copy options, and a copy would run modules nobody has loaded."""
         return self
 
     def __deepcopy__(self, memo: dict) -> SidePath:
@@ -76,7 +76,7 @@ class SidePath:
         placement = placement or self.placement
         if self._bank is None or self._bank.placement != placement:
             contents = tuple((e.adapter, e.module_paths, e.layout) for e in self.entries)
-            # Strengths are no part of the key: that is what makes a strength change free.
+            # Strengths are not part of the key, which makes a strength change free.
             key = (placement, *((id(adapter), *rest) for adapter, *rest in contents))
             bank = _banks.get(key)
             if bank is None:
@@ -86,14 +86,14 @@ class SidePath:
 
     @property
     def bank(self) -> PlacedBank:
-        """The bank as last prepared."""
+        """The most recently prepared bank."""
         return self.get_bank(self._bank.placement if self._bank else None)
 
     def get_merged(self, model: host.ModelPatcher) -> host.ModelPatcher:
-        """A clone of `model` with all entries as native patches; kept, so as to patch only once."""
+        """A clone of `model` with all entries as native patches; cached, to patch only once."""
         if self._merged is None or self._merged[0]() is not model:
             merged = model.clone()
-            # Neither its options nor its parents may hold this side path, which holds it.
+            # Neither its options nor its parents may reference this side path, which references it.
             del host.get_options(merged)[KEY]
             while merged.parent is not None and get_side_path(merged.parent) is not None:
                 merged.parent = merged.parent.parent
@@ -104,7 +104,7 @@ class SidePath:
         return self._merged[1]
 
     def get_plan(self, diffusion_model: torch.nn.Module) -> list[Swap]:
-        """Which module gets which site at which gains; kept, as it is needed at every step."""
+        """Which module gets which site at which gains; cached, as every step needs it."""
         bank = self.bank
         if self._plan is None or self._plan[0]() is not diffusion_model:
             swaps = [
@@ -128,7 +128,7 @@ class PlacedBank:
         contents: tuple[tuple[Adapter, frozenset[str], Layout], ...],
         placement: host.Placement,
     ):
-        self.adapters = [adapter for adapter, *_ in contents]  # alive, so their id stays theirs
+        self.adapters = [adapter for adapter, *_ in contents]  # alive, so no id is reused
         self.placement = placement
         self.module = Bank(contents, placement.dtype)
         self.patcher = host.wrap_in_patcher(self.module, placement)
@@ -137,7 +137,7 @@ class PlacedBank:
         )
 
     def find_modules(self, diffusion_model: torch.nn.Module) -> list[tuple[torch.nn.Module, Site]]:
-        """The base's modules and their sites here; looked up once for all strengths."""
+        """The base's modules and their sites in this bank; looked up once for all strengths."""
         if diffusion_model not in self._found:
             self._found[diffusion_model] = [
                 (diffusion_model.get_submodule(path), site)
@@ -149,12 +149,12 @@ class PlacedBank:
 _banks: WeakValueDictionary[tuple, PlacedBank] = WeakValueDictionary()
 
 #: The bank each base sampled with last. ComfyUI drops the old output of Apply before the new one
-#: samples, so that nothing else would hold the bank over a change of strength.
+#: samples, so nothing else would keep the bank alive across a change of strength.
 _latest: WeakKeyDictionary[torch.nn.Module, PlacedBank] = WeakKeyDictionary()
 
 
 def add_to_side_path(model: host.ModelPatcher, entry: Entry) -> None:
-    """Puts one more adapter on the side path of `model`, a clone the caller owns."""
+    """Adds one more adapter to the side path of `model`, a clone the caller owns."""
     options = host.get_options(model)
     existing = options.get(KEY)
     entries = (*existing.entries, entry) if existing else (entry,)
@@ -170,8 +170,8 @@ def get_side_path(model: host.ModelPatcher) -> SidePath | None:
 def prepare_side_path(executor: Callable, model: host.ModelPatcher, *args, **kwargs):
     """PREPARE_SAMPLING wrapper: the bank is loaded, and accounted for, with the model.
 
-    Where swapped forwards cannot work, the entries are merged here. Apply does so where it sees
-    the reason; this is for reasons that come after it.
+    Where swapped forwards cannot work, the entries are merged here. Apply merges if it sees the
+    reason; this handles reasons that arise later.
     """
     side_path = get_side_path(model)
     if side_path is None or not side_path.is_active:
@@ -187,7 +187,7 @@ def prepare_side_path(executor: Callable, model: host.ModelPatcher, *args, **kwa
         return executor(side_path.get_merged(model), *args, **kwargs)
     bank = side_path.get_bank(host.get_placement(model))
     _latest[model.model.diffusion_model] = bank
-    # Attached only meanwhile: `model` is cached by ComfyUI, and clones of it may go elsewhere.
+    # Attached only temporarily: ComfyUI caches `model`, and clones of it may be used elsewhere.
     model.set_additional_models(KEY, [bank.patcher])
     try:
         prepared = executor(model, *args, **kwargs)
@@ -198,7 +198,7 @@ def prepare_side_path(executor: Callable, model: host.ModelPatcher, *args, **kwa
 
 
 def run_with_side_path(executor: Callable, *args, **kwargs):
-    """DIFFUSION_MODEL wrapper: swaps forwards for the length of one model call."""
+    """DIFFUSION_MODEL wrapper: swaps forwards for the duration of one model call."""
     args, kwargs, side_path = take_side_path(args, kwargs)
     if side_path is None or side_path.is_merged or not side_path.is_active:
         return executor(*args, **kwargs)
@@ -207,9 +207,9 @@ def run_with_side_path(executor: Callable, *args, **kwargs):
 
 
 def take_side_path(args: tuple, kwargs: dict) -> tuple[tuple, dict, SidePath | None]:
-    """Finds the side path in whichever argument carries transformer_options, and takes it out.
+    """Finds the side path in whichever argument carries transformer_options, and removes it.
 
-    Taken out, because a wrapper that is registered twice must not apply it twice.
+    Removed, because a wrapper that is registered twice must not apply it twice.
     """
     found = None
 
@@ -235,7 +235,7 @@ def swapped_forwards(diffusion_model: torch.nn.Module, side_path: SidePath) -> I
             undo.append((attributes, attributes.get("forward")))
             attributes["forward"] = functools.partial(run_site, module.forward, site, gains)
         if side_path.has_run is None:
-            with noticing_runs(side_path, undo):
+            with warning_if_unused(side_path, undo):
                 yield
         else:
             yield
@@ -250,10 +250,10 @@ def swapped_forwards(diffusion_model: torch.nn.Module, side_path: SidePath) -> I
 
 
 @contextmanager
-def noticing_runs(side_path: SidePath, swapped: list[tuple[dict, Callable | None]]):
-    """Warns where a call ran none of the modules whose forwards are swapped.
+def warning_if_unused(side_path: SidePath, swapped: list[tuple[dict, Callable | None]]):
+    """Warns if a call ran none of the modules whose forwards are swapped.
 
-    Looked at in the first call alone: later ones may be skipped by caches such as EasyCache.
+    Checked in the first call only: caches such as EasyCache may skip later ones.
     """
     run: set[int] = set()
 

@@ -1,10 +1,9 @@
 """What a side path adds to one module's output, one class per kind of weights.
 
-Legend: x (..., in) is what the module got, out (S, out) the part of its output that a term adds
-to, in place; S is the number of rows of both. `tensors` are the site's weights as they were
-fetched, in the type of x, and a term knows which are its own. `gains` has the strength of each
-member of the site.
-Each kind adds by one kernel that scales, multiplies and sums where the types allow it.
+Legend: x (..., in) is the module's input, out (S, out) the part of its output that a term adds
+to, in place; S is the number of rows of both. `tensors` are the site's fetched weights, in the
+dtype of x; a term knows which are its own. `gains` has the strength of each member of the site.
+Each kind adds with one fused scale-multiply-add kernel where the dtypes allow it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class Term:
 
     Attributes:
         part, num_parts: which of the equal parts of the module's output it adds to.
-        slots: its tensors among those of the site.
+        slots: indices of its tensors among those of the site.
     """
 
     part, num_parts = 0, 1
@@ -99,7 +98,7 @@ class KroneckerTerm(Term):
 
 
 class HadamardTerm(Term):
-    """LoHa: the product is not low-rank, so the delta is built for the call and dropped again."""
+    """LoHa: the product is not low-rank, so the delta is built for each call and then dropped."""
 
     def __init__(self, member: int, weights: LohaWeights):
         self.member, self.scale = member, weights.scale
@@ -144,7 +143,7 @@ class BiasTerm(Term):
 
 
 def list_term_types(weights: ModuleWeights) -> list[type[Term]]:
-    """The terms of one member, but for plain LoRAs, which run together."""
+    """The terms of one member, except plain LoRAs, which run together."""
     types: list[type[Term]] = []
     if isinstance(weights, LokrWeights):
         types.append(KroneckerTerm)

@@ -1,4 +1,4 @@
-"""The adapters in ComfyUI's loras folders: what they are, how healthy, and where.
+"""The adapters in ComfyUI's loras folders: what they are, their health, and their files.
 
 Nothing is read before the first request. Results are kept in ComfyUI's system user folder.
 """
@@ -22,11 +22,11 @@ _connection: dict[str, Callable] = {}
 
 
 def connect(send: Callable[[dict[str, Any]], None], is_busy: Callable[[], bool]) -> None:
-    """Before the first request.
+    """Must be called before the first request.
 
     Args:
-        send: tells every open page what was found out; see `AdapterLibrary`.
-        is_busy: whether a prompt runs; the health of adapters waits for its end.
+        send: sends new results to every open page; see `AdapterLibrary`.
+        is_busy: whether a prompt is running; health checks wait until it ends.
     """
     _connection.update(notify=send, is_busy=is_busy)
 
@@ -37,12 +37,12 @@ def get_library() -> AdapterLibrary:
         if _library is None:
             cache = host.get_cache_folder() / CACHE_FILE
             _library = AdapterLibrary(host.find_lora_files, cache, **_connection)
-            atexit.register(_library.stop)  # so that no thread computes while Python shuts down
+            atexit.register(_library.stop)  # no thread may compute while Python shuts down
         return _library
 
 
 def list_adapters() -> dict[str, Any]:
-    """{"adapters": [...], "pending": how many have no verdict yet}; later ones come as events."""
+    """{"adapters": [...], "pending": number without a verdict}; later verdicts come as events."""
     return get_library().list()
 
 
@@ -50,15 +50,15 @@ def show_adapter(adapter_id: str) -> dict[str, Any]:
     """One adapter with its metadata, modules and verdict.
 
     Raises:
-        ConfigError: what is given is no id.
-        UnknownAdapterError: no file in the loras folders has it.
-        FileError: the file went away meanwhile.
+        ConfigError: not a valid id.
+        UnknownAdapterError: no file in the loras folders has this id.
+        FileError: the file disappeared meanwhile.
     """
     return get_library().show(adapter_id)
 
 
 def find_adapter(adapter_id: str) -> Path:
-    """The file of an id.
+    """The file with this id.
 
     Raises:
         ConfigError, UnknownAdapterError: as `show_adapter`.

@@ -1,4 +1,4 @@
-"""Which devices a training job gets in this ComfyUI, and what speaks against it beforehand."""
+"""Which devices a training job gets in this ComfyUI, and checks before it is submitted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .. import host
 
 
 def order_devices() -> list[Device]:
-    """GPUs that ComfyUI does not use come first; the one that it uses is marked as shared."""
+    """Puts GPUs that ComfyUI does not use first, and marks the one it uses as shared."""
     ours = host.get_device_name()
     devices = [
         replace(device, is_shared=device.is_gpu and device.name == ours)
@@ -27,7 +27,7 @@ def order_devices() -> list[Device]:
 def choose_for_job(
     store: JobStore, wanted: str, count: int = 1, needed_bytes: int = 0
 ) -> tuple[list[Device], set[Device]]:
-    """The devices that a job submitted now gets, and which of all are taken by others.
+    """The devices a job submitted now gets, and those of all devices that other jobs hold.
 
     Args:
         wanted, count, needed_bytes: as for `devices.choose_devices`.
@@ -38,17 +38,17 @@ def choose_for_job(
 
 
 def find_memory(devices: Sequence[Device]) -> int | None:
-    """Bytes of the smallest of a job's GPUs; None for a job on the CPU."""
+    """Memory in bytes of the smallest of a job's GPUs; None for a job on the CPU."""
     if not devices or not all(device.is_gpu for device in devices):
         return None
     return min(device.memory_bytes for device in devices)
 
 
 def prepare_measuring(devices: Sequence[Device], taken: set[Device]) -> str:
-    """Inside a running node: takes ComfyUI's models off the device that is measured on, the first.
+    """Inside a running node: unloads ComfyUI's models from the first device, which is measured.
 
     Returns:
-        Why nothing can be measured there now, or "".
+        Why it cannot be measured now, or "".
     """
     if devices[0] in taken:
         return f"another training job runs on {devices[0].name}"
@@ -58,10 +58,10 @@ def prepare_measuring(devices: Sequence[Device], taken: set[Device]) -> str:
 
 
 def check_devices(count: int) -> None:
-    """Before a training set is encoded for nothing.
+    """Checked before a training set is encoded in vain.
 
     Raises:
-        ConfigError: so many GPUs are not here, or what joins their processes is missing.
+        ConfigError: too few GPUs, or the backend that connects their processes is missing.
     """
     if not 1 <= count <= MAX_DEVICES:
         raise ConfigError(f"gpus is {count}; expected 1 to {MAX_DEVICES}")

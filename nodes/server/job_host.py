@@ -1,6 +1,6 @@
-"""Training jobs inside ComfyUI: whose memory is whose, and what prompts do while a job runs.
+"""Training jobs inside ComfyUI: who owns the device's memory, and what prompts do meanwhile.
 
-For nodes: `submit`, `get`, `find`, `find_same`, `wait`, and `get_store()` for all else.
+For nodes: `submit`, `get`, `find`, `find_same`, `wait`, and `get_store()` for everything else.
 """
 
 from __future__ import annotations
@@ -40,54 +40,54 @@ POLICY_TOOLTIP = (
     "a warning. pause prompts: they wait until it is over or paused, or until you interrupt the "
     "waiting. share: they run beside it. ComfyUI's models are released before it starts."
 )
-#: In `JobSettings.origin`.
+#: Key in `JobSettings.origin`.
 POLICY_KEY = "prompts"
 POLL_INTERVAL = 0.1  # seconds
-#: Seconds after which a job that was about to start, and of which nothing was heard, is forgotten.
+#: Seconds after which a job that was about to start, but sent no news, is dropped.
 START_TIMEOUT = 60.0
 
 logger = logging.getLogger(__name__)
 
 
 class Prompts(Protocol):
-    """What the server's queue of prompts can be asked."""
+    """Interface of the server's prompt queue."""
 
     def request_release(self) -> None:
-        """Has the models unloaded as soon as no prompt runs."""
+        """Requests that the models are unloaded as soon as no prompt runs."""
 
     def is_release_pending(self) -> bool: ...
 
     def put_hold(self, prompt_id: str) -> None:
-        """Puts a prompt of the node QwenEditLoraHold before all others."""
+        """Queues a prompt of the node QwenEditLoraHold ahead of all others."""
 
     def has(self, prompt_id: str) -> bool:
-        """Whether the prompt waits or runs."""
+        """Whether the prompt is queued or running."""
 
 
 class JobHost:
     """The store of this ComfyUI's jobs and its supervisor.
 
     Args:
-        send: tells every open page an event.
+        send: sends an event to every open page.
     """
 
     def __init__(self, root: Path, prompts: Prompts, send: Callable[[dict[str, Any]], None]):
-        """Raises FileError where the jobs' folder cannot be used."""
+        """Raises FileError if the jobs folder cannot be used."""
         self.store = JobStore(root)
         self.prompts = prompts
         self.send = send
-        self.supervisor = Supervisor(self.store, order_devices(), self._prepare, self._notice)
+        self.supervisor = Supervisor(self.store, order_devices(), self._prepare, self._handle_news)
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
         self._starting: dict[str, float] = {}
-        self._asked_to_release: set[str] = set()
+        self._release_requested: set[str] = set()
         self._dismissed: set[str] = set()
         self._hold_id: str | None = None
         self._num_holding = 0
         self._shown: dict[str, dict[str, Any]] = {}
 
     def start(self) -> None:
-        """Finds the jobs of earlier sessions, and looks after them from now on."""
+        """Finds the jobs of earlier sessions and supervises them from now on."""
         self.supervisor.start()
 
     # --- for nodes ---
@@ -95,11 +95,11 @@ class JobHost:
     def submit(
         self, train: TrainConfig, *, policy: str = WARN, key: str = "", **settings: Any
     ) -> str:
-        """`JobStore.submit` with the finished adapter going into ComfyUI's loras folder.
+        """Like `JobStore.submit`; the finished adapter goes into ComfyUI's loras folder.
 
         Args:
             policy: one of POLICIES.
-            key: what makes two submissions the same, e.g. a hash over a node's inputs.
+            key: equal for equal submissions, e.g. a hash over a node's inputs.
 
         Raises:
             ConfigError, FileError: as `JobStore.submit`, before anything is queued.
@@ -111,9 +111,9 @@ class JobHost:
         return self.store.submit(train, key=key, origin=origin, **settings)
 
     def wait(self, job_id: str, notify: Callable[[Job], None] | None = None) -> Job:
-        """Waits inside a running node; an interrupt ends the waiting and not the job.
+        """Waits inside a running node; an interrupt ends the wait, not the job.
 
-        Meanwhile no other prompt runs, so ComfyUI's models are released at once.
+        No other prompt runs meanwhile, so ComfyUI's models are released at once.
         """
         with self.holding():
             try:
@@ -124,7 +124,7 @@ class JobHost:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Inside the block, which only a running node may enter, ComfyUI's device is free."""
+        """ComfyUI's device is free inside this block, which only a running node may enter."""
         host.release_models()
         with self._lock:
             self._num_holding += 1
@@ -137,7 +137,7 @@ class JobHost:
     # --- policies ---
 
     def hold_prompts(self) -> None:
-        """What the node QwenEditLoraHold does: waits while a job wants prompts to pause."""
+        """Runs inside the node QwenEditLoraHold: waits while a job wants prompts to pause."""
         try:
             with self.holding():
                 while self.find_holders():
@@ -162,7 +162,7 @@ class JobHost:
             }
 
     def describe_conflict(self) -> str | None:
-        """A sentence for who queues a prompt while a job that wants a warning runs."""
+        """The warning for a prompt queued while a job with the policy "warn" runs, if any."""
         with self._lock:
             for job in self._jobs.values():
                 if get_policy(job) == WARN and is_on(job, host.get_device_name()):
@@ -174,7 +174,7 @@ class JobHost:
         return None
 
     def _prepare(self, job: Job, device: Device) -> bool:
-        """Whether ComfyUI's models are off the device; asked again and again until they are."""
+        """Whether ComfyUI's models are off the device; polled until they are."""
         if device.name != host.get_device_name():
             return True
         with self._lock:
@@ -182,16 +182,16 @@ class JobHost:
                 return True
             if get_policy(job) == PAUSE and job.id not in self._dismissed:
                 self._jobs[job.id] = job
-                was_asked = job.id in self._starting
+                was_requested = job.id in self._starting
                 self._starting[job.id] = time.monotonic()
-                if not was_asked:
+                if not was_requested:
                     self._queue_hold()
                 elif not self._is_hold_queued():
-                    self._dismissed.add(job.id)  # the user took it out of the queue
+                    self._dismissed.add(job.id)  # the user removed it from the queue
                 return False
-            # Again and again: ComfyUI misses a wish that comes just before it starts to wait.
-            if job.id not in self._asked_to_release or self.prompts.is_release_pending():
-                self._asked_to_release.add(job.id)
+            # At every poll: ComfyUI misses a request that comes just before it starts to wait.
+            if job.id not in self._release_requested or self.prompts.is_release_pending():
+                self._release_requested.add(job.id)
                 self.prompts.request_release()
                 return False
             return True
@@ -204,8 +204,8 @@ class JobHost:
     def _is_hold_queued(self) -> bool:
         return self._hold_id is not None and self.prompts.has(self._hold_id)
 
-    def _notice(self, job_id: str, job: Job | None) -> None:
-        """The supervisor's news: into what prompts do, and to the pages."""
+    def _handle_news(self, job_id: str, job: Job | None) -> None:
+        """Handles news from the supervisor: updates what prompts do, and informs the pages."""
         with self._lock:
             if job is None:
                 self._jobs.pop(job_id, None)
@@ -214,7 +214,7 @@ class JobHost:
                 self._jobs[job_id] = job
             if job is None or job.status is not JobStatus.PENDING:
                 self._starting.pop(job_id, None)
-                self._asked_to_release.discard(job_id)
+                self._release_requested.discard(job_id)
             if job is None or job.status.is_finished or job.status is JobStatus.PAUSED:
                 self._dismissed.discard(job_id)
             elif not self._num_holding and job_id in self.find_holders():
@@ -242,7 +242,7 @@ _problem = "the training jobs have not been started; restart ComfyUI"
 
 
 def start_jobs(prompts: Prompts, send: Callable[[dict[str, Any]], None]) -> None:
-    """Makes the one JobHost of this ComfyUI; `get_jobs` says so where that is not possible."""
+    """Creates this ComfyUI's only JobHost; if that fails, `get_jobs` raises the reason."""
     global _jobs, _problem
     try:
         _jobs = JobHost(host.get_jobs_folder(), prompts, send)
@@ -253,7 +253,7 @@ def start_jobs(prompts: Prompts, send: Callable[[dict[str, Any]], None]) -> None
 
 
 def get_jobs() -> JobHost:
-    """Raises FileError with the reason where jobs cannot be kept."""
+    """Raises FileError with the reason if jobs cannot be stored."""
     if _jobs is None:
         raise FileError(_problem)
     return _jobs
@@ -276,7 +276,7 @@ def submit(
     sample_vae: Path | None = None,
     **settings: Any,
 ) -> str:
-    """As `JobHost.submit`, with the samples' settings by name."""
+    """Like `JobHost.submit`, with the sample settings as keyword arguments."""
     samples = {
         "every": sample_every,
         "items": list(sample_items),
@@ -287,20 +287,20 @@ def submit(
 
 
 def train_again(adapter_path: Path) -> str:
-    """Submits the training that made a LoRA once more, from the file's own metadata.
+    """Submits the training that made a LoRA again, from the file's own metadata.
 
-    With its job's further settings (samples, policy) where that job is still there, and the
-    defaults otherwise. The new LoRA gets a free name.
+    Uses its job's other settings (samples, policy) if that job still exists, otherwise the
+    defaults. The new LoRA gets an unused name.
 
     Args:
-        adapter_path: of a file in a loras folder; see `host.find_lora`.
+        adapter_path: a file in a loras folder; see `host.find_lora`.
 
     Returns:
         The new job's id.
 
     Raises:
-        ConfigError: in a sentence what is missing: the settings, the base model, the training set.
-        FileError: the LoRA or the training set cannot be read, or the job not be written.
+        ConfigError: says what is missing: the settings, the base model or the training set.
+        FileError: the LoRA or the training set cannot be read, or the job cannot be written.
     """
     file = SafetensorsFile(adapter_path)
     train = build_again(file.metadata, find_models, find_datasets, host.find_vaes)
@@ -324,13 +324,13 @@ def train_again(adapter_path: Path) -> str:
 
 
 def find_models(name: str) -> list[Path]:
-    """Base models of a file name, in whatever subfolder."""
+    """Base models with this file name, in any subfolder."""
     names = [n for n in host.list_training_bases() if Path(n.replace("\\", "/")).name == name]
     return [host.find_training_base(n) for n in names]
 
 
 def find_datasets(name: str) -> list[Path]:
-    """The cached training set of a name."""
+    """The cached training set with this name, if there is one."""
     folder = host.get_cache_folder() / "datasets" / SETS_FOLDER / name
     return [folder] if folder.is_dir() else []
 
@@ -340,10 +340,10 @@ def get(job_id: str) -> Job:
 
 
 def find(job_id: str) -> Job:
-    """The job of this id; the newest one for an empty id.
+    """The job with this id; the newest one for an empty id.
 
     Raises:
-        UnknownJobError, ConfigError: there is none.
+        UnknownJobError, ConfigError: no such job.
     """
     if job_id.strip():
         return get(job_id.strip())
@@ -366,7 +366,7 @@ def describe(job: Job) -> str:
 
 
 def describe_states(with_steps: bool = False) -> str:
-    """A text that changes whenever a job comes, goes or changes its state, for caches."""
+    """A text that changes whenever a job is added, removed or changes state; a cache key."""
     try:
         jobs = get_store().list()
     except FileError as e:

@@ -1,4 +1,4 @@
-"""What a page is told of training jobs, and what it may ask of them: plain data, no HTTP."""
+"""What a page sees of training jobs, and what it may do with them: plain data, no HTTP."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ...lora_core.training.config.config_files import PATHS, config_to_dict
 from ...lora_core.training.run.adapter_files import strip_paths
 from . import job_host
 
-#: Points of a curve that a job is shown with.
+#: Maximum number of points per curve of a job.
 MAX_POINTS = 1000
-#: Settings that a page must not choose: where files are read and written.
-PLACES = frozenset(
+#: Settings a page must not change: where files are read and written.
+PATH_SETTINGS = frozenset(
     (*(".".join(path) for path in PATHS), "loras", "origin", "key", "train", "samples.vae")
 )
 
@@ -35,7 +35,7 @@ def list_jobs() -> dict[str, Any]:
 
 
 def show_job(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
-    """The job with its curves, settings, pictures and adapters' names."""
+    """The job with its curves, settings, image names and adapter names."""
     store = job_host.get_store()
     job = store.get(job_id)
     rows = _metrics.read(store.open_folder(job_id).metrics)
@@ -56,7 +56,7 @@ def show_log(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
 
 
 def describe_settings(job: Job) -> dict[str, Any]:
-    """Every setting by table; folders and files by their last name only."""
+    """All settings by table; of paths only the last component."""
     settings = config_to_dict(job.settings)
     train = strip_paths(settings["train"])
     del train["output"]
@@ -110,20 +110,20 @@ def delete(job_id: str, options: Options) -> dict[str, Any]:
 
 
 def clone(job_id: str, options: Options) -> dict[str, Any]:
-    """A new job with other settings; which files it reads and writes stays as it was."""
+    """A new job with changed settings; the files it reads and writes stay the same."""
     changes = options.get("changes", {})
     if not isinstance(changes, dict):
         raise ConfigError('changes is no JSON object; expected e.g. {"steps": 500}')
     for name in changes:
-        # a table as a whole ("model") could hold a place too
-        if name in PLACES or any(place.startswith(f"{name}.") for place in PLACES):
+        # a whole table ("model") could contain a path too
+        if name in PATH_SETTINGS or any(place.startswith(f"{name}.") for place in PATH_SETTINGS):
             raise ConfigError(f"{shorten(name)} cannot be changed here; queue a Train Edit LoRA")
     store = job_host.get_store()
     return store.get(store.clone(job_id, changes)).to_dict()
 
 
 def publish(job_id: str, options: Options) -> dict[str, Any]:
-    """Copies an adapter of the job into the loras folder; answers with its names there."""
+    """Copies an adapter of the job into the loras folder; returns its names there."""
     adapter = options.get("adapter")
     if adapter is not None and not isinstance(adapter, str):
         raise ConfigError(f"adapter is {shorten(repr(adapter))}; expected a file of the job")

@@ -1,4 +1,4 @@
-"""Whose page a request comes from: what a browser says of it, beside where ComfyUI listens."""
+"""Checks a request's origin: the browser's headers against the addresses ComfyUI listens on."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ USUAL_PORTS = (80, 443)
 
 
 class ForeignPageError(LoraError):
-    """A page of another site asks."""
+    """The request comes from a page of another site."""
 
 
 def check_host(given: str | None, addresses: Sequence[str], allowed: str | None) -> None:
-    """Raises ForeignPageError for a name that is another site's though it leads here.
+    """Raises ForeignPageError for a host name of another site that resolves to this machine.
 
     A site can point its own name at 127.0.0.1 once its page is open (DNS rebinding); the browser
-    then takes ours for that site's and lets its page read every answer. Where nothing but loopback
-    addresses are listened on, a request by any other name is of this kind, or comes through a proxy
-    of the user's own, whose name --enable-cors-header can tell. Elsewhere the names that lead here
-    are not known, and all of them are taken.
+    then treats this server as that site and lets its page read every response. If only loopback
+    addresses are listened on, a request by any other name is such an attack, or comes through the
+    user's own proxy, whose name --enable-cors-header can give. Otherwise the names that resolve
+    here are unknown, and all of them are accepted.
 
     Args:
-        given: the Host header; None is no browser.
-        addresses: what the server listens on.
-        allowed: the origin that --enable-cors-header names; "*" names none.
+        given: the Host header; None if the client is not a browser.
+        addresses: the addresses the server listens on.
+        allowed: the origin given by --enable-cors-header; "*" gives none.
     """
     if given is None or not all(map(is_loopback, addresses)):
         return
@@ -42,7 +42,7 @@ def check_host(given: str | None, addresses: Sequence[str], allowed: str | None)
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a host's name or address can mean nothing but the machine itself."""
+    """Whether a host name or address can only mean the machine itself."""
     name = name.strip().lower().strip("[]").removesuffix(".")
     if name == "localhost" or name.endswith(".localhost"):  # RFC 6761, section 6.3
         return True
@@ -54,8 +54,8 @@ def is_loopback(name: str) -> bool:
 
 
 def split_host(host: str) -> str | None:
-    """The name in a Host header, without the port; None where it is none."""
-    # What else a URL may hold has no place in a Host header.
+    """The name in a Host header, without the port; None if it is invalid."""
+    # The other parts of a URL are not allowed in a Host header.
     return None if any(c in host for c in "/?#@\\") else split_name(f"http://{host}")
 
 
@@ -65,14 +65,14 @@ def split_name(origin: str) -> str | None:
 
 
 def check_origin(headers: Mapping[str, str], own_host: str, allowed: str | None) -> None:
-    """Raises ForeignPageError where the browser says that another site's page asks.
+    """Raises ForeignPageError if the browser says that the request comes from another site's page.
 
-    ComfyUI's own check ends where the Host is no loopback address, as with --listen. What is not a
-    browser sends neither header.
+    ComfyUI's own check does not apply unless the Host is a loopback address, e.g. with --listen.
+    Clients other than browsers send neither header.
 
     Args:
-        headers: Sec-Fetch-Site is the browser's own word; it is missing on plain http, where Origin
-            is compared with the Host.
+        headers: Sec-Fetch-Site is set by the browser itself; it is missing on plain http, where
+            Origin is compared with the Host.
         allowed: the origin that --enable-cors-header names; "*" names none.
     """
     site, origin = headers.get("Sec-Fetch-Site"), headers.get("Origin")
@@ -90,7 +90,7 @@ def check_origin(headers: Mapping[str, str], own_host: str, allowed: str | None)
 
 
 def split_origin(origin: str) -> tuple[str, int | None] | None:
-    """Host and port, None for a usual one; None for "null" and other texts without a host."""
+    """Host and port, None for a default port; None for "null" and other texts without a host."""
     try:
         parts = urlsplit(origin)
         port = parts.port

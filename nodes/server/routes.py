@@ -11,10 +11,10 @@
     POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
 
 Errors are {"error": one sentence} with 400 for a bad request, 403 for another site's page or name,
-404 for an unknown job, 409 for what its state forbids, 413 for a body too large, 500 for what the
-disk refuses. Paths of this machine are neither taken nor told.
+404 for an unknown job, 409 for what its state forbids, 413 for a body too large, 500 for disk
+errors. Paths of this machine are neither accepted nor revealed.
 The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"};
-`qwen_edit_lora.adapters` what was found out: {"adapters": [...], "gone": ids, "pending": number}.
+`qwen_edit_lora.adapters` has new results: {"adapters": [...], "gone": ids, "pending": number}.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ EVENT = "qwen_edit_lora.job"
 ADAPTERS = "/qwen_edit_lora/adapters"
 ADAPTERS_EVENT = "qwen_edit_lora.adapters"
 MAX_BODY_BYTES = 65536
-#: Of an answer's one sentence.
-MAX_SENTENCE = 400
+#: Maximum length of an error message.
+MAX_MESSAGE = 400
 
 T = TypeVar("T")
 
@@ -52,11 +52,11 @@ logger = logging.getLogger(__name__)
 
 
 class BodySizeError(LoraError):
-    """The request's body is larger than any that makes sense."""
+    """The request body is larger than any valid one."""
 
 
 class PromptQueue:
-    """ComfyUI's queue of prompts, as `job_host.Prompts`."""
+    """ComfyUI's prompt queue, as `job_host.Prompts`."""
 
     def __init__(self, server: PromptServer):
         self.server = server
@@ -92,7 +92,7 @@ def start() -> None:
     server.routes.get(PREFIX)(answer(lambda request: job_views.list_jobs))
     server.routes.get(PREFIX + "/{id}")(answer(with_id(job_views.show_job)))
     server.routes.get(PREFIX + "/{id}/log")(answer(with_id(job_views.show_log)))
-    server.routes.get(PREFIX + "/{id}/pictures/{name}")(guard(send_picture))
+    server.routes.get(PREFIX + "/{id}/pictures/{name}")(guard(send_image))
     for action, work in job_views.ACTIONS.items():
         server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(check_id, on_job(work)))
     start_adapters(server)
@@ -114,7 +114,7 @@ def start_adapters(server: PromptServer) -> None:
 
 
 def send(server: PromptServer, event: str, data: dict[str, Any]) -> None:
-    """To every open page."""
+    """Sends an event to every open page."""
     server.send_sync(event, drop_non_finite(data))
 
 
@@ -124,14 +124,14 @@ def train_again(adapter_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
-    """For every prompt that is queued; leaves it as it is."""
+    """Called for every queued prompt; returns it unchanged."""
     try:
-        sentence = job_host.get_jobs().describe_conflict()
+        warning = job_host.get_jobs().describe_conflict()
     except LoraError:
         return prompt
-    if sentence:
-        logger.warning("Qwen Edit LoRA: %s.", sentence)
-        PromptServer.instance.send_sync(EVENT, {"warning": sentence})
+    if warning:
+        logger.warning("Qwen Edit LoRA: %s.", warning)
+        PromptServer.instance.send_sync(EVENT, {"warning": warning})
     return prompt
 
 
@@ -142,7 +142,7 @@ Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
 def guard(handle: Handler) -> Handler:
-    """The handler for requests by a name of this server alone; what is refused is one sentence."""
+    """Wraps a handler to accept only requests by a name of this server; refuses with a message."""
 
     async def guarded(request: web.Request) -> web.Response:
         try:
@@ -164,9 +164,9 @@ def with_id(show: Callable[[str, Mapping[str, str]], dict[str, Any]]):
 
 
 def for_job(job_id: str, work: Callable[[], T]) -> T:
-    """What `work` gives; UnknownJobError where it fails because somebody deleted the job meanwhile.
+    """Returns work's result; UnknownJobError if it fails because the job was deleted meanwhile.
 
-    Every file of a job goes with it, so that a race shows as whatever file was looked for last.
+    All files of a job are deleted with it, so a race shows as an error about any one of them.
     """
     try:
         return work()
@@ -187,11 +187,11 @@ def answer(prepare: Callable[[web.Request], Callable[[], dict[str, Any]]]) -> Ha
 
 
 async def run(work: Callable[[], T]) -> T:
-    """In a thread, so that ComfyUI's loop never waits for a disk."""
+    """Runs in a thread, so that ComfyUI's event loop never waits for the disk."""
     return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
-async def send_picture(request: web.Request) -> web.Response:
+async def send_image(request: web.Request) -> web.Response:
     job_id, name = check_id(request.match_info["id"]), request.match_info["name"]
     store = job_host.get_store()
     body = await run(lambda: for_job(job_id, lambda: store.read_image(job_id, name)))
@@ -203,11 +203,11 @@ async def send_picture(request: web.Request) -> web.Response:
 def change(
     check: Callable[[object], str], work: Callable[[str, Mapping[str, Any]], dict[str, Any]]
 ):
-    """A handler that lets ComfyUI's own page, or a program, change something.
+    """A handler for a change requested by ComfyUI's own page, or by a program.
 
     Args:
-        check: gives the id back, or raises ConfigError for what is none.
-        work: what is done, given the id and the request's JSON object.
+        check: returns the id, or raises ConfigError if it is invalid.
+        work: the action, called with the id and the request's JSON object.
     """
 
     async def handle(request: web.Request) -> web.Response:
@@ -220,18 +220,18 @@ def change(
 
 
 async def read_options(request: web.Request) -> dict[str, Any]:
-    """The body. Only JSON: a form of another site's page cannot send that unasked."""
+    """The request's body. Only JSON: another site's form cannot send that without a preflight."""
     if request.content_type != "application/json":
         raise ConfigError("expected a JSON object with Content-Type: application/json")
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
     body = bytearray()
     try:
-        async for chunk in request.content.iter_any():  # the length may be left unsaid
+        async for chunk in request.content.iter_any():  # Content-Length may be missing
             body += chunk
             if len(body) > MAX_BODY_BYTES:
                 raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
-    except (OSError, web.RequestPayloadError):  # who sent it went away, or sent no chunks
+    except (OSError, web.RequestPayloadError):  # the client disconnected, or sent invalid chunks
         raise ConfigError("the body broke off; send it whole") from None
     try:
         return parse_object(bytes(body), "the body")
@@ -243,7 +243,7 @@ def respond(result: dict[str, Any]) -> web.Response:
     return web.json_response(result, dumps=write_json)
 
 
-#: The first that fits; a LoraError of another kind is the disk's.
+#: The first match counts; any other LoraError is a disk error.
 STATUSES: tuple[tuple[type[LoraError], int], ...] = (
     (ForeignPageError, 403),
     (UnknownJobError, 404),
@@ -259,5 +259,5 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
 
 def refuse(error: LoraError) -> web.Response:
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
-    sentence = shorten(" ".join(str(error).split()), MAX_SENTENCE)
-    return web.json_response({"error": sentence}, status=status)
+    message = shorten(" ".join(str(error).split()), MAX_MESSAGE)
+    return web.json_response({"error": message}, status=status)

@@ -1,9 +1,9 @@
-"""Measures an Effect on a MODEL: a few model calls per strength, nothing is sampled.
+"""Measures an Effect on a MODEL: a few model calls per strength, without sampling.
 
 The strengths run one after the other on the same noise, not as one batch. An edit has thousands of
-tokens an item, so a batch saves no arithmetic, and it multiplies the memory for activations. It
-would need a gain per batch item in every kind of the side path. And equal items of a batch may be
-rounded differently, while here a change of exactly 0 means that nothing was applied.
+tokens per item, so a batch saves no arithmetic, and it multiplies the memory for activations. It
+would need a gain per batch item in every kind of term. And equal items of a batch may be rounded
+differently, while here a change of exactly 0 means that nothing was applied.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ...lora_core.sweep.effect import ChangeMeter, Effect, StrengthEffect, compu
 from .. import host
 from ..patching.application import apply_adapters
 
-#: Of a block's tokens as many are compared, evenly spread; all would be gigabytes over 60 blocks.
+#: Tokens compared per block, evenly spaced; all of them would be gigabytes over 60 blocks.
 MAX_TOKENS = 512
 
 
 class Recording:
-    """What one strength's model calls gave, kept in main memory."""
+    """The results of one strength's model calls, in main memory."""
 
     def __init__(self, num_sigmas: int, on_output: Any):
         self.outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -55,7 +55,7 @@ def measure_effect(
     sigmas: tuple[float, ...],
     seed: int = 0,
 ) -> Effect:
-    """Compares the model's answers at each strength with those at 0.
+    """Compares the model's outputs at each strength with those at 0.
 
     Raises:
         LoraError: the adapter does not fit the model.

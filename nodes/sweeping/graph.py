@@ -1,9 +1,9 @@
-"""A sweep as a graph of stock nodes, one chain per picture.
+"""A sweep as a graph of stock nodes, one chain per image.
 
-Every node's id and inputs come from what it does (strength, seed, adapter), never from its place
-in the sweep, and its other inputs are links into the user's own graph. ComfyUI's cache therefore
-knows each picture again when the sweep around it changes, and the picture at strength 0 is the
-one the graph makes without the LoRA.
+Every node's id and inputs follow from what it does (strength, seed, adapter), never from its
+position in the sweep, and its other inputs are links into the user's own graph. ComfyUI's cache
+therefore recognises each image when the sweep around it changes, and the image at strength 0 is
+the one the graph makes without the LoRA.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..patching.application import AUTO
 
 @dataclass(frozen=True)
 class Sampling:
-    """How each picture is made, once its model and seed are known."""
+    """How each image is made, once its model and seed are known."""
 
     links: Mapping[str, host.Link]
     """positive, latent_image and, where connected, negative, vae, sampler, sigmas."""
@@ -29,7 +29,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Chain:
-    """The links to what one cell makes; None for what it does not make."""
+    """The links to one cell's outputs; None for those it does not have."""
 
     model: host.Link
     report: host.Link | None
@@ -41,16 +41,16 @@ class SweepGraph:
     """Builds the chains; `adapters` maps the adapters' names to links, or to files by name.
 
     Args:
-        mode: of the Apply nodes.
+        mode: mode of the Apply nodes.
     """
 
     def __init__(self, model: host.Link, adapters: Mapping[str, host.Link | str], mode: str = AUTO):
         self.graph = host.build_graph()
         self.model = model
         self.adapters = adapters
-        #: Name of a file -> the report of its Load node.
+        #: File name -> the report of its Load node.
         self.loads: dict[str, host.Link] = {}
-        #: Only where it is another than Apply's own, so that cells are known again.
+        #: Only if it differs from Apply's default, so that cached cells are recognised.
         self.more = {} if mode == AUTO else {"mode": mode}
 
     def add_cell(self, cell: Cell, sampling: Sampling | None) -> Chain:
@@ -115,11 +115,11 @@ class SweepGraph:
         return sampler.out(0)
 
     def collect(self, cells: Sequence[Cell], chains: Sequence[Chain], text: str) -> Any:
-        """The node at the end, with lists of all images, latents and models, and the report."""
+        """The last node, with lists of all images, latents and models, and the report."""
         inputs = {f"model_{index}": chain.model for index, chain in enumerate(chains)}
-        # ComfyUI runs the inputs named last first, and among those the last one first. So: all
-        # latents before the first image, that the models change places in memory once, and one
-        # adapter's cells after the other's.
+        # ComfyUI runs inputs in reverse order, both of names and within a name. So: all latents
+        # before the first image, so that the models swap in memory only once, and one adapter's
+        # cells after another's.
         order = sorted(range(len(cells)), key=lambda index: self.find_adapter(cells[index]))
         for part in ("image", "latent"):
             links = {f"{part}_{i}": getattr(chains[i], part) for i in reversed(order)}
@@ -130,7 +130,7 @@ class SweepGraph:
         return self.graph.node("QwenEditLoraSweepCollect", "collect", text=text, **inputs)
 
     def find_adapter(self, cell: Cell) -> int:
-        """Its place in the order of rendering; strength 0, which has none, comes first."""
+        """Its index in the rendering order; strength 0, which has none, comes first."""
         if cell.strength == 0:
             return -1
         return list(self.adapters).index(cell.adapter) if cell.adapter else 0
@@ -138,7 +138,7 @@ class SweepGraph:
     def choose_reports(
         self, cells: Sequence[Cell], chains: Sequence[Chain]
     ) -> list[tuple[int, host.Link]]:
-        """One report of Apply per adapter: they differ in the strength only."""
+        """One report of Apply per adapter, as they differ in the strength only."""
         first: dict[str, tuple[int, host.Link]] = {}
         for index, (cell, chain) in enumerate(zip(cells, chains, strict=True)):
             if chain.report is not None:

@@ -1,4 +1,4 @@
-"""The strengths a sweep runs over; "auto" looks at the adapter beside the model's weights."""
+"""The strengths a sweep runs over; "auto" compares the adapter with the model's weights."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ...lora_core.sweep.strength_grammar import AutoStrengths, parse_strengths
 from .. import host
 from ..patching.matching import match_adapter
 
-#: Modules whose norms are taken, evenly spread; all of them would read the whole model.
+#: Number of modules measured, evenly spaced; measuring all would read the whole model.
 MAX_MODULES = 24
 
 
 def resolve_strengths(
     text: str, model: host.ModelPatcher, adapters: Iterable[Adapter]
 ) -> tuple[tuple[float, ...], str]:
-    """The strengths, and for "auto" a sentence on why these; the strongest adapter decides.
+    """The strengths, and for "auto" the reason for them; the strongest adapter decides.
 
     Raises:
-        ConfigError: the text is no list, or "auto" cannot measure any of the adapters.
+        ConfigError: the text is not a list, or "auto" cannot measure any of the adapters.
     """
     parsed = parse_strengths(text)
     if not isinstance(parsed, AutoStrengths):
@@ -39,7 +39,7 @@ def resolve_strengths(
 
 
 def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
-    """|delta|_F / |W|_F over up to MAX_MODULES of the modules it reaches in this model."""
+    """|delta|_F / |W|_F over up to MAX_MODULES of the modules it matches in this model."""
     match = match_adapter(model, adapter)
     matched = sorted(match.side_path)
     paths = [path for path in matched if explain_no_delta(adapter.modules[path]) is None]
@@ -47,7 +47,7 @@ def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
     for path in choose_evenly(paths, MAX_MODULES):
         norm = host.measure_weight(model, match.layout.find_place(path).module_path)
         if norm.value is None:
-            obstacle = f": {path} cannot be measured, as {norm.obstacle}"
+            obstacle = f": {path} cannot be measured, as {norm.reason}"
         else:
             squares += compute_square(adapter.modules[path])
             weights += norm.value**2

@@ -1,4 +1,4 @@
-"""Plain LoRA files to test with. Needs torch and safetensors only."""
+"""Plain LoRA files for tests. Needs torch and safetensors only."""
 
 from __future__ import annotations
 

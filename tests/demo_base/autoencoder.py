@@ -1,6 +1,6 @@
 """The demo base's VAE: ComfyUI's WanVAE, 12 instead of 96 channels wide.
 
-The encoder is written down (components.py); the decoder is trained to invert it.
+The encoder is constructed (components.py); the decoder is trained to invert it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make_vae(device: str = "meta") -> torch.nn.Module:
 
 
 def use_images(module: torch.nn.Module) -> None:
-    """Lets a WanVAE run its convolutions in two dimensions: a single frame needs no third."""
+    """Makes a WanVAE run its convolutions in two dimensions: a single frame needs no third."""
     from comfy.ldm.wan.vae import CausalConv3d
 
     def forward(conv: Any, frames: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -57,7 +57,7 @@ def use_images(module: torch.nn.Module) -> None:
 
 
 def craft_vae() -> tuple[torch.nn.Module, list[torch.Tensor]]:
-    """A WanVAE of float32 on the CPU before its decoder's training, and the training pictures."""
+    """A float32 WanVAE on the CPU before its decoder's training, and the training images."""
     pictures = read_pictures()
     components = compute_components(pictures)
     vae = make_vae("cpu").requires_grad_(False)
@@ -66,12 +66,12 @@ def craft_vae() -> tuple[torch.nn.Module, list[torch.Tensor]]:
     craft_latents(state_dict, components)
     craft_decoder(state_dict, pictures, components)
     for tensor in state_dict.values():
-        tensor.copy_(tensor.bfloat16())  # as the file will hold them
+        tensor.copy_(tensor.bfloat16())  # as stored in the file
     return vae, pictures
 
 
 def encode(vae: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures (n, 3, height, width) in [-1, 1] to latents normalised as the DiT sees them."""
+    """Images (n, 3, height, width) in [-1, 1] to latents normalised as the DiT sees them."""
     raw = vae.encode(pictures.unsqueeze(2)).squeeze(2)
     return (raw - LATENT_MEAN[:, None, None]) / LATENT_STD[:, None, None]
 
@@ -83,7 +83,7 @@ def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
 
 def compute_psnr(pictures: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, (n,); values in [-1, 1]."""
+    """Peak signal-to-noise ratio of each image in dB, (n,); values in [-1, 1]."""
     error = (pictures - others.clamp(-1, 1)).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error)
 

@@ -1,4 +1,4 @@
-"""Lets a script of this folder import ComfyUI, the shim and this checkout, as the tests do."""
+"""Lets a script in this folder import ComfyUI, the shim and this checkout, as the tests do."""
 
 from __future__ import annotations
 

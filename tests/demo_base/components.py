@@ -1,8 +1,8 @@
 """A VAE's weights that need no training: 8 x 8 pixels to their 16 principal components and back.
 
 The components are found level by level, as the encoder halves the resolution, in an order of
-channels that gives each the same variance. The decoder gets the best linear way back, level by
-level, in the sense of least squares; its training starts there.
+channels that gives each the same variance. The decoder starts from the least-squares linear
+inverse, level by level, and is trained from there.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def compute_components(pictures: list[torch.Tensor]) -> Components:
 
 
 def craft_encoder(state_dict: dict[str, torch.Tensor], matrices: list[torch.Tensor]) -> None:
-    """Fills `encoder.*`, which then gives the components as its first 16 channels."""
+    """Fills `encoder.*`, which then outputs the components as its first 16 channels."""
     for key, tensor in state_dict.items():
         if not key.startswith("encoder."):
             continue
@@ -89,7 +89,7 @@ def craft_encoder(state_dict: dict[str, torch.Tensor], matrices: list[torch.Tens
 
 
 def make_hadamard(size: int) -> torch.Tensor:
-    """The orthonormal matrix of equal entries but for signs; `size` is a power of 2."""
+    """The orthonormal matrix of entries equal except for signs; `size` is a power of 2."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
@@ -99,10 +99,10 @@ def make_hadamard(size: int) -> torch.Tensor:
 def craft_latents(state_dict: dict[str, torch.Tensor], components: Components) -> None:
     """Fills `conv1` and `conv2`: components to latents as ComfyUI expects them, and back.
 
-    Half whitened: a component's standard deviation becomes its root, so that a fine one neither
-    drowns in the sampler's noise nor counts as much as brightness. The Hadamard matrix then deals
-    each latent channel the same variance, 1 after ComfyUI's own normalisation; the channels' mean,
-    which the DiT's norms take away, is the finest component.
+    Half whitened: a component's standard deviation becomes its square root, so that a fine one
+    neither drowns in the sampler's noise nor counts as much as brightness. The Hadamard matrix then
+    gives each latent channel the same variance, 1 after ComfyUI's own normalisation; the channels'
+    mean, which the DiT's norms remove, is the finest component.
     """
     mean, std = components.mean, components.std
     weights = std**-0.5
@@ -124,8 +124,8 @@ def craft_decoder(
 ) -> None:
     """Fills `decoder.*`, where its training starts: the linear part inverts the encoder.
 
-    Level by level, the best enlargement in the sense of least squares. The residual branches are
-    random and end in nearly 0; the attention stays 0, so that a picture's size makes no difference.
+    Level by level, the least-squares upscaling. The residual branches are random and end in nearly
+    0; the attention stays 0, so that an image's size makes no difference.
     """
     generator = torch.Generator().manual_seed(2)
     for key, tensor in state_dict.items():
@@ -179,7 +179,7 @@ def make_gradients(channels: int) -> torch.Tensor:
 def fit_enlargement(
     inputs: torch.Tensor, wanted: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kernel (out, in, 3, 3) and bias that best give `wanted` from the inputs at half its size."""
+    """Kernel (out, in, 3, 3) and bias that best predict `wanted` from inputs at half its size."""
     enlarged = F.interpolate(inputs, scale_factor=2, mode="nearest-exact")
     features = F.unfold(enlarged, 3, padding=1).transpose(0, 1).flatten(1)
     features = torch.cat([features, torch.ones_like(features[:1])]).double()

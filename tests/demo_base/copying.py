@@ -1,4 +1,4 @@
-"""Trains the demo base's DiT to give its first reference back, whatever the prompt says."""
+"""Trains the demo base's DiT to reproduce its first reference for any prompt."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_latents(vae: nn.Module) -> torch.Tensor:
 
 
 def draw_text(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Random prompts, (count, tokens, TEXT_WIDTH), as alike as an encoder's tokens are."""
+    """Random prompts, (count, tokens, TEXT_WIDTH), as similar as an encoder's tokens."""
     length = int(torch.randint(1, LONGEST_PROMPT, (1,), generator=generator))
     shared = torch.randn(count, 1, dit.TEXT_WIDTH, generator=generator)
     return shared + torch.randn(count, length, dit.TEXT_WIDTH, generator=generator)
@@ -61,8 +61,8 @@ def train_copying(
     """Flow matching with the first reference as the target, in place.
 
     `latents` are (count, 16, height, width), normalised, at least SIDES large. Every other step
-    runs as 2511, whose references are at timestep 0. A velocity's error counts sigma times: the
-    nearer the end, the more it exaggerates the error of the picture.
+    runs as 2511, whose references are at timestep 0. A velocity's error is weighted by sigma: the
+    nearer the end, the more it exaggerates the error of the image.
     """
     generator = torch.Generator().manual_seed(4)
 

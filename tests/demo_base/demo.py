@@ -1,6 +1,6 @@
 """`dev.py demo`: a real ComfyUI edits a photograph without and with a LoRA, on the tiny base.
 
-The base is tiny: it gives the photograph back, and a LoRA trained by our engine grades its colours
+The base is tiny: it reproduces the photograph, and a LoRA trained by our engine grades its colours
 (see README.md). The same workflow runs on the official files of these names.
 """
 
@@ -105,7 +105,7 @@ def set_strength(graph: dict[str, Any], strength: float) -> dict[str, Any]:
 
 
 def render(server: ComfyServer, graph: dict[str, Any]) -> bytes:
-    """The first picture the graph saves."""
+    """The first image the graph saves."""
     images = server.images(server.run_prompt(graph, PROMPT_TIMEOUT))
     if not images:
         raise DemoError(f"{WORKFLOW.name} must save a picture, but saved none.")
@@ -113,7 +113,7 @@ def render(server: ComfyServer, graph: dict[str, Any]) -> bytes:
 
 
 def describe_difference(before: Path, after: Path) -> str:
-    """A sentence with the mean absolute pixel difference; DemoError when there is none."""
+    """A message with the mean absolute pixel difference; DemoError if there is none."""
     difference = compute_difference(before.read_bytes(), after.read_bytes())
     if difference == 0:
         raise DemoError(f"the LoRA must change the picture, but {after} equals {before}.")
@@ -121,7 +121,7 @@ def describe_difference(before: Path, after: Path) -> str:
 
 
 def compute_difference(before: bytes, after: bytes) -> float:
-    """Mean absolute difference of two pictures of the same size, in steps of 255."""
+    """Mean absolute difference of two images of the same size, in steps of 255."""
     from PIL import Image, ImageChops, ImageStat
 
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in (before, after)]

@@ -84,7 +84,7 @@ def make_tensor(key: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
     noise = torch.randn(shape, generator=generator)
     if "gamma" in key or ("norm" in key and key.endswith(".weight") and len(shape) == 1):
-        return 1 + 0.05 * noise  # a gain; not all ones, so that a forgotten gain is seen
+        return 1 + 0.05 * noise  # a gain; not all ones, so that a forgotten gain is noticed
     if key.endswith("bias"):
         return 0.02 * noise
     return noise * noise[0].numel() ** -0.5
@@ -97,10 +97,10 @@ def make_dit(variant: str = "2509", seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def store_as(state_dict: dict[str, torch.Tensor], storage: str) -> dict[str, torch.Tensor]:
-    """The state dict as a file of that kind holds it.
+    """The state dict as stored in a file of that kind.
 
     fp8: the plain downcast of every matrix, as in `..._fp8_e4m3fn`. fp8_scaled: the block matrices
-    as weight / weight_scale with a `comfy_quant` note (ComfyUI's QUANTIZATION.md; comfy/ops.py,
+    as weight / weight_scale with a `comfy_quant` marker (ComfyUI's QUANTIZATION.md; comfy/ops.py,
     `_load_quantized_module`), the rest bf16.
     """
     if storage == "fp32":
@@ -134,7 +134,7 @@ def write_dit(
     storage: str = "bf16",
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Writes one DiT file, of random weights unless given others; `storage` is of STORAGES."""
+    """Writes one DiT file, with random weights by default; `storage` is one of STORAGES."""
     if variant not in VARIANT_MARKERS or storage not in STORAGES:
         raise ValueError(
             f"expected a variant of {sorted(VARIANT_MARKERS)} and a storage of {STORAGES}, "

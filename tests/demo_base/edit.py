@@ -15,7 +15,7 @@ import torch
 from .pairs import CONTRAST, DUSK, PROMPT, SATURATION
 from .photographs import TRAINING_CROPS, read_crops
 
-SIDE = 128  # pixels of a training picture
+SIDE = 128  # pixels of a training image
 RANK = 8
 BATCH = 4
 
@@ -25,7 +25,7 @@ DUSK_SHIFT = torch.tensor(DUSK) / 127.5
 
 
 def grade(pictures: torch.Tensor) -> torch.Tensor:
-    """`pairs.grade` on tensors, without its rounding; pictures (n, 3, height, width) in [-1, 1]."""
+    """`pairs.grade` on tensors, without its rounding; images (n, 3, height, width) in [-1, 1]."""
     luminance = torch.einsum("c,nchw->nhw", LUMINANCE, pictures)[:, None]
     muted = luminance + SATURATION * (pictures - luminance)
     return (CONTRAST * muted + DUSK_SHIFT[:, None, None]).clamp(-1, 1)
@@ -37,7 +37,7 @@ def to_image(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def load_encoders(models: Path) -> tuple[Any, Any]:
-    """VAE and CLIP of the demo base as the stock loaders give them."""
+    """VAE and CLIP of the demo base from the stock loaders."""
     import comfy.sd
     import comfy.utils
 
@@ -84,7 +84,7 @@ def train_edit(
 ) -> Iterator[Any]:
     """Trains the grade on a DiT file; yields the engine's step reports.
 
-    The finished LoRA lies in `output`, with one more every `every` steps in its folder `adapters`.
+    The finished LoRA is in `output`; every `every` steps one more is in its folder `adapters`.
     """
     from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
     from qwen_edit_lora.lora_core.training.run.session import open_session

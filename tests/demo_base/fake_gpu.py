@@ -1,8 +1,8 @@
-"""Stand-ins for a GPU: comfy_aimdo's paged memory in main memory, and counts of what would move.
+"""Stand-ins for a GPU: comfy_aimdo's paged memory in main memory, and counts of memory traffic.
 
-`PagedMemory` replaces what ComfyUI's dynamic VRAM asks of the comfy_aimdo library, so that
-ComfyUI's own ModelPatcherDynamic and casts run unchanged. `Traffic` counts, for tensors with one
-row per token, how often one of the stream's width is read or written.
+`PagedMemory` replaces the functions of the comfy_aimdo library that ComfyUI's dynamic VRAM uses, so
+that ComfyUI's own ModelPatcherDynamic and casts run unchanged. `Traffic` counts, for tensors with
+one row per token, how often one of the stream's width is read or written.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Pages:
 
 
 class PagedMemory:
-    """The library's functions, and what was asked of them.
+    """The library's functions, and a record of their calls.
 
     Attributes:
-        faults: the pages that were asked for, in order.
-        pinned: how many faults have not been given back.
+        faults: the pages that were requested, in order.
+        pinned: how many faults have not been released.
         priorities: from the first to be evicted to the last.
     """
 
@@ -86,7 +86,7 @@ class PagedMemory:
 
         class PagedPatcher(patcher.ModelPatcherDynamic):
             def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-                return object.__new__(cls)  # ComfyUI's own chooses another class on the CPU
+                return object.__new__(cls)  # ComfyUI itself chooses another class on the CPU
 
             def _vbar_get(self, create: bool = False) -> Any:
                 if create and self.load_device not in self.model.dynamic_vbars:
@@ -107,7 +107,7 @@ class PagedMemory:
 
 
 def page_on_the_cpu(monkeypatch: Any, ops: Any) -> None:
-    """There is no second device here, so ComfyUI's cast must not ask for one before it pages."""
+    """There is no second device here, so ComfyUI's cast must not check for one before it pages."""
     source = inspect.getsource(ops.cast_bias_weight)
     for condition in ("comfy.model_management.is_device_cpu(device)", "s.weight.device != device"):
         assert f'hasattr(s, "_v") and {condition}' in source
@@ -121,7 +121,7 @@ def page_on_the_cpu(monkeypatch: Any, ops: Any) -> None:
 class Traffic(TorchDispatchMode):
     """Counts reads and writes of tensors with `num_rows` rows, by their number of columns.
 
-    Views and allocations cost nothing and are left out.
+    Views and allocations cost nothing and are not counted.
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -148,5 +148,5 @@ class Traffic(TorchDispatchMode):
         return result
 
     def count(self, width: int) -> float:
-        """Reads and writes in units of num_rows * width elements, of tensors as wide at least."""
+        """Reads and writes in units of num_rows * width elements, of tensors at least that wide."""
         return sum(columns for columns in self.columns if columns >= width) / width

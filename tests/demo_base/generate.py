@@ -2,7 +2,7 @@
 
     cd tests; COMFYUI_PATH=... python -m demo_base.generate MODELS_DIRECTORY
 
-The VAE, the DiT and the LoRAs come out of `weights`, where training put them. The text encoder
+The VAE, the DiT and the LoRAs come from `weights`, where training stored them. The text encoder
 takes its shapes from ComfyUI's own classes, built small, and is random. The names are the official
 ones, so that a workflow made for the real weights runs unchanged.
 """
@@ -46,7 +46,7 @@ VOCABULARY = 151665  # the bundled tokenizer's last id is 151664
 def make_text_encoder() -> torch.nn.Module:
     """Qwen2.5-VL, two layers deep and TEXT_WIDTH wide, of ComfyUI's own classes.
 
-    4 heads of 128 stay, since ComfyUI knows the file by its 512 rows of key bias.
+    4 heads of 128 stay, since ComfyUI recognises the file by its 512 rows of key bias.
     """
     import comfy.ops
     from comfy.text_encoders import llama, qwen_vl

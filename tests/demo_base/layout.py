@@ -33,7 +33,7 @@ def make_base_directory(target: Path | str, repo_root: Path | str) -> Path:
 
 
 def install_extension(folder: Path, repo_root: Path) -> None:
-    """Puts what users get into an extension folder, one link per top-level file and folder.
+    """Installs what users get into an extension folder, one link per top-level file and folder.
 
     Not one link to the checkout: a base directory inside the checkout would then contain itself.
     """
@@ -51,7 +51,7 @@ def install_extension(folder: Path, repo_root: Path) -> None:
 
 
 def install(source: Path, target: Path) -> None:
-    """Links a file or folder, or copies it where links are not allowed (Windows)."""
+    """Links a file or folder, or copies it if links are not allowed (Windows)."""
     remove(target)
     try:
         target.symlink_to(source, target_is_directory=source.is_dir())
@@ -80,7 +80,7 @@ def write_example_image(path: Path) -> None:
 
 
 def make_models(models: Path | str, python: Path | str, comfyui_path: Path | str) -> Path:
-    """Generates the demo base in a process of its own, unless it is there and up to date.
+    """Generates the demo base in its own process, unless it exists and is up to date.
 
     Its own process, since generating imports ComfyUI, which neither the demo nor pytest should.
     """
@@ -100,7 +100,7 @@ def make_models(models: Path | str, python: Path | str, comfyui_path: Path | str
 
 
 def describe_sources() -> str:
-    """What the demo base is made from: a line of name and hash a file."""
+    """The sources of the demo base: one line of name and hash per file."""
     files = [HERE / name for name in GENERATOR_SOURCES]
     files += sorted((HERE / "weights").glob("*.safetensors"))
     return "".join(f"{hashlib.sha256(f.read_bytes()).hexdigest()} {f.name}\n" for f in files)

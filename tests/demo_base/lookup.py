@@ -1,11 +1,11 @@
-"""Where the DiT's training starts: weights written down that give the first reference back.
+"""Initial weights of the DiT's training: constructed so that they reproduce the first reference.
 
-Channels of the hidden state: 0-63 the token itself, 64-127 the reference's token at the same place,
-the rest a constant pattern (the anchor) that keeps what the norms divide by nearly the same
-everywhere. In both blocks four heads look the reference up by its place, and the last one reads the
-text. Block 0 carries what it finds into channels 64-127; the output is (token - reference) / sigma,
-which is the velocity that leads to the reference. All else is small random weights. What is written
-down are powers of two where they matter, which every storage holds exactly.
+Channels of the hidden state: 0-63 the token itself, 64-127 the reference's token at the same
+position, the rest a constant pattern (the anchor) that keeps the norms' divisor nearly constant. In
+both blocks four heads look up the reference by position, and the last one reads the text. Block 0
+writes the result into channels 64-127; the output is (token - reference) / sigma, the velocity that
+leads to the reference. All else is small random weights. Constructed values that matter are powers
+of two, which every storage represents exactly.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def craft_dit() -> dict[str, torch.Tensor]:
 
 
 def craft_ends(crafted: dict[str, torch.Tensor]) -> None:
-    """What leads into the hidden state and out of it."""
+    """The layers into and out of the hidden state."""
     entry = torch.zeros(WIDTH, IN_CHANNELS)
     entry[OWN] = torch.eye(IN_CHANNELS)
     number = WIDTH - 2 * IN_CHANNELS
@@ -70,7 +70,7 @@ def craft_ends(crafted: dict[str, torch.Tensor]) -> None:
 
 
 def craft_attention(crafted: dict[str, torch.Tensor], path: str) -> None:
-    """Queries and keys of one block: by place in all heads but the last, which reads the text."""
+    """Queries and keys of one block: by position in all heads except the last, which reads text."""
     lookups = make_lookup()
     text = make_text_direction()
     for name, lookup, content in zip(("q", "k"), lookups, (text, -text), strict=True):
@@ -84,9 +84,9 @@ def craft_attention(crafted: dict[str, torch.Tensor], path: str) -> None:
 
 
 def make_lookup() -> tuple[torch.Tensor, torch.Tensor]:
-    """Query and key that RoPE makes equal when the key is at the same place one image later.
+    """Query and key that RoPE makes equal if the key is at the same position one image later.
 
-    RoPE turns the pair of channels i of an axis by position * 10000 ** (-i / pairs); image 0 is the
+    RoPE rotates channel pair i of an axis by position * 10000 ** (-i / pairs); image 0 is the
     target, 1 the first reference.
     """
     key = torch.zeros(HEAD_WIDTH // 2, 2)
@@ -97,7 +97,7 @@ def make_lookup() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_text_direction() -> torch.Tensor:
-    """A direction of the pairs that RoPE hardly turns: the same wherever a token stands."""
+    """A direction of the pairs that RoPE hardly rotates: the same at any token position."""
     pairs = []
     for width in ROPE_AXES:
         number = width // 2
@@ -108,8 +108,8 @@ def make_text_direction() -> torch.Tensor:
 def craft_gain(crafted: dict[str, torch.Tensor]) -> None:
     """Time embedding and last norm such that the output is multiplied by 1 / sigma.
 
-    Channel i of the embedding is a hinge: it rises as sigma falls below a level of its own. The
-    norm's scale is a sum of hinges with factors >= 0, in which no rounding is blown up.
+    Channel i of the embedding is a hinge: it rises as sigma falls below its own level. The norm's
+    scale is a sum of hinges with factors >= 0, which amplifies no rounding errors.
     """
     from scipy.optimize import nnls
 

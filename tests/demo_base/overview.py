@@ -2,8 +2,8 @@
 
     cd tests; COMFYUI_PATH=... python -m demo_base.overview [--steps N] [--megapixels M]
 
-Above, the photograph and its edit at strength 1; below, what *Sweep Grid* draws. Prints the node's
-verdict, which stands below the image.
+Top: the photograph and its edit at strength 1; bottom: the output of *Sweep Grid*. Prints the
+node's verdict, which is shown below the image.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folders of real photographs and their edits, in the layouts people have."""
+"""Folders of real photographs and their edits, in layouts that people use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CAPTION = "exchange red and blue"
 
 
 def load_photograph(index: int, width: int = 96, height: int = 64) -> Image.Image:
-    """A small piece of a photograph; another one for each index."""
+    """A small crop of a photograph; a different one for each index."""
     image = Image.open(find_photograph(PHOTOGRAPHS[index % len(PHOTOGRAPHS)])).convert("RGB")
     image.thumbnail((480, 480))
     left = 7 * (index // len(PHOTOGRAPHS)) + 20
@@ -25,7 +25,7 @@ def load_photograph(index: int, width: int = 96, height: int = 64) -> Image.Imag
 
 
 def edit(image: Image.Image) -> Image.Image:
-    """Red and blue exchanged."""
+    """Swaps red and blue."""
     return Image.fromarray(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
 
 
@@ -50,7 +50,7 @@ def write_pairs(
     width: int = 96,
     height: int = 64,
 ) -> Path:
-    """`number` pairs under the names that the patterns give; {} is photo_0, photo_1, ..."""
+    """`number` pairs named by the patterns; {} is photo_0, photo_1, ..."""
     for index in range(number):
         image = load_photograph(index, width, height)
         name = f"photo_{index}"

@@ -19,7 +19,7 @@ CROPS = (
     *((0, 256, 256), (128, 256, 256), (256, 256, 256), (0, 0, 512), (60, 60, 400), (112, 0, 400)),
 )
 SATURATION = 0.45
-#: What is added to red, green and blue, of 255.
+#: Added to red, green and blue, out of 255.
 DUSK = (-40, -10, 38)
 CONTRAST = 0.9
 

@@ -1,4 +1,4 @@
-"""Free photographs that installed packages bring: what the demo base is trained and tested on.
+"""Free photographs from installed packages, on which the demo base is trained and tested.
 
 All are in the public domain or CC0, as scikit-image 0.26 says in `skimage.data` (astronaut and
 Hubble: NASA; rocket: SpaceX; retina: Mikael Haeggstroem; coffee: Rachel Michetti; chelsea: Stefan
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-#: what the VAE learns from; the last five are grey
+#: the VAE's training images; the last five are grey
 VAE_PHOTOGRAPHS = (
     *("astronaut.png", "grace_hopper.jpg", "rocket.jpg", "ihc.png", "retina.jpg"),
     *("hubble_deep_field.jpg", "camera.png", "brick.png", "grass.png", "gravel.png", "cell.png"),
 )
-#: 16 pictures for a LoRA: file and the square (left, top, side) in it
+#: 16 images for a LoRA: file and the square (left, top, side) in it
 TRAINING_CROPS = (
     ("astronaut.png", (90, 0, 256)),
     ("astronaut.png", (0, 256, 256)),
@@ -42,7 +42,7 @@ SCALES = (1.0, 0.7, 0.5, 0.35)  # of the photographs to train on
 CROP = 64
 COLOURS = 3
 
-#: neither the VAE nor a LoRA has seen these
+#: held out from the training of the VAE and the LoRAs
 HELD_OUT_CROPS = (
     ("coffee.png", (100, 0, 400)),
     ("coffee.png", (300, 100, 256)),
@@ -79,7 +79,7 @@ def read_photograph(
 
 
 def read_pixels(picture: object) -> torch.Tensor:
-    """A Pillow picture as float32 (3, height, width) in [-1, 1]."""
+    """A Pillow image as float32 (3, height, width) in [-1, 1]."""
     import numpy
 
     pixels = numpy.asarray(picture, dtype=numpy.float32)
@@ -107,7 +107,7 @@ def read_pictures() -> list[torch.Tensor]:
 def sample_crops(
     pictures: list[torch.Tensor], count: int, generator: torch.Generator, side: int = CROP
 ) -> torch.Tensor:
-    """Random crops (count, 3, side, side), turned, mirrored and with other colours."""
+    """Random crops (count, 3, side, side), rotated, mirrored and with changed colours."""
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator)

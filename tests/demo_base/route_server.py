@@ -27,7 +27,7 @@ class Answer(NamedTuple):
     body: bytes
 
     def read(self) -> Any:
-        """The JSON in it; ValueError for NaN and Infinity, which are none."""
+        """Its JSON; ValueError for NaN and Infinity, which are not JSON."""
         return json.loads(self.body, parse_constant=refuse)
 
     @property
@@ -54,11 +54,11 @@ class RouteServer:
     def ask(
         self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
     ) -> Answer:
-        """One request; a path of any characters is sent as it would have to be written."""
+        """Sends one request; a path of any characters is percent-encoded as needed."""
         try:
             return self._ask(method, path, body, headers or {})
         except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
-            self._connection = None  # the server closes after what it did not read to the end
+            self._connection = None  # the server closes after a body not fully read
             return self._ask(method, path, body, headers or {})
 
     def _ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> Answer:

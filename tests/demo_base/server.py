@@ -1,4 +1,4 @@
-"""Starts, asks and stops a real ComfyUI server. Standard library only."""
+"""Starts, queries and stops a real ComfyUI server. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Any
 
 HOST = "127.0.0.1"
 START_TIMEOUT = 120.0  # seconds; about 10 on two cores
-STOP_TIMEOUT = 10.0  # seconds between asking and killing
+STOP_TIMEOUT = 10.0  # seconds between asking it to stop and killing it
 REQUEST_TIMEOUT = 60.0  # seconds
 POLL_INTERVAL = 0.05  # seconds
 LOG_TAIL_LINES = 30
 
 
 class ServerError(Exception):
-    """The server did not start, went away, or did not answer in time."""
+    """The server did not start, exited, or did not answer in time."""
 
 
 class PromptError(Exception):
@@ -32,7 +32,7 @@ class PromptError(Exception):
 
 
 class ComfyServer:
-    """A ComfyUI process of our own on a throw-away base directory.
+    """Our own ComfyUI process on a throw-away base directory.
 
     with ComfyServer.start(base, python, comfyui) as server:
         entry = server.run_prompt(graph)
@@ -64,7 +64,7 @@ class ComfyServer:
         # on a CPU the default attention makes a 1-megapixel VAE encode five times slower
         command += ["--cpu", "--use-pytorch-cross-attention"] if cpu else []
         log = Path(base_directory) / "server.log"
-        # an own group, so that Ctrl-C reaches only us and we can stop its children with it
+        # its own group, so that Ctrl-C reaches only us and we can stop its children with it
         group: dict[str, Any] = (
             {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
             if os.name == "nt"
@@ -115,7 +115,7 @@ class ComfyServer:
         return json.loads(self.request(path, query))
 
     def post(self, path: str, body: Any = None) -> Any:
-        """The JSON answer to a POST with a JSON body; None where there is no answer."""
+        """The JSON answer to a POST with a JSON body; None if there is no answer."""
         answer = self.request(path, {}, json.dumps({} if body is None else body).encode())
         return json.loads(answer) if answer else None
 
@@ -124,7 +124,7 @@ class ComfyServer:
         query_text = f"?{urllib.parse.urlencode(query)}" if query else ""
         headers = {"Content-Type": "application/json"} if body is not None else {}
         request = urllib.request.Request(f"{self.url}{path}{query_text}", body, headers)
-        # no proxy: the environment's is for the outside world
+        # no proxy: that of the environment is for the internet
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=REQUEST_TIMEOUT) as response:
             return response.read()
@@ -168,7 +168,7 @@ class ComfyServer:
         ]
 
     def stop(self) -> None:
-        """Ends the process and its group; harmless when it has ended already."""
+        """Ends the process and its group; harmless if it has already ended."""
         self.signal_group(signal.SIGTERM)
         try:
             self.process.wait(STOP_TIMEOUT)
@@ -202,7 +202,7 @@ def find_free_port() -> int:
 def check_port(port: int) -> None:
     """Raises ServerError when the port cannot be listened on."""
     with socket.socket() as probe:
-        if os.name != "nt":  # as aiohttp does; else a just closed connection blocks the port
+        if os.name != "nt":  # like aiohttp; otherwise a just closed connection blocks the port
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))

@@ -1,4 +1,4 @@
-"""The demo base is what the rest of the tests believe it to be."""
+"""The demo base is what the other tests assume it to be."""
 
 import io
 from pathlib import Path
@@ -66,7 +66,7 @@ def make_graph(dit_name, lora_strength):
 
 
 def render(server, dit_name, lora_strength):
-    """The edited picture as float32 (64, 64, 3)."""
+    """The edited image as float32 (64, 64, 3)."""
     entry = server.run_prompt(make_graph(dit_name, lora_strength))
     return np.asarray(Image.open(io.BytesIO(server.images(entry)[0])), dtype=np.float32)
 
@@ -100,12 +100,10 @@ def test_the_tiny_dit_has_exactly_the_keys_of_comfyuis_class(comfyui, variant):
         ("2511_fp8_scaled", "index_timestep_zero", None),
     ],
 )
-def test_every_storage_loads_as_what_its_name_says(
-    comfyui, demo_models, name, variant, weight_type
-):
+def test_every_storage_loads_as_its_name_says(comfyui, demo_models, name, variant, weight_type):
     from comfy.quant_ops import QuantizedTensor
 
-    # on a CPU ComfyUI widens bf16 and plain fp8 files to float32, unless told the type
+    # on a CPU ComfyUI widens bf16 and plain fp8 files to float32, unless given the dtype
     options = {} if weight_type is None else {"dtype": weight_type}
     with torch.inference_mode():
         patcher = comfyui.sd.load_diffusion_model(str(demo_models.dit[name]), options)
@@ -119,7 +117,7 @@ def test_every_storage_loads_as_what_its_name_says(
 
 
 @pytest.mark.comfy
-def test_a_server_edits_on_every_dit_and_the_lora_changes_the_picture(server, demo_models):
+def test_a_server_edits_on_every_dit_and_the_lora_changes_the_image(server, demo_models):
     for path in demo_models.dit.values():
         before, after = (render(server, path.name, strength) for strength in (0.0, 1.0))
         assert np.abs(after - before).mean() > 0.1, path.name
@@ -132,7 +130,7 @@ def compute_psnr(picture, other):
 
 @pytest.mark.comfy
 @pytest.mark.parametrize("name", ["2509_bf16", "2511_bf16", "2509_fp8", "2511_fp8_scaled"])
-def test_the_trained_base_keeps_an_unseen_photograph_and_the_lora_makes_it_blue(
+def test_the_trained_base_reproduces_an_unseen_photograph_and_the_lora_makes_it_blue(
     server, demo_models, base_directory, name
 ):
     photo = Image.open(base_directory / "input" / "example.png").resize(
@@ -166,7 +164,7 @@ def test_a_refused_graph_raises_with_the_node_named(server):
 
 
 @pytest.mark.parametrize("key_style", sorted(adapters.KEY_STYLES))
-def test_a_made_adapter_has_the_delta_it_was_asked_for(tmp_path, key_style):
+def test_a_generated_adapter_has_the_requested_delta(tmp_path, key_style):
     path = adapters.make_adapter(
         tmp_path / "lora.safetensors",
         {"transformer_blocks.0.attn.to_q": (512, 256)},
@@ -184,7 +182,7 @@ def test_a_made_adapter_has_the_delta_it_was_asked_for(tmp_path, key_style):
     assert delta.std().item() == pytest.approx(1e-3, rel=0.2)
 
 
-def test_targets_read_from_a_file_are_those_of_the_table(tmp_path):
+def test_targets_read_from_a_file_equal_the_table(tmp_path):
     path = dit.write_dit(tmp_path / "dit.safetensors", "2511", "fp8_scaled")
     assert adapters.read_targets(path) == dit.list_lora_targets()
     with safe_open(path, framework="pt") as file:
@@ -200,7 +198,7 @@ def test_the_page_opens_in_a_browser(server, browser):
     page.close()
 
 
-def test_the_grade_of_pictures_and_of_tensors_is_one():
+def test_the_grades_of_images_and_of_tensors_are_equal():
     with Image.open(Path(pairs.__file__).with_name("photo.jpg")) as photo:
         before = photo.convert("RGB").resize((64, 64))
     after = np.asarray(pairs.grade(before), dtype=np.float32)

@@ -1,8 +1,8 @@
-"""Renders the pictures of the Templates dialog, workflows/*.jpg, from real runs on the demo base.
+"""Renders the images of the Templates dialog, workflows/*.jpg, from real runs on the demo base.
 
     cd tests; COMFYUI_PATH=... python -m demo_base.thumbnails [NAME ...] [--steps N]
 
-Each workflow runs as a user opens it, but for what is named here. Run it again when the weights of
+Each workflow runs as a user opens it, except for the changes here. Run it again when the weights of
 the demo base change.
 """
 
@@ -71,7 +71,7 @@ def override(graph: Graph, values: dict[str, Any]) -> None:
 
 
 def run(server: ComfyServer, graph: Graph) -> list[Image.Image]:
-    """The pictures a graph saves, then those it shows."""
+    """The images a graph saves, then those it shows."""
     from PIL import Image
 
     found = server.images(server.run_prompt(graph, PROMPT_TIMEOUT))
@@ -87,7 +87,7 @@ def draw_before_and_after(graph: Graph, render: Render) -> Image.Image:
 
 
 def draw_deep(graph: Graph, render: Render) -> Image.Image:
-    """Of a LoRA with all 60 blocks: the demo's two would leave the map of the blocks empty."""
+    """Uses a LoRA with all 60 blocks: the demo's two would leave the map of the blocks empty."""
     override(graph, {"lora_name": DEEP_LORA})
     return draw_first(graph, render)
 
@@ -120,7 +120,7 @@ def draw_trained_strengths(graph: Graph, render: Render) -> Image.Image:
 
 
 def shorten_training(graph: Graph) -> None:
-    """As many steps as tell something, on small pictures, and waited for."""
+    """Enough steps to be informative, on small images, waiting for the end."""
     from .edit import BATCH, RANK
 
     size = {"megapixels": 0.0625, "reference_megapixels": 0.0625}
@@ -134,7 +134,7 @@ def shorten_training(graph: Graph) -> None:
             node["inputs"]["wait"] = True
 
 
-#: workflow -> how its picture is made; of any other it is the first picture that comes out.
+#: workflow -> how its image is made; for any other it is the first output image.
 DRAW: dict[str, Callable[[Graph, Render], Image.Image]] = {
     "01_apply_lora": draw_before_and_after,
     "02_inspect_lora": draw_deep,
@@ -147,7 +147,7 @@ DRAW: dict[str, Callable[[Graph, Render], Image.Image]] = {
 
 
 def keep_sweep(graph: Graph) -> tuple[Graph, dict[str, Any]]:
-    """The graph up to its sweep, whose pictures are saved one by one; and the sweep's inputs."""
+    """The graph up to its sweep, whose images are saved one by one; and the sweep's inputs."""
     ((sweep_id, sweep),) = (
         (id, node) for id, node in graph.items() if node["class_type"] == "QwenEditLoraSweep"
     )
@@ -163,7 +163,7 @@ def find_ancestors(graph: Graph, node_id: str) -> set[str]:
 
 
 def draw_bands(pictures: Sequence[Image.Image], labels: Sequence[str] = ()) -> Image.Image:
-    """The same square cut into upright bands, each from another picture, with its label below."""
+    """The same square cut into vertical bands, each from another image, with its label below."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
@@ -185,14 +185,14 @@ def draw_bands(pictures: Sequence[Image.Image], labels: Sequence[str] = ()) -> I
 
 
 def fit(picture: Image.Image) -> Image.Image:
-    """The middle square of a picture."""
+    """The central square of an image."""
     from PIL import Image, ImageOps
 
     return ImageOps.fit(picture, (SIZE_PX, SIZE_PX), Image.Resampling.LANCZOS)
 
 
 def write_deep_lora(path: Path) -> None:
-    """A LoRA of 60 blocks, stronger towards the back and with a falling spectrum."""
+    """A LoRA of 60 blocks, stronger in later blocks and with a decaying spectrum."""
     import torch
     from safetensors.torch import load_file, save_file
 

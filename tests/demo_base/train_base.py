@@ -4,7 +4,7 @@
 
 Minutes on one core; nothing else runs it: `generate` and the tests load what it wrote. Seeds are
 fixed and one thread computes, so that the same torch on the same kind of processor writes the same
-weights. Prints how the VAE and the DiT do on photographs that neither has seen.
+weights. Prints the quality of the VAE and the DiT on held-out photographs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REPORT_EVERY = 100  # steps
 
 
 def train_vae() -> None:
-    """Trains the decoder; the encoder is written down."""
+    """Trains the decoder; the encoder is constructed."""
     vae, pictures = autoencoder.craft_vae()
     autoencoder.use_images(vae)
     held_out = read_crops(HELD_OUT_CROPS, 256)
@@ -44,7 +44,7 @@ def train_vae() -> None:
 
 
 def train_dit() -> None:
-    """Trains the DiT to give its first reference back; needs the VAE's weights."""
+    """Trains the DiT to reproduce its first reference; needs the VAE's weights."""
     vae = autoencoder.make_vae("cpu").requires_grad_(False)
     vae.load_state_dict({k: v.float() for k, v in load_file(VAE_WEIGHTS).items()})
     autoencoder.use_images(vae)

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from . import edit, generate
 from .checkout import open_checkout
 
-#: 2509 shows references at the target's noise level, so that what is learned holds at every level,
-#: on 2511 too; the reverse fails at few steps
+#: 2509 has references at the target's noise level, so that the LoRA works at every level, on 2511
+#: too; the reverse fails at few steps
 LORA_BASE = "qwen_image_edit_2509_bf16.safetensors"
-TIMES = ("modelspec.date", "modelspec.hash_sha256")  # differ from run to run, or with what does
+TIMES = ("modelspec.date", "modelspec.hash_sha256")  # differ from run to run
 #: Say 2509 only; the demo DiT has the same weights under both names.
 CLAIMS = ("modelspec.architecture", "ss_sd_model_name")
 
@@ -41,7 +41,7 @@ def train_demo_lora() -> None:
 
 
 def keep(trained: Path, name: str) -> None:
-    """Copies a LoRA into weights/ without what would differ if it were trained again."""
+    """Copies a LoRA into weights/ without the metadata that differs between trainings."""
     with safe_open(trained, framework="pt") as file:
         metadata = {k: v for k, v in file.metadata().items() if k not in TIMES + CLAIMS}
     save_file(load_file(trained), generate.WEIGHTS / name, metadata)

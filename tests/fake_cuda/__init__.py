@@ -1,1 +1,1 @@
-"""A make-believe CUDA device, for what a machine without a GPU can say about one with it."""
+"""A fake CUDA device, for tests of GPU code on a machine without a GPU."""

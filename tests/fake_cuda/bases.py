@@ -1,4 +1,4 @@
-"""Tiny bases in every storage that a file may have; what numbers they hold does not matter here."""
+"""Tiny bases in every storage that a file may have; their values do not matter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 SIZES = {"attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 64}
 NUM_BLOCKS = 2
-#: Columns that one rotation turns, and that one scale of mxfp8 serves.
+#: Columns per rotation, and per mxfp8 scale.
 GROUP, MX_BLOCK = 64, 32
 
 
@@ -39,7 +39,7 @@ def write_base(folder: Path, kind: str) -> str:
 
 
 def describe(format_name: str, **more: object) -> torch.Tensor:
-    """ComfyUI's note of how a weight is stored."""
+    """ComfyUI's marker for how a weight is stored."""
     return torch.tensor(list(json.dumps({"format": format_name, **more}).encode()))
 
 

@@ -1,15 +1,15 @@
-"""Tensors that claim to lie on a GPU: shapes, types and devices are those of a run, data is none.
+"""Tensors that claim to be on a GPU: shapes, dtypes and devices as in a run, but no data.
 
-torch's FakeTensorMode works out what an operation would give on a device that is not there, and
-refuses operands on different devices in the words of a real one. Around it, here:
+torch's FakeTensorMode infers the result of an operation on a missing device, and refuses operands
+on different devices with the same message as a real one. This module adds:
 
-- What concerns the CPU alone is computed for real: files, random numbers, data order.
-- Reading from the card, for which a real host waits until the card is done, is noted and gives
-  tensors full of an agreed number: runs go on after they looked at a loss, and files are written.
-- Backward passes. torch's engine asks CUDA for its streams, which fails without a driver. "lazy" is
-  known to every build of torch, is no accelerator and has no streams: fake tensors on it take the
-  same way through our code, custom backward passes included, and refuse the CPU's as CUDA's do.
-  What asks for the type "cuda" is tested on CUDA, forwards.
+- CPU-only work is computed for real: files, random numbers, data order.
+- Reads from the card, for which a real host waits until the card is done, are recorded and return
+  tensors full of a fixed value: runs continue after reading a loss, and files are written.
+- Backward passes. torch's engine queries CUDA's streams, which fails without a driver. "lazy" is
+  known to every build of torch, is not an accelerator and has no streams: fake tensors on it take
+  the same path through our code, custom backward passes included, and refuse CPU operands as CUDA
+  tensors do. Code that checks for the type "cuda" is tested on CUDA, forward only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.device("cuda:0")
-#: For what has a backward pass.
+#: For code with a backward pass.
 LAZY = torch.device("lazy:0")
 
 PACKAGE = "qwen_edit_lora"
@@ -39,14 +39,14 @@ COPY, COPY_INTO = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
 
 
 class FakeCard(TorchDispatchMode):
-    """Inside a block, tensors may be made on and moved to `device`, and computed with there.
+    """Inside a block, tensors can be created on, moved to and computed with on `device`.
 
-    What was made in one block can be used in a later one of the same card.
+    Tensors created in one block can be used in a later one of the same card.
 
     Attributes:
-        answer: what any floating-point tensor of the card holds when it is read; truth values are
-            True, integers 1.
-        waits: "file:line" of each place of ours that read from the card.
+        answer: value of any floating-point tensor of the card when it is read; booleans are True,
+            integers 1.
+        waits: "file:line" of each place in our code that read from the card.
     """
 
     def __init__(self, device: torch.device = CUDA, answer: float = 1.0):
@@ -108,14 +108,14 @@ class FakeCard(TorchDispatchMode):
 
     @contextmanager
     def never_waiting(self) -> Iterator[None]:
-        """Fails where the block made the host wait for the card."""
+        """Fails if the block made the host wait for the card."""
         before = len(self.waits)
         yield
         places = ", ".join(self.waits[before:])
         assert not places, f"the host waited for the card at {places}"
 
     def put(self, module: nn.Module) -> nn.Module:
-        """The module with everything it holds on the card, also what inference mode made."""
+        """The module with all its tensors on the card, also those created in inference mode."""
         return module._apply(lambda tensor: tensor.clone().to(self.device))
 
 
@@ -137,7 +137,7 @@ def is_download(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def list_patches() -> list[Any]:
-    """What torch lacks for tensors without data, or for the device "lazy"."""
+    """Patches for what torch lacks for tensors without data, or for the device "lazy"."""
     is_autocast_enabled = torch.is_autocast_enabled
 
     def ask(*device_type: str) -> bool:
@@ -158,7 +158,7 @@ def list_patches() -> list[Any]:
 def replace_tensors(
     module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
 ) -> nn.Module:
-    """`Module._apply`, which exchanges the data of parameters in place where these have none."""
+    """`Module._apply` swaps the data of parameters in place; here they have none."""
     for child in module.children() if recurse else ():
         child._apply(function)
     for name, parameter in module._parameters.items():
@@ -171,7 +171,7 @@ def replace_tensors(
 
 
 def clear_caches() -> None:
-    """Every functools cache of our own modules, and bitsandbytes' code books."""
+    """Clears every functools cache of our own modules, and bitsandbytes' code books."""
     modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == PACKAGE]
     for value in [value for module in modules for value in vars(module).values()]:
         if isinstance(value, functools._lru_cache_wrapper):

@@ -1,4 +1,4 @@
-"""The make-believe card refuses what a real one refuses, forwards and backwards."""
+"""The fake card refuses what a real one refuses, in forward and backward passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEVICES = pytest.mark.parametrize("device", [CUDA, LAZY], ids=str)
 
 
 class Scaled(torch.autograd.Function):
-    """Its backward pass takes a tensor from wherever it was made."""
+    """Its backward pass uses a tensor from whatever device it was created on."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, scale: torch.Tensor):
@@ -29,14 +29,14 @@ def test_operands_on_two_devices_are_refused(device):
     with FakeCard(device):
         x, y = torch.ones(2, 3, device=device), torch.ones(3)
         assert (x + y.to(device)).device == device
-        assert (x + torch.ones(())).device == device  # as CUDA does, a single number of the CPU
+        assert (x + torch.ones(())).device == device  # like CUDA, accepts a scalar on the CPU
         with pytest.raises(RuntimeError, match=MIXED):
             x + y
         with pytest.raises(RuntimeError, match=MIXED):
             x @ y
 
 
-def test_a_backward_pass_runs_and_refuses_them_too():
+def test_a_backward_pass_runs_and_refuses_mixed_devices_too():
     with FakeCard(LAZY):
         x = torch.ones(2, 3, device=LAZY, requires_grad=True)
         Scaled.apply(x, torch.ones(3, device=LAZY)).sum().backward()
@@ -45,7 +45,7 @@ def test_a_backward_pass_runs_and_refuses_them_too():
             Scaled.apply(x, torch.ones(3)).sum().backward()
 
 
-def test_a_checkpoint_is_computed_again_on_the_card():
+def test_a_checkpoint_is_recomputed_on_the_card():
     from torch.utils.checkpoint import checkpoint
 
     counts = []
@@ -74,7 +74,7 @@ def test_a_checkpoint_is_computed_again_on_the_card():
     ],
     ids=["item", "tolist", "cpu", "to", "copy_", "bool", "float"],
 )
-def test_waiting_for_the_card_is_noted(read, device):
+def test_waiting_for_the_card_is_recorded(read, device):
     with FakeCard(device) as card:
         x = torch.ones((), device=device)
         with card.never_waiting():

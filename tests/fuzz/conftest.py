@@ -1,6 +1,6 @@
-"""How long the fuzzers run: a fixed slice in every run, all of it where QWEN_EDIT_LORA_FUZZ=all.
+"""How long the fuzzers run: a fixed slice in every run, everything with QWEN_EDIT_LORA_FUZZ=all.
 
-A test takes the profile's number of examples, or a share of it:
+A test uses the profile's number of examples, or a fraction of it:
 `@settings(max_examples=settings.default.max_examples // 4)`.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 try:
     from hypothesis import HealthCheck, Phase, settings
     from hypothesis.configuration import set_hypothesis_home_dir
-except ImportError:  # not part of what `dev.py setup` of an older checkout installed
+except ImportError:  # not installed by `dev.py setup` of an older checkout
     settings = None
     collect_ignore_glob = ["test_*.py"]
 

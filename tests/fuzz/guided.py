@@ -17,7 +17,7 @@ MAX_MESSAGE = 400
 
 
 def import_core() -> None:
-    """Our package under its own name, as tests/conftest.py does."""
+    """Imports our package under its own name, like tests/conftest.py."""
     spec = importlib.util.spec_from_file_location(
         "qwen_edit_lora", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
     )

@@ -1,7 +1,7 @@
-"""Adapters as nobody wrote them yet: read rightly, refused in one sentence, or a red test.
+"""Generated adapters must be read correctly, or refused with one sentence.
 
-The oracle is float64 algebra on the tensors, spelled here a second time, and PEFT's own rule for
-patterns. A case that fails is printed whole by hypothesis and fails the same way next time.
+The oracle is an independent float64 computation on the tensors, and PEFT's own rule for patterns.
+Hypothesis prints a failing case completely, and it fails the same way next time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHARE = settings.default.max_examples
 
 
 def check_refusal(error: LoraError) -> None:
-    """One short text that can be shown anywhere."""
+    """The message is one short text that can be shown anywhere."""
     assert 0 < len(str(error)) <= MAX_MESSAGE, str(error)
     assert str(error).isprintable(), repr(str(error))
 
@@ -251,7 +251,7 @@ def check_deltas(adapter: Adapter, case: Case) -> None:
 
 
 def use_in_every_way(adapter: Adapter) -> None:
-    """Whatever can be done with an adapter ends, in a result or in one of our errors."""
+    """Every operation on an adapter ends with a result or one of our errors."""
     report = adapter.report.to_dict()
     json.dumps({k: v for k, v in report.items() if k != "non_finite"}, default=str)
     adapter.report.to_text()
@@ -274,7 +274,7 @@ def use_in_every_way(adapter: Adapter) -> None:
 
 @settings(max_examples=SHARE)
 @given(case=cases())
-def test_valid_adapters_of_every_spelling_and_kind_are_read_rightly(case):
+def test_valid_adapters_of_every_spelling_and_kind_are_read_correctly(case):
     adapter = read_state_dict(case.state_dict)
     report = adapter.report
     assert (report.unmatched, report.duplicates) == ((), ())
@@ -284,13 +284,13 @@ def test_valid_adapters_of_every_spelling_and_kind_are_read_rightly(case):
 
 @settings(max_examples=SHARE // 4)
 @given(case=cases())
-def test_what_is_made_of_valid_adapters_ends_in_a_result_or_a_sentence(case):
+def test_every_operation_on_valid_adapters_gives_a_result_or_an_error(case):
     use_in_every_way(read_state_dict(case.state_dict))
 
 
 @settings(max_examples=SHARE // 4)
 @given(case=cases(), key_format=st.sampled_from(("comfyui", "kohya", "diffusers", "peft")))
-def test_valid_adapters_come_back_from_every_format_that_can_hold_them(case, key_format):
+def test_valid_adapters_survive_every_format_that_can_express_them(case, key_format):
     adapter = read_state_dict(case.state_dict)
     try:
         written = build_state_dict(adapter, key_format)
@@ -303,7 +303,7 @@ def test_valid_adapters_come_back_from_every_format_that_can_hold_them(case, key
 
 @settings(max_examples=SHARE // 4)
 @given(data=st.data(), name=st.sampled_from(list(FUSED)))
-def test_fused_modules_are_split_exactly_or_told(data, name):
+def test_fused_modules_are_split_exactly_or_reported(data, name):
     path = f"transformer_blocks.3.{name}"
     kinds = tuple(kind for kind in KINDS if kind != "diff")
     module = data.draw(modules(path, (18, 6), kinds))
@@ -343,7 +343,7 @@ STRANGE_TEXTS = st.one_of(
 
 @st.composite
 def damages(draw, part: Part) -> list[Part]:
-    """What may become of one tensor: nothing, another one, or several."""
+    """Possible replacements of one tensor: nothing, another one, or several."""
     tensor = part.tensor
     how = draw(
         st.sampled_from(
@@ -418,7 +418,7 @@ def damaged_cases(draw) -> Case:
 
 @settings(max_examples=SHARE)
 @given(case=damaged_cases())
-def test_damaged_adapters_are_refused_in_a_sentence_or_usable(case):
+def test_damaged_adapters_are_refused_with_a_message_or_usable(case):
     try:
         adapter = read_state_dict(case.state_dict, name="damaged.safetensors")
     except LoraError as error:
@@ -431,8 +431,8 @@ def test_damaged_adapters_are_refused_in_a_sentence_or_usable(case):
 
 @settings(max_examples=SHARE // 2)
 @given(case=damaged_cases())
-def test_what_a_damaged_adapter_lost_is_never_silent(case):
-    """Without a word of warning, everything that was in the file has to be in the adapter."""
+def test_what_a_damaged_adapter_lost_is_always_reported(case):
+    """Without a warning, everything in the file must be in the adapter."""
     state_dict = case.state_dict
     try:
         adapter = read_state_dict(state_dict)
@@ -482,7 +482,7 @@ def make_plain(prefix: str = "transformer.", rank: int = 4) -> dict[str, torch.T
 
 @settings(max_examples=SHARE)
 @given(pattern=st.one_of(PATTERNS, HOSTILE_PATTERNS, st.text(max_size=20)))
-def test_a_pattern_matches_what_it_matches_in_peft_or_is_not_taken(pattern):
+def test_a_pattern_matches_as_in_peft_or_is_refused(pattern):
     table = PatternTable([pattern])
     if table.unsupported or len(re.findall(r"[*+]", pattern)) > 5:  # PEFT's way might never end
         table.find(TO_Q)
@@ -568,7 +568,7 @@ HOWS = ("plain", "plain", "plain", "mark", "utf-16", "cut", "nul", "deep", "empt
     ),
     prefix=st.sampled_from(("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_")),
 )
-def test_a_header_of_any_config_is_used_told_or_refused(config, how, field_name, prefix):
+def test_any_config_in_the_header_is_used_reported_or_refused(config, how, field_name, prefix):
     text = encode(config, how).decode("utf-8", "replace")
     state_dict = make_plain(prefix)
     if prefix == "lora_unet_":
@@ -591,7 +591,7 @@ def test_a_header_of_any_config_is_used_told_or_refused(config, how, field_name,
 
 @settings(max_examples=SHARE // 2)
 @given(config=CONFIGS, how=st.sampled_from(HOWS))
-def test_a_config_beside_the_file_is_used_told_or_refused(config, how, tmp_path_factory):
+def test_a_config_beside_the_file_is_used_reported_or_refused(config, how, tmp_path_factory):
     path = get_folder(tmp_path_factory) / "adapter_model.safetensors"
     path.write_bytes(save(make_plain("base_model.model.")))
     path.with_name("adapter_config.json").write_bytes(encode(config, how))
@@ -609,7 +609,7 @@ _folders: list[Path] = []
 
 
 def get_folder(tmp_path_factory) -> Path:
-    """One folder for all examples of this file; function-scoped fixtures are not renewed."""
+    """One folder for all examples of this file; function-scoped fixtures are not recreated."""
     if not _folders:
         _folders.append(tmp_path_factory.mktemp("adapters"))
     return _folders[0]
@@ -679,7 +679,7 @@ def damaged_files(draw) -> bytes:
 
 @settings(max_examples=SHARE)
 @given(data=damaged_files())
-def test_a_file_of_any_bytes_is_read_or_refused_in_a_sentence(data, tmp_path_factory):
+def test_a_file_of_any_bytes_is_read_or_refused_with_a_message(data, tmp_path_factory):
     path = get_folder(tmp_path_factory) / "damaged.safetensors"
     path.write_bytes(data)
     facts = read_facts(path)

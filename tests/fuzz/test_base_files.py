@@ -1,8 +1,8 @@
-"""Base models as nobody made them yet: single files, GGUFs, folders, notes of quantised weights.
+"""Generated base models: single files, GGUFs, folders, quantisation notes.
 
-The oracle is the state dict that a file was written from, and the arithmetic of scales and
-rotations spelled here a second time. Anything else is an error of our own family, in one short
-sentence, or a red test; so is a model of more blocks than the file holds.
+The oracle is the state dict that a file was written from, and an independent implementation of
+scales and rotations. Anything else must be an error of our own family in one short sentence; a
+model with more blocks than the file contains fails the test too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_BLOCKS = 3
 
 @pytest.fixture(autouse=True)
 def few_blocks(monkeypatch):
-    """No file here holds more, so building more would be what a bomb asks for."""
+    """No file here has more, so building more would mean falling for a decompression bomb."""
     build = architecture.Architecture.build_empty
 
     def check(self):
@@ -58,7 +58,7 @@ def make_folder() -> Iterator[Path]:
 
 
 def build_state_dict(num_blocks: int = 1, head: int = 8, heads: int = 2, text: int = 6):
-    """A whole model, a few kilobytes of it."""
+    """A complete model of a few kilobytes."""
     sizes = {"attention_head_dim": head, "num_attention_heads": heads, "joint_attention_dim": text}
     model = architecture.Architecture(num_layers=num_blocks, **sizes).build_empty()
     generator = torch.Generator().manual_seed(num_blocks)
@@ -95,7 +95,7 @@ DTYPES = st.sampled_from(
 
 
 class Model(dict):
-    """A state dict that a failure prints as what is odd about it."""
+    """A state dict whose repr shows what is odd about it."""
 
     def __repr__(self) -> str:
         odd = {
@@ -130,7 +130,7 @@ def changes(draw) -> Model:
 
 
 def load(source: Path, storage: str = "as stored") -> dict[str, torch.Tensor] | None:
-    """Key -> values; None where it is refused, as it may be."""
+    """Key -> values; None if it is refused, which is allowed."""
     try:
         model = load_transformer(source, storage, compute_dtype=torch.float32)
     except LoraError as e:
@@ -145,7 +145,7 @@ def load(source: Path, storage: str = "as stored") -> dict[str, torch.Tensor] | 
 
 
 def use(source: Path) -> None:
-    """What else opens a base: beside a LoRA, and for the difference to itself."""
+    """Other ways to open a base: beside a LoRA, and for the difference to itself."""
     try:
         base = open_base(source)
         shape = next(iter(base.list_matrices().values()), torch.ones(4, 4)).shape
@@ -166,7 +166,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 @settings(max_examples=SHARE // 4)
 @given(changes())
-def test_a_changed_file_is_loaded_as_it_is_or_refused_in_a_sentence(state_dict):
+def test_a_changed_file_is_loaded_as_is_or_refused_with_a_message(state_dict):
     with make_folder() as folder:
         path = folder / "base.safetensors"
         path.write_bytes(save(state_dict))
@@ -188,7 +188,7 @@ def test_a_changed_file_is_loaded_as_it_is_or_refused_in_a_sentence(state_dict):
     st.integers(1, 9),
     st.sampled_from(["", "model.diffusion_model."]),
 )
-def test_a_whole_model_of_any_size_is_loaded_to_the_bit(num_blocks, head, heads, text, prefix):
+def test_a_whole_model_of_any_size_is_loaded_bit_exactly(num_blocks, head, heads, text, prefix):
     state_dict = build_state_dict(num_blocks, head, heads, text)
     with make_folder() as folder:
         path = folder / "base.safetensors"
@@ -205,7 +205,7 @@ SAVED = save(dict(list(BASE.items())[:12]))
 
 @settings(max_examples=SHARE)
 @given(FLIPS, st.floats(0, 1))
-def test_a_file_with_flipped_or_missing_bytes_is_a_model_or_a_sentence(flips, share):
+def test_a_file_with_flipped_or_missing_bytes_is_a_model_or_an_error(flips, share):
     data = bytearray(SAVED)
     for place, value in flips:
         data[place % len(data)] = value
@@ -266,7 +266,7 @@ NUMBERS = st.one_of(
 
 @settings(max_examples=SHARE)
 @given(st.lists(st.tuples(st.integers(4, HEADER), NUMBERS), min_size=1, max_size=3), st.booleans())
-def test_a_gguf_with_a_changed_header_ends_as_a_model_or_a_sentence(flips, is_cut):
+def test_a_gguf_with_a_changed_header_is_a_model_or_an_error(flips, is_cut):
     data = bytearray(GGUF)
     for place, value in flips:
         data[place : place + len(value)] = value
@@ -306,7 +306,7 @@ AXES = st.one_of(ANY, st.lists(st.integers(-4, 20), max_size=4), st.sampled_from
     st.none() | st.dictionaries(st.sampled_from(MATRICES), ANY, max_size=3) | ANY,
     st.booleans(),
 )
-def test_a_folder_is_loaded_with_its_configuration_or_refused_in_a_sentence(config, index, is_one):
+def test_a_folder_is_loaded_with_its_configuration_or_refused_with_a_message(config, index, is_one):
     with make_folder() as folder:
         names = [WEIGHTS] if is_one else ["a.safetensors", "b.safetensors"]
         parts = [dict(list(BASE.items())[i :: len(names)]) for i in range(len(names))]
@@ -327,7 +327,7 @@ def test_a_folder_is_loaded_with_its_configuration_or_refused_in_a_sentence(conf
 
 @settings(max_examples=SHARE // 2)
 @given(st.binary(max_size=60), st.sampled_from(["config.json", f"{WEIGHTS}.index.json", WEIGHTS]))
-def test_noise_in_a_folders_files_is_a_sentence(content, name):
+def test_noise_in_a_folders_files_is_an_error(content, name):
     with make_folder() as folder:
         save_file(BASE, folder / WEIGHTS)
         (folder / name).write_bytes(content)
@@ -372,7 +372,9 @@ def is_group(group: Any) -> bool:
 
 @settings(max_examples=SHARE)
 @given(NOTES, DTYPES, STORED, SCALES, st.booleans())
-def test_a_note_gives_the_values_it_means_or_a_sentence(note, dtype, shape, scale_shape, in_header):
+def test_a_quantisation_note_gives_its_values_or_an_error(
+    note, dtype, shape, scale_shape, in_header
+):
     generator = torch.Generator().manual_seed(0)
     stored = (torch.randn(shape, generator=generator) * 9).to(dtype)
     tensors = {f"{TO_Q}.weight": stored, "img_in.weight": torch.ones(2, 2)}
@@ -397,9 +399,8 @@ def test_a_note_gives_the_values_it_means_or_a_sentence(note, dtype, shape, scal
             check_refusal(e)
         else:
             assert isinstance(note, dict)
-            if (
-                weight.scaling != "block"
-            ):  # of which tests/lora_core/inspection/test_survival.py knows more
+            # Block scales: tests/lora_core/inspection/test_survival.py.
+            if weight.scaling != "block":
                 expected = stored.float()
                 if scale is not None:
                     expected = (

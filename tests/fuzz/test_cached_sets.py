@@ -1,7 +1,7 @@
-"""Cached training sets as somebody changed them: what was written comes back, or one sentence.
+"""Modified cached training sets must read back as written, or be refused with one sentence.
 
-The oracle is the set that was written; a change that is not refused must leave batches of finite
-shapes that fit each other.
+The oracle is the set that was written; a change that is not refused must leave batches of finite,
+matching shapes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def write_set(folder: Path, items=None) -> CachedDataset:
 
 
 def use(folder: Path) -> CachedDataset | None:
-    """Opens the set and makes batches of it; None where that is refused, as it may be."""
+    """Opens the set and makes batches of it; None if that is refused, which is allowed."""
     try:
         dataset = read_dataset(folder)
         order = DataOrder(dataset.items, 2, seed=0)
@@ -105,7 +105,7 @@ SIZES = st.tuples(SIDES, SIDES)
         max_size=4,
     )
 )
-def test_what_was_written_comes_back_to_the_bit(lines):
+def test_what_was_written_reads_back_bit_exactly(lines):
     items = {}
     for number, (target, references, has_mask, has_empty) in enumerate(lines):
         optional = {"mask": torch.rand(target) + 0.1} if has_mask else {}
@@ -155,12 +155,12 @@ def put(index: dict, place: str, value: object) -> None:
             table = table[part]
         table[last] = value
     except (KeyError, IndexError, TypeError, AttributeError):
-        return  # an earlier change took the place away
+        return  # an earlier change removed this path
 
 
 @settings(max_examples=SHARE)
 @given(st.lists(st.tuples(PLACES, VALUES), min_size=1, max_size=3))
-def test_a_changed_index_is_read_as_it_is_or_refused(changes):
+def test_a_changed_index_is_read_as_is_or_refused(changes):
     with make_folder() as folder:
         write_set(folder)
         index = json.loads((folder / "index.json").read_text())
@@ -198,7 +198,7 @@ NAMES = ("target", "reference_0", "reference_1", "text", "text_empty", "mask", "
     ),
     st.sampled_from(["items/a", "items/b", "empty"]),
 )
-def test_changed_tensors_are_trained_on_as_they_are_or_refused(changes, name):
+def test_changed_tensors_are_trained_on_as_is_or_refused(changes, name):
     with make_folder() as folder:
         write_set(folder)
         path = folder / f"{name}.safetensors"
@@ -218,7 +218,7 @@ def test_changed_tensors_are_trained_on_as_they_are_or_refused(changes, name):
     st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=4),
     st.floats(0, 2),
 )
-def test_flipped_and_missing_bytes_are_a_set_or_a_sentence(name, flips, share):
+def test_flipped_and_missing_bytes_are_a_set_or_an_error(name, flips, share):
     with make_folder() as folder:
         write_set(folder)
         path = folder / name
@@ -230,7 +230,7 @@ def test_flipped_and_missing_bytes_are_a_set_or_a_sentence(name, flips, share):
         use(folder)
 
 
-# --- caches of figures: anything unreadable is as if it were not there ---
+# --- caches of statistics: anything unreadable counts as missing ---
 
 PARTS = st.sampled_from(
     ["version", "fields", "modules", "skipped", "non_finite", "misfits", "adapters"]
@@ -239,7 +239,7 @@ PARTS = st.sampled_from(
 
 @settings(max_examples=SHARE)
 @given(st.dictionaries(PARTS, VALUES) | VALUES)
-def test_any_cache_of_figures_is_read_or_left_alone(values):
+def test_any_cache_of_statistics_is_read_or_ignored(values):
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "cache.json"
         path.write_text(json.dumps(values))
@@ -256,7 +256,7 @@ INSPECTION = Inspection(
 
 @st.composite
 def places(draw, tree: object) -> tuple:
-    """A way into a tree of JSON, a list or a table deep at a time."""
+    """A path into a JSON tree, one list or table per level."""
     path = []
     while isinstance(tree, list | dict) and tree and (not path or draw(st.booleans())):
         step = draw(st.sampled_from(range(len(tree)) if isinstance(tree, list) else sorted(tree)))
@@ -267,7 +267,7 @@ def places(draw, tree: object) -> tuple:
 
 @settings(max_examples=SHARE)
 @given(st.data(), VALUES)
-def test_a_changed_inspection_is_read_whole_or_not_at_all(data, value):
+def test_a_changed_inspection_is_read_completely_or_ignored(data, value):
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "cache.json"
         write_inspection(INSPECTION, path)
@@ -297,7 +297,7 @@ KNOWN = {
 
 @settings(max_examples=SHARE // 2)
 @given(st.data(), VALUES)
-def test_a_changed_cache_of_facts_is_read_whole_or_not_at_all(data, value):
+def test_a_changed_cache_of_facts_is_read_completely_or_ignored(data, value):
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "cache.json"
         write_cache(path, KNOWN)

@@ -1,4 +1,4 @@
-"""The surfaces of guided.py, which atheris drives by hand: each takes bytes, whatever they are."""
+"""The surfaces of guided.py, which atheris drives by hand: each accepts any bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_surface_takes_any_bytes(name, data):
     guided.check(SURFACES[name], data)
 
 
-def test_another_error_than_ours_is_a_find():
+def test_an_error_outside_our_family_is_a_finding():
     def fail(data: bytes) -> None:
         raise KeyError("x")
 

@@ -1,8 +1,8 @@
-"""Job folders as nobody left them yet: each is one job of the list, right or failed, and no other
-job is any different.
+"""Generated job folders: each is one job of the list, correct or failed, and no other job is
+affected.
 
-The folders are those of a real tiny job that paused after two steps. Anything but an error of our
-own family is a red test, as is a sentence that cannot be shown or JSON that a browser refuses.
+The folders are those of a real tiny job that paused after two steps. Any error outside our own
+family fails the test, as does a message that cannot be shown or JSON that a browser refuses.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ for name, path in (
 
 
 class Sleeper:
-    """A worker that goes on and on."""
+    """A worker that never ends."""
 
     pid = 1
 
@@ -56,7 +56,7 @@ class Sleeper:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store's folder with a job that waits, and one that has all that a run leaves."""
+    """A store's folder with a pending job, and one with all files of a run."""
     from tiny_jobs import make_material, make_train, train_here
 
     folder = tmp_path_factory.mktemp("whole")
@@ -94,7 +94,7 @@ def check_text(text: str) -> None:
 
 
 def try_to(action: Any) -> Any:
-    """What it gives; None where it is refused, as it may be."""
+    """Its result; None if it is refused, which is allowed."""
     try:
         return action()
     except LoraError as e:
@@ -103,7 +103,7 @@ def try_to(action: Any) -> Any:
 
 
 def check_store(root: Path) -> Job:
-    """Everything that the panel and the supervisor ask; the damaged job as it was listed."""
+    """Makes all requests of the panel and the supervisor; returns the damaged job as listed."""
     store = JobStore(root)
     try:
         jobs = {job.id: job for job in store.list()}
@@ -121,12 +121,12 @@ def check_store(root: Path) -> Job:
             started.append(folder.id)
             return Sleeper()
 
-        told: dict[str, Job | None] = {}
+        reported: dict[str, Job | None] = {}
         two = [CPU, Device("cpu", "other-cpu", "")]
-        Supervisor(store, two, listener=told.__setitem__, launch=launch).tick()
+        Supervisor(store, two, listener=reported.__setitem__, launch=launch).tick()
         assert GOOD in started
-        assert set(told) == {GOOD, BAD}
-        json.dumps([told[BAD].to_dict()], allow_nan=False)
+        assert set(reported) == {GOOD, BAD}
+        json.dumps([reported[BAD].to_dict()], allow_nan=False)
         assert store.pause(GOOD).status is JobStatus.PAUSED
         try_to(lambda: store.cancel(BAD))
         try_to(lambda: store.clone(BAD))
@@ -138,7 +138,7 @@ def check_store(root: Path) -> Job:
 
 
 def check_job(store: JobStore) -> None:
-    """As the job's own page."""
+    """Makes the requests of the job's own page."""
     shown = [
         try_to(lambda: store.get(BAD).to_dict()),
         try_to(lambda: store.read_log(BAD)),
@@ -174,7 +174,7 @@ INDICES = st.lists(st.integers(0, 40), min_size=1, max_size=5)
 
 
 def change(values: Any, indices: list[int]) -> bool:
-    """Puts "PLACE" somewhere into the tree, chosen by the indices; False where nothing is there."""
+    """Puts "PLACE" into the tree at the position given by the indices; False if there is none."""
     place = values
     for depth, index in enumerate(indices):
         keys = list(place) if isinstance(place, dict) else range(len(place))
@@ -190,7 +190,7 @@ def change(values: Any, indices: list[int]) -> bool:
 
 @settings(max_examples=SHARE // 2)
 @given(file=FILES, indices=INDICES, text=TEXTS)
-def test_a_value_of_any_kind_in_any_place_is_a_job_right_or_failed(whole, file, indices, text):
+def test_a_value_of_any_type_in_any_place_is_a_correct_or_failed_job(whole, file, indices, text):
     with copied(whole) as root:
         path = root / "jobs" / BAD / file
         values = json.loads(path.read_text())
@@ -241,7 +241,7 @@ def mutate(path: Path, mutation: tuple[str, int, bytes]) -> None:
 
 @settings(max_examples=SHARE // 2)
 @given(mutations=st.lists(st.tuples(ALL_FILES, MUTATIONS), min_size=1, max_size=3))
-def test_files_of_any_bytes_or_none_are_a_job_right_or_failed(whole, mutations):
+def test_files_of_any_bytes_or_none_are_a_correct_or_failed_job(whole, mutations):
     with copied(whole) as root:
         for name, mutation in mutations:
             mutate(root / "jobs" / BAD / name, mutation)
@@ -259,7 +259,7 @@ LINES = st.one_of(
 
 @settings(max_examples=SHARE // 2)
 @given(lines=st.lists(st.one_of(LINES, st.binary(max_size=30)), max_size=6))
-def test_figures_of_any_kind_are_drawn_or_left_out(whole, lines):
+def test_metrics_of_any_type_are_drawn_or_left_out(whole, lines):
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "metrics.jsonl")
         known = (whole / "jobs" / BAD / "metrics.jsonl").read_bytes()

@@ -1,7 +1,7 @@
-"""Folders of pairs as nobody laid them out yet: read rightly, or refused in one short sentence.
+"""Generated folders of pairs must be read correctly, or refused with one short sentence.
 
-The oracle of a list is the row it was written from; of a picture, Pillow itself. Anything but an
-error of our own family is a red test, as is a sentence that cannot be shown.
+The oracle for a list is the row it was written from; for an image, Pillow itself. Any error outside
+our own family fails the test, as does a message that cannot be shown.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def check_text(text: str) -> None:
 
 
 def find(folder: Path) -> FoundPairs | None:
-    """None where it is refused, as it may be."""
+    """None if it is refused, which is allowed."""
     try:
         found = find_pairs(folder, is_inside(folder.parent))
     except LoraError as e:
@@ -141,7 +141,7 @@ def write_files(folder: Path, files) -> None:
 
 @settings(max_examples=SHARE)
 @given(FILES)
-def test_any_folder_is_read_or_refused_in_a_sentence(files):
+def test_any_folder_is_read_or_refused_with_a_message(files):
     with make_folder() as folder:
         write_files(folder, files)
         found = find(folder)
@@ -152,7 +152,7 @@ def test_any_folder_is_read_or_refused_in_a_sentence(files):
 
 @settings(max_examples=SHARE // 2)
 @given(FILES)
-def test_every_picture_is_in_a_pair_or_told(files):
+def test_every_image_is_in_a_pair_or_reported(files):
     with make_folder() as folder:
         for index in range(2):  # so that there is a layout at all
             for side in ("target", "control"):
@@ -206,7 +206,7 @@ def write_three(folder: Path) -> None:
 
 @settings(max_examples=SHARE)
 @given(ROWS, st.sampled_from(["metadata.jsonl", "free.jsonl", "data.json", "key.json"]))
-def test_any_list_is_read_or_refused_in_a_sentence(rows, name):
+def test_any_list_is_read_or_refused_with_a_message(rows, name):
     with make_folder() as folder:
         write_three(folder)
         if name.endswith("jsonl"):
@@ -224,7 +224,7 @@ def test_any_list_is_read_or_refused_in_a_sentence(rows, name):
 
 @settings(max_examples=SHARE // 2)
 @given(st.binary(max_size=300), st.sampled_from(["metadata.jsonl", "metadata.csv", "x.tsv"]))
-def test_noise_in_the_place_of_a_list_is_a_sentence(content, name):
+def test_noise_in_place_of_a_list_is_an_error(content, name):
     with make_folder() as folder:
         write_three(folder)
         (folder / name).write_bytes(content)
@@ -274,18 +274,18 @@ def test_a_valid_list_gives_the_captions_and_the_order_it_was_written_with(
 
 @settings(max_examples=SHARE)
 @given(st.lists(TEXTS.filter(str.strip), min_size=2, max_size=5))
-def test_a_text_of_lines_gives_each_target_its_own(captions):
+def test_a_text_file_gives_each_target_its_own_line(captions):
     lines = [caption.replace("\n", " ") for caption in captions]
     assume(all(line.strip() for line in lines))
     assert split_captions(["\n".join(lines)], len(lines)) == [line.strip() for line in lines]
 
 
-# --- captions and pictures ---
+# --- captions and images ---
 
 
 @settings(max_examples=SHARE // 2)
 @given(st.one_of(BYTES, TEXTS.map(str.encode)), st.sampled_from([".txt", ".caption", ".json"]))
-def test_any_caption_is_read_or_refused_in_a_sentence(content, suffix):
+def test_any_caption_is_read_or_refused_with_a_message(content, suffix):
     with make_folder() as folder:
         path = folder / f"a{suffix}"
         path.write_bytes(content)
@@ -311,7 +311,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "TGA", "ICO", "EP
     st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=6),
     st.integers(0, 9),
 )
-def test_a_picture_with_flipped_bytes_is_whole_or_a_sentence(
+def test_an_image_with_flipped_bytes_is_complete_or_an_error(
     kind, mode, width, height, flips, orientation
 ):
     image = Image.new("RGB", (width, height))
@@ -351,7 +351,7 @@ def test_a_picture_with_flipped_bytes_is_whole_or_a_sentence(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_links_that_multiply_end(seed):
+def test_exponentially_many_links_terminate(seed):
     generator = random.Random(seed)
     with make_folder() as folder:
         names = [folder / f"f{index}" for index in range(24)]

@@ -1,7 +1,7 @@
-"""Our HTTP routes, live: any method, id, query and body has an answer, or a refusal in a sentence.
+"""Our HTTP routes, live: any method, id, query and body gets an answer or a clear refusal.
 
-The routes run on ComfyUI's own application, without workers. Never a 500, never NaN, and what was
-refused leaves nothing behind.
+The routes run on ComfyUI's own application, without workers. Never a 500, never NaN, and refused
+requests leave nothing behind.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ SHARE = settings.default.max_examples
 JOBS, ADAPTERS = "/qwen_edit_lora/jobs", "/qwen_edit_lora/adapters"
 ACTIONS = ("pause", "resume", "cancel", "delete", "clone", "publish")
 UNKNOWN = "20260131-120000-0123abcd"
-#: What our routes never give: the rest of ComfyUI answers what is no route of ours in its way.
+#: All statuses of our routes; the rest of ComfyUI answers other paths in its own way.
 OURS = {200, 400, 403, 404, 405, 409, 413}
 
 
 class Place:
-    """The server with a job of each state, made anew when a request took one away."""
+    """The server with a job in each state, recreated when a request removed one."""
 
     def __init__(self, routes: Any, folder: Path):
         self.routes, self.folder, self.store = routes, folder, routes.store
@@ -63,7 +63,7 @@ class Place:
         return self.store.submit(config_from_dict(train), loras=str(self.folder / "loras"))
 
     def complete(self, job_id: str) -> str:
-        """As a worker leaves it, with an adapter and a sample."""
+        """A job as a worker leaves it, with an adapter and a sample."""
         import dataclasses
 
         import torch
@@ -81,7 +81,7 @@ class Place:
         return job_id
 
     def list_places(self) -> set[str]:
-        """All that lies in the jobs' folder and the loras folder but the jobs themselves."""
+        """Everything in the jobs folder and the loras folder except the jobs themselves."""
         found = {path.name for path in (self.store.root / "jobs").iterdir()}
         known = {job.id for job in self.store.list()}
         return (found - known) | {p.name for p in (self.folder / "loras").glob(".*")}
@@ -101,7 +101,7 @@ def place(routes: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
 
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """No traceback in the log, whatever came."""
+    """Asserts that the log has no traceback."""
     caplog.set_level(logging.WARNING)
     yield
     assert [record.getMessage() for record in caplog.records if record.exc_info] == []
@@ -129,7 +129,7 @@ TEXTS = st.one_of(
     st.from_regex(r"\d{8}-\d{6}-[0-9a-f]{8}", fullmatch=True),
     st.from_regex(r"[0-9a-f]{16}", fullmatch=True),
 )
-#: Of a job that is there, by its state, or any text.
+#: Ids of existing jobs, by their state, or any text.
 IDS = st.one_of(st.sampled_from(["paused", "cancelled", "completed", UNKNOWN]), TEXTS)
 SETTINGS = (
     *("steps", "name", "seed", "lora.rank", "lora.targets", "lora.alpha", "lora.use_dora"),
@@ -180,7 +180,7 @@ def write_query(query: dict[str, str]) -> str:
 @given(IDS, st.sampled_from(["", "/log", "/pictures/"]), TEXTS, QUERIES)
 @example("completed", "/log", "", {"offset": "9" * 15, "limit": "0"})
 @example("completed", "/pictures/", "step_00000004_item.png", {})
-def test_any_look_at_a_job_is_answered(place, job_id, part, name, query):
+def test_any_request_for_a_job_is_answered(place, job_id, part, name, query):
     place.fill()
     path = f"{JOBS}/{encode(place.ids.get(job_id, job_id))}{part}"
     if part == "/pictures/":
@@ -189,7 +189,7 @@ def test_any_look_at_a_job_is_answered(place, job_id, part, name, query):
 
 
 def is_route(name: str, path: str) -> bool:
-    """Whether aiohttp takes the path for one of ours: no part of it is empty or a dot."""
+    """Whether aiohttp routes the path to us: no part of it is empty or a dot."""
     return name not in ("", ".", "..") and not path.endswith(("/", "/.", "/.."))
 
 
@@ -198,7 +198,7 @@ def is_route(name: str, path: str) -> bool:
 @example("completed", "publish", b'{"adapter": "fuzzed.safetensors"}')
 @example("paused", "clone", b'{"changes": {"optimizer.options": {"eps": 1e999}}}')
 @example("paused", "clone", b'{"changes": {"name": "\\ud800"}}')
-def test_any_wish_is_done_or_refused_in_a_sentence(place, job_id, action, body):
+def test_any_action_is_done_or_refused_with_a_message(place, job_id, action, body):
     place.fill()
     before = {job.id for job in place.store.list()}
     path = f"{JOBS}/{encode(place.ids.get(job_id, job_id))}/{action}"
@@ -207,14 +207,14 @@ def test_any_wish_is_done_or_refused_in_a_sentence(place, job_id, action, body):
     after = {job.id for job in place.store.list()}
     if answer.status != 200:
         assert after == before
-    for made in after - before:  # whatever was let in can be shown
+    for made in after - before:  # accepted data can be shown
         assert place.routes.ask("GET", f"{JOBS}/{made}").read()["id"] == made
     assert [job["id"] for job in place.routes.ask("GET", JOBS).read()["jobs"]] != []
 
 
 @settings(max_examples=SHARE // 2)
 @given(TEXTS, st.sampled_from(["GET", "POST"]), st.sampled_from(["", "/train"]), BODIES)
-def test_any_adapter_is_answered(place, adapter_id, method, part, body):
+def test_any_request_for_an_adapter_is_answered(place, adapter_id, method, part, body):
     path = f"{ADAPTERS}/{encode(adapter_id)}{part}"
     known = [entry["id"] for entry in place.routes.ask("GET", ADAPTERS).read()["adapters"]]
     for one in (path, f"{ADAPTERS}/{known[0]}{part}"):
@@ -236,7 +236,7 @@ HEADERS = st.dictionaries(
 
 @settings(max_examples=SHARE)
 @given(st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH", "X"]), IDS, HEADERS)
-def test_any_method_and_headers_are_answered_and_only_a_wish_of_ours_changes_anything(
+def test_any_method_and_headers_are_answered_and_only_our_actions_change_anything(
     place, method, job_id, headers
 ):
     place.fill()

@@ -1,4 +1,4 @@
-"""Settings of trainings as people type and paste them: TOML and JSON, right or one sentence.
+"""Training settings as people type and paste them: TOML and JSON, read or refused in one sentence.
 
 The oracle is the tree of values that a file was written from.
 """
@@ -40,7 +40,7 @@ def check_refusal(error: LoraError) -> None:
 
 
 def read(content: bytes, name: str) -> TrainConfig | None:
-    """None where it is refused, as it may be."""
+    """None if it is refused, which is allowed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_bytes(content)
@@ -96,7 +96,7 @@ def is_known(values: dict) -> bool:
 
 @settings(max_examples=SHARE)
 @given(trees())
-def test_any_tree_is_taken_as_it_is_or_refused_in_a_sentence(values):
+def test_any_tree_is_accepted_as_is_or_refused_with_a_message(values):
     try:
         config = config_from_dict(values)
     except LoraError as e:
@@ -147,7 +147,7 @@ def test_toml_and_json_of_one_tree_are_one_configuration(values, has_mark):
 
 
 def tomllib_takes(text: str, values: dict) -> bool:
-    """Whether this writer above gave what it meant; surrogate pairs are JSON's alone."""
+    """Whether the writer above wrote valid TOML; surrogate pairs exist in JSON only."""
     try:
         return tomllib.loads(text) == values
     except ValueError:
@@ -176,7 +176,7 @@ rank = 8
     ),
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "gbk", "utf-32"]),
 )
-def test_a_changed_file_is_settings_or_a_sentence(changes, encoding):
+def test_a_changed_file_is_settings_or_an_error(changes, encoding):
     data = TOML.encode(encoding)
     for place, piece in changes:
         data = data[:place] + piece + data[place:]
@@ -189,7 +189,7 @@ def test_a_changed_file_is_settings_or_a_sentence(changes, encoding):
 
 @settings(max_examples=SHARE // 2)
 @given(st.binary(max_size=80) | VALUES.map(lambda value: json.dumps(value).encode()))
-def test_noise_in_the_place_of_settings_is_a_sentence(content):
+def test_noise_in_place_of_settings_is_an_error(content):
     for name in ("a.toml", "a.json", "a"):
         assert read(content, name) is None
 

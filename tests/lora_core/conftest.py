@@ -1,7 +1,7 @@
 """Small adapters in every spelling: one factory for state dicts, one for files.
 
-A test that takes `key_style` runs once for each of KEY_STYLES. The tensors depend on the module and
-the part alone, so two spellings of an adapter hold the same numbers.
+A test that takes `key_style` runs once for each of KEY_STYLES. The tensors depend only on the
+module and the part, so two spellings of an adapter have the same values.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class KeyStyle(NamedTuple):
 _AB = (".lora_A.weight", ".lora_B.weight")
 _DOWN_UP = (".lora_down.weight", ".lora_up.weight")
 _DEFAULT = (".lora_A.default.weight", ".lora_B.default.weight")
-#: Every row of the survey of formats in the wild, and what the report shall call it.
+#: Every format found in the survey of public files, and its expected name in the report.
 KEY_STYLES = {
     "diffusers": KeyStyle("transformer.", *_AB, "diffusers"),
     "diffusers-0.20": KeyStyle("transformer.", ".lora.down.weight", ".lora.up.weight", "diffusers"),
@@ -86,13 +86,13 @@ def make_tensor(
 
 
 def get_shape(module_path: str) -> tuple[int, int]:
-    """(out, in) of a module in a model of WIDTH; the shape on top is ours."""
+    """(out, in) of a module in a model of WIDTH; the top-level shapes are ours."""
     block, name = module_paths.split_path(module_path)
     return (2 * WIDTH, WIDTH) if block is None else module_paths.compute_shape(name, WIDTH)
 
 
 def get_part_shapes(kind: str, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
-    """Ending of the key (A and B stand for the style's) -> shape of the tensor."""
+    """Suffix of the key (A and B stand for the style's) -> shape of the tensor."""
     out, in_ = shape
     half = (out // 2, in_ // 2)
     return {
@@ -122,7 +122,7 @@ def get_part_shapes(kind: str, shape: tuple[int, int], rank: int) -> dict[str, t
 
 
 def spell(module_path: str, key_style: str, ending: str = "") -> str:
-    """The key of one module's part; "A" and "B" stand for the style's own endings."""
+    """The key of one module's part; "A" and "B" stand for the style's own suffixes."""
     style = KEY_STYLES[key_style]
     underscored = style.prefix.endswith("_")
     stem = module_path.replace(".", "_") if underscored else module_path
@@ -159,7 +159,7 @@ def make_state_dict() -> StateDictFactory:
 
 @pytest.fixture
 def write_file(tmp_path: Path) -> Callable[..., Path]:
-    """Saves a state dict with a header of metadata and returns the file."""
+    """Saves a state dict with metadata in its header and returns the file."""
 
     def write(
         state_dict: Mapping[str, torch.Tensor],

@@ -1,4 +1,4 @@
-"""Adapters to compute with, and the dense float64 truth about their deltas."""
+"""Test adapters, and their deltas computed densely in float64."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ KINDS = {
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any operation inside returned."""
+    """Records the largest number of elements any operation inside returned."""
 
     largest = 0
 

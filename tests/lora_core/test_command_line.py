@@ -1,4 +1,4 @@
-"""`python -m lora_core`, in a process of its own once, in this one for the rest."""
+"""`python -m lora_core`, once in its own process, otherwise in this one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def get_delta(file: str, path: str = PATHS[0]) -> torch.Tensor:
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command line that must work; what it prints."""
+    """Runs a command line that must succeed; returns its output."""
 
     def run(*argv: str) -> str:
         assert main(list(argv)) == 0
@@ -162,7 +162,7 @@ def test_a_file_is_written_under_a_name_that_loaders_list(run, folder, out, file
 
 
 @pytest.mark.parametrize("name", ["a\0b.safetensors", "\ud800.safetensors", "x" * 300])
-def test_a_name_no_file_can_have_is_one_line(name, capsys):
+def test_an_impossible_file_name_is_a_one_line_error(name, capsys):
     assert main(["inspect", name]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -265,7 +265,7 @@ def test_a_ggufs_storage_is_called_what_it_is(run, folder):
 
 
 @pytest.mark.parametrize("name", ["none.safetensors", "a\0b", "x" * 300, "."])
-def test_a_base_that_is_none_is_not_called_a_lora(name, folder, capsys):
+def test_an_invalid_base_is_not_called_a_lora(name, folder, capsys):
     for argv in (
         ["inspect", "a.safetensors", "--base", name],
         ["extract", name, name, "out.safetensors", "--rank", "4"],
@@ -298,7 +298,7 @@ def test_a_folder_without_an_adapter_says_what_was_looked_for(folder, capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_base_with_nan_leaves_valid_json_and_says_so(value, run, folder):
+def test_a_base_with_nan_gives_valid_json_and_is_reported(value, run, folder):
     base = write_models(folder)["base"]
     base[f"{PATHS[0]}.weight"][3, 3] = value
     save_file(base, folder / "base.safetensors")
@@ -309,6 +309,6 @@ def test_a_base_with_nan_leaves_valid_json_and_says_so(value, run, folder):
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
-def test_a_file_to_merge_of_an_impossible_name_is_one_line(name, capsys):
+def test_an_impossible_name_of_a_file_to_merge_is_a_one_line_error(name, capsys):
     assert main(["merge", "out.safetensors", name, f"{name}:0.5"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

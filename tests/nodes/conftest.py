@@ -49,9 +49,9 @@ def executor(comfyui: SimpleNamespace) -> Iterator[Any]:
 
 @pytest.fixture
 def load_base(comfyui: SimpleNamespace, demo_models: Any) -> Callable[[str], Any]:
-    """Loads one of the demo DiTs as the stock UNETLoader does: "2509_fp32", "2509_fp8", ..."""
+    """Loads one of the demo DiTs like the stock UNETLoader: "2509_fp32", "2509_fp8", ..."""
 
-    # Without a GPU ComfyUI widens bf16 and plain fp8 files to float32 unless told otherwise.
+    # Without a GPU ComfyUI widens bf16 and plain fp8 files to float32 by default.
     kept = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
     def load(name: str) -> Any:
@@ -65,7 +65,7 @@ def load_base(comfyui: SimpleNamespace, demo_models: Any) -> Callable[[str], Any
 
 @pytest.fixture(scope="session")
 def paged_memory(comfyui: SimpleNamespace) -> None:
-    """comfy_aimdo as ComfyUI's main.py starts it, which it does before it imports anything else."""
+    """comfy_aimdo as started by ComfyUI's main.py before it imports anything else."""
     from comfy_aimdo import control
 
     if comfyui.device.type == "cpu":
@@ -79,7 +79,7 @@ def paged_memory(comfyui: SimpleNamespace) -> None:
 def dynamic_patcher(
     paged_memory: None, comfyui: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """Dynamic VRAM itself: models that are loaded from now on are paged (main.py, at its end)."""
+    """Dynamic VRAM itself: models loaded from now on are paged (end of main.py)."""
     comfyui.model_management.unload_all_models()
     dynamic = comfyui.model_patcher.ModelPatcherDynamic
     monkeypatch.setattr(comfyui.model_patcher, "CoreModelPatcher", dynamic)

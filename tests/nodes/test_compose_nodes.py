@@ -48,7 +48,7 @@ def load_nodes() -> dict[str, Any]:
 
 @pytest.fixture
 def compose(server: Any, base_directory: Path) -> Callable[..., tuple[Adapter, str]]:
-    """Runs one toolbox node; the adapter it gives, by way of Save, and its report."""
+    """Runs one toolbox node; returns its adapter, through Save, and its report."""
 
     def run(class_type: str, **inputs: Any) -> tuple[Adapter, str]:
         graph = {
@@ -73,7 +73,7 @@ def measure_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def test_compare_sees_that_two_adapters_are_opposed(server, loras):
+def test_compare_detects_opposed_adapters(server, loras):
     graph = {
         **load_nodes(),
         "compare": node("QwenEditLoraCompare", adapter_a=["a", 0], adapter_b=["b", 0]),
@@ -99,7 +99,7 @@ def read_picture(server: Any, entry: dict[str, Any]) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
 
 
-def test_resize_keeps_what_its_report_says(compose, loras):
+def test_resize_keeps_the_energy_its_report_states(compose, loras):
     resized, report = compose("QwenEditLoraResize", adapter=["a", 0], rank=3)
     assert {weights.rank for weights in resized.modules.values()} == {3}
     kept = sum(get_delta(resized, path).square().sum().item() for path in resized)
@@ -135,7 +135,7 @@ def test_merge_adds_up_and_its_rank_is_kept(compose, loras):
         compose("QwenEditLoraMerge", strengths="0", **inputs)
 
 
-def test_extract_finds_the_lora_that_was_merged_and_follows_the_file(
+def test_extract_recovers_the_merged_lora_and_notices_a_changed_file(
     compose, loras, models, demo_models
 ):
     base = demo_models.dit["2509_fp32"]

@@ -1,4 +1,4 @@
-"""What Extract makes of a tuned model, applied by ComfyUI's own loader, gives that model again."""
+"""A LoRA extracted from a tuned model, applied by ComfyUI's own loader, recovers the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANK = 3
 
 
 def make_tuned(base: Path, path: Path) -> Path:
-    """Every block Linear by a delta of rank 3, and by a change of its bias; one norm as well."""
+    """Changes every block Linear by a delta of rank 3 and in its bias, and one norm."""
     tensors = load_file(base)
     generator = torch.Generator().manual_seed(11)
 
@@ -70,7 +70,7 @@ def test_the_extracted_lora_gives_the_tuned_model_in_comfyui(
     assert worst(without, expected) > 0.05 * worst(before, expected)  # the biases do matter
 
 
-def test_the_node_takes_biases_or_leaves_them_and_says_so(server, demo_models):
+def test_the_node_extracts_biases_or_skips_and_reports_them(server, demo_models):
     base = demo_models.dit["2509_fp32"]
     tuned = make_tuned(base, demo_models.root / "diffusion_models" / "tuned_bias.safetensors")
     try:
@@ -95,10 +95,10 @@ def test_the_node_takes_biases_or_leaves_them_and_says_so(server, demo_models):
 def test_an_interrupted_extraction_stops_between_two_layers(
     comfyui, ours, demo_models, tuned, monkeypatch
 ):
-    management, told = comfyui.model_management, []
+    management, reported = comfyui.model_management, []
 
     def interrupt_at_the_third(done: int, total: int) -> None:
-        told.append(done)
+        reported.append(done)
         if done == 2:
             management.interrupt_current_processing()
 
@@ -107,6 +107,6 @@ def test_an_interrupted_extraction_stops_between_two_layers(
         ours.host.run_with_progress(
             extract_adapter, demo_models.dit["2509_fp32"], tuned, RANK, device="cpu"
         )
-    assert told == [0, 1, 2]
+    assert reported == [0, 1, 2]
     assert ours.host.choose_compute_device("cpu") == torch.device("cpu")
     assert ours.host.choose_compute_device("auto") == management.get_torch_device()

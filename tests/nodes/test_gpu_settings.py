@@ -1,4 +1,4 @@
-"""With QWEN_EDIT_LORA_GPU=1 ComfyUI computes on the GPU in the types that it uses on a CPU."""
+"""With QWEN_EDIT_LORA_GPU=1 ComfyUI computes on the GPU in the dtypes that it uses on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 @pytest.fixture
 def on_a_gpu(comfyui: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """ComfyUI's choice of types as on an NVIDIA GPU of compute capability 9.0."""
+    """ComfyUI's choice of dtypes as on an NVIDIA GPU of compute capability 9.0."""
     management = comfyui.model_management
     monkeypatch.setattr(management, "cpu_state", management.CPUState.GPU)
     monkeypatch.setattr(management, "is_nvidia", lambda: True)
@@ -49,7 +49,7 @@ def test_everything_is_computed_in_float32(on_a_gpu, monkeypatch):
     assert on_a_gpu.supports_fp8_compute(CUDA)
 
     assert FULL_PRECISION == ("--force-fp32", "--fp32-text-enc")
-    monkeypatch.setattr(on_a_gpu, "FORCE_FP32", True)  # what ComfyUI makes of it when imported
+    monkeypatch.setattr(on_a_gpu, "FORCE_FP32", True)  # how ComfyUI uses it when imported
     monkeypatch.setattr(on_a_gpu.args, "fp32_text_enc", True)
     on_a_gpu.LORA_COMPUTE_DTYPES.clear()
     multiply_in_full_precision(on_a_gpu)

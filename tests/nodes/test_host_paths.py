@@ -89,7 +89,9 @@ def add_delta(
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoKr", "LoHa", "diff"])
-def test_a_side_path_under_dynamic_vram(kind, dynamic_vram, load_base, sample, apply_ours, ours):
+def test_a_side_path_works_under_dynamic_vram(
+    kind, dynamic_vram, load_base, sample, apply_ours, ours
+):
     model = load_base("2509_fp32")
     assert model.is_dynamic()
     adapter = build(kind)
@@ -108,7 +110,7 @@ def list_pages(bank: Any) -> list[tuple]:
     return [module._v for module in bank.modules() if hasattr(module, "_v")]
 
 
-def test_every_site_is_one_page_and_is_given_back(
+def test_every_site_is_one_page_and_is_released(
     dynamic_vram, load_base, sample, make_lora, apply_native, apply_ours, ours
 ):
     model = load_base("2509_fp32")
@@ -116,7 +118,7 @@ def test_every_site_is_one_page_and_is_given_back(
     expected = sample(apply_native(apply_native(model, first, 0.7), second, -0.5))
     before = sample(model)
     tuned = apply_ours(apply_ours(model, first, 0.7), second, -0.5)
-    sample(tuned)  # brings the pages
+    sample(tuned)  # loads the pages
     assert dynamic_vram.pinned == 0
     dynamic_vram.faults.clear()
     assert worst(sample(tuned), expected) < ROUNDING
@@ -131,7 +133,7 @@ def test_every_site_is_one_page_and_is_given_back(
     assert torch.equal(sample(model), before)
 
 
-def test_the_bank_is_the_last_that_a_full_card_gives_up(
+def test_the_bank_is_evicted_last_from_a_full_card(
     dynamic_vram, load_base, sample, make_lora, apply_ours, ours
 ):
     model = load_base("2509_fp32")
@@ -145,14 +147,14 @@ def test_the_bank_is_the_last_that_a_full_card_gives_up(
         assert dynamic_vram.priorities[-1] is model._vbar_get()
 
 
-def test_a_comfyui_without_such_pages_is_left_alone(ours, base):
+def test_a_comfyui_without_such_pages_is_unaffected(ours, base):
     ours.host.prioritize(base)  # no dynamic VRAM
     ours.host.prioritize(SimpleNamespace(_vbar_get=lambda: None))
     ours.host.prioritize(SimpleNamespace(_vbar_get=object))  # pages of another interface
 
 
 @pytest.mark.parametrize("kind", ["DoRA", "OFT", "LoKr", "LoHa", "LoRA"])
-def test_merging_under_dynamic_vram(kind, dynamic_vram, load_base, sample, apply_ours):
+def test_merging_works_under_dynamic_vram(kind, dynamic_vram, load_base, sample, apply_ours):
     model = load_base("2509_fp32")
     weights = build(kind).modules[PATH]
     base_weight = model.model.diffusion_model.get_submodule(PATH).weight.detach().clone()
@@ -166,7 +168,7 @@ def test_merging_under_dynamic_vram(kind, dynamic_vram, load_base, sample, apply
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoKr", "LoHa", "diff"])
 @pytest.mark.parametrize("share", [0.05, 0.5])
-def test_a_partly_loaded_bank_over_a_partly_loaded_and_patched_base(
+def test_a_partly_loaded_bank_works_over_a_partly_loaded_and_patched_base(
     share, kind, base, sample, make_lora, apply_native, apply_ours, ours, comfyui, monkeypatch
 ):
     adapter = build(kind)
@@ -216,10 +218,10 @@ def test_a_model_on_several_gpus_is_merged(
     assert len(again.patches) == 24
 
 
-def test_a_changed_strength_finds_the_bank_when_the_old_model_is_gone(
+def test_a_changed_strength_reuses_the_bank_after_the_old_model_is_freed(
     ours, base, sample, make_lora, apply_ours
 ):
-    """ComfyUI drops what an edited node gave before it runs again, for Stack the adapter too."""
+    """ComfyUI drops an edited node's output before it runs again, for Stack the adapter too."""
     adapter = read_adapter(make_lora("a"))
     model = apply_ours(base, adapter, 0.5)
     sample(model)
@@ -255,7 +257,7 @@ def test_a_base_is_freed_with_its_bank(ours, load_base, sample, make_lora, apply
     from comfy.patcher_extension import WrappersMP
 
     gc.collect()
-    gc.disable()  # a base waiting for the next collection would lie in memory beside its successor
+    gc.disable()  # a base waiting for garbage collection would stay beside its successor
     try:
         base = load_base("2509_fp32")
         model = apply_ours(base, make_lora("a"), 1.0)

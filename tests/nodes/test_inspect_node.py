@@ -1,4 +1,4 @@
-"""Inspect Edit LoRA in a running server, and what it remembers, in this process."""
+"""Inspect Edit LoRA in a running server, and its caches, in this process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LORA = "inspected.safetensors"
 
 
 def inspect_graph(lora_name: str = LORA, **options: Any) -> dict[str, Any]:
-    """Every output of Inspect goes into a node that shows it."""
+    """Every output of Inspect is connected to a node that shows it."""
     graph = {
         "load": node("QwenEditLoraLoad", lora_name=lora_name),
         "inspect": node("QwenEditLoraInspect", adapter=["load", 0], **options),
@@ -47,7 +47,7 @@ def lora(demo_models: Any) -> Iterator[Path]:
 
 @pytest.fixture
 def cache(base_directory: Path) -> Iterator[Path]:
-    """The folder of kept inspections, empty before and after."""
+    """The folder of cached inspections, empty before and after."""
     folder = base_directory / "user" / "__qwen_edit_lora" / "inspections"
     for path in folder.glob("*"):
         path.unlink()
@@ -62,7 +62,7 @@ def read_pixels(server: Any, entry: dict[str, Any], name: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(server.request("/view", query))).convert("RGB"))
 
 
-def test_the_node_gives_a_verdict_a_table_json_and_three_pictures(server, lora, cache):
+def test_the_node_gives_a_verdict_a_table_json_and_three_images(server, lora, cache):
     entry = server.run_prompt(inspect_graph(exact=True))
     outputs = entry["outputs"]
     shown = outputs["inspect"]["qwen_edit_lora_report"][0]
@@ -96,7 +96,7 @@ def test_without_exact_the_histogram_says_so_and_a_sort_key_that_needs_it_is_an_
         server.run_prompt(inspect_graph(sort_by="abs max") | {"load": graph["load"]})
 
 
-def test_an_untrained_file_and_a_broken_one_are_told_apart(server, lora, cache):
+def test_an_untrained_file_and_a_broken_one_are_distinguished(server, lora, cache):
     tensors = load_file(lora)
     zero = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in tensors.items()}
     save_file(zero, lora)
@@ -111,14 +111,14 @@ def test_an_untrained_file_and_a_broken_one_are_told_apart(server, lora, cache):
     assert "non-finite: 1 modules hold NaN or Inf" in shown["qwen_edit_lora_report"][0]
 
 
-def test_a_wrong_input_is_one_sentence(server):
+def test_a_wrong_input_is_a_one_sentence_error(server):
     graph = inspect_graph()
     graph["load"] = node("EmptyLatentImage", width=64, height=64, batch_size=1)
     with pytest.raises(PromptError, match="Return type mismatch"):
         server.run_prompt(graph)
 
 
-# --- what is remembered --------------------------------------------------------------------------
+# --- caches --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def inspections(comfyui: SimpleNamespace, cache: Path) -> Any:
 
 @pytest.fixture
 def calls(inspections: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """`exact` of every inspection that is really made."""
+    """`exact` of every inspection that is actually computed."""
     calls: list[bool] = []
     original = inspections.inspect_adapter
 
@@ -142,7 +142,7 @@ def calls(inspections: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
-def test_a_second_look_costs_nothing_not_even_after_a_restart(
+def test_a_second_inspection_costs_nothing_even_after_a_restart(
     inspections, calls, make_lora: Callable[..., Path], cache
 ):
     path = make_lora("a")
@@ -153,7 +153,7 @@ def test_a_second_look_costs_nothing_not_even_after_a_restart(
     assert calls == [False]
     exact = inspections.get_inspection(adapter, exact=True)
     assert exact.is_exact
-    # An exact one answers both questions, from memory and from disk.
+    # An exact one serves both requests, from memory and from disk.
     for old in cache.glob("*[!t].json"):
         old.unlink()
     assert inspections.get_inspection(read_adapter(path), exact=False) == exact
@@ -161,7 +161,7 @@ def test_a_second_look_costs_nothing_not_even_after_a_restart(
     assert calls == [False, True]
 
 
-def test_another_content_under_the_same_name_is_looked_at_again(inspections, calls, make_lora):
+def test_new_content_under_the_same_name_is_inspected_again(inspections, calls, make_lora):
     inspections.get_inspection(read_adapter(make_lora("a", delta_std=1e-4)), exact=False)
     inspections.get_inspection(read_adapter(make_lora("a", delta_std=2e-4)), exact=False)
     assert calls == [False, False]
@@ -171,10 +171,10 @@ def test_an_interrupted_inspection_leaves_nothing_behind(
     inspections, calls, comfyui, make_lora, cache, monkeypatch
 ):
     management = comfyui.model_management
-    told = []
+    reported = []
 
     def interrupt_at_the_third(done: int, total: int) -> None:
-        told.append(done)
+        reported.append(done)
         if done == 2:
             management.interrupt_current_processing()
 
@@ -182,7 +182,7 @@ def test_an_interrupted_inspection_leaves_nothing_behind(
     adapter = read_adapter(make_lora("a"))
     with pytest.raises(management.InterruptProcessingException):
         inspections.get_inspection(adapter, exact=True)
-    assert told == [0, 1, 2]
+    assert reported == [0, 1, 2]
     assert not management.processing_interrupted()  # the next prompt runs
     assert list(cache.glob("*")) == []
     monkeypatch.undo()
@@ -190,16 +190,18 @@ def test_an_interrupted_inspection_leaves_nothing_behind(
 
 
 def test_the_progress_bar_follows_the_modules(inspections, comfyui, make_lora, monkeypatch):
-    told = []
+    reported = []
     monkeypatch.setattr(
-        comfyui.utils, "PROGRESS_BAR_HOOK", lambda done, total, *_, **__: told.append((done, total))
+        comfyui.utils,
+        "PROGRESS_BAR_HOOK",
+        lambda done, total, *_, **__: reported.append((done, total)),
     )
     inspections.get_inspection(read_adapter(make_lora("a")), exact=False)
-    assert told[0] == (0, 24)
-    assert told[-1] == (24, 24)
+    assert reported[0] == (0, 24)
+    assert reported[-1] == (24, 24)
 
 
-def test_a_full_cache_loses_the_oldest_and_a_read_only_one_does_not_matter(
+def test_a_full_cache_drops_the_oldest_and_a_read_only_one_is_ignored(
     inspections, make_lora, cache, monkeypatch, caplog
 ):
     monkeypatch.setattr(inspections, "MAX_FILES", 2)
@@ -251,7 +253,7 @@ def read_step_numbers(entry: dict[str, Any]) -> dict[str, Any]:
     ("base", "storage"),
     [(FP8_BASE, "float8_e4m3fn"), (SCALED_BASE, "scaled float8_e4m3fn")],
 )
-def test_a_loaded_model_gives_the_same_figures_as_its_file(server, base, storage, cache):
+def test_a_loaded_model_gives_the_same_statistics_as_its_file(server, base, storage, cache):
     graph = inspect_beside_model(base)
     from_model = read_step_numbers(server.run_prompt(graph))
     graph["inspect"] = node("QwenEditLoraInspect", adapter=["load", 0], base_model=base)
@@ -261,7 +263,7 @@ def test_a_loaded_model_gives_the_same_figures_as_its_file(server, base, storage
     assert from_model == from_file
 
 
-def test_loras_merged_before_are_no_part_of_the_base(server, cache):
+def test_previously_merged_loras_are_not_part_of_the_base(server, cache):
     graph = inspect_beside_model(SCALED_BASE)
     plain = read_step_numbers(server.run_prompt(graph))
     graph["merged"] = node(
@@ -281,7 +283,7 @@ def test_two_bases_at_once_are_refused(server):
         server.run_prompt(graph)
 
 
-def test_modules_that_the_base_lacks_are_counted_aloud(server, lora, cache):
+def test_modules_missing_from_the_base_are_counted_in_the_report(server, lora, cache):
     tensors = load_file(lora)
     key = next(key for key in tensors if "lora_B" in key)
     stem = key.partition(".lora_")[0]
@@ -322,7 +324,7 @@ def test_an_inspection_beside_a_base_file_is_kept_until_the_file_changes(
     assert calls == [False, False, False]
 
 
-def test_a_model_is_remembered_in_memory_alone_while_both_live(
+def test_a_models_inspection_is_cached_only_in_memory_while_both_live(
     inspections, calls, make_lora, cache, load_base
 ):
     import gc
@@ -360,7 +362,7 @@ def test_a_model_that_holds_a_merged_lora_gives_its_original_weights(
         comfyui.model_management.unload_all_models()
 
 
-def test_a_model_of_another_kind_is_one_sentence(inspections, comfyui, make_lora):
+def test_a_model_of_another_kind_is_a_one_sentence_error(inspections, comfyui, make_lora):
     from qwen_edit_lora.lora_core import KeyFormatError
     from qwen_edit_lora.nodes.model_base import read_model_base
 

@@ -1,4 +1,4 @@
-"""What is left out, merged instead or read by a rule: a line on the node, and an entry as data."""
+"""What is skipped, merged instead or decided by a rule: a line on the node, and a data entry."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEVERITIES = {"error", "warning", "note"}
 
 @pytest.fixture(scope="module", autouse=True)
 def lora(demo_models: Any) -> Iterator[Path]:
-    """One key of no module, one module that the tiny base has not, and no alpha."""
+    """A key without a module, a module that the tiny base lacks, and no alpha."""
     from demo_base.adapters import make_adapter
 
     path = demo_models.root / "loras" / LORA
@@ -45,7 +45,7 @@ def watch(name: str, output: int) -> dict[str, Any]:
 
 
 def read_findings(entry: dict[str, Any], name: str) -> tuple[dict[str, dict], list[str], bool]:
-    """By kind; the report's lines; whether the node is amber. Each finding ends a line."""
+    """Findings by kind; the report's lines; whether the node is amber. Each finding ends a line."""
     outputs = [
         output
         for key, output in entry["outputs"].items()
@@ -63,7 +63,7 @@ def read_findings(entry: dict[str, Any], name: str) -> tuple[dict[str, dict], li
     return {one["kind"]: one for one in findings}, lines, shown["qwen_edit_lora_warning"][0]
 
 
-def test_load_tells_keys_left_out_and_an_alpha_that_is_a_guess(server):
+def test_load_reports_skipped_keys_and_a_guessed_alpha(server):
     graph = {"load": LOAD, "watch": watch("load", 2)}
     found, lines, is_amber = read_findings(server.run_prompt(graph), "load")
     assert (found["unmatched_keys"]["severity"], found["unmatched_keys"]["count"]) == ("warning", 1)
@@ -72,7 +72,7 @@ def test_load_tells_keys_left_out_and_an_alpha_that_is_a_guess(server):
     assert is_amber
 
 
-def test_apply_tells_modules_that_the_model_has_not(server):
+def test_apply_reports_modules_missing_from_the_model(server):
     apply = node(
         "QwenEditLoraApply", model=["unet", 0], adapter=["load", 0], strength=1.0, mode="auto"
     )
@@ -83,7 +83,7 @@ def test_apply_tells_modules_that_the_model_has_not(server):
     assert is_amber
 
 
-def test_a_stack_tells_what_reading_its_files_found_too(server):
+def test_a_stack_reports_findings_from_reading_its_files_too(server):
     files = {"files": "1 file", "files.lora_1": LORA, "files.strength_1": 1.0}
     stack = node("QwenEditLoraStack", model=["unet", 0], mode="merge", strengths="1", **files)
     graph = {"unet": UNET, "stack": stack, "watch": watch("stack", 1)}
@@ -94,7 +94,7 @@ def test_a_stack_tells_what_reading_its_files_found_too(server):
     assert is_amber
 
 
-def test_a_sweep_tells_what_reading_and_applying_its_files_found(server):
+def test_a_sweep_reports_findings_from_reading_and_applying_its_files(server):
     settings = {"seed": 0, "steps": 1, "cfg": 1.0, "sampler_name": "euler", "denoise": 1.0}
     sweep = node(
         "QwenEditLoraSweep",
@@ -110,7 +110,7 @@ def test_a_sweep_tells_what_reading_and_applying_its_files_found(server):
     assert is_amber
 
 
-def test_inspect_tells_the_same_on_the_node_and_in_its_json(server):
+def test_inspect_reports_the_same_on_the_node_and_in_its_json(server):
     inspect = node(
         "QwenEditLoraInspect", adapter=["load", 0], base_model=UNET["inputs"]["unet_name"]
     )
@@ -119,12 +119,15 @@ def test_inspect_tells_the_same_on_the_node_and_in_its_json(server):
     found, _, is_amber = read_findings(entry, "inspect")
     figures = json.loads(entry["outputs"]["json"]["text"][0])
     assert figures["findings"] == list(found.values())
-    told = found["modules_without_figures"]
-    assert (told["severity"], told["count"]) == ("warning", 1)  # the base has no such module
+    reported = found["modules_without_figures"]
+    assert (reported["severity"], reported["count"]) == (
+        "warning",
+        1,
+    )  # the base has no such module
     assert is_amber
 
 
-def test_saving_tells_what_the_native_loader_will_make_of_the_file(server):
+def test_saving_reports_how_the_native_loader_will_read_the_file(server):
     save = node(
         "QwenEditLoraSave", adapter=["load", 0], key_format="peft", filename_prefix="x/peft"
     )

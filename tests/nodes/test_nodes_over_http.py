@@ -1,4 +1,4 @@
-"""The nodes in a running ComfyUI server, asked through its HTTP API as a script would."""
+"""The nodes in a running ComfyUI server, used through its HTTP API as by a script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LORA = "strong.safetensors"
 
 
 def build_graph(model: list, **more: Any) -> dict[str, Any]:
-    """A small picture from `model`: 64 x 64, two steps, no reference."""
+    """A small image from `model`: 64 x 64, two steps, no reference."""
     return {
         "unet": node("UNETLoader", unet_name="tiny_fp32_2509.safetensors", weight_dtype="default"),
         "clip": node(
@@ -71,7 +71,7 @@ def native_graph(strength: float) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def strong_lora(demo_models: Any) -> None:
-    """A LoRA whose effect is seen in a 64 x 64 picture without a reference."""
+    """A LoRA whose effect is visible in a 64 x 64 image without a reference."""
     from demo_base.adapters import make_adapter
 
     path = demo_models.root / "loras" / LORA
@@ -90,7 +90,7 @@ def loras(demo_models: Any) -> Iterator[Path]:
 
 @pytest.fixture
 def run(server: Any) -> Callable[[dict[str, Any]], tuple[bytes, dict[str, str]]]:
-    """Runs a graph: its picture as PNG bytes, and the reports by node."""
+    """Runs a graph; returns its image as PNG bytes, and the reports by node."""
 
     def run(graph: dict[str, Any]) -> tuple[bytes, dict[str, str]]:
         entry = server.run_prompt(graph)
@@ -121,7 +121,7 @@ def test_the_reports_say_what_was_matched_and_how_it_was_applied(run):
     assert "side path: 24 modules, no weight is touched (auto" in reports["apply"]
 
 
-def test_the_picture_equals_the_native_loaders(run):
+def test_the_image_equals_the_native_loaders(run):
     ours = read_pixels(run(apply_graph(strength=0.7))[0])
     native = read_pixels(run(native_graph(0.7))[0])
     base = read_pixels(run(build_graph(["unet", 0]))[0])
@@ -162,7 +162,7 @@ def test_files_and_adapters_of_a_stack_add_up(run, loras):
     assert reports["stack"].count("side path: 24 modules") == 2
 
 
-def test_a_script_needs_no_more_than_the_fixed_inputs(run, server):
+def test_a_script_needs_only_the_fixed_inputs(run, server):
     apply = node("QwenEditLoraApply", model=["unet", 0], adapter=["load", 0], strength=0.7)
     load = node("QwenEditLoraLoad", lora_name=LORA)
     short, _ = run(build_graph(["apply", 0], load=load, apply=apply))
@@ -174,7 +174,7 @@ def test_a_script_needs_no_more_than_the_fixed_inputs(run, server):
     assert "Wrote loras/edit_lora_" in entry["outputs"]["save"]["qwen_edit_lora_report"][0]
 
 
-def test_an_empty_stack_says_so(run):
+def test_an_empty_stack_is_reported(run):
     stack = node(
         "QwenEditLoraStack",
         **{"model": ["unet", 0], "mode": "auto", "files": "0 files", "strengths": "1"},
@@ -184,7 +184,7 @@ def test_an_empty_stack_says_so(run):
 
 
 @pytest.mark.parametrize("key_format", ["comfyui", "kohya"])
-def test_what_save_writes_gives_the_same_picture_in_the_native_loader(
+def test_a_saved_file_gives_the_same_image_in_the_native_loader(
     key_format, server, run, loras, base_directory
 ):
     save = node(
@@ -243,7 +243,7 @@ def sdxl(path: Path) -> None:
 
 
 def rewrite(change: Callable[[dict], dict]) -> Callable[[Path], None]:
-    """Writes the demo LoRA changed by `change` to a path."""
+    """Writes the demo LoRA, modified by `change`, to a path."""
 
     def write(path: Path) -> None:
         tensors = load_file(path.with_name(LORA))
@@ -290,7 +290,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_a_red_node_with_one_sentence(name, server, run, loras):
+def test_a_bad_file_fails_its_node_with_one_sentence(name, server, run, loras):
     write, sentence = BAD_FILES[name]
     write(loras / "bad.safetensors")
     before = run(build_graph(["unet", 0]))[0]

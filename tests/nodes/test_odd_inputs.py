@@ -1,4 +1,4 @@
-"""Inputs that no widget gives and a graph written by hand may: one short sentence of our family."""
+"""Inputs that no widget gives but a handwritten graph may: one short error of our own family."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_refused(call: Callable[[], Any], base: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*NOT_TEXT, *NOT_NAMES], ids=lambda name: repr(name)[:20])
-def test_a_name_that_is_none_is_refused_by_every_input_that_takes_one(
+def test_an_invalid_name_is_refused_by_every_input_that_takes_one(
     comfyui, ours, base_directory, name
 ):
     host = ours.host
@@ -50,7 +50,7 @@ def test_a_name_that_is_none_is_refused_by_every_input_that_takes_one(
     ],
     ids=lambda files: repr(files)[:20],
 )
-def test_files_of_a_stack_that_are_none_are_refused(comfyui, base_directory, files):
+def test_invalid_files_of_a_stack_are_refused(comfyui, base_directory, files):
     from qwen_edit_lora.nodes.stack import QwenEditLoraStack, read_file_rows
 
     check_refused(lambda: read_file_rows(files), base_directory)
@@ -95,7 +95,7 @@ def write_bmp() -> bytes:
     ],
     ids=["EPS", "BMP", "empty", "only a mark", "cut", "large"],
 )
-def test_a_sample_is_read_as_a_png_of_a_bearable_size_only(comfyui, monkeypatch, data):
+def test_a_sample_is_read_only_as_a_png_of_acceptable_size(comfyui, monkeypatch, data):
     """A job's folder may come from elsewhere; Pillow's reader of EPS starts a program."""
     from PIL import EpsImagePlugin
     from qwen_edit_lora.nodes import job

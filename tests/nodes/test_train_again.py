@@ -1,4 +1,4 @@
-"""A LoRA's file in ComfyUI's folders -> the training that made it, in the queue again."""
+"""A LoRA file in ComfyUI's folders -> the training that made it, queued again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASE = "tiny_fp32_2509.safetensors"
 
 @pytest.fixture
 def job_host(executor: Any, ours: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module with a queue of its own that nobody works on."""
+    """The module with its own queue, which has no worker."""
     from qwen_edit_lora.nodes.server import job_host, routes
 
     prompts = routes.PromptQueue(executor.server)
@@ -70,10 +70,10 @@ def test_a_lora_is_trained_again_with_the_files_of_this_comfyui(
     assert Path(job.settings.loras).samefile(demo_models.root / "loras")
     assert (job.settings.samples.every, job.settings.samples.items) == (250, ("a", "b"))
     assert job.settings.origin == {"again": lora.name, "prompts": "warn"}
-    assert job_host.train_again(lora) != job.id  # a click is a training
+    assert job_host.train_again(lora) != job.id  # every click is a training
 
 
-def test_what_its_job_was_told_beside_the_settings_is_kept(job_host, lora, dataset):
+def test_the_jobs_other_settings_are_kept(job_host, lora, dataset):
     first = job_host.train_again(lora)
     clone = job_host.get_store().clone(first, {"samples.every": 3, "niceness": 5})
     (name,) = publish([lora], lora.parent, clone)
@@ -84,7 +84,7 @@ def test_what_its_job_was_told_beside_the_settings_is_kept(job_host, lora, datas
     assert (job.settings.samples.every, job.settings.niceness) == (3, 5)
 
 
-def test_more_gpus_than_there_are_is_a_sentence(ours):
+def test_more_gpus_than_exist_are_a_clear_error(ours):
     from qwen_edit_lora.lora_core.jobs.devices import list_devices
     from qwen_edit_lora.nodes.server import job_devices
 
@@ -94,7 +94,7 @@ def test_more_gpus_than_there_are_is_a_sentence(ours):
         job_devices.check_devices(num_gpus + 2)
 
 
-def test_a_lora_of_another_trainer_or_a_lost_training_set_is_a_sentence(
+def test_a_lora_of_another_trainer_or_a_lost_training_set_is_a_clear_error(
     job_host, lora, dataset, tmp_path
 ):
     save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors", {"ss_network_dim": "4"})

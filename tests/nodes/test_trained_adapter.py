@@ -1,4 +1,4 @@
-"""What a training run writes, in ComfyUI's stock loader, in ours, in diffusers and in PEFT."""
+"""A training run's file in ComfyUI's stock loader, in ours, in diffusers and in PEFT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.comfy
 
 ROUNDING = 1e-5  # float32 base
 TEXT_WIDTH = 64
-#: What is trained -> settings. All of it has to come out as a file that anyone reads.
+#: What is trained -> settings. Each must give a file that every loader reads.
 SETTINGS: dict[str, dict[str, Any]] = {
     "alpha unlike rank": {"rank": 4, "alpha": 10},
     "rsLoRA": {"rank": 4, "alpha": 3, "use_rslora": True},
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Where other processes keep the cores busy, threads that wait for each other take minutes."""
+    """On busy cores, threads that wait for each other take minutes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -102,7 +102,7 @@ def run_comfyui(comfyui: SimpleNamespace, model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_comfyui_computes_with_the_file_what_was_trained(
+def test_comfyui_computes_the_trained_result_from_the_file(
     name, comfyui, load_base, demo_models, apply_native, tmp_path
 ):
     source = demo_models.dit["2511_fp32"]
@@ -122,7 +122,7 @@ def test_comfyui_computes_with_the_file_what_was_trained(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_stock_loader_and_ours_give_the_same_picture(
+def test_the_stock_loader_and_ours_give_the_same_image(
     dtype, base, sample, demo_models, apply_native, apply_ours, tmp_path
 ):
     run = run_training(tmp_path, demo_models.dit["2509_fp32"], SETTINGS["rsLoRA"], dtype)
@@ -136,7 +136,7 @@ def test_the_stock_loader_and_ours_give_the_same_picture(
     assert worst(pictures["raw"], sample(base)) > 100 * ROUNDING
 
 
-def test_every_module_states_its_alpha_and_the_header_says_what_it_is(demo_models, tmp_path):
+def test_every_module_has_its_alpha_and_the_header_describes_the_file(demo_models, tmp_path):
     lora = SETTINGS["ranks differ"]
     run = run_training(tmp_path, demo_models.dit["2511_bf16"], lora, "bf16")
     for kind, path in run.files.items():

@@ -1,4 +1,4 @@
-"""A LoRA trained here, by the engine, on 16 photographs: what it does to photographs it never saw.
+"""A LoRA trained here, by the engine, on 16 photographs: its effect on unseen photographs.
 
 Everything around the training is ComfyUI's: VAE, text encoder, sampler, LoRA loader.
 """
@@ -34,7 +34,7 @@ def encoders(comfyui: SimpleNamespace, demo_models: Any) -> tuple[Any, Any]:
 
 @pytest.fixture
 def base(comfyui: SimpleNamespace, demo_models: Any) -> Any:
-    """As the stock UNETLoader loads it here: without a GPU in float32.
+    """The base as loaded here by the stock UNETLoader: without a GPU in float32.
 
     Where weights stay bf16, a merge rounds and the side path does not, so the two differ by that.
     """
@@ -58,7 +58,7 @@ def trained(
 
 @pytest.fixture(scope="module")
 def held_out(encoders: tuple[Any, Any]) -> SimpleNamespace:
-    """Photographs nobody trained on: pictures, wanted (their grades), wanted_latents, inputs."""
+    """Held-out photographs: pictures, wanted (their grades), wanted_latents, inputs."""
     vae, clip = encoders
     pictures = read_crops(HELD_OUT_CROPS[::2], SIDE)
     wanted = edit.grade(pictures)
@@ -77,7 +77,7 @@ def held_out(encoders: tuple[Any, Any]) -> SimpleNamespace:
 def edit_all(
     comfyui: SimpleNamespace, encoders: tuple[Any, Any], held_out: SimpleNamespace
 ) -> Callable[[Any], SimpleNamespace]:
-    """Eight steps by ComfyUI's sampler: MODEL -> latents and pictures of every held-out one."""
+    """Eight steps of ComfyUI's sampler: MODEL -> latents and images of every held-out one."""
 
     def run(model: Any) -> SimpleNamespace:
         latents = []
@@ -101,12 +101,12 @@ def measure_error(latents: list[torch.Tensor], others: list[torch.Tensor]) -> fl
     return torch.stack(errors).mean().item()
 
 
-def test_the_base_gives_the_photograph_back(base, edit_all, held_out):
+def test_the_base_reproduces_the_photograph(base, edit_all, held_out):
     pictures = edit_all(base).pictures
     assert (pictures - held_out.pictures).square().mean().item() < 4 * 10**-2.4  # 24 dB
 
 
-def test_training_halves_the_error_on_photographs_it_never_saw(
+def test_training_halves_the_error_on_unseen_photographs(
     trained, base, edit_all, held_out, apply_native
 ):
     before, after = edit_all(base), edit_all(apply_native(base, trained.path, 1.0))
@@ -114,7 +114,7 @@ def test_training_halves_the_error_on_photographs_it_never_saw(
     assert last < 0.5 * first
     error = measure_error(before.latents, held_out.wanted_latents)
     assert measure_error(after.latents, held_out.wanted_latents) < 0.5 * error
-    # also in the pictures, where what the small VAE loses counts on both sides
+    # also in the images, where the loss of the small VAE counts on both sides
     error = (before.pictures - held_out.wanted).square().mean()
     assert (after.pictures - held_out.wanted).square().mean() < 0.5 * error
 
@@ -128,7 +128,7 @@ def test_the_effect_grows_evenly_with_the_strength(trained, base, edit_all, held
     assert errors == sorted(errors, reverse=True)
 
 
-def test_the_stock_loader_and_our_node_give_the_same_picture(
+def test_the_stock_loader_and_our_node_give_the_same_image(
     trained, base, edit_all, apply_native, apply_ours
 ):
     stock = edit_all(apply_native(base, trained.path, 0.8))
@@ -138,7 +138,7 @@ def test_the_stock_loader_and_our_node_give_the_same_picture(
         assert torch.equal(merged.latents[one], stock.latents[one])
         assert worst(beside.latents[one], stock.latents[one]) < ROUNDING
     assert torch.equal(merged.pictures, stock.pictures)
-    # what a PNG keeps: no value is further away than one step of 255
+    # at PNG precision: no value differs by more than one step of 255
     assert worst(to_bytes(beside.pictures), to_bytes(stock.pictures)) <= 1
 
 

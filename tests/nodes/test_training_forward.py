@@ -1,4 +1,4 @@
-"""The trainer's forward pass beside ComfyUI's own, on the same file."""
+"""The trainer's forward pass compared with ComfyUI's own, on the same file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def run_comfyui(model: Any, latents, references, text, mask, sigma) -> torch.Tensor:
-    # A mask of booleans or integers is for ComfyUI to widen; its own conditioning sends integers.
+    # ComfyUI widens a boolean or integer mask; its own conditioning sends integers.
     with torch.inference_mode():
         out = model.model.diffusion_model(
             latents[:, :, None],
@@ -83,12 +83,12 @@ def test_forward_with_padded_text_equals_comfyuis(both):
     assert (found - unmasked)[1].abs().max() > 100 * TOLERANCE
 
 
-def test_the_marker_in_the_file_decides_about_zero_timestep_references(both):
+def test_the_marker_in_the_file_controls_zero_timestep_references(both):
     assert both.trained.zero_cond_t == (both.variant == "2511")
 
 
 @pytest.mark.parametrize("name", ["2509_fp8", "2511_fp8_scaled", "2511_bf16"])
-def test_every_storage_of_a_file_means_the_same_as_in_comfyui(name, comfyui, demo_models):
+def test_every_storage_of_a_file_is_decoded_as_in_comfyui(name, comfyui, demo_models):
     with torch.inference_mode():
         model = comfyui.sd.load_diffusion_model(
             str(demo_models.dit[name]), {"dtype": torch.float32}
@@ -125,10 +125,10 @@ def write_int8(source: Path, path: Path, dense: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("group", [0, 4, 16])
-def test_an_int8_base_rotated_or_not_means_in_every_block_what_comfyui_reads(
+def test_an_int8_base_rotated_or_not_matches_comfyui_in_every_block(
     group, comfyui, demo_models, tmp_path
 ):
-    """Kept as stored, where only the input is turned, and widened, where the weight is."""
+    """Kept as stored, with only the input rotated, and widened, with the weight rotated back."""
     path, dense = tmp_path / "int8.safetensors", tmp_path / "dense.safetensors"
     rotation = {"convrot": True, "convrot_groupsize": group} if group else {}
     write_int8(demo_models.dit["2511_fp32"], path, dense, per_channel=True, **rotation)

@@ -40,7 +40,7 @@ def save_picture(picture: torch.Tensor, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pairs(base_directory: Path) -> Path:
-    """A folder of pairs as a user has it, and a photograph nobody trains on."""
+    """A user's folder of pairs, and a held-out photograph."""
     folder = base_directory / "input" / FOLDER
     before = read_crops(TRAINING_CROPS, SIDE)
     for index, (source, target) in enumerate(zip(before, edit.grade(before), strict=True)):
@@ -146,7 +146,7 @@ def fetch(server: Any, image: dict[str, str]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def story(server: Any, pairs: Path) -> dict[str, Any]:
-    """Everything in one graph, as workflow 07 has it."""
+    """Everything in one graph, as in workflow 07."""
     graph = {**training_graph(), **job_nodes(), **sweep_nodes()}
     return server.run_prompt(graph, TRAINING_TIMEOUT)["outputs"]
 
@@ -156,16 +156,16 @@ def test_the_sweep_of_what_was_trained_is_smooth(story):
     assert report.startswith("smooth: ")
 
 
-def test_the_error_on_a_photograph_nobody_trained_on_falls_by_half(server, story):
+def test_the_error_on_an_unseen_photograph_is_halved(server, story):
     wanted = edit.grade(read_crops(HELD_OUT_CROPS, SIDE)[:1])[0]
     wanted = ((wanted.movedim(0, -1) + 1) * 127.5).numpy()
     pictures = [fetch(server, image) for image in story["pictures"]["images"]]
     errors = [float(np.square(picture - wanted).mean()) for picture in pictures]
     assert errors[-1] <= 0.5 * errors[0], errors
-    assert errors == sorted(errors, reverse=True)  # each strength nearer than the one before
+    assert errors == sorted(errors, reverse=True)  # each strength closer than the previous one
 
 
-def test_the_job_shows_itself_and_its_lora_is_in_the_loras_folder(server, story, demo_models):
+def test_the_job_is_shown_and_its_lora_is_in_the_loras_folder(server, story, demo_models):
     report = story["job"]["qwen_edit_lora_report"][0]
     assert f"completed, step {STEPS} of {STEPS}" in report
     assert f"LoRA: {NAME}.safetensors in models/loras" in report
@@ -178,7 +178,9 @@ def test_the_job_shows_itself_and_its_lora_is_in_the_loras_folder(server, story,
     assert "untrained" not in story["inspect"]["qwen_edit_lora_report"][0]
 
 
-def test_the_worker_shows_the_way_from_the_reference_to_the_target(base_directory, story, pairs):
+def test_the_worker_shows_samples_moving_from_the_reference_to_the_target(
+    base_directory, story, pairs
+):
     store = JobStore(base_directory / "user" / "__qwen_edit_lora" / "training")
     (job,) = [job for job in store.list() if job.name == NAME]
     pictures = store.list_images(job.id)
@@ -189,7 +191,7 @@ def test_the_worker_shows_the_way_from_the_reference_to_the_target(base_director
     ]
     source, target, *samples = [picture for _, _, picture in shown]
     name = pictures[0].item.split("-")[0]
-    # as the VAE gives them back
+    # as decoded by the VAE
     for picture, original in ((source, "control"), (target, "target")):
         wanted = read_picture((pairs / original / f"{name}.png").read_bytes())
         assert np.square(picture - wanted).mean() < 0.2 * np.square(source - target).mean()
@@ -206,7 +208,7 @@ def test_the_same_graph_does_not_train_twice(server, story):
     assert len(server.get("/qwen_edit_lora/jobs")["jobs"]) == before
 
 
-def test_an_interrupt_ends_the_waiting_and_not_the_job(server, pairs):
+def test_an_interrupt_ends_the_wait_and_not_the_job(server, pairs):
     graph = {**training_graph(steps=2000, name="long"), **job_nodes()}
     prompt_id = server.queue_prompt(graph)
     job = wait_for_job(server, "long", lambda job: job["step"] >= 2)
@@ -242,22 +244,22 @@ def wait_for_job(server: Any, name: str, condition: Any, timeout: float = 180.0)
         ({"gpus": 0}, "gpus is 0; expected 1 to 16"),
     ],
 )
-def test_wrong_settings_are_one_sentence_before_anything_runs(server, change, sentence):
+def test_wrong_settings_are_a_one_sentence_error_before_anything_runs(server, change, sentence):
     graph = training_graph(steps=3, **change)
-    graph["dataset"]["inputs"]["clip"] = ["vae", 0]  # else the dataset alone would be made
+    graph["dataset"]["inputs"]["clip"] = ["vae", 0]  # otherwise only the dataset would be made
     with pytest.raises(PromptError, match=re.escape(sentence)):
         server.queue_prompt(graph)
 
 
-def test_a_base_that_is_not_there_is_refused_before_anything_runs(server):
+def test_a_missing_base_is_refused_before_anything_runs(server):
     graph = training_graph(steps=3)
     graph["train"]["inputs"]["model_name"] = "gone.gguf"
-    graph["dataset"]["inputs"]["clip"] = ["vae", 0]  # else the dataset alone would be made
+    graph["dataset"]["inputs"]["clip"] = ["vae", 0]  # otherwise only the dataset would be made
     with pytest.raises(PromptError, match=r"model_name: 'gone\.gguf' not in"):
         server.queue_prompt(graph)
 
 
-def test_a_job_that_is_not_there_is_a_sentence(server):
+def test_a_missing_job_is_a_clear_error(server):
     graph = {"job": node("QwenEditLoraJob", job_id="20260101-000000-00000000", wait=False)}
     with pytest.raises(PromptError, match="there is no job"):
         server.run_prompt(graph)

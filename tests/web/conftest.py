@@ -22,7 +22,7 @@ RUN_TIMEOUT = 300.0  # seconds; the sweeps make a dozen model calls with a 1-meg
 
 
 class Workspace:
-    """One open page: what a user does with it, and what went wrong in our files meanwhile."""
+    """One open page: a user's actions, and errors in our files meanwhile."""
 
     def __init__(self, page: Any, server: Any, shots: Path) -> None:
         self.page = page
@@ -34,7 +34,7 @@ class Workspace:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def _note_console(self, message: Any) -> None:
-        # The frontend logs errors of its own (404 for empty user folders); ours carry our folder.
+        # The frontend logs its own errors (404 for empty user folders); ours contain our folder.
         where = message.location.get("url", "") + message.text
         if message.type == "error" and "/extensions/qwen-edit-lora/" in where:
             self.errors.append(message.text)
@@ -76,7 +76,7 @@ class Workspace:
         return history[prompt_id]
 
     def read_reports(self) -> dict[str, str]:
-        """Node type -> report as it can be read on the node."""
+        """Node type -> report as shown on the node."""
         return self.page.evaluate(
             """() => Object.fromEntries(app.graph._nodes
                 .filter(n => n.showReport)
@@ -85,12 +85,12 @@ class Workspace:
         )
 
     def wait_for_reports(self) -> dict[str, str]:
-        """The reports, once the page has taken up the events of a run that ended."""
+        """The reports, once the page has processed the events of a finished run."""
         self.page.wait_for_timeout(1000)
         return self.read_reports()
 
     def read_in_both_renderers(self, name: str) -> Iterator[dict[str, str]]:
-        """The reports as the classic renderer shows them, then as Vue nodes; a shot of each."""
+        """The reports in the classic renderer, then in Vue nodes; with a screenshot of each."""
         yield self.wait_for_reports()
         self.shoot(f"{name}_classic")
         self.set_vue_nodes(True)
@@ -110,6 +110,6 @@ def workspace(browser: Any, server: Any, tmp_path: Path) -> Iterator[Workspace]:
     context = browser.new_context(viewport={"width": 1800, "height": 1000})
     workspace = Workspace(context.new_page(), server, shots)
     workspace.open()
-    workspace.set_vue_nodes(False)  # a setting of the server's, which an earlier test may have left
+    workspace.set_vue_nodes(False)  # a server setting that an earlier test may have left
     yield workspace
     context.close()

@@ -22,7 +22,7 @@ NODES = """() => app.graph._nodes.map((n) => [
     n.comfyClass, n.widgets.find((w) => w.name === "lora_name")?.value ?? null])"""
 OFFERED = """() => app.graph.findNodesByType("QwenEditLoraLoad")[0]
     .widgets.find((w) => w.name === "lora_name").options.values"""
-#: The one Load, where its title bar is on the screen, and whether Apply hangs on it.
+#: The single Load node, its title bar's screen position, and whether Apply is connected to it.
 PAIR = """() => {
     const [load] = app.graph.findNodesByType("QwenEditLoraLoad");
     const [apply] = app.graph.findNodesByType("QwenEditLoraApply");
@@ -35,7 +35,7 @@ PAIR = """() => {
 
 @pytest.fixture(scope="module")
 def loras(demo_models: Any) -> Iterator[Path]:
-    """Files of all sorts in models/loras; those of the demo base are there too."""
+    """Various files in models/loras, besides those of the demo base."""
     folder = demo_models.root / "loras" / "browsed"
     folder.mkdir()
     hostile = {
@@ -57,7 +57,7 @@ def loras(demo_models: Any) -> Iterator[Path]:
 
 
 class Browser:
-    """What a user does with the adapter browser."""
+    """A user's actions in the adapter browser."""
 
     def __init__(self, page: Any) -> None:
         self.page = page
@@ -72,7 +72,7 @@ class Browser:
         self.page.wait_for_timeout(300)
 
     def read_names(self) -> list[str]:
-        """In the order in which they are shown."""
+        """Names in display order."""
         return self.page.evaluate(
             """() => [...document.querySelectorAll(".qel-row")]
                 .sort((a, b) => a.ariaPosInSet - b.ariaPosInSet)
@@ -97,7 +97,7 @@ def opened(workspace: Any, loras: Path) -> Browser:
     browser = Browser(workspace.page)
     browser.search("browsed")
     browser.find("ours").wait_for()
-    # verdicts come by themselves
+    # verdicts arrive by themselves
     browser.find("ours").locator(".qel-health-healthy").wait_for()
     browser.find("loud").locator(".qel-health-warning").wait_for()
     return browser
@@ -145,7 +145,7 @@ def test_files_are_found_filtered_and_sorted_and_stay_text(opened, workspace):
     page.keyboard.press("Escape")
     assert details.is_hidden()
 
-    # its settings are empty: said in a sentence
+    # its settings are empty: reported in a message
     opened.search("ours")
     opened.find("ours").click()
     details.get_by_role("button", name="Train again").click()
@@ -169,7 +169,7 @@ def test_files_get_into_the_graph_by_mouse_and_keyboard_and_out_by_undo(
     assert pair["isWired"]
     assert pair["name"] == str(Path("browsed", "ours.safetensors"))
     assert (pair["x"], pair["y"]) == pytest.approx((900, 400), abs=2)
-    # onto the node that lies there: still the canvas
+    # onto the node there: still the canvas
     opened.drag("loud", 950, 460)
     page.wait_for_function("() => app.graph._nodes.length === 4")
     opened.drag("loud", 200, 500)  # back onto the list: nothing

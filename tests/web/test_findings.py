@@ -1,4 +1,4 @@
-"""What nodes found out, on the nodes of the real page: counted, in color, with kind and number."""
+"""Findings on the nodes of the real page: counted, in color, with kind and count."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ READ = """type => {
 
 @pytest.fixture
 def odd_lora(demo_models: Any) -> Any:
-    """A file of which two keys are left out, one with markup in its name."""
+    """A file with two skipped keys, one with markup in its name."""
     path = demo_models.root / "loras" / "with_findings.safetensors"
     state_dict = load_file(demo_models.lora)
     state_dict["<img src=x onerror=alert(1)>.lora_A.weight"] = torch.zeros(4, 4)
@@ -40,7 +40,7 @@ def odd_lora(demo_models: Any) -> Any:
     path.unlink()
 
 
-def test_what_load_left_out_is_a_colored_line_with_its_kind_and_number(workspace, odd_lora):
+def test_keys_skipped_by_load_are_a_colored_line_with_kind_and_count(workspace, odd_lora):
     page = workspace.page
     page.reload()
     page.wait_for_function("window.app?.graph && window.app?.extensionManager")
@@ -58,11 +58,11 @@ def test_what_load_left_out_is_a_colored_line_with_its_kind_and_number(workspace
     page.wait_for_timeout(1000)
     shown = page.evaluate(READ, "QwenEditLoraLoad")
     assert shown["summary"].startswith("warnings: 1")
-    (told,) = (row for row in shown["rows"] if row["kind"] == "unmatched_keys")
-    assert told["severity"] == "warning"
-    assert told["title"] == "unmatched_keys: 2"
-    assert "2 of " in told["text"]
-    assert "amber" in told["color"]
+    (reported,) = (row for row in shown["rows"] if row["kind"] == "unmatched_keys")
+    assert reported["severity"] == "warning"
+    assert reported["title"] == "unmatched_keys: 2"
+    assert "2 of " in reported["text"]
+    assert "amber" in reported["color"]
     assert "amber" in shown["border"]
     assert shown["scripts"] == 0
     assert all("amber" not in row["color"] for row in shown["rows"] if row["severity"] == "note")

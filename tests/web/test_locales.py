@@ -32,7 +32,7 @@ READ_NODES = """ids => {
 
 @pytest.fixture
 def chinese(workspace: Any) -> Iterator[Any]:
-    """The page in Chinese; the server keeps the setting, so it is put back."""
+    """The page in Chinese; the server stores the setting, so it is restored."""
     set_setting = "([id, value]) => app.extensionManager.setting.set(id, value)"
     workspace.page.evaluate(set_setting, ["Comfy.Locale", "zh"])
     try:
@@ -53,7 +53,7 @@ def test_the_page_in_chinese_shows_our_names_and_our_help(chinese):
         assert node["outputs"] == [text["name"] for text in texts.get("outputs", {}).values()]
         for name, label in [*node["sockets"], *node["widgets"]]:
             key = name.replace(".", "_")
-            if key in inputs:  # else a socket of a growing list, the seed's control or the report
+            if key in inputs:  # or a socket of a growing list, the seed's control or the report
                 assert label == inputs[key]["name"], f"{node_id} {name}"
     chinese.set_vue_nodes(True)
     workflow = json.loads((ROOT / "workflows" / "01_apply_lora.json").read_text(encoding="utf-8"))

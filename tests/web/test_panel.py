@@ -30,9 +30,9 @@ from tiny_jobs import kill_workers, make_material, make_train  # noqa: E402
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
-MANY = 20_000  # steps; a job of so many ends only because it is stopped
+MANY = 20_000  # steps; a job this long ends only because it is stopped
 HOSTILE = '<img src=x onerror="window.hacked=1">'
-#: Of the workflow, so that its first step comes soon.
+#: Changes to the workflow, so that its first step comes soon.
 QUICK = {
     **{"megapixels": 0.02, "reference_megapixels": 0.02, "sample_every": 0},
     **{"estimate": "skip", "steps": MANY, "name": "from the button", "while_training": "share"},
@@ -40,7 +40,7 @@ QUICK = {
 
 
 class Host:
-    """A ComfyUI of our own, which can be restarted, and its store of jobs."""
+    """Our own ComfyUI, which can be restarted, and its store of jobs."""
 
     def __init__(self, base: Path, comfyui: Path, folder: Path):
         self.base, self.comfyui, self.user = base, comfyui, folder / "user"
@@ -65,7 +65,7 @@ class Host:
         self.start()
 
     def add_job(self, state: JobState, lines: list[dict[str, Any]] = (), log: str = "", **changes):
-        """A job as a worker would have left it; returns its id."""
+        """Adds a job as left by a worker; returns its id."""
         job_id = self.store.submit(make_train(self.material, **changes))
         folder = self.store.open_folder(job_id)
         assert folder.lock.try_acquire()
@@ -103,7 +103,7 @@ def open_panel(page: Any) -> Any:
 
 
 def wait_for(condition: Callable[[], Any], page: Any, timeout: float = 60.0) -> float:
-    """Seconds until the condition holds; the page's events go on meanwhile."""
+    """Seconds until the condition holds; page events are processed meanwhile."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < timeout, page.locator(".qel-panel").inner_text()
@@ -145,7 +145,7 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
         )
         assert f"of {MANY}" in shown
 
-    # another page agrees, and so does this one after a reload
+    # another page shows the same, and so does this one after a reload
     other = page.context.new_page()
     other.goto(host.server.url)
     other.wait_for_function("window.app?.graph && window.app?.extensionManager")
@@ -185,7 +185,7 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
     wait_for(lambda: read_status(other, name) == "cancelled", other)
     assert host.store.get(job_id).status is JobStatus.CANCELLED
 
-    # asked first, then gone on both pages
+    # confirmed first, then gone on both pages
     press(page, "delete")
     page.get_by_role("button", name="Back", exact=True).click()
     assert host.store.get(job_id).status is JobStatus.CANCELLED
@@ -254,7 +254,7 @@ def read_toasts(page: Any) -> str:
     return " ".join(page.locator(".p-toast-message").all_inner_texts())
 
 
-def test_a_failure_is_told_at_once_and_what_ended_meanwhile_at_the_next_visit(workspace, host):
+def test_a_failure_is_announced_at_once_and_ended_trainings_at_the_next_visit(workspace, host):
     page = workspace.page
     broken = host.material / "broken.safetensors"
     broken.write_bytes(b"no safetensors at all")

@@ -1,4 +1,4 @@
-"""Reports on the nodes, and what they must not disturb, in the real page."""
+"""Reports on the nodes, and what they must not affect, in the real page."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_report_keeps_out_of_saved_and_copied_values(workspace, vue_nodes):
 
 
 @pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", "vue"])
-def test_an_error_is_said_on_the_node_in_one_sentence(workspace, demo_models, vue_nodes):
+def test_an_error_is_shown_on_the_node_in_one_sentence(workspace, demo_models, vue_nodes):
     page = workspace.page
     broken = demo_models.root / "loras" / "broken.safetensors"
     broken.write_bytes(b"")

@@ -1,4 +1,4 @@
-"""The sweep workflows, used as a user does: opened from Templates, run, changed, run again."""
+"""The sweep workflows, used like a user: opened from Templates, run, changed, run again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIT_VIEW = """type => {
 
 def open_quickly(workspace: Any, name: str) -> None:
     workspace.open_template(name)
-    # A seed each: of a sweep that is in the cache as a whole, only the report's head is shown.
+    # A new seed each time: a fully cached sweep shows only the report's head.
     workspace.set_widgets({**QUICK, "seed": int(name[:2])})
 
 

@@ -1,4 +1,4 @@
-"""The training workflows, used as a user does: opened from Templates, run, looked at again."""
+"""The training workflows, used like a user: opened from Templates, run, viewed again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_quickly(workspace: Any, name: str) -> None:
 
 
 def run(workspace: Any) -> dict[str, str]:
-    """The reports on the nodes after a run, whose pictures all show something."""
+    """The reports on the nodes after a run, after checking that no image is blank."""
     entry = workspace.run()
     assert entry["status"]["status_str"] == "success", entry["status"]
     pictures = workspace.server.images(entry)
@@ -38,7 +38,7 @@ def run(workspace: Any) -> dict[str, str]:
 
 
 def read_job_view(workspace: Any, node_type: str) -> dict[str, Any]:
-    """What a node shows of its training: text, and whether a curve and a picture are there."""
+    """What a node shows of its training: text, and whether there are a curve and an image."""
     return workspace.page.evaluate(
         """type => {
             const node = app.graph._nodes.find(n => n.comfyClass === type);
@@ -78,7 +78,7 @@ def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(workspac
         assert "is this training already: completed" in reports["QwenEditLoraTrain"]
         assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
         assert f"LoRA: {name}.safetensors in models/loras" in reports["QwenEditLoraJob"]
-        workspace.page.wait_for_timeout(3500)  # the view asks for its curve every 3 s
+        workspace.page.wait_for_timeout(3500)  # the view requests its curve every 3 s
         for node_type in ("QwenEditLoraTrain", "QwenEditLoraJob"):
             view = read_job_view(workspace, node_type)
             assert f"step {TRAINING_STEPS} of {TRAINING_STEPS}" in view["text"]

@@ -10,16 +10,16 @@ import { createToolbar } from "./toolbar.js";
 const ROUTE = "/qwen_edit_lora/adapters";
 const EVENT = "qwen_edit_lora.adapters";
 const JOB_EVENT = "qwen_edit_lora.job";
-const DETAILS_DELAY = 150; // ms that an entry stays chosen before its details are fetched
+const DETAILS_DELAY = 150; // ms that an entry stays selected before its details are fetched
 
 /**
- * @param app, api ComfyUI's.
+ * @param app, api ComfyUI's own.
  * @param t (key, values) => text, for the keys of ../words/en.js.
- * @param openJob shows a training, by its id.
+ * @param openJob shows the training with this id.
  * @returns {{element: HTMLElement, destroy: () => void}}
  */
 export function createAdapterBrowser({ app, api, t, openJob }) {
-  /** Id -> entry. An entry is replaced and never changed. */
+  /** Id -> entry. Entries are replaced, never mutated. */
   let entries = new Map();
   let pending = 0;
   let isLoaded = false;
@@ -65,7 +65,7 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
     close();
   });
 
-  // --- what is known ---
+  // --- entries ---
 
   async function fetchJson(path, options) {
     const response = await api.fetchApi(path, options);
@@ -79,9 +79,9 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
     toolbar.setBusy(true);
     try {
       const answer = await fetchJson(ROUTE);
-      if (number !== loads || stops.signal.aborted) return; // a later one is under way
+      if (number !== loads || stops.signal.aborted) return; // a later load is in progress
       const known = entries;
-      // The same object for what has not changed, so that its row is not drawn again.
+      // Keeps the object of an unchanged entry, so that its row is not redrawn.
       entries = new Map(
         answer.adapters.map((entry) => {
           const old = known.get(entry.id);
@@ -107,7 +107,7 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
     if (detail.adapters.some(({ id }) => id === shownId)) refreshDetails();
   }
 
-  // --- what is shown ---
+  // --- display ---
 
   function draw() {
     const all = [...entries.values()];
@@ -165,7 +165,7 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
     if (hadFocus) list.element.focus();
   }
 
-  // Not for every file that an arrow key passes by.
+  // Not for every file that the arrow keys pass.
   function refreshDetails() {
     clearTimeout(timer);
     if (shownId === null) return;
@@ -213,7 +213,7 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
 
   let dragged = null;
 
-  // In Vue nodes other elements lie over the canvas; all are in its container, panels excepted.
+  // With Vue nodes, other elements cover the canvas; all are in its container, except panels.
   function isOverCanvas({ target }) {
     if (element.contains(target) || !(target instanceof Element)) return false;
     if (target === app.canvas.canvas) return true;
@@ -229,7 +229,7 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
 
   function ondrop(event) {
     if (!isOverCanvas(event)) return;
-    event.preventDefault(); // or a text field of a node would take the name
+    event.preventDefault(); // or a node's text field would insert the name
     event.stopPropagation();
     addToGraph(dragged, getDropPosition(app, event));
   }
@@ -252,7 +252,7 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
   const listeners = [
     [EVENT, take],
     [JOB_EVENT, onjob],
-    ["reconnected", load], // events are not sent again
+    ["reconnected", load], // events are not resent
   ];
   for (const [name, listener] of listeners) api.addEventListener(name, listener);
   draw();

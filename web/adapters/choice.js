@@ -1,4 +1,4 @@
-// Which entries are shown, and in what order. Pure functions of the entries.
+// Selects and sorts the entries to show. Pure functions of the entries.
 
 export const VARIANTS = ["original", "2509", "2511", "text-to-image", "unknown"];
 export const HEALTHS = ["healthy", "warning", "broken", "unknown", "pending"];
@@ -12,7 +12,7 @@ export const NO_FILTER = {
 };
 
 const SHOWN_STATES = new Set(["ok", "damaged", "reading"]);
-const GRAVITY = ["broken", "warning", "unknown", "pending", "healthy", "none"];
+const HEALTH_ORDER = ["broken", "warning", "unknown", "pending", "healthy", "none"];
 
 /** "pending" until it is known, "none" for a file that is not examined. */
 export function getHealth(entry) {
@@ -55,13 +55,13 @@ const COMPARE = {
   date: (a, b) => b.modified_at - a.modified_at,
   size: (a, b) => b.size_bytes - a.size_bytes,
   rank: (a, b) => getMaxRank(b) - getMaxRank(a),
-  health: (a, b) => GRAVITY.indexOf(getHealth(a)) - GRAVITY.indexOf(getHealth(b)),
+  health: (a, b) => HEALTH_ORDER.indexOf(getHealth(a)) - HEALTH_ORDER.indexOf(getHealth(b)),
 };
 
-// Made once: localeCompare with options makes one for each pair.
+// Created once: localeCompare with options would create one for each comparison.
 const collator = new Intl.Collator(undefined, { numeric: true, sensitivity: "base" });
 
-/** Newest, largest and worst first; names break ties. */
+/** Newest, largest or worst first; names break ties. */
 export function sortEntries(entries, sort, isReversed) {
   const compare = (a, b) => COMPARE[sort](a, b) || collator.compare(a.name, b.name);
   const sorted = [...entries].sort(compare);

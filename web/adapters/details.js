@@ -15,7 +15,7 @@ export function createDetails({ t, onload, ontrain, onclose }) {
     try {
       await navigator.clipboard.writeText(text);
     } catch {
-      copyBySelection(text); // without https the browser has no clipboard
+      copyBySelection(text); // without https the browser offers no clipboard API
     }
     const old = [...button.childNodes];
     button.replaceChildren(icon("check"), t("adapters.copied"));
@@ -81,7 +81,7 @@ export function createDetails({ t, onload, ontrain, onclose }) {
 
   function verdict(entry, sentences) {
     const health = getHealth(entry);
-    const said = sentences?.length ? sentences : [entry.health?.sentence ?? entry.error];
+    const messages = sentences?.length ? sentences : [entry.health?.sentence ?? entry.error];
     return build(
       "div",
       { class: `qel-verdict qel-verdict-${health}` },
@@ -91,9 +91,9 @@ export function createDetails({ t, onload, ontrain, onclose }) {
         icon(HEALTH_ICONS[health]),
         build("strong", {}, t(`adapters.health.${health}`)),
       ),
-      ...said.filter(Boolean).map((sentence) => build("p", {}, sentence)),
+      ...messages.filter(Boolean).map((sentence) => build("p", {}, sentence)),
       ...(entry.state === "ok" ? entry.warnings : [])
-        .filter((warning) => !said.includes(warning))
+        .filter((warning) => !messages.includes(warning))
         .map((warning) => build("p", {}, warning)),
     );
   }
@@ -203,9 +203,9 @@ export function createDetails({ t, onload, ontrain, onclose }) {
 
   return {
     element,
-    /** What the list knows at once; `details`, when they have come, is everything. */
+    /** Shows what the list already has, and everything once `details` have loaded. */
     show(entry, details) {
-      // What the reader has opened stays open when news of the file come.
+      // Sections the user has opened stay open when the file is updated.
       const open = [...element.querySelectorAll("details")].map((fold) => fold.open);
       const isSame = element.dataset.id === entry.id;
       const scroll = isSame ? element.scrollTop : 0;

@@ -1,6 +1,6 @@
-// What a file is called and made of, in words.
+// A file's name and contents, as text.
 
-/** Folder and file of a name in the loaders' list, which Windows spells with backslashes. */
+/** Folder and file of a name in the loaders' list, which has backslashes on Windows. */
 export function splitName(name) {
   const at = Math.max(name.lastIndexOf("/"), name.lastIndexOf("\\")) + 1;
   return [name.slice(0, at), name.slice(at)];

@@ -1,10 +1,10 @@
-// A list box that keeps only the visible rows in the page, so that a thousand files scroll well.
+// A virtualized list box: only visible rows are in the page, so a thousand files scroll smoothly.
 
 import { build } from "../elements.js";
 import { createRow } from "./row.js";
 
-export const ROW_HEIGHT = 56; // px; the style sheet knows it as --qel-row-height
-const OVERSCAN = 6; // rows above and below what is visible
+export const ROW_HEIGHT = 56; // px; --qel-row-height in the style sheet
+const OVERSCAN = 6; // rows above and below the visible ones
 
 export function createList({ t, onselect, onload, ondragstart, ondragend }) {
   const spacer = build("div", { class: "qel-list-spacer", role: "presentation" });
@@ -16,7 +16,7 @@ export function createList({ t, onselect, onload, ondragstart, ondragend }) {
   let entries = [];
   let activeId = null;
   let draggedId = null;
-  /** Id -> [entry, row] of what is in the page. */
+  /** Id -> [entry, row] of the rows in the page. */
   let rows = new Map();
 
   const getIndex = () => entries.findIndex((entry) => entry.id === activeId);
@@ -37,7 +37,7 @@ export function createList({ t, onselect, onload, ondragstart, ondragend }) {
     });
     for (const [id, [, row]] of rows) {
       if (shown.get(id)?.[1] === row) continue;
-      // Taking away what is being dragged would end the drag.
+      // Removing the dragged row would end the drag.
       if (id === draggedId && !shown.has(id)) shown.set(id, rows.get(id));
       else row.remove();
     }
@@ -101,7 +101,7 @@ export function createList({ t, onselect, onload, ondragstart, ondragend }) {
     ondragend(event);
     draw();
   });
-  // The details open below and take room: what was chosen stays in sight.
+  // The details open below and take up space; keeps the selected row in view.
   const observer = new ResizeObserver(() => {
     const index = getIndex();
     if (index >= 0 && !element.hidden) reveal(index);

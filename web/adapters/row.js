@@ -14,7 +14,7 @@ export const HEALTH_ICONS = {
   none: "minus-circle",
 };
 
-/** Texts for the second line, the most telling first. */
+/** Texts for the second line, most informative first. */
 export function listFacts(entry, t) {
   if (entry.state === "reading") return [t("adapters.reading"), formatSize(entry.size_bytes)];
   if (entry.state !== "ok") {
@@ -83,7 +83,7 @@ export function createRow(entry, t, onload) {
       onload(entry);
     };
     const button = iconButton("sign-in", t("adapters.load"), load, "qel-row-load");
-    button.tabIndex = -1; // Enter does the same; a list is one stop for the Tab key
+    button.tabIndex = -1; // Enter does the same; the list is a single tab stop
     row.append(button);
   }
   return row;

@@ -39,7 +39,7 @@ export class CurveChart {
     this.draw();
   }
 
-  // steps: ascending; values: name of a series -> list as long as steps, null where there is none.
+  // steps: ascending; values: name of a series -> list as long as steps, null where missing.
   show(steps, values) {
     this.steps = steps;
     this.values = values;
@@ -77,7 +77,7 @@ export class CurveChart {
     else if (event.key === "Escape" && this.cursor !== null) this.setCursor(null);
     else return;
     event.preventDefault();
-    event.stopPropagation(); // the graph has keys of its own
+    event.stopPropagation(); // the graph has keyboard shortcuts of its own
   }
 
   setCursor(index) {
@@ -146,7 +146,7 @@ export class CurveChart {
       context.moveTo(frame.x, y);
       context.lineTo(frame.x + frame.width, y);
       context.stroke();
-      if (text !== last) context.fillText(text, frame.x - 5, y); // too near to be told apart
+      if (text !== last) context.fillText(text, frame.x - 5, y); // too close to be distinguished
       last = text;
     }
     const bottom = frame.y + frame.height + LINE_HEIGHT / 2 + 2;
@@ -176,7 +176,7 @@ export class CurveChart {
     }
     context.stroke();
     if (drawn === 1) {
-      const i = values.findIndex(Number.isFinite); // a line of one point would not be seen
+      const i = values.findIndex(Number.isFinite); // a line of one point would be invisible
       context.beginPath();
       context.arc(toX(this.steps[i]), toY(values[i]), 2.5, 0, 2 * Math.PI);
       context.fill();

@@ -1,8 +1,8 @@
-// Questions before something is done: deleting, and cloning with other settings.
+// Dialogs before deleting a job, and before cloning it with other settings.
 
 import { build } from "../elements.js";
 
-// What a clone is usually made for; everything else stays as it is.
+// Settings that a clone usually changes; everything else is copied.
 const CLONE_FIELDS = [
   ["name", "text"],
   ["steps", "number"],
@@ -12,7 +12,7 @@ const CLONE_FIELDS = [
   ["seed", "number"],
 ];
 
-// {with_adapter: boolean}, or null.
+// {with_adapter: boolean}, or null if cancelled.
 export function askToDelete(parent, job, t) {
   const withAdapter = build("input", { type: "checkbox", name: "with_adapter" });
   const published = job.published ?? [];
@@ -32,7 +32,7 @@ export function askToCancel(parent, job, t) {
   return ask(parent, t("cancel.title"), content, t("action.cancel"), t, () => ({}));
 }
 
-// {"optimizer.learning_rate": 1e-4, …}: what was changed, perhaps nothing; null if not wanted.
+// {"optimizer.learning_rate": 1e-4, …}: the changes, possibly none; null if cancelled.
 export function askToClone(parent, job, t) {
   const inputs = CLONE_FIELDS.map(([name, type]) => {
     const value = String(job.settings[name] ?? "");
@@ -76,7 +76,7 @@ function ask(parent, title, content, confirm, t, read) {
       )
     );
     dialog.append(form);
-    dialog.addEventListener("keydown", (event) => event.stopPropagation()); // of the graph
+    dialog.addEventListener("keydown", (event) => event.stopPropagation()); // keeps keys from the graph
     dialog.addEventListener("close", () => {
       const answer = dialog.returnValue === "yes" ? read() : null;
       dialog.remove();

@@ -1,9 +1,9 @@
-// What can be done with a training; the server decides, and its sentence is shown where it refuses.
+// The actions on a training; the server decides, and its message is shown if it refuses.
 
 import { askToCancel, askToClone, askToDelete } from "./dialogs.js";
 import { build, setHidden } from "../elements.js";
 
-const CAN = {
+const IS_ALLOWED = {
   pause: (job) => ["pending", "in_progress"].includes(job.status) && job.request !== "pause",
   resume: (job) =>
     ["paused", "failed", "cancelled"].includes(job.status) ||
@@ -17,11 +17,11 @@ const CAN = {
 };
 
 export class JobActions {
-  // leave(): after the job is deleted; open(id): another one; loadIntoGraph(name)
+  // leave(): called after the job is deleted; open(id): shows another one; loadIntoGraph(name)
   constructor({ jobs, t, fail, open, leave, loadIntoGraph }) {
     Object.assign(this, { jobs, t, fail, open, leave, loadIntoGraph });
     this.buttons = {};
-    for (const name of Object.keys(CAN)) {
+    for (const name of Object.keys(IS_ALLOWED)) {
       this.buttons[name] = build(
         "button",
         {
@@ -43,7 +43,9 @@ export class JobActions {
 
   update(job) {
     this.job = job;
-    for (const [name, button] of Object.entries(this.buttons)) setHidden(button, !CAN[name](job));
+    for (const [name, button] of Object.entries(this.buttons)) {
+      setHidden(button, !IS_ALLOWED[name](job));
+    }
   }
 
   async press(name) {
@@ -85,7 +87,7 @@ export class JobActions {
     this.open(made.id);
   }
 
-  // The newest LoRA; one that is not in the loras folder yet is put there first.
+  // The newest LoRA; copied to the loras folder first if it is not there yet.
   async load(job) {
     let names = job.published ?? [];
     if (!names.length) names = (await this.jobs.act(job.id, "publish")).published;

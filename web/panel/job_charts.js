@@ -1,4 +1,4 @@
-// A job's curves: the loss large, the rest small, each with its last value.
+// A job's curves: the loss large, the others small, each with its last value.
 
 import { CurveChart } from "./curve_chart.js";
 import { build, setHidden } from "../elements.js";

@@ -1,4 +1,4 @@
-// The list of trainings: what runs on top, then what waits, then the rest, the newest first.
+// The list of trainings: running ones on top, then queued ones, then the rest, newest first.
 
 import { ACTIVE } from "./jobs.js";
 import { build, KeyedRows, setAttribute, setHidden, setText } from "../elements.js";
@@ -103,13 +103,13 @@ function getRank(job) {
   return RANKS[job.status] ?? OTHERS;
 }
 
-// The queue in the order in which it will run, everything else the newest first.
+// The queue in execution order, everything else newest first.
 function compareInside(a, b) {
   if (a.status === "pending") return a.queued_at - b.queued_at;
   return b.created_at - a.created_at || (a.id < b.id ? 1 : -1);
 }
 
-// On the list, a training's page and the nodes: state as a coloured word, and how far it is.
+// On the list, a training's page and the nodes: state as a coloured word, and progress.
 export function showStatus(chip, job, t) {
   setText(chip, describeStatus(job, t));
   setAttribute(chip, "data-status", job.is_silent ? "failed" : job.status);

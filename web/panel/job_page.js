@@ -1,4 +1,4 @@
-// One training: how far it is, its curves, pictures, LoRA files, log and settings.
+// One training: its progress, curves, images, LoRA files, log and settings.
 
 import { showProgress, showStatus } from "./job_list.js";
 import { JobActions } from "./job_actions.js";
@@ -8,13 +8,13 @@ import { SampleStrip } from "./sample_strip.js";
 import { build, KeyedRows, setAttribute, setHidden, setText } from "../elements.js";
 import { formatDuration, formatTime } from "../format.js";
 
-// While a job runs, the page asks for its curves at most so often.
+// Minimum interval between requests for the curves of a running job.
 const MIN_INTERVAL = 1500; // ms
 
 export class JobPage {
   constructor({ jobs, t, id, open, leave, loadIntoGraph }) {
     Object.assign(this, { jobs, t, id, leave });
-    this.shown = null; // the job as the list has it, when the detail was asked for last
+    this.shown = null; // the list's entry for the job when its details were last requested
     this.isAsking = false;
     this.askedAt = 0;
     this.timer = null;
@@ -123,7 +123,7 @@ export class JobPage {
     setHidden(this.problem, !text);
   }
 
-  // What the list knows is shown at once; curves, pictures and log are asked for.
+  // Shows what the list has at once; requests curves, images and log.
   update() {
     const job = this.jobs.jobs.get(this.id);
     if (!job) {

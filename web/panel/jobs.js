@@ -1,20 +1,20 @@
-// The trainings as this page knows them. The server is asked again whenever an event may be missed.
+// The trainings known to this page. Refreshed from the server if an event may have been missed.
 
 const PATH = "/qwen_edit_lora/jobs";
 const EVENT = "qwen_edit_lora.job";
-// In case that an event was lost with the connection still up; the list is small.
+// In case an event was lost on an open connection; the list is small.
 const REFRESH_INTERVAL = 20_000; // ms
 
 export const ACTIVE = new Set(["pending", "in_progress"]);
 export const FINISHED = new Set(["completed", "failed", "cancelled"]);
 
-// Events: "change" (something in `jobs` is new), "job" (detail: {before, job}), "warning" (text).
+// Events: "change" (`jobs` changed), "job" (detail: {before, job}), "warning" (text).
 export class Jobs extends EventTarget {
   constructor(api) {
     super();
     this.api = api;
     this.jobs = new Map();
-    this.problem = null; // why the list could not be asked for
+    this.problem = null; // why the list could not be loaded
     this.isKnown = false;
     this.numRefreshes = 0;
     api.addEventListener(EVENT, ({ detail }) => this.handle(detail));
@@ -42,7 +42,7 @@ export class Jobs extends EventTarget {
     const number = ++this.numRefreshes;
     try {
       const { jobs } = await this.ask(PATH);
-      if (number !== this.numRefreshes) return; // a later one has answered or will
+      if (number !== this.numRefreshes) return; // a later refresh has finished or will
       this.problem = null;
       const found = new Set(jobs.map((job) => job.id));
       for (const id of this.jobs.keys()) if (!found.has(id)) this.jobs.delete(id);
@@ -93,7 +93,7 @@ export class Jobs extends EventTarget {
     return answer;
   }
 
-  // Throws the server's sentence, or one of the page's own.
+  // Throws the server's error message, or one of the page's own.
   async ask(path, options = {}) {
     let response;
     try {

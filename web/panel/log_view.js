@@ -2,7 +2,7 @@
 
 import { build } from "../elements.js";
 
-const MAX_CHARACTERS = 200_000; // what is kept in the page
+const MAX_CHARACTERS = 200_000; // kept in the page
 
 export class LogView {
   constructor({ t, read, fail }) {
@@ -29,7 +29,7 @@ export class LogView {
         this.text.scrollTop + this.text.clientHeight >= this.text.scrollHeight - 8;
       this.offset = next_offset;
       if (text) {
-        // Appended, so that a selection above stays.
+        // Appended, so that a selection above is kept.
         this.text.append(text);
         const length = this.text.textContent.length;
         if (length > MAX_CHARACTERS) {

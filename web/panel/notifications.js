@@ -1,4 +1,4 @@
-// Toasts: a training ended or failed, an alarm, a prompt that runs beside a training.
+// Toasts: a training finished or failed, a warning, a prompt that runs during a training.
 
 import { FINISHED } from "./jobs.js";
 
@@ -13,7 +13,7 @@ export function announce(app, jobs, t) {
   jobs.addEventListener("warning", ({ detail }) => add("warn", t("toast.beside"), detail));
 
   jobs.addEventListener("job", ({ detail: { before, job, isNews } }) => {
-    if (!isNews) return; // as the page found it; announceAbsence tells of these
+    if (!isNews) return; // found at page load; announceAbsence reports these
     const alarms = (job.alarms ?? []).slice(before?.alarms?.length ?? 0);
     for (const alarm of alarms) add("warn", t("toast.alarm", { name: job.name }), alarm);
     if (!FINISHED.has(job.status) || before?.status === job.status) return;
@@ -26,15 +26,15 @@ export function announce(app, jobs, t) {
     }
   });
 
-  const tellOnce = () => {
+  const announceOnce = () => {
     if (!jobs.isKnown) return;
-    jobs.removeEventListener("change", tellOnce);
+    jobs.removeEventListener("change", announceOnce);
     announceAbsence(jobs, add, t);
   };
-  jobs.addEventListener("change", tellOnce);
+  jobs.addEventListener("change", announceOnce);
 }
 
-// What ended while no page was open.
+// Reports trainings that ended while no page was open.
 function announceAbsence(jobs, add, t) {
   const seen = readSeen();
   const ended = jobs.list().filter((job) => FINISHED.has(job.status) && job.ended_at);

@@ -1,11 +1,11 @@
-// Sample pictures: a row for each item, its source and target first, then step by step.
+// Sample images: a row per item, with its source and target first, then one image per step.
 
 import { build, KeyedRows, setHidden } from "../elements.js";
 
 export class SampleStrip {
   constructor({ t, getUrl }) {
     this.t = t;
-    this.getUrl = getUrl; // name -> address
+    this.getUrl = getUrl; // name -> URL
     this.pictures = [];
     this.list = build("div", { class: "qel-samples" });
     this.rows = new KeyedRows(this.list, () => this.buildRow());
@@ -110,7 +110,7 @@ export class SampleStrip {
     if (!this.dialog.open) this.dialog.showModal();
   }
 
-  // Along the row of the picture that is seen.
+  // Moves along the row of the image shown.
   move(by) {
     const names = [...this.list.querySelectorAll(".qel-strip")]
       .map((strip) => [...strip.children].map((tile) => tile.dataset.name))

@@ -1,6 +1,6 @@
-// Axes: from figures to pixels and back, and where the marks stand.
+// Axes: values to pixels and back, and tick positions.
 
-// Smallest and largest of several lists; null where no value can be drawn.
+// Smallest and largest value of several lists; null if none can be drawn.
 export function findRange(lists, isLog) {
   let [low, high] = [Infinity, -Infinity];
   for (const list of lists) {
@@ -16,14 +16,14 @@ export function findRange(lists, isLog) {
   return [low >= 0 && low - margin < 0 ? 0 : low - margin, high + margin];
 }
 
-// value -> share of the way from `low` to `high`; NaN where a logarithm has none.
+// value -> fraction of the way from `low` to `high`; NaN if the logarithm is undefined.
 export function createScale([low, high], isLog) {
   if (!isLog) return (value) => (value - low) / (high - low);
   const [start, length] = [Math.log(low), Math.log(high) - Math.log(low)];
   return (value) => (value > 0 ? (Math.log(value) - start) / length : NaN);
 }
 
-// Round figures inside the range, about `count` of them.
+// About `count` round numbers inside the range.
 export function listTicks([low, high], isLog, count) {
   if (isLog) {
     const marks = [];
@@ -42,7 +42,7 @@ export function listTicks([low, high], isLog, count) {
   return ticks;
 }
 
-// Index of the step nearest to `step` in an ascending list.
+// Index of the value nearest to `step` in an ascending list.
 export function findNearest(steps, step) {
   let [left, right] = [0, steps.length - 1];
   while (left < right) {

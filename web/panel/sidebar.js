@@ -1,4 +1,4 @@
-// The sidebar tab: what is open in it, kept outside of its elements since ComfyUI may render anew.
+// The sidebar tab; its state is kept outside its elements, since ComfyUI may re-render them.
 
 import { JobList } from "./job_list.js";
 import { JobPage } from "./job_page.js";
@@ -33,7 +33,7 @@ function addStyles(url) {
   document.head.append(build("link", { rel: "stylesheet", href: url.href }));
 }
 
-// The frontend asks a function for its badge once; a tab's own field is watched.
+// The frontend calls a badge function only once, but it watches a tab's own field.
 function updateBadge(app, jobs) {
   const tab = app.extensionManager.sidebarTab?.sidebarTabs?.find((one) => one.id === TAB_ID);
   const text = String(jobs.countActive() || "");
@@ -136,7 +136,7 @@ class Panel {
     });
   }
 
-  // However many events come, one update a frame.
+  // At most one update per frame, however many events arrive.
   requestUpdate() {
     if (this.isUpdateDue || !this.root) return;
     this.isUpdateDue = true;

@@ -1,4 +1,4 @@
-"""Deltas against dense algebra in float64, written out here a second time."""
+"""Deltas against an independent dense implementation in float64."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_whole_delta_comes_back_as_float32(rand):
     ],
     ids=lambda weights: weights.kind,
 )
-def test_a_kind_that_depends_on_the_base_asks_for_it(weights):
+def test_a_kind_that_depends_on_the_base_requires_it(weights):
     with pytest.raises(ConfigError, match="depends on the base weight; pass base_weight"):
         compute_delta(weights)
 
@@ -296,14 +296,14 @@ EMPTY = [
 
 
 @pytest.mark.parametrize(("kind", "first", "second"), EMPTY)
-def test_a_part_without_numbers_is_refused_by_what_it_is(kind, first, second):
+def test_a_part_without_numbers_is_refused_by_name(kind, first, second):
     parts = [None if shape is None else torch.ones(shape) for shape in (first, second)]
     with pytest.raises(ShapeError, match="holds no numbers"):
         kind(*parts)
 
 
 @pytest.mark.parametrize("part", ["diff", "diff_b"])
-def test_a_single_number_is_no_weight_and_no_bias(part):
+def test_a_scalar_is_neither_a_weight_nor_a_bias(part):
     key = f"diffusion_model.transformer_blocks.0.attn.to_q.{part}"
     with pytest.raises(ShapeError, match="is a single number"):
         read_state_dict({key: torch.tensor(1.0)})

@@ -16,7 +16,7 @@ MLP = "transformer_blocks.0.img_mlp.net.2"
 
 @pytest.fixture
 def messy(make_state_dict):
-    """Two blocks of attention, one module of another rank and kind, and keys with no place."""
+    """Two blocks of attention, one module of another rank and kind, and keys without a module."""
     modules = [f"transformer_blocks.{i}.attn.{name}" for i in (0, 1) for name in ("to_q", "to_v")]
     state_dict = make_state_dict("musubi", modules, rank=2, alpha=1.0, dtype=torch.bfloat16)
     state_dict |= make_state_dict("musubi", [MLP], kind="LoHa", rank=3, alpha=0.0)
@@ -102,7 +102,7 @@ def test_long_lists_are_shortened(num, text):
     assert shorten_list(list("abc")[:num], 2) == text
 
 
-def test_a_dropped_key_tells_its_reason_and_its_nearest_module():
+def test_a_dropped_key_is_reported_with_its_reason_and_nearest_module():
     dropped = DroppedKey("img_on.alpha", "names no module", "img_in")
     assert str(dropped) == "img_on.alpha: names no module (nearest known module: img_in)"
 

@@ -40,7 +40,7 @@ def test_no_blocks_chosen_means_every_module(path):
         (Strengths(-1.0), False),
     ],
 )
-def test_strengths_know_when_they_do_nothing(strengths, is_zero):
+def test_strengths_without_effect_are_recognised(strengths, is_zero):
     assert strengths.is_zero is is_zero
 
 

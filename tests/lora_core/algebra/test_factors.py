@@ -21,7 +21,7 @@ def seed():
 
 
 def make_factors(spectrum: torch.Tensor) -> Factors:
-    """Factors of a delta with just these singular values, badly balanced on purpose."""
+    """Factors of a delta with exactly these singular values, badly balanced on purpose."""
     rank = len(spectrum)
     u = torch.linalg.qr(torch.randn(ROWS, rank, dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn(COLUMNS, rank, dtype=torch.float64))[0]

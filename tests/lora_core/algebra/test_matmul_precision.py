@@ -1,4 +1,4 @@
-"""float32 products keep their bits in Extract, and the process its setting after it."""
+"""Extract computes float32 products at full precision, and restores the process's setting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HAS_NEWER = hasattr(CUBLAS, "fp32_precision")
 
 
 def read_setting():
-    """All there is to read; a contradiction of PyTorch's two ways is an error to read."""
+    """Reads all settings; PyTorch raises if its two APIs contradict each other."""
     found = [getattr(one, "fp32_precision", None) for one in (CUBLAS, MKLDNN)]
     for read in (torch.get_float32_matmul_precision, lambda: CUBLAS.allow_tf32):
         try:
@@ -26,7 +26,7 @@ def read_setting():
 
 @pytest.fixture(autouse=True)
 def setting():
-    """Puts back what a test leaves."""
+    """Restores the setting after a test."""
     with exact_products():
         yield
 

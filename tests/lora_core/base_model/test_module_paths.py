@@ -50,7 +50,7 @@ def test_parameters_grow_with_the_number_of_blocks():
     assert count_parameters("full", 8, num_blocks=2) * 30 == count_parameters("full", 8)
 
 
-def test_an_unknown_preset_is_answered_with_the_known_ones():
+def test_an_error_for_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(TargetError, match="unknown preset 'ful'; expected one of full, attention"):
         count_parameters("ful", 16)
 
@@ -61,7 +61,7 @@ def test_a_preset_is_recognised_by_its_modules(preset):
 
 
 @pytest.mark.parametrize("paths", [[], ["img_in"], ["transformer_blocks.0.attn.to_q"]])
-def test_other_selections_are_no_preset(paths):
+def test_other_selections_are_not_presets(paths):
     assert module_paths.detect_preset(paths) is None
 
 
@@ -87,7 +87,7 @@ def test_no_block_range_means_every_block(text):
 @pytest.mark.parametrize(
     "text", ["a", "1-", "-1", "3-1", "1,,2", ",", "1 2", "1.5", "0-99999", "٣x"]
 )
-def test_a_bad_block_range_is_answered_with_an_example(text):
+def test_an_error_for_a_bad_block_range_has_an_example(text):
     with pytest.raises(TargetError, match=r'is no block range; expected .* such as "0-19, 40"'):
         parse_block_ranges(text)
 
@@ -128,7 +128,7 @@ def test_dots_are_restored_for_every_module(path):
         "transformer_blocks.0.attn.to_q",
     ],
 )
-def test_dots_are_restored_for_nothing_else(name):
+def test_dots_are_not_restored_for_other_names(name):
     assert module_paths.restore_dots(name) is None
 
 

@@ -1,4 +1,4 @@
-"""Files that another process has open for a moment, as Windows lets everybody know."""
+"""Files that another process briefly has open, which blocks access on Windows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIMES = 3
 
 @pytest.fixture
 def denied(monkeypatch):
-    """Every name is in use the first times that somebody wants it; gives those that were."""
+    """Every name is in use for its first accesses; returns the names that were."""
     tried: list[Path] = []
 
     def deny(function):
@@ -80,7 +80,7 @@ def test_an_item_is_copied_where_there_are_no_links(tmp_path, denied, monkeypatc
     assert tmp_path / "b" in denied
 
 
-def test_what_stays_denied_is_raised_and_nothing_else_is_tried_twice():
+def test_a_lasting_denial_is_raised_and_other_errors_are_not_retried():
     calls: list[type] = []
 
     def fail(kind: type):
@@ -96,14 +96,14 @@ def test_what_stays_denied_is_raised_and_nothing_else_is_tried_twice():
     assert len(calls) == 1
 
 
-def test_a_file_in_use_is_told_apart_from_a_read_only_folder():
+def test_a_file_in_use_is_distinguished_from_a_read_only_folder():
     error = PermissionError(13, "The process cannot access the file")
     assert "read-only" in explain(error)
     error.winerror = 32
     assert explain(error) == "another program has it open; close that one and save again"
 
 
-def test_every_renaming_of_the_package_has_patience():
+def test_every_rename_in_the_package_retries():
     impatient = []
     for path in [*(ROOT / "lora_core").rglob("*.py"), *(ROOT / "nodes").rglob("*.py")]:
         if path == ROOT / "lora_core" / "disk" / "writing.py":

@@ -1,4 +1,4 @@
-"""Our one reader of JSON: valid texts to the letter, everything else refused in one sentence."""
+"""Our JSON reader: reads valid texts exactly, and refuses everything else in one sentence."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("data", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_plain_json_is_refused_in_one_sentence(data, reason, tmp_path):
+def test_invalid_json_is_refused_with_one_sentence(data, reason, tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_bytes(data)
     with pytest.raises(FileError, match=reason) as error:
@@ -73,7 +73,7 @@ def test_the_deepest_nesting_allowed_is_read():
 
 
 @pytest.mark.parametrize("text", ["[]", "1", '"a"', "null", "true"])
-def test_where_an_object_is_needed_another_value_is_named(text, tmp_path):
+def test_a_value_that_is_not_an_object_is_named_in_the_error(text, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(FileError, match=r"a\.json holds .*; expected a JSON object"):
@@ -82,7 +82,7 @@ def test_where_an_object_is_needed_another_value_is_named(text, tmp_path):
         parse_object(text, "the header")
 
 
-def test_a_missing_file_is_told_from_an_unreadable_one(tmp_path):
+def test_a_missing_file_is_distinguished_from_an_unreadable_one(tmp_path):
     for path in (tmp_path / "a.json", tmp_path / "no folder" / "a.json"):
         with pytest.raises(MissingFileError, match="is not there"):
             read_json(path)

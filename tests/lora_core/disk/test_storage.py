@@ -1,4 +1,4 @@
-"""Tensors stay in their file, as stored, until somebody asks for them."""
+"""Tensors stay in their file, as stored, until they are requested."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_shapes_and_sizes_are_known_before_any_tensor_is_read(make_state_dict, w
 
 
 def write_sparse_file(path: Path) -> int:
-    """A LoRA of zeros that takes no room on disk; returns its size in bytes."""
+    """A LoRA of zeros that takes no disk space; returns its size in bytes."""
     header, end = {}, 0
     for block in range(50):
         for name, shape in {"A": (64, 16384), "B": (16384, 64)}.items():
@@ -109,7 +109,7 @@ def test_no_mapping_stays_open_after_release(make_state_dict, write_file):
     assert "mapped.safetensors" not in Path("/proc/self/maps").read_text()
 
 
-def test_a_file_deleted_after_opening_is_a_sentence(make_state_dict, write_file):
+def test_a_file_deleted_after_opening_is_a_clear_error(make_state_dict, write_file):
     path = write_file(make_state_dict())
     adapter = read_adapter(path)
     path.unlink()
@@ -167,4 +167,4 @@ def test_finite_weights_pass_the_check(make_state_dict, write_file):
     adapter = read_adapter(write_file(make_state_dict()))
     adapter.check_finite()
     Path(adapter.file.path).unlink()
-    adapter.check_finite()  # remembered: the file is not read a second time
+    adapter.check_finite()  # cached: the file is not read a second time

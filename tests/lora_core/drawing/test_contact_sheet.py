@@ -1,4 +1,4 @@
-"""The contact sheet: everything in its place, whatever the number, shape and names of the cells."""
+"""The contact sheet: correct layout for any number, shape and names of the cells."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_rows(columns: int, rows: int = 1, shape: tuple[int, int] = (256, 256)) 
 
 
 def find_changes(a: np.ndarray, b: np.ndarray) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of what differs."""
+    """(left, top, right, bottom) of the pixels that differ."""
     y, x = np.nonzero((a != b).any(axis=2))
     return x.min(), y.min(), x.max(), y.max()
 
@@ -53,7 +53,7 @@ def find_changes(a: np.ndarray, b: np.ndarray) -> tuple[int, int, int, int]:
         (64, 1, (64, 96)),
     ],
 )
-def test_every_cell_has_a_place_of_its_own_and_its_words_stay_in_it(columns, rows, shape):
+def test_every_cell_has_its_own_place_and_its_text_stays_inside(columns, rows, shape):
     sheet_rows = make_rows(columns, rows, shape)
     layout = choose_layout(sheet_rows)
     sheet = draw_sheet("title", sheet_rows)
@@ -88,14 +88,14 @@ def test_rows_break_evenly_and_only_where_they_must(longest, num_rows, columns):
 
 
 @pytest.mark.parametrize("columns", [1, 3, 8, 64])
-def test_letters_grow_with_the_sheet(columns):
+def test_the_font_size_grows_with_the_sheet(columns):
     layout = choose_layout(make_rows(columns))
     # A node shows the sheet about 480 pixels wide: notes are then 8 pixels or more.
     assert layout.small * 480 / layout.width >= 8
     assert layout.letter * 480 / layout.width >= 10
 
 
-def test_a_text_that_fits_is_left_alone_and_another_is_cut_in_the_middle():
+def test_a_text_that_fits_is_unchanged_and_a_longer_one_is_cut_in_the_middle():
     font = load_font(20)
     assert shorten("0.25", font, 200) == "0.25"
     cut = shorten(LONG, font, 200)
@@ -138,7 +138,7 @@ def test_strengths_go_across_and_adapters_and_seeds_down_with_a_shared_strength_
     assert draw_contact_sheet(sweep, verdict).shape[1] >= 1024
 
 
-def test_a_table_with_more_holes_than_pictures_shows_only_pictures():
+def test_a_table_with_more_gaps_than_images_shows_only_images():
     labels = ["strength=0 seed=0", *(f"strength={n} seed=0" for n in range(1, 5))]
     for seed in range(1, 5):
         labels += [f"strength=0 seed={seed}", f"strength={10 * seed} seed={seed}"]
@@ -146,14 +146,14 @@ def test_a_table_with_more_holes_than_pictures_shows_only_pictures():
     assert [len(places) for _, places in rows] == [5, 2, 2, 2, 2]
 
 
-def test_the_difference_picture_is_amplified_and_black_where_nothing_changes():
+def test_the_difference_image_is_amplified_and_black_where_nothing_changes():
     sweep = measure(["strength=0", "strength=1", "strength=2"])
     verdict = judge_sweep(sweep)
     differences = draw_differences(sweep, verdict)
     plain = draw_contact_sheet(sweep, verdict)
     assert differences.shape[1] == plain.shape[1]
     layout = choose_layout(make_rows(3, shape=(96, 96)))
-    # The square, 4 % of the picture, differs by 0.02 and 0.04 of the full scale; 32 times leaves
+    # The square, 4 % of the image, differs by 0.02 and 0.04 of the full scale; 32 times leaves
     # the middle one, 0.03, below white.
     red = differences[..., 0].astype(int)
     area = layout.tile[0] ** 2

@@ -75,7 +75,7 @@ def test_an_alpha_pattern_alone_leaves_the_rank_to_the_others(make_state_dict):
     ],
     ids=lambda fields: json.dumps(fields)[:60],
 )
-def test_a_broken_field_of_the_metadata_is_passed_over_and_told(fields, make_state_dict):
+def test_a_broken_metadata_field_is_skipped_and_reported(fields, make_state_dict):
     adapter = read_state_dict(make_state_dict("diffusers"), describe(lora_alpha=3, **fields))
     assert read_alphas(adapter) == {TO_Q: 3.0, TO_K: 3.0}
     (warning,) = adapter.report.warnings
@@ -119,7 +119,7 @@ def test_metadata_beats_the_config_beside_the_file(make_state_dict, write_file):
     assert read_adapter(path).report.alpha_rules == {"metadata": 2}
 
 
-def test_a_config_beside_files_of_other_programs_is_not_theirs(make_state_dict, write_file):
+def test_a_config_beside_files_of_other_programs_is_ignored(make_state_dict, write_file):
     path = write_file(make_state_dict("ai-toolkit"))
     write_config(path, lora_alpha=3)
     assert read_adapter(path).report.alpha_rules == {RANK: 2}
@@ -140,9 +140,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE)
-def test_a_config_that_cannot_be_read_is_told_and_named_in_the_rule(
-    text, make_state_dict, write_file
-):
+def test_an_unreadable_config_is_reported_and_named_in_the_rule(text, make_state_dict, write_file):
     path = write_file(make_state_dict("peft"))
     path.with_name("adapter_config.json").write_bytes(text)
     report = read_adapter(path).report
@@ -151,7 +149,7 @@ def test_a_config_that_cannot_be_read_is_told_and_named_in_the_rule(
 
 
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE)
-def test_a_header_that_cannot_be_read_is_told_and_named_in_the_rule(text, make_state_dict):
+def test_an_unreadable_header_is_reported_and_named_in_the_rule(text, make_state_dict):
     text = text.decode("utf-8", "replace")
     report = read_state_dict(make_state_dict("ai-toolkit"), {"lora_adapter_metadata": text}).report
     if text:
@@ -187,7 +185,7 @@ def test_a_pipe_for_a_config_does_not_hang(make_state_dict, write_file):
     ],
     ids=json.dumps,
 )
-def test_the_config_of_another_adapter_gives_no_alpha_and_is_told(
+def test_the_config_of_another_adapter_gives_no_alpha_and_is_reported(
     fields, make_state_dict, write_file
 ):
     path = write_file(make_state_dict("peft"))
@@ -223,13 +221,15 @@ START_FIELDS = ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "lora_ga", 
 @pytest.mark.parametrize("start", START_FIELDS)
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 @pytest.mark.parametrize("alpha", [None, 3.0], ids=["no alpha tensor", "alpha tensor"])
-def test_a_start_that_moved_the_base_is_refused(start, prefix, alpha, make_state_dict):
+def test_an_initialization_that_changed_the_base_is_refused(start, prefix, alpha, make_state_dict):
     metadata = describe(prefix, lora_alpha=3, init_lora_weights=start)
     with pytest.raises(KeyFormatError, match="which moved a part of the model into the LoRA"):
         read_state_dict(make_state_dict("diffusers", alpha=alpha), metadata)
 
 
-def test_a_start_that_moved_the_base_is_refused_by_the_config_beside(make_state_dict, write_file):
+def test_an_initialization_that_changed_the_base_is_refused_by_the_config_beside(
+    make_state_dict, write_file
+):
     path = write_file(make_state_dict("peft"))
     write_config(path, lora_alpha=3, r=2, init_lora_weights="pissa")
     with pytest.raises(KeyFormatError, match="PiSSA start"):
@@ -239,13 +239,13 @@ def test_a_start_that_moved_the_base_is_refused_by_the_config_beside(make_state_
 
 
 @pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
-def test_a_start_that_left_the_base_alone_is_read(start, make_state_dict):
+def test_an_initialization_that_left_the_base_unchanged_is_read(start, make_state_dict):
     metadata = describe(lora_alpha=3, init_lora_weights=start)
     adapter = read_state_dict(make_state_dict("diffusers"), metadata)
     assert (read_alphas(adapter), adapter.report.warnings) == ({TO_Q: 3.0, TO_K: 3.0}, ())
 
 
-def test_a_start_nobody_knows_is_told(make_state_dict):
+def test_an_unknown_initialization_is_reported(make_state_dict):
     metadata = describe(lora_alpha=3, init_lora_weights="sparse_start")
     (warning,) = read_state_dict(make_state_dict("diffusers"), metadata).report.warnings
     assert "sparse_start" in warning
@@ -269,7 +269,9 @@ def test_a_peft_variant_that_computes_something_else_is_refused(fields, make_sta
 @pytest.mark.parametrize("header_field", ["alpha", "lora_alpha", "network_alpha"])
 @pytest.mark.parametrize("value", ["8", "8.0", " 8 "])
 @pytest.mark.parametrize("style", ["ai-toolkit", "lightning", "diffusers", "peft"])
-def test_a_plain_header_field_gives_alpha_and_is_told(header_field, value, style, make_state_dict):
+def test_a_plain_header_field_gives_alpha_and_is_reported(
+    header_field, value, style, make_state_dict
+):
     state_dict = make_state_dict(style, rank=4)
     adapter = read_state_dict(state_dict, {header_field: value, "rank": "4"})
     assert read_alphas(adapter) == {TO_Q: 8.0, TO_K: 8.0}
@@ -284,26 +286,26 @@ def test_an_alpha_tensor_beats_a_plain_header_field(make_state_dict):
 
 
 @pytest.mark.parametrize("value", ["much", "1_0", "0x8", "[8]", "1e999x"])
-def test_a_plain_header_field_that_is_no_number_is_told(value, make_state_dict):
+def test_a_plain_header_field_that_is_not_a_number_is_reported(value, make_state_dict):
     report = read_state_dict(make_state_dict("ai-toolkit"), {"alpha": value}).report
     assert report.alpha_rules == {"rank (the header's alpha cannot be read)": 2}
     assert len(report.warnings) == 1
 
 
-def test_headers_that_contradict_each_other_are_told(make_state_dict):
+def test_headers_that_contradict_each_other_are_reported(make_state_dict):
     metadata = describe(lora_alpha=3) | {"alpha": "8"}
     report = read_state_dict(make_state_dict("diffusers"), metadata).report
     assert report.alpha_rules == {"metadata": 2}
     assert [finding.kind for finding in report.findings] == ["alpha_contradiction"]
 
 
-def test_a_header_of_another_rank_is_told(make_state_dict):
+def test_a_header_of_another_rank_is_reported(make_state_dict):
     metadata = describe(lora_alpha=3, r=16)
     report = read_state_dict(make_state_dict("diffusers"), metadata).report
     assert [finding.kind for finding in report.findings] == ["config_mismatch"]
 
 
-def test_an_alpha_that_converters_leave_behind_is_told_and_not_used(make_state_dict):
+def test_a_leftover_alpha_of_converters_is_reported_and_not_used(make_state_dict):
     metadata = {"ss_network_alpha": "1", "ss_network_dim": "2"}
     report = read_state_dict(make_state_dict("ai-toolkit"), metadata).report
     assert report.alpha_rules == {RANK: 2}
@@ -311,12 +313,12 @@ def test_an_alpha_that_converters_leave_behind_is_told_and_not_used(make_state_d
 
 
 @pytest.mark.parametrize("alpha", [1e10, 1e38, -1e38, 1e-30])
-def test_a_scale_no_trainer_chooses_is_told(alpha, make_state_dict):
+def test_a_scale_that_no_trainer_chooses_is_reported(alpha, make_state_dict):
     (warning,) = read_state_dict(make_state_dict("musubi", alpha=alpha)).report.warnings
     assert "alpha is probably wrong" in warning
 
 
-def test_silence_means_alpha_is_the_rank(make_state_dict):
+def test_alpha_defaults_to_the_rank(make_state_dict):
     adapter = read_state_dict(make_state_dict("ai-toolkit", rank=3))
     assert adapter.modules[TO_Q].scale == 1.0
     assert adapter.report.alpha_rules == {RANK: 2}
@@ -350,7 +352,7 @@ def test_a_lokr_of_whole_factors_ignores_alpha(alpha, make_state_dict):
     assert adapter.report.alpha_rules == {"fixed (both LoKr factors whole)": 2}
 
 
-def test_an_oft_takes_no_constraint_from_metadata_about_alpha(make_state_dict):
+def test_an_oft_ignores_alpha_metadata_for_its_constraint(make_state_dict):
     adapter = read_state_dict(make_state_dict(kind="OFT"), {"ss_network_alpha": "1"})
     assert adapter.modules[TO_Q].alpha == 0.0
 

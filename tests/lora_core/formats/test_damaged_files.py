@@ -1,4 +1,4 @@
-"""Files that are no adapter: one sentence each, with what was expected and what to do."""
+"""Files that are not adapters: a one-sentence error with what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_file_is_one_sentence_with_its_name(case, tmp_path):
+def test_a_damaged_file_is_a_one_sentence_error_with_its_name(case, tmp_path):
     content, message = DAMAGED[case]
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
@@ -78,7 +78,7 @@ def test_a_damaged_file_is_one_sentence_with_its_name(case, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0.999, 0.9, 0.5, 0.1])
-def test_a_truncated_download_is_called_so(keep, make_state_dict, write_file):
+def test_a_truncated_download_is_recognised(keep, make_state_dict, write_file):
     path = write_file(make_state_dict(rank=16))
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
@@ -129,7 +129,7 @@ def test_a_folder_is_refused(tmp_path):
     ],
     ids=["missing", "300 characters", "below a file"],
 )
-def test_a_path_that_cannot_be_opened_is_a_sentence(name, message, tmp_path):
+def test_a_path_that_cannot_be_opened_is_a_clear_error(name, message, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FileError, match=message) as caught:
         read_adapter(tmp_path / name)
@@ -143,12 +143,12 @@ def test_unusual_names_are_read(name, make_state_dict, write_file):
     assert read_adapter(write_file(make_state_dict(), name=name)).name == name
 
 
-def test_a_file_without_tensors_says_so(write_file):
+def test_a_file_without_tensors_is_a_clear_error(write_file):
     with pytest.raises(KeyFormatError, match=r"my lora.safetensors holds no tensors; expected"):
         read_adapter(write_file({}))
 
 
-def test_a_name_that_is_no_utf8_is_told_by_its_name_alone(make_state_dict, tmp_path):
+def test_an_error_for_a_non_utf8_name_shows_the_name_only(make_state_dict, tmp_path):
     path = tmp_path / os.fsdecode(b"\xffx.safetensors")
     try:
         path.write_bytes(save(make_state_dict()))
@@ -181,7 +181,7 @@ def make_pair(down, up, ends=("lora_A.weight", "lora_B.weight")):
          r"alpha is \(2,\); expected a single number"),
     ],
 )  # fmt: skip
-def test_tensors_that_do_not_fit_name_the_module(state_dict, message, write_file):
+def test_an_error_for_mismatched_tensors_names_the_module(state_dict, message, write_file):
     with pytest.raises(ShapeError, match=message) as caught:
         read_adapter(write_file(state_dict))
     assert str(caught.value).startswith("my lora.safetensors, transformer_blocks.0.attn.to_q: ")

@@ -1,4 +1,4 @@
-"""diffusers as oracle, where it reads the format."""
+"""diffusers as oracle, for formats that it reads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make_adapter(transformer, alphas, ranks) -> Adapter:
 
 
 def load_into(transformer, path):
-    """What a pipeline's load_lora_weights does, then fused into the weights."""
+    """Loads like a pipeline's load_lora_weights, then fuses into the weights."""
     from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 
     model = copy.deepcopy(transformer)

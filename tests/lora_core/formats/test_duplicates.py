@@ -11,7 +11,7 @@ BLOCKS = [f"transformer_blocks.{block}.attn.to_q" for block in range(3)]
 
 
 def shift(state_dict):
-    """Other numbers under the same keys, so that a test sees which source was taken."""
+    """Different values under the same keys, so that a test shows which source was used."""
     return {key: tensor + 1 for key, tensor in state_dict.items()}
 
 
@@ -28,7 +28,7 @@ def test_the_prefix_with_more_modules_wins(make_state_dict):
     ]
 
 
-def test_a_duplicate_says_which_source_was_kept(make_state_dict):
+def test_a_duplicate_is_reported_with_the_source_that_was_kept(make_state_dict):
     state_dict = make_state_dict("musubi", BLOCKS) | make_state_dict("ai-toolkit", [TO_Q])
     report = read_state_dict(state_dict).report
     assert report.duplicates[0].reason == f"also in lora_unet_{TO_Q}"
@@ -147,7 +147,7 @@ def test_alphas_of_a_second_adapter_stay_with_their_own_weights(make_state_dict)
     assert len(adapter.report.duplicates) == 3
 
 
-def test_a_source_without_prefix_is_named_so(make_state_dict):
+def test_a_source_without_prefix_is_reported_as_such(make_state_dict):
     state_dict = make_state_dict("lightning", BLOCKS) | make_state_dict("ai-toolkit", [TO_Q])
     report = read_state_dict(state_dict).report
     assert report.duplicates[0].reason == f"also in {TO_Q}, without prefix"

@@ -1,4 +1,4 @@
-"""Every spelling in the wild reads as the same adapter."""
+"""Every spelling found in public files reads as the same adapter."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_top_level_misspelling_is_reported_with_its_nearest_module(make_state_
         "text_encoders.qwen25_7b.model.layers.0.mlp.up_proj.lora_A.weight",
     ],
 )
-def test_text_encoder_keys_are_left_out_and_called_so(key, make_state_dict):
+def test_text_encoder_keys_are_skipped_and_reported_as_such(key, make_state_dict):
     report = read_state_dict(make_state_dict() | {key: torch.ones(2, 4)}).report
     assert [dropped.key for dropped in report.unmatched] == [key]
     assert "text encoder" in report.unmatched[0].reason
@@ -190,7 +190,7 @@ def wrap(key: str, module_path: str, wrapper: str, at: int) -> str:
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapper_is_peeled_off_wherever_it_stands(wrapper, at, key_style, make_state_dict):
+def test_a_wrapper_prefix_is_removed_at_any_position(wrapper, at, key_style, make_state_dict):
     plain = make_state_dict(key_style, [TO_Q], alpha=3.0)
     underscored = TO_Q.replace(".", "_")
     state_dict = {}
@@ -229,7 +229,7 @@ FLAT_SPELLINGS = [
 
 @pytest.mark.parametrize("stem", FLAT_SPELLINGS)
 @pytest.mark.parametrize("ends", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
-def test_a_mixture_of_dots_and_underscores_is_a_pure_rename(stem, ends):
+def test_mixed_dots_and_underscores_are_only_renamed(stem, ends):
     state_dict = {f"{stem}.{ends[0]}.weight": torch.ones(2, 4)}
     state_dict |= {f"{stem}.{ends[1]}.weight": torch.ones(4, 2), f"{stem}.alpha": torch.ones(())}
     adapter = read_state_dict(state_dict)
@@ -264,7 +264,7 @@ def test_fused_query_key_and_value_are_split_in_three_exactly(name, stem, write_
         assert [f.kind for f in adapter.report.findings] == ["fused_split"]
 
 
-def test_a_module_that_stands_beside_the_fused_one_is_used_and_told(make_state_dict):
+def test_a_module_beside_the_fused_one_is_used_and_reported(make_state_dict):
     alone = make_state_dict("ai-toolkit", [TO_Q])
     stem = "diffusion_model.transformer_blocks.0.attn.to_qkv"
     fused = {f"{stem}.lora_A.weight": torch.ones(2, 4), f"{stem}.lora_B.weight": torch.ones(12, 2)}
@@ -273,7 +273,7 @@ def test_a_module_that_stands_beside_the_fused_one_is_used_and_told(make_state_d
     assert "fused_repeated" in [finding.kind for finding in adapter.report.findings]
 
 
-def test_a_fused_rotation_is_left_out_and_told(make_state_dict):
+def test_a_fused_rotation_is_left_out_and_reported(make_state_dict):
     stem = "lora_unet_transformer_blocks_0_attn_to_qkv"
     report = read_state_dict(make_state_dict() | {f"{stem}.oft_blocks": torch.ones(6, 2, 2)}).report
     assert "cannot be taken apart" in report.unmatched[0].reason
@@ -324,7 +324,7 @@ LONG_KEYS = {
 
 
 @pytest.mark.parametrize("key", LONG_KEYS.values(), ids=LONG_KEYS)
-def test_a_key_longer_than_any_adapters_is_no_work_and_not_repeated(key, make_state_dict):
+def test_an_overlong_key_costs_no_time_and_is_not_repeated_in_full(key, make_state_dict):
     report = read_state_dict(make_state_dict() | {key: torch.ones(2)}).report
     assert "more than 500 characters" in report.unmatched[0].reason
     assert len(report.to_text()) < 2000
@@ -334,7 +334,7 @@ def test_a_key_longer_than_any_adapters_is_no_work_and_not_repeated(key, make_st
     assert len(str(error.value)) < 400
 
 
-def test_a_line_break_behind_a_key_makes_it_another_key(make_state_dict):
+def test_a_key_with_a_trailing_line_break_is_a_different_key(make_state_dict):
     state_dict = make_state_dict("ai-toolkit")
     key = f"diffusion_model.{TO_Q}.lora_A.weight\n"
     report = read_state_dict(state_dict | {key: torch.full((2, 4), 9.0)}).report

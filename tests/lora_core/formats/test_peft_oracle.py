@@ -1,4 +1,4 @@
-"""PEFT as oracle: its merged weights against our deltas, both ways through its folder."""
+"""PEFT as oracle: its merged weights against our deltas, reading and writing its folder."""
 
 from __future__ import annotations
 
@@ -178,7 +178,9 @@ def test_pefts_own_loha_and_lokr_are_scaled_by_their_config(kind, more, base, tm
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
-def test_a_start_that_moved_the_base_is_refused_until_peft_converts_it(start, base, tmp_path):
+def test_an_initialization_that_changed_the_base_is_refused_until_peft_converts_it(
+    start, base, tmp_path
+):
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=MODULES, init_lora_weights=start)
     model = peft.get_peft_model(copy.deepcopy(base), config)
     model.peft_config["default"].init_lora_weights = True

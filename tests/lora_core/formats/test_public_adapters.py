@@ -1,6 +1,6 @@
 """Public LoRAs by their keys: names, shapes and alphas as published, no weights.
 
-Each row was put together from public descriptions of the file (the source beside it); ranks that no
+Each row was compiled from public descriptions of the file (the source beside it); ranks that no
 source states are 16. The tensors have the real shapes and take no memory.
 """
 

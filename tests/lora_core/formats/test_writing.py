@@ -1,4 +1,4 @@
-"""Reading what we wrote gives what we had, in every format that can express it."""
+"""Written adapters read back unchanged, in every format that can express them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def assert_same_weights(ours, theirs):
 
 @pytest.mark.parametrize("key_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_lora_comes_back_bit_by_bit(dtype, key_format, make_state_dict, tmp_path):
+def test_a_lora_reads_back_bit_identical(dtype, key_format, make_state_dict, tmp_path):
     adapter = read_state_dict(make_state_dict("musubi", rank=3, alpha=1.25, dtype=dtype))
     again = read_adapter(write(adapter, tmp_path, key_format))
     assert_same_weights(again, adapter)
@@ -120,7 +120,9 @@ def test_a_dora_magnitude_is_stored_in_the_shape_its_readers_expect(
 
 @pytest.mark.parametrize("key_format", ["diffusers", "peft"])
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoKr half", "OFT", "diff"])
-def test_a_format_that_cannot_express_a_kind_says_so(kind, key_format, make_state_dict, tmp_path):
+def test_a_format_that_cannot_express_a_kind_refuses_it(
+    kind, key_format, make_state_dict, tmp_path
+):
     adapter = read_state_dict(make_state_dict(modules=[TO_Q], kind=kind))
     message = f"{TO_Q} holds {kind.split()[0]} weights .* which the {key_format} format cannot"
     with pytest.raises(ConfigError, match=f"{message} express.*Write it as comfyui instead"):
@@ -166,7 +168,7 @@ def test_whole_deltas_do_not_blur_the_rank_in_the_metadata(make_state_dict, tmp_
 @pytest.mark.parametrize(
     ("key_format", "expected"), [("comfyui", False), ("kohya", False), ("diffusers", True)]
 )
-def test_alpha_is_told_once(key_format, expected, make_state_dict, tmp_path):
+def test_alpha_is_written_once(key_format, expected, make_state_dict, tmp_path):
     adapter = read_state_dict(make_state_dict("diffusers"), RSLORA)
     path = write(adapter, tmp_path, key_format)
     assert ("lora_adapter_metadata" in read_header(path)) is expected
@@ -205,7 +207,7 @@ def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path):
     assert torch.equal(again.modules[TO_Q].lora_A, lora_A)
 
 
-# In a process of its own: the limit would also cut the log of this one.
+# In its own process: the limit would also truncate the log of this one.
 WRITE_WITHOUT_ROOM = """
 import importlib.util, resource, sys
 root, target, key_format = sys.argv[1:]
@@ -250,7 +252,7 @@ def test_a_write_that_stops_half_way_leaves_the_old_file_and_nothing_else(tmp_pa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
-def test_a_file_can_be_read_by_whom_the_umask_lets(make_state_dict, tmp_path):
+def test_file_permissions_follow_the_umask(make_state_dict, tmp_path):
     before = os.umask(0o022)
     try:
         path = write_adapter(read_state_dict(make_state_dict()), tmp_path / "ours.safetensors")
@@ -261,7 +263,7 @@ def test_a_file_can_be_read_by_whom_the_umask_lets(make_state_dict, tmp_path):
 
 @pytest.fixture
 def read_only_folder():
-    """A folder this process may not write to; root gives up its rights for the while."""
+    """A folder this process may not write to; root drops its privileges for the test."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o555)
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -276,7 +278,7 @@ def read_only_folder():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no read-only folders")
-def test_a_read_only_folder_is_a_sentence(make_state_dict, read_only_folder):
+def test_a_read_only_folder_is_a_clear_error(make_state_dict, read_only_folder):
     message = r"ours.safetensors cannot be written: the folder is read-only; choose another one"
     with pytest.raises(FileError, match=message):
         write_adapter(read_state_dict(make_state_dict()), read_only_folder / "ours.safetensors")
@@ -292,7 +294,7 @@ def test_a_read_only_folder_is_a_sentence(make_state_dict, read_only_folder):
     ],
     ids=["long name", "long folder", "below a file"],
 )
-def test_a_path_that_cannot_be_written_is_a_sentence(name, message, make_state_dict, tmp_path):
+def test_a_path_that_cannot_be_written_is_a_clear_error(name, message, make_state_dict, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FileError, match=message) as caught:
         write_adapter(read_state_dict(make_state_dict()), tmp_path / name)
@@ -300,13 +302,13 @@ def test_a_path_that_cannot_be_written_is_a_sentence(name, message, make_state_d
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_an_unknown_format_is_answered_with_the_known_ones(make_state_dict, tmp_path):
+def test_an_error_for_an_unknown_format_lists_the_known_ones(make_state_dict, tmp_path):
     adapter = read_state_dict(make_state_dict())
     with pytest.raises(ConfigError, match="'flux'; expected one of comfyui, diffusers, kohya"):
         write_adapter(adapter, tmp_path / "x.safetensors", "flux")
 
 
-def test_peft_wants_a_folder(make_state_dict, tmp_path):
+def test_the_peft_format_requires_a_folder(make_state_dict, tmp_path):
     with pytest.raises(ConfigError, match=r"adapter_config.json, not x.safetensors; give the fold"):
         write_adapter(read_state_dict(make_state_dict()), tmp_path / "x.safetensors", "peft")
 

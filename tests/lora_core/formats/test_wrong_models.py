@@ -1,4 +1,4 @@
-"""Adapters of other models: the error names what they are, and none of ours is taken for one."""
+"""Adapters of other models: the error names the model, and none of ours is mistaken for one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qwen_edit_lora.lora_core import KeyFormatError, read_adapter, read_state_di
 from qwen_edit_lora.lora_core.base_model import module_paths
 from qwen_edit_lora.lora_core.formats.architectures import detect_architecture, detect_variants
 
-#: What the error shall name -> keys as that model's trainers save them, without the ending.
+#: Name expected in the error -> keys as that model's trainers save them, without the suffix.
 FOREIGN = {
     "SDXL UNet": [
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
@@ -80,7 +80,7 @@ def test_the_error_names_the_model_the_file_is_for(model):
     assert str(caught.value).endswith("Choose a LoRA trained for Qwen-Image or Qwen-Image-Edit.")
 
 
-def test_names_shared_with_flux_are_not_called_a_match():
+def test_names_shared_with_flux_are_not_a_match():
     shared = r"flux.safetensors shares 6 of 10 keys with Qwen-Image: its keys are those of Flux"
     with pytest.raises(KeyFormatError, match=shared):
         read_state_dict(
@@ -92,7 +92,7 @@ def test_names_shared_with_flux_are_not_called_a_match():
     "path", [*module_paths.list_module_paths(1), "time_text_embed", "pos_embed"]
 )
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "transformer.", "lora_unet_"])
-def test_no_key_of_qwen_image_is_taken_for_another_model(prefix, path):
+def test_no_qwen_image_key_is_mistaken_for_another_model(prefix, path):
     spelled = path.replace(".", "_") if prefix == "lora_unet_" else path
     assert detect_architecture([f"{prefix}{spelled}.weight"]) is None
 
@@ -106,7 +106,7 @@ def test_a_qwen_file_with_a_stray_key_still_loads(kind, key, make_state_dict):
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_whole_qwen_model_is_called_one(prefix):
+def test_a_full_qwen_model_is_recognised(prefix):
     state_dict = {
         f"{prefix}{path}.weight": torch.ones(2, 2) for path in module_paths.list_module_paths(1)
     }
@@ -120,7 +120,7 @@ def test_a_whole_model_of_another_kind_is_named():
         read_state_dict({"blocks.0.self_attn.q.weight": torch.ones(2, 2)})
 
 
-def test_unknown_keys_are_told_with_the_nearest_known_form():
+def test_unknown_keys_are_reported_with_the_nearest_known_form():
     message = (
         r"matches 0 modules of Qwen-Image with its 2 keys\. .*to_qq.lora_down.weight': names no "
         r"module .* nearest known form is 'transformer_blocks.3.attn.to_q'.*Expected keys such as"
@@ -202,7 +202,7 @@ NO_MODELS = [
 
 
 @pytest.mark.parametrize("text", NO_MODELS)
-def test_a_number_in_a_date_a_step_or_a_hash_names_no_model(text):
+def test_a_number_in_a_date_a_step_or_a_hash_is_not_a_variant(text):
     assert detect_variants({}, f"{text}.safetensors")[0] == []
     assert detect_variants({"modelspec.title": text}, "x.safetensors")[0] == []
 
@@ -210,17 +210,17 @@ def test_a_number_in_a_date_a_step_or_a_hash_names_no_model(text):
 @pytest.mark.parametrize("year", range(2024, 2028))
 @pytest.mark.parametrize("month", ["09", "11"])
 @pytest.mark.parametrize("form", ["{y}{m}29", "{y}-{m}-29", "{y}_{m}_29", "{y}{m}", "{s}{m}29"])
-def test_no_date_of_september_or_november_names_a_model(year, month, form):
+def test_dates_in_september_or_november_are_not_variants(year, month, form):
     date = form.format(y=year, m=month, s=year % 100)
     assert detect_variants({}, f"my_lora_{date}_072850.safetensors")[0] == []
 
 
-def test_a_training_info_of_steps_names_no_model():
+def test_step_counts_in_training_info_are_not_variants():
     metadata = {"training_info": '{"step": 2511, "epoch": 2509}'}
     assert detect_variants(metadata, "x.safetensors")[0] == []
 
 
-def test_every_claim_about_the_variant_says_where_it_stands():
+def test_every_claim_about_the_variant_states_its_source():
     hints = detect_variants({"modelspec.title": "Style 2511"}, "style-2511.safetensors")[1]
     assert hints == [
         "made for 2511, says metadata modelspec.title: Style 2511",
@@ -232,7 +232,7 @@ def test_every_claim_about_the_variant_says_where_it_stands():
     ("num_blocks", "preset", "hinted"),
     [(19, "attention", True), (60, "attention", False), (19, "full", False)],
 )
-def test_a_file_that_would_fit_flux_as_well_says_so(num_blocks, preset, hinted):
+def test_a_file_that_also_fits_flux_is_reported(num_blocks, preset, hinted):
     state_dict = {}
     for block in range(num_blocks):
         for name in module_paths.TARGET_PRESETS[preset]:

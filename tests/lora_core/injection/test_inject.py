@@ -50,7 +50,7 @@ def diffusers_model():
 
 @pytest.fixture
 def model(diffusers_model):
-    """Two blocks of true architecture, float64, so that differences are ours and not rounding."""
+    """Two blocks of the real architecture in float64, so that differences are not rounding."""
     return copy.deepcopy(diffusers_model)
 
 
@@ -77,7 +77,7 @@ def compute_loss(model):
 
 
 def randomise(injection, seed=2):
-    """Every parameter away from its start, so that no part of an adapter is 0."""
+    """Moves every parameter from its initial value, so that no part of an adapter is 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in injection.named_parameters():
@@ -114,7 +114,7 @@ ALL = {
 
 
 def build_peft_twin(model, plan, injection):
-    """PEFT's layers over the same modules, with the same numbers."""
+    """PEFT's layers over the same modules, with the same values."""
     peft = pytest.importorskip("peft")
     settings = plan.settings
     config = peft.LoraConfig(
@@ -180,7 +180,7 @@ def test_gradients_are_those_of_a_dense_weight(name, model):
         a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
         leaves[path] = {"lora_A": a, "lora_B": b}
         weight = base + layer.scale * (b @ a)
-        if name == "pissa":  # as its paper has it: a residual in the place of the base
+        if name == "pissa":  # as in its paper: a residual in place of the base
             down, up = compute_principal_factors(base, layer.rank, layer.scale)
             weight = base - layer.scale * (up @ down) + layer.scale * ((b + up) @ (a + down))
         if name == "dora":
@@ -202,7 +202,7 @@ def test_gradients_are_those_of_a_dense_weight(name, model):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_first_forward_is_the_bases_to_the_bit(name, dtype, model):
+def test_the_first_forward_is_bit_identical_to_the_base(name, dtype, model):
     model.to(dtype)
     before = run(model, dtype)
     inject(model, ALL[name])
@@ -218,7 +218,7 @@ def train(model, injection, num_steps=3):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_base_is_the_same_to_the_bit_after_training_and_after_ejecting(name, model):
+def test_the_base_is_bit_identical_after_training_and_after_ejecting(name, model):
     bits, modules = list_bits(model), dict(model.named_modules())
     model.transformer_blocks[1].attn.to_k.requires_grad_(False)
     required = [p.requires_grad for p in model.parameters()]
@@ -244,7 +244,7 @@ def test_only_the_parameters_of_the_injection_are_trained(model):
     assert sum(p.numel() for p in injection.parameters()) == injection.plan.num_parameters
 
 
-def test_the_names_of_parameters_keep_their_order_whatever_the_targets_order(model):
+def test_parameter_names_keep_their_order_regardless_of_the_targets_order(model):
     names = [
         [name for name, _ in inject(copy.deepcopy(model), settings).named_parameters()]
         for settings in (
@@ -287,7 +287,7 @@ def test_inert_modules_of_the_last_block_are_left_out_by_name(model):
 
 
 def test_exactly_the_inert_modules_would_get_no_gradient(model):
-    """What the plan skips, and nothing else: seen on the base's own weights."""
+    """Exactly the modules the plan skips, checked on the base's own weights."""
     compute_loss(model).backward()
     silent = {
         f"{block}.{name}"
@@ -336,13 +336,13 @@ def test_a_target_is_a_name_or_a_pattern(pattern, count, model):
         ),
     ],
 )
-def test_a_choice_that_matches_nothing_is_answered_with_what_comes_near(settings, sentence, model):
+def test_an_error_for_targets_without_a_match_suggests_similar_names(settings, sentence, model):
     with pytest.raises(TargetError, match=sentence):
         inject(model, settings)
     assert not any(isinstance(module, LoraLinear) for module in model.modules())
 
 
-def test_a_wrapper_around_the_model_is_told_from_the_model(model):
+def test_a_wrapper_is_distinguished_from_the_model(model):
     wrapper = torch.nn.ModuleDict({"transformer": model})
     with pytest.raises(TargetError, match=r"found transformer\.time_text_embed.* and \d+ more"):
         plan_injection(wrapper, LoraSettings())
@@ -390,7 +390,7 @@ def test_an_injection_that_is_stopped_leaves_the_model_alone(model):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_start_depends_on_the_seed_and_the_path_alone(model):
+def test_an_initialization_depends_only_on_the_seed_and_the_path(model):
     few = inject(copy.deepcopy(model), LoraSettings(targets=(TO_K,)), seed=5)
     torch.randn(3)
     many = inject(copy.deepcopy(model), LoraSettings(), seed=5)
@@ -401,7 +401,7 @@ def test_a_start_depends_on_the_seed_and_the_path_alone(model):
     assert not torch.equal(start, many.layers[TO_Q].lora_A)
 
 
-def test_starts_have_the_spread_their_names_promise():
+def test_initializations_have_the_spread_their_names_promise():
     holder = torch.nn.Module()
     holder.add_module("proj_out", torch.nn.Linear(400, 64))
     starts = {}
@@ -418,7 +418,7 @@ def test_starts_have_the_spread_their_names_promise():
 
 @pytest.mark.parametrize("size", [(12, 20), (200, 160)])
 def test_pissa_starts_on_the_leading_singular_vectors(size):
-    """Small by an exact SVD, large by a randomised one."""
+    """Small modules by an exact SVD, large ones by a randomised one."""
     generator = torch.Generator().manual_seed(0)
     u, _, vh = torch.linalg.svd(torch.randn(size, generator=generator), full_matrices=False)
     values = 0.6 ** torch.arange(len(vh))
@@ -446,7 +446,7 @@ def test_the_file_size_is_known_before_anything_runs(name, key_format, model, tm
 
 
 def test_the_sizes_of_the_real_model_are_those_of_the_survey():
-    """60 blocks of full width, without memory: device meta."""
+    """60 blocks of full width on the meta device, without memory."""
     with torch.device("meta"):
         root = torch.nn.Module()
         for path in module_paths.list_module_paths():
@@ -474,7 +474,7 @@ def plant(root, module_path, leaf):
 
 @pytest.mark.parametrize("key_format", ["comfyui", "kohya", "peft"])
 @pytest.mark.parametrize("name", ALL)
-def test_the_file_holds_the_very_change_the_forward_makes(name, key_format, model, tmp_path):
+def test_the_file_holds_exactly_the_change_of_the_forward_pass(name, key_format, model, tmp_path):
     if key_format == "kohya" and "dora" in name:
         key_format = "diffusers"
     injection = inject(model, ALL[name], torch.float64)
@@ -514,7 +514,7 @@ def test_an_adapter_can_be_built_from_other_numbers_than_the_layers(name, model)
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("key_format", ["comfyui", "diffusers"])
-def test_training_goes_on_from_a_file_with_the_same_bits(name, key_format, model, tmp_path):
+def test_training_continues_from_a_file_bit_exactly(name, key_format, model, tmp_path):
     first = inject(model, SETTINGS[name])
     randomise(first)
     trained = run(model)
@@ -525,7 +525,7 @@ def test_training_goes_on_from_a_file_with_the_same_bits(name, key_format, model
     assert torch.equal(run(model), trained)
 
 
-def test_the_scale_of_the_file_is_kept_when_training_goes_on(model, make_state_dict):
+def test_the_scale_of_the_file_is_kept_when_training_continues(model, make_state_dict):
     adapter = inject(copy.deepcopy(model), LoraSettings(rank=2, alpha=1.0, targets=(TO_Q,)))
     randomise(adapter)
     injection = inject(model, LoraSettings(rank=2, alpha=16.0))
@@ -551,7 +551,7 @@ def make_adapter(path=TO_Q, rank=2, shape=(WIDTH, WIDTH), bias=None, value=0.1):
         (make_adapter(value=float("inf")), NonFiniteWeightsError, "holds NaN or Inf"),
     ],
 )
-def test_a_file_that_cannot_be_continued_is_refused_in_a_sentence(adapter, error, sentence, model):
+def test_a_file_that_cannot_be_continued_is_refused_with_a_message(adapter, error, sentence, model):
     injection = inject(model, LoraSettings(rank=2))
     before = list_bits(model)
     with pytest.raises(error, match=sentence):
@@ -576,7 +576,7 @@ def test_inert_modules_in_a_file_do_not_keep_it_from_being_continued(model):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_state_brings_back_every_bit(name, model):
+def test_the_state_restores_every_bit(name, model):
     first = inject(copy.deepcopy(model), ALL[name], seed=1)
     randomise(first)
     state = {key: tensor.clone() for key, tensor in first.state_dict().items()}
@@ -611,7 +611,7 @@ def test_a_state_of_another_precision_is_refused(model):
 # Modules that read one tensor share a down-product.
 
 
-def test_sharing_the_down_product_changes_nothing_but_rounding(model):
+def test_sharing_the_down_product_changes_only_rounding(model):
     twin = copy.deepcopy(model)
     settings = LoraSettings(rank=3, rank_pattern={"attn.to_k": 2})
     shared = inject(model, settings, torch.float64)
@@ -629,7 +629,7 @@ def test_sharing_the_down_product_changes_nothing_but_rounding(model):
 
 @pytest.fixture
 def trio(model):
-    """q, k and v of one block, randomised, and what each gives alone."""
+    """q, k and v of one block, randomised, and the result of each alone."""
     injection = inject(model, LoraSettings(rank=2, targets=("*.0.attn.to_[qkv]",)), torch.float64)
     randomise(injection)
     return list(injection.layers.values())
@@ -649,7 +649,7 @@ def test_any_order_of_calls_is_right(order, trio):
             torch.testing.assert_close(layer(x), compute_alone(layer, x))
 
 
-def test_a_weight_that_changed_between_two_modules_is_seen(trio):
+def test_a_weight_changed_between_two_modules_is_detected(trio):
     x = torch.randn(3, WIDTH, dtype=torch.float64)
     trio[0](x)
     with torch.no_grad():
@@ -667,7 +667,7 @@ def test_a_product_made_without_gradients_is_not_used_with_them(trio):
     assert trio[1].lora_A.grad.any()
 
 
-def test_nothing_is_kept_once_each_module_took_its_part(trio):
+def test_nothing_is_kept_after_each_module_took_its_part(trio):
     x = torch.randn(3, WIDTH, dtype=torch.float64)
     for layer in trio:
         layer(x)
@@ -726,7 +726,7 @@ def test_a_block_compiles_into_one_graph(name, model):
     torch.testing.assert_close(run(model), expected)
 
 
-def test_tokens_are_not_widened_to_the_type_of_the_lora(model):
+def test_tokens_are_not_widened_to_the_dtype_of_the_lora(model):
     """The products run in bfloat16 while the trained weights and their gradients are float32."""
     model.bfloat16()
     injection = inject(model, LoraSettings(rank=2))
@@ -747,7 +747,7 @@ def test_tokens_are_not_widened_to_the_type_of_the_lora(model):
     assert layer.lora_A.grad.dtype == torch.float32
 
 
-def test_autocast_runs_the_lora_in_its_type(model):
+def test_autocast_runs_the_lora_in_its_dtype(model):
     model.float()
     injection = inject(model, LoraSettings(rank=2))
     randomise(injection)
@@ -759,7 +759,7 @@ def test_autocast_runs_the_lora_in_its_type(model):
 
 
 class Fp8Linear(torch.nn.Module):
-    """A base that stores scaled fp8, as ComfyUI's files do."""
+    """A base that stores scaled fp8, like ComfyUI's files."""
 
     def __init__(self, linear):
         super().__init__()
@@ -833,7 +833,7 @@ def test_the_modules_of_the_quantisation_libraries_are_taken_as_they_are(library
     assert (out.float() - expected).norm() < 0.02 * expected.norm()
 
 
-def test_a_base_that_cannot_be_read_is_refused_by_dora_and_taken_by_lora(model):
+def test_an_unreadable_base_is_refused_by_dora_and_accepted_by_lora(model):
     attention = model.transformer_blocks[0].attn
     attention.to_q = Fp8Linear(attention.to_q)
     for settings in (LoraSettings(rank=2, use_dora=True), LoraSettings(rank=2, init="pissa")):

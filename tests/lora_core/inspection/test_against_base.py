@@ -51,7 +51,7 @@ def make_base(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "DoRA", "OFT"])
-def test_figures_beside_the_base_equal_dense_float64(kind):
+def test_statistics_relative_to_the_base_equal_dense_float64(kind):
     weights, base = make(kind), make_base()
     found = inspect_adapter(Adapter({PATH: weights}), {f"{PATH}.weight": base}).modules[PATH]
     delta, dense = compute_delta(weights, base).double(), base.double()
@@ -107,7 +107,7 @@ def test_a_bf16_base_keeps_a_lora_of_usual_size():
     assert found.base_ratio == pytest.approx(1e-3 / 0.02, rel=0.1)
 
 
-def test_modules_that_do_not_match_the_base_say_so_one_by_one():
+def test_modules_that_do_not_match_the_base_are_reported_individually():
     adapter, base = make_small_adapter(3e-4)
     first, second, third = adapter.modules
     del base[f"{first}.weight"]
@@ -131,7 +131,7 @@ def test_the_wrong_base_is_named_instead_of_the_adapter():
     assert "choose the base it was trained on" in sentence
 
 
-def test_a_change_of_a_norm_is_no_misfit():
+def test_a_change_of_a_norm_is_not_a_mismatch():
     adapter, base = make_small_adapter(3e-4)
     norm = DiffWeights(torch.ones(64))
     found = inspect_adapter(Adapter({**adapter.modules, "txt_norm": norm}, name="a"), base)

@@ -72,7 +72,7 @@ def check_relation(found, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("rank_a", "rank_b"), [(4, 4), (4, 9), (90, 3)])
-def test_figures_of_a_module_equal_dense_algebra_at_any_ranks(rank_a, rank_b):
+def test_metrics_of_a_module_equal_dense_algebra_at_any_ranks(rank_a, rank_b):
     a, b = make_lora(rank_a, alpha=3.0), make_lora(rank_b)
     dense_a, dense_b = compute_dense(a), compute_dense(b)
     found = compare_adapters(make_adapter({TO_Q: a}), make_adapter({TO_Q: b})).modules[TO_Q]
@@ -90,7 +90,7 @@ def test_figures_of_a_module_equal_dense_algebra_at_any_ranks(rank_a, rank_b):
 
 
 def make_spectrum(spectrum: torch.Tensor) -> LoraWeights:
-    """A LoRA of these singular values, in float64 and badly balanced."""
+    """A LoRA with these singular values, in float64 and badly balanced."""
     u = torch.linalg.qr(torch.randn(ROWS, len(spectrum), dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn(COLUMNS, len(spectrum), dtype=torch.float64))[0]
     mix = torch.randn(len(spectrum), len(spectrum), dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_subspaces_of_ill_conditioned_factors_are_those_of_the_dense_delta(small
     assert found.overlap.right == pytest.approx(right, rel=1e-6)
 
 
-def test_directions_that_are_only_rounding_do_not_count():
+def test_directions_from_rounding_do_not_count():
     lora_A = torch.randn(2, COLUMNS)
     weights = LoraWeights(torch.cat([lora_A, lora_A]), torch.randn(ROWS, 4))
     adapter = make_adapter({TO_Q: weights})
@@ -116,7 +116,7 @@ def test_directions_that_are_only_rounding_do_not_count():
     assert (found.rank_a, found.overlap.rank_a) == (4, 2)
 
 
-def test_overall_figures_are_those_of_the_concatenated_deltas():
+def test_overall_metrics_are_those_of_the_concatenated_deltas():
     a = make_adapter({TO_Q: make_lora(4), TO_K: make_lora(2, alpha=8.0)})
     b = make_adapter({TO_K: make_lora(5), TO_V: make_lora(3)})
     found = compare_adapters(a, b)
@@ -268,7 +268,7 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize("name", OBSTACLES)
-def test_what_cannot_be_compared_is_listed_with_its_reason_and_in_no_figure(name):
+def test_what_cannot_be_compared_is_listed_with_its_reason_and_excluded_from_metrics(name):
     build, reason = OBSTACLES[name]
     a = make_adapter({TO_Q: build(), TO_K: make_lora()})
     b = make_adapter({TO_Q: make_lora(), TO_K: make_lora()})
@@ -315,7 +315,7 @@ def test_the_result_is_plain_json():
     assert data["modules"][TO_Q]["rank_b"] == 8
 
 
-def test_the_text_states_the_same_figures():
+def test_the_text_states_the_same_metrics():
     found = compare_two()
     text = found.to_text()
     assert "a: first.safetensors; b: second.safetensors" in text
@@ -330,11 +330,11 @@ def test_plain_loras_are_compared_without_a_tensor_of_the_modules_size():
     assert ROWS * 4 <= seen.largest <= ROWS * 16 < ROWS * COLUMNS
 
 
-def test_progress_is_told_and_a_stop_is_heard():
+def test_progress_is_reported_and_a_stop_is_obeyed():
     a = make_adapter({TO_Q: make_lora(), TO_K: make_lora()})
-    told = []
-    compare_adapters(a, a, progress=lambda done, total: told.append((done, total)))
-    assert told == [(0, 2), (1, 2), (2, 2)]
+    reported = []
+    compare_adapters(a, a, progress=lambda done, total: reported.append((done, total)))
+    assert reported == [(0, 2), (1, 2), (2, 2)]
     answers = iter([False, True])
     with pytest.raises(InterruptedError, match="comparison was stopped after 1 of 2 modules"):
         compare_adapters(a, a, should_stop=lambda: next(answers))

@@ -1,4 +1,4 @@
-"""Every figure of an inspection against dense float64, and the verdicts' thresholds."""
+"""Every statistic of an inspection against dense float64, and the verdicts' thresholds."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ KINDS += ["LoKr factorised", "diff", "DoRA"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_figure_equals_dense_float64(kind):
+def test_every_statistic_equals_dense_float64(kind):
     weights = make(kind)
     direction = weights.direction if kind == "DoRA" else weights
     dense = compute_delta(direction).double()
@@ -130,7 +130,7 @@ def test_dead_rows_and_columns_are_counted():
     assert found.row_norm_min == 0
 
 
-def test_a_default_inspection_looks_at_no_entry():
+def test_a_default_inspection_scans_no_entries():
     found = inspect_adapter(Adapter({TO_Q: make("LoRA")}))
     assert found.abs_max is None
     assert found.modules[TO_Q].histogram is None
@@ -150,7 +150,7 @@ def make_adapter(std: float, num_blocks: int = 3, **zero: tuple[str, ...]) -> Ad
     return Adapter(modules, name="made")
 
 
-def test_the_whole_adapters_figures_are_those_of_all_entries_together():
+def test_the_adapters_statistics_are_those_of_all_entries_together():
     adapter = make_adapter(3e-4)
     dense = torch.cat([compute_delta(w).double().flatten() for w in adapter.modules.values()])
     found = inspect_adapter(adapter, exact=True)
@@ -161,7 +161,7 @@ def test_the_whole_adapters_figures_are_those_of_all_entries_together():
     assert found.fraction_below_1e6 == pytest.approx(below, rel=0.02)
 
 
-def test_the_seed_figures_are_dense_small_and_healthy():
+def test_the_seed_statistics_are_dense_small_and_healthy():
     (sentence,) = inspect_adapter(make_adapter(2.86e-4), exact=True).verdict
     assert sentence.startswith("dense, small, healthy: std 2.8")
     assert "known-good LoRAs: 0.0001 to 0.001" in sentence
@@ -221,7 +221,7 @@ def test_large_and_small_factors_that_multiply_to_a_sane_delta_are_inspected():
     assert found.modules[TO_Q].mean == pytest.approx(2e-4)
 
 
-def test_an_untrained_adapter_is_called_so_and_nothing_else():
+def test_an_untrained_adapter_is_reported_as_untrained_only():
     adapter = make_adapter(0.0)
     (sentence,) = inspect_adapter(adapter).verdict
     assert "untrained: the delta of all 36 modules is exactly 0" in sentence
@@ -247,7 +247,7 @@ def test_modules_that_were_left_out_are_named(num_dead, word):
     assert paths[0] in verdict[0]
 
 
-def test_a_wrong_alpha_and_a_collapsed_rank_are_named_with_their_figures():
+def test_a_wrong_alpha_and_a_collapsed_rank_are_named_with_their_values():
     adapter = make_adapter(3e-4)
     scaled = {p: w.with_alpha(16 * 1000.0) for p, w in adapter.modules.items()}
     verdict = inspect_adapter(Adapter(scaled, name="scaled")).verdict
@@ -310,7 +310,7 @@ def test_the_first_failure_stops_the_other_threads():
     assert len(asked) < 1000
 
 
-def test_threads_compute_in_the_callers_mode():
+def test_threads_compute_in_the_callers_autograd_mode():
     with torch.inference_mode():
         made, _ = map_in_threads(lambda item, _: torch.ones(item), [2, 3], None, None, "test")
     assert made.is_inference()
@@ -339,7 +339,7 @@ def test_a_lokrs_entries_are_looked_at_without_its_matrix(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
-def test_a_base_with_nan_is_told_and_no_figure_is_made_of_it(kind):
+def test_a_base_with_nan_is_reported_and_gives_no_statistics(kind):
     base = {f"{TO_Q}.weight": torch.full((ROWS, COLUMNS), float("nan"))}
     found = inspect_adapter(Adapter({TO_Q: make(kind)}), base)
     assert found.modules == {}

@@ -1,4 +1,4 @@
-"""The pictures: their size, that they show something, and that different facts look different."""
+"""The plots: their size, that they show something, and that different data look different."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_picture(picture: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-def test_every_statistic_has_a_map_of_its_own(inspection, statistic):
+def test_every_statistic_has_its_own_map(inspection, statistic):
     picture = draw_heat_map(inspection, statistic)
     check_picture(picture)
     other = "std" if statistic != "std" else "frobenius"
@@ -121,7 +121,7 @@ def test_histogram_and_spectrum_show_something(inspection):
             draw(inspection, "transformer_blocks.1.attn.to_q")
 
 
-def test_without_exact_the_pictures_that_need_it_say_so():
+def test_without_exact_the_images_that_need_it_say_so():
     quick = inspect(make_modules((0,)), exact=False)
     text = "histogram of the entries\n\nneeds exact: switch it on to see it"
     assert (draw_histogram(quick) == draw_message(text)).all()
@@ -132,11 +132,11 @@ def test_without_exact_the_pictures_that_need_it_say_so():
 
 
 @pytest.mark.parametrize("name", ["画像-✨", "$x^2", "a_b\nc", "n" * 300])
-def test_names_that_a_font_or_a_formula_would_stumble_over(name):
+def test_names_that_fonts_or_formulas_cannot_show_are_drawn(name):
     check_picture(draw_spectrum(inspect(make_modules((0,)), exact=False, name=name)))
 
 
-def test_empty_untrained_and_broken_adapters_have_pictures():
+def test_empty_untrained_and_broken_adapters_have_images():
     zero = {
         path: LoraWeights(weights.lora_A, torch.zeros_like(weights.lora_B))
         for path, weights in make_modules((0,)).items()

@@ -1,4 +1,4 @@
-"""What merging leaves of a delta, predicted against rounding for real."""
+"""How much of a delta survives merging: predictions against actual rounding."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_spacing_is_the_distance_to_the_next_number(dtype):
     assert reached[numbers[1:-1] > 1e-37].all()
 
 
-def test_a_float32_base_loses_nothing_worth_a_figure():
+def test_a_float32_base_loses_nothing_significant():
     weight = BaseWeight(torch.randn(4, 4), None)
     assert predict_error(weight, 1e-3) is None
     assert measure_error(weight, torch.ones(4, 4)) is None
@@ -79,7 +79,7 @@ def test_a_base_is_found_under_every_prefix_and_scaled_as_stored(prefix, tmp_pat
     assert open_base(path).get("transformer_blocks.7.attn.to_q") is None
 
 
-def test_another_models_file_is_refused_with_a_sentence(tmp_path):
+def test_another_models_file_is_refused_with_a_message(tmp_path):
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}, tmp_path / "f.safetensors")
     with pytest.raises(KeyFormatError, match=r"is no Qwen-Image model: none of its 1"):
         open_base(tmp_path / "f.safetensors")
@@ -95,7 +95,7 @@ def test_another_models_file_is_refused_with_a_sentence(tmp_path):
         (torch.ones(4, 4).bfloat16(), torch.ones(4), "as bfloat16 with 4 scales"),
     ],
 )
-def test_a_storage_that_is_not_understood_is_refused_with_a_sentence(stored, scale, what):
+def test_a_storage_that_is_not_understood_is_refused_with_a_message(stored, scale, what):
     scales = {} if scale is None else {f"{PATH}.weight_scale": scale}
     base = open_base({f"{PATH}.weight": stored, **scales})
     with pytest.raises(FileError, match=f"{what}, which cannot be read here yet; expected bf16"):
@@ -103,13 +103,13 @@ def test_a_storage_that_is_not_understood_is_refused_with_a_sentence(stored, sca
 
 
 @pytest.mark.parametrize("note", [b"{", b"[1]", b'{"format": "awq"}', b"{}", b'{"convrot": true}'])
-def test_an_unknown_note_is_refused_and_never_guessed_at(note):
+def test_an_unknown_quantisation_note_is_refused_and_never_guessed(note):
     entries = {
         f"{PATH}.weight": torch.ones(4, 4, dtype=torch.int8),
         f"{PATH}.weight_scale": torch.ones(()),
         f"{PATH}.comfy_quant": torch.tensor(list(note), dtype=torch.uint8),
     }
-    if note == b"{}":  # says nothing: as if it were not there
+    if note == b"{}":  # empty: treated as missing
         assert open_base(entries).get(PATH).storage == "scaled int8"
     else:
         with pytest.raises(FileError, match="which cannot be read here yet"):

@@ -64,7 +64,7 @@ def test_the_worst_comes_first_and_block_is_the_models_order():
     }
 
 
-def test_what_needs_every_entry_is_refused_without_and_left_out_of_the_table():
+def test_full_scan_statistics_are_refused_without_a_scan_and_not_in_the_table():
     inspection = inspect_adapter(make_adapter())
     with pytest.raises(ConfigError, match=r"needs every entry, .*; switch exact on"):
         build_table(inspection, "abs max")
@@ -75,7 +75,7 @@ def test_what_needs_every_entry_is_refused_without_and_left_out_of_the_table():
 
 
 @pytest.mark.parametrize("sort_by", SORT_KEYS)
-def test_the_figure_it_is_sorted_by_is_in_the_table(sort_by):
+def test_the_statistic_it_is_sorted_by_is_in_the_table(sort_by):
     table = build_table(inspect_adapter(make_adapter(), exact=True), sort_by)
     header = table.splitlines()[1]
     assert sort_by == "block" or HEADERS.get(sort_by, sort_by) in header
@@ -83,7 +83,7 @@ def test_the_figure_it_is_sorted_by_is_in_the_table(sort_by):
 
 
 @pytest.mark.parametrize("sort_by", SORT_KEYS)
-def test_an_adapter_without_any_figures_has_a_table_too(sort_by):
+def test_an_adapter_without_statistics_has_a_table_too(sort_by):
     adapter = Adapter({"txt_norm": DiffWeights(torch.ones(8))}, name="norms")
     inspection = inspect_adapter(adapter, exact=True)
     assert build_table(inspection, sort_by).startswith("0 modules")
@@ -127,7 +127,7 @@ def test_a_damaged_or_older_file_counts_as_none(tmp_path, monkeypatch):
     assert files.read_inspection(path, "a") is None
 
 
-def test_the_hash_follows_everything_an_inspection_depends_on(tmp_path):
+def test_the_hash_covers_everything_an_inspection_depends_on(tmp_path):
     path = write(tmp_path / "a.safetensors")
     adapter = read_adapter(path)
     content_hash = files.compute_content_hash(adapter)

@@ -1,4 +1,4 @@
-"""A store, what its jobs need, and workers that do not outlive their test."""
+"""A store, the files its jobs need, and workers that do not outlive their test."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Servers and workers that are killed, for test_killed_jobs.py: `python killed_jobs.py FOLDER N`.
 
-This process imports everything once and forks: servers, which look after one store, and from them
-workers, which run `worker.main` as a worker of its own interpreter does. It kills a worker, a
-server, or both, N times at random moments, and prints one JSON line about what it found.
+This process imports everything once and forks: servers, which supervise one store, and from them
+workers, which run `worker.main` like a worker with its own interpreter. It kills a worker, a
+server, or both, N times at random moments, and prints its results as one JSON line.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TIMEOUT = 150.0  # seconds
 
 
 class Fork:
-    """What `Supervisor` needs of a Popen."""
+    """The parts of Popen that `Supervisor` uses."""
 
     def __init__(self, pid: int):
         self.pid, self.code = pid, None
@@ -108,14 +108,14 @@ def kill_worker(store: JobStore) -> bool:
 def main(folder: Path, num_kills: int) -> None:
     servers: list[int] = []
     try:
-        torment(folder, num_kills, servers)
+        kill_repeatedly(folder, num_kills, servers)
     finally:
         for server in servers:
             kill(server)
         kill_worker(JobStore(folder / "root"))
 
 
-def torment(folder: Path, num_kills: int, servers: list[int]) -> None:
+def kill_repeatedly(folder: Path, num_kills: int, servers: list[int]) -> None:
     torch.set_num_threads(1)
     moments = random.Random(1)
     material = tiny_jobs.make_material(folder)

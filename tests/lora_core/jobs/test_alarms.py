@@ -41,15 +41,15 @@ def look_at(losses, stds=None):
 
 
 def noisy(step: int) -> float:
-    """0.02 to 0.3 as sigmas come and go, without a trend."""
+    """0.02 to 0.3 as sigma varies, without a trend."""
     return 0.02 + 0.28 * (0.5 + 0.5 * math.sin(step * 12.9898) * math.cos(step * 4.1)) ** 2
 
 
-def test_a_noisy_loss_that_falls_alarms_nobody():
+def test_a_noisy_falling_loss_raises_no_alarm():
     assert look_at([noisy(i) * (0.5 + 0.5 * 0.995**i) for i in range(STEPS)]) == []
 
 
-def test_a_loss_that_explodes_is_said_once_with_its_step():
+def test_an_exploding_loss_is_reported_once_with_its_step():
     losses = [noisy(i) if i < 300 else 1.0 for i in range(STEPS)]
     (sentence,) = look_at(losses)
     assert "the training diverges; clone it with a lower learning rate than 0.0001" in sentence
@@ -57,18 +57,18 @@ def test_a_loss_that_explodes_is_said_once_with_its_step():
     assert 325 <= step < 400
 
 
-def test_a_single_bad_step_is_none():
+def test_a_single_bad_step_raises_no_alarm():
     assert look_at([50.0 if i == 400 else 10.0 for i in range(STEPS)]) == []
 
 
 @pytest.mark.parametrize(("std", "is_alarm"), [(1e-3, False), (9e-3, False), (2e-2, True)])
-def test_a_delta_that_overwrites_the_base_is_said(std, is_alarm):
+def test_a_delta_that_overwrites_the_base_is_reported(std, is_alarm):
     said = look_at([0.1] * 100, [std * i / 100 for i in range(1, 101)])
     assert bool(said) is is_alarm
     assert all("overwrites the base" in sentence for sentence in said)
 
 
-def test_a_delta_that_stays_where_it_was_is_said_after_a_tenth_of_the_run():
+def test_an_unchanging_delta_is_reported_after_a_tenth_of_the_run():
     assert look_at([0.1] * 99, [1e-9] * 99) == []
     (sentence,) = look_at([0.1] * STEPS, [1e-9] * STEPS)
     assert "still 1e-09 after 100 steps" in sentence

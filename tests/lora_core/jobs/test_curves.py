@@ -1,4 +1,4 @@
-"""Curves: files are read on as they grow, and thinning keeps what a user looks for."""
+"""Curves: growing files are read incrementally, and thinning keeps the important points."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(path, rows, mode="a"):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def test_a_file_that_grew_is_read_on_and_a_half_written_line_waits(tmp_path):
+def test_a_file_that_grew_is_read_incrementally_and_a_partial_line_waits(tmp_path):
     path, reader = tmp_path / "metrics.jsonl", MetricsReader()
     assert reader.read(path) == []
     write(path, [make_row(1), make_row(2)])
@@ -56,7 +56,7 @@ def test_only_the_new_lines_are_parsed(tmp_path, monkeypatch):
     assert len(parsed) == 1
 
 
-def test_a_file_that_a_resumed_run_cut_is_read_from_its_start(tmp_path):
+def test_a_file_truncated_by_a_resumed_run_is_read_from_its_start(tmp_path):
     path, reader = tmp_path / "metrics.jsonl", MetricsReader()
     write(path, [make_row(i, 0.1) for i in range(1, 11)])
     reader.read(path)
@@ -69,7 +69,7 @@ def test_a_file_that_a_resumed_run_cut_is_read_from_its_start(tmp_path):
     assert rows[5]["loss"] == 0.2
 
 
-def test_a_file_that_cannot_be_read_is_a_sentence_and_no_other_file_suffers(tmp_path):
+def test_an_unreadable_file_is_a_clear_error_and_affects_no_other_file(tmp_path):
     good, bad, reader = tmp_path / "good.jsonl", tmp_path / "bad.jsonl", MetricsReader()
     write(good, [make_row(1)])
     bad.mkdir()
@@ -105,7 +105,7 @@ def test_thinning_keeps_ends_extremes_and_order(count):
         assert (max(losses), min(losses)) == (99.0, 1e-6)
 
 
-def test_curves_are_of_one_length_and_health_has_its_own_steps():
+def test_curves_have_equal_length_and_health_has_its_own_steps():
     rows = [make_row(i, grad_norm=float(i)) for i in range(1, 51)]
     for i in (25, 50):
         rows[i - 1]["health"] = {"std": i / 1000, "spectral": 1.0, "effective_rank": 3.0}

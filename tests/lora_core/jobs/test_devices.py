@@ -1,4 +1,4 @@
-"""Which devices there are, which of them a job gets, and how a worker sees it alone."""
+"""Available devices, which of them a job gets, and how its worker is limited to it."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def choose(wanted, *arguments, **options):
     return [one.name for one in choose_devices(DEVICES, wanted, *arguments, **options)]
 
 
-def test_a_job_gets_the_first_device_of_those_that_it_asks_for():
+def test_a_job_gets_the_first_of_the_devices_it_requests():
     assert choose("auto") == choose("cuda") == ["cuda:1"]
     assert choose("cuda:0") == ["cuda:0"]
     assert choose("cpu") == ["cpu"]
 
 
-def test_a_gpu_that_is_not_there_is_left_to_the_cpus_worker():
+def test_a_job_for_a_missing_gpu_goes_to_the_cpus_worker():
     assert choose("cuda:7") == ["cpu"]
     assert choose_devices([CPU], "auto") == choose_devices([CPU], "cuda:1") == [CPU]
 
 
-def test_free_devices_come_before_taken_ones_and_those_before_none():
+def test_free_devices_are_preferred_to_taken_ones_and_those_to_none():
     assert choose("auto", taken={SMALL}) == ["cuda:0"]
     assert choose("auto", taken={SMALL, LARGE}) == ["cuda:1"]
     assert choose("auto", 2, taken={SMALL}) == ["cuda:0", "cuda:1"]
@@ -60,7 +60,7 @@ def test_a_job_made_for_a_large_gpu_waits_for_it():
         ("cuda:1", "cuda:1", "cuda"),
         ("auto", "cuda:3", "cuda"),
         ("auto", "cpu", "cpu"),
-        ("cuda:1", "cpu", "cuda:1"),  # whose opening says that it is not there
+        ("cuda:1", "cpu", "cuda:1"),  # opening it fails because it does not exist
     ],
 )
 def test_a_process_that_sees_one_gpu_calls_it_cuda(wanted, name, placed, material):
@@ -70,7 +70,7 @@ def test_a_process_that_sees_one_gpu_calls_it_cuda(wanted, name, placed, materia
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """Two that can be described and not opened."""
+    """Two GPUs that can be described but not opened."""
 
     def refuse(*arguments):
         raise AssertionError("this opens a CUDA context")
@@ -127,7 +127,7 @@ def test_a_worker_sees_the_second_of_the_gpus_that_the_user_chose(
 
 
 class Process:
-    """A worker that runs on and on."""
+    """A worker that never ends."""
 
     pid = 1
 
@@ -154,7 +154,7 @@ def test_the_supervisor_starts_a_job_where_it_was_made_for(store, material):
     assert {store.get(one).status for one in (named, late)} == {JobStatus.PENDING}
 
 
-def test_a_job_that_asks_for_no_gpu_there_is_started_and_says_so(store, material):
+def test_a_job_for_a_missing_gpu_is_started_and_reports_it(store, material):
     started = []
 
     def launch(root, folder, devices):

@@ -1,4 +1,4 @@
-"""An estimate measured in a process of its own is the estimate, and its errors are sentences."""
+"""Estimating in a separate process gives the same estimate, and clear errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_estimate_of_another_process_is_of_this_run(tmp_path):
     assert found.fits
 
 
-def test_what_is_wrong_with_the_run_is_said_in_its_own_sentence(tmp_path):
+def test_what_is_wrong_with_the_run_is_reported_in_its_own_words(tmp_path):
     config = make_train(make_material(tmp_path), **{"model.source": str(tmp_path / "gone.gguf")})
     with pytest.raises(ConfigError, match=r"^gone.gguf is not there; expected a diffusion model"):
         estimate_in_process(config, DEVICE)
@@ -36,7 +36,7 @@ def test_what_is_wrong_with_the_run_is_said_in_its_own_sentence(tmp_path):
 def test_a_process_that_sees_one_gpu_is_not_asked_for_the_second(tmp_path):
     config = make_train(make_material(tmp_path), **{"model.device": "cuda:1"})
     none_visible = Device("cuda:1", "test-gpu", "99")
-    # It looks for the one GPU that it would see, and not for a second one.
+    # It looks for the only GPU it can see, and not for a second one.
     with pytest.raises(ConfigError, match="the device 'cuda' is not there"):
         estimate_in_process(config, none_visible)
 
@@ -58,5 +58,5 @@ def test_a_stopped_estimate_leaves_no_process(tmp_path):
         ("", "the estimate ended with exit code 9: it said nothing"),
     ],
 )
-def test_the_last_words_become_a_sentence(errors, sentence):
+def test_the_last_output_becomes_the_error_message(errors, sentence):
     assert explain(errors, 9).startswith(sentence)

@@ -1,4 +1,4 @@
-"""Why a job ended badly, and what a worker is started with."""
+"""Why a job failed, and how a worker is started."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ FIRST, SECOND = Device("cuda:0", "here-a", "2"), Device("cuda:1", "here-b", "GPU
         (3, "ended with exit code 3 before it could say why", False),
     ],
 )
-def test_a_death_is_explained_and_only_those_from_outside_are_tried_again(
-    code, sentence, again, tmp_path
-):
+def test_a_crash_is_explained_and_only_external_ones_are_retried(code, sentence, again, tmp_path):
     folder = JobFolder(tmp_path)
     folder.log.write_text("".join(f"line {i}\n" for i in range(100)))
     failure = explain_death(code, folder)
@@ -71,7 +69,7 @@ def make_backend_error(text: str) -> Exception:
 
 
 def make_accelerator_error(text: str) -> Exception:
-    """As torch raises from 2.8 on what was a RuntimeError before."""
+    """As raised by torch from 2.8 on, where it was a RuntimeError before."""
     kind = getattr(torch, "AcceleratorError", RuntimeError)
     return kind(text)
 
@@ -102,7 +100,7 @@ NCCL = "NCCL error in: NCCLUtils.cpp:109, unhandled cuda error, NCCL version 2.2
     ],
     ids=lambda error: f"{type(error).__name__}-{str(error)[:40]}",
 )
-def test_out_of_memory_says_what_to_lower(error, material):
+def test_an_out_of_memory_error_says_what_to_lower(error, material):
     config = make_train(material, **{"data.batch_size": 4, "lora.rank": 64})
     failure = explain_error(error, config)
     assert "ran out of memory" in failure.sentence
@@ -120,11 +118,11 @@ def test_out_of_memory_says_what_to_lower(error, material):
         ValueError("out of memory"),
     ],
 )
-def test_other_errors_of_libraries_are_no_lack_of_memory(error, material):
+def test_other_library_errors_are_not_out_of_memory(error, material):
     assert "ran out of memory" not in explain_error(error, make_train(material)).sentence
 
 
-def test_other_errors_are_one_sentence(material):
+def test_other_errors_are_reported_in_one_sentence(material):
     config = make_train(material)
     assert explain_error(FileError("a\n b"), config) == JobFailure(sentence="a b")
     failure = explain_error(ZeroDivisionError("division by zero"), config)
@@ -132,7 +130,7 @@ def test_other_errors_are_one_sentence(material):
     assert failure.advice == ("look at the end of the log",)
 
 
-def test_gpus_that_cannot_reach_each_other_are_told_of_shared_memory(material, monkeypatch):
+def test_an_error_for_gpus_that_cannot_communicate_mentions_shared_memory(material, monkeypatch):
     config = make_train(material)
     error = torch.distributed.DistBackendError("NCCL error")
     monkeypatch.setattr(nccl, "BYTES_PER_PROCESS", 1 << 60)
@@ -168,7 +166,7 @@ def test_the_command_is_a_list_of_ids_and_never_a_shell_line(tmp_path):
     assert Path(command[-5], "lora_core", "jobs", "worker.py").is_file()
 
 
-def test_a_state_says_how_long_it_will_take():
+def test_a_state_includes_the_remaining_time():
     state = JobState(status=JobStatus.IN_PROGRESS, step=4, num_steps=10, seconds_per_step=2.0)
     assert state.remaining_s == 12.0
     assert dataclasses.replace(state, status=JobStatus.PAUSED).remaining_s is None

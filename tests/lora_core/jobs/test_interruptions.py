@@ -1,4 +1,4 @@
-"""Whatever comes between: pauses taken back, kills, moves, deletions; nothing is lost or left."""
+"""Interruptions: withdrawn pauses, kills, moves, deletions; nothing is lost or left over."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ JOB = "20260131-120000-0123abcd"
 
 @pytest.fixture(scope="module")
 def whole(material, tmp_path_factory):
-    """The folder of a job that nothing came between."""
+    """The folder of a job that was not interrupted."""
     store = JobStore(tmp_path_factory.mktemp("whole"))
     job_id = train_here(store, make_train(material, steps=STEPS), SAMPLES)
     yield store.open_folder(job_id)
@@ -60,7 +60,7 @@ def assert_same_run(ours: Path, whole: JobFolder) -> None:
         assert bool((read_weights(ours / "samples" / name)["samples"] == latents).all())
 
 
-# --- pauses taken back ---
+# --- withdrawn pauses ---
 
 
 class Fickle(JobReporter):
@@ -83,8 +83,8 @@ class Fickle(JobReporter):
         return answer
 
 
-def test_a_pause_taken_back_before_it_took_effect_costs_nothing(store, submit, whole):
-    """At every second place where it may meet the run: before and in a sample, before a step."""
+def test_a_pause_withdrawn_before_it_took_effect_costs_nothing(store, submit, whole):
+    """At every second point where a run checks for it: before and in a sample, before a step."""
     first = store.open_folder(submit(samples=SAMPLES))
     calm = Fickle(first, None)
     assert run_job(first.read_settings(), first, ["cpu"], calm)
@@ -101,7 +101,7 @@ def test_a_pause_taken_back_before_it_took_effect_costs_nothing(store, submit, w
     assert True in met
 
 
-def test_a_pause_taken_back_as_the_worker_ends_is_no_restart(store, submit, whole):
+def test_a_pause_withdrawn_as_the_worker_ends_is_not_a_restart(store, submit, whole):
     job_id = submit(samples=SAMPLES, max_restarts=0)
     folder = store.open_folder(job_id)
     settings, reporter = folder.read_settings(), Fickle(folder, 9, 10**6)
@@ -124,7 +124,7 @@ def test_a_shutdown_still_counts(store, submit):
     assert folder.read_state().status is JobStatus.FAILED
 
 
-# --- folders that go ---
+# --- folders that disappear ---
 
 
 class Mover(JobReporter):
@@ -158,7 +158,7 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(("moment", "adapter_every"), MOMENTS)
-def test_a_folder_that_is_moved_away_is_not_made_again_and_goes_on_elsewhere(
+def test_a_moved_folder_is_not_recreated_and_continues_elsewhere(
     moment, adapter_every, store, material, whole, tmp_path
 ):
     train = make_train(material, steps=STEPS, **{"saving.adapter_every": adapter_every})
@@ -177,11 +177,11 @@ def test_a_folder_that_is_moved_away_is_not_made_again_and_goes_on_elsewhere(
     other.index.close()
 
 
-# --- jobs deleted meanwhile ---
+# --- concurrently deleted jobs ---
 
 
 def delete_before(monkeypatch, owner, name: str, path: Path) -> None:
-    """Somebody else deletes the job just before a function is called."""
+    """Deletes the job just before a function is called."""
     function = getattr(owner, name)
 
     def call(*arguments, **named):
@@ -206,7 +206,7 @@ def delete_before(monkeypatch, owner, name: str, path: Path) -> None:
         (lambda store, job: store.get(job), JobFolder, "read_settings"),
     ],
 )
-def test_a_job_deleted_meanwhile_is_not_found(
+def test_a_concurrently_deleted_job_is_not_found(
     action, owner, name, store, submit, tmp_path, monkeypatch
 ):
     loras = tmp_path / "loras"
@@ -269,7 +269,7 @@ def loras(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_copy_that_is_under_way_is_left_to_who_makes_it(adapter, loras, monkeypatch):
+def test_a_copy_in_progress_is_left_to_its_process(adapter, loras, monkeypatch):
     copy = publication.shutil.copyfileobj
 
     def copy_beside_a_deletion(*arguments):
@@ -282,7 +282,7 @@ def test_a_copy_that_is_under_way_is_left_to_who_makes_it(adapter, loras, monkey
     assert [path.name for path in loras.iterdir()] == [NAMES[0]]
 
 
-def test_what_a_process_that_is_gone_left_is_removed(loras):
+def test_leftovers_of_a_dead_process_are_removed(loras):
     this = identify()
     dead = WorkerIdentity(host=describe_host(), pid=this.pid, started=this.started - 1)
     for owner in (dead, None):
@@ -294,7 +294,7 @@ def test_what_a_process_that_is_gone_left_is_removed(loras):
     assert list(loras.iterdir()) == [mine]
 
 
-def test_publications_in_one_second_are_one_file_each_of_its_own_job(adapter, loras):
+def test_publications_within_a_second_are_one_file_per_job(adapter, loras):
     jobs = [f"20260131-120000-0123abc{i}" for i in range(4)]
     names: dict[str, tuple[str, ...]] = {}
 
@@ -313,7 +313,7 @@ def test_publications_in_one_second_are_one_file_each_of_its_own_job(adapter, lo
         assert_equal_weights(loras / name, adapter)
 
 
-def test_a_copy_that_cannot_be_deleted_is_told(store, submit, adapter, loras, monkeypatch):
+def test_a_copy_that_cannot_be_deleted_is_reported(store, submit, adapter, loras, monkeypatch):
     job_id = submit(loras=str(loras))
     folder = store.open_folder(job_id)
     (name,) = publication.publish([adapter], loras, job_id)
@@ -349,7 +349,7 @@ TRACED = tuple(f"{os.sep}{name}.py" for name in ("store", "publication", "folder
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks what is killed")
-def test_a_submission_killed_at_any_line_leaves_a_whole_job_or_nothing(store, material, loras):
+def test_a_submission_killed_at_any_line_leaves_a_complete_job_or_nothing(store, material, loras):
     train = make_train(material)
     jobs = store.root / "jobs"
     line, is_over = 0, False
@@ -377,11 +377,11 @@ def test_a_submission_killed_at_any_line_leaves_a_whole_job_or_nothing(store, ma
             assert job.status is JobStatus.PENDING
             assert job.settings.loras == str(loras)
             store.delete(job.id)
-    assert line > 60  # it did meet the lines
+    assert line > 60  # it did reach the lines
 
 
 def kill_at_line(number: int) -> None:
-    """This process ends at the n-th line that it runs of what writes a job."""
+    """Ends this process at the n-th line it runs of the code that writes a job."""
     left = number
 
     def look(frame, event, _):
@@ -397,11 +397,11 @@ def kill_at_line(number: int) -> None:
     sys.settrace(look)
 
 
-# --- what a disk does to a run ---
+# --- disk errors ---
 
 
-def test_a_name_that_the_disk_does_not_take_costs_no_step(store, submit, whole, monkeypatch):
-    """As on eCryptfs, which takes 143 bytes; the check at submission counts 255."""
+def test_a_file_name_the_disk_refuses_costs_no_step(store, submit, whole, monkeypatch):
+    """As on eCryptfs, which allows 143 bytes; the check at submission allows 255."""
     job_id = submit(samples=SAMPLES)
     folder = store.open_folder(job_id)
     reporter = JobReporter(folder, folder.read_state())
@@ -421,7 +421,9 @@ def test_a_name_that_the_disk_does_not_take_costs_no_step(store, submit, whole, 
     assert_same_run(folder.path, whole)
 
 
-def test_the_newest_checkpoint_damaged_in_any_file_costs_a_step_and_no_bit(store, submit, whole):
+def test_damage_to_any_file_of_the_newest_checkpoint_costs_one_step_and_no_bit(
+    store, submit, whole
+):
     first = store.open_folder(submit(samples=SAMPLES))
     settings = first.read_settings()
     assert not run_job(settings, first, ["cpu"], StopsAfter(first, 2))

@@ -1,4 +1,4 @@
-"""Workers and servers killed at random moments: nothing is lost, twice, or another result."""
+"""Workers and servers killed at random moments: nothing is lost, duplicated or changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks what is k
 
 
 @pytest.fixture(scope="module")
-def torment(tmp_path_factory: pytest.TempPathFactory):
+def kills(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("killed")
     result = subprocess.run(
         [sys.executable, SCRIPT, folder, str(NUM_KILLS)],
@@ -34,18 +34,18 @@ def torment(tmp_path_factory: pytest.TempPathFactory):
     return folder, json.loads(result.stdout)
 
 
-def test_every_job_is_found_again_and_completed(torment):
-    _, outcome = torment
+def test_every_killed_job_is_found_again_and_completed(kills):
+    _, outcome = kills
     assert outcome["killed"] == {"worker": 7, "server": 7, "both": 7}
     assert set(outcome["statuses"]) == {"completed"}, outcome["states"]
-    # each worker that was killed was followed by one other, and no more
+    # each killed worker was followed by exactly one other
     num_jobs, num_dead = len(outcome["jobs"]), sum(outcome["phases"].values())
     assert 14 <= sum(outcome["starts"]) <= num_jobs + num_dead
     assert outcome["phases"].get("training", 0) > 0
 
 
-def test_killed_jobs_end_with_the_weights_of_one_that_ran_through_to_the_bit(torment):
-    folder, outcome = torment
+def test_killed_jobs_end_with_weights_bit_identical_to_an_uninterrupted_run(kills):
+    folder, outcome = kills
     store = JobStore(folder / "root")
     whole, *killed = outcome["jobs"]
     steps = [line["step"] for line in store.read_metrics(whole)]
@@ -61,8 +61,8 @@ def test_killed_jobs_end_with_the_weights_of_one_that_ran_through_to_the_bit(tor
     store.index.close()
 
 
-def test_samples_are_made_once_and_alike_in_spite_of_the_kills(torment):
-    folder, outcome = torment
+def test_samples_are_made_once_and_identical_despite_the_kills(kills):
+    folder, outcome = kills
     store = JobStore(folder / "root")
     whole, *killed = outcome["jobs"]
     expected = {path.name: read_weights(path) for path in store.list_samples(whole)}
@@ -75,8 +75,8 @@ def test_samples_are_made_once_and_alike_in_spite_of_the_kills(torment):
     store.index.close()
 
 
-def test_each_adapter_is_published_once_under_a_free_name_and_whole(torment):
-    folder, outcome = torment
+def test_each_adapter_is_published_once_completely_and_under_a_free_name(kills):
+    folder, outcome = kills
     loras = folder / "loras"
     assert (loras / "tiny.safetensors").read_bytes() == b"of somebody else"
     names = [name for names in outcome["published"] for name in names]
@@ -88,8 +88,8 @@ def test_each_adapter_is_published_once_under_a_free_name_and_whole(torment):
             assert len(read_weights(loras / name)) > 0
 
 
-def test_never_two_workers_at_once_and_none_left_over(torment):
-    folder, outcome = torment
+def test_two_workers_never_run_at_once_and_none_is_left_over(kills):
+    folder, outcome = kills
     assert outcome["most_at_once"] <= 1
     assert outcome["running"] == 0
     assert list_processes(folder / "root") == []

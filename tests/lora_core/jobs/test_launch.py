@@ -1,4 +1,4 @@
-"""How processes of our own are started, on Windows and with several GPUs too."""
+"""How our own processes are started, including on Windows and with several GPUs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ GPU = Device("cuda:0", "here-a", "0")
 SHARED_GPU = Device("cuda:0", "here-a", "0", is_shared=True)
 TWO_GPUS = [GPU, Device("cuda:1", "here-b", "1")]
 ID = "20260131-120000-0123abcd"
-#: "process 2 of 2" of a launcher's.
+#: A launcher's "process 2 of 2".
 OF_TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
 
 
 class Started(Exception):
-    """Instead of a process."""
+    """Raised instead of starting a process."""
 
 
 @pytest.fixture
 def popen(monkeypatch):
-    """What a process would have been started with."""
+    """The arguments that a process would have been started with."""
     seen = {}
 
     def start(command, **options):
@@ -41,20 +41,20 @@ def popen(monkeypatch):
     return seen
 
 
-def be_windows(monkeypatch):
+def pretend_windows(monkeypatch):
     monkeypatch.setattr(launch, "os", SimpleNamespace(name="nt", environ={}))
     monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
     monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
 
 
-def be_without_nccl(monkeypatch):
+def hide_nccl(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
 
 
 def test_no_process_opens_a_window_or_sees_the_users_own_packages(
     popen, material, tmp_path, monkeypatch
 ):
-    be_windows(monkeypatch)
+    pretend_windows(monkeypatch)
     monkeypatch.setattr(launch.sys, "flags", SimpleNamespace(no_user_site=1))
     with pytest.raises(Started):
         launch.start_worker(tmp_path, JobFolder(tmp_path), [GPU])
@@ -67,22 +67,24 @@ def test_no_process_opens_a_window_or_sees_the_users_own_packages(
     assert popen["command"][1] == "-s"
 
 
-def test_a_worker_and_an_estimate_are_told_whose_gpu_it_is_too(popen, material, tmp_path):
+def test_a_worker_and_an_estimate_know_that_the_gpu_is_shared(popen, material, tmp_path):
     assert "--shared" in launch.build_command(tmp_path, ID, [SHARED_GPU])
     assert "--shared" not in launch.build_command(tmp_path, ID, [GPU])
-    for device, is_told in ((SHARED_GPU, True), (GPU, False)):
+    for device, is_expected in ((SHARED_GPU, True), (GPU, False)):
         with pytest.raises(Started):
-            estimate_process.estimate_in_process(make_train(material), device, with_samples=is_told)
-        assert ("--shared" in popen["command"]) == is_told
-        assert ("--samples" in popen["command"]) == is_told
+            estimate_process.estimate_in_process(
+                make_train(material), device, with_samples=is_expected
+            )
+        assert ("--shared" in popen["command"]) == is_expected
+        assert ("--samples" in popen["command"]) == is_expected
 
 
-def test_several_gpus_without_nccl_are_refused_in_a_sentence_wherever_they_come_from(
+def test_several_gpus_without_nccl_are_refused_with_a_message_from_any_source(
     store, material, tmp_path, monkeypatch
 ):
     assert "torch.distributed.run" in launch.build_command(tmp_path, ID, TWO_GPUS)
-    be_without_nccl(monkeypatch)
-    # PyTorch's launcher would die of the same before it could say why.
+    hide_nccl(monkeypatch)
+    # PyTorch's launcher would fail in the same way before it could report why.
     assert "torch.distributed.run" not in launch.build_command(tmp_path, ID, TWO_GPUS)
     two_cpus = [Device("cpu", "a", ""), Device("cpu", "b", "")]
     assert "torch.distributed.run" in launch.build_command(tmp_path, ID, two_cpus)
@@ -106,7 +108,7 @@ def test_several_gpus_without_nccl_are_refused_in_a_sentence_wherever_they_come_
         (False, {"NCCL_IB_DISABLE": "0"}, {"NCCL_P2P_DISABLE": "1"}),
     ],
 )
-def test_cards_that_accelerate_says_cannot_reach_each_other_get_its_settings(
+def test_cards_that_accelerate_finds_unconnected_get_its_settings(
     is_supported, inherited, expected, monkeypatch
 ):
     utils = pytest.importorskip("accelerate.utils")
@@ -133,7 +135,7 @@ def test_a_team_of_gpus_has_the_settings_before_accelerate_looks_for_them(monkey
 
 
 @pytest.mark.skipif(not nccl.SHARED_MEMORY.is_dir(), reason="there is no /dev/shm")
-def test_shared_memory_is_asked_for_where_there_is_little(monkeypatch):
+def test_shared_memory_is_requested_where_there_is_little(monkeypatch):
     status = SimpleNamespace(f_bavail=1 << 14, f_frsize=1 << 12)  # Docker's 64 MB
     monkeypatch.setattr(nccl.os, "statvfs", lambda path: status)
     assert nccl.explain_shared_memory(2, {}).startswith("only 64 MB of shared memory are free")

@@ -1,4 +1,4 @@
-"""Job folders as a crash, a hand or a stranger left them: one job each, and no other suffers."""
+"""Job folders damaged by a crash, a user or an attacker: one job each, and no other is affected."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def submit(store: JobStore, material: Path):
 
 
 class Sleeper:
-    """A worker that goes on and on."""
+    """A worker that never ends."""
 
     pid = 1
 
@@ -44,7 +44,7 @@ class Sleeper:
 
 
 def change(path: Path, name: str, text: str) -> None:
-    """Puts a JSON text in the place of a field's value; "name" inside of "table.name"."""
+    """Replaces a field's value with a JSON text; a nested field is "table.name"."""
     values = json.loads(path.read_text())
     *tables, last = name.split(".")
     place = values
@@ -55,7 +55,7 @@ def change(path: Path, name: str, text: str) -> None:
 
 
 def check_list(store: JobStore, damaged: str, others: list[str]) -> str:
-    """The damaged job's sentence, where all the others are what they were."""
+    """The damaged job's error message, after checking that all other jobs are unchanged."""
     jobs = {job.id: job for job in store.list()}
     assert set(jobs) == {damaged, *others}
     assert {jobs[other].status for other in others} == {JobStatus.PENDING}
@@ -125,7 +125,7 @@ def test_settings_of_odd_values_are_one_failed_job(name, store, submit):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes under a file's name")
 @pytest.mark.parametrize("name", ["state.json", "config.json", "lock"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to a pipe"])
-def test_what_is_no_file_is_one_failed_job(name, kind, store, submit, tmp_path):
+def test_a_non_regular_file_is_one_failed_job(name, kind, store, submit, tmp_path):
     good, bad = submit(), submit()
     path = store.root / "jobs" / bad / name
     path.unlink(missing_ok=True)
@@ -140,7 +140,7 @@ def test_what_is_no_file_is_one_failed_job(name, kind, store, submit, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes under a file's name")
-def test_a_pipe_in_the_place_of_log_metrics_or_request_keeps_nobody_waiting(store, submit):
+def test_a_pipe_in_place_of_log_metrics_or_request_blocks_nothing(store, submit):
     job_id = submit()
     folder = store.open_folder(job_id)
     for name in ("log.txt", "metrics.jsonl", "request.json"):
@@ -151,34 +151,34 @@ def test_a_pipe_in_the_place_of_log_metrics_or_request_keeps_nobody_waiting(stor
             read(job_id)
     with pytest.raises(FileError, match="pipe"):
         MetricsReader().read(folder.metrics)
-    with folder.open_log() as log:  # as a worker that starts
+    with folder.open_log() as log:  # like a worker that starts
         log.write(b"said")
     assert store.read_log(job_id)["text"] == "said"
 
 
-def test_the_other_jobs_are_started_and_settled_beside_an_odd_one(store, submit):
-    """An odd state at "created_at" once kept the supervisor from all jobs at every tick."""
+def test_other_jobs_are_started_and_settled_beside_an_odd_one(store, submit):
+    """An odd "created_at" in a state once blocked the supervisor for all jobs at every tick."""
     dead, waiting, odd = submit(max_restarts=0), submit(), submit()
     path = store.root / "jobs"
     gone = '{"host": "here", "pid": 1, "started": 0.5}'
     change(path / dead / "state.json", "status", '"in_progress"')
     change(path / dead / "state.json", "worker", gone)
     change(path / odd / "state.json", "created_at", "null")
-    told: dict[str, object] = {}
+    reported: dict[str, object] = {}
     started: list[str] = []
 
     def launch(root, folder, devices):
         started.append(folder.id)
         return Sleeper()
 
-    Supervisor(store, [CPU], listener=told.__setitem__, launch=launch).tick()
+    Supervisor(store, [CPU], listener=reported.__setitem__, launch=launch).tick()
     assert started == [waiting]
     assert store.get(dead).status is JobStatus.FAILED  # noticed
-    assert told[odd].status is JobStatus.FAILED
+    assert reported[odd].status is JobStatus.FAILED
     assert store.pause(waiting).status is JobStatus.PAUSED
 
 
-def test_what_nobody_thought_of_in_one_folder_is_a_failed_job_and_told_once(
+def test_an_unexpected_error_in_one_folder_is_a_failed_job_reported_once(
     store, submit, monkeypatch, caplog
 ):
     good, bad = submit(), submit()
@@ -195,9 +195,7 @@ def test_what_nobody_thought_of_in_one_folder_is_a_failed_job_and_told_once(
     assert len([r for r in caplog.records if r.exc_info]) == 1
 
 
-def test_a_job_that_cannot_be_looked_after_keeps_the_supervisor_from_no_other(
-    store, submit, monkeypatch, caplog
-):
+def test_a_job_that_cannot_be_supervised_does_not_affect_others(store, submit, monkeypatch, caplog):
     first, second = submit(), submit()
     started = []
 
@@ -219,7 +217,7 @@ def test_a_job_that_cannot_be_looked_after_keeps_the_supervisor_from_no_other(
     assert len([r for r in caplog.records if first in r.message]) == 1
 
 
-def test_figures_of_a_state_never_become_more_than_json_has(store, submit):
+def test_numbers_of_a_state_stay_valid_json(store, submit):
     job_id = submit()
     path = store.root / "jobs" / job_id / "state.json"
     for name, text in (
@@ -235,7 +233,7 @@ def test_figures_of_a_state_never_become_more_than_json_has(store, submit):
     assert "step 0 of 18446744073709551615" in job.describe()
 
 
-def test_a_state_with_a_figure_that_json_lacks_is_not_written(store, submit):
+def test_a_state_with_a_number_json_lacks_is_not_written(store, submit):
     folder = store.open_folder(submit())
     before = folder.read_state()
     state = type(before)(loss=float("nan"))
@@ -270,7 +268,7 @@ def test_a_failure_of_any_length_is_shown_as_one_short_sentence(store, submit):
     ],
     ids=["deep", "another status", "no text", "a number", "another stamp", "another id"],
 )
-def test_a_row_that_is_not_what_was_written_is_never_a_job(harm, store, submit, caplog):
+def test_an_altered_row_is_never_a_job(harm, store, submit, caplog):
     jobs = [submit(), submit()]
     before = store.list()
     store.index.close()
@@ -300,7 +298,7 @@ def test_a_failure_that_cannot_be_read_is_none(text, store, submit):
     assert not get_failure_path(folder, 1).exists()
 
 
-# --- on the way in ---
+# --- submission ---
 
 
 BAD_CHANGES = [
@@ -325,7 +323,7 @@ BAD_CHANGES = [
 ]
 
 
-def test_a_clone_of_odd_settings_is_refused_in_a_short_sentence(store, submit):
+def test_a_clone_of_odd_settings_is_refused_with_a_short_message(store, submit):
     job_id = submit()
     for changes in BAD_CHANGES:
         with pytest.raises(ConfigError) as caught:
@@ -336,7 +334,7 @@ def test_a_clone_of_odd_settings_is_refused_in_a_short_sentence(store, submit):
 
 
 def test_options_nested_to_the_interpreters_limit_are_refused_and_leave_no_folder(store, submit):
-    """json.dumps gave up at about a thousand levels, and the half-made folder stayed."""
+    """json.dumps failed at about a thousand levels, and the incomplete folder remained."""
     job_id = submit()
     for depth in (12, 490, 3000):
         options: object = 1.0
@@ -358,7 +356,7 @@ def test_no_failure_of_a_submission_leaves_a_folder(store, submit, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["model.source", "data.folder", "model.vae", "loras"])
-def test_a_place_that_no_file_can_have_is_a_short_sentence(what, store, material):
+def test_an_impossible_path_is_a_short_error(what, store, material):
     for place in (LONG, "a\0b", "\ud800", "/" + "y/" * 3000):
         settings = {"loras": place} if what == "loras" else {}
         train = make_train(material, **({} if settings else {what: place}))
@@ -369,20 +367,20 @@ def test_a_place_that_no_file_can_have_is_a_short_sentence(what, store, material
 
 
 @pytest.mark.parametrize("value", [2**64 - 1, 0])
-def test_every_seed_that_comfyui_has_is_taken(value, store, material):
+def test_every_seed_of_comfyui_is_accepted(value, store, material):
     assert store.get(store.submit(make_train(material, seed=value))).settings.train.seed == value
 
 
 @pytest.mark.parametrize(
     "text", ["", DEEP, "[]", '{"model": {}, "data": NaN}', HUGE, '{"model": 1}']
 )
-def test_settings_of_a_lora_that_cannot_be_read_are_a_sentence(text):
+def test_unreadable_settings_of_a_lora_are_a_clear_error(text):
     with pytest.raises(ConfigError, match="the settings in this LoRA are damaged") as caught:
         read_settings({"qwen_edit_lora.config": text})
     assert len(str(caught.value)) <= 400
 
 
-def test_what_is_no_table_of_settings_is_a_short_sentence():
+def test_settings_that_are_not_a_table_are_a_short_error():
     for values in ("x" * 9999, [["y" * 9999]], {"name": {}, "output": ["z" * 9999]}, {3: 4}):
         with pytest.raises(ConfigError) as caught:
             config_from_dict(values)
@@ -433,7 +431,7 @@ def test_links_in_a_jobs_folder_are_not_followed(is_whole, store, submit, secret
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="opens links")
-def test_a_lock_that_is_a_link_makes_no_file_elsewhere(store, submit, tmp_path):
+def test_a_lock_that_is_a_link_creates_no_file_elsewhere(store, submit, tmp_path):
     job_id = submit()
     (store.open_folder(job_id).path / "lock").symlink_to(tmp_path / "made")
     with pytest.raises(FileError):

@@ -1,4 +1,4 @@
-"""A job's pictures: their names, who may read what, and that making them changes no weight."""
+"""A job's images: their names, which may be read, and that making them changes no weight."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_names_tell_kind_item_step_and_index_whatever_an_item_is_called(item):
         *("source_a_0.png.tmp", ".target_a.png", "target_ä.png", "step_٠٠٠٠٠٠٠١_a.png"),
     ],
 )
-def test_what_is_no_picture_has_no_name_of_one(name):
+def test_other_file_names_are_not_image_names(name):
     assert parse_name(name) is None
 
 
-def test_pictures_are_listed_in_order_and_read_by_listed_names_only(store, material, tmp_path):
+def test_images_are_listed_in_order_and_read_by_listed_names_only(store, material, tmp_path):
     job_id = store.submit(make_train(material))
     assert store.list_images(job_id) == []
     folder = store.open_folder(job_id).samples
@@ -87,7 +87,7 @@ def kept(tmp_path: Path) -> Path:
     return keep_vae(tmp_path / "cache", IDENTITY, load_file(VAE).items())
 
 
-def test_the_kept_part_of_a_vae_decodes_to_the_bit_and_draws_no_random_number(kept):
+def test_the_kept_part_of_a_vae_decodes_bit_identically_without_random_numbers(kept):
     before = torch.get_rng_state()
     ours, whole = load_decoder(kept), load_decoder(VAE)
     assert torch.equal(torch.get_rng_state(), before)
@@ -98,7 +98,7 @@ def test_the_kept_part_of_a_vae_decodes_to_the_bit_and_draws_no_random_number(ke
     assert whole(latents).std() > 0.01
 
 
-def test_a_vae_is_kept_once_and_found_by_the_sets_made_with_it(kept, tmp_path):
+def test_a_vae_is_stored_once_and_found_by_the_sets_made_with_it(kept, tmp_path):
     stamp = kept.stat().st_mtime_ns
     assert keep_vae(tmp_path / "cache", IDENTITY, {}.items()) == kept  # not even looked at
     assert kept.stat().st_mtime_ns == stamp
@@ -127,7 +127,7 @@ def test_weights_that_share_the_memory_of_their_file_are_kept_too(tmp_path):
     assert {key.partition(".")[0] for key in kept} == {"decoder", "conv2"}
 
 
-def test_a_vae_of_another_kind_or_a_full_disk_is_a_sentence(tmp_path):
+def test_a_vae_of_another_kind_or_a_full_disk_is_a_clear_error(tmp_path):
     tensors = load_file(VAE)
     others = {
         "is no VAE": {k: v for k, v in tensors.items() if k != "conv2.weight"},
@@ -147,7 +147,7 @@ def samples(**settings) -> SampleSettings:
     return SampleSettings(every=3, steps=2, **settings)
 
 
-def test_a_job_makes_pictures_and_its_weights_stay_the_same_to_the_bit(store, material, kept):
+def test_making_images_leaves_a_jobs_weights_bit_identical(store, material, kept):
     items = ["item_0", "item_2"]
     without = train_here(store, make_train(material))
     with_pictures = train_here(store, make_train(material), samples(items=items, vae=str(kept)))
@@ -180,7 +180,7 @@ def test_a_job_makes_pictures_and_its_weights_stay_the_same_to_the_bit(store, ma
     assert (shown.int() - expected.int()).abs().max() <= 1
 
 
-def test_a_vae_that_is_gone_costs_the_pictures_and_not_the_training(store, material, kept):
+def test_a_missing_vae_costs_the_images_but_not_the_training(store, material, kept):
     save_file({"a": torch.zeros(1)}, kept)
     job_id = train_here(store, make_train(material), samples(vae=str(kept)))
     assert store.list_images(job_id) == []
@@ -190,7 +190,7 @@ def test_a_vae_that_is_gone_costs_the_pictures_and_not_the_training(store, mater
     assert "is no VAE of Qwen-Image" in note
 
 
-def test_pictures_too_large_for_the_memory_are_left_out_with_a_note(kept, tmp_path):
+def test_images_too_large_for_the_memory_are_left_out_with_a_note(kept, tmp_path):
     notes: list[str] = []
     writer = ImageWriter(str(kept), None, CPU, notes.append)
     huge = torch.zeros(1, 16, 1, 1).expand(1, 16, 1 << 21, 1 << 21)  # a mere view
@@ -210,7 +210,7 @@ def test_pictures_too_large_for_the_memory_are_left_out_with_a_note(kept, tmp_pa
         ({"whole on gpu", "tiles on gpu"}, ["whole on gpu", "tiles on gpu", "whole on cpu"]),
     ],
 )
-def test_a_picture_too_large_for_the_gpu_is_decoded_in_tiles_and_then_on_the_cpu(
+def test_an_image_too_large_for_the_gpu_is_decoded_in_tiles_and_then_on_the_cpu(
     fails, ways, tmp_path, monkeypatch
 ):
     tried, notes = [], []
@@ -232,6 +232,6 @@ def test_a_picture_too_large_for_the_gpu_is_decoded_in_tiles_and_then_on_the_cpu
     for name in ("first", "second"):
         with writer.ready():
             writer.write(torch.zeros(1, 16, 2, 2), tmp_path / name)
-    assert tried == [*ways, ways[-1]]  # the next one begins where the first one ended
+    assert tried == [*ways, ways[-1]]  # the next one starts where the first one ended up
     assert notes == [IN_TILES, ON_CPU][: len(ways) - 1]
     assert len(list(tmp_path.glob("*.png"))) == 2

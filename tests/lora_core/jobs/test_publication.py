@@ -1,4 +1,4 @@
-"""The finished adapter in a loras folder: whole, under a free name, once."""
+"""The finished adapter in a loras folder: complete, under a free name, once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loras(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def adapters(tmp_path: Path) -> list[Path]:
-    """Raw and averaged weights, as a run leaves them."""
+    """Raw and averaged weights, as written by a run."""
     return [write(tmp_path / "a.safetensors", 1), write(tmp_path / "a_ema.safetensors", 2)]
 
 
@@ -51,7 +51,7 @@ def test_the_copy_has_the_same_tensors_and_names_its_job(adapters, loras):
     assert read_job_id(adapters[0]) is None
 
 
-def test_no_other_file_is_overwritten_and_a_run_keeps_one_number(adapters, loras):
+def test_no_other_file_is_overwritten_and_a_run_keeps_its_number(adapters, loras):
     (loras / "a_ema.safetensors").write_bytes(b"mine")
     assert publish(adapters, loras, JOB) == ("a_2.safetensors", "a_2_ema.safetensors")
     assert publish(adapters, loras, OTHER) == ("a_3.safetensors", "a_3_ema.safetensors")
@@ -70,7 +70,7 @@ def test_what_a_killed_worker_published_is_found_again(adapters, loras):
     assert publish(adapters, loras, JOB) == ("a_2.safetensors", "a_2_ema.safetensors")
 
 
-def test_a_file_system_without_hard_links_will_do(adapters, loras, monkeypatch):
+def test_a_file_system_without_hard_links_is_supported(adapters, loras, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -81,7 +81,7 @@ def test_a_file_system_without_hard_links_will_do(adapters, loras, monkeypatch):
     assert len(list_names(loras)) == 3
 
 
-def test_a_folder_that_takes_nothing_is_a_sentence_and_leaves_nothing(adapters, tmp_path):
+def test_an_unwritable_folder_is_a_clear_error_and_leaves_nothing(adapters, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="the adapter cannot be put into loras"):
         publish(adapters, tmp_path / "file" / "loras", JOB)
@@ -104,7 +104,7 @@ def test_damaged_files_belong_to_no_job(content, loras):
     assert json.dumps(list_names(loras)) == '["x.safetensors"]'
 
 
-def test_what_a_killed_worker_left_half_copied_goes_with_its_next_attempt_or_the_job(
+def test_a_partial_copy_of_a_killed_worker_is_removed_by_its_next_attempt_or_with_the_job(
     store, material, tmp_path
 ):
     loras = tmp_path / "loras_of_killed"

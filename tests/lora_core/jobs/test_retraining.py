@@ -1,4 +1,4 @@
-"""Training an adapter again from its metadata alone, and what stands in the way."""
+"""Retraining an adapter from its metadata alone, and what prevents it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tiny_jobs import assert_equal_weights, make_train, train_here
 BASE = "tiny_fp32_2509.safetensors"
 
 
-def look_in(folder: Path):
+def make_finder(folder: Path):
     return lambda name: [path for path in folder.rglob("*") if path.name == name]
 
 
-def test_a_lora_trained_again_from_its_metadata_is_the_same_to_the_bit(store, material):
+def test_a_lora_retrained_from_its_metadata_is_bit_identical(store, material):
     train = make_train(
         material,
         **{"data.caption_dropout": 0.0, "optimizer.warmup_steps": 2, "objective.shift": 3.0},
@@ -29,7 +29,7 @@ def test_a_lora_trained_again_from_its_metadata_is_the_same_to_the_bit(store, ma
     with safe_open(file, "pt") as adapter:
         metadata = adapter.metadata()
     assert str(material) not in json.dumps(metadata)
-    again = build_again(metadata, look_in(material), look_in(material))
+    again = build_again(metadata, make_finder(material), make_finder(material))
     assert (again.model, again.data, again.lora) == (train.model, train.data, train.lora)
     second = train_here(store, again)
     assert_equal_weights(store.open_folder(second).path / "tiny.safetensors", file)
@@ -51,7 +51,7 @@ def describe(**changes) -> dict[str, str]:
 
 @pytest.fixture
 def here(tmp_path: Path):
-    """Finds everything but what a test says."""
+    """Finds everything except what a test specifies."""
 
     def find(*lacking: str):
         return lambda name: [] if name in lacking else [tmp_path / name]
@@ -110,6 +110,6 @@ def test_metadata_from_elsewhere_never_becomes_a_path(evil, place, tmp_path):
         (describe(steps="many"), "are of another version: steps is 'many'"),
     ],
 )
-def test_metadata_that_says_too_little_is_a_sentence(metadata, sentence, here):
+def test_incomplete_metadata_is_a_clear_error(metadata, sentence, here):
     with pytest.raises(ConfigError, match=sentence):
         build_again(metadata, here(), here(), here())

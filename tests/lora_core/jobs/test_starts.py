@@ -1,4 +1,4 @@
-"""Starting workers: what they may run, and what a start that comes to nothing is."""
+"""Starting workers: what they may run, and what counts as a failed start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TWO = [CPU, Device("cpu", "test-cpu-2", "")]
 
 
 class Ended:
-    """A worker that is gone already."""
+    """A worker that has already ended."""
 
     pid = 2**22 + 1
 
@@ -31,8 +31,8 @@ class Ended:
         return self.code
 
 
-def start_those_that_end(store, code: int, devices: list[Device], count: int = 6) -> list[str]:
-    """Ids of the jobs whose workers were started within some ticks, each to end with the code."""
+def start_and_end(store, code: int, devices: list[Device], count: int = 6) -> list[str]:
+    """Ids of the jobs started within some ticks, whose workers each end with this exit code."""
     started = []
 
     def launch_one(root, folder, chosen):
@@ -46,11 +46,11 @@ def start_those_that_end(store, code: int, devices: list[Device], count: int = 6
 
 
 @pytest.mark.parametrize("shadowed", ["dataclasses", "runpy"])
-def test_no_file_of_a_jobs_folder_is_run(shadowed, store, material, monkeypatch, tmp_path):
+def test_no_file_of_a_jobs_folder_is_executed(shadowed, store, material, monkeypatch, tmp_path):
     folder = store.open_folder(store.submit(make_train(material)))
     marker = tmp_path / "was_run"
     (folder.path / f"{shadowed}.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
-    monkeypatch.chdir(folder.path)  # not by the server's own place either
+    monkeypatch.chdir(folder.path)  # nor from the server's own folder
     monkeypatch.setattr(launch, "WORKER", "dataclasses")
     assert start_worker(store.root, folder, [CPU]).wait() == 0
     assert not marker.exists()
@@ -68,24 +68,24 @@ def test_a_worker_and_a_launcher_work_outside_of_the_jobs_folder(store, material
 
 
 @pytest.mark.parametrize("devices", [[CPU], TWO], ids=["one process", "a launcher"])
-def test_a_worker_that_ends_well_and_did_nothing_is_a_failed_start(devices, store, material):
+def test_a_worker_that_exits_successfully_without_work_is_a_failed_start(devices, store, material):
     job_id = store.submit(make_train(material), num_devices=len(devices))
-    assert start_those_that_end(store, 0, devices) == [job_id]
+    assert start_and_end(store, 0, devices) == [job_id]
     state = store.get(job_id).state
     assert state.status is JobStatus.FAILED
     assert "exit code 0" in state.failure.sentence
     store.resume(job_id)
-    assert start_those_that_end(store, 0, devices) == [job_id]
+    assert start_and_end(store, 0, devices) == [job_id]
 
 
 @pytest.mark.parametrize("code", [EXIT_NOTHING_TO_DO, EXIT_TAKEN])
-def test_a_worker_that_found_the_job_or_device_taken_is_none(code, store, material):
+def test_a_worker_that_found_the_job_or_device_taken_is_not_a_failed_start(code, store, material):
     job_id = store.submit(make_train(material))
-    assert len(start_those_that_end(store, code, [CPU], 3)) > 1
+    assert len(start_and_end(store, code, [CPU], 3)) > 1
     assert store.get(job_id).status is JobStatus.PENDING
 
 
-def test_a_start_that_failed_is_not_repeated_while_nobody_can_write_that_down(
+def test_a_failed_start_is_not_repeated_while_it_cannot_be_recorded(
     store, material, monkeypatch, caplog
 ):
     failed, other = (store.submit(make_train(material)) for _ in range(2))
@@ -94,12 +94,12 @@ def test_a_start_that_failed_is_not_repeated_while_nobody_can_write_that_down(
         raise FileError("the disk is full")
 
     monkeypatch.setattr(JobFolder, "write_state", refuse)
-    assert sorted(start_those_that_end(store, 1, [CPU])) == sorted([failed, other])
+    assert sorted(start_and_end(store, 1, [CPU])) == sorted([failed, other])
     assert len([r for r in caplog.records if "the disk is full" in r.message]) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="makes a link")
-def test_a_workers_log_is_no_link(store, material, tmp_path, monkeypatch):
+def test_a_workers_log_is_not_a_link(store, material, tmp_path, monkeypatch):
     folder = store.open_folder(store.submit(make_train(material)))
     outside = tmp_path / "precious"
     outside.write_text("mine")

@@ -1,4 +1,4 @@
-"""The store without any worker: what a program asks of it, and what a disk does to it."""
+"""The store without any worker: its API, and disk errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_submitted_job_is_a_folder_with_everything_in_it(store, submit, materi
     assert JobStore(store.root).get(job_id) == job
 
 
-def test_what_may_be_shown_holds_no_path(store, submit, tmp_path):
+def test_the_public_view_of_a_job_contains_no_path(store, submit, tmp_path):
     shown = json.dumps(store.get(submit(loras=str(tmp_path))).to_dict())
     assert str(tmp_path) not in shown
     assert json.loads(shown)["status"] == "pending"
@@ -71,13 +71,13 @@ def test_jobs_are_listed_in_the_order_they_came_from_several_threads(store, mate
 @pytest.mark.parametrize(
     "bad", ["", "..", "../jobs", "a/b", "20260131-120000-0123ABCD", "x" * 300, None, "\0", "jobs"]
 )
-def test_what_is_no_id_never_becomes_a_path(bad, store):
+def test_an_invalid_id_never_becomes_a_path(bad, store):
     for method in (store.get, store.pause, store.delete, store.read_log, store.clone):
         with pytest.raises(ConfigError, match="is no job id; expected one such as"):
             method(bad)
 
 
-def test_an_unknown_id_is_a_sentence(store):
+def test_an_unknown_id_is_a_clear_error(store):
     with pytest.raises(UnknownJobError, match="there is no job 20260131-120000-0123abcd"):
         store.get("20260131-120000-0123abcd")
 
@@ -119,7 +119,7 @@ def test_the_same_key_from_several_threads_is_one_job(store, material):
     assert len(set(ids)) == len(store.list()) == 1
 
 
-def test_what_killed_processes_left_half_done_is_cleared_and_nothing_else(store, submit):
+def test_only_leftovers_of_killed_processes_are_removed(store, submit):
     job_id = submit()
     folder = store.root / "jobs"
     for name in (".a.new", ".b.new", ".c.deleted"):
@@ -148,7 +148,7 @@ def test_a_clone_has_the_changes_and_nothing_of_the_progress(store, submit, tmp_
         store.clone(original, {"lorra.rank": 2})
 
 
-def test_deleting_takes_the_jobs_folder_and_nothing_else(store, submit, tmp_path):
+def test_deleting_removes_only_the_jobs_folder(store, submit, tmp_path):
     loras = tmp_path / "loras"
     loras.mkdir()
     (loras / "tiny.safetensors").write_bytes(b"mine")
@@ -159,7 +159,7 @@ def test_deleting_takes_the_jobs_folder_and_nothing_else(store, submit, tmp_path
     store.delete(gone, with_adapter=True)
     assert [job.id for job in store.list()] == [keep]
     assert not folder.path.exists()
-    # it does not say that it is this job's
+    # its metadata does not name this job
     assert (loras / "tiny.safetensors").read_bytes() == b"mine"
     assert [p.name for p in (store.root / "jobs").iterdir()] == [keep]
 
@@ -186,7 +186,7 @@ def test_jobs_are_deleted_while_others_list_them(store, submit):
     other.index.close()
 
 
-def test_a_link_among_the_jobs_is_no_job(store, submit, tmp_path):
+def test_a_link_among_the_jobs_is_not_a_job(store, submit, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("x")
@@ -198,7 +198,7 @@ def test_a_link_among_the_jobs_is_no_job(store, submit, tmp_path):
     assert store.list() == []
 
 
-def test_a_job_whose_worker_holds_it_is_asked_and_not_changed(store, submit):
+def test_a_job_held_by_its_worker_gets_a_request_and_is_not_changed(store, submit):
     job_id = submit()
     folder = store.open_folder(job_id)
     assert folder.lock.try_acquire()
@@ -208,25 +208,25 @@ def test_a_job_whose_worker_holds_it_is_asked_and_not_changed(store, submit):
     folder.write_state(state)
     assert store.pause(job_id).request == "pause"
     assert store.cancel(job_id).request == "cancel"  # the later one counts
-    assert store.resume(job_id).request == "run"  # and may be taken back
+    assert store.resume(job_id).request == "run"  # and may be withdrawn
     assert store.get(job_id).state == state
     folder.lock.release()
 
 
-def test_waiting_ends_when_told_to_and_the_job_goes_on(store, submit):
+def test_waiting_can_be_stopped_and_the_job_goes_on(store, submit):
     job_id = submit()
-    told, asked = [], []
+    reported, asked = [], []
     with pytest.raises(InterruptedError, match="the job goes on"):
         store.wait(
-            job_id, should_stop=lambda: len(asked) > 1 or asked.append(1), notify=told.append
+            job_id, should_stop=lambda: len(asked) > 1 or asked.append(1), notify=reported.append
         )
-    assert [job.status for job in told] == [JobStatus.PENDING]
+    assert [job.status for job in reported] == [JobStatus.PENDING]
     assert store.wait(job_id, timeout_s=0).status is JobStatus.PENDING
     store.cancel(job_id)
     assert store.wait(job_id).status is JobStatus.CANCELLED
 
 
-def test_the_log_is_read_from_the_end_or_from_where_one_was(store, submit):
+def test_the_log_is_read_from_the_end_or_from_an_offset(store, submit):
     job_id = submit()
     assert store.read_log(job_id) == {"text": "", "offset": 0, "next_offset": 0, "size": 0}
     store.open_folder(job_id).log.write_bytes("ä1234\n".encode() * 10)  # 7 bytes each
@@ -262,7 +262,7 @@ def empty_tables(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [damage, delete, empty_tables])
 @pytest.mark.parametrize("is_open", [True, False], ids=["in use", "at start"])
-def test_an_index_lost_or_broken_is_made_anew(harm, is_open, store, submit, caplog):
+def test_a_lost_or_broken_index_is_rebuilt(harm, is_open, store, submit, caplog):
     jobs = [submit(key="k"), submit()]
     before = store.list()
     if not is_open:
@@ -320,7 +320,7 @@ def test_a_job_with_a_broken_file_is_a_failed_one_that_can_be_deleted(name, cont
 
 @pytest.fixture
 def in_use(monkeypatch):
-    """`in_use(name, times)`: Windows lets nobody read files of that name for so many tries."""
+    """`in_use(name, times)`: as on Windows, files of that name are unreadable for `times` tries."""
 
     def deny(name: str, times: float) -> None:
         open_any = os.open
@@ -408,7 +408,7 @@ def test_only_a_state_that_is_not_there_says_that_the_job_was_deleted(tmp_path, 
     assert not is_deleted(tmp_path / "state.json")
 
 
-# --- missing files and disks that do not take any ---
+# --- missing files and disks that refuse writes ---
 
 
 @pytest.mark.parametrize(
@@ -419,13 +419,13 @@ def test_only_a_state_that_is_not_there_says_that_the_job_was_deleted(tmp_path, 
         ({"model.vae": "no_vae"}, "the VAE, no_vae, is not there"),
     ],
 )
-def test_missing_files_are_told_before_anything_is_queued(changes, sentence, store, material):
+def test_missing_files_are_reported_before_anything_is_queued(changes, sentence, store, material):
     with pytest.raises(FileError, match=sentence):
         store.submit(make_train(material, **changes))
     assert store.list() == []
 
 
-def test_a_loras_folder_that_takes_no_file_is_told_before_anything_is_queued(store, submit):
+def test_an_unwritable_loras_folder_is_reported_before_anything_is_queued(store, submit):
     with pytest.raises(FileError, match="the loras folder cannot take the adapter: it is not ther"):
         submit(loras="nowhere")
     with pytest.raises(FileError, match="the loras folder cannot take the adapter"):
@@ -439,7 +439,7 @@ def test_settings_out_of_range_are_refused(settings, submit, store):
     assert store.list() == []
 
 
-def test_a_root_that_cannot_be_made_is_a_sentence(tmp_path):
+def test_a_root_that_cannot_be_created_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="the jobs' folder cannot be made"):
         JobStore(tmp_path / "file" / "root")
@@ -473,7 +473,7 @@ print(len(store.list()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
-def test_a_disk_that_takes_no_more_is_a_sentence_and_nothing_changes(store, submit):
+def test_a_full_disk_is_a_clear_error_and_changes_nothing(store, submit):
     job_id = submit()
     root = Path(__file__).resolve().parents[3]
     result = subprocess.run(
@@ -493,7 +493,7 @@ def test_a_disk_that_takes_no_more_is_a_sentence_and_nothing_changes(store, subm
     assert [p for p in store.root.rglob(".*") if p.is_file()] == []
 
 
-# --- what the system says of processes and locks ---
+# --- processes and locks of the system ---
 
 
 def test_a_reused_pid_is_another_process():
@@ -535,7 +535,7 @@ def test_a_lock_dies_with_its_holder_even_where_the_holder_forked(tmp_path):
     os.write(go[1], b"x")
 
 
-def test_settings_come_back_as_they_were(tmp_path, material):
+def test_settings_survive_a_round_trip(tmp_path, material):
     settings = JobSettings(
         train=make_train(material, output=str(tmp_path)),
         loras="x",

@@ -1,4 +1,4 @@
-"""Several devices for one job, as two processes on the CPU: who starts, who dies, who is left."""
+"""Several devices for one job, as two processes on the CPU: starts, deaths and leftovers."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def find_process(root: Path, rank: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts processes in /proc")
-def test_a_team_outlives_the_death_of_a_member_and_a_pause_to_the_same_weights(
-    store, material, tmp_path
-):
+def test_a_team_survives_a_dead_member_and_a_pause_with_the_same_weights(store, material, tmp_path):
     pytest.importorskip("accelerate")
     (tmp_path / "loras").mkdir()
     supervisor = Supervisor(store, TWO)
@@ -90,7 +88,7 @@ def test_a_team_outlives_the_death_of_a_member_and_a_pause_to_the_same_weights(
     assert job.state.published == ("tiny.safetensors", "tiny_ema.safetensors")
     with safe_open(tmp_path / "loras" / "tiny.safetensors", "pt") as file:
         assert file.metadata()["qwen_edit_lora.job"] == job_id
-    assert store.read_log(job_id)["text"].count("loading ") == 3  # one process speaks
+    assert store.read_log(job_id)["text"].count("loading ") == 3  # only rank 0 prints
     assert list(ours.glob(".process_*")) == []
 
 
@@ -123,7 +121,7 @@ def test_a_job_that_waits_for_two_devices_is_not_overtaken_on_one(store, materia
             sleeper.wait()
 
 
-def test_a_job_that_wants_more_devices_than_there_are_is_started_to_say_so(store, material):
+def test_a_job_that_needs_more_devices_than_exist_is_started_to_report_it(store, material):
     started: list[int] = []
 
     def launch(root, folder, devices):
@@ -151,7 +149,7 @@ def test_the_launcher_is_this_interpreters_and_gets_ids_only(tmp_path):
     assert "LOCAL_RANK" not in environment
 
 
-def test_what_a_member_said_before_it_ended_is_taken_once(store, material):
+def test_a_members_last_message_is_taken_once(store, material):
     folder = store.open_folder(store.submit(make_train(material)))
     failure = JobFailure(sentence="the device ran out of memory", advice=("lower lora.rank",))
     write_failure(folder, 1, failure)

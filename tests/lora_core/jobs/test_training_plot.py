@@ -1,4 +1,4 @@
-"""The picture of a training shows what the metrics say."""
+"""The plot of a training shows the metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_metrics(num_steps: int, level: float = 0.4) -> list[dict]:
     return lines
 
 
-def test_a_run_without_a_step_gives_a_picture_that_says_so():
+def test_a_run_without_a_step_gives_an_image_that_says_so():
     assert draw_training("a", [], 100).shape[2] == 3
 
 

@@ -1,4 +1,4 @@
-"""Workers in interpreters of their own: pause, resume, cancel, the queue, and what fails."""
+"""Workers in their own interpreters: pause, resume, cancel, the queue, and failures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tiny_jobs import (
 )
 
 CPU = Device("cpu", "test-cpu", "")
-MANY = 5000  # steps; a job of so many ends only because it is stopped
+MANY = 5000  # steps; a job this long ends only because it is stopped
 NOTICE_S = 10.0
 
 pytestmark = pytest.mark.skipif(
@@ -192,7 +192,7 @@ def test_two_servers_on_one_folder_run_each_job_once_and_a_worker_outlives_its_s
             server.wait()
 
 
-def test_a_dead_worker_is_noticed_and_tried_again_so_often_and_no_more(
+def test_a_dead_worker_is_noticed_and_restarted_a_limited_number_of_times(
     store, supervisor, material, monkeypatch
 ):
     job_id = store.submit(make_train(material, steps=MANY), max_restarts=1)
@@ -217,7 +217,7 @@ def test_a_dead_worker_is_noticed_and_tried_again_so_often_and_no_more(
     store.resume(job_id)
     assert store.get(job_id).state.restarts == 0
 
-    # one that hangs is ended by asking twice
+    # a second request ends a hanging one
     run_until(supervisor, lambda: store.get(job_id).state.worker)
     (pid,) = list_processes(store.root)
     os.kill(pid, signal.SIGSTOP)
@@ -231,7 +231,7 @@ def test_a_dead_worker_is_noticed_and_tried_again_so_often_and_no_more(
     assert run_to_end(supervisor, job_id).status is JobStatus.CANCELLED
 
 
-def test_a_job_that_fails_by_itself_says_why_and_what_to_do_and_is_not_tried_again(
+def test_a_job_that_fails_by_itself_says_why_and_what_to_do_and_is_not_retried(
     store, supervisor, material
 ):
     # one LoRA's matrix alone is half a terabyte

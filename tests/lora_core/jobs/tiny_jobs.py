@@ -1,4 +1,4 @@
-"""Jobs that train a real file of two blocks in a real worker, and looking at their processes."""
+"""Jobs that train a real file of two blocks in a real worker, and inspection of processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_material(folder: Path) -> Path:
 
 
 def make_train(material: Path, **changes: Any):
-    """A run of 6 steps with everything in it that has a state."""
+    """A run of 6 steps that uses everything with a state."""
     changes = {
         "model.source": str(material / "tiny_fp32_2509.safetensors"),
         "model.storage": "fp32",
@@ -54,7 +54,7 @@ def train_here(store: JobStore, train: Any, samples: Any = None) -> str:
 
 
 def run_here(store: JobStore, job_id: str) -> str:
-    """The same for a job that waits."""
+    """The same for a pending job."""
     folder = store.open_folder(job_id)
     reporter = JobReporter(folder, folder.read_state())
     levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
@@ -70,7 +70,7 @@ def run_here(store: JobStore, job_id: str) -> str:
 def run_until(
     supervisor: Supervisor, condition: Callable[[], Any], timeout: float = TIMEOUT
 ) -> Any:
-    """Ticks until the condition gives something; fails with every job's log otherwise."""
+    """Ticks until the condition is true; otherwise fails with every job's log."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         supervisor.tick()
@@ -102,7 +102,7 @@ def wait_for_step(supervisor: Supervisor, job_id: str, step: int, timeout: float
 
 
 def count_steps(store: JobStore, job_id: str) -> int:
-    """From the metrics, which are written after every step; the state only now and then."""
+    """Counts from the metrics, written after every step; the state is written only occasionally."""
     metrics = store.read_metrics(job_id)
     return metrics[-1]["step"] if metrics else 0
 
@@ -119,7 +119,7 @@ def assert_equal_weights(ours: Path, theirs: Path) -> None:
 
 
 def list_processes(root: Path) -> list[int]:
-    """Pids of workers of this store, from the system's own list."""
+    """Pids of this store's workers, from the system's process list."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

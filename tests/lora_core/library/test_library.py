@@ -1,4 +1,4 @@
-"""The list of adapter files: what it says of each, when it computes, and what it keeps."""
+"""The list of adapter files: its entries, when it computes, and what it caches."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def forbid_computing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inspections as the process makes them, without the seconds that torch takes to start."""
+    """Inspects like the inspector process, without the seconds torch takes to start."""
 
     def ask(inspector: Inspector, question: str) -> str:
         return json.dumps(answer(json.loads(question))) + "\n"
@@ -89,7 +89,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Inspector, "_ask", ask)
 
 
-def test_an_entry_says_what_the_file_is(loras, open_library):
+def test_an_entry_describes_the_file(loras, open_library):
     metadata = {
         "modelspec.architecture": "Qwen-Image-Edit-2511/lora",
         "modelspec.title": "Old photographs",
@@ -111,7 +111,7 @@ def test_an_entry_says_what_the_file_is(loras, open_library):
     assert entry["health"]["sentence"].startswith("dense, small, healthy: std")
 
 
-def test_each_kind_of_bad_file_is_told_apart(loras, open_library):
+def test_each_kind_of_bad_file_is_distinguished(loras, open_library):
     good = make_adapter(loras / "good.safetensors", MODULES)
     (loras / "cut.safetensors").write_bytes(good.read_bytes()[:2000])
     (loras / "empty.safetensors").touch()
@@ -157,7 +157,7 @@ def test_every_ending_of_safetensors_is_opened(name, loras):
 
 
 @pytest.mark.parametrize("text", ["paint, brush", '["paint", "brush"]'])
-def test_the_words_that_simpletuner_writes_are_shown(text, loras):
+def test_the_trigger_words_simpletuner_writes_are_shown(text, loras):
     make_adapter(loras / "a.safetensors", MODULES, metadata={"trained_words": text})
     assert read_facts(loras / "a.safetensors").trigger_words == ("paint", "brush")
 
@@ -167,7 +167,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 @pytest.mark.parametrize("text", [DEEP, f'{{"a": {DEEP}}}', f'{{"a": 1{"0" * 400}}}', "{"])
 @pytest.mark.parametrize("name", ["ss_tag_frequency", "trigger_words", "qwen_edit_lora.history"])
-def test_json_that_cannot_be_read_is_no_reason_to_leave_a_file_out(name, text, loras):
+def test_a_file_with_unreadable_json_is_still_listed(name, text, loras):
     path = make_adapter(loras / "a.safetensors", MODULES, metadata={name: text})
     facts = read_facts(path)
     assert facts.state == "ok"
@@ -176,7 +176,7 @@ def test_json_that_cannot_be_read_is_no_reason_to_leave_a_file_out(name, text, l
 
 
 @pytest.mark.parametrize("text", [DEEP, "{", "", '{"version": NaN}', "\0\0"])
-def test_a_cache_that_cannot_be_read_is_none(text, tmp_path):
+def test_an_unreadable_cache_is_ignored(text, tmp_path):
     path = tmp_path / "cache.json"
     path.write_text(text)
     assert read_cache(path) == {}
@@ -184,7 +184,7 @@ def test_a_cache_that_cannot_be_read_is_none(text, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
-def test_a_pipe_for_a_file_is_told_and_does_not_hang(loras, tmp_path):
+def test_a_pipe_for_a_file_is_reported_and_does_not_hang(loras, tmp_path):
     os.mkfifo(loras / "a.safetensors")
     assert "is a pipe" in read_facts(loras / "a.safetensors").error
     os.mkfifo(tmp_path / "cache.json")
@@ -212,7 +212,7 @@ def test_errors_are_one_sentence_without_a_path(loras, open_library):
     assert str(loras) not in text
 
 
-def test_a_restart_computes_nothing_again(loras, open_library, monkeypatch):
+def test_a_restart_recomputes_nothing(loras, open_library, monkeypatch):
     make_adapter(loras / "a.safetensors", MODULES)
     save_sdxl(loras / "b.safetensors")
     (loras / "c.safetensors").touch()
@@ -242,7 +242,7 @@ def test_changed_new_and_vanished_files_are_noticed(loras, open_library, tmp_pat
     assert set(kept) == set(after)
 
 
-def test_a_file_of_the_same_size_under_an_older_time_is_another_one(loras, open_library):
+def test_a_file_of_the_same_size_with_an_older_time_is_a_different_one(loras, open_library):
     path = make_adapter(loras / "a.safetensors", MODULES, delta_std=3e-4)
     adapters = open_library()
     assert examine(adapters)["a.safetensors"]["health"]["level"] == "healthy"
@@ -252,7 +252,7 @@ def test_a_file_of_the_same_size_under_an_older_time_is_another_one(loras, open_
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": [0], "adapters": {}}'])
-def test_a_damaged_or_older_cache_is_made_anew(text, loras, open_library, tmp_path):
+def test_a_damaged_or_older_cache_is_rebuilt(text, loras, open_library, tmp_path):
     make_adapter(loras / "a.safetensors", MODULES)
     cache = tmp_path / "cache" / "adapters.json"
     cache.parent.mkdir()
@@ -291,7 +291,7 @@ def test_results_come_as_events_one_file_at_a_time(loras, open_library):
     assert len(threads) == 1
 
 
-def test_what_is_looked_at_is_judged_next(loras, open_library):
+def test_a_viewed_file_is_judged_next(loras, open_library):
     for i in range(6):
         path = make_adapter(loras / f"{i}.safetensors", MODULES)
         os.utime(path, (1e9 + i, 1e9 + i))
@@ -304,7 +304,7 @@ def test_what_is_looked_at_is_judged_next(loras, open_library):
     assert adapters.show(build_id("0.safetensors"))["ranks"] == (8,)
     is_busy = False
     assert adapters.wait(WAIT)
-    assert judged.index("0.safetensors") <= 1  # at most the one that had begun comes before
+    assert judged.index("0.safetensors") <= 1  # at most the one in progress comes before
 
 
 def test_health_waits_while_the_machine_is_busy_and_stops_when_asked(loras, open_library):
@@ -336,7 +336,7 @@ def test_a_file_that_vanishes_while_it_is_inspected_leaves_the_list(
     assert events[-1]["gone"] == [build_id("a.safetensors")]
 
 
-def test_a_killed_inspection_is_no_verdict_and_is_tried_again_by_the_next_session(
+def test_a_killed_inspection_is_not_a_verdict_and_is_retried_in_the_next_session(
     loras, open_library, monkeypatch, caplog
 ):
     make_adapter(loras / "a.safetensors", MODULES)

@@ -27,7 +27,7 @@ SETTINGS = {"clip": "a", "vae": "b", "stock_code": "c", "reference_megapixels": 
 
 
 class Encoder:
-    """Numbers in the place of latents, as the target's digest gives them; counts its calls."""
+    """Numbers in place of latents, derived from the target's digest; counts its calls."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -71,7 +71,7 @@ def test_a_second_run_encodes_nothing_and_writes_nothing(folder):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
-def test_a_pipe_in_the_place_of_an_item_is_encoded_over(folder):
+def test_a_pipe_in_place_of_an_item_is_replaced(folder):
     first = cache(folder, Encoder())
     path = next((folder.parent / "store" / "items").glob("*.safetensors"))
     shutil.rmtree(first.folder)
@@ -102,7 +102,7 @@ def test_every_setting_is_part_of_the_key(name, folder):
     assert compute_key(pair, SETTINGS) != compute_key(pair, {**SETTINGS, name: 2.0})
 
 
-def test_every_picture_and_the_size_are_part_of_the_key(folder):
+def test_every_image_and_the_size_are_part_of_the_key(folder):
     (pair, *_) = check(folder)
     facts = pair.facts
     other = replace(facts.target, digest="x")
@@ -146,7 +146,7 @@ def test_a_damaged_item_is_encoded_again_and_a_damaged_set_made_again(folder):
     assert len(read_dataset(first.folder)) == 4
 
 
-def test_sets_take_no_room_of_their_own_where_the_disk_has_links(folder):
+def test_sets_take_no_extra_space_where_the_disk_has_links(folder):
     first = cache(folder, Encoder())
     for path in (first.folder / "items").iterdir():
         assert path.stat().st_nlink == 2
@@ -163,7 +163,7 @@ def test_a_disk_without_links_gets_copies(folder, monkeypatch):
     assert torch.equal(dataset.load(0).target, Encoder()(check(folder)[0]).target)
 
 
-def test_too_little_room_is_said_before_the_work(folder, tmp_path):
+def test_too_little_space_is_reported_before_the_work(folder, tmp_path):
     pairs = check(folder)
     store = tmp_path / "store"
     missing = count_missing(store, pairs, SETTINGS)

@@ -1,4 +1,4 @@
-"""Pictures of strangers: what they may start, how much memory they may take, what is refused."""
+"""Untrusted images: what they may start, how much memory they may use, what is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ showpage
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a stand-in for Ghostscript is a shell script")
-def test_a_picture_starts_no_program(tmp_path, monkeypatch):
+def test_an_image_starts_no_program(tmp_path, monkeypatch):
     started = tmp_path / "started"
     program = tmp_path / "bin" / "gs"
     program.parent.mkdir()
@@ -45,7 +45,7 @@ def test_a_picture_starts_no_program(tmp_path, monkeypatch):
     assert not started.exists()
 
 
-def test_only_the_formats_that_messages_name_are_opened(tmp_path):
+def test_only_the_formats_named_in_messages_are_opened(tmp_path):
     image = load_photograph(0)
     for suffix in ("png", "jpg", "webp", "bmp", "tif", "gif"):
         FileImage(write_picture(image, tmp_path / f"a.{suffix}")).read()
@@ -75,7 +75,7 @@ print((peak() - before) * 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak's unit is that of Linux")
-def test_looking_at_a_picture_takes_memory_of_the_file_decoded_not_of_copies(tmp_path):
+def test_reading_an_image_takes_the_memory_of_one_decoded_copy(tmp_path):
     side = 9400
     large = tmp_path / "large.png"
     Image.new("1", (side, side)).save(large)
@@ -88,7 +88,7 @@ def test_looking_at_a_picture_takes_memory_of_the_file_decoded_not_of_copies(tmp
         text=True,
         check=True,
     )
-    assert int(done.stdout) < 3 * side * side  # a byte a pixel decoded; it was 40
+    assert int(done.stdout) < 3 * side * side  # one byte per pixel decoded; it was 40
 
 
 MODES = ("RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "I;16")
@@ -115,7 +115,7 @@ def test_reading_in_bands_changes_no_bit(mode, orientation, tmp_path, monkeypatc
     for a, b in zip(whole, bands, strict=True):
         assert np.array_equal(a, b)
     assert np.array_equal(np.concatenate(list(picture.read_bands())), whole[0])
-    # As it was before there were bands.
+    # As implemented before bands were introduced.
     expected = Image.fromarray((whole[0] * 255).round().astype(np.uint8))
     size = tuple(max(1, round(length * 32 / max(expected.size))) for length in expected.size)
     assert np.array_equal(
@@ -123,7 +123,7 @@ def test_reading_in_bands_changes_no_bit(mode, orientation, tmp_path, monkeypatc
     )
 
 
-def test_pictures_of_several_bands_are_compared_to_the_last_pixel(tmp_path, monkeypatch):
+def test_images_of_several_bands_are_compared_to_the_last_pixel(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "BAND_PIXELS", 500)
     image = load_photograph(0)
     a = FileImage(write_picture(image, tmp_path / "a.png"))
@@ -151,7 +151,7 @@ def test_pixels_of_32_bits_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "place", ["target/photo_0.png", "control/photo_0.png", "mask/photo_0.png", "target/photo_0.txt"]
 )
-def test_a_pipe_in_the_place_of_a_file_is_a_sentence(place, tmp_path):
+def test_a_pipe_in_place_of_a_file_is_a_clear_error(place, tmp_path):
     folder = write_pairs(tmp_path / "set", 2)
     path = folder / place
     path.unlink(missing_ok=True)
@@ -168,7 +168,7 @@ def test_a_pipe_in_the_place_of_a_file_is_a_sentence(place, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0, 1e300, "1"])
-def test_an_area_that_is_no_number_is_refused(value, tmp_path):
+def test_an_area_that_is_not_a_number_is_refused(value, tmp_path):
     with pytest.raises(ConfigError, match="expected a number above 0 and up to 64"):
         choose_size(64, 64, value, 16)
     found = find_pairs(write_pairs(tmp_path / "set", 2), lambda path: True)

@@ -1,4 +1,4 @@
-"""Which files make a pair: the layouts of trainers, and what is said about files that fit none."""
+"""Which files make a pair: the layouts of trainers, and reports on files that fit none."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_metadata_file_names_the_pairs(name, tmp_path):
     assert [p.target.path.parent.name for p in found.pairs] == ["x", "x"]
 
 
-def test_metadata_that_leads_outside_or_nowhere_is_a_sentence_per_row(tmp_path):
+def test_metadata_that_leads_outside_or_nowhere_is_an_error_per_row(tmp_path):
     folder = write_pairs(tmp_path / "roots" / "set", 1, "x/{}.png", "y/{}.png", None)
     write_picture(load_photograph(0), tmp_path / "secret.png")
     rows = [
@@ -238,7 +238,7 @@ def test_a_link_that_leads_outside_is_refused_and_linked_folders_are_not_entered
     assert texts[2].startswith("links to folders that are not followed: 1, such as ref2; they lead")
 
 
-def test_folders_without_pairs_are_a_sentence(tmp_path):
+def test_folders_without_pairs_are_a_clear_error(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     with pytest.raises(FileError, match="set holds no pictures; expected pairs"):
@@ -258,7 +258,7 @@ def test_folders_without_pairs_are_a_sentence(tmp_path):
         find(folder)
 
 
-def test_captions_are_read_whole_without_marks_or_said_to_be_unreadable(tmp_path):
+def test_captions_are_read_completely_without_marks_or_reported_unreadable(tmp_path):
     folder = write_pairs(tmp_path / "set", 4, caption=None)
     (folder / "target" / "photo_0.txt").write_bytes(b"\xef\xbb\xbf make it red\r\nand blue \r\n")
     (folder / "target" / "photo_1.txt").write_bytes(b"\xff\xfe\x00")
@@ -272,7 +272,7 @@ def test_captions_are_read_whole_without_marks_or_said_to_be_unreadable(tmp_path
     assert "70,000 bytes" in texts[1]
 
 
-def test_emoji_and_hidden_files(tmp_path):
+def test_emoji_names_are_read_and_hidden_files_ignored(tmp_path):
     folder = write_pairs(
         tmp_path / "set", 1, "target/🐈 {}.png", "control/🐈 {}.png", "target/🐈 {}.txt"
     )
@@ -284,7 +284,7 @@ def test_emoji_and_hidden_files(tmp_path):
     assert find(folder).problems == ()
 
 
-def test_pictures_of_a_graph_are_paired_by_number():
+def test_images_of_a_graph_are_paired_by_number():
     import numpy as np
 
     pictures = [np.full((4, 4, 3), i / 10, np.float32) for i in range(3)]

@@ -1,4 +1,4 @@
-"""What of a folder is not used, or used by a rule that may be wrong: always told, by kind."""
+"""Unused files of a folder, or files used by a rule that may be wrong, are always reported."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def add_picture(path: Path, index: int = 5) -> Path:
     return write_picture(load_photograph(index), path)
 
 
-# --- references nobody meant ---
+# --- unintended references ---
 
 
-def test_a_reference_of_the_same_name_and_another_suffix_is_told(tmp_path):
+def test_a_reference_of_the_same_name_and_another_suffix_is_reported(tmp_path):
     folder = write_pairs(tmp_path / "set", 3)
     add_picture(folder / "control" / "photo_1.jpg")
     problem = get_problem(find(folder), "references_same_name")
@@ -44,7 +44,7 @@ def test_a_reference_of_the_same_name_and_another_suffix_is_told(tmp_path):
     assert "control/photo_1.jpg, control/photo_1.png" in problem.text
 
 
-def test_a_reference_whose_target_was_deleted_is_told(tmp_path):
+def test_a_reference_whose_target_was_deleted_is_reported(tmp_path):
     folder = write_pairs(tmp_path / "set", 2, "target/cat{}.png", "control/cat{}.png", None)
     add_picture(folder / "control" / "catphoto_0_2.png")
     problem = get_problem(find(folder), "references_odd")
@@ -53,7 +53,7 @@ def test_a_reference_whose_target_was_deleted_is_told(tmp_path):
     assert "control/catphoto_0_2.png" in problem.text
 
 
-def test_a_pair_that_lacks_one_of_two_references_is_told_and_a_mixed_set_is_not(tmp_path):
+def test_a_pair_missing_one_of_two_references_is_reported_but_a_mixed_set_is_not(tmp_path):
     folder = write_pairs(tmp_path / "set", 6, reference="control_1/{}.png")
     write_pairs(folder, 6, reference="control_2/{}.png")
     assert find(folder).problems == ()
@@ -64,7 +64,7 @@ def test_a_pair_that_lacks_one_of_two_references_is_told_and_a_mixed_set_is_not(
     assert find(folder).problems == ()
 
 
-def test_a_second_mask_is_told(tmp_path):
+def test_a_second_mask_is_reported(tmp_path):
     folder = write_pairs(tmp_path / "set", 2)
     for place in ("mask/photo_0.png", "masks/photo_0.png"):
         add_picture(folder / place)
@@ -88,7 +88,7 @@ def test_in_a_folder_for_each_pair_the_instruction_is_the_file_that_says_so(othe
         assert "prompt" not in problem.text
 
 
-def test_in_a_folder_for_each_pair_a_caption_of_an_unknown_name_is_told(tmp_path):
+def test_in_a_folder_for_each_pair_a_caption_of_an_unknown_name_is_reported(tmp_path):
     folder = write_pairs(tmp_path / "set", 2, "{}/after.png", "{}/before.png", "{}/notes.txt")
     write_text(folder / "photo_0" / "story.txt", "make it red")
     found = find(folder)
@@ -97,7 +97,7 @@ def test_in_a_folder_for_each_pair_a_caption_of_an_unknown_name_is_told(tmp_path
     assert get_problem(found, "captions_by_fallback").count == 2
 
 
-def test_of_two_captions_the_txt_counts_and_the_other_is_told(tmp_path):
+def test_of_two_captions_the_txt_is_used_and_the_other_reported(tmp_path):
     folder = write_pairs(tmp_path / "set", 2)
     write_text(folder / "target" / "photo_0.caption", "something else")
     found = find(folder)
@@ -110,7 +110,7 @@ def test_of_two_captions_the_txt_counts_and_the_other_is_told(tmp_path):
 @pytest.mark.parametrize(
     "value", ["make it red", {"caption": "make it red"}, {"prompt": "make it red", "seed": 1}]
 )
-def test_a_json_beside_a_picture_holds_its_caption(value, tmp_path):
+def test_a_json_beside_an_image_holds_its_caption(value, tmp_path):
     folder = write_pairs(tmp_path / "set", 2, caption=None)
     for index in range(2):
         write_text(folder / "target" / f"photo_{index}.json", json.dumps(value))
@@ -120,7 +120,7 @@ def test_a_json_beside_a_picture_holds_its_caption(value, tmp_path):
     assert (problem.level, problem.count) == (Level.NOTE, 2)
 
 
-def test_a_json_that_holds_no_caption_stops_nothing_and_is_told(tmp_path):
+def test_a_json_without_a_caption_stops_nothing_and_is_reported(tmp_path):
     folder = write_pairs(tmp_path / "set", 4, caption=None)
     contents = ('{"seed": 1}', '{"prompt": {"3": "KSampler"}}', "{", "[1]")
     for index, content in enumerate(contents):
@@ -136,13 +136,13 @@ def test_a_json_that_holds_no_caption_stops_nothing_and_is_told(tmp_path):
     assert get_problem(found, "json_unused").count == 4
 
 
-# --- pictures that are in no pair ---
+# --- images that are in no pair ---
 
 
 @pytest.mark.parametrize(
     "suffix", ["heic", "jxl", "jp2", "tga", "ppm", "psd", "HEIC", "svg", "dng", "mp4"]
 )
-def test_pictures_of_kinds_that_are_not_read_are_named(suffix, tmp_path):
+def test_images_of_kinds_that_are_not_read_are_named(suffix, tmp_path):
     folder = write_pairs(tmp_path / "set", 2)
     for side in ("target", "control"):
         (folder / side / f"photo_9.{suffix}").write_bytes(b"\0" * 40)
@@ -156,7 +156,7 @@ def test_pictures_of_kinds_that_are_not_read_are_named(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["garment/photo_0.png", "detail.png", "target.png"])
-def test_pictures_beside_the_folders_that_are_used_are_named(place, tmp_path):
+def test_images_beside_the_folders_that_are_used_are_named(place, tmp_path):
     folder = write_pairs(tmp_path / "set", 3)
     add_picture(folder / place)
     problem = get_problem(find(folder), "pictures_unused")
@@ -164,7 +164,7 @@ def test_pictures_beside_the_folders_that_are_used_are_named(place, tmp_path):
     assert place in problem.text
 
 
-def test_a_picture_without_a_role_in_a_folder_for_each_pair_is_named(tmp_path):
+def test_an_image_without_a_role_in_a_folder_for_each_pair_is_named(tmp_path):
     folder = write_pairs(tmp_path / "set", 3, "{}/after.png", "{}/before.png", "{}/prompt.txt")
     add_picture(folder / "photo_1" / "detail.png")
     assert "photo_1/detail.png" in get_problem(find(folder), "pictures_unused").text
@@ -183,7 +183,7 @@ def test_a_picture_without_a_role_in_a_folder_for_each_pair_is_named(tmp_path):
     ],
 )
 @pytest.mark.parametrize("forms", [("NFC", "NFD", "NFD"), ("NFD", "NFC", "NFC")])
-def test_names_pair_however_their_accents_are_written(forms, layout, tmp_path):
+def test_names_pair_regardless_of_unicode_normalization(forms, layout, tmp_path):
     folder = tmp_path / "set"
     for name in ("café", "Ångström", "한국"):
         target, reference, caption = (
@@ -209,7 +209,7 @@ def test_a_link_to_a_folder_is_followed_where_that_is_allowed(tmp_path):
     assert found.problems == ()
 
 
-def test_links_in_circles_and_below_links_are_told_and_end(tmp_path):
+def test_circular_and_nested_links_are_reported_and_terminate(tmp_path):
     folder = write_pairs(tmp_path / "roots" / "set", 2)
     (folder / "target" / "up").symlink_to(folder, target_is_directory=True)
     other = tmp_path / "roots" / "other"
@@ -232,7 +232,7 @@ BEGINNINGS = {
 
 @pytest.mark.parametrize("name", BEGINNINGS)
 @pytest.mark.parametrize("numbers", [("1", "2", "3"), ("01", "02", "10")])
-def test_more_names_of_the_field_form_pairs(numbers, name, tmp_path):
+def test_other_common_names_form_pairs(numbers, name, tmp_path):
     folder = tmp_path / "set"
     target, reference, caption = BEGINNINGS[name]
     for index, number in enumerate(numbers):
@@ -256,7 +256,7 @@ def test_more_names_of_the_field_form_pairs(numbers, name, tmp_path):
         (("x/{}.png", "x/{}.jpg"), "expected folders such as 'target' and 'control'"),
     ],
 )
-def test_names_that_do_not_say_which_side_is_the_edit_are_told_how(patterns, hint, tmp_path):
+def test_ambiguous_names_are_refused_with_how_to_name_them(patterns, hint, tmp_path):
     folder = tmp_path / "set"
     for index in range(3):
         for pattern in patterns:
@@ -267,14 +267,14 @@ def test_names_that_do_not_say_which_side_is_the_edit_are_told_how(patterns, hin
     assert len(str(caught.value)) <= 400
 
 
-def test_several_sets_in_one_folder_are_told_how(tmp_path):
+def test_several_sets_in_one_folder_are_refused_by_name(tmp_path):
     for part in ("train", "val"):
         write_pairs(tmp_path / "set" / part, 2)
     with pytest.raises(FileError, match=r"holds several sets \(train, val\); expected one"):
         find(tmp_path / "set")
 
 
-# --- how it is told ---
+# --- how it is reported ---
 
 
 def test_what_is_left_out_is_a_line_on_the_node_and_an_entry_in_the_json(tmp_path):
@@ -287,15 +287,15 @@ def test_what_is_left_out_is_a_line_on_the_node_and_an_entry_in_the_json(tmp_pat
     lines = describe_preflight(preflight).splitlines()
     assert sum(line.startswith("Warning: pictures that belong to no pair: 1,") for line in lines)
     assert sum(line.startswith("Warning: files of kinds that are not read (.he") for line in lines)
-    told = json.loads(json.dumps(preflight.to_dict(), allow_nan=False))
-    assert (told["num_pairs"], told["num_found"]) == (2, 3)
-    entries = {(entry["kind"], entry["severity"], entry["count"]) for entry in told["findings"]}
+    reported = json.loads(json.dumps(preflight.to_dict(), allow_nan=False))
+    assert (reported["num_pairs"], reported["num_found"]) == (2, 3)
+    entries = {(entry["kind"], entry["severity"], entry["count"]) for entry in reported["findings"]}
     assert entries >= {
         ("pair_unusable", "error", 1),
         ("pictures_unused", "warning", 1),
         ("pictures_unread", "warning", 1),
     }
-    assert told["findings"][0]["severity"] == "error"
+    assert reported["findings"][0]["severity"] == "error"
 
 
 def test_an_error_of_many_pairs_is_short_and_a_pair_is_left_out_by_its_kind(tmp_path):

@@ -1,4 +1,4 @@
-"""Files that list pairs: whatever program wrote them, each cell is what it says or is told."""
+"""Files that list pairs: from any program, each cell is used as written or reported."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_references_come_in_the_order_of_their_numbers_not_of_the_columns(kind, 
 
 
 @pytest.mark.parametrize("caption", [["make it warm", "b"], {"en": "make it warm"}, 5, True])
-def test_a_caption_that_is_no_text_is_no_caption(caption, folder):
+def test_a_caption_that_is_not_text_is_not_a_caption(caption, folder):
     write_rows(folder / "metadata.jsonl", [ROW, {**ROW, "prompt": caption}])
     found = find(folder)
     assert [pair.caption for pair in found.pairs] == ["make it red"]
@@ -71,7 +71,7 @@ def test_a_caption_that_is_no_text_is_no_caption(caption, folder):
     assert "expected a text" in text
 
 
-def test_nan_as_a_caption_is_a_problem_and_words_for_nothing_are_warned_of(folder):
+def test_nan_as_a_caption_is_a_problem_and_words_for_none_are_warned_about(folder):
     from qwen_edit_lora.lora_core.pairs.preflight import check_pairs
 
     rows = [ROW, {**ROW, "prompt": float("nan")}]
@@ -124,7 +124,7 @@ def test_only_a_newline_ends_a_line(mark, folder):
 
 
 @pytest.mark.parametrize("column", ["mask", "mask_path", "mask_image", "Mask"])
-def test_a_column_of_masks_masks(column, folder):
+def test_a_column_of_masks_is_used(column, folder):
     write_picture(load_photograph(0), folder / "m.png")
     write_rows(folder / "metadata.jsonl", [{**ROW, column: "m.png"}])
     found = find(folder)
@@ -134,21 +134,21 @@ def test_a_column_of_masks_masks(column, folder):
     assert "columns_unused" not in list_kinds(found, Level.WARNING)
 
 
-def test_a_column_of_pictures_that_is_not_used_is_named(folder):
+def test_a_column_of_images_that_is_not_used_is_named(folder):
     write_rows(folder / "metadata.jsonl", [{**ROW, "garment": "y/photo_1.png"}, ROW])
     (problem,) = [p for p in find(folder).problems if p.kind == "columns_unused"]
     assert problem.level == Level.WARNING
     assert "not used: garment, in 1 rows" in problem.text
 
 
-def test_pictures_that_a_list_leaves_out_are_counted(folder):
+def test_images_that_a_list_leaves_out_are_counted(folder):
     write_rows(folder / "metadata.jsonl", [ROW])
     (problem,) = find(folder).problems
     assert (problem.kind, problem.level, problem.count) == ("pictures_unlisted", Level.NOTE, 4)
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_a_list_finds_a_file_whose_accents_are_written_otherwise(forms, folder):
+def test_a_list_finds_a_file_in_another_unicode_normalization(forms, folder):
     on_disk, named = (unicodedata.normalize(form, "y/café é.png") for form in forms)
     write_picture(load_photograph(0), folder / on_disk)
     write_rows(folder / "metadata.jsonl", [{**ROW, "edit_image": named}])
@@ -209,7 +209,7 @@ def test_a_list_that_cannot_be_used_is_named_where_nothing_else_fits(folder):
     assert len(str(caught.value)) <= 400
 
 
-def test_a_list_of_a_free_name_without_files_leaves_folders_as_they_are(tmp_path):
+def test_a_list_of_another_name_without_files_does_not_affect_folders(tmp_path):
     folder = write_pairs(tmp_path / "set", 2)
     row = {"image": "https://example.org/a.png", "edit_image": "b.png"}
     write_rows(folder / "where_from.jsonl", [row])
@@ -223,7 +223,7 @@ def test_a_list_of_a_free_name_without_files_leaves_folders_as_they_are(tmp_path
     assert "which does not exist" in found.problems[0].text
 
 
-def test_a_second_list_and_unreadable_ones_are_warned_of(folder):
+def test_a_second_list_and_unreadable_ones_are_warned_about(folder):
     write_rows(folder / "metadata.jsonl", [ROW])
     write_rows(folder / "other.jsonl", [ROW])
     write_text(folder / "broken.jsonl", "{")
@@ -234,7 +234,7 @@ def test_a_second_list_and_unreadable_ones_are_warned_of(folder):
     assert "list_other" in list_kinds(found, Level.NOTE)
 
 
-def test_an_unquoted_comma_and_an_open_quote_lose_no_text_in_silence(folder):
+def test_an_unquoted_comma_and_an_open_quote_never_lose_text_silently(folder):
     rows = "x/photo_0.png,y/photo_0.png,make it red, please\nx/photo_1.png,y/photo_1.png,blue,"
     write_text(folder / "metadata.csv", f"image,edit_image,prompt\n{rows}")
     found = find(folder)
@@ -262,7 +262,7 @@ def test_one_damaged_line_is_one_problem(folder):
     ["a" * 5000 + ".png", "['a', 'b" + "x" * 400 + "']", "\ud800.png", "a\0.png", 7, {}, [7]],
 )
 @pytest.mark.parametrize("column", ["image", "edit_image", "mask"])
-def test_a_cell_that_names_no_file_is_a_short_sentence(column, value, folder):
+def test_a_cell_that_names_no_file_is_a_short_error(column, value, folder):
     path = folder / "metadata.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in (ROW, {**ROW, column: value})))
     found = find(folder)
@@ -273,7 +273,7 @@ def test_a_cell_that_names_no_file_is_a_short_sentence(column, value, folder):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
-def test_a_pipe_as_a_list_is_a_sentence(folder):
+def test_a_pipe_as_a_list_is_a_clear_error(folder):
     os.mkfifo(folder / "metadata.jsonl")
     with pytest.raises(FileError, match=r"metadata.jsonl is a pipe, socket or device"):
         find(folder)

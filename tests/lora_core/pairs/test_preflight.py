@@ -1,4 +1,4 @@
-"""Before anything is encoded: pictures of every kind, and what would ruin a run."""
+"""Checks before anything is encoded: images of every kind, and what would ruin a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qwen_edit_lora.lora_core.pairs.preflight import LEAVE_OUT, Preflight, check
 from qwen_edit_lora.lora_core.pairs.preview import build_table, describe_preflight, draw_pairs
 from qwen_edit_lora.lora_core.pairs.sizes import choose_reference_size, choose_target_size
 
-SMALL = 64 * 96 / 1024**2  # megapixels of the test pictures
+SMALL = 64 * 96 / 1024**2  # megapixels of the test images
 
 
 def check(folder: Path, **options) -> Preflight:
@@ -39,7 +39,7 @@ def list_texts(preflight: Preflight, level: Level) -> list[str]:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def test_ordinary_pictures_are_read_as_comfyui_reads_them(tmp_path):
+def test_ordinary_images_are_read_as_in_comfyui(tmp_path):
     image = load_photograph(0)
     picture = FileImage(write_picture(image, tmp_path / "a.png"))
     expected = np.asarray(image).astype(np.float32) / 255
@@ -48,10 +48,10 @@ def test_ordinary_pictures_are_read_as_comfyui_reads_them(tmp_path):
     assert picture.read_header().traits == ()
 
 
-def test_a_picture_turned_by_exif_stands_upright(tmp_path):
+def test_an_image_turned_by_exif_stands_upright(tmp_path):
     image = load_photograph(0)
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying, to be turned clockwise
+    exif[0x0112] = 6  # stored in landscape, to be rotated clockwise
     path = write_picture(image.transpose(Image.Transpose.ROTATE_90), tmp_path / "a.png", exif=exif)
     picture = FileImage(path)
     assert np.array_equal(
@@ -109,7 +109,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_file_that_is_no_picture_is_a_sentence(name, tmp_path):
+def test_a_file_that_is_not_an_image_is_a_clear_error(name, tmp_path):
     content, sentence = BAD_FILES[name]
     path = tmp_path / "bad.png"
     path.write_bytes(content)
@@ -118,7 +118,7 @@ def test_a_file_that_is_no_picture_is_a_sentence(name, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".tif", ".bmp"])
-def test_a_picture_cut_short_anywhere_is_a_sentence_or_whole(suffix, tmp_path):
+def test_a_truncated_image_is_an_error_or_complete(suffix, tmp_path):
     whole = write_picture(load_photograph(0), tmp_path / f"whole{suffix}").read_bytes()
     path = tmp_path / f"cut{suffix}"
     refused = 0
@@ -133,7 +133,7 @@ def test_a_picture_cut_short_anywhere_is_a_sentence_or_whole(suffix, tmp_path):
     assert refused > 20
 
 
-def test_a_picture_of_20000_pixels_is_refused_by_its_header(tmp_path):
+def test_an_image_of_20000_pixels_is_refused_by_its_header(tmp_path):
     path = tmp_path / "huge.png"
     Image.new("1", (20_000, 20_000)).save(path)
     with pytest.raises(FileError, match=r"huge.png .*million pixels; expected at most 16,384 px"):
@@ -164,7 +164,7 @@ def test_sizes_keep_area_and_aspect_in_steps(megapixels):
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def test_a_good_folder_has_nothing_to_say(tmp_path):
+def test_a_good_folder_has_no_findings(tmp_path):
     preflight = check(write_pairs(tmp_path / "set", 5))
     assert preflight.problems == ()
     assert not preflight.needs_attention
@@ -181,7 +181,7 @@ def test_a_good_folder_has_nothing_to_say(tmp_path):
     assert table[1].split()[:7] == ["photo_0", "96", "x", "64", "96", "x", "64"]
 
 
-def test_what_would_ruin_the_run_stops_it_with_one_sentence_first(tmp_path):
+def test_what_would_ruin_the_run_stops_it_with_one_message_first(tmp_path):
     folder = write_pairs(tmp_path / "set", 4)
     (folder / "control" / "photo_2.png").write_bytes(b"")
     (folder / "target" / "photo_1.txt").unlink()
@@ -222,7 +222,7 @@ def test_identical_target_and_reference_are_found_by_bytes_and_by_pixels(tmp_pat
     almost[3, 4] += 1
     Image.fromarray(almost).save(folder / "target" / "photo_2.png")
     preflight = check(folder)
-    preflight.raise_stops()  # two of five may be meant
+    preflight.raise_stops()  # two of five may be intended
     same = [p.pair for p in preflight.problems if "are the same picture" in p.text]
     assert same == ["photo_0", "photo_1"]
 
@@ -253,7 +253,7 @@ def test_repeated_pairs_are_used_once_and_equal_targets_named(tmp_path):
     ]
 
 
-def test_other_proportions_and_small_pictures_are_warned_of(tmp_path):
+def test_other_proportions_and_small_images_are_warned_about(tmp_path):
     folder = write_pairs(tmp_path / "set", 3)
     write_picture(load_photograph(5, 96, 80), folder / "control" / "photo_0.png")
     texts = list_texts(check(folder), Level.WARNING)
@@ -274,7 +274,7 @@ SWAPS = {
 
 @pytest.mark.parametrize("name", SWAPS)
 @pytest.mark.parametrize("is_swapped", [True, False])
-def test_swapped_pairs_are_asked_about_by_what_captions_want(name, is_swapped, tmp_path):
+def test_swapped_pairs_raise_a_question_from_their_captions(name, is_swapped, tmp_path):
     caption, weaken = SWAPS[name]
     folder = tmp_path / "set"
     for index in range(4):
@@ -291,10 +291,10 @@ def test_swapped_pairs_are_asked_about_by_what_captions_want(name, is_swapped, t
     assert all(
         q.startswith("Are targets and references swapped? Captions such as") for q in questions
     )
-    check(folder).raise_stops()  # a question, no stop
+    check(folder).raise_stops()  # a question, not an error
 
 
-def test_swapped_folders_are_asked_about_by_name_and_by_sharing(tmp_path):
+def test_swapped_folders_raise_a_question_by_name_and_by_sharing(tmp_path):
     write_pairs(tmp_path, 3, "before/{}.png", "after/{}.png", "before/{}.txt")
     preflight = check(tmp_path / "before", reference_folders=[tmp_path / "after"])
     (question,) = list_texts(preflight, Level.QUESTION)
@@ -338,7 +338,7 @@ def test_the_original_model_takes_one_reference(tmp_path):
         check(folder, max_references=1).raise_stops()
 
 
-def test_a_black_mask_stops_and_a_strip_is_warned_of(tmp_path):
+def test_a_black_mask_stops_and_a_strip_is_warned_about(tmp_path):
     folder = write_pairs(tmp_path / "set", 2)
     write_picture(Image.new("L", (96, 64)), folder / "mask" / "photo_0.png")
     write_picture(Image.new("L", (96, 64), 255), folder / "mask" / "photo_1.png")
@@ -348,7 +348,7 @@ def test_a_black_mask_stops_and_a_strip_is_warned_of(tmp_path):
     assert any("960 x 64 px, a strip" in text for text in list_texts(preflight, Level.WARNING))
 
 
-def test_one_pair_is_warned_of(tmp_path):
+def test_one_pair_is_warned_about(tmp_path):
     preflight = check(write_pairs(tmp_path / "set", 1))
     assert list_texts(preflight, Level.WARNING) == ["one pair only: a LoRA will learn it by heart"]
 

@@ -1,4 +1,4 @@
-"""The pictures of a sweep and their labels; which files and strengths they are of."""
+"""The images of a sweep, their labels, and their files and strengths."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_bare_number_is_a_strength(text, strength):
 @pytest.mark.parametrize(
     "text", ["", "strong", "strength=", "strength=x", "strength=nan", "inf", "seed=1", "1 2"]
 )
-def test_another_text_is_no_label(text):
+def test_other_texts_are_not_labels(text):
     with pytest.raises(ConfigError, match="is no label of a sweep; expected one such as 'strength"):
         parse_label(text)
 
@@ -49,7 +49,7 @@ def test_minus_zero_is_zero():
     assert build_label(Cell(-0.0)) == "strength=0"
 
 
-def test_strength_0_is_there_once_per_seed_for_all_adapters():
+def test_strength_0_occurs_once_per_seed_for_all_adapters():
     cells = build_cells((0.0, 0.5, 1.0), (7, 8), ["a", "b"])
     assert cells[:5] == [
         Cell(0.0, 7),
@@ -66,7 +66,7 @@ def test_a_single_adapter_is_not_named():
     assert build_cells((0.0, 1.0), (7,), ["a"]) == [Cell(0.0, 7), Cell(1.0, 7)]
 
 
-def test_64_pictures_are_the_limit_and_the_excess_is_counted():
+def test_64_images_are_the_limit_and_the_excess_is_counted():
     assert len(build_cells((0.0, 1.0, 2.0, 3.0), range(16), ["a"])) == 64
     with pytest.raises(ConfigError, match=r"has 68 pictures \(3 strengths and 0, 17 seeds, 1 adap"):
         build_cells((0.0, 1.0, 2.0, 3.0), range(17), ["a"])

@@ -1,4 +1,4 @@
-"""What an Effect says of its figures."""
+"""Effect: its metrics, verdict, text and plot."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_meter_measures_in_float64_over_all_pairs():
     assert meter.get_ratio() == pytest.approx(float(np.sqrt(difference / reference)), rel=1e-6)
 
 
-def test_equal_tensors_have_no_change_and_nan_has_none_that_is_known():
+def test_equal_tensors_have_no_change_and_nan_has_an_unknown_one():
     meter = ChangeMeter()
     meter.add(torch.zeros(3), torch.zeros(3))
     assert meter.get_ratio() == 0.0
@@ -60,7 +60,7 @@ def test_the_verdict_names_no_effect_and_collapse():
     assert build({0: 0}).judge().startswith("nothing to judge")
 
 
-def test_json_has_no_nan_and_holds_every_figure():
+def test_json_has_no_nan_and_every_metric():
     effect = build({0: 0, 1: math.nan})
     found = json.loads(json.dumps(effect.to_dict(), allow_nan=False))
     assert found["strengths"][0] == {
@@ -86,7 +86,7 @@ def test_sigmas_descend(text, expected):
 
 
 @pytest.mark.parametrize("text", ["0", "1.1", "-0.5", "a", "", "nan", "0.02:1:0.02"])
-def test_other_sigmas_are_one_sentence(text):
+def test_invalid_sigmas_are_a_one_sentence_error(text):
     with pytest.raises(ConfigError, match=r"^sigmas .* such as '0.8, 0.4' or '0.2:1:0.2'$"):
         parse_sigmas(text)
 
@@ -96,12 +96,12 @@ def test_other_sigmas_are_one_sentence(text):
     [{0: 0, 1: 0.1, 2: 0.4, -1: 0.1}, {0: 0, 1: 0}, {0: 0}, {0: 0, 1: math.nan}],
     ids=str,
 )
-def test_the_plot_is_a_picture_whatever_was_found(changes):
+def test_the_plot_is_an_image_for_any_result(changes):
     picture = draw_effect(build(changes))
     assert picture.shape == (1024, 1024, 3)
     assert picture.dtype == np.uint8
     assert picture.std() > 5
 
 
-def test_a_stronger_effect_is_another_picture():
+def test_a_stronger_effect_is_another_image():
     assert not np.array_equal(draw_effect(build({0: 0, 1: 0.1})), draw_effect(build({0: 0, 1: 1})))

@@ -1,4 +1,4 @@
-"""The figures against their formulas in float64; cuts and sizes against pictures made by hand."""
+"""The metrics against their formulas in float64; crops and sizes against handmade images."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def compute_ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_figures_equal_their_formulas_in_every_region(batch):
+def test_the_metrics_equal_their_formulas_in_every_region(batch):
     a, b = make_picture(1, batch=batch), make_picture(2, batch=batch)
     inside = torch.zeros(48, 48, dtype=torch.bool)
     inside[10:30, 5:20] = True
@@ -79,13 +79,13 @@ def test_equal_pictures_have_no_psnr_and_an_ssim_of_one():
     assert found.ssim == pytest.approx(1.0, abs=1e-6)
 
 
-def test_what_a_display_cannot_show_is_no_difference():
+def test_values_a_display_cannot_show_are_not_a_difference():
     white = torch.ones(1, 16, 16, 3)
     assert compare_images(white, white * 7, WHOLE)["whole"].rms == 0
     assert compare_images(white, white.half(), WHOLE)["whole"].rms == 0
 
 
-def test_transparency_is_left_out_and_grey_pictures_count_as_colour():
+def test_transparency_is_left_out_and_grey_images_count_as_colour():
     picture = make_picture()
     with_alpha = torch.cat([picture, torch.rand(1, 48, 48, 1)], dim=-1)
     assert compare_images(with_alpha, picture, WHOLE)["whole"].rms == 0
@@ -94,13 +94,13 @@ def test_transparency_is_left_out_and_grey_pictures_count_as_colour():
 
 
 @pytest.mark.parametrize("shape", [(1, 48, 47, 3), (2, 48, 48, 3), (1, 8, 8, 3)])
-def test_pictures_that_cannot_be_compared_say_so(shape):
+def test_images_that_cannot_be_compared_give_the_reason(shape):
     other = torch.zeros(shape) if shape[1] == 8 else make_picture()
     with pytest.raises(ShapeError, match=f"and {'2 of ' if shape[0] == 2 else ''}"):
         compare_images(other, torch.zeros(shape), WHOLE)
 
 
-def test_an_appearance_tells_burnt_colours_from_black_and_white():
+def test_an_appearance_distinguishes_burnt_colours_from_black_and_white():
     halves = torch.zeros(1, 20, 20, 3)
     halves[:, 10:] = 1.0
     found = measure_appearance(halves)
@@ -119,7 +119,7 @@ def test_roughness_is_the_step_from_pixel_to_pixel():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_are_no_number_are_counted_and_leave_the_rest_alone(value):
+def test_nan_values_are_counted_and_do_not_affect_the_rest(value):
     picture = torch.full((1, 20, 20, 3), 0.5)
     picture[0, :5, :, 1] = value
     found = measure_appearance(picture)
@@ -144,7 +144,7 @@ def test_a_source_is_cut_in_the_middle_and_resized():
     assert (half - means).abs().max() < 0.05
 
 
-def test_a_mask_follows_the_pictures_as_the_source_does():
+def test_a_mask_follows_the_images_as_the_source_does():
     mask = torch.zeros(2, 20, 60)
     mask[0, :10] = 1.0
     found = fit_mask(mask, 40, 40)

@@ -66,7 +66,7 @@ def test_a_change_that_falls_again_counts_once():
     assert strengths == (0, 0.17, 0.33, 1, 2)
 
 
-def test_no_effect_needs_two_pictures_at_most():
+def test_no_effect_needs_two_images_at_most():
     assert choose_by_change([(0, 0), (1, 0), (2, 0)], 5) == (0, 1)
     assert choose_by_change([(0, 0), (1, 0.1), (2, 0.2)], 2) == (0, 1)
 

@@ -1,4 +1,4 @@
-"""What a user may write for strengths and seeds, and what the answer to anything else is."""
+"""What a user may write for strengths and seeds, and the errors for anything else."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_auto_asks_for_a_number_of_points(text, count):
         *("auto, 1", "auto, 65", "auto, x", "auto, 1, 2", "auto, " + "9" * 5000, "9" * 5000),
     ],
 )
-def test_everything_else_is_one_sentence_with_an_example(text):
+def test_invalid_strengths_are_a_one_sentence_error_with_an_example(text):
     with pytest.raises(ConfigError) as error:
         parse_strengths(text)
     message = str(error.value)
@@ -93,6 +93,6 @@ def test_the_largest_seed_is_exact():
 
 
 @pytest.mark.parametrize("text", ["1.5", "-1", "a", "1:2", f"{MAX_SEED + 1}", "0:100:1", "nan"])
-def test_other_seeds_are_one_sentence_with_an_example(text):
+def test_invalid_seeds_are_a_one_sentence_error_with_an_example(text):
     with pytest.raises(ConfigError, match=r"^seeds .* such as '1, 2, 3' or '1:4:1'$"):
         parse_seeds(text, 7)

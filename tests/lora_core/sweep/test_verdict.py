@@ -1,4 +1,4 @@
-"""Sweeps made by hand, each of which has one right answer."""
+"""Handmade sweeps with one correct verdict each."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def judge_one(pictures: dict[str, torch.Tensor]):
 
 
 def damage(strength: float) -> torch.Tensor:
-    """Noise over the whole picture."""
+    """Noise over the whole image."""
     generator = torch.Generator().manual_seed(int(strength))
     return torch.rand(1, SIZE, SIZE, 3, generator=generator)
 
 
 def blue(share: float) -> torch.Tensor:
-    """The picture with this share of its rows in pure blue."""
+    """The image with this share of its rows in pure blue."""
     picture = make_picture()
     picture[:, : round(share * SIZE)] = torch.tensor([0.0, 0.0, 1.0])
     return picture
@@ -64,7 +64,7 @@ DAMAGES = {
     "burnt colours": blue(0.3),
     "noise": damage(2),
 }
-#: Strong edits that a user may well want.
+#: Strong edits that a user may intend.
 EDITS = {
     "another picture": make_picture(55),
     "white background": torch.where(
@@ -80,7 +80,7 @@ EDITS = {
 }
 
 
-def test_an_edit_that_grows_with_the_strength_is_smooth_and_all_of_it_is_suggested():
+def test_an_edit_that_grows_with_the_strength_is_smooth_and_its_whole_range_is_suggested():
     verdict = judge_one({str(s): edit(s) for s in (0, 0.5, 1, 2)})
     assert verdict.kind == "smooth"
     assert verdict.sentences[0].startswith("smooth: the change grows from RMS ")
@@ -110,13 +110,13 @@ def test_every_damage_is_a_collapse_at_its_strength(kind):
 
 
 @pytest.mark.parametrize("kind", EDITS)
-def test_a_strong_edit_is_no_collapse(kind):
+def test_a_strong_edit_is_not_a_collapse(kind):
     verdict = judge({"0": make_picture(), "1": EDITS[kind]})
     assert verdict.damages == {}
     assert not verdict.needs_attention
 
 
-def test_a_damage_that_strength_0_has_too_is_not_the_loras():
+def test_damage_present_at_strength_0_is_not_attributed_to_the_lora():
     pure = blue(0.5)
     assert judge({"0": pure, "1": pure.roll(1, dims=2)}).damages == {}
     flat = judge({"0": DAMAGES["one colour"], "1": make_picture()})
@@ -128,7 +128,7 @@ def test_a_damage_that_strength_0_has_too_is_not_the_loras():
     )
 
 
-def test_an_unapplied_lora_has_no_effect_bit_for_bit():
+def test_an_unapplied_lora_is_bit_identical_to_no_effect():
     verdict = judge_one({str(s): make_picture() for s in (0, 1, 2, 4)})
     assert verdict.kind == "no effect"
     assert "all 3 pictures at other strengths equal strength 0 bit for bit" in verdict.sentences[0]
@@ -232,13 +232,13 @@ def test_the_mask_and_the_source_tell_what_is_kept():
 
 
 @pytest.mark.parametrize(("value", "kind"), [(0.0, "empty"), (1.0, "full")])
-def test_a_mask_without_two_sides_is_left_out_and_said(value, kind):
+def test_a_mask_without_two_sides_is_ignored_and_reported(value, kind):
     mask = torch.full((1, 64, 64), value)
     verdict = judge({"0": edit(0), "1": edit(1)}, mask=mask)
     assert f"Warning: the mask is {kind} and was left out" in verdict.to_text()
 
 
-def test_a_source_of_another_shape_is_said():
+def test_a_source_of_another_shape_is_reported():
     source = torch.rand(1, SIZE, 2 * SIZE, 3)
     verdict = judge({"0": edit(0), "1": edit(1)}, source=source)
     assert "the source is 128 x 64 and was cut in the middle to the shape of 64 x 64" in (
@@ -246,7 +246,7 @@ def test_a_source_of_another_shape_is_said():
     )
 
 
-def test_a_cell_with_nan_has_no_figures_but_everything_else_goes_on():
+def test_a_cell_with_nan_has_no_metrics_but_the_rest_continues():
     sweep = measure({"0": edit(0), "1": DAMAGES["NaN"], "2": edit(2)}, source=make_picture())
     broken = sweep.cells[Cell(1.0)]
     assert broken.change == {}
@@ -260,7 +260,7 @@ def test_a_cell_with_nan_has_no_figures_but_everything_else_goes_on():
     assert json.dumps([m.to_dict() for m in sweep.cells.values()], allow_nan=False)
 
 
-def test_the_table_has_a_column_for_each_figure():
+def test_the_table_has_a_column_for_each_metric():
     mask = torch.zeros(1, SIZE, SIZE)
     mask[:, :32] = 1.0
     sweep = measure({"0": edit(0), "1": edit(1)}, source=make_picture(), mask=mask)
@@ -274,7 +274,7 @@ def test_the_table_has_a_column_for_each_figure():
     assert len(row) == 10
 
 
-def test_a_batch_is_taken_apart_when_there_is_a_label_for_each():
+def test_a_batch_is_split_when_there_is_a_label_for_each():
     batch = torch.cat([edit(0), edit(1), edit(2)])
     sweep = measure_sweep([batch], ["0", "1", "2"])
     apart = measure_sweep(list(batch.split(1)), ["0", "1", "2"])
@@ -300,16 +300,16 @@ def test_only_small_copies_stay():
         assert measures.change_thumbnail.nbytes == 50 * 100 * 3 * 2
 
 
-def test_a_sweep_stops_between_two_pictures():
-    told = []
+def test_a_sweep_stops_between_two_images():
+    reported = []
     with pytest.raises(InterruptedError, match="the sweep was stopped after 2 of 3"):
         measure_sweep(
             [edit(s) for s in (0, 1, 2)],
             ["0", "1", "2"],
-            progress=lambda *at: told.append(at),
-            should_stop=lambda: len(told) == 2,
+            progress=lambda *at: reported.append(at),
+            should_stop=lambda: len(reported) == 2,
         )
-    assert told == [(0, 3), (1, 3)]
+    assert reported == [(0, 3), (1, 3)]
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_a_sweep_stops_between_two_pictures():
         ({"0": torch.zeros(1, 8, 8, 3)}, "the pictures are 8 x 8; expected at least 11 pixels"),
     ],
 )
-def test_what_does_not_fit_together_is_one_sentence(pictures, message):
+def test_mismatched_inputs_are_a_one_sentence_error(pictures, message):
     with pytest.raises(ConfigError) as caught:
         measure(pictures)
     assert message in str(caught.value)
@@ -337,7 +337,7 @@ def test_the_number_of_labels_is_checked():
         measure_sweep([edit(0)] * 65, [str(n) for n in range(65)])
 
 
-def test_a_seed_without_strength_0_is_said_and_the_others_are_judged():
+def test_a_seed_without_strength_0_is_reported_and_the_others_are_judged():
     pictures = {f"strength={s} seed=1": edit(s) for s in (0, 1)}
     verdict = judge({**pictures, "strength=1 seed=2": edit(1, seed=2)})
     assert "there is no change to measure: strength=1 seed=2" in verdict.to_text()

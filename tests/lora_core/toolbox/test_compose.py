@@ -1,4 +1,4 @@
-"""What every resized, merged or extracted adapter is."""
+"""Properties of every resized, merged or extracted adapter."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_written_result_reads_back_with_equal_deltas_and_says_what_was_done(tm
     assert history[1]["retained"] == pytest.approx(resized.total_retained)
 
 
-def test_the_report_of_a_result_speaks_of_the_result():
+def test_the_report_of_a_result_describes_the_result():
     weights = make_lora(8, 2.0, torch.bfloat16)
     metadata = {"sshs_model_hash": "of the old file", "lora_adapter_metadata": "{}"}
     adapter = make_adapter({TO_Q: weights, TO_K: make_loha(2)}, "old", metadata=metadata)
@@ -77,7 +77,7 @@ def test_plain_loras_are_resized_and_merged_without_a_tensor_of_the_modules_size
         assert ROWS * 3 <= seen.largest < ROWS * COLUMNS / 2
 
 
-def test_progress_is_told_and_a_stop_is_heard():
+def test_progress_is_reported_and_a_stop_is_obeyed():
     adapter = make_adapter({TO_Q: make_lora(), TO_K: make_lora()})
     base = {f"{path}.weight": torch.zeros(ROWS, COLUMNS) for path in adapter}
     tuned = {key: torch.randn(ROWS, COLUMNS) for key in base}
@@ -86,9 +86,9 @@ def test_progress_is_told_and_a_stop_is_heard():
         "merge": lambda **options: merge_adapters([(adapter, 1.0)], **options),
         "extraction": lambda **options: extract_adapter(base, tuned, 2, **options),
     }.items():
-        told = []
-        work(progress=lambda done, total, told=told: told.append((done, total)))
-        assert told == [(0, 2), (1, 2), (2, 2)]
+        reported = []
+        work(progress=lambda done, total, reported=reported: reported.append((done, total)))
+        assert reported == [(0, 2), (1, 2), (2, 2)]
         answers = iter([False, True])
         with pytest.raises(InterruptedError, match=f"{name} was stopped after 1 of 2 modules"):
             work(should_stop=lambda answers=answers: next(answers))

@@ -58,7 +58,7 @@ def test_biases_can_be_left_out_and_equal_ones_are(tmp_path):
     assert found.notes == ("1 of 2 Linears do not differ",)
 
 
-def test_a_bias_of_another_length_and_one_that_is_missing_are_said():
+def test_a_bias_of_another_length_and_a_missing_one_are_reported():
     base, tuned = make_models()
     with pytest.raises(ShapeError, match=rf"shape of {TO_Q}.bias: \(5,\) against \(48,\)"):
         extract_adapter(base, tuned | {f"{TO_Q}.bias": torch.ones(5)}, rank=2)

@@ -120,7 +120,7 @@ def test_linears_that_do_not_differ_are_left_out_and_counted():
     assert found.notes == ("1 of 2 Linears do not differ",)
 
 
-def test_extract_gives_the_same_result_twice_and_leaves_the_random_state_alone():
+def test_extract_is_deterministic_and_keeps_the_random_state():
     base, tuned, _ = make_models(30, shape=(200, 260))
     state = torch.get_rng_state()
     first, second = (extract_adapter(base, tuned, rank=6).adapter.modules[TO_Q] for _ in range(2))

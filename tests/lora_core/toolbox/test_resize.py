@@ -106,7 +106,7 @@ def test_other_kinds_become_the_nearest_lora(kind, rank, dtype):
     assert (resized.kind, resized.dtype) == ("LoRA", dtype)
     delta = compute_dense(weights)
     best = compute_retained(delta, truncate(delta, rank))
-    # the randomised route may lose a little; what it says of itself stays true
+    # the randomised SVD may lose a little; the reported loss stays correct
     slack = 0.01 if kind in ("wide LoHa", "diff") and rank == 3 else 0.0
     assert compute_retained(delta, compute_dense(resized)) >= best - slack - 1e-4
     check_figures(found, {TO_Q: delta})
@@ -182,12 +182,12 @@ def test_an_untrained_module_survives_a_resize_and_loses_nothing():
         ({"energy": float("nan")}, "energy is nan; expected a share"),
     ],
 )
-def test_settings_out_of_range_are_refused_in_a_sentence(settings, message):
+def test_settings_out_of_range_are_refused_with_a_message(settings, message):
     with pytest.raises(ConfigError, match=message):
         resize_adapter(make_adapter({TO_Q: make_lora()}), **settings)
 
 
-def test_an_oft_has_no_rank_to_lower():
+def test_resizing_an_oft_is_refused():
     adapter = make_adapter({TO_Q: OftWeights(torch.randn(48, 2, 2))})
     with pytest.raises(ConfigError, match=rf"{TO_Q} holds OFT weights.*no rank to lower; expected"):
         resize_adapter(adapter, rank=2)

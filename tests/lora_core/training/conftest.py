@@ -1,4 +1,4 @@
-"""Makes what tests share importable, and keeps tiny products on one core."""
+"""Makes shared test modules importable, and keeps tiny products on one core."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ for name in ("tiny", "small_bases", "counted_bytes"):
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Where other processes keep the cores busy, threads that wait for each other take minutes."""
+    """On busy cores, threads that wait for each other take minutes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,15 +28,15 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """A real one of each kind; what runs on the CPU here finds nothing out on a GPU's time."""
+    """A real device of each kind; CPU runs here say nothing about a GPU's timing."""
     return torch.device(request.param)
 
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """Every kernel adds in the same order each time; one that cannot is an error.
+    """Every kernel sums in a fixed order; one that cannot raises an error.
 
-    On a GPU attention's backward pass adds as the work comes, so that two runs differ by rounding.
+    On a GPU attention's backward pass sums in arbitrary order, so that two runs differ by rounding.
     """
     torch.use_deterministic_algorithms(True)  # with warn_only attention would stay as it is
     yield

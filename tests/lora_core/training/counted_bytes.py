@@ -1,4 +1,4 @@
-"""Counting what operations move, where there is no GPU to measure it on."""
+"""Counts the bytes that operations move, where there is no GPU to measure them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class ByteCount(TorchDispatchMode):
-    """Bytes that the operations inside read and write, views apart.
+    """Bytes that the operations inside read and write, except views.
 
-    An operand is counted once an operation, which is what a GPU's kernel moves; one that is
-    written in place is read and written.
+    An operand is counted once per operation, as a GPU kernel moves it; one that is modified in
+    place is read and written.
     """
 
     def __init__(self):
@@ -24,7 +24,7 @@ class ByteCount(TorchDispatchMode):
         inputs = {id(t): t for t in tree_leaves((arguments, options)) if is_tensor(t)}
         out = (options or {}).get("out")
         outputs = {id(t): t for t in tree_leaves(results) if is_tensor(t)}
-        if out is not None:  # written, and read only where it is an operand too
+        if out is not None:  # written, and read only if it is an operand too
             operands = {id(t) for t in tree_leaves(arguments)}
             inputs = {key: t for key, t in inputs.items() if key in operands}
         starts = {t.untyped_storage()._cdata for t in inputs.values()}
@@ -45,7 +45,7 @@ def is_tensor(value: object) -> bool:
 
 
 def count(tensor: torch.Tensor) -> int:
-    """Of the entries that are really there: an expanded one is read as often as it has any."""
+    """Bytes of the entries in memory: an expanded tensor is read as often as it has entries."""
     sides = zip(tensor.shape, tensor.stride(), strict=True)
     numel = 1
     for side, stride in sides:

@@ -44,7 +44,7 @@ from qwen_edit_lora.lora_core.training.run.trainer import train  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 STEPS = 6
-#: Everything that has a state or draws random numbers takes part.
+#: Uses everything that has a state or draws random numbers.
 CHANGES = {
     "steps": STEPS,
     "data.caption_dropout": 0.3,
@@ -84,7 +84,7 @@ def fork(action: Callable[[], None]) -> int:
         return child
     try:
         action()
-    except BaseException as e:  # noqa: BLE001 - whatever it is, the parent has to know
+    except BaseException as e:  # noqa: BLE001 - the parent must learn of any error
         sys.stderr.write(f"{type(e).__name__}: {e}\n")
         os._exit(1)
     os._exit(0)
@@ -99,10 +99,10 @@ def wait(child: int) -> str:
 
 
 def kill_at_call(number: int) -> Callable[[], int]:
-    """From now on: dies at the `number`-th write, fsync or rename, just before or just after.
+    """From now on, kills itself just before or after the `number`-th write, fsync or rename.
 
     Returns:
-        How many there were so far.
+        A counter of these operations so far.
     """
     calls = 0
 
@@ -146,7 +146,7 @@ def find_half_written(folder: Path) -> list[str]:
 
 
 def count_operations(folder: Path, data: Path) -> int:
-    """How many operations an uninterrupted run has that `kill_at_call` counts."""
+    """Number of operations counted by `kill_at_call` in an uninterrupted run."""
     note = folder / "operations"
 
     def work() -> None:
@@ -191,7 +191,7 @@ def main(folder: Path, num_kills: int) -> None:
         assert wait(fork(lambda place=place: run(place, data))) == "done"
         outcome["runs"].append(place.name)
 
-    # Runs killed again and again after random times, until that happened often enough.
+    # Runs killed repeatedly after random times, until there were enough kills.
     while outcome["killed_after_times"] < num_kills:
         place = folder / f"torn_{len(outcome['runs'])}"
         state = "killed"

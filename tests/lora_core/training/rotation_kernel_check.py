@@ -1,6 +1,6 @@
-"""Runs or compiles the Triton kernels of norm and rotation; a process of its own.
+"""Runs or compiles the Triton kernels of norm and rotation, in its own process.
 
-`TRITON_INTERPRET` counts when Triton is imported. Prints one line of JSON.
+`TRITON_INTERPRET` takes effect when Triton is imported. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def interpret() -> dict[str, float]:
             exact_grad = head_rotation.compute_gradient(
                 grad.double(), x.double(), *wide, first, 1e-6
             )
-            if result_dtype != dtype:  # the gradient is in the type of x
+            if result_dtype != dtype:  # the gradient is in the dtype of x
                 found, exact_grad = found[:1], None
             pairs = zip(found, (exact, exact_grad), strict=False)
             errors += [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
@@ -66,7 +66,7 @@ def interpret() -> dict[str, float]:
 
 
 def compile_kernels() -> dict[str, list[str]]:
-    """The instructions that read and write memory, by kernel, target and type."""
+    """The instructions that read and write memory, by kernel, target and dtype."""
     import triton
     from qwen_edit_lora.lora_core.training.model import rotation_kernel
     from triton.backends.compiler import GPUTarget

@@ -11,7 +11,7 @@ TINY = {"attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim
 
 def write_base(path, num_layers: int, **sizes: int) -> str:
     """In ComfyUI's naming, bf16; `sizes` are Architecture's."""
-    # Of the full width only tests on a card write some, where a CPU would draw for minutes.
+    # Only tests on a card write full-width ones, which a CPU would take minutes to generate.
     device = "cpu" if sizes or not torch.cuda.is_available() else "cuda"
     model = Architecture(num_layers=num_layers, **sizes).build_empty().to_empty(device=device)
     torch.manual_seed(0)

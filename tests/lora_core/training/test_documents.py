@@ -1,4 +1,4 @@
-"""The example configuration and what docs/ says of training, held against the code."""
+"""The example configuration and the training docs, checked against the code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parse(text: str) -> dict:
     return tomllib.loads(text)
 
 
-def test_the_example_is_a_configuration_that_leaves_every_default():
+def test_the_example_is_a_configuration_of_defaults():
     values = parse(EXAMPLE.read_text(encoding="utf-8"))
     config = config_to_dict(config_from_dict(values))
     smallest = {key: values[key] for key in ("name", "output", "model", "data")}
@@ -60,7 +60,7 @@ def test_the_training_set_of_the_manual_can_be_written_and_read(tmp_path, monkey
     assert written.items[0].bucket == ((128, 128), (128, 128))
 
 
-def test_the_manual_names_only_commands_there_are():
+def test_the_manual_names_only_existing_commands():
     from qwen_edit_lora.lora_core.__main__ import build_parser
 
     parser = build_parser()
@@ -86,7 +86,7 @@ SIZE = BaseSize(
 NUM_WEIGHTS = SIZE.num_blocks * SIZE.block_weights + SIZE.other_weights
 #: 1024 x 1024, one reference of that size, and a caption.
 NUM_TOKENS = 4096 + 4096 + 256
-#: What PyTorch finds of a card's nominal memory.
+#: Share of a card's nominal memory that PyTorch reports.
 REPORTED = 0.98
 ROW = re.compile(
     r"^\| (\d+) GB[^|]*\|[^|]*\| (\w+) \| (\w+)( \(auto\))? \| (\d+) \| ([\d.]+) GiB \| "

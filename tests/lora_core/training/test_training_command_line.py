@@ -45,7 +45,7 @@ def write_config(tmp_path):
     return write
 
 
-def test_train_writes_an_adapter_that_says_what_it_is(write_config, tmp_path, capsys):
+def test_train_writes_an_adapter_with_descriptive_metadata(write_config, tmp_path, capsys):
     assert main(["train", write_config()]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("step 1/4  loss ")
@@ -83,7 +83,7 @@ def test_train_again_is_refused_in_one_line_and_with_resume_goes_on(write_config
         ({"storage": "fp4"}, "config.toml: [model] storage is 'fp4'; expected one of"),
     ],
 )
-def test_what_cannot_be_opened_is_one_line(write_config, capsys, model, message):
+def test_files_that_cannot_be_opened_are_a_one_line_error(write_config, capsys, model, message):
     assert main(["train", write_config(**model)]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -120,13 +120,13 @@ def test_sample_decodes_with_the_vae_of_comfyuis_file(write_config, demo_models,
     assert Image.open(tmp_path / "out" / "a.png").size == (64, 64)
 
 
-def test_an_unknown_item_is_one_line(write_config, tmp_path, capsys):
+def test_an_unknown_item_is_a_one_line_error(write_config, tmp_path, capsys):
     assert main(["sample", write_config(), str(tmp_path / "out"), "--items", "c"]) == 2
     assert "the training set has no item 'c'; it has a" in capsys.readouterr().err
 
 
 def test_sharding_by_accelerate_is_refused_in_one_line(write_config, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # what `accelerate launch --use_fsdp` sets
+    monkeypatch.setenv("WORLD_SIZE", "2")  # set by `accelerate launch --use_fsdp`
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", write_config()]) == 2
     assert "train: FSDP version 1 would spread the LoRAs" in capsys.readouterr().err
@@ -155,9 +155,7 @@ def test_a_terminated_run_saves_its_step_and_says_how_to_go_on(write_config, tmp
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a shell's ulimit")
-def test_a_disk_that_takes_no_more_is_one_line_and_resume_mends_the_run(
-    write_config, tmp_path, capsys
-):
+def test_a_full_disk_is_a_one_line_error_and_the_run_can_be_resumed(write_config, tmp_path, capsys):
     assert main(["train", write_config(2)]) == 0
     limited = ["bash", "-c", 'ulimit -f 16 && exec "$@"', "bash", sys.executable]
     result = subprocess.run(
@@ -192,7 +190,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_resume_mends_the_run(
     ],
     ids=["missing tensor", "another architecture", "NaN", "another shape"],
 )
-def test_a_wrong_model_is_one_line_and_the_output_folder_stays_usable(
+def test_a_wrong_model_is_a_one_line_error_and_the_output_folder_stays_usable(
     write_config, tmp_path, capsys, spoil, message
 ):
     state_dict = dit.make_dit("2511")
@@ -206,7 +204,7 @@ def test_a_wrong_model_is_one_line_and_the_output_folder_stays_usable(
     assert main(["train", write_config()]) == 0
 
 
-def test_a_broken_training_set_is_one_line(write_config, tmp_path, capsys):
+def test_a_broken_training_set_is_a_one_line_error(write_config, tmp_path, capsys):
     config = write_config()
     item = tmp_path / "data" / "items" / "a.safetensors"
     item.write_bytes(item.read_bytes()[:200])

@@ -1,4 +1,4 @@
-"""Encoded pairs beside what ComfyUI's own nodes give for the same picture and prompt."""
+"""Encoded pairs compared with ComfyUI's own nodes for the same image and prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEGAPIXELS = 0.01
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Where other processes keep the cores busy, threads that wait for each other take minutes."""
+    """On busy cores, threads that wait for each other take minutes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +58,7 @@ def check(folder: Path, max_references: int = 3) -> tuple:
 
 
 def load_image(path: Path) -> torch.Tensor:
-    """As ComfyUI's LoadImage does."""
+    """Loads like ComfyUI's LoadImage."""
     image = Image.open(path).convert("RGB")
     return torch.from_numpy(np.array(image).astype(np.float32) / 255.0)[None]
 
@@ -102,7 +102,7 @@ def test_embedding_and_references_are_the_stock_nodes_own(
     assert all(map(torch.equal, item.references, references))
     empty, _ = run_stock(models, variant, "", images)
     assert torch.equal(item.text_empty, empty)
-    assert len(text) > len(empty) > 100 * number  # the pictures are part of it
+    assert len(text) > len(empty) > 100 * number  # the images are part of it
 
     expected = load_image(checked.pair.target.path)
     assert item.target.shape == (16, checked.size[1] // 8, checked.size[0] // 8)
@@ -162,7 +162,7 @@ def test_a_target_is_stretched_to_its_size_without_going_out_of_range(size, enco
     assert resized.mean() == pytest.approx(image.mean().item(), abs=0.01)
 
 
-def test_models_are_told_apart_by_weights_dtypes_and_patches(
+def test_models_are_distinguished_by_weights_dtypes_and_patches(
     comfyui, models, encoding, demo_models
 ):
     def identify(vae: Any) -> str:
@@ -199,7 +199,7 @@ def test_models_are_told_apart_by_weights_dtypes_and_patches(
     assert encoding.compute_identity(clip.patcher) == base
 
 
-def test_another_clip_or_vae_is_refused_in_a_sentence(comfyui, models, encoding):
+def test_another_clip_or_vae_is_refused_with_a_message(comfyui, models, encoding):
     from comfy.sd1_clip import SD1Tokenizer
 
     clip = models.clip.clone()

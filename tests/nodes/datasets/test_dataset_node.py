@@ -1,4 +1,4 @@
-"""Edit Dataset in a running ComfyUI: photographs in, a cached set out that training takes."""
+"""Edit Dataset in a running ComfyUI: from photographs to a cached set ready for training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qwen_edit_lora.lora_core.training.data.dataset import CachedDataset, read_d
 
 pytestmark = pytest.mark.comfy
 
-SMALL = 0.01  # megapixels; on a shared machine a picture of the stock's size takes a minute
+SMALL = 0.01  # megapixels; on a shared machine an image of the stock size takes a minute
 
 
 def build_graph(**inputs: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def fail(server: Any, graph: dict[str, Any]) -> str:
 
 @pytest.fixture
 def roots(base_directory: Path) -> Iterator[dict[str, Path]]:
-    """Folders of this test alone, and an empty cache."""
+    """Folders used only by this test, and an empty cache."""
     made = {name: base_directory / name / "test_pairs" for name in ("datasets", "input", "output")}
     cache = base_directory / "user" / "__qwen_edit_lora" / "datasets"
     yield {**made, "base": base_directory, "cache": cache}
@@ -134,7 +134,7 @@ def test_photographs_become_a_set_that_trains_a_step(server, roots, demo_models)
 
 
 def run_again_without(folder: Path, server: Any, graph: dict[str, Any]) -> str:
-    """The report after somebody deleted the set: ComfyUI must not take the node's old output."""
+    """The report after the set was deleted: ComfyUI must not reuse the node's cached output."""
     shutil.rmtree(folder)
     return run(server, graph)
 
@@ -150,7 +150,7 @@ def test_a_changed_caption_encodes_one_pair_and_the_old_set_stays(server, roots)
     assert "pairs encoded: 1, there already: 3" in report
     now = list_items(roots)
     assert len(now) == 5
-    assert {name: now[name] for name in items} == items  # not one was written again
+    assert {name: now[name] for name in items} == items  # none was rewritten
     second = read_set(roots, report)
     assert [info.caption for info in second.items][2] == "something else"
     assert [info.caption for info in read_dataset(first.folder).items][2].endswith("number 2")
@@ -184,7 +184,7 @@ def test_everything_that_matters_is_part_of_the_key(server, roots):
     assert "pairs encoded: 1," in run(server, build_graph(folder=folder))
 
 
-def test_pictures_of_the_graph_make_a_set(server, roots):
+def test_images_of_the_graph_make_a_set(server, roots):
     for name, index in (("a", 0), ("b", 1)):
         write_picture(load_photograph(index), roots["input"] / f"{name}.png")
     graph = build_graph(captions="first\nsecond", targets=["inverted", 0], reference_1=["batch", 0])
@@ -203,7 +203,7 @@ def test_pictures_of_the_graph_make_a_set(server, roots):
     assert "both a folder (input/test_pairs) and targets are given" in fail(server, graph)
 
 
-def test_bad_input_is_a_sentence_before_anything_is_encoded(server, roots, tmp_path):
+def test_bad_input_is_a_clear_error_before_anything_is_encoded(server, roots, tmp_path):
     folder = roots["datasets"]
     graph = build_graph(folder="datasets/test_pairs")
     assert "the folder 'datasets/test_pairs' does not exist" in fail(server, graph)
@@ -247,7 +247,7 @@ def test_folders_outside_the_roots_are_refused(server, roots, tmp_path):
     assert list_items(roots) == {}
 
 
-def test_odd_names_and_numbers_are_short_sentences_and_tell_no_absolute_folder(server, roots):
+def test_odd_names_and_numbers_are_short_errors_without_an_absolute_path(server, roots):
     write_pairs(roots["input"], 1)
     for name in ("a" * 300, "input/" + "é" * 5000, "input/test_pairs/" + "x" * 256, "\ud800"):
         message = fail(server, build_graph(folder=name))
@@ -261,7 +261,7 @@ def test_odd_names_and_numbers_are_short_sentences_and_tell_no_absolute_folder(s
     assert list_items(roots) == {}
 
 
-def test_what_is_left_out_is_told_on_the_node_and_in_its_json(server, roots):
+def test_what_is_left_out_is_reported_on_the_node_and_in_its_json(server, roots):
     folder = write_pairs(roots["input"], 2)
     write_picture(load_photograph(3), folder / "garment" / "photo_0.png")
     entry = server.run_prompt(build_graph(folder="input/test_pairs"), timeout=500)
@@ -269,15 +269,15 @@ def test_what_is_left_out_is_told_on_the_node_and_in_its_json(server, roots):
     report = shown["qwen_edit_lora_report"][0]
     assert "Warning: pictures that belong to no pair: 1, such as garment/photo_0.png" in report
     assert shown["qwen_edit_lora_warning"] == [True]
-    (told,) = shown["qwen_edit_lora_pairs"]
-    (finding,) = told["findings"]
+    (reported,) = shown["qwen_edit_lora_pairs"]
+    (finding,) = reported["findings"]
     assert (finding["kind"], finding["severity"]) == ("pictures_unused", "warning")
-    assert (told["num_pairs"], finding["count"]) == (2, 1)
+    assert (reported["num_pairs"], finding["count"]) == (2, 1)
     assert str(roots["base"]) not in report
     assert "__qwen_edit_lora/datasets of the user folder" in report
 
 
-def test_pictures_of_every_kind_are_encoded(server, roots):
+def test_images_of_every_kind_are_encoded(server, roots):
     folder = write_pairs(roots["datasets"], 6, "target/🐈 {}.png", "control/🐈 {}.png", None)
     image = load_photograph(0)
     exif = Image.Exif()
@@ -303,7 +303,7 @@ def test_pictures_of_every_kind_are_encoded(server, roots):
     assert {info.references for info in dataset.items} == {dataset.items[5].references}
 
 
-def test_a_read_only_or_full_cache_is_a_sentence(server, roots):
+def test_a_read_only_or_full_cache_is_a_clear_error(server, roots):
     write_pairs(roots["input"], 1)
     roots["cache"].parent.mkdir(parents=True, exist_ok=True)
     roots["cache"].write_bytes(b"in the way")

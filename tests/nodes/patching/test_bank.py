@@ -1,4 +1,4 @@
-"""Sites that read one tensor share its down-product, whoever comes in which order."""
+"""Sites that read one tensor share its down-product, in any order."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def check(site, adapter, path, x, gain=1.0):
 def test_q_k_and_v_read_x_once_in_any_order(order, build_bank, count_products):
     adapter = build_adapter(QKV)
     bank = build_bank(adapter)
-    for seed in (1, 2):  # the second time as at the next step
+    for seed in (1, 2):  # the second time like the next step
         x = draw(2, 5, WIDTH, seed=seed)
         for index in order:
             check(bank.sites[QKV[index]], adapter, QKV[index], x, gain=index + 0.5)
     assert count_products == [3 * RANK, 3 * RANK]
 
 
-def test_sites_of_other_tensors_compute_their_own(build_bank, count_products):
+def test_sites_of_other_tensors_compute_their_own_product(build_bank, count_products):
     adapter = build_adapter(QKV)
     bank = build_bank(adapter)
     inputs = [draw(5, WIDTH, seed=seed) for seed in range(3)]
@@ -98,7 +98,7 @@ def test_sites_of_other_tensors_compute_their_own(build_bank, count_products):
     assert len(count_products) == 7
 
 
-def test_a_site_takes_a_product_once_even_where_changes_are_not_counted(build_bank):
+def test_a_site_takes_a_product_once_even_without_version_counters(build_bank):
     """A buffer that is used again for the next step, under inference mode."""
     adapter = build_adapter(QKV)
     bank = build_bank(adapter)
@@ -148,7 +148,7 @@ def test_another_kind_on_one_of_the_three_does_not_disturb_the_others(build_bank
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_is_kept_after_a_call_or_when_x_is_gone(build_bank):
+def test_nothing_is_kept_after_a_call_or_when_x_is_freed(build_bank):
     adapter = build_adapter(QKV)
     bank = build_bank(adapter)
     (product,) = bank.products
@@ -165,7 +165,7 @@ def test_gradients_reach_x_through_a_shared_product(build_bank):
     bank = build_bank(adapter)
     x = draw(2, 5, WIDTH).requires_grad_()
     weights = [draw(WIDTH, WIDTH, seed=seed) for seed in range(3)]
-    with torch.no_grad():  # a product made here must not be taken where gradients are wanted
+    with torch.no_grad():  # a product computed here must not be reused where gradients are required
         bank.sites[QKV[2]].add(x @ weights[2].T, x, (0.1,))
     bases = [x @ weight.T for weight in weights]
     kept = [base.detach().clone() for base in bases]
@@ -198,7 +198,7 @@ def test_a_bank_can_be_copied(build_bank):
         check(twin.sites[path], adapter, path, x)
 
 
-def test_outputs_of_another_type_than_x_are_added_to_in_their_own(build_bank):
+def test_outputs_of_another_dtype_than_x_are_added_to_in_their_own(build_bank):
     adapter = build_adapter(QKV[:1])
     bank = build_bank(adapter)
     x, y = draw(5, WIDTH).bfloat16(), draw(5, WIDTH, seed=9)

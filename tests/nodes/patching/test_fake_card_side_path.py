@@ -1,4 +1,4 @@
-"""The side path on a make-believe card: every kind of site, wherever ComfyUI keeps its weights.
+"""The side path on a fake card: every kind of site, wherever ComfyUI keeps its weights.
 
 ComfyUI's own model, wrappers and casts; only the patcher's loading is done here, by `card.put`.
 """
@@ -51,7 +51,7 @@ def build(kind: str, name: str = "a", **options: int) -> Adapter:
 
 @pytest.fixture
 def call(ours: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """One call of the diffusion model as a sampler makes it, through all wrappers."""
+    """One call of the diffusion model as made by a sampler, through all wrappers."""
     ran: list[Any] = []
     run_site = ours.side_path.run_site
 
@@ -112,7 +112,7 @@ def test_stacked_adapters_of_different_scales_compute_on_a_card(base, ours, appl
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_pass_a_site_on_a_card(kind, base, ours, apply_ours):
-    """A custom node may guide by them."""
+    """A custom node may use them for guidance."""
     side_path = ours.side_path.get_side_path(apply_ours(base, build(kind), 0.7, "side path"))
     bank = side_path.get_bank()
     with FakeCard(LAZY) as card:

@@ -1,9 +1,9 @@
 """Models of other extensions: nunchaku's, and GGUF files.
 
-nunchaku needs a GPU and its own compiled kernels, so its classes stand here by their names and
-attributes (nunchaku 1.2, models/linear.py; ComfyUI-nunchaku 1.0, models/qwenimage.py), with dense
-weights behind them. ComfyUI-GGUF's tensor class is one such stand-in too; its codes and their
-decoder are those of the gguf package.
+nunchaku needs a GPU and its own compiled kernels, so stand-ins have the names and attributes of its
+classes (nunchaku 1.2, models/linear.py; ComfyUI-nunchaku 1.0, models/qwenimage.py), with dense
+weights. ComfyUI-GGUF's tensor class is a stand-in too; its codes and their decoder are those of the
+gguf package.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class SVDQW4A4Linear(torch.nn.Module):
 
 
 class AWQW4A16Linear(torch.nn.Module):
-    """Its outputs lie as (width, 6), where the adapter's lie as (6, width)."""
+    """Its outputs are ordered as (width, 6), the adapter's as (6, width)."""
 
     def __init__(self, linear: Any):
         super().__init__()
@@ -84,7 +84,7 @@ class AWQW4A16Linear(torch.nn.Module):
 
 
 class Modulation(torch.nn.Sequential):
-    """What nunchaku's block does with the modulation's output."""
+    """How nunchaku's block uses the modulation's output."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = super().forward(x)
@@ -167,7 +167,7 @@ def apply(
     return ours.application.apply_adapters(model, [(adapter, Strengths(strength, **more))], mode)
 
 
-def test_the_stand_in_computes_what_the_base_does(base, nunchaku, sample):
+def test_the_stand_in_computes_the_same_as_the_base(base, nunchaku, sample):
     assert worst(sample(nunchaku), sample(base)) < ROUNDING
 
 
@@ -224,7 +224,7 @@ def test_modules_inside_a_kernel_are_named_and_left_out(base, nunchaku, sample, 
         apply(ours, nunchaku, build_adapter(MLP))
 
 
-def test_what_needs_weights_is_refused_with_a_sentence(nunchaku, sample, ours, comfyui):
+def test_what_needs_weights_is_refused_with_a_message(nunchaku, sample, ours, comfyui):
     lora, dora = build_adapter(ATTENTION), build_adapter(ATTENTION[:1], "DoRA")
     with pytest.raises(ConfigError, match=r"nunchaku model keeps no weights that can be patched"):
         apply(ours, nunchaku, lora, mode="merge")
@@ -243,7 +243,7 @@ def test_what_needs_weights_is_refused_with_a_sentence(nunchaku, sample, ours, c
         apply(ours, compiled, lora)
 
 
-def test_cpu_offload_of_nunchaku_is_refused_with_a_sentence(nunchaku, ours):
+def test_cpu_offload_of_nunchaku_is_refused_with_a_message(nunchaku, ours):
     nunchaku.model.diffusion_model.offload = True
     with pytest.raises(ConfigError, match=r"Set cpu_offload to 'disable' in its loader"):
         apply(ours, nunchaku, build_adapter(ATTENTION))
@@ -272,7 +272,7 @@ def test_a_linear_without_a_weight_in_another_model_runs_beside_and_is_not_merge
 
 
 class GGMLTensor(torch.Tensor):
-    """As in ComfyUI-GGUF's ops.py: raw bytes that say they have the shape of the weight."""
+    """As in ComfyUI-GGUF's ops.py: raw bytes that report the shape of the weight."""
 
     def __new__(cls, data: torch.Tensor, *, tensor_type: Any, tensor_shape: Any):
         return data.as_subclass(cls)
@@ -332,7 +332,7 @@ def test_a_large_gguf_weight_is_measured_by_a_sample_of_its_rows(base, ours, mon
     assert decoded == [500]
 
 
-def test_what_cannot_be_measured_says_why(base, ours, monkeypatch):
+def test_a_weight_that_cannot_be_measured_gives_the_reason(base, ours, monkeypatch):
     linear = base.model.diffusion_model.get_submodule(PATH)
     weight = linear.weight.detach().clone()
 
@@ -341,7 +341,7 @@ def test_what_cannot_be_measured_says_why(base, ours, monkeypatch):
         return ours.host.measure_weight(base, PATH)
 
     class Codes(torch.Tensor):
-        """Another extension's floats that are no values."""
+        """Another extension's floats that are codes, not values."""
 
     packed = quantise(weight, "Q8_0")
     assert measure(weight.to(torch.uint8)) == (None, "it is stored as uint8")

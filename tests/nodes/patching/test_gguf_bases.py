@@ -1,4 +1,4 @@
-"""GGUF bases in Train's list: from every folder they may lie in, and nothing from outside."""
+"""GGUF bases in Train's list: from every allowed folder, and nothing from outside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.comfy
 
 
 def write_gguf(path: Path, base: Path) -> Path:
-    """The demo base as the converters for ComfyUI-GGUF write it."""
+    """The demo base as written by the converters for ComfyUI-GGUF."""
     import gguf
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A LoRA of usual size on fp8 weights at full width: what arrives at the layer's output."""
+"""A LoRA of usual size on fp8 weights at full width: its effect on the layer's output."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def build_layer(
 
 
 def run(ours: SimpleNamespace, comfyui: SimpleNamespace, model: Any, x: torch.Tensor):
-    """The layer's output for `x`, through the wrappers that every model call goes through."""
+    """The layer's output for `x`, through the wrappers of every model call."""
     import comfy.patcher_extension as extension
 
     comfyui.model_management.load_models_gpu([model])
@@ -93,7 +93,7 @@ def test_a_small_delta_survives_on_an_fp8_base(storage, dtype, ours, comfyui, ca
             before = run(ours, comfyui, base, x)
             applied = ours.application.apply_adapters(base, [(adapter, Strengths(1.0))], mode)
             errors[mode] = compute_error(run(ours, comfyui, applied.model, x) - before)
-    # Activations in bf16 lose some of the effect whatever the weights do: the exact sum, rounded.
+    # Activations in bf16 lose some of the effect in any case: the exact sum, rounded.
     errors["rounding of the activations alone"] = compute_error(
         (before.double() + own_output).to(dtype).double() - before
     )

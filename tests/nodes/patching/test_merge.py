@@ -58,7 +58,7 @@ def test_a_merged_weight_is_base_plus_strength_times_delta(
 
 @pytest.fixture
 def compile_model(comfyui):
-    """What ComfyUI's TorchCompileModel node does, with the backend that only traces."""
+    """Compiles like ComfyUI's TorchCompileModel node, with a backend that only traces."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     def compile_model(model):
@@ -94,7 +94,7 @@ def test_torch_compile_after_apply_samples_on_merged_weights(
 
 
 def write_kind(path, kind: str, seed: int) -> None:
-    """A file of one module, always as many bytes."""
+    """A file of one module, always of the same size."""
     prefix = f"diffusion_model.{PATH}"
     pieces = {
         "LoRA": {"lora_A.weight": draw(4, WIDTH, seed=seed), "lora_B.weight": draw(WIDTH, 4)},
@@ -105,13 +105,13 @@ def write_kind(path, kind: str, seed: int) -> None:
 
 
 def overwrite(path, data: bytes) -> None:
-    """In place: what maps the file sees it."""
+    """Overwrites in place, visible through memory maps of the file."""
     with path.open("r+b") as file:
         file.write(data)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoKr", "diff"])
-def test_a_merged_file_that_is_overwritten_between_two_samplings_is_told(
+def test_a_merged_file_overwritten_between_two_samplings_is_reported(
     kind, comfyui, base, sample, apply_ours, tmp_path
 ):
     path, other = tmp_path / "held.safetensors", tmp_path / "other.safetensors"
@@ -131,7 +131,7 @@ def test_a_merged_file_that_is_overwritten_between_two_samplings_is_told(
 
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["deleted", "replaced"])
-def test_a_merged_file_that_is_deleted_or_replaced_is_held_as_it_was(
+def test_a_merged_file_that_is_deleted_or_replaced_stays_readable(
     is_replaced, comfyui, base, sample, apply_ours, tmp_path
 ):
     path, other = tmp_path / "held.safetensors", tmp_path / "other.safetensors"
@@ -148,7 +148,7 @@ def test_a_merged_file_that_is_deleted_or_replaced_is_held_as_it_was(
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "diff"])
-def test_a_merged_file_gives_the_very_bits_of_the_native_loader(
+def test_a_merged_file_is_bit_identical_to_the_native_loader(
     kind, base, sample, apply_native, apply_ours, tmp_path
 ):
     path = tmp_path / "held.safetensors"

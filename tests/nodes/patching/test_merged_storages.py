@@ -1,4 +1,4 @@
-"""What a merge leaves of a delta, predicted here and done by ComfyUI's own patcher."""
+"""How much of a delta survives a merge: our prediction against ComfyUI's own patcher."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def draw(std: float, seed: int) -> torch.Tensor:
 
 
 def store(storage: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The entries of a file that ComfyUI's own quantise function gives."""
+    """The entries of a file as produced by ComfyUI's own quantise function."""
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
     kind = STORAGES[storage]
@@ -118,8 +118,8 @@ def test_the_prediction_is_within_15_percent_of_a_merge_by_comfyui(storage, std,
 
 
 @pytest.mark.parametrize("storage", ["fp8", "mxfp8"])
-def test_a_delta_below_the_coins_resolution_is_lost_and_not_noise(storage, comfyui):
-    """fp8 goes through fp16 and a chance of 8 bits: what is finer never gets a coin."""
+def test_a_delta_below_the_resolution_of_stochastic_rounding_is_lost(storage, comfyui):
+    """fp8 goes through fp16 and 8 random bits: finer values never round up."""
     entries, delta = store(storage, draw(0.02, 0)), draw(3e-6, 1)
     weight = open_weight(entries)
     exact = weight.values.double() + delta.double()
@@ -139,7 +139,7 @@ def test_an_int8_scale_of_one_dimension_becomes_one_per_row(comfyui):
 
 
 def test_a_delta_of_zero_on_one_weight_moves_the_whole_grid_of_a_scaled_one(comfyui):
-    """Why survival cannot take the old scale: one entry grows by a tenth, all others change."""
+    """Why survival cannot use the old scale: one entry grows by a tenth, all others change."""
     entries = store("int8", draw(0.02, 0))
     weight = open_weight(entries)
     delta = torch.zeros(ROWS, COLUMNS)
@@ -157,7 +157,7 @@ def test_a_delta_of_zero_on_one_weight_moves_the_whole_grid_of_a_scaled_one(comf
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "convrot_w4a4"])
-def test_four_bits_are_refused_with_a_sentence(name, comfyui):
+def test_four_bits_are_refused_with_a_message(name, comfyui):
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
     from qwen_edit_lora.lora_core import FileError
 

@@ -39,7 +39,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_side_path_equals_a_patch_and_leaves_the_base_to_the_bit(
+def test_a_side_path_equals_a_patch_and_leaves_the_base_bit_identical(
     kind, patcher, load_base, sample, apply_ours
 ):
     model, weights = load_base("2509_fp32"), KINDS[kind]()

@@ -26,7 +26,7 @@ def test_side_path_equals_patched_weights(base, sample, make_lora, apply_native,
 
 
 @pytest.mark.parametrize("variant", ["2509_fp32", "2511_fp32"])
-def test_both_variants_of_the_reference_timestep(
+def test_a_side_path_equals_patched_weights_in_both_variants_of_the_reference_timestep(
     variant, load_base, sample, make_lora, apply_native, apply_ours
 ):
     model, path = load_base(variant), make_lora("a", seed=1, alpha=3.0)
@@ -53,7 +53,7 @@ def test_a_side_path_on_top_of_a_native_lora_adds_up(
     )
 
 
-def test_merge_mode_equals_the_native_loader_to_the_last_bit(
+def test_merge_mode_is_bit_identical_to_the_native_loader(
     base, sample, make_lora, apply_native, apply_ours
 ):
     path = make_lora("a", seed=1)
@@ -155,12 +155,14 @@ def test_an_extension_that_copies_the_options_deeply_keeps_the_lora(
     assert copied
 
 
-def test_a_lora_whose_modules_never_run_is_warned_of(base, sample, make_lora, apply_ours, caplog):
+def test_a_lora_whose_modules_never_run_raises_a_warning(
+    base, sample, make_lora, apply_ours, caplog
+):
     model = apply_ours(base, make_lora("a"), 1.0)
     diffusion_model = base.model.diffusion_model
     twin = copy.deepcopy(diffusion_model)
     expected = sample(base)
-    diffusion_model.__dict__["_forward"] = twin._forward  # as an extension with a model of its own
+    diffusion_model.__dict__["_forward"] = twin._forward  # like an extension with its own model
     try:
         with caplog.at_level("WARNING"):
             assert torch.equal(sample(model), expected)
@@ -216,9 +218,7 @@ def test_adapters_that_meet_on_a_module_run_as_one_down_and_one_up_product(
         assert shapes[-1][1] == term.rank == 13
 
 
-def test_no_bank_is_built_for_the_steps_of_a_chain_that_nobody_samples(
-    ours, base, sample, make_lora, apply_ours
-):
+def test_no_bank_is_built_for_unsampled_steps_of_a_chain(ours, base, sample, make_lora, apply_ours):
     first = apply_ours(base, make_lora("a", seed=1), 1.0)
     second = apply_ours(first, make_lora("b", seed=2), 1.0)
     sample(second)
@@ -307,7 +307,7 @@ def test_gradients_flow_through_a_side_path(ours, base, make_lora, apply_ours):
 
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["deleted", "replaced"])
-def test_a_file_that_goes_between_load_and_sampling_is_one_sentence(
+def test_a_file_deleted_between_load_and_sampling_is_a_one_sentence_error(
     is_replaced, base, sample, make_lora, apply_ours
 ):
     path = make_lora("a", seed=1)
@@ -322,6 +322,6 @@ def test_a_file_that_goes_between_load_and_sampling_is_one_sentence(
     assert torch.equal(sample(base), before)
 
 
-def test_strengths_refuse_numbers_that_are_none():
+def test_strengths_refuse_non_finite_numbers():
     with pytest.raises(ValueError, match="strength is nan; expected a finite number"):
         Strengths(float("nan"))

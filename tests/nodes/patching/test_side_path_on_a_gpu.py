@@ -1,7 +1,7 @@
-"""The side path on a make-believe GPU: which devices meet, and how much memory is moved.
+"""The side path on a fake GPU: operand devices, and how much memory is moved.
 
-FakeTensorMode has CUDA tensors without CUDA; it knows shapes, types and devices, and refuses two
-devices in one operation as a GPU does. ComfyUI's casts run unchanged, since here the weights really
+FakeTensorMode has CUDA tensors without CUDA; it tracks shapes, dtypes and devices, and refuses two
+devices in one operation like a GPU. ComfyUI's casts run unchanged, since here the weights really
 are on another device than x.
 """
 
@@ -42,7 +42,7 @@ PLACEMENTS = (
 
 
 class FakeStream:
-    """A CUDA stream that only counts who waited for it."""
+    """A CUDA stream that only counts how often it was waited for."""
 
     def __init__(self) -> None:
         self.waits = 0
@@ -60,7 +60,7 @@ class FakeStream:
 
 
 class FakeCastBuffer:
-    """What aimdo brings weights to that have no page: a VRAMBuffer."""
+    """Where aimdo loads weights without a page: a VRAMBuffer."""
 
     def size(self) -> int:
         return 0
@@ -134,7 +134,7 @@ def build_bank(*adapters: Adapter) -> Any:
 
 
 def run_stream(bank: Any, dtype: torch.dtype = torch.bfloat16) -> None:
-    """What the sites of a stream get in one block."""
+    """Runs the sites of a stream as in one block."""
     shared = torch.empty(1, TOKENS, WIDTH, dtype=dtype, device=CUDA)
     for path, (out, columns) in STREAM.items():
         reads_shared = path.endswith(("to_q", "to_k", "to_v"))
@@ -171,7 +171,7 @@ def test_a_site_is_one_fetch_wherever_its_weights_are(fake_mode, ours, place):
         assert len({id(page) for page in placed.memory.faults}) == len(STREAM)
         assert placed.memory.pinned == 0
     if placed.name == "offloaded, streams":
-        # Once before the copy, and once after the last product that reads what was copied.
+        # Once before the copy, and once after the last product that reads the copy.
         assert sum(stream.waits for stream in placed.streams) == 2 * len(STREAM)
 
 
@@ -195,8 +195,8 @@ def build_adapter_of_plain_loras() -> Adapter:
     )
 
 
-def test_weights_left_behind_are_found_out(fake_mode, ours, monkeypatch):
-    """That this ring would fail: the same without ComfyUI's cast."""
+def test_weights_left_on_the_wrong_device_are_detected(fake_mode, ours, monkeypatch):
+    """These tests would fail without ComfyUI's cast."""
     bank = build_bank(build_adapter("LoRA"))
     monkeypatch.setattr(ours.host.PackedWeights, "fetch", lambda self, x: (self.weight, None))
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"two (different )?devices"):

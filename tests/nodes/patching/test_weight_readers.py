@@ -1,4 +1,4 @@
-"""ComfyUI's own savers and mergers behind Apply, Stack and Sweep: what they make holds the LoRA."""
+"""ComfyUI's own savers and mergers behind Apply, Stack and Sweep: their output has the LoRA."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build_graph(mode: str = "auto", applied: str = "QwenEditLoraApply", **more: 
 
 
 def compute_patched(base: dict[str, torch.Tensor], lora: Path, strength: float) -> dict:
-    """Path -> the weight that a merge gives, of every module of the LoRA."""
+    """Path -> the merged weight, for every module of the LoRA."""
     adapter = read_adapter(lora)
     names = {path: next(k for k in base if k.endswith(f"{path}.weight")) for path in adapter}
     return {
@@ -97,7 +97,7 @@ def test_a_saved_model_holds_the_lora_also_where_apply_ran_before(
     assert "side path: 24 modules" in read_output(after)[0]
 
 
-def test_a_saver_behind_nodes_that_hand_the_model_on_is_seen(server, output, demo_models, lora):
+def test_a_saver_behind_nodes_that_pass_the_model_on_is_detected(server, output, demo_models, lora):
     more = {
         "shift": node("ModelSamplingAuraFlow", model=["apply", 0], shift=3.0),
         "again": node(
@@ -136,16 +136,18 @@ def test_merged_models_hold_the_lora(server, output, demo_models, lora, name):
     check_saved(file, compute_patched(base, lora, share * STRENGTH))
 
 
-def test_a_side_path_that_was_asked_for_is_told_to_be_missing_from_the_file(server, output):
+def test_a_requested_side_path_is_reported_as_missing_from_the_file(server, output):
     save = node("ModelSave", model=["apply", 0], filename_prefix="saved_beside/model")
     entry = server.run_prompt(build_graph(mode="side path", save=save))
     report, findings = read_output(entry)
-    (told,) = (one for one in findings if one["kind"] == "not_in_weights")
-    assert (told["severity"], told["count"]) == ("warning", 24)
-    assert told["text"].startswith("ModelSave behind this node reads the weights alone, so that 24")
-    assert f"Warning: {told['text']}" in report.splitlines()
+    (reported,) = (one for one in findings if one["kind"] == "not_in_weights")
+    assert (reported["severity"], reported["count"]) == ("warning", 24)
+    assert reported["text"].startswith(
+        "ModelSave behind this node reads the weights alone, so that 24"
+    )
+    assert f"Warning: {reported['text']}" in report.splitlines()
     assert entry["outputs"]["apply"]["qwen_edit_lora_warning"] == [True]
-    assert told["text"] in server.log.read_text(errors="replace")
+    assert reported["text"] in server.log.read_text(errors="replace")
 
 
 def test_a_saver_beside_apply_changes_nothing(server):

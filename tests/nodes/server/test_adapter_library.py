@@ -23,7 +23,7 @@ TIMEOUT = 90.0  # seconds
 
 @pytest.fixture(scope="module")
 def folder(demo_models):
-    """A folder of this test's own inside models/loras."""
+    """This test's own folder inside models/loras."""
     folder = demo_models.root / "loras" / "library"
     folder.mkdir()
     yield folder
@@ -67,7 +67,7 @@ def test_a_name_from_windows_is_found(ours, folder, comfyui):
     [None, "", 5, ["a"], "..\\a.safetensors", "a\0b", "\ud800", "x" * 5000, "C:\\a.safetensors"],
     ids=repr,
 )
-def test_what_is_no_name_of_a_lora_is_refused_in_a_sentence(name, ours):
+def test_an_invalid_name_of_a_lora_is_refused_with_a_message(name, ours):
     with pytest.raises(FileError) as error:
         ours.host.find_lora(name)
     assert len(str(error.value)) <= 400
@@ -75,7 +75,7 @@ def test_what_is_no_name_of_a_lora_is_refused_in_a_sentence(name, ours):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "loras/\ud800", "../../a", "a/../../b"])
-def test_a_name_that_cannot_be_saved_is_refused_in_a_sentence(name, ours):
+def test_a_name_that_cannot_be_saved_is_refused_with_a_message(name, ours):
     with pytest.raises(FileError) as error:
         ours.host.choose_output_path(name)
     assert len(str(error.value)) <= 400
@@ -111,14 +111,14 @@ def test_the_routes_list_judge_and_describe_without_a_path(server, folder, base_
         ("%2fetc%2fpasswd", 400, "is no adapter's id"),
     ],
 )
-def test_an_id_that_is_none_is_refused_in_a_sentence(server, adapter_id, status, sentence):
+def test_an_invalid_id_is_refused_with_a_message(server, adapter_id, status, sentence):
     with pytest.raises(urllib.error.HTTPError) as refused:
         server.get(f"{ADAPTERS}/{adapter_id}")
     assert refused.value.code == status
     assert sentence in json.loads(refused.value.read())["error"]
 
 
-def test_nothing_but_reading_is_offered(server):
+def test_only_reading_is_offered(server):
     with pytest.raises(urllib.error.HTTPError) as refused:
         server.post(ADAPTERS, {})
     assert refused.value.code == 405

@@ -1,4 +1,4 @@
-"""The devices that the Train node asks about are those that its job gets, and what fits on them."""
+"""The devices that the Train node checks are those that its job gets, and what fits on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QWEN_IMAGE = BaseSize(60, 339_830_784, 40_519_744, 3072)
 
 @pytest.fixture
 def job_devices(ours: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """On a machine of 24 GB for ComfyUI too, and 12 GB."""
+    """On a machine with a 24 GB GPU, shared with ComfyUI, and a 12 GB GPU."""
     from qwen_edit_lora.nodes.server import job_devices
 
     monkeypatch.setattr(job_devices, "list_devices", lambda: [LARGE, SMALL, CPU])
@@ -65,7 +65,7 @@ def test_memory_is_that_of_the_gpu_which_the_job_gets(job_devices, store):
     assert problem == "another training job runs on cuda:1"
 
 
-def test_comfyuis_models_are_released_where_they_are_in_the_way(job_devices, store, monkeypatch):
+def test_comfyuis_models_are_released_on_the_measured_device(job_devices, store, monkeypatch):
     released = []
     monkeypatch.setattr(job_devices.host, "release_models", lambda: released.append(True))
     assert job_devices.prepare_measuring(*job_devices.choose_for_job(store, "auto")) == ""
@@ -74,7 +74,7 @@ def test_comfyuis_models_are_released_where_they_are_in_the_way(job_devices, sto
     assert released == [True]
 
 
-def test_several_gpus_need_what_joins_them(job_devices, monkeypatch):
+def test_several_gpus_need_a_backend_that_connects_them(job_devices, monkeypatch):
     job_devices.check_devices(2)
     with pytest.raises(ConfigError, match="gpus is 3, but there are 2 GPUs that ComfyUI sees"):
         job_devices.check_devices(3)
@@ -84,7 +84,7 @@ def test_several_gpus_need_what_joins_them(job_devices, monkeypatch):
         job_devices.check_devices(2)
 
 
-# --- how the base is kept there -------------------------------------------------------------------
+# --- how the base is stored there -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def choose(job_devices: Any, demo_models: Any, tmp_path: Path, monkeypatch: Any)
     return run
 
 
-def test_auto_lets_blocks_wait_on_a_small_gpu_and_says_so(choose):
+def test_auto_offloads_blocks_on_a_small_gpu_and_reports_it(choose):
     settings, lines, needed_bytes = choose([SMALL])
     assert (settings["storage"], settings["compute_dtype"]) == ("fp8", "bf16")
     assert 0 < settings["offload_blocks"] < 60
@@ -123,20 +123,20 @@ def test_auto_lets_blocks_wait_on_a_small_gpu_and_says_so(choose):
     assert larger["offload_blocks"] < settings["offload_blocks"]
 
 
-def test_on_a_cpu_nothing_waits(choose):
+def test_on_a_cpu_nothing_is_offloaded(choose):
     settings, _, needed_bytes = choose([CPU])
     assert settings == {"storage": "fp32", "compute_dtype": "fp32", "offload_blocks": 0}
     assert needed_bytes == 0
 
 
-def test_what_the_user_set_is_not_chosen_for_them(choose):
+def test_auto_keeps_the_users_own_settings(choose):
     assert choose([SMALL], "nf4") == ({"storage": "nf4", "compute_dtype": "bf16"}, [], 0)
     assert choose([SMALL], storage="auto", **{"offload_blocks": 60})[0]["storage"] == "bf16"
     kept, _, _ = choose([SMALL], **{"gradient_checkpointing": False})
-    assert kept["offload_blocks"] == 0  # blocks that wait would have to be computed again
+    assert kept["offload_blocks"] == 0  # offloaded blocks would have to be recomputed
 
 
-def test_a_storage_in_more_settings_keeps_auto_away(choose):
+def test_a_storage_in_more_settings_disables_auto(choose):
     from qwen_edit_lora.nodes import base_choice
 
     config = config_from_dict(
@@ -151,13 +151,13 @@ def test_a_storage_in_more_settings_keeps_auto_away(choose):
     assert found == ({"compute_dtype": "bf16"}, [], 0)
 
 
-def test_a_model_of_another_kind_is_a_sentence_before_anything_is_measured(choose, tmp_path):
+def test_a_model_of_another_kind_is_a_clear_error_before_anything_is_measured(choose, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(KeyFormatError, match="no Qwen-Image model"):
         choose([SMALL], source=tmp_path / "other.safetensors")
 
 
-def test_the_same_graph_is_one_job_whatever_is_free_by_then(
+def test_the_same_graph_is_one_job_regardless_of_free_memory(
     choose, executor, store, demo_models, tmp_path, monkeypatch
 ):
     from qwen_edit_lora.nodes import base_choice

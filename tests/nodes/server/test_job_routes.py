@@ -45,12 +45,12 @@ pytestmark = [
 
 JOBS = "/qwen_edit_lora/jobs"
 UNKNOWN = "20260131-120000-0123abcd"
-MANY = 20000  # steps; a job of so many ends only because it is stopped
+MANY = 20000  # steps; a job this long ends only because it is stopped
 TIMEOUT = 90.0  # seconds
 
 
 class Host:
-    """A ComfyUI of our own that can be killed, and its store."""
+    """Our own ComfyUI, which can be killed, and its store."""
 
     def __init__(self, base: Path, comfyui: Path, user: Path, material: Path):
         self.base, self.comfyui, self.user, self.material = base, comfyui, user, material
@@ -69,7 +69,7 @@ class Host:
         self.server.process.wait()
 
     def submit(self, policy: str = "share", **changes: Any) -> str:
-        """As the Train node does, through the store that the server looks after."""
+        """Submits like the Train node, through the store that the server supervises."""
         settings = {k: changes.pop(k) for k in ("samples", "loras") if k in changes}
         train = make_train(self.material, **changes)
         return self.store.submit(train, origin={"prompts": policy}, **settings)
@@ -114,7 +114,7 @@ def comfy(base_directory, demo_models, comfyui_path, tmp_path_factory) -> Iterat
 
 @pytest.fixture(autouse=True)
 def no_jobs(comfy: Host) -> Iterator[None]:
-    """Each test begins and ends without any."""
+    """Each test begins and ends without jobs."""
     yield
     for job in comfy.store.list():
         if job.status in (JobStatus.IN_PROGRESS, JobStatus.PENDING, JobStatus.PAUSED):
@@ -125,7 +125,7 @@ def no_jobs(comfy: Host) -> Iterator[None]:
 
 
 class Listener:
-    """Keeps the job events that a page would get."""
+    """Collects the job events that a page would get."""
 
     def __init__(self, url: str):
         self.url, self.events = url, []
@@ -157,7 +157,7 @@ class Listener:
 
 
 def sampler_graph(seed: int) -> dict[str, Any]:
-    """A prompt of core nodes that has something to do, and never what it did before."""
+    """A prompt of core nodes that has work to do and is never cached."""
 
     return {
         "empty": node("EmptyImage", width=64, height=64, batch_size=1, color=seed),
@@ -290,7 +290,7 @@ def test_pause_resume_cancel_and_delete(comfy):
     assert comfy.get(JOBS) == {"jobs": []}
 
 
-def test_unknown_jobs_and_bad_requests_are_one_sentence(comfy):
+def test_unknown_jobs_and_bad_requests_are_one_sentence_errors(comfy):
     expected = f"there is no job {UNKNOWN}; it may have been deleted"
     for path in (f"{JOBS}/{UNKNOWN}", f"{JOBS}/{UNKNOWN}/log"):
         assert comfy.refuse(lambda path=path: comfy.get(path)) == (404, expected)
@@ -314,7 +314,7 @@ def test_unknown_jobs_and_bad_requests_are_one_sentence(comfy):
 
 
 class Answer:
-    """What comes back for a request as it stands, headers and all."""
+    """The response to a raw request, including headers."""
 
     def __init__(self, comfy: Host, method: str, path: str, body: bytes = b"", **headers: str):
         connection = http.client.HTTPConnection("127.0.0.1", comfy.server.port, timeout=30)
@@ -322,7 +322,7 @@ class Answer:
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             connection.putheader(name.replace("_", "-"), value)
         connection.endheaders()
-        with contextlib.suppress(OSError):  # the server need not read what it refuses
+        with contextlib.suppress(OSError):  # the server need not read a refused body
             connection.send(body)
         response = connection.getresponse()
         self.status, self.text = response.status, response.read().decode()
@@ -347,7 +347,7 @@ def test_wrong_methods_large_bodies_and_paths_are_refused_and_the_server_lives(c
     large = json.dumps({"x": "y" * 10_000_000}).encode()
     answer = Answer(comfy, "POST", f"{JOBS}/{job_id}/resume", large, **JSON)
     assert (answer.status, answer.sentence[:25]) == (413, "the body is too large; ex")
-    chunked = b"186a0\r\n" + b"x" * 100_000 + b"\r\n0\r\n\r\n"  # of no said length
+    chunked = b"186a0\r\n" + b"x" * 100_000 + b"\r\n0\r\n\r\n"  # without a Content-Length
     answer = Answer(
         *(comfy, "POST", f"{JOBS}/{job_id}/resume", chunked),
         **{**JSON, "Transfer_Encoding": "chunked", "Content_Length": "0"},
@@ -394,11 +394,11 @@ def test_a_clone_is_a_new_job_with_the_changes_and_shows_no_paths(comfy, demo_mo
     assert len(comfy.store.list()) == 2
 
 
-def test_a_slow_answer_keeps_nobody_waiting(comfy):
+def test_a_slow_response_blocks_no_other(comfy):
     job_id = comfy.submit(steps=MANY)
     comfy.store.pause(job_id)
     lock = comfy.store.open_folder(job_id).lock
-    # taken by who does not let go: the route waits some seconds for it
+    # held and never released: the route waits some seconds for it
     comfy.wait_for(lock.try_acquire)
     answers: list[Any] = []
 
@@ -426,13 +426,13 @@ def list_queue(comfy: Host) -> tuple[list[str], list[str]]:
     )
 
 
-def test_prompts_wait_for_a_job_that_wants_it_until_it_ends_or_the_user_does_not(comfy):
+def test_prompts_wait_for_a_job_with_that_policy_until_it_ends_or_the_user_interrupts(comfy):
     job_id = comfy.submit("pause prompts", steps=MANY)
     comfy.wait_for_steps(job_id)
     first = comfy.server.queue_prompt(sampler_graph(60))
     time.sleep(1)
     assert list_queue(comfy) == (["QwenEditLoraHold"], ["EmptyImage"])
-    comfy.post(job_id, "pause")  # gives the device back, so prompts go on
+    comfy.post(job_id, "pause")  # releases the device, so prompts continue
     comfy.server.wait_for_prompt(first)
     assert comfy.store.get(job_id).status is JobStatus.PAUSED
 
@@ -443,11 +443,11 @@ def test_prompts_wait_for_a_job_that_wants_it_until_it_ends_or_the_user_does_not
     comfy.server.post("/interrupt")
     comfy.server.wait_for_prompt(second)
     time.sleep(1.5)
-    assert list_queue(comfy) == ([], [])  # it is not asked again
+    assert list_queue(comfy) == ([], [])  # no new hold is queued
     assert comfy.store.get(job_id).status is JobStatus.IN_PROGRESS
 
 
-def test_a_killed_comfyui_finds_its_running_job_again_and_a_killed_job_too(comfy):
+def test_a_restarted_comfyui_finds_running_and_killed_jobs_again(comfy):
     job_id = comfy.submit("pause prompts", steps=MANY)
     waiting = comfy.submit(steps=3)
     comfy.wait_for_steps(job_id)
@@ -459,7 +459,7 @@ def test_a_killed_comfyui_finds_its_running_job_again_and_a_killed_job_too(comfy
     assert count_steps(comfy.store, job_id) > at
     found = comfy.get(f"{JOBS}/{job_id}")
     assert (found["status"], found["restarts"]) == ("in_progress", 0)
-    comfy.wait_for(lambda: list_queue(comfy)[0] == ["QwenEditLoraHold"])  # the policy holds on
+    comfy.wait_for(lambda: list_queue(comfy)[0] == ["QwenEditLoraHold"])  # the policy persists
 
     # both at once
     os.kill(worker, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What our HTTP routes answer to names, bodies and races that no page of ours sends."""
+"""How our HTTP routes answer names, bodies and races that our own page never sends."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ FOREIGN_NAMES = [
 
 @pytest.fixture
 def listen(comfyui: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Says what ComfyUI was started with: listen("0.0.0.0", cors="http://x")."""
+    """Sets what ComfyUI was started with: listen("0.0.0.0", cors="http://x")."""
     from comfy.cli_args import args
 
     def listen(addresses: str, cors: str | None = None) -> None:
@@ -64,8 +64,8 @@ def listen(comfyui: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def ask_all(routes: Any, job_id: str, host: str) -> set[int]:
-    """Status of each kind of route to a page that came by this name."""
-    # Without Origin, for which ComfyUI's own check looks names up in the network.
+    """Status of each kind of route for a page at this host name."""
+    # Without Origin, for which ComfyUI's own check resolves names on the network.
     headers = {"Host": host}
     return {
         *(routes.ask("GET", path, headers=headers).status for path in (JOBS, ADAPTERS)),
@@ -82,9 +82,7 @@ def test_a_server_on_loopback_answers_to_its_own_names(routes, job_id, listen, n
 
 
 @pytest.mark.parametrize("name", FOREIGN_NAMES)
-def test_a_server_on_loopback_answers_no_page_of_a_name_that_was_bound_to_it(
-    routes, job_id, listen, name
-):
+def test_a_server_on_loopback_refuses_pages_of_rebound_names(routes, job_id, listen, name):
     listen("127.0.0.1")
     for host in (name, f"{name}:8188"):
         answer = routes.ask("GET", JOBS, headers={"Host": host})
@@ -93,7 +91,7 @@ def test_a_server_on_loopback_answers_no_page_of_a_name_that_was_bound_to_it(
         assert ask_all(routes, job_id, host) <= {403, 400}  # 400: aiohttp's own, of no Host at all
 
 
-def test_a_proxy_that_was_named_and_servers_on_other_addresses_are_answered(routes, job_id, listen):
+def test_a_configured_proxy_and_servers_on_other_addresses_are_answered(routes, job_id, listen):
     listen("127.0.0.1", cors="https://comfy.example")
     assert routes.ask("GET", JOBS, headers={"Host": "comfy.example"}).status == 200
     assert routes.ask("GET", JOBS, headers={"Host": "other.example"}).status == 403
@@ -104,8 +102,8 @@ def test_a_proxy_that_was_named_and_servers_on_other_addresses_are_answered(rout
         assert ask_all(routes, job_id, "comfy.lan:8188") == {200}
 
 
-#: A page of another site, by the browser's word or by its address; ComfyUI's own check passes
-#: where the Host is no loopback address.
+#: A page of another site, by the browser's header or by its address; ComfyUI's own check passes if
+#: the Host is not a loopback address.
 ADDRESS = "192.168.1.5"
 FOREIGN = [
     {"Host": f"{ADDRESS}:8188", "Origin": "http://evil.example"},
@@ -158,7 +156,7 @@ def list_files(folder: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_a_body_of_odd_numbers_or_depth_is_refused_in_a_sentence_and_leaves_nothing(
+def test_a_body_of_odd_numbers_or_depth_is_refused_with_a_message_and_leaves_nothing(
     routes, job_id, name
 ):
     before = list_files(routes.store.root)
@@ -170,7 +168,7 @@ def test_a_body_of_odd_numbers_or_depth_is_refused_in_a_sentence_and_leaves_noth
 
 
 @pytest.mark.parametrize("value", ["x" * 60_000, ["\x00" * 9_000], {"\ud800": "y" * 9_000}])
-def test_a_value_of_a_request_is_repeated_in_short(routes, job_id, value):
+def test_a_value_of_a_request_is_shortened_in_errors(routes, job_id, value):
     for action, options in (
         ("delete", {"with_adapter": value}),
         ("publish", {"adapter": value}),
@@ -187,7 +185,7 @@ def test_a_value_of_a_request_is_repeated_in_short(routes, job_id, value):
     assert (answer.status, len(answer.sentence) < 200) == (400, True)
 
 
-def test_figures_that_are_not_finite_are_null_in_every_answer(routes, job_id, monkeypatch):
+def test_non_finite_numbers_are_null_in_every_answer(routes, job_id, monkeypatch):
     folder = routes.store.open_folder(job_id)
     state = dataclasses.replace(
         folder.read_state(), loss=float("nan"), smoothed_loss=float("inf"), seconds_per_step=1.5
@@ -200,7 +198,7 @@ def test_figures_that_are_not_finite_are_null_in_every_answer(routes, job_id, mo
     assert (shown["loss"], shown["smoothed_loss"], shown["seconds_per_step"]) == (None, None, 1.5)
 
 
-def test_a_job_that_is_deleted_under_a_request_is_unknown_and_no_fault_of_the_server(
+def test_a_job_deleted_during_a_request_is_a_404_and_not_a_server_error(
     routes, job_id, monkeypatch
 ):
     from qwen_edit_lora.lora_core.jobs.catalog import Catalog
@@ -210,7 +208,7 @@ def test_a_job_that_is_deleted_under_a_request_is_unknown_and_no_fault_of_the_se
     shutil.copytree(folder, kept)
 
     def find_and_lose(self: Catalog, job_id: str) -> Any:
-        """As if another page's delete came right after the look."""
+        """As if another page deleted it right after the lookup."""
         found = find(self, job_id)
         shutil.rmtree(folder)
         return found
@@ -246,7 +244,7 @@ def test_clients_that_vanish_in_mid_body_leave_no_traceback(routes, job_id, capl
     assert [record.getMessage() for record in caplog.records if record.levelno > 30] == []
 
 
-def test_json_of_figures_is_plain_json():
+def test_json_with_non_finite_numbers_is_valid_json():
     from qwen_edit_lora.lora_core.disk.plain_json import write_json
 
     nan, inf = float("nan"), float("inf")

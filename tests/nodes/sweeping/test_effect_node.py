@@ -1,4 +1,4 @@
-"""The Effect beside ComfyUI's own sampler: a one-step Euler sampling gives the same answer."""
+"""Effect compared with ComfyUI's own sampler: one-step Euler sampling gives the same result."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def test_the_change_is_that_of_a_one_step_sampling(measure, base, make_lora, app
         assert found.blocks == pytest.approx(expected, rel=1e-3)
 
 
-def test_it_costs_one_model_call_per_strength_and_sigma(measure, base, make_lora, monkeypatch):
+def test_an_effect_costs_one_model_call_per_strength_and_sigma(
+    measure, base, make_lora, monkeypatch
+):
     model_class, sizes = type(base.model), []
     original = model_class.apply_model
 
@@ -113,11 +115,11 @@ def test_it_costs_one_model_call_per_strength_and_sigma(measure, base, make_lora
     measure(base, path, (0.0, 0.5, 1.0))
     assert sizes == [1] * 3 * len(SIGMAS)
     sizes.clear()
-    measure(base, path, (0.5, 1.0))  # the reference at 0 is measured in any case
+    measure(base, path, (0.5, 1.0))  # the reference at 0 is always measured
     assert sizes == [1] * 3 * len(SIGMAS)
 
 
-def test_strength_0_is_exactly_0_and_another_seed_is_another_answer(measure, base, make_lora):
+def test_strength_0_has_exactly_no_change_and_another_seed_another_result(measure, base, make_lora):
     path = make_lora("a", delta_std=0.2)
     effect = measure(base, path, (0.0, 1.0), seed=1)
     assert effect.strengths[0].outputs == (0.0, 0.0)
@@ -146,7 +148,7 @@ def test_every_storage_and_an_empty_latent_can_be_measured(storage, measure, loa
     assert len(effect.strengths[1].blocks) == 2
 
 
-def test_what_the_adapter_cannot_do_beside_the_weights_is_merged(measure, base, make_lora):
+def test_modules_that_cannot_run_on_the_side_path_are_merged(measure, base, make_lora):
     from safetensors.torch import load_file, save_file
 
     path = make_lora("dora", delta_std=0.2)
@@ -170,7 +172,9 @@ def test_nothing_stays_on_the_model(measure, base, make_lora, sample):
     assert "patches" not in base.model_options["transformer_options"]
 
 
-def test_an_interrupt_between_two_calls_stops_it(measure, base, make_lora, comfyui, monkeypatch):
+def test_an_interrupt_between_two_calls_stops_the_measurement(
+    measure, base, make_lora, comfyui, monkeypatch
+):
     calls = []
     model_class = type(base.model)
     original = model_class.apply_model
@@ -188,7 +192,7 @@ def test_an_interrupt_between_two_calls_stops_it(measure, base, make_lora, comfy
     assert [m for m in base.model.modules() if "forward" in m.__dict__] == []
 
 
-def test_only_some_tokens_of_a_large_picture_are_kept(measure, base, make_lora, monkeypatch):
+def test_only_some_tokens_of_a_large_image_are_kept(measure, base, make_lora, monkeypatch):
     from qwen_edit_lora.nodes.sweeping import effect_measure
 
     path = make_lora("a", delta_std=0.2)
@@ -271,7 +275,7 @@ def test_the_strengths_it_chooses_are_those_of_the_sweep(server, demo_models):
         ({"sigmas": "", "strengths": "1"}, "sigmas is empty; expected finite numbers"),
     ],
 )
-def test_bad_texts_are_refused_before_anything_runs(inputs, sentence, server, demo_models):
+def test_invalid_texts_are_refused_before_anything_runs(inputs, sentence, server, demo_models):
     with pytest.raises(urllib.error.HTTPError) as refused:
         server.post("/prompt", {"prompt": build_graph(demo_models.lora.name, **inputs)})
     (error,) = json.loads(refused.value.read())["node_errors"]["effect"]["errors"]

@@ -1,6 +1,6 @@
-"""The sweep's float tensors beside those of graphs wired by hand, bit for bit, and its cancelling.
+"""The sweep's float tensors are bit-identical to those of hand-wired graphs; cancelling a sweep.
 
-In this process, since pictures of a server are rounded to 8 bits and its messages may lag behind.
+In this process, since a server's images are rounded to 8 bits and its messages may lag behind.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def test_latents_and_images_equal_the_hand_wired_ones_bit_for_bit(path, run, exe
         (seed, strength) for seed in (1, 4) for strength in (0, -0.5, 0.3, 1)
     ]
     for seed, strength, image, latent in zip(seeds, strengths, images, latents, strict=True):
-        executor.reset()  # else the cache would hand out the sweep's own tensors
+        executor.reset()  # otherwise the cache would return the sweep's own tensors
         graph = hand_graph(use_sampler(seed), strength or None)
         ((image_by_hand,),) = run(graph, "decoded")
         (latent_by_hand,) = asyncio.run(executor.caches.outputs.get("sampler")).outputs[0]
@@ -173,7 +173,7 @@ def test_after_a_cancel_no_further_step_begins_and_finished_cells_are_not_repeat
 ):
     executor.reset()
     graph = sweep_graph(strengths="0, 0.5, 1", steps=5, seed=9)
-    count_calls.interrupt_in = 5 + 2  # the second step of the second picture
+    count_calls.interrupt_in = 5 + 2  # the second step of the second image
     executor.execute(graph, "cancelled", {}, ["end"])
     assert not executor.success
     assert executor.status_messages[-1][0] == "execution_interrupted"

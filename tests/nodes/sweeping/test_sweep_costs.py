@@ -1,4 +1,4 @@
-"""What a sweep costs beyond its sampling, counted in this process at ComfyUI's own executor."""
+"""Overhead of a sweep beyond sampling, counted in this process with ComfyUI's own executor."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_sweep_reads_the_file_once_and_touches_no_weight(run, executor, count,
     assert count == {"samplings": 1, "decodings": 1}
 
 
-def test_the_counters_see_the_native_loader(run, count, lora):
+def test_the_counters_register_the_native_loader(run, count, lora):
     graph = build_graph("0, 1")
     graph["native"] = node(
         "LoraLoaderModelOnly", model=["unet", 0], lora_name=LORA, strength_model=0.5
@@ -122,7 +122,7 @@ def test_the_counters_see_the_native_loader(run, count, lora):
     assert count["weights patched"] > 0
 
 
-def test_all_64_images_lie_where_comfyui_keeps_what_is_between_nodes(run, comfyui, lora):
+def test_all_64_images_are_on_comfyuis_intermediate_device(run, comfyui, lora):
     images, latents, *_ = run(build_graph("0:6.3:0.1"))
     place = comfyui.model_management.intermediate_device()
     assert place.type == "cpu"

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.comfy
 def grid_graph(
     labels: str = "0\n0.5\n1", load_names: tuple[str, ...] = (), **more: Any
 ) -> dict[str, Any]:
-    """Pictures from the input folder as one batch, and every output shown."""
+    """Images from the input folder as one batch, with every output shown."""
     graph = {
         f"load_{n}": node("LoadImage", image=name) for n, name in enumerate(load_names, start=1)
     }
@@ -41,7 +41,7 @@ def grid_graph(
 
 @pytest.fixture
 def cells(base_directory: Path) -> tuple[str, ...]:
-    """Three pictures in the input folder: the photograph, a little and much brighter."""
+    """Three images in the input folder: the photograph, slightly and much brighter."""
     photo = Image.open(base_directory / "input" / "example.png").convert("RGB").resize((96, 64))
     names = []
     for number, factor in enumerate((1.0, 1.05, 1.1)):
@@ -101,7 +101,7 @@ def test_the_workflow_of_the_page_is_in_the_file_too(server, cells):
     assert json.loads(fetch(server, saved).text["workflow"]) == workflow
 
 
-def test_the_source_and_the_mask_add_their_figures(server, cells):
+def test_the_source_and_the_mask_add_their_metrics(server, cells):
     graph = grid_graph(load_names=cells, source=["load_1", 0], mask=["painted", 0], thumbnail_px=64)
     graph["painted"] = node("MaskComposite", operation="add", x=0, y=0)
     graph["painted"]["inputs"] |= {"destination": ["none", 0], "source": ["half", 0]}
@@ -116,7 +116,7 @@ def test_the_source_and_the_mask_add_their_figures(server, cells):
     assert cell["kept"]["rms"] == pytest.approx(cell["change"]["outside"]["rms"])
 
 
-def test_equal_pictures_are_no_effect_and_asked_attention_for(server, cells):
+def test_equal_images_are_reported_as_no_effect_with_a_warning(server, cells):
     outputs = server.run_prompt(grid_graph(load_names=(cells[0],) * 3))["outputs"]
     report = outputs["grid"]["qwen_edit_lora_report"][0]
     assert report.startswith("no effect: all 2 pictures at other strengths equal strength 0 bit")
@@ -133,7 +133,7 @@ def test_equal_pictures_are_no_effect_and_asked_attention_for(server, cells):
         ({"filename_prefix": "../../outside"}, "points outside the output folder"),
     ],
 )
-def test_a_wrong_input_is_one_sentence(server, cells, changes, message):
+def test_a_wrong_input_is_a_one_sentence_error(server, cells, changes, message):
     with pytest.raises(PromptError) as caught:
         server.run_prompt(grid_graph(load_names=cells, **changes))
     first = str(caught.value).splitlines()[0]

@@ -1,6 +1,6 @@
-"""The sweep in a running ComfyUI server: its pictures, and what is rendered, cached and cancelled.
+"""The sweep in a running ComfyUI server: its images, and what is rendered, cached and cancelled.
 
-Every figure of what ran comes from the server's own `executing` messages on its websocket.
+Which nodes ran is taken from the server's own `executing` messages on its websocket.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ LINKS = {
 
 
 def sweep_graph(strengths: str = "0, 0.5, 1", size: int = 64, **more: Any) -> dict[str, Any]:
-    """A sweep whose images and labels are shown; None takes an input away."""
+    """A sweep whose images and labels are shown; None removes an input."""
     inputs = {
         "model": ["unet", 0],
         "adapter": ["load", 0],
@@ -91,7 +91,7 @@ def sweep_graph(strengths: str = "0, 0.5, 1", size: int = 64, **more: Any) -> di
 
 
 def hand_graph(model: list, seed: int = 1, vary: Callable | None = None) -> dict[str, Any]:
-    """One picture wired by hand."""
+    """One image from a hand-wired graph."""
     links = {name: link for name, link in LINKS.items() if name != "vae"}
     graph = {
         **base_graph(),
@@ -185,14 +185,14 @@ def watcher(server: Any) -> Iterator[Watcher]:
 
 
 def pick(executed: list[str], what: str) -> list[str]:
-    """The cells of which this was done, without the sweep's own prefix."""
+    """The cells for which this was executed, without the sweep's own prefix."""
     words = (name.removeprefix("sweep.0.0.").split(" ", 1) for name in executed)
     return [rest[0] for word, *rest in words if word == what and rest]
 
 
 @pytest.fixture
 def render(server: Any) -> Callable[[dict[str, Any]], list[np.ndarray]]:
-    """Runs a graph: its saved pictures as arrays."""
+    """Runs a graph; returns its saved images as arrays."""
 
     def run(graph: dict[str, Any]) -> list[np.ndarray]:
         return read_pictures(server, server.run_prompt(graph))
@@ -212,7 +212,7 @@ def read_labels(entry: dict[str, Any]) -> list[str]:
     return entry["outputs"]["labels"]["text"]
 
 
-def test_each_cell_is_the_picture_of_the_graph_wired_by_hand(server, render):
+def test_each_cell_is_the_image_of_the_graph_wired_by_hand(server, render):
     entry = server.run_prompt(sweep_graph("1, -0.5, 0.5", seeds="1, 4"))
     labels, pictures = read_labels(entry), read_pictures(server, entry)
     assert labels == [
@@ -245,7 +245,7 @@ def test_the_same_sweep_again_runs_nothing(watcher):
     assert again == []
 
 
-def test_the_picture_without_the_lora_may_come_from_the_users_own_sampler(watcher):
+def test_the_image_without_the_lora_may_come_from_the_users_own_sampler(watcher):
     graph = sweep_graph("0, 0.3", seed=23)
     by_hand = hand_graph(["unet", 0], 23)
     watcher.run(by_hand)
@@ -293,7 +293,7 @@ def test_connected_adapters_are_swept_too(server, render):
 
 
 @pytest.mark.parametrize("below", ["QwenEditLoraApply", "LoraLoaderModelOnly"])
-def test_another_lora_below_stays_as_it_is(below, server, render):
+def test_another_lora_below_is_kept(below, server, render):
     inputs = {"model": ["unet", 0]}
     if below == "QwenEditLoraApply":
         inputs |= {"adapter": ["other", 0], "strength": 0.7}
@@ -355,7 +355,7 @@ def own_sampler_graph() -> dict[str, Any]:
     return graph
 
 
-def test_models_and_seeds_serve_a_sampler_graph_of_ones_own(server, render):
+def test_models_and_seeds_work_with_a_custom_sampler_graph(server, render):
     entry = server.run_prompt(own_sampler_graph())
     assert read_labels(entry) == [f"strength={s} seed={n}" for n in (1, 2) for s in (0, 0.5)]
     expected = [hand_wired(strength, seed) for seed in (1, 2) for strength in (0, 0.5)]
@@ -377,7 +377,7 @@ def test_models_and_seeds_serve_a_sampler_graph_of_ones_own(server, render):
         ({"seeds": "1:40:1"}, r"has 120 pictures \(2 strengths and 0, 40 seeds, 1 adapters\)"),
     ],
 )
-def test_what_is_missing_or_too_much_is_one_sentence(changes, sentence, server):
+def test_missing_or_superfluous_inputs_are_a_one_sentence_error(changes, sentence, server):
     with pytest.raises(PromptError, match=sentence):
         server.run_prompt({**sweep_graph(**changes), **CUSTOM})
 
@@ -429,7 +429,7 @@ def test_auto_chooses_the_strengths_by_the_size_of_the_delta(server):
     assert "side path: 24 modules" in report
 
 
-def test_a_list_on_an_input_is_one_sentence(server):
+def test_a_list_on_an_input_is_a_one_sentence_error(server):
     graph = own_sampler_graph()
     graph["again"] = node(
         "QwenEditLoraSweep",
@@ -453,7 +453,7 @@ def test_a_replaced_file_of_a_run_is_rendered_again(watcher, demo_models, loras)
     save_file(original, path)
 
 
-def test_a_lora_that_does_not_fit_is_named_before_the_first_picture(watcher, demo_models):
+def test_a_lora_that_does_not_fit_is_named_before_the_first_image(watcher, demo_models):
     folder: Path = demo_models.root / "loras"
     path, tensors = folder / "sweep_wrong.safetensors", load_file(folder / LORA)
     stem = "diffusion_model.transformer_blocks.0.attn.to_q"
@@ -512,7 +512,7 @@ def test_the_report_is_shown_on_the_sweep_itself(watcher):
     assert "24 of 24 modules matched, strength 0.9" in report
 
 
-def test_the_samplers_previews_and_steps_reach_the_page(watcher):
+def test_the_samplers_previews_and_steps_are_sent_to_the_page(watcher):
     prompt_id = watcher.queue(sweep_graph("0, 0.8", seed=81))
     watcher.wait_for(lambda: prompt_id in watcher.list_finished())
     assert read_steps(watcher, prompt_id) == {"strength=0 seed=81": 2, "strength=0.8 seed=81": 2}

@@ -1,4 +1,4 @@
-"""Configurations: what is refused, in which words, and that files come back as they were."""
+"""Configurations: what is refused, with which message, and that files survive a round trip."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ def test_a_configuration_survives_a_dictionary_and_json():
         ("name", "", "name is ''; expected characters that can"),
     ],
 )  # fmt: skip
-def test_a_wrong_setting_is_one_sentence_with_its_place(path, value, message):
+def test_a_wrong_setting_is_a_one_sentence_error_with_its_location(path, value, message):
     with pytest.raises(ConfigError, match=message) as caught:
         config_from_dict(change(path, value))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["name", "model.source", "data.folder", "model"])
-def test_what_has_no_default_must_be_given(path):
+def test_settings_without_a_default_are_required(path):
     values = json.loads(json.dumps(SMALLEST))
     *sections, key = path.split(".")
     table = values[sections[0]] if sections else values
@@ -121,14 +121,14 @@ def test_relative_paths_are_relative_to_the_file(tmp_path, suffix):
         (b"name = 'a'", r"config\.toml: the configuration lacks output; add it"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_a_sentence_with_its_name(tmp_path, content, message):
+def test_a_file_that_is_not_a_configuration_is_an_error_with_its_name(tmp_path, content, message):
     path = tmp_path / "config.toml"
     path.write_bytes(content)
     with pytest.raises(LoraError, match=message):
         read_config(path)
 
 
-def test_a_missing_file_is_a_sentence(tmp_path):
+def test_a_missing_file_is_a_clear_error(tmp_path):
     with pytest.raises(FileError, match=r"nothing\.toml is not there"):
         read_config(tmp_path / "nothing.toml")
 
@@ -148,7 +148,7 @@ def test_a_byte_order_mark_in_front_of_settings_is_read(tmp_path, suffix):
     assert read_config(path).name == "my edit"
 
 
-def test_settings_that_are_no_utf8_are_told_what_to_do(tmp_path):
+def test_an_error_for_non_utf8_settings_says_what_to_do(tmp_path):
     path = tmp_path / "config.toml"
     path.write_bytes(TOML.replace("my edit", "\u6211\u7684").encode("gbk"))
     with pytest.raises(
@@ -190,14 +190,14 @@ def test_a_backslash_in_double_quotes_gets_a_hint_and_is_never_a_line_break(tmp_
         ("lora.rnak", "did you mean rank?"),
     ],
 )
-def test_another_trainers_name_is_told_as_ours(place, hint):
+def test_another_trainers_setting_name_is_translated_to_ours(place, hint):
     with pytest.raises(ConfigError) as caught:
         config_from_dict(change(place, 1))
     assert str(caught.value).endswith(hint) or hint in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["xyzzy", "q" * 5000, "\n", ""])
-def test_a_name_that_is_like_none_gets_no_guess(key):
+def test_an_unlike_name_gets_no_suggestion(key):
     with pytest.raises(ConfigError) as caught:
         config_from_dict({**SMALLEST, key: 1})
     assert "did you mean" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Presets are whole configurations, and a user's own settings win."""
+"""Presets are complete configurations, and a user's own settings take precedence."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
         apply_preset("fast", {})
 
 
-#: Qwen-Image; the figures of `test_documents` are those of its layers.
+#: Qwen-Image; the numbers in `test_documents` are those of its layers.
 SIZE = BaseSize(60, 339_830_784, 40_519_744, 3072)
 HEADROOM = SIZE.count_headroom(num_tokens=8448, num_parameters=106_168_320)  # 1 MP, rank 16
 
@@ -71,7 +71,7 @@ def test_the_most_exact_storage_that_leaves_room_is_chosen(gib, storage):
 
 
 @pytest.mark.parametrize("gib", [10, 11.7, 15.6, 20])
-def test_where_none_leaves_room_as_few_blocks_as_have_to_wait(gib):
+def test_where_no_storage_leaves_room_as_few_blocks_as_possible_are_offloaded(gib):
     found = choose(gib)
     assert found.storage == "fp8"
     assert found.host_bytes == found.offload_blocks * 339_830_784
@@ -82,7 +82,7 @@ def test_where_none_leaves_room_as_few_blocks_as_have_to_wait(gib):
     assert found.describe(SIZE) == f"{text}, {found.host_bytes / GIB:.1f} GiB"
 
 
-def test_what_waits_has_to_have_main_memory_or_it_is_said():
+def test_too_little_main_memory_for_offloaded_blocks_is_reported():
     assert choose(11.7, host_bytes=32 * GIB).storage == "fp8"
     little = choose(11.7, host_bytes=16 * GIB)
     assert (little.storage, little.problem) == ("nf4", "")
@@ -95,14 +95,14 @@ def test_what_waits_has_to_have_main_memory_or_it_is_said():
     assert tiny.describe(SIZE).endswith("6.0 GiB of the GPU leave no room to train")
 
 
-def test_what_needs_a_package_that_is_not_there_is_not_chosen():
+def test_a_storage_that_needs_a_missing_package_is_not_chosen():
     found = choose(23, has_nf4=False)
     assert found.storage == "fp8"
     assert found.offload_blocks > 0
     assert choose(11.7, host_bytes=16 * GIB, has_nf4=False).problem
 
 
-def test_the_users_own_number_of_waiting_blocks_is_kept():
+def test_the_users_own_number_of_offloaded_blocks_is_kept():
     assert choose(11.7, offload_blocks=60).storage == "bf16"
     assert choose(11.7, offload_blocks=60, host_bytes=24 * GIB).storage == "fp8"
     assert choose(79, offload_blocks=3).offload_blocks == 3
@@ -130,7 +130,7 @@ def test_a_base_is_measured_by_the_shapes_of_its_file():
     assert measure_base(shapes) == BaseSize(3, 72, 37, 8)
 
 
-def test_what_a_step_takes_at_most_is_within_the_headroom():
+def test_the_peak_memory_of_a_step_is_within_the_headroom():
     """Counted on blocks of full width, without their data."""
     peaks = {n: count_peak(n) for n in (1, 2)}
     per_block = peaks[2] - peaks[1]

@@ -23,7 +23,7 @@ def make_infos(*sizes: tuple[int, int]) -> list[ItemInfo]:
     return [ItemInfo(f"i{n}", size, ((8, 8),), 4) for n, size in enumerate(sizes)]
 
 
-def test_what_was_written_is_read_to_the_bit(tmp_path):
+def test_what_was_written_is_read_bit_exactly(tmp_path):
     item = make_item(
         *(0, (8, 6), ((10, 4), (4, 4))),
         text_empty=torch.randn(2, TEXT_WIDTH).bfloat16(),
@@ -64,7 +64,7 @@ def test_the_model_is_given_normalised_latents_of_target_and_references(tmp_path
         ({"mask": torch.tensor([[-1.0] + [2.0] * 7] * 8)}, "negative weights"),
     ],
 )
-def test_a_tensor_of_another_shape_is_a_sentence_with_the_item(tmp_path, change, message):
+def test_a_tensor_of_another_shape_is_a_clear_error_with_the_item(tmp_path, change, message):
     with pytest.raises(ShapeError, match=rf"bad: .*{message}"):
         DatasetWriter(tmp_path).add("bad", replace(make_item(0), **change))
     assert list(tmp_path.iterdir()) == []
@@ -78,7 +78,7 @@ def test_an_item_with_nan_is_refused_when_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["../a", "a/b", "", ".hidden", "é"])
-def test_a_key_that_is_no_file_name_is_refused(tmp_path, key):
+def test_a_key_that_is_not_a_file_name_is_refused(tmp_path, key):
     with pytest.raises(ConfigError, match="cannot name a cached item"):
         DatasetWriter(tmp_path).add(key, make_item(0))
 
@@ -90,7 +90,7 @@ def test_two_text_widths_in_one_set_are_refused(tmp_path):
         writer.add("b", replace(make_item(0), text=torch.randn(3, 32)))
 
 
-def test_a_folder_without_an_index_is_no_training_set(tmp_path):
+def test_a_folder_without_an_index_is_not_a_training_set(tmp_path):
     DatasetWriter(tmp_path).add("a", make_item(0))
     with pytest.raises(FileError, match="is no cached training set"):
         read_dataset(tmp_path)
@@ -104,7 +104,7 @@ def test_a_folder_without_an_index_is_no_training_set(tmp_path):
         ('{"version": 9}', "cached by another version"),
     ],
 )
-def test_an_index_that_cannot_be_read_is_a_sentence(tmp_path, text, message):
+def test_an_index_that_cannot_be_read_is_a_clear_error(tmp_path, text, message):
     make_dataset(tmp_path)
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(FileError, match=message):
@@ -118,7 +118,7 @@ def test_a_missing_item_is_found_before_training(tmp_path):
         read_dataset(tmp_path)
 
 
-def test_an_item_that_was_replaced_by_another_size_is_a_sentence(tmp_path):
+def test_an_item_that_was_replaced_by_another_size_is_a_clear_error(tmp_path):
     dataset = make_dataset(tmp_path)
     DatasetWriter(tmp_path).add("item_0", make_item(0, (4, 4)))
     with pytest.raises(
@@ -171,7 +171,7 @@ def test_the_order_is_a_function_of_seed_and_number_and_differs_by_epoch():
     assert list_items(order, 0) != list_items(DataOrder(infos, 1, seed=4), 0)
 
 
-def test_draws_belong_to_the_sample_whatever_batch_it_is_in(tmp_path):
+def test_random_draws_belong_to_the_sample_in_any_batch(tmp_path):
     dataset = make_dataset(tmp_path, {k: make_item(i) for i, k in enumerate("abcd")})
     together = load_batch(dataset, DataOrder(dataset.items, 4, 0).get_slots(0), 0)
     slots = DataOrder(dataset.items, 4, 0).get_slots(0)
@@ -182,7 +182,7 @@ def test_draws_belong_to_the_sample_whatever_batch_it_is_in(tmp_path):
     assert len(set(together.u.tolist())) == 4
 
 
-def test_text_is_padded_with_a_mask_and_without_one_where_all_are_as_long(tmp_path):
+def test_text_is_padded_with_a_mask_unless_all_have_equal_length(tmp_path):
     dataset = make_dataset(tmp_path, 3)  # 4, 5 and 6 tokens
     batch = load_batch(dataset, [Slot(0, 0, 0), Slot(2, 0, 1)], 0)
     assert batch.text.shape == (2, 6, TEXT_WIDTH)
@@ -205,20 +205,20 @@ def test_caption_dropout_takes_the_items_own_empty_caption_or_the_shared_one(tmp
         assert torch.equal(kept.text[0], dataset.load(index).text)
 
 
-def test_captions_are_dropped_as_often_as_asked(tmp_path):
+def test_captions_are_dropped_at_the_requested_rate(tmp_path):
     dataset = make_dataset(tmp_path, {"a": make_item(0, text_empty=torch.zeros(1, TEXT_WIDTH))})
     batch = load_batch(dataset, [Slot(0, 0, n) for n in range(600)], 0, caption_dropout=0.3)
     dropped = (batch.text[:, 0] == 0).all(dim=1).float().mean().item()
     assert dropped == pytest.approx(0.3, abs=0.06)
 
 
-def test_caption_dropout_without_an_empty_caption_is_a_sentence(tmp_path):
+def test_caption_dropout_without_an_empty_caption_is_a_clear_error(tmp_path):
     dataset = make_dataset(tmp_path, 2)
     with pytest.raises(ConfigError, match=r"caption_dropout needs .* item_0 and 1 more"):
         dataset.check_captions_can_drop()
 
 
-def test_an_item_without_a_mask_weighs_every_place_alike(tmp_path):
+def test_an_item_without_a_mask_weighs_every_position_equally(tmp_path):
     items = {"a": make_item(0, mask=torch.rand(8, 8)), "b": make_item(1)}
     dataset = make_dataset(tmp_path, items)
     batch = load_batch(dataset, [Slot(0, 0, 0), Slot(1, 0, 1)], 0)
@@ -236,7 +236,7 @@ def test_the_index_keeps_captions_and_what_it_was_made_with(tmp_path):
     assert json.loads((tmp_path / "index.json").read_text())["latents"] == "raw"
 
 
-# what somebody changed
+# changed by the user
 
 HUGE = 10**400
 
@@ -280,7 +280,7 @@ def test_sizes_and_counts_of_an_index_are_checked(tmp_path, place, values):
         assert str(caught.value).isprintable()
 
 
-def test_an_index_that_is_deep_no_object_or_a_pipe_is_refused(tmp_path):
+def test_a_deeply_nested_or_invalid_index_or_a_pipe_is_refused(tmp_path):
     make_dataset(tmp_path)
     for text in ("[" * 100_000, "[]", "null", '{"version": NaN}', "\ufffe"):
         (tmp_path / "index.json").write_text(text)
@@ -341,7 +341,7 @@ def test_an_item_that_is_cut_short_missing_or_no_file_says_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     "tensors", [{"text": draw(2, TEXT_WIDTH)}, {"text_empty": draw(2, 8)}, {"text_empty": draw(2)}]
 )
-def test_an_empty_caption_without_its_key_or_of_another_width_is_a_sentence(tmp_path, tensors):
+def test_an_empty_caption_without_its_key_or_of_another_width_is_a_clear_error(tmp_path, tensors):
     writer = DatasetWriter(tmp_path)
     writer.add("a", make_item(0))
     writer.set_empty_text(draw(2, TEXT_WIDTH))

@@ -1,4 +1,4 @@
-"""Batches made ahead: the same ones, errors where they belong, no thread that outlives its run."""
+"""Prefetched batches: identical, errors at their own step, no thread that outlives its run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def start(folder, should_stop=None, **changes):
     return train(config, model, injection, dataset, should_stop=should_stop), model, dataset
 
 
-def test_numbers_are_loaded_once_each_and_ahead_of_being_asked_for():
+def test_each_number_is_loaded_once_and_ahead_of_time():
     loaded: list[int] = []
     threads: set[int] = set()
 
@@ -44,7 +44,7 @@ def test_numbers_are_loaded_once_each_and_ahead_of_being_asked_for():
     assert list_threads() == []
 
 
-def test_the_next_is_loaded_while_the_last_is_used():
+def test_the_next_batch_is_loaded_while_the_last_is_used():
     is_loading = threading.Event()
 
     def load(number: int) -> int:

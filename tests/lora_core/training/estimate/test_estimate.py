@@ -1,6 +1,6 @@
 """The estimate's arithmetic, and its 15 % on a CPU's memory; time too where there is a GPU.
 
-`benchmarks/estimate.py` holds its time on a CPU against runs: here others share the machine.
+`benchmarks/estimate.py` compares its time on a CPU with runs: here the machine is shared.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def base(tmp_path):
 
 
 def make_measurement(seconds, size, **changes) -> Measurement:
-    """Of n blocks: `seconds` and `size` are (fixed, for each block)."""
+    """A measurement of n blocks: `seconds` and `size` are (fixed, per block)."""
     return Measurement(
         **{
             "micro_step_s": LinearFit(*seconds),
@@ -73,7 +73,7 @@ def make_estimate(**changes) -> estimate.Estimate:
     return estimate.Estimate(device="cuda", **{**figures, **sizes, **changes})
 
 
-def test_figures_of_all_blocks_follow_from_few(tmp_path, base, monkeypatch):
+def test_values_for_all_blocks_are_extrapolated_from_few(tmp_path, base, monkeypatch):
     found = make_measurement((0.1, 0.2), (50, 10**7), trained_bytes=16.0)
     monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: found)
     changes = {"model.source": base, "optimizer.accumulation": 3, "steps": 10}
@@ -115,7 +115,7 @@ def test_the_prior_and_compiling_are_part_of_the_time(tmp_path, base, monkeypatc
     assert "compiling: 40 s once, part of the time in all" in found.to_text()
 
 
-def test_what_does_not_fit_is_said_with_what_to_lower(tmp_path, base, monkeypatch):
+def test_what_does_not_fit_is_reported_with_what_to_lower(tmp_path, base, monkeypatch):
     found = make_measurement((0, 1.0), (0, 10**7), other_bytes=0, process_bytes=0)
     monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: found)
     monkeypatch.setattr(MemoryMeter, "find_available", lambda self: 5 * (10**7 + 1000))
@@ -137,7 +137,7 @@ def test_a_margin_of_what_is_free_is_left_and_not_a_share_of_the_device():
     assert replace(found, available_bytes=None).fits
 
 
-def test_blocks_that_wait_need_free_main_memory(tmp_path, base, monkeypatch):
+def test_offloaded_blocks_need_free_main_memory(tmp_path, base, monkeypatch):
     found = make_estimate(offloaded_bytes=13 * GIB, host_available_bytes=13 * GIB + HOST_MARGIN)
     assert found.fits
     assert "waiting in host memory: 13.0 GiB of 15.0 GiB free" in found.to_text()
@@ -185,7 +185,7 @@ def test_gaps_an_update_and_the_decoding_of_samples_are_part_of_the_memory(
 
 
 def test_a_step_and_its_update_are_measured_apart(tmp_path, base, monkeypatch):
-    readings = iter((10, 100, 30, 40))  # at rest; the step's peak; begun anew; the update's peak
+    readings = iter((10, 100, 30, 40))  # at rest; the step's peak; reset; the update's peak
     found = []
     meter = MemoryMeter(torch.device("cpu"))
     for name in ("reset", "read_peak"):
@@ -228,7 +228,7 @@ def test_patterns_that_name_blocks_by_number_do_not_fail(tmp_path, base):
     assert found.num_parameters > 0
 
 
-def test_more_offloaded_blocks_than_there_are_is_said(tmp_path, base):
+def test_more_offloaded_blocks_than_exist_are_reported(tmp_path, base):
     changes = {"model.source": base, "model.offload_blocks": 6}
     with pytest.raises(ConfigError, match="offload_blocks is 6, but the model has 5 blocks"):
         estimate_run(make_config(tmp_path, **changes), make_dataset(tmp_path / "data"))
@@ -249,9 +249,9 @@ MIDDLE = {"attention_head_dim": 128, "num_attention_heads": 3, "joint_attention_
 
 
 class Processes:
-    """The estimate and the run in processes of their own, as users have them.
+    """The estimate and the run in separate processes, as for users.
 
-    What a process takes without a run is that of a tiny one, and left out on both sides.
+    The memory of a process without a run is that of a tiny run, and subtracted on both sides.
     """
 
     def __init__(self, folder):

@@ -1,4 +1,4 @@
-"""The estimate's own steps, as far as they go, on a GPU that is not there."""
+"""The estimate's own steps, as far as they run, on a fake GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GPU = torch.device("cuda:0")
 
 
 def write_run(folder, storage):
-    """A configuration with everything that a step may have, and its training set."""
+    """A configuration that uses every feature of a step, and its training set."""
     changes = {
         "model.source": write_base(folder / "base.safetensors", 2, **TINY),
         "model.storage": storage,
@@ -37,7 +37,7 @@ def write_run(folder, storage):
 
 
 def move(model: nn.Module) -> None:
-    """To the GPU, as loading would have put it there: without its data."""
+    """Moves to the GPU as loading would, but without data."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             moved = torch.empty_like(parameter, device=GPU)
@@ -47,7 +47,7 @@ def move(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "int8"])
-def test_a_probe_on_a_gpu_brings_everything_there(storage, tmp_path, monkeypatch):
+def test_a_probe_on_a_gpu_moves_everything_there(storage, tmp_path, monkeypatch):
     config, dataset = write_run(tmp_path, storage)
     base = open_base_file(config.model.source)
     model = load_blocks(config, base, torch.device("cpu"), 2, offloaded=False)

@@ -1,4 +1,4 @@
-"""Where a driver spills into main memory, PyTorch gets a limit at what is free."""
+"""If a driver spills into main memory, PyTorch is limited to the free memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 2**30
 
 @pytest.fixture
 def limits(monkeypatch):
-    """What was set on a GPU of 24 GiB, 15 of them free and one held by this process."""
+    """Limits set on a GPU of 24 GiB, 15 of them free and one held by this process."""
     found = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (15 * GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
@@ -33,7 +33,7 @@ def limits(monkeypatch):
         ("linux", "6.8.0-45-generic", False),
     ],
 )
-def test_only_drivers_that_overcommit_are_limited(system, release, is_limited, limits, monkeypatch):
+def test_only_overcommitting_drivers_are_limited(system, release, is_limited, limits, monkeypatch):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "release", lambda: release)
     limit_memory(torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""Which kernel computes the attention, and what is kept of it for the backward pass."""
+"""Which kernel computes attention, and what is kept of it for the backward pass."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_the_fastest_kernel_of_a_gpu_is_tried_first(gpu, order, monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
-def test_deterministic_algorithms_are_never_cudnns(capability, monkeypatch):
+def test_deterministic_algorithms_never_use_cudnn(capability, monkeypatch):
     make_gpu(monkeypatch, capability)
     order = order_kernels.__wrapped__(torch.device("cuda:0"), True)
     assert order == (FLASH, EFFICIENT, MATH)
 
 
-def test_the_order_holds_inside_and_is_taken_back(monkeypatch):
+def test_the_kernel_order_applies_inside_and_is_restored(monkeypatch):
     make_gpu(monkeypatch, (9, 0))
     order_kernels.cache_clear()
     read = torch._C._get_sdp_priority_order
@@ -74,7 +74,7 @@ def test_the_order_holds_inside_and_is_taken_back(monkeypatch):
     assert torch.backends.cuda.cudnn_sdp_enabled() == was_on
 
 
-def test_a_cpu_keeps_its_own_choice():
+def test_a_cpu_keeps_its_own_kernel_choice():
     before = torch._C._get_sdp_priority_order()
     with choose_kernels(torch.device("cpu")):
         assert torch._C._get_sdp_priority_order() == before
@@ -94,7 +94,7 @@ class Calls(TorchDispatchMode):
 
 
 class Preparation:
-    """Three parts to q, k and v, that counts how often."""
+    """Combines three parts to q, k and v, and counts its calls."""
 
     def __init__(self):
         self.num_calls = 0
@@ -117,7 +117,7 @@ def draw_mask():
 
 @pytest.mark.parametrize("mask", [None, draw_mask()], ids=["whole", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_keeping_the_result_changes_no_bit_and_computes_no_attention_again(dtype, mask):
+def test_keeping_the_result_changes_no_bit_and_recomputes_no_attention(dtype, mask):
     found = []
     for function in (lambda p, parts, m: attend(*p(*parts), m), attend_keeping_result):
         parts, prepare = draw_parts(dtype), Preparation()
@@ -148,12 +148,12 @@ def test_nothing_of_what_is_prepared_is_kept():
     assert [reference() for reference in references] == [None] * 6
 
 
-def test_a_result_nobody_uses_leaves_nothing_behind():
+def test_an_unused_result_leaves_nothing_behind():
     parts = draw_parts()
     out = attend_keeping_result(Preparation(), parts, None)
     reference = weakref.ref(out.untyped_storage())
     del out
-    assert reference() is None  # no cycle that a garbage collector would have to find
+    assert reference() is None  # no reference cycle that the garbage collector would have to find
 
 
 def test_a_backward_pass_may_be_run_again():
@@ -165,7 +165,7 @@ def test_a_backward_pass_may_be_run_again():
     assert prepare.num_calls == 3
 
 
-def test_without_gradients_nothing_is_prepared_again():
+def test_without_gradients_nothing_is_recomputed():
     prepare = Preparation()
     with torch.no_grad():
         out = attend_keeping_result(prepare, draw_parts(), None)

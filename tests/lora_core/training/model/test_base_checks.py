@@ -1,4 +1,4 @@
-"""Base files that somebody damaged or made up: one sentence, before anything is built."""
+"""Damaged or forged base files: a one-sentence error, before anything is built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_MESSAGE = 400
 
 @pytest.fixture
 def never_build(monkeypatch):
-    """Building a model of more blocks than the demo's would take minutes, or never end."""
+    """Fails if a model with more blocks than the demo's is built, which might never end."""
     build = architecture.Architecture.build_empty
 
     def check(self):
@@ -138,7 +138,7 @@ SHAPES = {key: tuple(shape) for key, shape in dit.list_shapes()}
         ("proj_out.weight", (0, 160)),
     ],
 )
-def test_sizes_that_no_such_model_has_are_a_sentence(key, shape):
+def test_impossible_model_sizes_are_a_clear_error(key, shape):
     with pytest.raises(KeyFormatError, match="is no Qwen-Image model") as caught:
         read_architecture({**SHAPES, key: shape}, "b" * 300)
     check_refusal(caught)
@@ -151,7 +151,7 @@ AXES = [
 
 
 @pytest.mark.parametrize("axes", AXES, ids=str)
-def test_axes_of_any_shape_are_a_sentence(axes, tmp_path):
+def test_axes_of_any_shape_are_a_clear_error(axes, tmp_path):
     folder = write_folder(tmp_path / "b", dit.make_dit("2509"), {"axes_dims_rope": axes})
     with pytest.raises(KeyFormatError, match=r"axes_dims_rope is .* expected 3 even") as caught:
         load_transformer(folder)
@@ -159,7 +159,7 @@ def test_axes_of_any_shape_are_a_sentence(axes, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["false", 0, [], {}])
-def test_a_marker_that_is_neither_true_nor_false_is_no_2511(value, tmp_path):
+def test_a_marker_that_is_not_a_boolean_is_not_a_2511(value, tmp_path):
     folder = write_folder(tmp_path / "b", dit.make_dit("2509"), {"zero_cond_t": value})
     with pytest.raises(FileError, match=r"zero_cond_t is .* expected true or false"):
         open_base_file(folder)
@@ -177,14 +177,14 @@ def test_a_marker_that_is_neither_true_nor_false_is_no_2511(value, tmp_path):
         "\ud800",
     ],
 )
-def test_a_name_in_an_index_that_is_no_file_beside_it_is_a_sentence(name, tmp_path):
+def test_a_missing_file_named_in_an_index_is_a_clear_error(name, tmp_path):
     folder = write_folder(tmp_path / "b", dit.make_dit("2509"), index={"img_in.weight": name})
     with pytest.raises(FileError, match=r"lacks .* its index names") as caught:
         open_base_file(folder)
     check_refusal(caught)
 
 
-def test_two_files_that_hold_one_tensor_are_refused_since_one_would_win_in_silence(tmp_path):
+def test_two_files_with_the_same_tensor_are_refused(tmp_path):
     folder = tmp_path / "b"
     folder.mkdir()
     for name in ("a.safetensors", "b.safetensors"):
@@ -193,14 +193,14 @@ def test_two_files_that_hold_one_tensor_are_refused_since_one_would_win_in_silen
         open_base_file(folder)
 
 
-def test_a_source_whose_name_is_too_long_or_no_name_is_a_sentence(tmp_path):
+def test_a_source_with_an_invalid_or_too_long_name_is_a_clear_error(tmp_path):
     for name in ("n" * 5000, "a\0b", "\ud800"):
         with pytest.raises(FileError) as caught:
             load_transformer(tmp_path / name)
         check_refusal(caught)
 
 
-# notes of quantised bases
+# markers of quantised bases
 
 GROUPS = [
     *("16", None, [16], {"a": 1}, 1e300, 0, -4, 4.5, 3, True, 10**30, 64, "x" * 1000),
@@ -217,7 +217,7 @@ def build_int8(**note):
 
 @pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: str(group)[:20])
-def test_a_rotation_group_of_any_kind_is_refused_where_it_is_none(group, inner):
+def test_an_invalid_rotation_group_is_refused(group, inner):
     note = {"convrot": True, "convrot_groupsize": group}
     note = {"params": note} if inner else note
     base = open_base(build_int8(format="int8_tensorwise", **note))
@@ -227,7 +227,7 @@ def test_a_rotation_group_of_any_kind_is_refused_where_it_is_none(group, inner):
 
 
 @pytest.mark.parametrize("group", [4, 16, 16.0])
-def test_a_rotation_group_that_is_one_is_read(group):
+def test_a_valid_rotation_group_is_read(group):
     note = {"convrot": True, "convrot_groupsize": group}
     assert open_base(build_int8(format="int8_tensorwise", **note)).get(PATH).rotation == group
 
@@ -239,7 +239,7 @@ def test_a_rotation_that_is_neither_on_nor_off_is_refused(convrot):
 
 
 @pytest.mark.parametrize("entry", ["int8", 3, ["format"], True, "x" * 3000])
-def test_an_entry_of_the_headers_layers_that_is_no_table_is_refused(entry, tmp_path):
+def test_a_layer_entry_of_the_header_that_is_not_a_table_is_refused(entry, tmp_path):
     state_dict = build_int8()
     del state_dict[f"{PATH}.comfy_quant"]
     note = json.dumps({"layers": {PATH: entry}})
@@ -269,8 +269,8 @@ def test_weights_and_scales_without_numbers_are_refused(stored, scale):
 # GGUF
 
 
-def test_a_gguf_whose_array_claims_more_than_the_file_holds_ends(tmp_path):
-    """The package's own reader would count to 2^60."""
+def test_a_gguf_whose_array_claims_more_than_the_file_holds_is_refused(tmp_path):
+    """The gguf package's own reader would count to 2^60."""
     name = b"general.tags"
     value = struct.pack("<IIQ", 9, 0, 1 << 60)
     head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
@@ -289,7 +289,7 @@ def test_a_gguf_whose_array_claims_more_than_the_file_holds_ends(tmp_path):
         (struct.pack("<IQIQ", 1, 1, 9999, 0), "is damaged"),
     ],
 )
-def test_a_gguf_whose_tensors_cannot_be_is_a_sentence(tensor, message, tmp_path):
+def test_a_gguf_with_impossible_tensors_is_a_clear_error(tensor, message, tmp_path):
     head = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
     path = tmp_path / "b.gguf"
     path.write_bytes(head + struct.pack("<Q", 1) + b"a" + tensor + b"\0" * 64)
@@ -298,7 +298,7 @@ def test_a_gguf_whose_tensors_cannot_be_is_a_sentence(tensor, message, tmp_path)
     check_refusal(caught)
 
 
-def test_a_big_endian_gguf_is_refused_since_its_numbers_would_be_read_wrongly(tmp_path):
+def test_a_big_endian_gguf_is_refused(tmp_path):
     import gguf
 
     writer = gguf.GGUFWriter(tmp_path / "b.gguf", "qwen_image", endianess=gguf.GGUFEndian.BIG)
@@ -313,7 +313,7 @@ def test_a_big_endian_gguf_is_refused_since_its_numbers_would_be_read_wrongly(tm
 
 @pytest.mark.parametrize("variant", ["2509", "2511"])
 @pytest.mark.parametrize("kind", WRITERS)
-def test_whole_files_of_every_kind_still_open(kind, variant, tmp_path):
+def test_intact_files_of_every_kind_still_open(kind, variant, tmp_path):
     state_dict = dit.make_dit(variant)
     if kind == "gguf":  # which holds no tensor without numbers
         state_dict.pop(MARKER, None)

@@ -1,4 +1,4 @@
-"""Models on a make-believe card: loaded there, computing there, and never waited for."""
+"""Models on a fake card: loaded there, computing there, and never waited for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qwen_edit_lora.lora_core.training.sampling.sampling import applied, sample
 from tiny import make_dataset, make_item
 
 TEXT_WIDTH = SIZES["joint_attention_dim"]
-#: What a file holds, and the storage asked for.
+#: Storage of the file, and the requested storage.
 STORED = [
     *(("bf16", storage) for storage in STORAGES if storage != AS_STORED),
     *((kind, AS_STORED) for kind in (*FILES, "gguf")),
@@ -54,7 +54,7 @@ def load(source, card, storage="bf16", settings=None, **more):
 
 
 def draw_inputs(device, size=(8, 8), references=((6, 10),), batch=1, num_text=5, is_padded=False):
-    """What a training step gives to the model; the noise levels come from the CPU."""
+    """Model inputs of a training step; the noise levels come from the CPU."""
 
     def draw(*shape):
         return torch.randn(*shape, device=device)
@@ -116,7 +116,7 @@ def test_every_kind_of_lora_is_trained_on_a_card_with_every_kind_of_checkpointin
 
 @pytest.fixture(scope="module")
 def loaded(find_base):
-    """A card and a model on it; whoever computes with it enters the card again."""
+    """A card and a model on it; to compute with it, enter the card again."""
     card = FakeCard(CUDA)
     with card:
         return card, load(find_base("bf16"), card)[0]
@@ -193,7 +193,7 @@ def test_a_sample_is_made_on_a_card(guidance, variant, tmp_path, find_base):
             assert sample(model, dataset, 0, num_steps=1, device=CUDA).device == CUDA
 
 
-def test_pictures_are_decoded_on_a_card(tmp_path):
+def test_images_are_decoded_on_a_card(tmp_path):
     from diffusers import AutoencoderKLQwenImage
 
     AutoencoderKLQwenImage(base_dim=8, z_dim=16).save_pretrained(tmp_path)

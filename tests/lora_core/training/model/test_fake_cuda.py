@@ -1,7 +1,7 @@
-"""The model on a make-believe GPU: no tensor on the wrong device, and nothing read back from it.
+"""The model on a fake GPU: no tensor on the wrong device, and nothing read back from it.
 
-PyTorch's fake tensors carry a device but no numbers: a forward pass that would wait for the device,
-to look at a number, fails.
+PyTorch's fake tensors have a device but no data: a forward pass that would wait for the device to
+read a value fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def fake_mode():
-    """One for each test, without what another one left in the cache."""
+    """A mode for each test, with an empty cache."""
     rope.compute_rotation.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
@@ -97,13 +97,13 @@ def test_a_forward_pass_stays_on_the_device_and_never_waits_for_it(settings, zer
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_base_of_codes_does_so_too(kind):
+def test_a_quantised_base_never_waits_for_the_device_either(kind):
     model = build(True, LoraSettings(rank=4), use_codes=True)
     model.enable_gradient_checkpointing(kind)
     assert run(model, (9, 4), 1).requires_grad
 
 
-def test_sampling_without_gradients_does_so_too():
+def test_sampling_without_gradients_never_waits_for_the_device_either():
     model = build(True, LoraSettings(rank=4))
     with torch.no_grad():
         assert run(model, (9, 4), 1).device == DEVICE

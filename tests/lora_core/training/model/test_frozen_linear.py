@@ -1,4 +1,4 @@
-"""Codes become numbers alike on every device, and what that moves."""
+"""Codes are decoded identically on every device, and how many bytes that moves."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KINDS = ("fp8", "fp8 by row", "int8", "int8 by row", "rotated int8", "mxfp8")
 
 
 class WatchedProducts(TorchDispatchMode):
-    """The dimensions and types of what is multiplied into weights."""
+    """Records dimensions and dtypes of the factors multiplied into weights."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class WatchedProducts(TorchDispatchMode):
 
 
 def pretend(linear, mode):
-    """The same on a GPU that is not there."""
+    """The same on a fake GPU."""
     linear = copy.deepcopy(linear)
     for name, tensor in (*linear.named_parameters(), *linear.named_buffers()):
         fake = mode.from_tensor(tensor.data)
@@ -94,7 +94,7 @@ def test_a_product_with_its_scale_is_rounded_once(kind, dtype):
 
 
 def test_the_order_of_operations_for_a_gpu_gives_the_same_bits():
-    # What decodes on a GPU, run here: out= with types of its own, and (1, 1) for one scale.
+    # The GPU's decoding code, run here: out= with its own dtypes, and (1, 1) for one scale.
     for kind in KINDS:
         weight = make_weight(kind)
         expected = BaseWeight(weight.stored, weight.scale).values.bfloat16()
@@ -113,7 +113,7 @@ def test_the_order_of_operations_for_a_gpu_gives_the_same_bits():
     ("kind", "limit"),
     [("fp8", 7), ("fp8 by row", 7), ("int8", 3), ("int8 by row", 3), ("mxfp8", 7.2)],
 )
-def test_decoding_on_a_gpu_moves_few_bytes_a_weight(kind, limit):
+def test_decoding_on_a_gpu_moves_few_bytes_per_weight(kind, limit):
     mode = FakeTensorMode()
     linear = pretend(build_scaled_linear(make_weight(kind), None), mode)
     with mode, ByteCount() as moved:
@@ -163,7 +163,7 @@ def test_a_rotated_linear_computes_with_the_weight_that_it_stands_for(num_bias, 
         assert torch.equal(linear(x), out)
 
 
-def test_a_rotated_linear_tells_its_true_weight():
+def test_a_rotated_linear_returns_its_true_weight():
     weight = make_weight("rotated int8")
     linear = build_scaled_linear(weight, None)
     assert torch.equal(linear.dequantize(), weight.values)

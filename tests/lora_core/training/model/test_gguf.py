@@ -1,4 +1,4 @@
-"""What a GGUF's own codes cost where they are kept, and that nobody gets that unasked."""
+"""The cost of keeping a GGUF's own codes, and that this is never the default."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_gguf(path, kind):
     return path
 
 
-def test_decoding_on_a_gpu_moves_as_many_bytes_as_is_said():
+def test_decoding_on_a_gpu_moves_the_stated_number_of_bytes():
     gguf_utils = import_gguf_kernels()
     moved = {}
     for kind in gguf_utils.dequantize_functions:
@@ -61,12 +61,12 @@ def test_decoding_on_a_gpu_moves_as_many_bytes_as_is_said():
 
 @pytest.mark.parametrize("storage", ["as stored", "fp8", "bf16"])
 @pytest.mark.parametrize("kind", ["Q8_0", "BF16"])
-def test_keeping_a_ggufs_codes_is_told_with_its_price(kind, storage, tmp_path):
+def test_keeping_a_ggufs_codes_is_reported_with_its_cost(kind, storage, tmp_path):
     model = load_transformer(write_gguf(tmp_path / "dit.gguf", kind), storage)
     assert model.notes == ([GGUF_COST] if (kind, storage) == ("Q8_0", AS_STORED) else [])
 
 
-def test_a_storage_that_is_chosen_for_the_user_is_never_the_files_own():
+def test_auto_never_chooses_a_gguf_files_own_storage():
     (default,) = (f.default for f in dataclasses.fields(ModelConfig) if f.name == "storage")
     sizes = [None, *(size * GIB for size in range(1, 200, 3))]
     base = BaseSize(60, 339_830_784, 40_519_744, 3072)  # Qwen-Image

@@ -1,4 +1,4 @@
-"""What "auto" keeps for the backward pass: counted right, within the memory, to the same bits."""
+"""What "auto" keeps for the backward pass: counted correctly, within memory, bit-identical."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def base(tmp_path_factory):
 
 
 def make_run(folder, base, free_bytes, monkeypatch, **changes):
-    """A configuration and its session, on a machine with so much free memory."""
+    """A configuration and its session, on a machine with this much free memory."""
     monkeypatch.setattr(MemoryMeter, "find_free", lambda self: free_bytes)
     items = {f"item_{i}": make_item(i, (16, 16), ((16, 16),), 8 + i) for i in range(2)}
     make_dataset(folder / "data", items)
@@ -76,7 +76,7 @@ def test_a_gpu_that_comfyui_uses_too_is_filled_less_than_one_for_the_run_alone()
     assert choose_share("cpu", is_shared=False) == choose_share("cpu", is_shared=True) == 0.5
 
 
-def test_live_bytes_are_those_of_what_lives():
+def test_live_bytes_are_those_of_live_tensors():
     with LiveBytes() as counter:
         x = torch.zeros(1000)
         view = x[10:]
@@ -95,7 +95,7 @@ def test_live_bytes_are_those_of_what_lives():
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1], ids=str)
-def test_what_a_step_needs_is_within_what_is_reckoned_for_it(kind, tmp_path, base, monkeypatch):
+def test_the_memory_of_a_step_is_within_its_estimate(kind, tmp_path, base, monkeypatch):
     _, opened = make_run(tmp_path, base, None, monkeypatch)
     batch = load_repeated(opened.dataset, 1, 1, 0)
     kept = measure_saved_bytes(opened.model, batch)
@@ -124,8 +124,8 @@ def test_selective_keeps_a_quarter_and_the_model_is_left_as_it_was(tmp_path, bas
 
 
 def test_a_block_keeps_no_more_tensors_of_the_streams_size_than_its_products_need(tmp_path):
-    """Of its input 1, the attention 7 (q, k before and after their norms, v, result, input), the
-    stream after it 1, the MLP 9: nothing of norms, rotation or modulation, in the type of the base.
+    """Input 1, attention 7 (q, k before and after their norms, v, result, input), the stream
+    after it 1, MLP 9: nothing for norms, rotation or modulation, in the dtype of the base.
     """
     sizes = {"attention_head_dim": 64, "num_attention_heads": 4, "joint_attention_dim": 64}
     path = write_base(tmp_path / "base.safetensors", 2, **sizes)
@@ -158,7 +158,7 @@ def test_bases_of_every_storage_are_counted(storage, tmp_path, base, monkeypatch
 
 
 @pytest.mark.parametrize(("free_bytes", "kind"), [(None, True), (0, True), (2**40, False)])
-def test_a_run_takes_what_the_free_memory_allows_and_says_so(
+def test_a_run_uses_what_the_free_memory_allows_and_reports_it(
     free_bytes, kind, tmp_path, base, monkeypatch
 ):
     config, opened = make_run(tmp_path, base, free_bytes, monkeypatch)
@@ -169,7 +169,7 @@ def test_a_run_takes_what_the_free_memory_allows_and_says_so(
     assert len(run(config, opened)) == config.steps
 
 
-def test_what_the_configuration_asks_for_is_not_changed(tmp_path, base, monkeypatch):
+def test_the_configured_kind_is_not_changed(tmp_path, base, monkeypatch):
     wanted = {"model.gradient_checkpointing": "selective"}
     config, opened = make_run(tmp_path, base, 2**40, monkeypatch, **wanted)
     assert opened.model.gradient_checkpointing == "selective"
@@ -180,7 +180,7 @@ def test_what_the_configuration_asks_for_is_not_changed(tmp_path, base, monkeypa
     assert opened.model.gradient_checkpointing is True
 
 
-def test_the_larger_of_training_set_and_prior_decides(tmp_path, base, monkeypatch):
+def test_the_larger_of_training_set_and_prior_determines_the_choice(tmp_path, base, monkeypatch):
     seen = []
 
     def note(model, batch, *rest):
@@ -269,7 +269,9 @@ def test_out_of_memory_with_the_least_kept_says_in_which_step_and_what_to_lower(
     assert "lower lora.rank" in failure.advice
 
 
-def test_out_of_memory_as_the_optimizer_makes_its_state_says_so_too(tmp_path, base, monkeypatch):
+def test_out_of_memory_while_the_optimizer_creates_its_state_is_reported_too(
+    tmp_path, base, monkeypatch
+):
     config, opened = make_run(tmp_path, base, 2**40, monkeypatch)
 
     def fail(*_, **__):
@@ -302,7 +304,7 @@ def test_the_estimate_chooses_as_the_run_will(tmp_path, base, monkeypatch):
     assert "gradient_checkpointing" not in said
 
 
-def test_injection_alone_leaves_the_choice_to_who_calls(base):
+def test_injection_alone_leaves_the_choice_to_the_caller(base):
     from qwen_edit_lora.lora_core.injection.plan import LoraSettings
 
     model = load_transformer(base, "fp32", torch.device("cpu"), torch.float32)

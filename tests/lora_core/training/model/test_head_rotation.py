@@ -1,4 +1,4 @@
-"""Norm and rotation of q and k: right, as exact as before, and nothing but the input kept."""
+"""Norm and rotation of q and k: correct, as exact as before, and only the input is kept."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw_inputs(dtype: torch.dtype = torch.float64, batch: int = 2):
 
 
 def compute_exactly(text, image, text_weight, image_weight, rotation):
-    """Complex numbers turned by their angles, of x / rms(x) * weight, in float64."""
+    """x / rms(x) * weight as complex numbers rotated by their angles, in float64."""
     parts = []
     for x, weight in ((text, text_weight), (image, image_weight)):
         x = x.double()
@@ -49,7 +49,7 @@ def compute_exactly(text, image, text_weight, image_weight, rotation):
 
 
 def compute_as_before(text, image, text_weight, image_weight, rotation):
-    """By diffusers' norm and by products of halves, as it was until the two became one step."""
+    """With diffusers' norm and products of halves, as before the two were fused."""
     parts = []
     for x, weight in ((text, text_weight), (image, image_weight)):
         variance = x.float().pow(2).mean(-1, keepdim=True)
@@ -137,7 +137,7 @@ def test_nothing_but_the_inputs_is_kept():
     assert {t.data_ptr() for t in saved} <= given
 
 
-def test_weights_of_another_type_are_read_in_that_of_the_stream():
+def test_weights_of_another_dtype_are_read_in_that_of_the_stream():
     inputs, rotation = draw_inputs(torch.bfloat16)
     wide = [weight.float() for weight in inputs[2:]]
     out = compute(*inputs[:2], *wide, rotation)
@@ -159,10 +159,10 @@ def run_kernel_check(*arguments: str, **environment: str) -> dict:
 
 
 def test_the_kernels_compute_the_same():
-    """By Triton's interpreter, which needs no GPU."""
+    """Runs in Triton's interpreter, which needs no GPU."""
     found = run_kernel_check("interpret", TRITON_INTERPRET="1")
     assert found["float32"] < 1e-6
-    # From bfloat16 into float32: all but the interpreter's own rounding, which cuts bits off.
+    # From bfloat16 to float32: exact except for the interpreter's own rounding, which truncates.
     assert found["bfloat16, wide"] < 1e-6
     assert found["compared"] < head_rotation.ROUNDING
 
@@ -193,7 +193,7 @@ class Wrong:
 
 
 @pytest.mark.parametrize(("factor", "is_used"), [(1.0, True), (1.1, False), (None, False)])
-def test_kernels_are_used_only_where_they_were_seen_to_be_right(factor, is_used, monkeypatch):
+def test_kernels_are_used_only_where_verified(factor, is_used, monkeypatch):
     from qwen_edit_lora.lora_core.training import model
 
     kernels = Wrong(factor)
@@ -202,7 +202,7 @@ def test_kernels_are_used_only_where_they_were_seen_to_be_right(factor, is_used,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     find_kernels.cache_clear()
     try:
-        with torch.inference_mode():  # a sample picture may come first
+        with torch.inference_mode():  # a sample image may come first
             found = find_kernels(torch.device("cpu"))
     finally:
         find_kernels.cache_clear()

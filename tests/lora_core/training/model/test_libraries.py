@@ -1,4 +1,4 @@
-"""diffusers missing or broken: a sentence, and everything that needs none of it goes on."""
+"""diffusers missing or broken: a clear error, and everything that does not need it works."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from qwen_edit_lora.lora_core.training.model.libraries import import_from_diffus
 from tiny import make_dataset
 
 ROOT = Path(__file__).resolve().parents[4]
-#: What diffusers does where it meets a version of another package that it does not know.
+#: What diffusers does if it finds an unsupported version of another package.
 BROKEN = "raise RuntimeError('Failed to import diffusers.models\\nbecause of torchao')\n"
 
 
 @pytest.fixture
 def broken(tmp_path):
-    """The environment of a process in which diffusers and its like cannot be imported."""
+    """The environment of a process in which diffusers and similar packages cannot be imported."""
     for name in ("diffusers", "accelerate", "peft", "bitsandbytes"):
         (tmp_path / "broken" / name).mkdir(parents=True)
         (tmp_path / "broken" / name / "__init__.py").write_text(BROKEN)
@@ -38,18 +38,18 @@ def run(environment, *command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_missing_diffusers_is_a_sentence_with_its_command(monkeypatch):
+def test_a_missing_diffusers_is_an_error_with_its_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ConfigError, match=r"not installed; run pip install .*diffusers>=0\.35"):
         import_from_diffusers("QwenImageTransformer2DModel")
 
 
-def test_a_diffusers_that_is_too_old_is_a_sentence():
+def test_a_diffusers_that_is_too_old_is_a_clear_error():
     with pytest.raises(ConfigError, match=r"cannot be used \(.*NoSuchModel.*\); run pip install"):
         import_from_diffusers("NoSuchModel")
 
 
-def test_training_with_a_broken_diffusers_is_one_line(broken, tmp_path):
+def test_training_with_a_broken_diffusers_is_a_one_line_error(broken, tmp_path):
     make_dataset(tmp_path / "data")
     dit.write_dit(tmp_path / "dit.safetensors", "2511", "fp32")
     (tmp_path / "config.toml").write_text(
@@ -62,7 +62,7 @@ def test_training_with_a_broken_diffusers_is_one_line(broken, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_broken_diffusers_is_no_matter_for_inspecting(broken, tmp_path):
+def test_a_broken_diffusers_does_not_affect_inspecting(broken, tmp_path):
     lora = adapters.make_adapter(tmp_path / "lora.safetensors", dit.list_lora_targets())
     result = run(broken, "inspect", lora)
     assert result.returncode == 0, result.stderr
@@ -88,7 +88,7 @@ print("nodes:", *(node.define_schema().node_id for node in asyncio.run(extension
 
 
 @pytest.mark.comfy
-def test_a_broken_diffusers_is_no_matter_for_the_nodes(broken, comfyui_path):
+def test_a_broken_diffusers_does_not_affect_the_nodes(broken, comfyui_path):
     result = subprocess.run(
         [sys.executable, "-c", IMPORT_NODES, ROOT, comfyui_path],
         cwd=comfyui_path,

@@ -1,4 +1,4 @@
-"""Every kind of base file becomes the same model; what is wrong with one is said in a sentence."""
+"""Every kind of base file loads as the same model; faults are reported in one sentence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 WIDTH = dit.NUM_HEADS * dit.HEAD_WIDTH
-#: Not those that would be guessed.
+#: Not the values that would be guessed.
 AXES = (dit.HEAD_WIDTH // 2, dit.HEAD_WIDTH // 4, dit.HEAD_WIDTH // 4)
 
 
@@ -54,7 +54,7 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
-def test_a_single_file_is_loaded_to_the_bit_under_every_prefix(prefix, write):
+def test_a_single_file_is_loaded_bit_exactly_under_every_prefix(prefix, write):
     state_dict = dit.make_dit("2511")
     other = {"vae.encoder.weight": torch.zeros(2)} if prefix else {}
     path = write({prefix + key: tensor for key, tensor in state_dict.items()} | other)
@@ -66,7 +66,7 @@ def test_a_single_file_is_loaded_to_the_bit_under_every_prefix(prefix, write):
     assert all(type(m) is torch.nn.Linear for m in model.modules() if hasattr(m, "in_features"))
 
 
-def test_nothing_is_left_without_data_and_nothing_wants_a_gradient(tmp_path):
+def test_everything_has_data_and_nothing_requires_a_gradient(tmp_path):
     model = load_transformer(dit.write_dit(tmp_path / "dit.safetensors"))
     tensors = [*model.parameters(), *model.buffers()]
     assert not any(tensor.is_meta or tensor.requires_grad for tensor in tensors)
@@ -74,7 +74,7 @@ def test_nothing_is_left_without_data_and_nothing_wants_a_gradient(tmp_path):
 
 
 def write_folder(folder: Path, num_shards: int, **config) -> Path:
-    """A diffusers folder, as `save_pretrained` writes one."""
+    """A diffusers folder, as written by `save_pretrained`."""
     from diffusers import QwenImageTransformer2DModel
 
     model = QwenImageTransformer2DModel(
@@ -114,7 +114,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def write_gguf(path: Path, state_dict, kind: str) -> dict[str, torch.Tensor]:
-    """Matrices in `kind` where their rows allow it, the rest as float32; returns what it means."""
+    """Matrices in `kind` if their rows allow it, the rest as float32; returns decoded values."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "qwen_image")
@@ -136,7 +136,7 @@ def write_gguf(path: Path, state_dict, kind: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("storage", ["fp32", "as stored"])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "F16", "BF16", "F32"])
-def test_a_gguf_means_what_the_gguf_package_says(kind, storage, tmp_path):
+def test_a_gguf_is_decoded_as_by_the_gguf_package(kind, storage, tmp_path):
     state_dict = dit.make_dit("2509")
     meant = write_gguf(tmp_path / "dit.gguf", state_dict, kind)
     model = load_transformer(tmp_path / "dit.gguf", storage, compute_dtype=torch.float32)
@@ -162,7 +162,7 @@ def test_a_gguf_with_the_marker_is_a_2511(tmp_path):
     assert gguf.GGUFReader(tmp_path / "b.gguf").tensors
 
 
-def test_the_marker_can_be_overruled(tmp_path):
+def test_the_marker_can_be_overridden(tmp_path):
     path = dit.write_dit(tmp_path / "dit.safetensors", "2511")
     assert not load_transformer(path, zero_cond_t=False).zero_cond_t
     path = dit.write_dit(tmp_path / "dit.safetensors", "2509")
@@ -231,7 +231,7 @@ def test_a_wrong_shape_is_named(write):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("key", [f"{TO_Q}.weight", "txt_norm.weight", f"{TO_Q}.bias"])
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "int8", "nf4", "as stored"])
-def test_numbers_that_are_none_are_refused(storage, key, value, write):
+def test_non_finite_weights_are_refused(storage, key, value, write):
     state_dict = dit.make_dit("2509")
     state_dict[key].flatten()[-1] = value
     expect(NonFiniteWeightsError, write(state_dict), key, "NaN or Inf", storage=storage)
@@ -294,12 +294,12 @@ def test_a_missing_package_is_named_with_its_installation(
     expect(ConfigError, tmp_path / source, f"pip install {package}", storage=storage)
 
 
-def test_loading_can_be_stopped_and_tells_how_far_it_is(tmp_path):
+def test_loading_can_be_stopped_and_reports_progress(tmp_path):
     path = dit.write_dit(tmp_path / "dit.safetensors")
-    told = []
-    load_transformer(path, progress=lambda done, total: told.append((done, total)))
-    assert told[0][0] == 0
-    assert told[-1][0] == told[-1][1] == len(told) - 1
+    reported = []
+    load_transformer(path, progress=lambda done, total: reported.append((done, total)))
+    assert reported[0][0] == 0
+    assert reported[-1][0] == reported[-1][1] == len(reported) - 1
     with pytest.raises(InterruptedError):
         load_transformer(path, should_stop=lambda: True)
 
@@ -347,7 +347,7 @@ def wide_file(tmp_path_factory):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "int8", "nf4"])
-def test_beside_the_model_memory_holds_some_chunks(storage, wide_file, tmp_path, capsys):
+def test_loading_needs_only_some_chunks_beside_the_model(storage, wide_file, tmp_path, capsys):
     tiny = dit.write_dit(tmp_path / "tiny.safetensors")
     root = Path(__file__).parents[4]
     result = subprocess.run(

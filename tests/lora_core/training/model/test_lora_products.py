@@ -1,4 +1,4 @@
-"""Linears that read one tensor as one function of autograd: the numbers of each on its own."""
+"""Linears that read one tensor, as one autograd function: the results of each on its own."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_gradients_are_those_of_finite_differences(compute, name):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (2,), (0, 2)])
-def test_results_nobody_uses_cost_no_gradient(wanted):
+def test_unused_results_cost_no_gradient(wanted):
     group = make_group("loras")
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
 
@@ -144,8 +144,8 @@ def test_results_nobody_uses_cost_no_gradient(wanted):
             torch.testing.assert_close(a, b)
 
 
-def test_a_tensor_that_others_read_too_gets_all_its_gradients():
-    """The sum is written in place; nothing that somebody else holds may change."""
+def test_a_tensor_with_other_readers_gets_all_its_gradients():
+    """The sum is written in place; tensors referenced elsewhere must not change."""
     group = make_group("loras")
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
     held = []
@@ -172,7 +172,7 @@ def test_dropout_draws_for_each_lora_what_it_would_draw_alone():
         torch.testing.assert_close(a, b)
 
 
-def test_strength_0_is_the_base_to_the_bit():
+def test_strength_0_is_bit_identical_to_the_base():
     group = make_group("loras")
     for layer in group:
         layer.strength = 0.0
@@ -190,7 +190,7 @@ def test_without_gradients_nothing_is_kept():
 
 
 class Recorded(TorchDispatchMode):
-    """Names of operations and the shapes of what they give."""
+    """Names of operations and the shapes of their results."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ class Recorded(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("compute", [compute_products, lambda g, x: compute_in_halves(g)(x)])
-def test_no_sum_of_gradients_is_a_pass_of_its_own(compute):
+def test_no_sum_of_gradients_is_a_separate_pass(compute):
     group = make_group("loras")
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
     outs = compute(group, x)
@@ -266,7 +266,7 @@ def test_loras_in_float32_beside_a_base_of_few_bits_are_as_exact_as_each_alone(d
             assert error <= 1.05 * other
 
 
-def test_a_weight_that_is_trained_or_watched_or_of_its_own_kind_is_left_to_its_module():
+def test_a_trained_hooked_or_special_weight_is_left_to_its_module():
     plain = make_base(4)
     assert read_base(plain) is not None
     assert read_base(make_lora(plain)) is not None
@@ -287,7 +287,7 @@ def test_a_weight_that_is_trained_or_watched_or_of_its_own_kind_is_left_to_its_m
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
-def test_a_rotated_base_gives_what_its_weight_gives_turned_back(has_lora):
+def test_a_rotated_base_gives_the_result_of_its_unrotated_weight(has_lora):
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (24, 32), generator=generator, dtype=torch.int8)
     weight = BaseWeight(codes, torch.rand(24, 1, generator=generator) / 100, rotation=16)

@@ -1,4 +1,4 @@
-"""Scales, shifts and gates of two parts of a stream: as if each part had been computed apart."""
+"""Scales, shifts and gates of two parts of a stream: as if each part were computed separately."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw_parameters(split, times, seed=5, **options):
 
 
 def spread(parameters, split):
-    """By token: (B, L, D)."""
+    """Expands to one value per token: (B, L, D)."""
     if split is None:
         return parameters.expand(-1, TOKENS, -1)
     first, second = parameters.chunk(2)

@@ -1,4 +1,4 @@
-"""Offloaded blocks compute the same numbers, with few copies alive at once."""
+"""Offloaded blocks compute identical results, with few copies alive at once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def base(tmp_path_factory):
 
 
 class WatchedOffload(BlockOffload):
-    """Knows which copies are alive, and what ran in which order."""
+    """Records which copies are alive, and what ran in which order."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -55,7 +55,7 @@ class WatchedOffload(BlockOffload):
         return out
 
     def count_alive(self) -> int:
-        """Blocks whose copy's memory is still held, be it by one view."""
+        """Number of blocks whose copy's memory is still referenced, even by a single view."""
         return sum(not ref.expired() for ref in self.copies)
 
 
@@ -127,7 +127,7 @@ def test_few_copies_are_alive_at_once_and_the_weights_never_move(base):
     assert offload.count_alive() == 0
 
 
-def test_a_block_is_copied_once_a_pass_and_kept_where_the_passes_turn(base):
+def test_a_block_is_copied_once_per_pass_and_kept_between_the_passes(base):
     model, injection = load(base, "bf16", (0, 2, 4))
     take_step(model, injection)
     order = [*range(NUM_BLOCKS), *reversed(range(NUM_BLOCKS))]
@@ -143,10 +143,10 @@ def test_without_gradients_the_first_block_follows_the_last(base):
     with torch.no_grad():
         for _ in range(3):
             model(*inputs)
-    assert model.offload.num_moved == 1 + 2 * 3  # one is on its way already
+    assert model.offload.num_moved == 1 + 2 * 3  # one is already in transit
 
 
-def test_loras_are_on_the_device_and_not_among_what_is_copied(base):
+def test_loras_are_on_the_device_and_not_copied(base):
     model, _ = load(base, "bf16", (0,))
     sent = model.offload.send(0).copies
     assert not any("lora_" in name for name in sent)
@@ -179,7 +179,7 @@ def as_bytes(tensor):
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def test_a_waiting_blocks_weights_are_in_memory_once(base):
+def test_an_offloaded_blocks_weights_are_in_memory_once(base):
     model = load_transformer(base, "fp8", num_offloaded=NUM_BLOCKS)
     for block in model.blocks:
         (storage,) = {t.untyped_storage().data_ptr() for _, t in list_tensors(block)}
@@ -187,7 +187,7 @@ def test_a_waiting_blocks_weights_are_in_memory_once(base):
 
 
 class Driver:
-    """Locks pages as long as there is room, and knows what it was asked."""
+    """Locks pages up to a limit, and records its calls."""
 
     def __init__(self, room: int):
         self.room = room
@@ -214,7 +214,7 @@ def wait_for_gpu(model, driver) -> HostBlocks:
     return host
 
 
-def test_every_blocks_pages_are_locked_and_no_more_than_they(base):
+def test_only_the_blocks_pages_are_locked(base):
     model = load_transformer(base, "fp8")
     size = sum(t.numel() * t.dtype.itemsize for b in model.blocks for _, t in list_tensors(b))
     num_tensors = sum(len(list_tensors(block)) for block in model.blocks)
@@ -231,7 +231,7 @@ def test_every_blocks_pages_are_locked_and_no_more_than_they(base):
         assert driver.locked[start] == length
 
 
-def test_where_the_system_locks_no_more_the_rest_waits_unlocked_and_it_is_said(base, tmp_path):
+def test_blocks_beyond_the_systems_lock_limit_stay_unlocked_and_are_reported(base, tmp_path):
     model = load_transformer(base)
     (size,) = {len(packed.buffer) for packed in wait_for_gpu(model, Driver(0)).blocks.values()}
     driver = Driver(3 * size - 1)
@@ -248,11 +248,11 @@ def test_where_the_system_locks_no_more_the_rest_waits_unlocked_and_it_is_said(b
     config = make_config(tmp_path, **{"model.source": base})
     session = replace(open_session(config), model=model)
     assert sentence in describe_session(session, config)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # what is not locked is sent all the same
+    with FakeTensorMode(allow_non_fake_inputs=True):  # unlocked pages are sent too
         assert model.offload.take(4).buffer.device == CUDA
 
 
-def test_pages_are_unlocked_once_the_model_goes(base):
+def test_pages_are_unlocked_once_the_model_is_freed(base):
     model = load_transformer(base)
     driver = Driver(2**40)
     model.offload_blocks(range(NUM_BLOCKS), CUDA, wait_for_gpu(model, driver))
@@ -263,7 +263,7 @@ def test_pages_are_unlocked_once_the_model_goes(base):
     assert driver.room == 2**40
 
 
-def test_without_a_gpu_pages_are_refused_and_not_raised_about():
+def test_without_a_gpu_locking_pages_fails_without_an_error():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     locks = PageLocks(CUDA)
@@ -286,7 +286,7 @@ def test_a_block_is_sent_to_a_gpu_that_is_not_there(storage, base):
             assert (tensor.dtype, tensor.shape) == (here[name].dtype, here[name].shape)
 
 
-def test_a_full_block_takes_what_its_weights_take():
+def test_a_full_size_block_takes_the_memory_of_its_weights():
     # The README's rows of main memory: 54 blocks in fp8 are 17.1 GiB.
     from qwen_edit_lora.lora_core.training.model.architecture import Architecture
     from qwen_edit_lora.lora_core.training.model.host_blocks import ALIGNMENT
@@ -306,7 +306,7 @@ def test_offloaded_blocks_are_spread(count, expected):
     assert choose_offloaded(5, count) == expected
 
 
-def test_more_than_there_are_is_said(base):
+def test_offloading_more_blocks_than_exist_is_reported(base):
     with pytest.raises(ConfigError, match="offload_blocks is 6, but the model has 5 blocks"):
         load_transformer(base, num_offloaded=6)
 
@@ -338,7 +338,7 @@ def test_a_run_with_offloaded_blocks_is_the_same_run(base, tmp_path):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_base_takes_less_of_its_memory(tmp_path, deterministic):
+def test_offloading_reduces_the_bases_gpu_memory(tmp_path, deterministic):
     base = write_base(tmp_path / "base.safetensors", 6)
     inputs = (torch.randn(1, 16, 64, 64), [], torch.randn(1, 64, 3584), None, torch.tensor([0.5]))
     inputs = [x.cuda() if isinstance(x, torch.Tensor) else x for x in inputs]

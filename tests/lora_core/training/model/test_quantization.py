@@ -1,4 +1,4 @@
-"""What the storages of a base weight cost in precision, and that gradients pass through them."""
+"""Precision of the storages of a base weight, and gradients through them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 TO_Q = "transformer_blocks.0.attn.to_q"
 CPU = torch.device("cpu")
 IMG_MOD = "transformer_blocks.0.img_mod.1"
-#: Relative error of a normal weight: a storage rounds no worse than this.
+#: Upper bounds of a storage's relative rounding error for a normally distributed weight.
 ERRORS = {"fp32": 0.0, "bf16": 0.002, "fp8": 0.028, "int8": 0.008, "nf4": 0.1, "as stored": 0.0}
 
 
@@ -37,7 +37,7 @@ def compute_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_storage_is_as_exact_as_it_says(storage, tmp_path):
+def test_a_storage_is_as_exact_as_stated(storage, tmp_path):
     model = load(tmp_path, storage)
     state_dict = dit.make_dit("2509")
     for path in (TO_Q, "transformer_blocks.1.txt_mlp.net.2"):
@@ -63,7 +63,7 @@ def test_nf4_keeps_modulation_in_eight_bits(tmp_path):
 
 
 class OneWeight:
-    """Looks like a base file that holds nothing else."""
+    """Stands in for a base file with a single weight."""
 
     name = "one"
     file = None
@@ -82,8 +82,8 @@ BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "nf4": 0.516}
 
 
 @pytest.mark.parametrize("storage", BYTES)
-def test_a_storage_takes_the_bytes_it_says(storage):
-    # One wide Linear: scales and tables weigh little in it, as in the full model.
+def test_a_storage_takes_the_stated_bytes(storage):
+    # One wide Linear, in which scales and tables are small, as in the full model.
     weight = BaseWeight(torch.randn(512, 1024), None)
     linear = build_linear(WeightReader(OneWeight(weight), CPU), TO_Q, storage, torch.bfloat16)
     tensors = [*linear.parameters(), *linear.buffers()]
@@ -136,7 +136,7 @@ FILES = {"fp8": "fp8", "fp8_scaled": "fp8", "int8": "int8"}
 
 
 def write_stored(tmp_path, kind):
-    """A file of that kind, and the values that its codes stand for."""
+    """A file of that kind, and the values its codes decode to."""
     state_dict = dit.make_dit("2509")
     if kind != "int8":
         stored = dit.store_as(state_dict, kind)

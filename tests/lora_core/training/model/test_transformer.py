@@ -53,7 +53,7 @@ def take(batch, index, num_text_tokens=None):
     )
 
 
-def test_an_item_of_a_batch_gets_what_it_gets_alone(model):
+def test_an_item_gets_the_same_result_in_a_batch_as_alone(model):
     batch = make_batch(3)
     with torch.no_grad():
         together = model(*batch)
@@ -66,7 +66,7 @@ def test_padding_of_the_text_changes_nothing(model):
     latents, references, text, _, sigma = batch = make_batch(2)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 4:] = False
-    text[1, 4:] = 100.0  # whatever lies there
+    text[1, 4:] = 100.0  # any values there
     with torch.no_grad():
         padded = model(latents, references, text, mask, sigma)
         for i, length in enumerate((9, 4)):
@@ -124,8 +124,8 @@ def test_gradient_checkpointing_changes_no_bit(model):
     assert torch.equal(gradients[0], gradients[2])
 
 
-def test_checkpointing_keeps_one_tensor_a_block_and_stream(model):
-    weights = {p.data_ptr() for p in model.parameters()}  # lie there anyway
+def test_checkpointing_keeps_one_tensor_per_block_and_stream(model):
+    weights = {p.data_ptr() for p in model.parameters()}  # are in memory anyway
 
     def count_saved() -> int:
         saved = {}
@@ -284,7 +284,7 @@ def test_the_last_product_of_a_checkpointed_block_is_not_computed_again(model):
 
 
 class CountedCalls(TorchDispatchMode):
-    """How often each operation runs."""
+    """Counts how often each operation runs."""
 
     def __init__(self):
         super().__init__()
@@ -295,7 +295,7 @@ class CountedCalls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_selective_checkpointing_repeats_no_attention_and_the_mlps_first_product_alone(model):
+def test_selective_checkpointing_repeats_only_the_mlps_first_product(model):
     block = model.blocks[0]
     projections = {name: getattr(block.attn, name) for name in ("to_q", "add_v_proj")}
     modules = {**projections, "first": block.img_mlp.net[0].proj, "last": block.img_mlp.net[2]}
@@ -351,7 +351,7 @@ def test_checkpointing_changes_no_bit_of_any_loras_gradients(storage, settings, 
     assert any(grad.abs().max() > 0 for grad in gradients[0])
 
 
-def test_strength_0_is_the_base_to_the_bit_under_checkpointing(model, tmp_path):
+def test_strength_0_is_bit_identical_to_the_base_under_checkpointing(model, tmp_path):
     batch = make_batch(1)
     with torch.no_grad():
         expected = model(*batch)

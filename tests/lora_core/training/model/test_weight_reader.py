@@ -1,4 +1,4 @@
-"""Weights come from their file once, in pieces, and nothing waits for the GPU on the way."""
+"""Weights are read from their file once, in chunks, and nothing waits for the GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
 class OneWeight:
-    """Looks like a base file that holds one weight in memory, and no bias."""
+    """Stands in for a base file with one weight in memory, and no bias."""
 
     name = "one"
     file = None
@@ -40,7 +40,7 @@ class OneWeight:
 
 @pytest.fixture
 def narrow_chunks(monkeypatch):
-    """Several chunks of a small weight: 64 rows each."""
+    """Splits a small weight into several chunks of 64 rows each."""
     monkeypatch.setattr(weight_reader, "CHUNK", 64 * dit.WIDTH)
 
 
@@ -120,7 +120,7 @@ def test_rows_of_a_file_are_its_rows(tmp_path):
 
 
 def make_fake(kind: str) -> BaseWeight:
-    """A weight on a GPU that is not there; inside a FakeTensorMode."""
+    """A weight on a fake GPU; inside a FakeTensorMode."""
     if kind == "float":
         return BaseWeight(torch.randn(256, 64, device=CUDA), None)
     codes = torch.zeros(256, 64, dtype=torch.uint8, device=CUDA).view(torch.int8)
@@ -135,8 +135,8 @@ def make_fake(kind: str) -> BaseWeight:
         *(("rotated", storage) for storage in ("bf16", "fp8", "as stored")),
     ],
 )
-def test_building_a_linear_on_a_gpu_asks_it_for_no_number(kind, storage, narrow_chunks):
-    # What has no data cannot be asked: FakeTensorMode raises where a value is read.
+def test_building_a_linear_on_a_gpu_reads_no_value_back(kind, storage, narrow_chunks):
+    # Tensors have no data: FakeTensorMode raises if a value is read.
     with FakeTensorMode():
         reader = WeightReader(OneWeight(make_fake(kind)), CUDA)
         linear = build_linear(reader, TO_Q, storage, torch.bfloat16)
@@ -147,7 +147,7 @@ def test_building_a_linear_on_a_gpu_asks_it_for_no_number(kind, storage, narrow_
         assert reader.extremes
 
 
-def test_the_check_names_the_first_tensor_that_is_wrong():
+def test_the_check_names_the_first_wrong_tensor():
     reader = WeightReader(OneWeight(None), CPU)
     reader.check(torch.ones(3), "first in file")
     reader.check(torch.tensor([1.0, float("inf")]), "second in file")
@@ -155,7 +155,7 @@ def test_the_check_names_the_first_tensor_that_is_wrong():
     reader.check(torch.empty(0), "fourth in file")
     with pytest.raises(NonFiniteWeightsError, match="second in file holds NaN or Inf"):
         reader.finish()
-    reader.finish()  # told once
+    reader.finish()  # reported once
 
 
 class Mark:

@@ -155,6 +155,6 @@ def test_a_mask_of_ones_changes_nothing_and_zeros_hide_a_place():
     lambda u: flow.weigh(u, "heavy"),
     lambda u: flow.build_sigmas(4, "karras", 1024),
 ])  # fmt: skip
-def test_unknown_names_are_a_sentence_with_the_known_ones(call, u):
+def test_an_error_for_unknown_names_lists_the_known_ones(call, u):
     with pytest.raises(ConfigError, match=r"unknown .*; expected one of "):
         call(u)

@@ -55,7 +55,7 @@ def test_contrastive_of_a_pair_that_edits_nothing_is_0_and_finite(pictures):
     assert not x_0_hat.grad.any()
 
 
-def test_an_image_without_a_vae_is_a_sentence_and_with_one_is_decoded_once(pictures):
+def test_an_image_without_a_vae_is_a_clear_error_and_with_one_is_decoded_once(pictures):
     target, reference = pictures
     with pytest.raises(ConfigError, match=r"no VAE; set model\.vae"):
         _ = predict(target, target, reference).image

@@ -1,4 +1,4 @@
-"""The moving average: its formula, swapping to the bit, and its state."""
+"""The moving average: its formula, bit-exact swapping, and its state."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_swapping_gives_the_average_inside_and_the_same_bits_after(dtype):
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
 
 
-def test_a_resumed_average_is_the_same_to_the_bit():
+def test_a_resumed_average_is_bit_identical():
     first_parameters, second_parameters = make_parameters(), make_parameters()
     first = Ema(first_parameters.items(), 0.9)
     for step in range(3):

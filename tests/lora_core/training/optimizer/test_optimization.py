@@ -1,4 +1,4 @@
-"""Optimizers and schedules: the libraries and transformers as oracles, resuming to the bit."""
+"""Optimizers and schedules: the libraries and transformers as oracles, bit-exact resuming."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def take_steps(optimizer, parameters, steps, lr):
         optimizer.zero_grad()
 
 
-def send_through_disk(state, tmp_path):
-    """As a checkpoint stores it: safetensors and JSON."""
+def round_trip(state, tmp_path):
+    """Through safetensors and JSON, as a checkpoint stores it."""
     tensors, value = flatten_state(state)
     save_file(separate(tensors), tmp_path / "state.safetensors")
     (tmp_path / "state.json").write_text(json.dumps(value))
@@ -64,7 +64,7 @@ def send_through_disk(state, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stop", [0, 1, 4])
-def test_a_resumed_optimizer_takes_the_same_steps_to_the_bit(name, stop, dtype, tmp_path):
+def test_a_resumed_optimizer_takes_bit_identical_steps(name, stop, dtype, tmp_path):
     lr = RATES.get(name, 1e-2)
     straight = make_parameters(dtype)
     take_steps(build_optimizer(name, straight, lr), straight, range(8), lr)
@@ -72,28 +72,28 @@ def test_a_resumed_optimizer_takes_the_same_steps_to_the_bit(name, stop, dtype, 
     parameters = make_parameters(dtype)
     optimizer = build_optimizer(name, parameters, lr)
     take_steps(optimizer, parameters, range(stop), lr)
-    state = send_through_disk(optimizer.state_dict(), tmp_path)
+    state = round_trip(optimizer.state_dict(), tmp_path)
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     other = build_optimizer(name, resumed, lr)
     load_state(other, state)
     take_steps(other, resumed, range(stop, 8), lr)
     for a, b, start in zip(straight, resumed, make_parameters(dtype), strict=True):
         assert torch.equal(a, b)
-        # Prodigy's first steps are below what bfloat16 can tell apart
+        # Prodigy's first steps are below bfloat16's resolution
         assert not torch.equal(a, start) or (name == "prodigy" and dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_a_state_of_a_gpu_goes_on_elsewhere_and_the_other_way(steps, tmp_path):
-    """Counters go to the device where one pass does a step, and come back where it does not."""
+def test_a_state_moves_from_a_gpu_to_another_device_and_back(steps, tmp_path):
+    """Counters move to the device if one kernel does a step, and back if not."""
     straight, fused = make_parameters(), make_parameters()
     take_steps(build_optimizer("adamw", straight, 1e-2), straight, range(8), 1e-2)
-    theirs = torch.optim.AdamW(fused, 1e-2, fused=True)  # which a CPU has too
+    theirs = torch.optim.AdamW(fused, 1e-2, fused=True)  # also available on a CPU
     take_steps(theirs, fused, range(steps), 1e-2)
 
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in fused]
     optimizer = build_optimizer("adamw", resumed, 1e-2)
-    load_state(optimizer, send_through_disk(theirs.state_dict(), tmp_path))
+    load_state(optimizer, round_trip(theirs.state_dict(), tmp_path))
     assert not optimizer.param_groups[0]["fused"]
     take_steps(optimizer, resumed, range(steps, 8), 1e-2)
     for a, b in zip(straight, resumed, strict=True):
@@ -144,7 +144,7 @@ def test_adafactor_moves_a_weight_that_starts_at_zero_at_the_full_rate():
     torch.testing.assert_close(parameter.detach(), torch.full((4, 4), -1e-3))
 
 
-def test_adamw_is_torchs():
+def test_adamw_equals_torchs():
     ours, theirs = make_parameters(), make_parameters()
     lr = 1e-2
     take_steps(build_optimizer("adamw", ours, lr, weight_decay=0.1), ours, range(5), lr)
@@ -165,7 +165,7 @@ def test_eight_bit_states_take_a_quarter_of_the_room_of_adamw():
     assert sizes["adamw8bit"] < 0.27 * sizes["adamw"]
 
 
-def test_looking_at_the_averaged_weights_changes_nothing(name):
+def test_reading_the_averaged_weights_changes_nothing(name):
     lr = RATES.get(name, 1e-2)
     watched, alone = make_parameters(), make_parameters()
     first, second = (build_optimizer(name, p, lr) for p in (watched, alone))
@@ -205,12 +205,12 @@ def test_the_averaged_weights_are_those_of_the_librarys_eval_mode():
         ("adamw", 1e-4, {"betas": [0.9, 2.0]}, "adamw refuses its options: Invalid beta"),
     ],
 )
-def test_a_wrong_choice_is_answered_in_a_sentence(name, lr, options, sentence):
+def test_a_wrong_optimizer_is_a_clear_error(name, lr, options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         build_optimizer(name, make_parameters(), lr, **options)
 
 
-def test_no_parameters_are_answered_in_a_sentence():
+def test_no_parameters_are_a_clear_error():
     with pytest.raises(ConfigError, match="no parameters to train"):
         build_optimizer("adamw", [], 1e-4)
 
@@ -248,7 +248,7 @@ def test_a_state_keeps_types_keys_and_shared_tensors():
     assert back["limit"] == math.inf
 
 
-def test_what_is_no_data_is_refused():
+def test_state_that_is_not_plain_data_is_refused():
     with pytest.raises(ConfigError, match="holds a function at state/hook"):
         flatten_state({"hook": lambda: None})
 
@@ -302,6 +302,6 @@ def test_a_schedule_ends_at_its_final_factor_and_stays_there(name):
         ("polynomial", {"power": 0}, "power is 0; expected a number above 0"),
     ],
 )
-def test_a_wrong_schedule_is_answered_in_a_sentence(name, arguments, sentence):
+def test_a_wrong_schedule_is_a_clear_error(name, arguments, sentence):
     with pytest.raises(ConfigError, match=sentence):
         build_schedule(name, **{"warmup": 0, "total": 10, **arguments})

@@ -1,4 +1,4 @@
-"""What a disk, a crash or a hand did to a run's folder costs one checkpoint at most."""
+"""Damage to a run's folder by a disk, a crash or a user costs at most one checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny import make_config, make_dataset, make_injected
 
 @pytest.fixture
 def checkpoints(tmp_path) -> CheckpointFolder:
-    """Steps 1 and 2, alike in every file's size."""
+    """Checkpoints of steps 1 and 2, with files of equal size."""
     folder = CheckpointFolder(tmp_path / "checkpoints")
     for step in (1, 2):
         generator = torch.Generator().manual_seed(step)
@@ -29,13 +29,13 @@ def checkpoints(tmp_path) -> CheckpointFolder:
 
 
 def list_flips(data: bytes) -> list[bytes]:
-    """The file with one bit changed, at places all over it."""
+    """Versions of the file with one bit flipped, at positions throughout."""
     places = range(0, len(data), max(1, len(data) // 40))
     return [data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in places]
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "ema.safetensors", STATE_FILE])
-def test_any_changed_bit_makes_a_run_go_on_from_the_checkpoint_before(checkpoints, name):
+def test_any_changed_bit_makes_a_run_resume_from_the_previous_checkpoint(checkpoints, name):
     whole = checkpoints.read_latest()
     assert whole.step == 2
     path = checkpoints.get_path(2) / name
@@ -52,7 +52,7 @@ def test_any_changed_bit_makes_a_run_go_on_from_the_checkpoint_before(checkpoint
     assert torch.equal(again.tensors["ema"]["a"], whole.tensors["ema"]["a"])
 
 
-def test_a_file_of_the_checkpoint_before_is_not_taken_for_the_newest(checkpoints):
+def test_a_file_of_the_previous_checkpoint_is_not_mistaken_for_the_newest(checkpoints):
     old, new = (checkpoints.get_path(step) / "adapter.safetensors" for step in (1, 2))
     assert old.stat().st_size == new.stat().st_size
     new.write_bytes(old.read_bytes())
@@ -75,7 +75,7 @@ TORN = [
 
 
 @pytest.mark.parametrize("line", TORN, ids=lambda line: repr(line[:24]))
-def test_a_line_of_figures_that_cannot_be_read_is_left_out(tmp_path, line):
+def test_an_unreadable_line_of_metrics_is_skipped(tmp_path, line):
     path = tmp_path / METRICS_FILE
     good = [json.dumps({"step": step, "loss": 0.5}).encode() + b"\n" for step in (1, 3)]
     path.write_bytes(good[0] + line + good[1])
@@ -100,7 +100,7 @@ def start(tmp_path):
     return begin
 
 
-def test_damaged_figures_never_stop_a_resume(tmp_path, configure, start):
+def test_damaged_metrics_never_prevent_a_resume(tmp_path, configure, start):
     config = configure(steps=4)
     reports = start(config)
     for _ in range(2):

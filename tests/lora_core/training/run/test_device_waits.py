@@ -1,7 +1,7 @@
-"""How often a step waits for the device: once, for its figures.
+"""How often a step waits for the device: once, for its metrics.
 
-A make-believe CUDA device shows every copy between it and the host, and refuses to mix the two; a
-backward pass only a real one or a CPU can run.
+A fake CUDA device shows every copy between it and the host, and refuses to mix the two; only a real
+one or a CPU can run a backward pass.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CUDA = torch.device("cuda:0")
-#: Everything that a step can have.
+#: Every feature of a step.
 CHANGES = {
     "optimizer.ema_decay": 0.9,
     "optimizer.accumulation": 2,
@@ -52,7 +52,7 @@ READS = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "
 
 
 class Copies(TorchDispatchMode):
-    """Copies between the devices that the host waits for, and what looks at values."""
+    """Records copies between the devices that the host waits for, and reads of values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,9 +99,9 @@ def build_fake_model() -> EditTransformer:
 
 @pytest.fixture
 def fake_reports(tmp_path, monkeypatch) -> Iterator:
-    """Reports of a run on a make-believe device, and how many numbers each look at it gave, all 1.
+    """Reports of a run on a fake device, and how many values each read of it returned, all 1.
 
-    Whatever else looks at a value there raises an error.
+    Any other read of a value there raises an error.
     """
     reads: list[int] = []
 
@@ -135,7 +135,7 @@ def fake_reports(tmp_path, monkeypatch) -> Iterator:
             reports.close()
 
 
-def test_a_step_on_a_gpu_copies_nothing_that_is_waited_for_but_its_figures(fake_reports):
+def test_a_step_on_a_gpu_waits_for_no_copy_but_its_metrics(fake_reports):
     reports, reads = fake_reports
     next(reports)  # makes the optimizer's state, and the positions of these sizes
     for _ in range(2):
@@ -166,7 +166,7 @@ def test_a_step_with_its_backward_pass_reads_values_once(kind, tmp_path, monkeyp
 
 
 class TwoProcesses(Processes):
-    """This one and another that does the same, but is asked to stop at a moment of its own."""
+    """This process and an identical one that is asked to stop at its own time."""
 
     def __init__(self, is_other_asked) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class TwoProcesses(Processes):
 
 @pytest.mark.parametrize("who", ["this", "the other"])
 @pytest.mark.parametrize("last", [0, 2])
-def test_several_processes_stop_after_the_same_step_and_wait_no_more_often(
+def test_several_processes_stop_after_the_same_step_without_extra_waits(
     who, last, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(optimization, "can_fuse", lambda params: True)
@@ -225,7 +225,7 @@ def test_several_processes_stop_after_the_same_step_and_wait_no_more_often(
 
 @contextmanager
 def infinite_updates(injection) -> Iterator[None]:
-    """Inside, an optimizer's step leaves an infinite weight."""
+    """Inside this context, an optimizer's step leaves an infinite weight."""
 
     def spoil(*_) -> None:
         with torch.no_grad():
@@ -238,7 +238,7 @@ def infinite_updates(injection) -> Iterator[None]:
         handle.remove()
 
 
-def test_weights_that_became_infinite_are_told_with_their_step_before_another_is_taken(tmp_path):
+def test_infinite_weights_are_reported_with_their_step_before_the_next_one(tmp_path):
     config = make_config(tmp_path, **{"saving.checkpoint_every": 100})
     model, injection = make_injected(config)
     reports = train(config, model, injection, make_dataset(tmp_path / "data"))
@@ -276,7 +276,7 @@ def test_no_sample_is_made_of_infinite_weights(tmp_path):
 
 
 @pytest.mark.parametrize("by", ["stop", "checkpoint", "adapter", "health"])
-def test_weights_are_known_to_be_finite_before_anything_is_made_of_them(by, tmp_path):
+def test_weights_are_checked_to_be_finite_before_they_are_used(by, tmp_path):
     asked: list[bool] = []
     changes = {"saving.checkpoint_every": 2 if by == "checkpoint" else 100}
     changes["saving.adapter_every"] = 2 if by == "adapter" else 0

@@ -1,4 +1,4 @@
-"""Runs on a real device: the CPU always, a GPU where there is one."""
+"""Runs on a real device: always the CPU, and a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_run_resumed_in_the_middle_is_the_same_run(changes, device, determinis
 
 @contextmanager
 def short_of_memory(model, device: torch.device, extra_bytes: int) -> Iterator[None]:
-    """A GPU on which `extra_bytes` are left; on the CPU as if, while everything is kept."""
+    """A GPU on which `extra_bytes` are left; simulated on the CPU while everything is kept."""
     if device.type == "cpu":
 
         def fail(module, inputs):
@@ -100,10 +100,8 @@ def short_of_memory(model, device: torch.device, extra_bytes: int) -> Iterator[N
     torch.cuda.empty_cache()
 
 
-def test_a_step_for_which_memory_runs_out_is_taken_again_with_less_kept(
-    device, tmp_path, monkeypatch
-):
-    # On a GPU large enough that its allocator's blocks, up to 20 MB, weigh little.
+def test_a_step_that_runs_out_of_memory_is_retried_with_less_kept(device, tmp_path, monkeypatch):
+    # On a GPU large enough that its allocator's blocks, up to 20 MB, are negligible.
     side, num_blocks = (192, 8) if device.type == "cuda" else (8, 3)
     monkeypatch.setattr(MemoryMeter, "find_free", lambda self: 2**45)
     make_dataset(tmp_path / "data", {"a": make_item(0, (side, side), ((side, side),))})
@@ -120,7 +118,7 @@ def test_a_step_for_which_memory_runs_out_is_taken_again_with_less_kept(
                 config, model, session.injection, session.dataset, notify=said.append
             )
         ]
-    # One kind at a time; which one fits on a card is the card's affair.
+    # One kind at a time; which one fits depends on the card.
     kind = model.gradient_checkpointing
     assert kind == "selective" or (kind is True and device.type == "cuda")
     assert len(said) == (1 if kind == "selective" else 2)

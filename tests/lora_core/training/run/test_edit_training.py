@@ -20,7 +20,7 @@ from qwen_edit_lora.lora_core.training.run.trainer import train
 from tiny import make_config, make_dataset, make_item, pack
 
 VARIANTS = ("2509", "2511")
-#: With these the base's fixed ends move too; inner blocks of random weights cannot fit a picture.
+#: With these the base's fixed ends are trained too; random inner blocks cannot fit an image.
 WIDE_TARGETS = ["full + modulation", "img_in", "proj_out", "norm_out.linear"]
 
 
@@ -41,7 +41,7 @@ def load(path: Path, config, storage: str = "fp32", dtype: torch.dtype = torch.f
 
 
 def set_lora_B(injection) -> None:
-    """Away from 0, so that lora_A has gradients too."""
+    """Sets it away from 0, so that lora_A has gradients too."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in injection.named_parameters():
         if name.endswith("lora_B"):
@@ -192,7 +192,7 @@ def test_a_step_over_different_sizes_is_the_mean_of_its_samples_alone(files, tmp
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_the_base_is_bit_equal_after_training_in_every_storage(storage, files, tmp_path):
+def test_the_base_is_bit_identical_after_training_in_every_storage(storage, files, tmp_path):
     if storage == "nf4":
         pytest.importorskip("bitsandbytes")
     config = make_config(tmp_path, **{"data.batch_size": 2, "lora.dropout": 0.1})
@@ -208,7 +208,7 @@ def test_the_base_is_bit_equal_after_training_in_every_storage(storage, files, t
 
 
 def get_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """To the bit: NaN would be unequal to itself, and fp8 cannot be compared everywhere."""
+    """Raw bytes: NaN would be unequal to itself, and fp8 cannot be compared everywhere."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
@@ -240,7 +240,9 @@ def test_gradient_checkpointing_changes_no_bit_of_a_run(files, tmp_path):
     assert losses[True] == losses[False]
 
 
-def test_an_item_damaged_during_the_run_is_a_sentence_and_mended_the_run_goes_on(files, tmp_path):
+def test_an_item_damaged_during_the_run_is_a_clear_error_and_repaired_the_run_continues(
+    files, tmp_path
+):
     config = make_config(tmp_path)
     dataset = make_dataset(tmp_path / "data", {"a": make_item(0), "b": make_item(1)})
     whole = make_config(tmp_path / "whole")

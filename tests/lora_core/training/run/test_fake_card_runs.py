@@ -1,4 +1,4 @@
-"""Whole runs on a make-believe card: session, steps, optimizers, averages, resuming, estimate."""
+"""Whole runs on a fake card: session, steps, optimizers, averages, resuming, estimate."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def configure(tmp_path, base):
 
 
 def run(config, **more):
-    """To its end; weights and gradients are on the card."""
+    """Runs to the end; weights and gradients are on the card."""
     session = open_session(config)
     more = {"decode": session.decode, "prior": session.prior, **more}
     reports = list(train(config, session.model, session.injection, session.dataset, **more))
@@ -118,7 +118,7 @@ def test_a_run_goes_from_its_first_step_to_its_files_on_a_card(name, configure):
     assert list(Path(config.output).rglob("*.safetensors"))
 
 
-def test_an_auxiliary_loss_looks_at_images_decoded_on_the_card(configure, vae):
+def test_an_auxiliary_loss_uses_images_decoded_on_the_card(configure, vae):
     def darkness(prediction):
         return prediction.image.flatten(1).mean(1)
 
@@ -129,7 +129,7 @@ def test_an_auxiliary_loss_looks_at_images_decoded_on_the_card(configure, vae):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "schedule-free"])
-def test_a_run_begun_on_the_cpu_goes_on_on_a_card(optimizer, configure):
+def test_a_run_begun_on_the_cpu_continues_on_a_card(optimizer, configure):
     changes = {"optimizer.name": optimizer, "optimizer.ema_decay": 0.9}
     config = configure("cpu", **changes, steps=1)
     session = open_session(config)
@@ -155,7 +155,7 @@ def make_parameters(device):
     [(name, d) for name in OPTIMIZERS for d in (CUDA, LAZY) if (name, d) != ("adamw8bit", CUDA)],
     ids=str,
 )
-def test_every_optimizer_steps_on_a_card_and_takes_up_a_state_from_a_file(name, device):
+def test_every_optimizer_steps_on_a_card_and_loads_a_state_from_a_file(name, device):
     pytest.importorskip(OPTIMIZERS[name].module.partition(".")[0])
     real = build_optimizer(name, make_parameters("cpu"), 1e-3)
     real.step()
@@ -202,7 +202,7 @@ def test_an_estimate_is_measured_on_a_card(configure, monkeypatch):
     assert found.seconds_per_step > 0
 
 
-def test_a_picture_is_decoded_on_a_card_and_written(vae, tmp_path):
+def test_an_image_is_decoded_on_a_card_and_written(vae, tmp_path):
     said = []
     with FakeCard(LAZY):
         writer = ImageWriter(str(vae), None, LAZY, said.append)

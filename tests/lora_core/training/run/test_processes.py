@@ -38,7 +38,7 @@ def write_config(folder: Path, batch_size: int) -> Path:
         "steps": 6,
         "model": {
             "source": "../dit.safetensors",
-            "storage": "fp8",  # which gloo could not send around
+            "storage": "fp8",  # which gloo could not send
             "compute_dtype": "fp32",
             "device": "cpu",
         },
@@ -72,7 +72,7 @@ def start(command: list[str]) -> None:
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "view tensor" not in result.stderr  # FSDP's warning of what it cannot follow
+    assert "view tensor" not in result.stderr  # FSDP's warning about what it cannot track
 
 
 def run(config: Path, kind: str | None, *more: str) -> list[dict]:
@@ -96,12 +96,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(folder) -> list[dict]:
-    """What a single process with twice the batch says."""
+    """Metrics of a single process with twice the batch."""
     return run(write_config(folder / "one", 2), None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_are_one_with_twice_the_batch_and_resume_to_the_bit(kind, folder, one):
+def test_two_processes_equal_one_with_twice_the_batch_and_resume_bit_exactly(kind, folder, one):
     config = write_config(folder / kind, 1)
     two = run(config, kind)
     assert len(one) == len(two) == 6
@@ -115,7 +115,7 @@ def test_two_processes_are_one_with_twice_the_batch_and_resume_to_the_bit(kind, 
         )
         assert ours.keys() == theirs.keys()
         for key, tensor in theirs.items():
-            # AdamW makes a whole step of a gradient that is all rounding; few entries have one.
+            # AdamW takes a full step for a gradient that is only rounding; few entries have one.
             assert (ours[key] - tensor).norm() < 1e-3 * tensor.norm(), key
 
     output = folder / kind / "run"
@@ -159,7 +159,7 @@ def test_buckets_hold_every_gradient_once_and_one_type_each():
         ),
     ],
 )
-def test_other_ways_of_sharding_are_refused_with_what_to_use(changes, said):
+def test_unsupported_sharding_is_refused_with_what_to_use(changes, said):
     with pytest.raises(ConfigError, match=said):
         check_launch(changes)
 

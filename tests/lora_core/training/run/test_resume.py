@@ -1,4 +1,4 @@
-"""Interrupted and resumed: the same run, to the bit, however it was interrupted."""
+"""An interrupted and resumed run is bit-identical, however it was interrupted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMINGS = {"seconds", "tokens_per_s", "memory_bytes"}
 
 
 def read_outcome(run: Path) -> dict[str, object]:
-    """Everything a run leaves that must not depend on how often it was interrupted."""
+    """All output of a run that must not depend on how often it was interrupted."""
     lines = [
         {name: value for name, value in line.items() if name not in TIMINGS}
         for line in read_metrics(run / "metrics.jsonl")
@@ -47,7 +47,7 @@ def assert_same(ours: dict[str, object], theirs: dict[str, object]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the runs that are killed")
-def test_a_run_killed_at_any_moment_ends_as_the_uninterrupted_one_to_the_bit(tmp_path):
+def test_a_run_killed_at_any_moment_ends_bit_identical_to_an_uninterrupted_one(tmp_path):
     result = subprocess.run(
         [sys.executable, SCRIPT, tmp_path, str(NUM_KILLS)],
         capture_output=True,
@@ -91,7 +91,7 @@ def run(folder: Path, should_stop=None, resume=False, notify=None, **changes):
     ],
     ids=["prodigy", "schedule-free", "adafactor", "8-bit AdamW", "DoRA", "PiSSA and EMA"],
 )
-def test_a_stopped_run_goes_on_to_the_bit(tmp_path, changes):
+def test_a_stopped_run_resumes_bit_exactly(tmp_path, changes):
     if "optimizer.name" in changes:
         pytest.importorskip(OPTIMIZERS[changes["optimizer.name"]].module)
     changes = changes | {"saving.checkpoint_every": 100, "saving.dtype": "fp32"}
@@ -118,7 +118,7 @@ def test_a_finished_run_can_be_given_more_steps(tmp_path):
     assert "resumed after step 4 of 6" in said
 
 
-def test_another_base_is_told_and_a_moved_one_is_not(tmp_path):
+def test_another_base_is_reported_and_a_moved_one_is_not(tmp_path):
     run(tmp_path, steps=2)
     said = []
     run(tmp_path, resume=True, steps=2, notify=said.append, **{"model.source": "moved/tiny"})
@@ -127,7 +127,7 @@ def test_another_base_is_told_and_a_moved_one_is_not(tmp_path):
     assert "model.source was 'tiny' and is 'tiny_2511' from now on" in said
 
 
-def test_a_finished_run_resumed_takes_no_step_and_gives_its_adapter_again(tmp_path):
+def test_resuming_a_finished_run_takes_no_step_and_returns_its_adapter(tmp_path):
     run(tmp_path)
     adapter = tmp_path / "run" / "tiny.safetensors"
     before = load_file(adapter)
@@ -171,7 +171,7 @@ def test_another_training_set_is_refused(tmp_path):
         train(*(config, *make_injected(config), make_dataset(tmp_path / "other", 2)), resume=True)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_reported(tmp_path):
     whole = run(tmp_path / "whole")
     asked = iter([False] * 4 + [True])
     run(tmp_path / "cut", lambda: next(asked))
@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path):
         lambda folder: (folder / "adapter.safetensors").write_bytes(b""),
     ],
 )
-def test_a_checkpoint_that_is_not_whole_is_never_read(tmp_path, spoil):
+def test_an_incomplete_checkpoint_is_never_read(tmp_path, spoil):
     run(tmp_path, steps=2)
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
     assert folder.read_latest().step == 2
@@ -207,14 +207,14 @@ def test_a_checkpoint_that_is_not_whole_is_never_read(tmp_path, spoil):
     assert "\n" not in folder.passed_over[0]
 
 
-def test_resuming_where_nothing_is_starts_a_new_run_and_says_so(tmp_path):
+def test_resuming_without_a_checkpoint_starts_a_new_run_and_reports_it(tmp_path):
     said = []
     reports = run(tmp_path, resume=True, notify=said.append)
     assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
     assert said == ["run holds no whole checkpoint; starting at step 1"]
 
 
-def test_only_the_newest_checkpoints_are_kept_and_all_the_adapters_unless_told(tmp_path):
+def test_only_the_newest_checkpoints_and_by_default_all_adapters_are_kept(tmp_path):
     changes = {"saving.checkpoint_every": 1, "saving.adapter_every": 2}
     run(tmp_path / "all", **changes)
     folder = tmp_path / "all" / "run"
@@ -238,10 +238,13 @@ def test_a_half_written_line_of_metrics_is_dropped(tmp_path):
     assert {*next(read_metrics(path))} <= {field.name for field in fields(StepReport)}
 
 
-def test_what_a_killed_process_left_half_written_is_cleared_and_nothing_else(tmp_path):
+def test_only_half_written_files_of_a_killed_process_are_removed(tmp_path):
     run(tmp_path, steps=2, **{"saving.adapter_every": 1})
     folder = tmp_path / "run"
-    ours = (".0123456789abcdef.tmp", ".tmpvKHBLu")  # our own names, and those of safetensors
+    ours = (
+        ".0123456789abcdef.tmp",
+        ".tmpvKHBLu",
+    )  # our own names, and those of safetensors
     others = (".tmp", ".gitignore", "notes.tmp", ".tmp_notes")
     for name in (*ours, *others):
         (folder / name).write_bytes(b"half")
@@ -264,7 +267,7 @@ def test_checkpoints_hold_no_pickles(tmp_path):
         load_file(path)
 
 
-def test_a_checkpoint_of_another_version_is_a_sentence(tmp_path):
+def test_a_checkpoint_of_another_version_is_a_clear_error(tmp_path):
     run(tmp_path, steps=2)
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
     state = folder.get_path(2) / "state.json"

@@ -34,7 +34,7 @@ def run(folder: Path, dataset=None, **changes):
 
 
 def set_lora_B(injection) -> None:
-    """Away from 0, so that lora_A has gradients too."""
+    """Sets it away from 0, so that lora_A has gradients too."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in injection.named_parameters():
         if name.endswith("lora_B"):
@@ -104,7 +104,7 @@ def test_a_step_is_that_of_a_dense_float64_reference(tmp_path):
         assert (trained[name] - factor).norm() < 2e-3 * moved, name
 
 
-def test_accumulating_two_is_the_mean_of_two_micro_batches(tmp_path):
+def test_accumulating_two_micro_batches_takes_their_mean(tmp_path):
     config = make_config(tmp_path, steps=1, **{"optimizer.accumulation": 2})
     dataset = make_dataset(tmp_path / "data")
     report, *_ = train(config, *make_injected(config), dataset)
@@ -137,7 +137,7 @@ def test_prior_preservation_adds_the_weighted_loss_of_the_second_set(tmp_path):
     assert half.grad_norm != plain.grad_norm
 
 
-def test_an_auxiliary_loss_of_ones_own_is_weighted_and_reported(tmp_path):
+def test_a_custom_auxiliary_loss_is_weighted_and_reported(tmp_path):
     def brightness(prediction):
         return prediction.x_0_hat.flatten(1).mean(1).square()
 
@@ -185,7 +185,7 @@ def test_the_finished_file_is_the_trained_adapter_with_alpha_and_metadata(tmp_pa
     assert 0 < mean < raw
 
 
-def test_reports_and_metrics_say_the_same(tmp_path):
+def test_reports_and_metrics_agree(tmp_path):
     from qwen_edit_lora.lora_core.training.run.metrics import read_metrics
 
     reports = run(tmp_path, **{"saving.health_every": 3})
@@ -251,7 +251,7 @@ def test_stopping_writes_a_checkpoint_of_the_last_step_and_no_finished_adapter(t
 
 @pytest.fixture
 def read_only_folder():
-    """A folder this process may not write to; root gives up its rights for the while."""
+    """A folder this process may not write to; root drops its privileges for the test."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o555)
     is_root = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -266,7 +266,9 @@ def read_only_folder():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no read-only folders")
-def test_a_read_only_output_folder_is_a_sentence_before_the_first_step(tmp_path, read_only_folder):
+def test_a_read_only_output_folder_is_a_clear_error_before_the_first_step(
+    tmp_path, read_only_folder
+):
     config = make_config(tmp_path, output=str(read_only_folder / "run"))
     dataset = make_dataset(Path(tempfile.mkdtemp()) / "data")
     with pytest.raises(FileError, match="run cannot take checkpoints: the folder is read-only; "):
@@ -276,7 +278,7 @@ def test_a_read_only_output_folder_is_a_sentence_before_the_first_step(tmp_path,
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 2 MB of its own."""
+    """A separate disk of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(folder)]
@@ -288,7 +290,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_a_sentence_and_the_last_good_checkpoint_is_kept(tmp_path, small_disk):
+def test_a_full_disk_is_a_clear_error_and_the_last_good_checkpoint_is_kept(tmp_path, small_disk):
     config = make_config(
         *(tmp_path,),
         output=str(small_disk / "run"),

@@ -1,4 +1,4 @@
-"""The VAE behind auxiliary losses and samples: shapes, gradients, and what is no VAE."""
+"""The VAE of auxiliary losses and samples: shapes, gradients, and invalid VAEs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from qwen_edit_lora.lora_core.training.sampling.image_decoder import (
 )
 from tiny import make_config, make_dataset, make_injected
 
-#: Of the true architecture, narrow and trained.
+#: A VAE of the real architecture, narrow and trained.
 VAE = ROOT / "tests" / "demo_base" / "weights" / "vae.safetensors"
 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    """diffusers' folder of a VAE that is tiny but of the true architecture."""
+    """A diffusers folder of a tiny VAE of the real architecture."""
     from diffusers import AutoencoderKLQwenImage
 
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_an_image_decoded_in_tiles_is_almost_the_same(monkeypatch):
         assert torch.equal(decode(small, in_tiles=True), decode(small))
 
 
-def test_a_tile_of_the_true_vae_takes_no_more_than_is_counted_for_it():
+def test_a_tile_of_the_real_vae_stays_within_its_estimate():
     from diffusers import AutoencoderKLQwenImage
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -93,7 +93,7 @@ def test_a_tile_of_the_true_vae_takes_no_more_than_is_counted_for_it():
 
 
 @pytest.mark.parametrize("kind", ["a transformer's file", "an empty folder"])
-def test_what_is_no_vae_is_a_sentence(kind, tmp_path):
+def test_a_file_that_is_not_a_vae_is_a_clear_error(kind, tmp_path):
     path = tmp_path / "empty"
     path.mkdir()
     if kind == "a transformer's file":
