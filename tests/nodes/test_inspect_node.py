@@ -245,7 +245,7 @@ def inspect_beside_model(base: str, lora_name: str = "my_edit_lora.safetensors")
     }
 
 
-def read_step_numbers(entry: dict[str, Any]) -> dict[str, Any]:
+def read_inspection_json(entry: dict[str, Any]) -> dict[str, Any]:
     return json.loads(entry["outputs"]["json"]["text"][0])
 
 
@@ -255,9 +255,9 @@ def read_step_numbers(entry: dict[str, Any]) -> dict[str, Any]:
 )
 def test_a_loaded_model_gives_the_same_statistics_as_its_file(server, base, storage, cache):
     graph = inspect_beside_model(base)
-    from_model = read_step_numbers(server.run_prompt(graph))
+    from_model = read_inspection_json(server.run_prompt(graph))
     graph["inspect"] = node("QwenEditLoraInspect", adapter=["load", 0], base_model=base)
-    from_file = read_step_numbers(server.run_prompt(graph))
+    from_file = read_inspection_json(server.run_prompt(graph))
     assert from_model["merge_error"] > 0.01  # a large delta; the tiny base's LoRA is no faint one
     assert {m["base"]["storage"] for m in from_model["modules"].values()} == {storage}
     assert from_model == from_file
@@ -265,7 +265,7 @@ def test_a_loaded_model_gives_the_same_statistics_as_its_file(server, base, stor
 
 def test_previously_merged_loras_are_not_part_of_the_base(server, cache):
     graph = inspect_beside_model(SCALED_BASE)
-    plain = read_step_numbers(server.run_prompt(graph))
+    plain = read_inspection_json(server.run_prompt(graph))
     graph["merged"] = node(
         "LoraLoaderModelOnly",
         model=["model", 0],
@@ -273,7 +273,7 @@ def test_previously_merged_loras_are_not_part_of_the_base(server, cache):
         strength_model=2.0,
     )
     graph["inspect"]["inputs"]["model"] = ["merged", 0]
-    assert read_step_numbers(server.run_prompt(graph)) == plain
+    assert read_inspection_json(server.run_prompt(graph)) == plain
 
 
 def test_two_bases_at_once_are_refused(server):

@@ -16,8 +16,7 @@ READ_ALL = """() => {
 
 def test_reports_reach_nodes_inside_a_subgraph_and_come_back(workspace):
     page = workspace.page
-    workspace.open_template("01_apply_lora")
-    workspace.set_widgets({"steps": 1, "cfg": 1})
+    workspace.open_template("03_compare_and_resize")
     page.evaluate(
         """() => app.canvas.graph.convertToSubgraph(
             new Set(app.graph._nodes.filter(n => n.comfyClass === 'QwenEditLoraLoad')))"""
@@ -26,7 +25,7 @@ def test_reports_reach_nodes_inside_a_subgraph_and_come_back(workspace):
     page.wait_for_timeout(1000)
     reports = page.evaluate(READ_ALL)
     assert "matched 20 modules" in reports["QwenEditLoraLoad"]
-    assert "side path: 20 modules" in reports["QwenEditLoraApply"]
+    assert "20 modules compared" in reports["QwenEditLoraCompare"]
     # As when a reloaded page fetches the outputs of the last run.
     page.evaluate(
         """() => {

@@ -15,13 +15,13 @@ pytestmark = [pytest.mark.web, pytest.mark.comfy]
 #: Smaller and shorter than in the workflow, which is for a GPU and a night.
 QUICK = {"megapixels": 0.02, "reference_megapixels": 0.02, "batch_size": 2, "sample_every": 10}
 TRAINING_STEPS = 20
-RENDER_STEPS = 2
+RENDER_STEPS = 1
 TRAINING_TIMEOUT = 240.0  # seconds
 
 
 def open_quickly(workspace: Any, name: str) -> None:
     workspace.open_template(name)
-    workspace.set_widgets({**QUICK, "name": name, "steps": RENDER_STEPS})
+    workspace.set_widgets({**QUICK, "name": name, "steps": RENDER_STEPS, "cfg": 1})
     workspace.set_widgets({"steps": TRAINING_STEPS}, "QwenEditLoraTrain")
 
 
