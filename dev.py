@@ -336,12 +336,17 @@ def run_child(command: list[str], **options: object) -> int:
 
 
 def stop_child(process: subprocess.Popen[bytes]) -> None:
-    """Waits for an interrupted program, then interrupts it, then kills it.
+    """Waits for an interrupted program, then interrupts, terminates and at last kills it.
 
     Waits first, since Ctrl-C in a terminal has reached it too, and a second interrupt would disturb
     its cleanup: the demo and the tests stop a server.
     """
-    for ask, patience in ((None, 2), (interrupt, 20), (subprocess.Popen.kill, None)):  # seconds
+    stages = (
+        *((None, 2), (interrupt, 10)),  # seconds
+        (subprocess.Popen.terminate, 15),  # SIGINT is ignored in a background job of a shell
+        (subprocess.Popen.kill, None),
+    )
+    for ask, patience in stages:
         if ask is not None:
             ask(process)
         try:

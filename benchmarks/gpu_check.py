@@ -94,6 +94,9 @@ def check(options: argparse.Namespace, command: str, folder: Path) -> int:
     log.unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **bundle.find_environment(folder)}
     card = "CPU" if options.dry_run else find_card()
+    if card == "unknown" and not has_gpu(environment):
+        print("gpu_check: PyTorch finds no GPU here; --dry-run runs the same on a CPU, tiny")
+        return 2
     end = started + options.limit - RESERVE_S
     plans = plan_ends(options.parts, started, end, options.dry_run)
     for part, until in plans.items():
@@ -155,6 +158,13 @@ def find_card() -> str:
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     return (found.stdout.strip().splitlines() or ["unknown"])[0]
+
+
+def has_gpu(environment: dict[str, str]) -> bool:
+    """Whether the parts' Python finds one; asked where the driver's tool does not name any."""
+    program = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    command = [sys.executable, "-c", program]
+    return not subprocess.run(command, env=environment, cwd=FOLDER, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -194,8 +194,10 @@ def test_an_archive_without_the_subtree_is_refused(dev, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
-def test_an_interrupt_ends_the_child_first(dev, tmp_path):
-    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+@pytest.mark.parametrize("ignores", ["", "import signal; signal.signal(2, signal.SIG_IGN); "])
+def test_an_interrupt_ends_the_child_first(dev, tmp_path, ignores):
+    """One that ignores SIGINT too, as a shell's background job does."""
+    child = f"{ignores}import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     code = (
         "import importlib.util, signal, sys\n"
         f"spec = importlib.util.spec_from_file_location('dev', {str(DEV_PY)!r})\n"
@@ -210,7 +212,7 @@ def test_an_interrupt_ends_the_child_first(dev, tmp_path):
     with process:
         child_id = int(process.stdout.readline())
         process.terminate()
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=60) == 130
     with pytest.raises(ProcessLookupError):
         os.kill(child_id, 0)
 

@@ -330,6 +330,14 @@ def test_the_archive_of_comfyui_holds_no_large_vocabulary(carried, gpu):
         assert not any("tokenizer" in name for name in archive.getnames())
 
 
+def test_without_a_gpu_it_ends_at_once_with_one_line(check, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(check, "find_card", lambda: "unknown")
+    monkeypatch.setattr(check, "has_gpu", lambda environment: False)
+    assert check.main(["--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("gpu_check: PyTorch finds no GPU here; --dry-run")
+
+
 def test_an_unknown_part_is_refused(check, capsys):
     with pytest.raises(SystemExit):
         check.parse_options(["--parts", "A,Z"])

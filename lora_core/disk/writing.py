@@ -12,6 +12,9 @@ from typing import TypeVar
 
 import torch
 
+from ..errors import FileError
+from ..text import shorten
+
 #: For what must not fail; a virus scanner may take seconds over a checkpoint of gigabytes.
 PATIENCE_S = 10.0
 #: For what is soon retried, or is waited for.
@@ -33,7 +36,17 @@ def separate(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def write_then_rename(path: Path, write) -> None:
-    """Calls `write(temporary_path)`, then moves the result into place; a failure leaves nothing."""
+    """Calls `write(temporary_path)`, then moves the result into place; a failure leaves nothing.
+
+    Raises:
+        FileError: a device, pipe or folder has the name; it would be replaced by a file.
+        OSError: as `write` and `replace`.
+    """
+    if path.exists() and not path.is_file():
+        raise FileError(
+            f"{shorten(path.name or str(path))} is a folder, pipe or device; expected the name of "
+            "a file."
+        )
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         temporary.touch()

@@ -139,7 +139,7 @@ class JobIndex:
                     result = action(self._open())
                     self._last_warning = ""
                     return result
-                except (sqlite3.DatabaseError, ValueError) as e:
+                except (sqlite3.DatabaseError, ValueError, RecursionError) as e:
                     self._close()
                     if isinstance(e, sqlite3.OperationalError) and not lacks_table(e):
                         self._warn_once(

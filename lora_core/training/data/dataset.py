@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ...disk.content_samples import sample_contents
 from ...disk.json_reader import read_object
 from ...disk.safetensors_file import AnyTensor, SafetensorsFile
 from ...disk.writing import explain, write_then_rename
@@ -250,6 +251,10 @@ class CachedDataset:
         text = json.dumps([vars(info) for info in self.items])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
+    def sample_contents(self) -> str | None:
+        """Changes, all but surely, when any item's tensors do; None if a file cannot be read."""
+        return sample_contents(self.folder / ITEMS_FOLDER, num_samples=4)
+
     def find_largest(self) -> int:
         """Index of the item with the most tokens."""
         return max(range(len(self)), key=lambda index: self.items[index].num_tokens)
@@ -422,3 +427,18 @@ def collect_text(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Ten
     if min(lengths) == max(lengths):
         return padded, None
     return padded, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def check_text_width(dataset: CachedDataset, width: int) -> None:
+    """
+    Args:
+        width: of the text embeddings that the model takes.
+
+    Raises:
+        ConfigError: the training set's have another width.
+    """
+    if dataset.text_width != width:
+        raise ConfigError(
+            f"the training set's text embeddings are {dataset.text_width} wide, but the model "
+            f"takes {width}; cache it with this model's text encoder"
+        )

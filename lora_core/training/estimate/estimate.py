@@ -18,7 +18,7 @@ from ...base_model.base_files import BaseFile, open_base_file
 from ...injection.plan import plan_injection
 from ..config.advice import advise
 from ..config.config import TrainConfig
-from ..data.dataset import CachedDataset, ItemInfo, read_dataset
+from ..data.dataset import CachedDataset, ItemInfo, check_text_width, read_dataset
 from ..machine.memory import MemoryMeter, find_free_host_memory
 from ..machine.memory_limit import limit_memory
 from ..model.architecture import read_architecture
@@ -132,6 +132,7 @@ def estimate_run(
     try:
         architecture = read_architecture(base.shapes, base.name, base.axes)
         check_keys(architecture, base)
+        check_text_width(dataset, architecture.joint_attention_dim)
         num_blocks = architecture.num_layers
         width = base.shapes["img_in.weight"][0]
         num_parameters = count_parameters(config, base)

@@ -66,6 +66,8 @@ class CheckpointFolder:
     keep: int = 2
     passed_over: list[str] = field(default_factory=list)
     """A sentence for each damaged checkpoint that `read_latest` skipped."""
+    damaged_steps: set[int] = field(default_factory=set)
+    """Theirs: they do not count among those that are kept."""
 
     def prepare(self) -> None:
         """Creates the folder, tests that it is writable, and removes what a killed process left.
@@ -86,7 +88,6 @@ class CheckpointFolder:
                 f"{self.folder.parent.name} cannot take checkpoints: {explain(e)}."
             ) from None
         remove_leftovers(self.folder)
-        self._rotate()
 
     def list_steps(self) -> list[int]:
         """Steps of which there is a checkpoint, ascending."""
@@ -99,7 +100,7 @@ class CheckpointFolder:
         return self.folder / f"step_{step:08d}"
 
     def write(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
-        """Writes a checkpoint, then deletes all but the newest `keep`.
+        """Writes a checkpoint, then deletes all up to it but the newest `keep` intact ones.
 
         Raises:
             FileError: the disk is full or the folder read-only. Older checkpoints are untouched.
@@ -128,23 +129,30 @@ class CheckpointFolder:
             raise FileError(
                 f"the checkpoint of step {step} cannot be written: {explain(e)}; {last}."
             ) from None
-        self._rotate()
+        self.damaged_steps.discard(step)
+        self._rotate(step)
         return path
 
     def read_latest(self) -> Checkpoint | None:
         """The newest intact checkpoint; `passed_over` tells why newer ones were skipped."""
         for step in reversed(self.list_steps()):
             try:
-                return read_checkpoint(self.get_path(step))
+                found = read_checkpoint(self.get_path(step))
+                self.damaged_steps.discard(step)
+                return found
             except FileError as e:
                 self.passed_over.append(str(e))
+                self.damaged_steps.add(step)
         return None
 
     def _name_temporary(self, step: int) -> Path:
         return self.folder / f".step_{step:08d}.{secrets.token_hex(8)}.tmp"
 
-    def _rotate(self) -> None:
-        for step in self.list_steps()[: -self.keep]:
+    def _rotate(self, newest: int) -> None:
+        """Deletes older checkpoints. A later one was skipped as damaged: the run replaces it."""
+        older = [step for step in self.list_steps() if step <= newest]
+        kept = [step for step in older if step not in self.damaged_steps][-self.keep :]
+        for step in set(older) - set(kept):
             with contextlib.suppress(OSError):  # a leftover is no reason to end a run
                 self._move_away(self.get_path(step))
 

@@ -31,7 +31,13 @@ from .metrics import MetricsFile, SmoothedLoss, StepReport, measure_memory
 from .micro_steps import MicroSteps
 from .processes import Processes
 from .random_state import seed_everything
-from .run_state import check_same_run, collect_state, describe_run, restore_state
+from .run_state import (
+    check_same_run,
+    collect_state,
+    describe_run,
+    restore_state,
+    sample_run_contents,
+)
 
 Notify = Callable[[str], None]
 
@@ -72,6 +78,7 @@ class Run:
         self.dataset = dataset
         self.prior = prior if config.data.prior_weight else None
         self.variant = variant
+        self.contents = sample_run_contents(config, dataset, self.prior)
         self.processes = processes
         self.notify = notify
         self.folder = Path(config.output)

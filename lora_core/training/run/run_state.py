@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...disk.content_samples import sample_contents
 from ...errors import ConfigError
 from ..config.config_files import config_to_dict
 from ..optimizer.optimization import flatten_state, load_state, unflatten_state
@@ -12,6 +14,8 @@ from .checkpoint import Checkpoint, Tensors
 from .random_state import collect_random_state, restore_random_state
 
 if TYPE_CHECKING:
+    from ..config.config import TrainConfig
+    from ..data.dataset import CachedDataset
     from .run import Run
 
 #: Settings that a resumed run may change without becoming another run.
@@ -66,6 +70,19 @@ def describe_run(run: Run) -> dict[str, Any]:
         "prior": None if run.prior is None else run.prior.fingerprint,
         "processes": run.processes.count,
         "has_ema": run.ema is not None,
+        "contents": run.contents,
+        "variant": run.variant,
+    }
+
+
+def sample_run_contents(
+    config: TrainConfig, dataset: CachedDataset, prior: CachedDataset | None
+) -> dict[str, str | None]:
+    """What a run reads, by what it is -> a digest of samples of it; None where there is none."""
+    return {
+        "the base model": sample_contents(Path(config.model.source)),
+        "the training set": dataset.sample_contents(),
+        "the prior": None if prior is None else prior.sample_contents(),
     }
 
 
@@ -89,6 +106,12 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
                 f"the {what} changed since the checkpoint was made, so its order of data and state "
                 "do not fit; resume with what it was made with, or start in another folder"
             )
+    earlier = then.get("contents", {})
+    for what, sample in now["contents"].items():
+        if None not in (sample, earlier.get(what)) and sample != earlier[what]:
+            yield f"{what} has other contents than when the checkpoint was made, from now on"
+    if None not in (now["variant"], then.get("variant")) and now["variant"] != then["variant"]:
+        yield f"the variant was {then['variant']} and is {now['variant']} from now on"
     old, new = (dict(flatten(values["config"])) for values in (then, now))
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)

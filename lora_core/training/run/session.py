@@ -14,7 +14,7 @@ from ...injection.inject import Injection, inject
 from ...text import shorten_list
 from ..config.config import TrainConfig
 from ..data.batches import load_repeated
-from ..data.dataset import CachedDataset, read_dataset
+from ..data.dataset import CachedDataset, check_text_width, read_dataset
 from ..machine.memory import MemoryMeter
 from ..machine.memory_limit import limit_memory
 from ..model.gradient_checkpointing import adapt_to_memory, get_first_kind, is_free_to_choose
@@ -65,12 +65,7 @@ def open_session(
     dataset = read_dataset(config.data.folder)
     prior = read_dataset(config.data.prior) if config.data.prior else None
     model = load_model(config.model, device, sharding)
-    width = model.transformer.config.joint_attention_dim
-    if dataset.text_width != width:
-        raise ConfigError(
-            f"the training set's text embeddings are {dataset.text_width} wide, but the model "
-            f"takes {width}; cache it with this model's text encoder"
-        )
+    check_text_width(dataset, model.transformer.config.joint_attention_dim)
     injection = inject(model.transformer, config.lora, seed=config.seed, device=device)
     if is_free_to_choose(config.model) and sharding is None:
         sets = [(one, one.find_largest()) for one in (dataset, prior) if one is not None]

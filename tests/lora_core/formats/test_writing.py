@@ -322,3 +322,15 @@ def test_an_adapter_without_modules_is_not_written(key_format, tmp_path):
 def test_a_bias_delta_alone_comes_back(tmp_path):
     adapter = Adapter({TO_Q: DiffWeights(bias_delta=torch.ones(4))})
     assert_same_weights(read_adapter(write(adapter, tmp_path, "comfyui")), adapter)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_never_replaced_by_one(kind, make_state_dict, tmp_path):
+    path = tmp_path / "taken.safetensors"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    adapter = read_state_dict(make_state_dict("musubi"))
+    with pytest.raises(FileError, match="is a folder, pipe or device; expected the name of a file"):
+        write_adapter(adapter, path)
+    assert path.is_dir() if kind == "folder" else path.is_fifo()
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

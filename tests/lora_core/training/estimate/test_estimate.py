@@ -222,6 +222,13 @@ def test_it_runs_on_the_first_blocks_of_the_file_and_counts_all_parameters(tmp_p
     assert found.fits
 
 
+def test_embeddings_of_another_text_encoder_are_refused_before_anything_is_built(tmp_path):
+    base = write_base(tmp_path / "wide.safetensors", 1, **{**TINY, "joint_attention_dim": 24})
+    config = make_config(tmp_path, **{"model.source": base, "model.storage": "fp32"})
+    with pytest.raises(ConfigError, match=r"embeddings are \d+ wide, but the model takes 24"):
+        estimate_run(config, make_dataset(tmp_path / "data"))
+
+
 def test_patterns_that_name_blocks_by_number_do_not_fail(tmp_path, base):
     changes = {"model.source": base, "lora.targets": ["transformer_blocks.4.attn.*"]}
     found = estimate_run(make_config(tmp_path, **changes), make_dataset(tmp_path / "data"))

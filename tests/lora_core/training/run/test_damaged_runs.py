@@ -59,6 +59,49 @@ def test_a_file_of_the_previous_checkpoint_is_not_mistaken_for_the_newest(checkp
     assert checkpoints.read_latest().step == 1
 
 
+def damage(checkpoints: CheckpointFolder, step: int) -> None:
+    path = checkpoints.get_path(step) / "adapter.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def write(checkpoints: CheckpointFolder, step: int) -> None:
+    checkpoints.write(step, {"adapter": {"a": torch.full((3,), float(step))}}, {})
+
+
+def test_damaged_later_checkpoints_do_not_displace_a_new_intact_one(tmp_path):
+    before = CheckpointFolder(tmp_path / "checkpoints")
+    for step in (1000, 1250):
+        write(before, step)
+        damage(before, step)
+    for name in ("step_99999998", "step_99999999"):
+        (before.folder / name).mkdir()
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints")
+    checkpoints.prepare()
+    assert checkpoints.read_latest() is None
+    for step in (500, 750, 1100):
+        write(checkpoints, step)
+        assert checkpoints.read_latest().step == step
+    kept = {step for step in checkpoints.list_steps() if step <= 1100}
+    assert kept == {750, 1100}  # the damaged one of step 1000 counts for nothing
+
+
+def test_an_intact_checkpoint_is_kept_though_fewer_are_asked_for_and_newer_ones_are_damaged(
+    tmp_path,
+):
+    before = CheckpointFolder(tmp_path / "checkpoints", keep=3)
+    for step in (1, 2, 3):
+        write(before, step)
+    damage(before, 2)
+    damage(before, 3)
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    checkpoints.prepare()
+    assert checkpoints.read_latest().step == 1
+    write(checkpoints, 2)
+    assert checkpoints.list_steps() == [1, 2, 3]
+
+
 TORN = [
     b'{"step": 2, "loss": 0.\n',
     b"\0\0\0\0\n",

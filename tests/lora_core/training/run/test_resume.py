@@ -17,7 +17,7 @@ from qwen_edit_lora.lora_core.training.optimizer.optimization import OPTIMIZERS
 from qwen_edit_lora.lora_core.training.run.checkpoint import CheckpointFolder
 from qwen_edit_lora.lora_core.training.run.metrics import StepReport, read_metrics
 from qwen_edit_lora.lora_core.training.run.trainer import train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_config, make_dataset, make_injected
 
 SCRIPT = Path(__file__).parents[1] / "killed_runs.py"
@@ -144,6 +144,47 @@ def test_a_second_run_in_the_same_folder_is_refused_and_nothing_is_touched(tmp_p
     with pytest.raises(ConfigError, match="run already holds a run up to step 6; resume it, or"):
         train(config, *make_injected(config), dataset)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("what", ["nothing", "the base model", "the training set"])
+def test_a_resumed_run_reports_other_contents_under_the_same_names(tmp_path, what):
+    base = tmp_path / "base.safetensors"
+    save_file({"a": torch.ones(4, 4)}, base)
+    changes = {"model.source": str(base)}
+    run(tmp_path, steps=2, **changes)
+    moved = tmp_path / "moved" / base.name
+    moved.parent.mkdir()
+    base.rename(moved)  # a file may move
+    changes = {"model.source": str(moved)}
+    if what == "the base model":
+        save_file({"a": torch.full((4, 4), 1.5)}, moved)
+    config = make_config(tmp_path, steps=3, **changes)
+    model, injection = make_injected(config)
+    dataset = make_dataset(tmp_path / "data")
+    if what == "the training set":
+        path = next((tmp_path / "data").rglob("items/*.safetensors"))
+        tensors = load_file(path)
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, path)
+    notes: list[str] = []
+    resumed = {"resume": True, "notify": notes.append}
+    list(train(config, model, injection, dataset, **resumed))
+    found = [note for note in notes if "contents" in note]
+    if what == "nothing":
+        assert found == []
+    else:
+        (sentence,) = found
+        assert sentence.startswith(f"{what} has other contents than when")
+
+
+def test_a_resumed_run_reports_another_variant(tmp_path):
+    for steps, variant in ((1, "2509"), (2, "2511")):
+        config = make_config(tmp_path, steps=steps)
+        model, injection = make_injected(config)
+        notes: list[str] = []
+        parts = model, injection, make_dataset(tmp_path / "data")
+        resumed = {"resume": steps > 1, "notify": notes.append}
+        list(train(config, *parts, variant=variant, **resumed))
+    assert "the variant was 2509 and is 2511 from now on" in notes
 
 
 @pytest.mark.parametrize(
