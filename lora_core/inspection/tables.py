@@ -69,7 +69,10 @@ def build_table(inspection: Inspection, sort_by: str = "std") -> str:
         names.insert(0, sort_by)
     rows = [build_row(path, inspection.modules[path], names) for path in paths]
     header = ["module", "rank", *(HEADERS.get(name, name) for name in names)]
-    order = "in the model's order" if sort_by == BY_BLOCK else f"worst {sort_by} first"
+    order = "in the model's order"
+    if sort_by != BY_BLOCK:
+        end = "largest" if STATISTICS[sort_by].worst_is_large else "smallest"
+        order = f"{end} {sort_by} first"
     return "\n".join([f"{len(rows)} modules, {order}", *align([header, *rows])])
 
 

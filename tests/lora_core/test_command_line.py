@@ -78,7 +78,7 @@ def test_it_starts_as_a_module_and_an_error_is_one_line_with_status_2(folder):
 def test_inspect_prints_the_verdict_and_a_table(run):
     text = run("inspect", "a.safetensors", "--exact", "--sort-by", "abs max")
     assert text.startswith("a.safetensors: 2 modules\n")
-    assert "2 modules, worst abs max first" in text
+    assert "2 modules, largest abs max first" in text
     assert "0.attn.to_k" in text
     assert run("inspect", "a.safetensors") != text
 
