@@ -70,7 +70,7 @@ def test_the_node_gives_a_verdict_a_table_json_and_three_images(server, lora, ca
     assert outputs["inspect"]["qwen_edit_lora_warning"] == [False]
     (report,) = outputs["report"]["text"]
     assert report.startswith(shown)
-    assert "24 modules, worst std first" in report
+    assert "24 modules, smallest std first" in report
     assert len(report.splitlines()) == len(shown.splitlines()) + 1 + 2 + 24
     figures = json.loads(outputs["json"]["text"][0])
     assert figures["verdict"][-1] in shown
