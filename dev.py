@@ -292,9 +292,10 @@ def check_gpu(comfyui: Path, arguments: list[str]) -> int:
 
 
 def lint(comfyui: Path) -> int:
-    """Runs the linter, then the formatter's check, even if the first fails."""
-    ruff = get_venv_script(ROOT, "ruff")
-    return run([ruff, "check", ROOT], comfyui) | run([ruff, "format", "--check", ROOT], comfyui)
+    """Runs the linter, the formatter's check and the spelling's, each even if another fails."""
+    ruff, codespell = get_venv_script(ROOT, "ruff"), get_venv_script(ROOT, "codespell")
+    commands = ([ruff, "check", ROOT], [ruff, "format", "--check", ROOT], [codespell])
+    return max(run(command, comfyui) for command in commands)
 
 
 def bench(comfyui: Path, names: list[str]) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import BACKGROUND, BLUE, DIM, FOREGROUND, LAST_LETTER, PANEL, VERMILLION
+from .style import BACKGROUND, BLUE, DIM, FOREGROUND, LAST_LETTER, PANEL, VERMILION
 
 if TYPE_CHECKING:
     from PIL import ImageDraw, ImageFont
@@ -181,19 +181,19 @@ def draw_tile(
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.LANCZOS)
         sheet.paste(image, (x, y))
-        border = VERMILLION if tile.is_marked else BLUE if tile.is_reference else None
+        border = VERMILION if tile.is_marked else BLUE if tile.is_reference else None
         if border:
             draw.rectangle(
                 grow(box, layout.letter // 8), outline=border, width=max(2, layout.letter // 7)
             )
     font, center = load_font(layout.letter, True), x + width // 2
     y += height + round(0.2 * layout.letter)
-    colour = VERMILLION if tile.is_marked else FOREGROUND
+    colour = VERMILION if tile.is_marked else FOREGROUND
     draw.text((center, y), shorten(tile.caption, font, width), font=font, fill=colour, anchor="ma")
     y += round(1.35 * layout.letter)
     font = load_font(layout.small)
     for number, note in enumerate(tile.notes):
-        colour = VERMILLION if tile.is_marked and number == 0 else DIM_TEXT
+        colour = VERMILION if tile.is_marked and number == 0 else DIM_TEXT
         draw.text((center, y), shorten(note, font, width), font=font, fill=colour, anchor="ma")
         y += round(1.3 * layout.small)
 

@@ -16,7 +16,7 @@ DPI = 100
 SMALL, LARGE = 15.5, 18  # points: 22 and 25 pixels
 BACKGROUND, PANEL, FOREGROUND, DIM = "#181a1f", "#22252b", "#e8e8e8", "#8a8f98"
 # Okabe and Ito's colours, which colour-blind eyes can distinguish.
-BLUE, ORANGE, VERMILLION, YELLOW = "#56b4e9", "#e69f00", "#ff7f41", "#f0e442"
+BLUE, ORANGE, VERMILION, YELLOW = "#56b4e9", "#e69f00", "#ff7f41", "#f0e442"
 NOTE_CHARACTERS = 74
 LAST_LETTER = 0x530  # Latin, Greek and Cyrillic; DejaVu Sans has no Chinese and no emoji
 

@@ -16,7 +16,7 @@ from ..drawing.style import (
     ORANGE,
     PANEL,
     SMALL,
-    VERMILLION,
+    VERMILION,
     YELLOW,
     add_note,
     build_figure,
@@ -51,7 +51,7 @@ NO_STATISTICS, DELTA_IS_ZERO, NON_FINITE = "no figures", "delta is 0", "NaN or I
 #: Why a cell has no colour -> what is drawn there instead.
 MARKS = {
     DELTA_IS_ZERO: ("cross", "x", ORANGE),
-    NON_FINITE: ("plus", "P", VERMILLION),
+    NON_FINITE: ("plus", "P", VERMILION),
     NO_STATISTICS: ("dot", "o", DIM),
 }
 MAX_HISTOGRAM_ORDERS = 8  # orders of magnitude below the largest entry
@@ -308,7 +308,7 @@ def draw_spectrum(inspection: Inspection, module_path: str | None = None) -> np.
         axes.fill_between(x, low, high, color=BLUE, alpha=0.3, linewidth=0, label="10 to 90 %")
         axes.plot(x, middle, color=BLUE, linewidth=4, label=f"median of {len(curves)} modules")
         ordered = sorted(modules, key=lambda path: compute_flatness(modules[path]))
-        extremes = [(path, "steepest", VERMILLION) for path in ordered[:NUM_EXTREMES]]
+        extremes = [(path, "steepest", VERMILION) for path in ordered[:NUM_EXTREMES]]
         rest = ordered[NUM_EXTREMES:]
         extremes += [(path, "flattest", YELLOW) for path in reversed(rest[-NUM_EXTREMES:])]
     else:

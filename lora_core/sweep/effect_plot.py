@@ -18,7 +18,7 @@ from ..drawing.style import (
     PANEL,
     SIZE_PX,
     SMALL,
-    VERMILLION,
+    VERMILION,
     YELLOW,
     add_note,
     render,
@@ -64,7 +64,7 @@ def draw_outputs(axes: Any, effect: Effect) -> None:
     broken = [e.strength for e in found if not math.isfinite(e.change)]
     for number, strength in enumerate(broken):
         label = "NaN" if number == 0 else None
-        axes.axvline(strength, color=VERMILLION, linewidth=3, label=label)
+        axes.axvline(strength, color=VERMILION, linewidth=3, label=label)
     axes.axvline(0, color=DIM, linewidth=1)
     axes.set_xlabel("strength", color=FOREGROUND, fontsize=SMALL)
     show_legend_beside(axes)

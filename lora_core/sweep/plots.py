@@ -18,7 +18,7 @@ from ..drawing.style import (
     PANEL,
     SIZE_PX,
     SMALL,
-    VERMILLION,
+    VERMILION,
     YELLOW,
     add_note,
     draw_message,
@@ -199,7 +199,7 @@ def draw_adapter(
         upper.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
     damaged = [point for point in points if point.damage]
     if damaged:
-        marks = {"s": 220, "marker": "X", "color": VERMILLION, "zorder": 4, "linewidth": 0}
+        marks = {"s": 220, "marker": "X", "color": VERMILION, "zorder": 4, "linewidth": 0}
         upper.scatter([p.strength for p in damaged], [p.rms / STEP for p in damaged], **marks)
         lower.scatter([p.strength for p in damaged], [p.ssim for p in damaged], **marks)
 
@@ -231,6 +231,6 @@ def mark_collapses(upper: Any, lower: Any, adapters: list[AdapterVerdict]) -> No
     strengths = sorted({strength for adapter in adapters for strength in adapter.collapses_at})
     for number, strength in enumerate(strengths):
         label = "collapses" if number == 0 else None
-        line = {"color": VERMILLION, "linestyle": "--", "linewidth": 2.5}
+        line = {"color": VERMILION, "linestyle": "--", "linewidth": 2.5}
         upper.axvline(strength, label=label, **line)
         lower.axvline(strength, **line)
