@@ -7,6 +7,7 @@ import torch
 from demo_base.dit import WIDTH
 from qwen_edit_lora.lora_core import (
     Adapter,
+    ConfigError,
     DiffWeights,
     LohaWeights,
     LokrWeights,
@@ -66,3 +67,11 @@ def test_integers_act_as_their_values_in_float32(kind, dtype, mode, load_base, a
         found.append(sample(apply_ours(model, adapter, 0.3, mode)))
     assert torch.equal(*found)
     assert worst(found[0], sample(model)) > 1e-4
+
+
+def test_a_bias_is_never_merged_into_a_module_without_one(load_base, apply_ours):
+    model = load_base("2509_fp32")
+    model.model.diffusion_model.get_submodule(PATH).bias = None
+    adapter = Adapter({PATH: DiffWeights(bias_delta=torch.ones(WIDTH))}, name="bias")
+    with pytest.raises(ConfigError, match="to_q.bias, have no weight or bias"):
+        apply_ours(model, adapter, 1.0, "merge")
