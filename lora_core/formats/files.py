@@ -18,7 +18,7 @@ from ..errors import ConfigError, FileError, MissingFileError
 from ..text import shorten
 from .reading import read_modules
 from .schemes import build_lora_config, build_metadata, get_scheme
-from .state_dicts import check_metadata, check_state_dict
+from .state_dicts import check_metadata, check_numbers, check_state_dict
 
 PEFT_FILE = "adapter_model.safetensors"
 #: As diffusers' `save_lora_weights` names it in a separate folder, also on the Hub.
@@ -143,6 +143,7 @@ def write_adapter(
     check_metadata(adapter.metadata, adapter.name)
     state_dict = build_state_dict(adapter, key_format)
     check_state_dict(state_dict, adapter.name)
+    check_numbers(state_dict, state_dict, adapter.name)
     title = path.parent.name if scheme.name == "peft" else path.stem
     title = title.encode("utf-8", "replace").decode()  # a name that is no UTF-8 on the disk
     metadata = build_metadata(adapter, scheme, title)

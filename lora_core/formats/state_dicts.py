@@ -36,6 +36,11 @@ def check_state_dict(state_dict: Any, name: str) -> None:
                 f"{shorten(name)} has a key that is a {type(key).__name__}; expected texts such "
                 "as 'transformer_blocks.0.attn.to_q.lora_A.weight'."
             )
+        if not is_unicode(key):
+            raise KeyFormatError(
+                f"{shorten(name)} has half a surrogate pair in the key {shorten(key)!r}, which no "
+                "file can hold; expected Unicode text."
+            )
         found = describe_unusual(tensor)
         if found is not None:
             raise KeyFormatError(

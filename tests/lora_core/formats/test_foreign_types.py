@@ -47,10 +47,21 @@ def test_a_value_that_is_no_plain_tensor_is_refused(case):
     check_sentence(caught.value)
 
 
-@pytest.mark.parametrize("state_dict", [None, [], "text", {3: torch.ones(2)}, {None: None}])
+@pytest.mark.parametrize(
+    "state_dict",
+    [None, [], "text", {3: torch.ones(2)}, {None: None}, {"\ud800": torch.ones(2)}],
+    ids=ascii,
+)
 def test_a_state_dict_of_another_type_is_refused(state_dict):
     with pytest.raises(KeyFormatError) as caught:
         read_state_dict(state_dict)
+    check_sentence(caught.value)
+
+
+def test_a_key_that_no_file_can_hold_is_not_written(tmp_path):
+    weights = LoraWeights(torch.ones(2, 4), torch.ones(4, 2))
+    with pytest.raises(KeyFormatError) as caught:
+        write_adapter(Adapter({"\ud800": weights}), tmp_path / "ours.safetensors")
     check_sentence(caught.value)
 
 
@@ -70,7 +81,7 @@ def test_metadata_that_is_no_dict_of_texts_is_refused_on_both_ways(metadata, tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("case", ["meta", "sparse"])
+@pytest.mark.parametrize("case", ["meta", "sparse", "complex"])
 def test_an_adapter_without_plain_tensors_is_not_written(case, tmp_path):
     weights = LoraWeights(UNUSUAL[case](), torch.ones(4, 2))
     with pytest.raises(KeyFormatError) as caught:
