@@ -86,8 +86,8 @@ _BITS = {
     torch.float8_e4m3fn: (torch.int8, 0x7F, 3, 7),
     torch.float8_e5m2: (torch.int8, 0x7C, 2, 15),
 }
-#: Of values that none of these dtypes can hold, and of an empty tensor.
-_INTEGER_EXPONENT, _ZERO_EXPONENT = 64, -1100
+#: Of an empty tensor, and of integers that are all 0.
+_ZERO_EXPONENT = -1100
 #: The largest number of float32 is below 2^128.
 _MAX_EXPONENT = 128
 
@@ -103,8 +103,12 @@ def read_exponent(tensor: torch.Tensor) -> int | None:
     """
     if tensor.numel() == 0:
         return _ZERO_EXPONENT
-    if tensor.dtype not in _BITS:
-        return _INTEGER_EXPONENT
+    if not tensor.dtype.is_floating_point:
+        values = tensor.detach().cpu().numpy()
+        largest = max(abs(int(values.max())), abs(int(values.min())))
+        return largest.bit_length() if largest else _ZERO_EXPONENT
+    if tensor.dtype not in _BITS:  # the other 8-bit ones, such as e8m0, are exact in float32
+        tensor = tensor.float()
     integer, mask, mantissa, bias = _BITS[tensor.dtype]
     bits = tensor.detach().cpu().contiguous().view(integer).numpy()
     largest = int((bits & mask).max())

@@ -92,7 +92,8 @@ class LoadReport:
         )
         add(
             "alpha_zero",
-            sum(count for alpha, count in self.alphas.items() if alpha == 0),
+            # By the scale: in OFT, which has none, alpha is a limit, and 0 means no limit.
+            sum(count for scale, count in self.scales.items() if scale == 0),
             "alpha is 0 in some modules, so these do nothing",
         )
         add(

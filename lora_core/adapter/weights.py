@@ -50,6 +50,7 @@ class ModuleWeights(ABC):
                     "whole adapter"
                 )
         self._check()
+        self._check_bias()
         shape = self.shape
         if shape is not None and math.prod(shape) > MAX_ENTRIES:
             raise ShapeError(
@@ -61,10 +62,28 @@ class ModuleWeights(ABC):
     def _check(self) -> None:
         """Raises ShapeError if the parts do not fit each other."""
 
+    def _check_bias(self) -> None:
+        """Raises ShapeError for what would broadcast, or only fail while sampling.
+
+        (1, out) and (out, 1) are refused too: ComfyUI adds a bias of exactly the module's shape
+        and no other (comfy/lora.py, calculate_weight).
+        """
+        bias = self._parts.get("bias_delta")
+        if bias is not None and tuple(bias.shape) != (self.out_features,):
+            raise ShapeError(
+                f"its change of the bias is {tuple(bias.shape)}; expected ({self.out_features},), "
+                "one number for each output"
+            )
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...] | None:
         """(out, in) of the module's weight; None where the parts do not determine it."""
+
+    @property
+    def out_features(self) -> int:
+        """out of the module; of a norm its length."""
+        return self.shape[0]
 
     @property
     @abstractmethod
@@ -394,6 +413,10 @@ class DiffWeights(ModuleWeights):
     @property
     def shape(self) -> tuple[int, ...] | None:
         return tuple(self._parts["diff"].shape) if "diff" in self._parts else None
+
+    @property
+    def out_features(self) -> int:
+        return next(iter(self._parts.values())).shape[0]
 
     def delta(self, base_weight: torch.Tensor | None = None) -> torch.Tensor:
         diff = self.part("diff")

@@ -6,11 +6,14 @@ Energies are squared Frobenius norms; what is left out is measured on the tensor
 
 from __future__ import annotations
 
+import functools
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..adapter.adapter import is_finite
 from ..adapter.delta import upcast
 from ..adapter.weights import LokrWeights, LoraWeights, ModuleWeights
 from ..disk.safetensors_file import AnyTensor
@@ -151,13 +154,24 @@ def choose_rank(values: torch.Tensor, rank: int | None, energy: float | None) ->
 
 
 def choose_dtype(*weights: ModuleWeights) -> torch.dtype:
-    """The widest the tensors are stored in; bf16 for fp8, which has too few bits for a factor."""
-    dtypes = [tensor.dtype for one in weights for tensor in one.parts.values()]
-    chosen = None
-    for dtype in dtypes:
-        dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
-        chosen = dtype if chosen is None else torch.promote_types(chosen, dtype)
-    return chosen
+    """The widest the tensors are stored in, widened itself; see `widen_dtype`."""
+    dtypes = [widen_dtype(tensor.dtype) for one in weights for tensor in one.parts.values()]
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def widen_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a result: float32 where integers or booleans came in, bf16 where 8-bit floats did."""
+    if not dtype.is_floating_point:
+        return torch.float32
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
+
+
+def round_all(values: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """All in `dtype`, or in float32 where that overflows in one of them."""
+    rounded = [tensor.to(dtype) for tensor in values]
+    if all(is_finite(tensor) for tensor in rounded):
+        return rounded
+    return [tensor.to(torch.promote_types(dtype, torch.float32)) for tensor in values]
 
 
 def build_lora_weights(
@@ -168,7 +182,7 @@ def build_lora_weights(
     bias_delta: AnyTensor | None,
 ) -> LoraWeights:
     root = values.sqrt()
-    lora_A, lora_B = (root[:, None] * vh).to(dtype), (u * root).to(dtype)
+    lora_A, lora_B = round_all([root[:, None] * vh, u * root], dtype)
     return LoraWeights(lora_A.contiguous(), lora_B.contiguous(), float(len(root)), bias_delta)
 
 

@@ -51,7 +51,7 @@ class BaseWeights:
         """The weight of a module, on the CPU; None if the base has none of that name.
 
         Raises:
-            FileError: stored in an unsupported way (4 bits, other scales).
+            FileError: stored in an unsupported way (4 bits, other scales), or no matrix.
         """
         weight = self.find(module_path)
         return None if weight is None else replace(weight, stored=fetch(weight.stored))
@@ -62,6 +62,11 @@ class BaseWeights:
         stored = self._tensors.get(f"{stem}.weight")
         if stored is None:
             return None
+        if not stored.ndim:
+            raise FileError(
+                f"{shorten(self.name)} stores {module_path} as a single number; expected a matrix. "
+                "The file is damaged: download or copy it again."
+            )
         scales = (self._tensors.get(f"{stem}.{name}") for name in SCALE_NAMES)
         scale = next((scale for scale in scales if scale is not None), None)
         note = self._read_note(stem, module_path)

@@ -94,6 +94,12 @@ def is_known(module_path: str) -> bool:
     return name in (_KNOWN_ON_TOP if block is None else _KNOWN_IN_BLOCK)
 
 
+def is_norm(module_path: str) -> bool:
+    """True for the norms, which have a weight and no bias."""
+    block, name = split_path(module_path)
+    return name in (TOP_NORMS if block is None else BLOCK_NORMS)
+
+
 def get_stream(module_path: str) -> str:
     """ "image", "text", or "both" for the timestep embedding that feeds the two."""
     _, name = split_path(module_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..adapter.delta import upcast
@@ -17,6 +17,7 @@ from ..adapter.weights import (
     ModuleWeights,
     OftWeights,
 )
+from ..base_model import module_paths
 from ..disk.safetensors_file import AnyTensor, load
 from ..errors import EmptyPartError, KeyFormatError, ShapeError
 from ..text import shorten, shorten_list
@@ -97,6 +98,7 @@ BOFT = "BOFT, which is not supported; use ComfyUI's LoraLoader"
 #: Of an example in a message that has two.
 MAX_EXAMPLE = 130
 NO_USE = "has no use in a module of this kind"
+NO_BIAS = "changes a bias, and Qwen-Image's norms have none"
 FUSED = "fuses query, key and value in a way that cannot be taken apart"
 
 
@@ -155,6 +157,12 @@ class ModuleBuilder:
 
     def _build(self, module_path: str, parts: ModuleParts) -> ModuleWeights | None:
         """The module's weights; None where parts are missing, which is recorded."""
+        if "diff_b" in parts.keys and module_paths.is_norm(module_path):
+            self.unused.append((parts.keys["diff_b"], NO_BIAS))
+            kept = {part: key for part, key in parts.keys.items() if part != "diff_b"}
+            if not kept:
+                return None
+            parts = replace(parts, keys=kept)
         present = frozenset(parts.keys)
         kind = next((kind for kind in KINDS if present & kind.parts), None)
         if kind is None:  # an alpha or a magnitude alone changes nothing
@@ -199,7 +207,10 @@ class ModuleBuilder:
         if get("lora_B_bias") is not None:
             # PEFT's lora_bias: scale * (lora_B(h) + bias), see peft/tuners/lora/layer.py.
             bias = weights.scale * load(get("lora_B_bias")).float()
+            own = weights.bias_delta  # of the same shape, or the next line raises
             weights = LoraWeights(get("lora_A"), get("lora_B"), weights.alpha, bias)
+            if own is not None:  # both act: ComfyUI adds the one, PEFT the other
+                weights = weights.with_parts({**weights.parts, "bias_delta": bias + own.float()})
         magnitude = get("magnitude")
         return weights if magnitude is None else DoraWeights(weights, magnitude)
 

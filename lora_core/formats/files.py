@@ -18,6 +18,7 @@ from ..errors import ConfigError, FileError, MissingFileError
 from ..text import shorten
 from .reading import read_modules
 from .schemes import build_lora_config, build_metadata, get_scheme
+from .state_dicts import check_metadata, check_numbers, check_state_dict
 
 PEFT_FILE = "adapter_model.safetensors"
 #: As diffusers' `save_lora_weights` names it in a separate folder, also on the Hub.
@@ -79,8 +80,17 @@ def read_state_dict(
     metadata: Mapping[str, str] | None = None,
     name: str = "state dict",
 ) -> Adapter:
-    """Like `read_adapter`, for tensors in memory such as ComfyUI's LORA_MODEL."""
-    metadata = dict(metadata or {})
+    """Like `read_adapter`, for tensors in memory such as ComfyUI's LORA_MODEL.
+
+    Raises:
+        ConfigError: the metadata is no dict of texts.
+        KeyFormatError: also what is no dict of plain tensors, or holds none of Qwen-Image.
+        ShapeError: as `read_adapter`.
+    """
+    check_state_dict(state_dict, name)
+    metadata = {} if metadata is None else metadata
+    check_metadata(metadata, name)
+    metadata = dict(metadata)
     modules, key_format, report = read_modules(state_dict, metadata, None, name)
     return Adapter(modules, metadata, key_format, report, name)
 
@@ -93,7 +103,7 @@ def build_state_dict(adapter: Adapter, key_format: str = "comfyui") -> dict[str,
     """
     scheme = get_scheme(key_format)
     if not adapter.modules:
-        raise ConfigError(f"{adapter.name} holds no modules, so there is nothing to write")
+        raise ConfigError(f"{shorten(adapter.name)} holds no modules, so there is nothing to write")
     state_dict: dict[str, torch.Tensor] = {}
     for module_path, weights in adapter.modules.items():
         state_dict.update(scheme.spell(module_path, weights))
@@ -115,20 +125,25 @@ def write_adapter(
         The file that was written.
 
     Raises:
-        ConfigError: unknown format, one that cannot express the adapter's kinds, or no modules.
-        FileError: the folder or disk does not take the file; nothing is left behind.
+        ConfigError: unknown format, one that cannot express the adapter's kinds, no modules, or
+            metadata that no header can hold.
+        KeyFormatError: a tensor without data, or another that no file can hold.
+        FileError: the path is no name of a file, or the folder or disk does not take the file;
+            nothing is left behind.
     """
-    path = Path(path)
-    check_name(path)
+    path = check_name(path)
     scheme = get_scheme(key_format)
     if scheme.name == "peft" and path.name != PEFT_FILE:
         if path.suffix == ".safetensors":
             raise ConfigError(
-                f"PEFT reads a folder with {PEFT_FILE} and {PEFT_CONFIG}, not {path.name}; "
-                "give the folder's name."
+                f"PEFT reads a folder with {PEFT_FILE} and {PEFT_CONFIG}, not "
+                f"{shorten(path.name)}; give the folder's name."
             )
         path = path / PEFT_FILE
+    check_metadata(adapter.metadata, adapter.name)
     state_dict = build_state_dict(adapter, key_format)
+    check_state_dict(state_dict, adapter.name)
+    check_numbers(state_dict, state_dict, adapter.name)
     title = path.parent.name if scheme.name == "peft" else path.stem
     title = title.encode("utf-8", "replace").decode()  # a name that is no UTF-8 on the disk
     metadata = build_metadata(adapter, scheme, title)
@@ -144,14 +159,18 @@ def write_adapter(
     return path
 
 
-def check_name(path: Path) -> None:
-    """Raises FileError for a name with a null character or half a surrogate pair."""
+def check_name(path: str | os.PathLike[str]) -> Path:
+    """Raises FileError for what names no file, or has a null character or half a surrogate pair."""
     try:
-        if b"\0" not in os.fsencode(path):
-            return
+        found = Path(path)
+        if found.name and b"\0" not in os.fsencode(found):
+            return found
+        shown = repr(shorten(found.name))
+    except TypeError:
+        shown = f"a {type(path).__name__}"
     except UnicodeEncodeError:
-        pass
-    raise FileError(f"{shorten(path.name)!r} is no name of a file; expected one.")
+        shown = repr(shorten(found.name))
+    raise FileError(f"{shown} is no name of a file; expected one.")
 
 
 def write_peft_config(lora_config: Mapping[str, object], path: Path) -> None:

@@ -19,6 +19,7 @@ from .observations import find_more
 from .parsed_key import ParsedKey, UnknownKey, name_scheme, parse_key
 from .recognition import check_any_known, raise_unusable
 from .sources import ModuleParts, choose_sources
+from .state_dicts import check_numbers
 
 
 def read_modules(
@@ -35,6 +36,7 @@ def read_modules(
     """
     parsed, unknown = parse_keys(tensors)
     check_any_known(parsed, unknown, name)
+    check_numbers(tensors, (key.key for key in parsed), name)
     parsed, spoiled = leave_out_spoiled(parsed, unknown)
     sources = choose_sources(parsed)
     formats = Counter(name_scheme(key.prefix) for key in parsed)

@@ -14,9 +14,11 @@ from ..algebra.products import compute_square, dot
 from ..algebra.truncation import (
     Truncated,
     choose_dtype,
+    round_all,
     truncate_dense,
     truncate_factors,
     truncate_weights,
+    widen_dtype,
 )
 from ..disk.safetensors_file import load
 from ..errors import ConfigError, ShapeError
@@ -172,7 +174,7 @@ def add_weights(
         )
     dense = sum(strength * weights.delta() for weights, strength in matrices)
     if is_dense:
-        diff = dense.to(dtype)
+        (diff,) = round_all([dense], dtype)
         loss = dot(error := (dense - diff).double(), error)
         return Truncated(DiffWeights(diff, bias_delta), dot(dense, dense), loss)
     return truncate_dense(dense, rank, None, dtype, bias_delta)
@@ -211,7 +213,7 @@ def concatenate(
     largest = max(abs(scale) for scale in scales) or 1.0
     ups = [up * (scale / largest) for up, scale in zip(ups, scales, strict=True)]
     down, up = torch.cat(downs), torch.cat(ups, dim=1)
-    lora_A, lora_B = down.to(dtype), up.to(dtype)
+    lora_A, lora_B = round_all([down, up], dtype)
     merged = LoraWeights(lora_A, lora_B, largest * len(lora_A), bias_delta)
     # up @ down - lora_B @ lora_A, itself as factors, so that nothing cancels
     lost = Factors(lora_A.double(), up - lora_B) + Factors(down - lora_A, up)
@@ -241,8 +243,17 @@ def scale_weights(path: str, weights: ModuleWeights, strength: float) -> ModuleW
     for name, factor in factors.items():
         if factor != 1.0:
             tensor = load(parts[name])
-            parts[name] = (tensor.double() * factor).to(tensor.dtype)
+            exact = tensor.double() * factor
+            (parts[name],) = round_all([exact], choose_scaled_dtype(tensor, factor))
     return scaled.with_parts(parts)
+
+
+def choose_scaled_dtype(tensor: torch.Tensor, factor: float) -> torch.dtype:
+    """Its own where that holds the result as finely; a change of sign is exact in most floats."""
+    dtype = tensor.dtype
+    if factor == -1.0 and dtype.is_floating_point and torch.finfo(dtype).min < 0:
+        return dtype
+    return widen_dtype(dtype)
 
 
 def refuse_sum(path: str, weights: ModuleWeights, what: str) -> str:
@@ -257,8 +268,8 @@ def add_biases(shares: list[tuple[ModuleWeights, float]]) -> torch.Tensor | None
     if not biases:
         return None
     total = sum(bias.double() * strength for bias, strength in biases)
-    dtype = biases[0][0].dtype
-    return total.to(torch.bfloat16 if dtype.itemsize == 1 else dtype)
+    (rounded,) = round_all([total], widen_dtype(biases[0][0].dtype))
+    return rounded
 
 
 def has_delta(weights: ModuleWeights) -> bool:
@@ -275,9 +286,10 @@ def check_kinds(adapter: Adapter) -> None:
 
 
 def check_shapes(path: str, adapters: Sequence[Adapter]) -> None:
-    shapes = {adapter.name: adapter.modules[path].shape for adapter in adapters}
-    known = {shape for shape in shapes.values() if shape is not None}
-    if len(known) > 1:
+    modules = [(adapter.name, adapter.modules[path]) for adapter in adapters]
+    shapes = {name: weights.shape or (weights.out_features,) for name, weights in modules}
+    known = {weights.shape for _, weights in modules if weights.shape is not None}
+    if len(known) > 1 or len({weights.out_features for _, weights in modules}) > 1:
         found = ", ".join(f"{shape} in {name}" for name, shape in shapes.items())
         raise ShapeError(
             f"{path} is {found}; expected one shape. Merge adapters made for the same model."

@@ -137,7 +137,7 @@ def add_merge(
     """Adds native patches to this clone: the weights and biases of `modules`.
 
     Raises:
-        ConfigError: a module has no weight known to ComfyUI, which would skip such a patch.
+        ConfigError: ComfyUI knows no such weight or bias, and would skip the patch silently.
     """
     by_strength: dict[float, dict[str, Any]] = defaultdict(dict)
     for path in strengths.select(modules):
@@ -149,10 +149,10 @@ def add_merge(
             patches[f"diffusion_model.{path}.bias"] = CheckedDiff(set(), bias)
     for strength, patches in by_strength.items():
         taken = model.add_patches(patches, strength)
-        missing = [key for key in patches if key.endswith(".weight") and key not in taken]
+        missing = [key for key in patches if key not in taken]
         if missing:
             raise ConfigError(
                 f"{len(missing)} modules of this MODEL, such as {missing[0]}, have no weight "
-                "that a LoRA could be merged into. Use mode 'side path' or 'auto', without "
+                "or bias that a LoRA could be merged into. Use mode 'side path' or 'auto', without "
                 "torch.compile and other nodes that need merged weights."
             )

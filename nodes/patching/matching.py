@@ -137,11 +137,11 @@ def check_shapes(
 def compare_shape(
     module: torch.nn.Module, place: Place, weights: ModuleWeights
 ) -> tuple[tuple, tuple]:
-    """The module's shape and the one the weights need; equal if the weights do not determine it."""
+    """The module's shape and the one the weights need, or only the outputs of both."""
     if is_linear(module):
         shape = (module.out_features // place.num_parts, module.in_features)
     else:
         shape = tuple(module.weight.shape)
-    if weights.kind == "OFT":
+    if weights.shape is None:  # an OFT, or the change of a bias alone
         return shape[:1], (weights.out_features,)
-    return shape, shape if weights.shape is None else tuple(weights.shape)
+    return shape, tuple(weights.shape)
