@@ -130,7 +130,7 @@ class CheckpointFolder:
                 f"the checkpoint of step {step} cannot be written: {explain(e)}; {last}."
             ) from None
         self.damaged_steps.discard(step)
-        self._rotate(step)
+        self.rotate(step)
         return path
 
     def read_latest(self) -> Checkpoint | None:
@@ -148,7 +148,7 @@ class CheckpointFolder:
     def _name_temporary(self, step: int) -> Path:
         return self.folder / f".step_{step:08d}.{secrets.token_hex(8)}.tmp"
 
-    def _rotate(self, newest: int) -> None:
+    def rotate(self, newest: int) -> None:
         """Deletes older checkpoints. A later one was skipped as damaged: the run replaces it."""
         older = [step for step in self.list_steps() if step <= newest]
         kept = [step for step in older if step not in self.damaged_steps][-self.keep :]

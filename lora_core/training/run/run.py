@@ -142,6 +142,8 @@ class Run:
             for sentence in check_same_run(checkpoint.state["run"], describe_run(self)):
                 self.notify(sentence)
             restore_state(self, checkpoint)
+            if self.processes.is_main:  # a killed process may not have come to it
+                self.checkpoints.rotate(checkpoint.step)
             self.checkpointed_step = self.step
             self.notify(f"resumed after step {self.step} of {self.config.steps}")
         elif resume:

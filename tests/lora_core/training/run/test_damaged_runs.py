@@ -98,6 +98,8 @@ def test_an_intact_checkpoint_is_kept_though_fewer_are_asked_for_and_newer_ones_
     checkpoints = CheckpointFolder(tmp_path / "checkpoints", keep=2)
     checkpoints.prepare()
     assert checkpoints.read_latest().step == 1
+    checkpoints.rotate(1)
+    assert checkpoints.list_steps() == [1, 2, 3]
     write(checkpoints, 2)
     assert checkpoints.list_steps() == [1, 2, 3]
 
