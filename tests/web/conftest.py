@@ -16,11 +16,6 @@ SET_WIDGETS = """([values, type]) => {
             if (widget.name in values && (!type || node.comfyClass === type))
                 widget.value = values[widget.name];
 }"""
-FORGET = """async () => {
-    localStorage.clear();
-    sessionStorage.clear();
-    for (const { name } of await indexedDB.databases()) indexedDB.deleteDatabase(name);
-}"""
 READY = "window.app?.graph && window.app?.extensionManager"
 TIMEOUT_MS = 120_000
 RUN_TIMEOUT = 300.0  # seconds; the sweeps make a dozen model calls with a 1-megapixel reference
@@ -108,26 +103,13 @@ class Workspace:
         return path
 
 
-@pytest.fixture(scope="module")
-def context(browser: Any) -> Iterator[Any]:
-    """One for the tests of a module, whose pages then share what the browser has compiled."""
-    context = browser.new_context(viewport={"width": 1800, "height": 1000})
-    yield context
-    context.close()
-
-
 @pytest.fixture
-def workspace(context: Any, server: Any, tmp_path: Path) -> Iterator[Workspace]:
-    """A page that remembers nothing of an earlier one."""
+def workspace(browser: Any, server: Any, tmp_path: Path) -> Iterator[Workspace]:
     shots = Path(os.environ.get("QWEN_EDIT_LORA_SCREENSHOTS", tmp_path))
     shots.mkdir(parents=True, exist_ok=True)
-    context.clear_cookies()
-    page = context.new_page()
-    page.goto(f"{server.url}/system_stats")  # of the same origin, and without a script
-    page.evaluate(FORGET)
-    workspace = Workspace(page, server, shots)
+    context = browser.new_context(viewport={"width": 1800, "height": 1000})
+    workspace = Workspace(context.new_page(), server, shots)
     workspace.open()
     workspace.set_vue_nodes(False)  # a server setting that an earlier test may have left
     yield workspace
-    for opened in context.pages:
-        opened.close()
+    context.close()
