@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import FileError
 from .regular_files import open_regular
@@ -34,9 +36,15 @@ def sample_contents(path: Path, num_samples: int = NUM_SAMPLES) -> str | None:
             digest.update(f"{name} {size}\n".encode(errors="surrogateescape"))
             with open_regular(file) as opened:
                 digest.update(opened.read(HEADER_BYTES))
-                for place in range(num_samples):
-                    opened.seek(size * place // num_samples)
-                    digest.update(opened.read(SAMPLE_BYTES))
+                for sample in read_samples(opened, size, num_samples):
+                    digest.update(sample)
     except (OSError, ValueError, FileError):
         return None
     return digest.hexdigest()
+
+
+def read_samples(file: BinaryIO, size: int, num_samples: int = NUM_SAMPLES) -> Iterator[bytes]:
+    """4 KiB at each of `num_samples` places spread over a file of `size` bytes."""
+    for place in range(num_samples):
+        file.seek(size * place // num_samples)
+        yield file.read(SAMPLE_BYTES)

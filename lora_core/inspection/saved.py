@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..adapter.adapter import Adapter
+from ..disk.content_samples import read_samples
 from ..disk.field_types import check_fields
 from ..disk.json_reader import read_object
 from ..disk.regular_files import open_regular
@@ -24,7 +25,6 @@ HASH_CHUNK_BYTES = 1 << 24
 #: Of an inspection on disk; one of 840 modules of rank 128 has 3 MB.
 MAX_BYTES = 256 << 20
 MAX_HEADER_BYTES = 100_000_000  # as safetensors limits it
-NUM_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def compute_content_hash(adapter: Adapter) -> str | None:
@@ -67,9 +67,8 @@ def compute_file_identity(path: Path) -> str:
         with open_regular(path) as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             digest.update(file.read(min(header_bytes, MAX_HEADER_BYTES)))
-            for place in range(NUM_SAMPLES):
-                file.seek(size * place // NUM_SAMPLES)
-                digest.update(file.read(SAMPLE_BYTES))
+            for sample in read_samples(file, size):
+                digest.update(sample)
     except OSError as e:
         raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None
     return digest.hexdigest()

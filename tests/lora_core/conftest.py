@@ -7,9 +7,12 @@ module and the part, so two spellings of an adapter have the same values.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,3 +184,19 @@ def key_styles() -> Mapping[str, KeyStyle]:
 @pytest.fixture(scope="session")
 def spell_key() -> Callable[..., str]:
     return spell
+
+
+@pytest.fixture
+def read_only_folder():
+    """A folder this process may not write to; root drops its privileges for the test."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    yield folder
+    if is_root:
+        os.seteuid(0)
+    folder.chmod(0o755)
+    with suppress(OSError):
+        folder.rmdir()

@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -259,22 +257,6 @@ def test_file_permissions_follow_the_umask(make_state_dict, tmp_path):
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o644
-
-
-@pytest.fixture
-def read_only_folder():
-    """A folder this process may not write to; root drops its privileges for the test."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o555)
-    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
-    if is_root:
-        os.seteuid(65534)
-    yield folder
-    if is_root:
-        os.seteuid(0)
-    folder.chmod(0o755)
-    with suppress(OSError):
-        folder.rmdir()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no read-only folders")

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -247,22 +246,6 @@ def test_stopping_writes_a_checkpoint_of_the_last_step_and_no_finished_adapter(t
     folder = tmp_path / "run"
     assert CheckpointFolder(folder / "checkpoints").read_latest().step == 3
     assert not (folder / "tiny.safetensors").exists()
-
-
-@pytest.fixture
-def read_only_folder():
-    """A folder this process may not write to; root drops its privileges for the test."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o555)
-    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
-    if is_root:
-        os.seteuid(65534)
-    yield folder
-    if is_root:
-        os.seteuid(0)
-    folder.chmod(0o755)
-    with suppress(OSError):
-        folder.rmdir()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no read-only folders")
