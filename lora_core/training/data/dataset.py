@@ -225,6 +225,8 @@ class DatasetWriter:
     def _save(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file() and not path.is_dir():
+                path.unlink()  # a pipe in the set's own folder: nothing of the user's is in it
             write_then_rename(path, lambda temporary: save_file(tensors, temporary))
         except (OSError, SafetensorError) as e:
             raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
