@@ -14,6 +14,7 @@ from ..adapter.weights import DoraWeights, LokrWeights, LoraWeights, ModuleWeigh
 from ..algebra.factors import get_factors
 from ..base_model.base_weights import BaseWeight, BaseWeights, open_base
 from ..disk.safetensors_file import AnyTensor
+from ..disk.typed_json import Whole
 from ..errors import NonFiniteWeightsError
 from ..findings import Finding
 from ..progress import Progress, ShouldStop, track
@@ -39,8 +40,8 @@ class ModuleInspection:
     """Statistics of one module's delta. Those of a full scan are None unless it was asked for."""
 
     kind: str
-    shape: tuple[int, int]
-    rank: int
+    shape: tuple[Whole, Whole]
+    rank: Whole
     alpha: float
     scale: float
     dtype: str
@@ -52,15 +53,15 @@ class ModuleInspection:
     singular_values: tuple[float, ...]
     effective_rank: float
     stable_rank: float
-    energy_rank_90: int
-    energy_rank_99: int
+    energy_rank_90: Whole
+    energy_rank_99: Whole
     row_norm_min: float
     row_norm_max: float
     column_norm_min: float
     column_norm_max: float
-    num_dead_rows: int
+    num_dead_rows: Whole
     """Outputs that the adapter does not change at all."""
-    num_dead_columns: int
+    num_dead_columns: Whole
     is_untrained: bool
     """The factor that starts at zero (lora_B) still is."""
     is_direction_only: bool = False
@@ -69,7 +70,7 @@ class ModuleInspection:
     fraction_below_1e6: float | None = None
     fraction_below_std: float | None = None
     quantiles: Mapping[float, float] | None = None
-    histogram: tuple[tuple[float, int], ...] | None = None
+    histogram: tuple[tuple[float, Whole], ...] | None = None
     base: BaseStatistics | None = None
     """Relative to the base weight, where one was given."""
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..adapter.adapter import Adapter
 from ..disk.content_samples import read_samples
-from ..disk.field_types import check_fields
-from ..disk.json_reader import read_object
 from ..disk.regular_files import open_regular
 from ..disk.safetensors_file import BASE_MODEL, StoredTensor, read_signature
+from ..disk.typed_json import read_typed
 from ..disk.writing import write_then_rename
 from ..errors import FileError
 from ..text import shorten
@@ -89,44 +88,26 @@ def write_inspection(inspection: Inspection, path: Path) -> None:
     write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+@dataclass(frozen=True)
+class InspectionFile:
+    version: int
+    fields: list[str]
+    modules: dict[str, ModuleInspection]
+    skipped: dict[str, str]
+    non_finite: tuple[str, ...]
+    misfits: tuple[str, ...]
+
+
 def read_inspection(path: Path, name: str) -> Inspection | None:
     """What `write_inspection` wrote, for an adapter of this name; None if of another version."""
     try:
-        saved = read_object(path, MAX_BYTES)
-        if saved["version"] != VERSION or saved["fields"] != list_fields():
-            return None
-        modules = {path: build_module(statistics) for path, statistics in saved["modules"].items()}
-        lists = (tuple(saved[field]) for field in ("non_finite", "misfits"))
-        inspection = Inspection(name, modules, saved["skipped"], *lists)
-        check_fields(inspection)
-        return inspection
-    except (FileError, ValueError, KeyError, TypeError, AttributeError):
+        saved = read_typed(path, InspectionFile, MAX_BYTES)
+    except FileError:
         return None
+    if saved.version != VERSION or saved.fields != list_fields():
+        return None
+    return Inspection(name, saved.modules, saved.skipped, saved.non_finite, saved.misfits)
 
 
 def list_fields() -> list[str]:
     return [field.name for kind in (ModuleInspection, BaseStatistics) for field in fields(kind)]
-
-
-def build_module(statistics: dict) -> ModuleInspection:
-    """JSON has no tuples, and no numbers as keys.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: not what `write_inspection` wrote.
-    """
-    quantiles, histogram = statistics["quantiles"], statistics["histogram"]
-    base = statistics["base"]
-    module = ModuleInspection(
-        **{
-            **statistics,
-            "shape": tuple(statistics["shape"]),
-            "singular_values": tuple(statistics["singular_values"]),
-            "quantiles": quantiles and {float(key): value for key, value in quantiles.items()},
-            "base": base and BaseStatistics(**base),
-            "histogram": histogram and tuple((edge, number) for edge, number in histogram),
-        }
-    )
-    check_fields(module)
-    if module.base is not None:
-        check_fields(module.base)
-    return module

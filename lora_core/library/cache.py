@@ -6,10 +6,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from ..disk.field_types import check_fields
-from ..disk.json_reader import read_object
+from ..disk.typed_json import Whole, read_typed
 from ..disk.writing import explain, write_then_rename
 from ..errors import FileError
 from ..inspection import saved
@@ -21,7 +19,7 @@ VERSION = 2
 #: A thousand files take 2 MB.
 MAX_BYTES = 256 << 20
 
-Fingerprint = tuple[int, ...]
+Fingerprint = tuple[Whole, ...]
 """Size and mtime in ns of a file, then those of its config file, if any."""
 
 
@@ -34,50 +32,39 @@ class CacheEntry:
     health: Health | None = None
 
 
+@dataclass(frozen=True)
+class CacheFile:
+    version: list[int | str]
+    adapters: dict[str, CacheEntry]
+
+
 def read_cache(path: Path) -> dict[str, CacheEntry]:
     """Name -> what is known; empty for a file that is missing, damaged or of another version."""
     try:
-        saved = read_object(path, MAX_BYTES)
-        if saved["version"] != describe_version():
-            return {}
-        return {name: restore(values) for name, values in saved["adapters"].items()}
-    except (FileError, ValueError, KeyError, TypeError, AttributeError):
+        saved = read_typed(path, CacheFile, MAX_BYTES)
+    except FileError:
         return {}
+    return saved.adapters if saved.version == describe_version() else {}
 
 
 def write_cache(path: Path, known: Mapping[str, CacheEntry]) -> None:
     """Written under another name, then renamed.
 
+    Names that are no Unicode are not found again: their files are read anew after a restart.
+
     Raises:
         FileError: the folder or the disk does not take it.
     """
     values = {"version": describe_version(), "adapters": {n: asdict(k) for n, k in known.items()}}
-    text = json.dumps(values, separators=(",", ":"))
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+    data = text.encode(errors="replace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_then_rename(path, lambda temporary: temporary.write_bytes(data))
     except OSError as e:
         raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
 
 
-def describe_version() -> list[Any]:
+def describe_version() -> list[int | str]:
     names = [field.name for kind in (AdapterFacts, Health) for field in fields(kind)]
     return [VERSION, saved.VERSION, *names]
-
-
-def restore(values: dict[str, Any]) -> CacheEntry:
-    facts, health = values["facts"], values["health"]
-    known = CacheEntry(
-        tuple(values["stamp"]),
-        facts and AdapterFacts(**with_tuples(facts)),
-        health and Health(**with_tuples(health)),
-    )
-    for part in (known, known.facts, known.health):
-        if part is not None:
-            check_fields(part)
-    return known
-
-
-def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists only."""
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..adapter.adapter import Adapter
 from ..disk.safetensors_file import SafetensorsFile, is_safetensors
+from ..disk.typed_json import Whole
 from ..errors import FileError, KeyFormatError, LoraError
 from ..formats.architectures import detect_architecture
 from ..formats.files import read_adapter
@@ -39,9 +40,9 @@ class AdapterFacts:
     """Why the file cannot be used, in one sentence."""
     key_format: str = ""
     kinds: tuple[str, ...] = ()
-    num_modules: int = 0
-    num_parameters: int = 0
-    ranks: tuple[int, ...] = ()
+    num_modules: Whole = 0
+    num_parameters: Whole = 0
+    ranks: tuple[Whole, ...] = ()
     alphas: tuple[float, ...] = ()
     dtypes: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
@@ -54,7 +55,7 @@ class AdapterFacts:
     is_ours: bool = False
     """Trained by this extension."""
     warnings: tuple[str, ...] = ()
-    findings: tuple[dict[str, Any], ...] = ()
+    findings: tuple[dict[str, str | Whole | None], ...] = ()
     """Those and the notes, as `Finding`s for programs."""
 
 

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ..base_model import module_paths
 from ..findings import ERROR, NOTE, WARNING, Finding
@@ -29,7 +28,7 @@ class Health:
     sentence: str
     """The one that decided the level."""
     sentences: tuple[str, ...]
-    modules: tuple[dict[str, Any], ...] = ()
+    modules: tuple[dict[str, str | float | None], ...] = ()
     """Name inside a block, the std of its deltas over all blocks, their mean effective rank."""
 
 
@@ -51,7 +50,7 @@ def get_level(finding: Finding) -> str:
     return "unknown" if finding.kind == NOTHING else _LEVELS_BY_SEVERITY[finding.severity]
 
 
-def summarise(inspection: Inspection) -> tuple[dict[str, Any], ...]:
+def summarise(inspection: Inspection) -> tuple[dict[str, str | float | None], ...]:
     groups: dict[str, list[ModuleInspection]] = defaultdict(list)
     for path, module in inspection.modules.items():
         groups[module_paths.split_path(path)[1]].append(module)

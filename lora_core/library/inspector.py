@@ -29,7 +29,6 @@ from ..disk.writing import explain
 from ..errors import FileError, LoraError
 from ..formats.files import read_adapter
 from ..inspection.inspection import inspect_adapter
-from .cache import with_tuples
 from .health import UNEXPECTED, Health, judge_health
 
 #: The folder that holds `lora_core`.
@@ -80,7 +79,8 @@ class Inspector:
             raise FileError(values["error"])
         if values["log"]:
             logger.warning("Qwen Edit LoRA: %s: %s", path.name, values["log"])
-        return Health(**with_tuples(values["health"]))
+        parts = values["health"].items()  # JSON has lists only
+        return Health(**{name: tuple(p) if isinstance(p, list) else p for name, p in parts})
 
     def _ask(self, question: str) -> str:
         """The line it answers with; a partial one if it ended."""

@@ -10,12 +10,14 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen_edit_lora.lora_core import LoraError, LoraWeights
+from qwen_edit_lora.lora_core.checks import MAX_WHOLE
 from qwen_edit_lora.lora_core.inspection.inspection import Inspection, inspect_module
 from qwen_edit_lora.lora_core.inspection.saved import read_inspection, write_inspection
 from qwen_edit_lora.lora_core.inspection.tables import build_table, describe_verdict
@@ -313,4 +315,6 @@ def test_a_changed_cache_of_facts_is_read_completely_or_ignored(data, value):
             assert all(type(part) is int for part in known.stamp)
             if known.facts is not None:
                 assert all(type(rank) is int for rank in known.facts.ranks)
+                assert abs(known.facts.num_parameters) <= MAX_WHOLE
                 assert isinstance(known.facts.title, str)
+            json.dumps(asdict(known), allow_nan=False)

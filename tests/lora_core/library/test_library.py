@@ -17,9 +17,9 @@ from qwen_edit_lora.lora_core.errors import ConfigError
 from qwen_edit_lora.lora_core.findings import Finding
 from qwen_edit_lora.lora_core.inspection.saved import read_inspection
 from qwen_edit_lora.lora_core.library import health, library
-from qwen_edit_lora.lora_core.library.cache import read_cache
+from qwen_edit_lora.lora_core.library.cache import CacheEntry, read_cache, write_cache
 from qwen_edit_lora.lora_core.library.details import describe_file
-from qwen_edit_lora.lora_core.library.facts import read_facts
+from qwen_edit_lora.lora_core.library.facts import AdapterFacts, read_facts
 from qwen_edit_lora.lora_core.library.health import UNEXPECTED
 from qwen_edit_lora.lora_core.library.inspector import Inspector, answer
 from qwen_edit_lora.lora_core.library.library import AdapterLibrary, UnknownAdapterError, build_id
@@ -259,6 +259,12 @@ def test_a_damaged_or_older_cache_is_rebuilt(text, loras, open_library, tmp_path
     cache.write_text(text)
     assert examine(open_library())["a.safetensors"]["health"]["level"] == "healthy"
     assert "a.safetensors" in json.loads(cache.read_text())["adapters"]
+
+
+def test_a_name_that_is_no_unicode_costs_only_its_own_entry(tmp_path):
+    known = {name: CacheEntry((1, 2), AdapterFacts(title="赛")) for name in ("a", "\udc80")}
+    write_cache(tmp_path / "cache.json", known)
+    assert read_cache(tmp_path / "cache.json")["a"] == known["a"]
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_result(
