@@ -28,6 +28,9 @@ def read_start(pid: int) -> float | None:
     """When a process began, in the system's own measure; None where there is no such process.
 
     A process that has ended and waits for its parent to notice (a zombie) counts as none.
+
+    On Linux clock ticks since the boot, which psutil would turn into a time of day: then nobody
+    would recognise their worker after the clock was set, as at the end of a laptop's sleep.
     """
     if not 0 < pid < 2**32:  # from an untrusted file
         return None
@@ -38,13 +41,11 @@ def read_start(pid: int) -> float | None:
     except (OSError, IndexError, ValueError):
         if Path("/proc/self/stat").exists():
             return None
-    try:
-        import psutil  # ComfyUI requires it
+    import psutil
 
+    try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except ImportError:
-        return None
     except psutil.Error:
         return None
 

@@ -6,6 +6,7 @@ The oracle is the tree of values that a file was written from.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from qwen_edit_lora.lora_core.training.config.config_files import (
 )
 from qwen_edit_lora.lora_core.training.config.setting_names import ELSEWHERE, OTHER_NAMES
 
-tomllib = pytest.importorskip("tomllib", reason="TOML needs Python 3.11")
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 MAX_MESSAGE = 400
 SHARE = settings.default.max_examples

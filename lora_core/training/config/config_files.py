@@ -80,9 +80,7 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
     try:
         import tomllib
     except ImportError:  # Python 3.10
-        raise ConfigError(
-            f"{name}: TOML needs Python 3.11 or newer; give the same settings as a .json file."
-        ) from None
+        import tomli as tomllib
     try:
         return tomllib.loads(text)
     except RecursionError:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 from pathlib import Path
 
 import torch
 
 STATUS = Path("/proc/self/status")
-MEMINFO = Path("/proc/meminfo")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 #: Libraries' out-of-memory messages, in lower case. Few have a dedicated exception.
@@ -38,7 +36,7 @@ OUT_OF_MEMORY = (
 class MemoryMeter:
     """Bytes in use now, and the peak since `reset`; None where the system does not report it.
 
-    A process's resident set is known on Linux only.
+    The peak of a process's resident set is known on Linux only.
     """
 
     def __init__(self, device: torch.device):
@@ -57,12 +55,12 @@ class MemoryMeter:
             CLEAR_REFS.write_text("5")  # per proc(5), resets the high-water mark
         except OSError:
             return None
-        return read_status("VmRSS")
+        return read_resident_size()
 
     def read_peak(self) -> int | None:
         if self.on_gpu:
             return torch.cuda.max_memory_allocated(self.device)
-        return read_status("VmHWM")
+        return read_resident_peak()
 
     def read_gap(self) -> int:
         """Peak bytes that a GPU's allocator reserves beyond what tensors take."""
@@ -80,47 +78,44 @@ class MemoryMeter:
         if self.on_gpu:
             free = torch.cuda.mem_get_info(self.device)[0]
             return free + torch.cuda.memory_reserved(self.device)
-        free, own = find_free_host_memory(), read_status("VmRSS")
-        if free is not None and own is not None:
-            return free + own
-        try:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):
-            return None
+        free, own = find_free_host_memory(), read_resident_size()
+        return None if free is None or own is None else free + own
 
     def find_free(self) -> int | None:
         """What could still be taken; on a CPU without pushing anything else out."""
         if not self.on_gpu:
-            return read_size(MEMINFO, "MemAvailable")
+            return find_free_host_memory()
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + unused
 
 
 def find_free_host_memory() -> int | None:
     """Bytes of main memory that can be taken without pushing anything else out."""
-    found = read_size(MEMINFO, "MemAvailable")
-    if found is not None:
-        return found
+    import psutil
+
     try:
-        import psutil
-    except ImportError:
+        return psutil.virtual_memory().available
+    except (OSError, psutil.Error):
         return None
-    return psutil.virtual_memory().available
 
 
-def read_status(name: str) -> int | None:
-    """A size from /proc/self/status, in bytes."""
-    return read_size(STATUS, name)
+def read_resident_size() -> int | None:
+    """Bytes of main memory that this process takes."""
+    import psutil
 
-
-def read_size(path: Path, name: str) -> int | None:
-    """The line `name: … kB` of a file of /proc, in bytes."""
     try:
-        lines = path.read_text().splitlines()
+        return psutil.Process().memory_info().rss
+    except (OSError, psutil.Error):
+        return None
+
+
+def read_resident_peak() -> int | None:
+    """The most it took since CLEAR_REFS was written, which psutil has no name for."""
+    try:
+        lines = STATUS.read_text().splitlines()
     except OSError:
         return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")]
-    return found[0] if found else None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def trim_heap() -> None:

@@ -15,6 +15,7 @@ from ...disk.json_reader import parse_json
 from ...disk.regular_files import open_regular
 from ...disk.writing import explain, write_then_rename
 from ...errors import FileError
+from ..machine.memory import read_resident_size
 
 METRICS_FILE = "metrics.jsonl"
 #: The numbers of a line that are drawn as curves.
@@ -158,8 +159,4 @@ def measure_memory(device: torch.device) -> int:
     """Bytes: peak allocation of a GPU, or this process's resident set on a CPU (0 if unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return read_resident_size() or 0

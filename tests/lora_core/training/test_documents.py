@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ SHOWN_OTHERWISE = {("lora", "alpha"): 16}
 
 
 def parse(text: str) -> dict:
-    tomllib = pytest.importorskip("tomllib")
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     return tomllib.loads(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from qwen_edit_lora.lora_core import ConfigError, FileError, LoraError
@@ -111,6 +112,14 @@ def test_relative_paths_are_relative_to_the_file(tmp_path, suffix):
     assert config.output == str(folder / "run")
     assert config.model.source == str(tmp_path / "m.gguf")
     assert config.model.vae == ""
+
+
+def test_toml_is_read_by_tomli_where_python_has_no_reader(tmp_path, monkeypatch):
+    tomli = pytest.importorskip("tomli" if sys.version_info < (3, 11) else "tomllib")
+    monkeypatch.setitem(sys.modules, "tomli", tomli)
+    monkeypatch.setitem(sys.modules, "tomllib", None)  # an import raises, as on Python 3.10
+    (tmp_path / "a.toml").write_text(TOML)
+    assert read_config(tmp_path / "a.toml").name == "my edit"
 
 
 @pytest.mark.parametrize(
