@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from annotated_types import Interval  # a part of pydantic, which itself takes longer to import
 
-from ..checks import MAX_WHOLE
+from ..checks import MAX_WHOLE, show
 from ..errors import FileError
 from ..text import shorten
 from .regular_files import MAX_TEXT_BYTES, read_bytes
@@ -29,24 +29,40 @@ def read_typed(path: str | os.PathLike[str], kind: type[T], max_bytes: int = MAX
 
     Raises:
         MissingFileError: there is no such path.
-        FileError: it cannot be opened, is no regular file, is larger than `max_bytes`, or is no
+        FileError: it cannot be opened, is no regular file, is larger than `max_bytes`, or holds no
             JSON of exactly these fields: a text is no number, and a float is finite.
+    """
+    data = read_bytes(path, max_bytes).removeprefix(codecs.BOM_UTF8)
+    try:
+        return parse_typed(data, kind)
+    except ValueError as e:
+        raise FileError(f"{shorten(Path(path).name)} is damaged ({e}).") from None
+
+
+def parse_typed(data: bytes, kind: type[T], allows_more: bool = False) -> T:
+    """The same of a JSON text.
+
+    Args:
+        allows_more: skip names that are no fields.
+
+    Raises:
+        ValueError: with the first fault, such as "step is 'x': Input should be a valid integer".
     """
     from pydantic import ValidationError
 
-    data = read_bytes(path, max_bytes).removeprefix(codecs.BOM_UTF8)
     try:
-        return get_reader(kind).validate_json(data)
+        return get_reader(kind, allows_more).validate_json(data)
     except ValidationError as e:
-        fault = e.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(map(str, fault["loc"])) or "it"
-        name, text = shorten(Path(path).name), f"{shorten(place)}: {shorten(fault['msg'])}"
-        raise FileError(f"{name} is damaged ({text}).") from None
+        fault = e.errors(include_url=False, include_context=False)[0]
+        place, value = ".".join(map(str, fault["loc"])), fault["input"]
+        found = f" is {show(value)}" if isinstance(value, str | int | float | None) else ""
+        raise ValueError(f"{shorten(place or 'it')}{found}: {shorten(fault['msg'])}") from None
 
 
 @cache
-def get_reader(kind: type) -> TypeAdapter[Any]:
+def get_reader(kind: type, allows_more: bool) -> TypeAdapter[Any]:
     from pydantic import ConfigDict, TypeAdapter, with_config
 
-    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    extra = "ignore" if allows_more else "forbid"
+    config = ConfigDict(strict=True, extra=extra, allow_inf_nan=False)
     return TypeAdapter(with_config(config)(kind))

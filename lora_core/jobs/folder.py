@@ -5,26 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import secrets
 import stat
-import types
-import typing
-from enum import Enum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from ..checks import MAX_WHOLE, show
-from ..disk.json_reader import describe_kind, parse_object
+from ..disk.json_reader import parse_object
 from ..disk.regular_files import open_regular, read_bytes
+from ..disk.typed_json import parse_typed
 from ..disk.writing import BRIEF_PATIENCE_S, PATIENCE_S, explain, replace, retry_while_denied
 from ..errors import ConfigError, DeniedFileError, FileError
 from ..text import shorten
-from ..training.config.config_files import build, config_to_dict, get_hints
+from ..training.config.config_files import build, config_to_dict
 from ..training.run.metrics import METRICS_FILE
 from .job import JobSettings, JobState, Request
 from .locks import FileLock
+
+T = TypeVar("T")
 
 VERSION = 1
 CONFIG_FILE = "config.json"
@@ -215,60 +213,11 @@ def list_inside(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def restore(kind: type, values: Any) -> Any:
+def restore(kind: type[T], values: Any) -> T:
     """A dataclass from what `dataclasses.asdict` and JSON made of it; unknown names are skipped.
 
     Raises:
         ValueError: a value is not of its field's kind, or one without a default is missing.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f"{describe_kind(values)} where an object was expected")
-    hints = get_hints(kind)
-    known = {name: convert(hints[name], values[name], name) for name in hints if name in values}
-    try:
-        return kind(**known)
-    except TypeError:
-        missing = [
-            field.name
-            for field in dataclasses.fields(kind)
-            if field.default is field.default_factory is dataclasses.MISSING
-            and field.name not in known
-        ]
-        raise ValueError(f"it lacks {', '.join(missing)}") from None
-
-
-def convert(hint: Any, value: Any, name: str) -> Any:
-    """A field's value; None only where the field allows it, numbers only where JSON has them."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        (hint,) = (option for option in options if option is not type(None))
-    elif origin is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{name} is {show(value)}; expected a list")
-        return tuple(convert(options[0], item, name) for item in value)
-    if dataclasses.is_dataclass(hint):
-        return restore(hint, value)
-    if issubclass(hint, Enum):
-        try:
-            return hint(value)
-        except ValueError:
-            raise ValueError(f"{name} is {show(value)}") from None
-    if not is_plain(value, hint):
-        raise ValueError(f"{name} is {show(value)}; expected {NAMES[hint]}")
-    return value
-
-
-NAMES = {str: "a text", int: "a whole number", float: "a finite number"}
-
-
-def is_plain(value: Any, kind: type) -> bool:
-    """Whether it is a text, a 64-bit integer or a finite float, according to `kind`."""
-    if isinstance(value, bool):
-        return False
-    if kind is float and isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, int):
-        return kind in (int, float) and abs(value) <= MAX_WHOLE
-    return isinstance(value, kind)
+    text = json.dumps(values, ensure_ascii=False)  # half a surrogate pair becomes "?"
+    return parse_typed(text.encode(errors="replace"), kind, allows_more=True)

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from ..checks import check_number
+from ..disk.typed_json import Whole
 from ..errors import ConfigError, LoraError
 from ..text import shorten
 from ..training.config.config import TrainConfig
@@ -125,7 +126,7 @@ class WorkerIdentity:
 
     host: str
     """Machine, boot and process namespace: where `pid` means something."""
-    pid: int
+    pid: Whole
     started: float
     """When the process started, as the system counts; pids are reused, this is not."""
 
@@ -137,7 +138,7 @@ class JobFailure:
     sentence: str
     advice: tuple[str, ...] = ()
     """What to change, the cheapest first."""
-    exit_code: int | None = None
+    exit_code: Whole | None = None
     """Of the worker, negative for a signal; None where it reported its error itself."""
     log_tail: str = ""
 
@@ -164,16 +165,16 @@ class JobState:
     parent: WorkerIdentity | None = None
     """The process that started the worker, and will see its exit status."""
     heartbeat_at: float | None = None
-    step: int = 0
-    num_steps: int = 0
+    step: Whole = 0
+    num_steps: Whole = 0
     loss: float | None = None
     smoothed_loss: float | None = None
     seconds_per_step: float | None = None
-    memory_bytes: int | None = None
-    restarts: int = 0
+    memory_bytes: Whole | None = None
+    restarts: Whole = 0
     """In a row, without a new checkpoint in between."""
-    restarted_at_step: int = 0
-    checkpoint_step: int = 0
+    restarted_at_step: Whole = 0
+    checkpoint_step: Whole = 0
     adapters: tuple[str, ...] = ()
     """Files of the latest weights, relative to the job's folder."""
     published: tuple[str, ...] = ()

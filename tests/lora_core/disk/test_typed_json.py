@@ -77,5 +77,5 @@ def test_anything_else_is_one_printable_sentence(text, tmp_path):
 
 
 def test_a_field_is_named_by_its_place(tmp_path):
-    with pytest.raises(FileError, match=r"\(parts\.a\.share: .*number"):
+    with pytest.raises(FileError, match=r"\(parts\.a\.share is 'x': .*number"):
         read('{"version": 1, "parts": {"a": {"share": "x"}}}', tmp_path)
