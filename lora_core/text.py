@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,3 +46,9 @@ def show(value: Any) -> str:
 def shorten_list(items: list[str] | tuple[str, ...], limit: int) -> str:
     rest = len(items) - limit
     return "; ".join(items[:limit]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def build_natural_key(name: str) -> list[tuple[int, int, str]]:
+    """A key for `sorted` under which `a_2` comes before `a_10`; upper case before lower case."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts)]

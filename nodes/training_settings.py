@@ -12,7 +12,7 @@ from ..lora_core import ConfigError
 from ..lora_core.disk.safetensors_file import read_signature
 from ..lora_core.training.config.config import TrainConfig
 from ..lora_core.training.config.config_files import config_from_dict, config_to_dict, parse
-from ..lora_core.training.config.presets import apply_preset
+from ..lora_core.training.config.presets import apply_preset, merge_tables
 from ..lora_core.training.data.dataset import INDEX_FILE
 
 #: Means "as in the preset" in a number widget.
@@ -56,10 +56,7 @@ def build_config(
         if value not in (None, AS_PRESET_CHOICE) and value != AS_PRESET:
             table, _, setting = place.rpartition(".")
             (values.setdefault(table, {}) if table else values)[setting] = value
-    values = apply_preset(preset, values)
-    for key, value in read_more(more_settings).items():
-        merged = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
-        values[key] = {**values[key], **value} if merged else value
+    values = merge_tables(apply_preset(preset, values), read_more(more_settings))
     return config_from_dict(values)
 
 

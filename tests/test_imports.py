@@ -36,7 +36,7 @@ HOST = {
     **dict.fromkeys(("server", "aiohttp"), ("nodes/server/routes.py",)),
 }
 #: Modules of the core that every package may use; they import only each other.
-GROUND = ("checks", "errors", "findings", "progress", "text", "threads")
+GROUND = ("checks", "errors", "findings", "progress", "subprocesses", "text", "threads")
 #: Files that may import all of the core.
 ABOVE = ("__init__.py", "lora_core/__init__.py", "lora_core/__main__.py")
 #: Package -> packages it may import beside itself and GROUND; those of `nodes` also all of the

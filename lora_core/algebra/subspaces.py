@@ -6,13 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .factors import Factors, compute_core
+from .factors import Factors, compute_core, split_gram
 
 #: Singular values below this share of the largest do not count as directions.
 RANK_TOLERANCE = 1e-6
-#: Bound on the relative error of the smallest singular value's square under which Gram matrices
-#: replace QR.
-GRAM_TOLERANCE = 1e-8
 
 
 @dataclass(frozen=True)
@@ -51,26 +48,18 @@ class FactoredSVD:
 
 
 def compute_svd(factors: Factors) -> FactoredSVD:
-    """By Gram matrices where their squared condition numbers allow it, else by QR."""
-    gram_up = factors.up.T @ factors.up
-    gram_down = factors.down @ factors.down.T
-    eigenvalues, vectors = torch.linalg.eigh(gram_up)
-    # Orthonormal Q = up @ vectors / sqrt(eigenvalues) leaves delta = Q @ root^T @ down.
-    root = vectors * eigenvalues.clamp_min(0).sqrt()
-    squares, turn = torch.linalg.eigh(root.T @ gram_down @ root)
-    bound = (gram_up.trace() * gram_down.trace()).item()
-    worst = min(
-        (eigenvalues[0] / eigenvalues[-1].clamp_min(1e-300)).item(),
-        squares[0].item() / max(bound, 1e-300),
-    )
-    if factors.inner > min(factors.shape) or not torch.finfo(torch.float64).eps < (
-        GRAM_TOLERANCE * worst
-    ):
+    """By Gram matrices where they are exact enough, else by QR; see `factors.GramSplit`."""
+    gram = split_gram(factors)
+    squares, turn = torch.linalg.eigh(gram.core)
+    ends = gram.eigenvalues[0].item(), gram.eigenvalues[-1].item()
+    is_exact = gram.is_exact(ends[0], bound=ends[1]) and gram.is_exact(squares[0].item())
+    if factors.inner > min(factors.shape) or not is_exact:
         q_up, core, q_down = compute_core(factors)
         left, values, right = torch.linalg.svd(core, full_matrices=False)
         return FactoredSVD(Factors(q_down.T, q_up), left, values, right.T)
     turn, values = turn.flip(1), squares.flip(0).sqrt()
-    return FactoredSVD(factors, vectors / eigenvalues.sqrt() @ turn, values, root @ turn / values)
+    left = gram.vectors / gram.eigenvalues.sqrt() @ turn
+    return FactoredSVD(factors, left, values, gram.root @ turn / values)
 
 
 def count_directions(values: torch.Tensor, energy: float) -> int:

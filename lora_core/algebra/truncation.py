@@ -18,7 +18,7 @@ from ..adapter.delta import upcast
 from ..adapter.weights import LokrWeights, LoraWeights, ModuleWeights
 from ..disk.safetensors_file import AnyTensor
 from .factors import Factors, compute_core, compute_inner_product, get_factors
-from .products import CHUNK_ROWS, compute_square, measure_difference
+from .products import CHUNK_ROWS, build_products, compute_square, measure_difference
 
 #: Columns beyond the wanted rank, and power iterations, of the randomised SVD.
 OVERSAMPLING = 16
@@ -27,8 +27,6 @@ POWER_ITERATIONS = 2
 MAX_RANDOMISED = 1 / 4
 #: Share of the energy that float64 cannot distinguish from 0.
 ROUNDING = 1e-15
-#: Below this share a loss is measured on the difference, not as a difference of products.
-CANCELLATION = 1e-10
 
 
 @dataclass(frozen=True)
@@ -113,15 +111,24 @@ def truncate_dense(
     dtype: torch.dtype,
     bias_delta: AnyTensor | None = None,
 ) -> Truncated:
-    """By a randomised SVD where only a small rank is asked for, else by an exact one."""
+    """By the SVD of the whole matrix; see `compute_leading_svd`."""
     delta = upcast(delta)
-    if energy is None and rank + OVERSAMPLING <= MAX_RANDOMISED * min(delta.shape):
-        u, values, vh = compute_randomised_svd(delta, rank)
-    else:
-        u, values, vh = torch.linalg.svd(delta, full_matrices=False)
+    u, values, vh = compute_leading_svd(delta, rank if energy is None else None)
     kept = choose_rank(values, rank, energy)
     weights = build_lora_weights(u[:, :kept], values[:kept], vh[:kept], dtype, bias_delta)
     return Truncated(weights, sum_squares(delta), measure_dense_loss(delta, weights))
+
+
+def compute_leading_svd(
+    matrix: torch.Tensor, rank: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, singular values and V^T, at least the first `rank` of each (None: all).
+
+    Randomised where the rank is small, which is many times faster, else exact.
+    """
+    if rank is not None and rank + OVERSAMPLING <= MAX_RANDOMISED * min(matrix.shape):
+        return compute_randomised_svd(matrix, rank)
+    return torch.linalg.svd(matrix, full_matrices=False)
 
 
 def compute_randomised_svd(
@@ -189,9 +196,11 @@ def build_lora_weights(
 def measure_loss(exact: Factors, stored: ModuleWeights) -> float:
     """|exact - stored|^2 from the factors."""
     found = get_factors(stored)
-    square = compute_inner_product(exact, exact)
-    loss = square + compute_inner_product(found, found) - 2 * compute_inner_product(exact, found)
-    return loss if loss > CANCELLATION * square else measure_difference(exact, found)
+    squares = compute_inner_product(exact, exact), compute_inner_product(found, found)
+    inner = compute_inner_product(exact, found)
+    return build_products(
+        *squares, inner, lambda: measure_difference(exact, found)
+    ).square_difference
 
 
 def measure_dense_loss(delta: torch.Tensor, stored: ModuleWeights) -> float:

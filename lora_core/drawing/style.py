@@ -23,15 +23,35 @@ LAST_LETTER = 0x530  # Latin, Greek and Cyrillic; DejaVu Sans has no Chinese and
 
 def build_figure(title: str) -> tuple[Any, Any]:
     """A figure of SIZE_PX with one set of axes."""
+    figure, (axes,) = build_panels(title, 1)
+    return figure, axes
+
+
+def build_panels(title: str, count: int = 2, **layout: Any) -> tuple[Any, Any]:
+    """A figure of SIZE_PX with `count` sets of axes below each other, and those.
+
+    Args:
+        layout: further arguments of matplotlib's `subplots`.
+    """
+    figure = build_canvas()
+    figure.set_layout_engine("constrained", rect=(0.01, 0.01, 0.97, 0.98))
+    panels = figure.subplots(count, squeeze=False, **layout)[:, 0]
+    for axes in panels:
+        axes.set_facecolor(PANEL)
+    panels[0].set_title(title, color=FOREGROUND, fontsize=LARGE, pad=14)
+    return figure, panels
+
+
+def build_canvas() -> Any:
     from matplotlib.figure import Figure
 
     width, height = SIZE_PX
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
-    figure.set_layout_engine("constrained", rect=(0.01, 0.01, 0.97, 0.98))
-    axes = figure.add_subplot()
-    axes.set_facecolor(PANEL)
-    axes.set_title(title, color=FOREGROUND, fontsize=LARGE, pad=14)
-    return figure, axes
+    return Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
+
+
+def label_axes(axes: Any, x: str = "", y: str = "") -> None:
+    axes.set_xlabel(x, color=FOREGROUND, fontsize=SMALL)
+    axes.set_ylabel(y, color=FOREGROUND, fontsize=SMALL)
 
 
 def add_note(figure: Any, text: str) -> None:
@@ -61,10 +81,7 @@ def show_legend(axes: Any, place: str) -> None:
 
 def draw_message(text: str) -> np.ndarray:
     """A placeholder image that says why there is no plot."""
-    from matplotlib.figure import Figure
-
-    width, height = SIZE_PX
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
+    figure = build_canvas()
     figure.text(0.5, 0.5, text, color=FOREGROUND, fontsize=LARGE, ha="center", va="center")
     return render(figure)
 

@@ -132,6 +132,10 @@ def build_lora_config(adapter: Adapter) -> dict[str, object]:
     }
 
 
+#: Of the header: the training configuration that our own trainer writes, as JSON.
+CONFIG_KEY = "qwen_edit_lora.config"
+
+
 def build_metadata(adapter: Adapter, scheme: KeyScheme, title: str) -> dict[str, str]:
     """The old header plus what other programs identify the file by (modelspec 1.0.0, kohya's ss_*).
 

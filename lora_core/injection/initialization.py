@@ -15,7 +15,7 @@ import zlib
 import torch
 
 from ..adapter.delta import upcast
-from ..algebra.truncation import MAX_RANDOMISED, OVERSAMPLING, compute_randomised_svd
+from ..algebra.truncation import compute_leading_svd
 
 INITIALIZATIONS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
@@ -52,9 +52,6 @@ def compute_principal_factors(
         down (rank, in) and up (out, rank), each with the square root of the singular values.
     """
     weight = upcast(base_weight)
-    if rank + OVERSAMPLING <= MAX_RANDOMISED * min(weight.shape):
-        u, values, vh = compute_randomised_svd(weight, rank)
-    else:
-        u, values, vh = torch.linalg.svd(weight, full_matrices=False)
+    u, values, vh = compute_leading_svd(weight, rank)
     root = (values[:rank] / scale).sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root

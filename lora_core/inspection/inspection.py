@@ -11,7 +11,7 @@ import torch
 
 from ..adapter.adapter import Adapter, is_computable
 from ..adapter.weights import DoraWeights, LokrWeights, LoraWeights, ModuleWeights, OftWeights
-from ..algebra.factors import get_factors
+from ..algebra.factors import compute_effective_rank, get_factors
 from ..base_model.base_weights import BaseWeight, BaseWeights, open_base
 from ..disk.safetensors_file import AnyTensor
 from ..disk.typed_json import Whole
@@ -23,7 +23,6 @@ from .against_base import BaseStatistics, compare_with_base
 from .entries import Entries, scan_dense, scan_factors, scan_kronecker
 from .measures import (
     Measures,
-    compute_effective_rank,
     compute_energy_rank,
     compute_stable_rank,
     measure_dense,

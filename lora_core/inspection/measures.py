@@ -95,16 +95,6 @@ def build_measures(
     )
 
 
-def compute_effective_rank(singular_values: torch.Tensor) -> float:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007); 0 for zero."""
-    total = singular_values.sum()
-    if total == 0:
-        return 0.0
-    shares = singular_values / total
-    shares = shares[shares > 0]
-    return torch.exp(-(shares * shares.log()).sum()).item()
-
-
 def compute_stable_rank(singular_values: torch.Tensor) -> float:
     """|delta|_F^2 / sigma_1^2 (Rudelson and Vershynin 2007); 0 for a zero delta."""
     if singular_values.numel() == 0 or singular_values[0] == 0:

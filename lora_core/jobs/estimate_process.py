@@ -15,12 +15,13 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..progress import ShouldStop
+from ..subprocesses import hide_window, run_module
 from ..training.config.config import TrainConfig
 from ..training.config.config_files import config_to_dict
 from ..training.estimate.estimate import Estimate
 from ..training.machine.memory import names_out_of_memory
 from .devices import Device, set_device
-from .launch import SHARED, build_environment, hide_window, run_module
+from .launch import SHARED, build_environment
 
 POLL_INTERVAL = 0.1  # seconds
 PREFIX = "estimate: "

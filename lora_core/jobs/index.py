@@ -1,8 +1,12 @@
 """The SQLite index over the job folders: a copy that can be rebuilt at any time.
 
-It saves reading every folder to list the jobs, and holds the claims by which several servers on one
-folder agree which of them starts the next job. Nothing is lost with it: the folders are
-authoritative, and their locks keep a job from running twice.
+It saves reading every folder for the first list after a restart, and holds the claims by which
+several servers on one folder agree which of them starts the next job. Nothing is lost with it: the
+folders are authoritative, and their locks keep a job from running twice.
+
+For lists alone it would not be needed: of 500 jobs the first takes 0.17 s of CPU with it and 0.34 s
+without, every later one 0.02 s either way, since `Catalog` remembers what it read
+(benchmarks/list_jobs.py).
 """
 
 from __future__ import annotations

@@ -11,25 +11,16 @@ from typing import Any
 
 from ..disk.writing import explain
 from ..errors import FileError
+from ..subprocesses import PACKAGE_ROOT, hide_window, run_module
 from ..training.run.processes import can_join_gpus
 from .devices import CUDA_VARIABLE, HIP_VARIABLE, Device, show_only
 from .folder import JobFolder
 
-#: The folder that holds `lora_core`.
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 #: A worker's exit status for "another process has the job or the device".
 EXIT_TAKEN = 75
 #: And for "the job is not to run any more". Not 0, which any process that never got to the job may
 #: exit with.
 EXIT_NOTHING_TO_DO = 76
-#: What `python -m MODULE` does, also for a Python that looks for modules neither in the working
-#: directory nor in PYTHONPATH, as the one of ComfyUI's portable build for Windows. Before anything
-#: is imported the working directory is left out: its files are no modules. (Python 3.10 has no -P.)
-BOOT = (
-    "import sys; sys.path[:] = [path for path in sys.path if path]; "
-    "module = sys.argv.pop(1); sys.path.insert(0, sys.argv.pop(1)); "
-    "import runpy; runpy.run_module(module, run_name='__main__', alter_sys=True)"
-)
 WORKER = "lora_core.jobs.worker"
 #: Option for a worker: ComfyUI computes on its GPU too.
 SHARED = "--shared"
@@ -63,23 +54,6 @@ def build_environment(devices: Sequence[Device], inherited: Mapping[str, str]) -
         PYTHONIOENCODING="utf-8",
     )
     return environment
-
-
-def get_python() -> list[str]:
-    """The Python of this process, with the same isolation from the user's packages."""
-    return [sys.executable, *(["-s"] if sys.flags.no_user_site else [])]
-
-
-def run_module(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module of this package."""
-    return [*get_python(), "-c", BOOT, module, str(PACKAGE_ROOT), *arguments]
-
-
-def hide_window(flags: int = 0) -> dict[str, Any]:
-    """For `Popen`: keeps a program without a console from opening one."""
-    if os.name != "nt":
-        return {}
-    return {"creationflags": flags | subprocess.CREATE_NO_WINDOW}
 
 
 def build_command(root: Path, job_id: str, devices: Sequence[Device]) -> list[str]:

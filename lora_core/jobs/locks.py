@@ -1,4 +1,10 @@
-"""Locks between processes that the system releases when their holder dies, however it dies."""
+"""Locks between processes that the system releases when their holder dies, however it dies.
+
+Not the filelock package: with its versions before 4 (measured with 3.16), which ComfyUI allows, a
+child that the holder forked keeps the lock after the holder's death, and a link in the lock's place
+makes a file elsewhere. Version 4.3 does neither, but takes and releases a lock in 1.6 ms instead of
+0.07 ms, and a list of jobs does so for every running one.
+"""
 
 from __future__ import annotations
 

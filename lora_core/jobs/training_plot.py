@@ -9,19 +9,14 @@ from typing import Any
 import numpy as np
 
 from ..drawing.style import (
-    BACKGROUND,
     BLUE,
     DIM,
-    DPI,
-    FOREGROUND,
-    LARGE,
     ORANGE,
-    PANEL,
-    SIZE_PX,
-    SMALL,
     YELLOW,
     add_note,
+    build_panels,
     draw_message,
+    label_axes,
     render,
     shorten_name,
     show_legend,
@@ -47,21 +42,14 @@ def draw_training(name: str, metrics: Sequence[Mapping[str, Any]], num_steps: in
     """
     if not metrics:
         return draw_message("No step was taken yet: the loss will stand here.")
-    from matplotlib.figure import Figure
-
-    width, height = SIZE_PX
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
-    figure.set_layout_engine("constrained")
-    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     last = metrics[-1]
     title = f"{shorten_name(name)}: step {last['step']} of {num_steps}"
-    above.set_title(title, color=FOREGROUND, fontsize=LARGE, pad=14)
+    figure, (above, below) = build_panels(title, sharex=True, height_ratios=(3, 2))
     draw_loss(above, metrics)
     draw_sizes(below, metrics)
     below.set_xlim(0, max(num_steps, last["step"]))
-    below.set_xlabel("step", color=FOREGROUND, fontsize=SMALL)
+    label_axes(below, x="step")
     for axes in (above, below):
-        axes.set_facecolor(PANEL)
         style_ticks(axes)
     add_note(figure, describe(metrics))
     return render(figure)
@@ -72,7 +60,7 @@ def draw_loss(axes: Any, metrics: Sequence[Mapping[str, Any]]) -> None:
     axes.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=1, label="loss")
     steps, smoothed = average_groups(metrics, lambda line: line["smoothed_loss"])
     axes.plot(steps, smoothed, color=ORANGE, linewidth=3, label="smoothed")
-    axes.set_ylabel("loss", color=FOREGROUND, fontsize=SMALL)
+    label_axes(axes, y="loss")
     axes.set_ylim(0, 1.05 * max(np.quantile(losses, SHOWN_QUANTILE), *smoothed))
     saved = [line["step"] for line in metrics if line.get("adapters")]
     for step in saved:

@@ -15,7 +15,8 @@ from ..errors import FileError, KeyFormatError, LoraError
 from ..formats.architectures import detect_architecture
 from ..formats.files import read_adapter
 from ..formats.reading import parse_keys
-from .metadata import OWN_CONFIG, clean, find_title, find_trigger_words
+from ..formats.schemes import CONFIG_KEY
+from .metadata import clean, find_title, find_trigger_words
 
 QWEN_IMAGE = "Qwen-Image"
 NOT_OPENED = (
@@ -114,7 +115,7 @@ def describe_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {
         "title": find_title(metadata),
         "trigger_words": find_trigger_words(metadata),
-        "is_ours": OWN_CONFIG in metadata,
+        "is_ours": CONFIG_KEY in metadata,
     }
 
 

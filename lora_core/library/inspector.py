@@ -29,16 +29,9 @@ from ..disk.writing import explain
 from ..errors import FileError, LoraError
 from ..formats.files import read_adapter
 from ..inspection.inspection import inspect_adapter
+from ..subprocesses import hide_window, run_module
 from .health import UNEXPECTED, Health, judge_health
 
-#: The folder that holds `lora_core`.
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]
-#: `python -m` also for a Python that looks for modules neither in the working directory nor in
-#: PYTHONPATH, as the one of ComfyUI's portable build for Windows.
-BOOT = (
-    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
-    "runpy.run_module('lora_core.library.inspector', run_name='__main__', alter_sys=True)"
-)
 NICENESS = 10
 #: One core, and no GPU: not even its context, which takes hundreds of megabytes.
 ENVIRONMENT = {
@@ -105,20 +98,16 @@ class Inspector:
 
     def _start(self) -> subprocess.Popen[str]:
         if self._process is None:
-            no_user_site = ["-s"] if sys.flags.no_user_site else []
-            quiet: dict[str, Any] = {}
-            if os.name == "nt":
-                flags = subprocess.BELOW_NORMAL_PRIORITY_CLASS | subprocess.CREATE_NO_WINDOW
-                quiet = {"creationflags": flags}
+            priority = subprocess.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 0
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, *no_user_site, "-c", BOOT, str(PACKAGE_ROOT)],
+                    run_module("lora_core.library.inspector"),
                     env={**os.environ, **ENVIRONMENT},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
                     encoding="utf-8",
-                    **quiet,
+                    **hide_window(priority),
                 )
             except OSError as e:
                 raise FileError(f"no process can be started: {explain(e)}") from None

@@ -14,9 +14,6 @@ from ..disk.json_reader import parse_json
 from ..errors import FileError
 from ..formats.peft_config import read_number
 
-#: The training configuration that our own trainer writes.
-OWN_CONFIG = "qwen_edit_lora.config"
-
 TITLE_FIELDS = ("modelspec.title", "ss_output_name", "name")
 TRIGGER_FIELDS = (
     "modelspec.trigger_phrase",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from ..disk.writing import explain
 from ..errors import FileError
-from ..text import shorten
+from ..text import build_natural_key, shorten
 from .images import SUFFIXES
 from .pair import CAPTION_SUFFIXES, IsAllowed, Level, Problem, check_allowed, list_some
 
@@ -41,9 +40,8 @@ def fold(name: str) -> str:
 
 
 def sort_naturally(name: str) -> list:
-    """Key under which `a_2` comes before `a_10`."""
-    parts = re.split(r"(\d+)", fold(name))
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+    """Key under which `a_2` comes before `a_10`, in any case."""
+    return build_natural_key(fold(name))
 
 
 @dataclass

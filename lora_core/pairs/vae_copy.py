@@ -20,10 +20,9 @@ from ..disk.safetensors_file import AnyTensor, SafetensorsFile
 from ..disk.writing import explain, write_then_rename
 from ..errors import ConfigError, FileError, LoraError
 from ..training.data.dataset import INDEX_FILE, MAX_INDEX_BYTES
-from ..training.data.latents import NUM_CHANNELS
+from ..training.data.latents import DECODER_KEYS, NUM_CHANNELS
 
 VAES_FOLDER = "vaes"
-PARTS = ("decoder.", "conv2.")
 #: Key -> (axis, size): distinguishes Qwen-Image's and Wan 2.1's VAE from others of 16 channels.
 MARKS = {
     "decoder.conv1.weight": (1, NUM_CHANNELS),
@@ -48,7 +47,7 @@ def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tens
     path = get_path(store, identity)
     if is_readable(path):
         return path
-    tensors = {key: tensor.detach() for key, tensor in weights if key.startswith(PARTS)}
+    tensors = {key: tensor.detach() for key, tensor in weights if key.startswith(DECODER_KEYS)}
     if find_fault(tensors) is not None:
         raise ConfigError("it is no VAE of Qwen-Image or Wan 2.1")
     for tensor in tensors.values():

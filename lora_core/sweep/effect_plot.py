@@ -8,19 +8,14 @@ from typing import Any
 import numpy as np
 
 from ..drawing.style import (
-    BACKGROUND,
     BLUE,
     DIM,
-    DPI,
-    FOREGROUND,
-    LARGE,
     ORANGE,
-    PANEL,
-    SIZE_PX,
-    SMALL,
     VERMILION,
     YELLOW,
     add_note,
+    build_panels,
+    label_axes,
     render,
     shorten_name,
     show_legend,
@@ -34,19 +29,10 @@ MAX_BLOCK_CURVES = 6
 
 def draw_effect(effect: Effect) -> np.ndarray:
     """uint8 (height, width, 3)."""
-    from matplotlib.figure import Figure
-
-    width, height = SIZE_PX
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
-    figure.set_layout_engine("constrained")
-    above, below = figure.subplots(2)
-    title = f"{shorten_name(effect.name)}: change of the output"
-    above.set_title(title, color=FOREGROUND, fontsize=LARGE, pad=14)
+    figure, (above, below) = build_panels(f"{shorten_name(effect.name)}: change of the output")
     draw_outputs(above, effect)
     draw_blocks(below, effect)
     for axes in (above, below):
-        axes.set_facecolor(PANEL)
-        axes.set_ylabel("change, %", color=FOREGROUND, fontsize=SMALL)
         axes.set_ylim(bottom=0)
         style_ticks(axes)
     add_note(figure, effect.judge())
@@ -66,7 +52,7 @@ def draw_outputs(axes: Any, effect: Effect) -> None:
         label = "NaN" if number == 0 else None
         axes.axvline(strength, color=VERMILION, linewidth=3, label=label)
     axes.axvline(0, color=DIM, linewidth=1)
-    axes.set_xlabel("strength", color=FOREGROUND, fontsize=SMALL)
+    label_axes(axes, "strength", "change, %")
     show_legend_beside(axes)
 
 
@@ -83,7 +69,7 @@ def draw_blocks(axes: Any, effect: Effect) -> None:
         values = [100 * value for value in e.blocks]
         label = f"strength {e.strength:g}"
         axes.plot(values, style, color=colour, linewidth=3, label=label)
-    axes.set_xlabel("block: image tokens after it", color=FOREGROUND, fontsize=SMALL)
+    label_axes(axes, "block: image tokens after it", "change, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
     if shown:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from itertools import zip_longest
 
 from ..disk.safetensors_file import is_safetensors, shorten
 from ..errors import FileError
+from ..text import build_natural_key
 
 
 def find_loras(patterns: str, names: Sequence[str]) -> list[str]:
@@ -40,6 +39,5 @@ def matches(name: str, pattern: str) -> bool:
     return pattern in (name, stem) or fnmatchcase(name, pattern) or fnmatchcase(stem, pattern)
 
 
-def build_sort_key(name: str) -> list[tuple[str, int]]:
-    parts = re.split(r"([0-9]+)", name.replace("\\", "/").casefold())
-    return [(text, int(number or 0)) for text, number in zip_longest(parts[::2], parts[1::2])]
+def build_sort_key(name: str) -> list[tuple[int, int, str]]:
+    return build_natural_key(name.replace("\\", "/").casefold())

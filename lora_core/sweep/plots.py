@@ -8,20 +8,16 @@ import numpy as np
 
 from ..drawing.contact_sheet import Row, Tile, draw_sheet
 from ..drawing.style import (
-    BACKGROUND,
     BLUE,
     DIM,
-    DPI,
     FOREGROUND,
-    LARGE,
     ORANGE,
-    PANEL,
-    SIZE_PX,
-    SMALL,
     VERMILION,
     YELLOW,
     add_note,
+    build_panels,
     draw_message,
+    label_axes,
     render,
     shorten_name,
     show_legend,
@@ -142,8 +138,6 @@ def choose_factor(sweep: SweepMeasures, verdict: SweepVerdict) -> int:
 
 def draw_curve(verdict: SweepVerdict) -> np.ndarray:
     """Change and structure over the strength: means over the seeds and their spread."""
-    from matplotlib.figure import Figure
-
     adapters = {
         name: adapter
         for name, adapter in verdict.adapters.items()
@@ -151,11 +145,8 @@ def draw_curve(verdict: SweepVerdict) -> np.ndarray:
     }
     if not adapters:
         return draw_message("change over strength\n\nno picture can be compared with strength 0")
-    width, height = SIZE_PX
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
-    figure.set_layout_engine("constrained", rect=(0.01, 0.01, 0.97, 0.98))
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-    upper.set_title("change from strength 0", color=FOREGROUND, fontsize=LARGE, pad=14)
+    layout = {"sharex": True, "height_ratios": (3, 2)}
+    figure, (upper, lower) = build_panels("change from strength 0", **layout)
     for number, (name, adapter) in enumerate(adapters.items()):
         colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
         style = CURVE_STYLES[number % len(CURVE_STYLES)]
@@ -167,12 +158,10 @@ def draw_curve(verdict: SweepVerdict) -> np.ndarray:
     mark_collapses(upper, lower, list(adapters.values()))
     upper.axhline(VISIBLE_RMS / STEP, color=DIM, linestyle=":", linewidth=2.5, label="visible")
     upper.set_ylim(bottom=0)
-    upper.set_ylabel("RMS of 255", color=FOREGROUND, fontsize=SMALL)
-    lower.set_ylabel("SSIM", color=FOREGROUND, fontsize=SMALL)
-    lower.set_xlabel("strength", color=FOREGROUND, fontsize=SMALL)
+    label_axes(upper, y="RMS of 255")
+    label_axes(lower, "strength", "SSIM")
     lower.set_ylim(min(0.0, lower.get_ylim()[0]), 1.03)
     for axes in (upper, lower):
-        axes.set_facecolor(PANEL)
         axes.margins(x=0.03)
         style_ticks(axes)
     seeds = max(point.num_seeds for a in adapters.values() for point in a.curve)

@@ -11,7 +11,7 @@ from ...lora_core.errors import ConfigError
 from ...lora_core.jobs.curves import MetricsReader, build_curves, build_health
 from ...lora_core.jobs.job import Job
 from ...lora_core.text import shorten
-from ...lora_core.training.config.config_files import PATHS, config_to_dict
+from ...lora_core.training.config.config_files import PATHS, config_to_dict, flatten
 from ...lora_core.training.run.adapter_files import strip_paths
 from . import job_host
 
@@ -66,17 +66,6 @@ def describe_settings(job: Job) -> dict[str, Any]:
         "niceness": settings["niceness"],
         "prompts": job_host.get_policy(job),
     }
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"lora": {"rank": 8}} -> {"lora.rank": 8}."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def parse_number(query: Mapping[str, str], name: str) -> int:

@@ -83,14 +83,15 @@ def apply_preset(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
-    merged: dict[str, Any] = {
-        table: dict(values) for table, values in copy.deepcopy(dict(PRESETS[name].settings)).items()
-    }
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
-            merged[key] = {**merged[key], **value}
-        else:
-            merged[key] = value
+    return merge_tables(copy.deepcopy(dict(PRESETS[name].settings)), settings)
+
+
+def merge_tables(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the changes on top, setting by setting inside a table."""
+    merged = dict(values)
+    for key, value in changes.items():
+        is_table = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = {**merged[key], **value} if is_table else value
     return merged
 
 

@@ -10,6 +10,8 @@ import torch
 
 NUM_CHANNELS = 16
 PIXELS_PER_LATENT = 8
+#: What decoding takes of a VAE's file: ComfyUI's names and diffusers'.
+DECODER_KEYS = ("decoder.", "conv2.", "post_quant_conv.")
 
 _MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),

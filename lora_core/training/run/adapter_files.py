@@ -15,6 +15,7 @@ from ...adapter.adapter import Adapter
 from ...errors import FileError
 from ...formats.architectures import ARCHITECTURES
 from ...formats.files import write_adapter
+from ...formats.schemes import CONFIG_KEY
 from ...text import shorten
 from ..config.config import TrainConfig
 from ..config.config_files import config_to_dict
@@ -25,7 +26,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ADAPTERS = "adapters"
 EMA_SUFFIX = "_ema"
 #: In an adapter's metadata: everything that its run was asked for, as JSON without paths.
-CONFIG_KEY = "qwen_edit_lora.config"
 
 
 def build_run_metadata(

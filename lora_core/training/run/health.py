@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from ...algebra.factors import Factors, compute_singular_values
+from ...algebra.factors import Factors, compute_effective_rank, compute_singular_values
 from ...injection.inject import Injection
 
 #: Modules measured each time, in rotation.
@@ -37,8 +37,7 @@ def measure_health(injection: Injection, turn: int) -> dict[str, float]:
         values = compute_singular_values(factors)
         stds.append(values.norm().item() / math.sqrt(math.prod(factors.shape)))
         spectrals.append(values.max().item())
-        shares = values[values > 0] / values.sum()
-        ranks.append(math.exp(-(shares * shares.log()).sum().item()) if len(shares) else 0.0)
+        ranks.append(compute_effective_rank(values))
     return {
         "std": sorted(stds)[count // 2],
         "spectral": max(spectrals),

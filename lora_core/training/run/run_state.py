@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...disk.content_samples import sample_contents
 from ...errors import ConfigError
-from ..config.config_files import config_to_dict
+from ..config.config_files import config_to_dict, flatten
 from ..optimizer.optimization import flatten_state, load_state, unflatten_state
 from .checkpoint import Checkpoint, Tensors
 from .random_state import collect_random_state, restore_random_state
@@ -112,7 +112,7 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
             yield f"{what} has other contents than when the checkpoint was made, from now on"
     if None not in (now["variant"], then.get("variant")) and now["variant"] != then["variant"]:
         yield f"the variant was {then['variant']} and is {now['variant']} from now on"
-    old, new = (dict(flatten(values["config"])) for values in (then, now))
+    old, new = (flatten(values["config"]) for values in (then, now))
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if name == "model.source":  # a file may move, but must not be replaced unnoticed
@@ -132,11 +132,3 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 
 def matches(name: str, settings: tuple[str, ...]) -> bool:
     return any(name == setting or name.startswith(f"{setting}.") for setting in settings)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

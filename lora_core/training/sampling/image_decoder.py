@@ -9,7 +9,7 @@ import torch
 from ...disk.safetensors_file import SafetensorsFile
 from ...errors import FileError
 from ...text import shorten
-from ..data.latents import NUM_CHANNELS, denormalize
+from ..data.latents import DECODER_KEYS, NUM_CHANNELS, denormalize
 from ..model.libraries import import_from_diffusers
 
 #: Sides of a tile and of what it adds to its neighbour, in pixels; 64 are blended into each other.
@@ -41,10 +41,6 @@ class ImageDecoder:
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
 
-#: What decoding takes of a VAE's file: ComfyUI's names and diffusers'.
-PARTS = ("decoder.", "conv2.", "post_quant_conv.")
-
-
 def load_decoder(
     path: str | Path,
     device: torch.device | str = "cpu",
@@ -74,7 +70,9 @@ def load_decoder(
         return ImageDecoder(vae.to(device, dtype))
     file = SafetensorsFile(path, "a VAE")
     tensors = {
-        key: tensor.load().clone() for key, tensor in file.tensors.items() if key.startswith(PARTS)
+        key: tensor.load().clone()
+        for key, tensor in file.tensors.items()
+        if key.startswith(DECODER_KEYS)
     }
     file.release()
     try:

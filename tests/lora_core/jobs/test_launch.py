@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_edit_lora.lora_core import ConfigError
+from qwen_edit_lora.lora_core import ConfigError, subprocesses
 from qwen_edit_lora.lora_core.jobs import estimate_process, launch, nccl, team
 from qwen_edit_lora.lora_core.jobs.devices import Device
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
@@ -42,7 +42,8 @@ def popen(monkeypatch):
 
 
 def pretend_windows(monkeypatch):
-    monkeypatch.setattr(launch, "os", SimpleNamespace(name="nt", environ={}))
+    for module in (launch, subprocesses):
+        monkeypatch.setattr(module, "os", SimpleNamespace(name="nt", environ={}))
     monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
     monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
 
@@ -55,7 +56,7 @@ def test_no_process_opens_a_window_or_sees_the_users_own_packages(
     popen, material, tmp_path, monkeypatch
 ):
     pretend_windows(monkeypatch)
-    monkeypatch.setattr(launch.sys, "flags", SimpleNamespace(no_user_site=1))
+    monkeypatch.setattr(subprocesses.sys, "flags", SimpleNamespace(no_user_site=1))
     with pytest.raises(Started):
         launch.start_worker(tmp_path, JobFolder(tmp_path), [GPU])
     assert popen["creationflags"] == 0x08000200

@@ -51,26 +51,6 @@ def test_the_average_of_low_precision_weights_is_float32():
     assert ema.averages["p"].item() == pytest.approx(1 + 0.0078125 * (1 - 0.999**100), abs=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swapping_gives_the_average_inside_and_the_same_bits_after(dtype):
-    parameters = make_parameters(dtype)
-    ema = Ema(parameters.items(), 0.9)
-    move(parameters, 1)
-    ema.update()
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-
-    def sample():
-        with ema.swapped():
-            for name, p in parameters.items():
-                assert torch.equal(p, ema.averages[name].to(dtype))
-                assert not torch.equal(p, before[name])
-            raise RuntimeError("sampling failed")
-
-    with pytest.raises(RuntimeError, match="sampling failed"):
-        sample()
-    assert all(torch.equal(p, before[name]) for name, p in parameters.items())
-
-
 def test_a_resumed_average_is_bit_identical():
     first_parameters, second_parameters = make_parameters(), make_parameters()
     first = Ema(first_parameters.items(), 0.9)

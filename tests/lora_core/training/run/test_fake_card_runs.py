@@ -185,8 +185,6 @@ def test_gradients_are_measured_clipped_and_averaged_on_a_card():
         ema = Ema(((str(i), p) for i, p in enumerate(parameters)), 0.9)
         with card.never_waiting():
             ema.update()
-            with ema.swapped():
-                ema.update()
         ema.load_state_dict({name: value.cpu() for name, value in ema.state_dict().items()})
         ema.update()
         assert {average.device for average in ema.averages.values()} == {CUDA}
