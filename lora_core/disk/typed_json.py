@@ -32,7 +32,7 @@ def read_typed(path: str | os.PathLike[str], kind: type[T], max_bytes: int = MAX
         FileError: it cannot be opened, is no regular file, is larger than `max_bytes`, or holds no
             JSON of exactly these fields: a text is no number, and a float is finite.
     """
-    data = read_bytes(path, max_bytes).removeprefix(codecs.BOM_UTF8)
+    data = read_bytes(path, max_bytes)
     try:
         return parse_typed(data, kind)
     except ValueError as e:
@@ -51,7 +51,7 @@ def parse_typed(data: bytes, kind: type[T], allows_more: bool = False) -> T:
     from pydantic import ValidationError
 
     try:
-        return get_reader(kind, allows_more).validate_json(data)
+        return get_reader(kind, allows_more).validate_json(data.removeprefix(codecs.BOM_UTF8))
     except ValidationError as e:
         fault = e.errors(include_url=False, include_context=False)[0]
         place, value = ".".join(map(str, fault["loc"])), fault["input"]

@@ -17,29 +17,32 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval, Predicate
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...disk.content_samples import sample_contents
-from ...disk.json_reader import read_object
+from ...disk.json_reader import parse_object
+from ...disk.regular_files import read_bytes
 from ...disk.safetensors_file import AnyTensor, SafetensorsFile
+from ...disk.typed_json import parse_typed
 from ...disk.writing import explain, write_then_rename
 from ...errors import ConfigError, FileError, MissingFileError, ShapeError
 from ...text import shorten
 from .item_checks import (
     KEY,
+    MAX_SIDE,
     MAX_TEXT_TOKENS,
     MAX_TEXT_WIDTH,
     count_references,
     find_fault,
     find_text_fault,
-    is_count,
     is_mask,
-    is_size,
 )
 from .latents import NUM_CHANNELS, count_target_tokens
 
@@ -51,19 +54,21 @@ CACHED_ITEM = "a cached item"
 #: Of an index: a million items.
 MAX_INDEX_BYTES = 512 << 20
 
-Size = tuple[int, int]
+#: Latent pixels.
+Side = Annotated[int, Interval(ge=1, le=MAX_SIDE)]
+Size = tuple[Side, Side]
 
 
 @dataclass(frozen=True)
 class ItemInfo:
     """One line of the index: all that batches are made from."""
 
-    key: str
+    key: Annotated[str, Predicate(KEY.fullmatch)]
     """File name without `.safetensors`; letters, digits, `.`, `_` and `-`."""
     target: Size
     """(H, W) in latent pixels."""
     references: tuple[Size, ...]
-    num_text_tokens: int
+    num_text_tokens: Annotated[int, Interval(ge=1, le=MAX_TEXT_TOKENS)]
     caption: str = ""
     has_mask: bool = False
     has_empty_text: bool = False
@@ -77,6 +82,18 @@ class ItemInfo:
     def num_tokens(self) -> int:
         """Tokens of the joint sequence: target, references and text."""
         return sum(count_target_tokens(*size) for size in self.bucket) + self.num_text_tokens
+
+
+@dataclass(frozen=True)
+class IndexContent:
+    """What `DatasetWriter.finish` writes."""
+
+    version: Annotated[int, Interval(ge=VERSION, le=VERSION)]
+    text_width: Annotated[int, Interval(ge=1, le=MAX_TEXT_WIDTH)]
+    has_empty_text: bool
+    metadata: dict[str, Any]
+    items: tuple[ItemInfo, ...]
+    latents: str = "raw"
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +198,10 @@ class DatasetWriter:
             "items": [vars(info) for info in self._items.values()],
         }
         path = self.folder / INDEX_FILE
-        text = json.dumps(index, indent=1)
+        # Half a surrogate pair in a caption is no character: "?" takes its place.
+        data = json.dumps(index, indent=1, ensure_ascii=False).encode(errors="replace")
         try:
-            write_then_rename(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            write_then_rename(path, lambda temporary: temporary.write_bytes(data))
         except OSError as e:
             raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
         return self.folder
@@ -339,7 +357,7 @@ def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
     folder = Path(folder)
     path = folder / INDEX_FILE
     try:
-        index = read_object(path, MAX_INDEX_BYTES)
+        index = parse_index(read_bytes(path, MAX_INDEX_BYTES), folder.name)
     except MissingFileError:
         raise FileError(
             f"{shorten(folder.name)} is no cached training set: it holds no {INDEX_FILE}. Make one "
@@ -347,26 +365,31 @@ def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
         ) from None
     except FileError as e:
         raise FileError(f"{e} Make the training set again.") from None
-    version = index.get("version")
-    if version != VERSION:
-        raise FileError(
-            f"{shorten(folder.name)} was cached by another version of this package (format "
-            f"{shorten(str(version), 20)}, this is {VERSION}); make the training set again."
-        )
-    lines, width = index.get("items"), index.get("text_width")
-    has_empty_text, metadata = index.get("has_empty_text"), index.get("metadata")
-    if not (isinstance(lines, list) and isinstance(metadata, dict)):
-        raise FileError(refuse_index("it has no list of items, or no metadata"))
-    if not (is_count(width, MAX_TEXT_WIDTH) and isinstance(has_empty_text, bool)):
-        raise FileError(refuse_index("its text_width or has_empty_text is of another kind"))
-    items = tuple(build_info(line, number) for number, line in enumerate(lines))
-    dataset = CachedDataset(folder, items, width, has_empty_text, metadata)
+    dataset = CachedDataset(
+        folder, index.items, index.text_width, index.has_empty_text, index.metadata
+    )
     check_files(dataset)
     return dataset
 
 
-def refuse_index(what: str) -> str:
-    return f"{INDEX_FILE} is damaged ({what}); make the training set again."
+def parse_index(data: bytes, name: str) -> IndexContent:
+    """
+    Args:
+        name: of the training set.
+
+    Raises:
+        FileError: no JSON, of another version, or not what `DatasetWriter` writes.
+    """
+    try:
+        return parse_typed(data, IndexContent)
+    except ValueError as e:
+        version = parse_object(data, INDEX_FILE).get("version")
+        if version == VERSION:
+            raise FileError(f"{INDEX_FILE} is damaged ({e}).") from None
+    raise FileError(
+        f"{shorten(name)} was cached by another version of this package (format "
+        f"{shorten(str(version), 20)}, this is {VERSION})."
+    )
 
 
 def check_files(dataset: CachedDataset) -> None:
@@ -382,36 +405,6 @@ def check_files(dataset: CachedDataset) -> None:
             f"{INDEX_FILE} names, such as {shorten((lacking or ['any'])[0])}; make the training "
             "set again."
         )
-
-
-def build_info(line: object, number: int) -> ItemInfo:
-    """A line of the index, untrusted; JSON has no tuples.
-
-    Raises:
-        FileError: not what `DatasetWriter` writes.
-    """
-    if not isinstance(line, dict) or not (REQUIRED <= line.keys() <= FIELDS):
-        raise FileError(refuse_index(f"item {number} has other entries than an item"))
-    target, references = line["target"], line["references"]
-    faults = {
-        "key": not (isinstance(line["key"], str) and KEY.fullmatch(line["key"])),
-        "target": not is_size(target),
-        "references": not (isinstance(references, list) and all(map(is_size, references))),
-        "num_text_tokens": not is_count(line["num_text_tokens"], MAX_TEXT_TOKENS),
-        "caption": not isinstance(line.get("caption", ""), str),
-        "has_mask": not isinstance(line.get("has_mask", False), bool),
-        "has_empty_text": not isinstance(line.get("has_empty_text", False), bool),
-    }
-    for name, is_wrong in faults.items():
-        if is_wrong:
-            what = f"the {name} of item {number} is {shorten(repr(line.get(name)))}"
-            raise FileError(refuse_index(what))
-    references = tuple(map(tuple, references))
-    return ItemInfo(**{**line, "target": tuple(target), "references": references})
-
-
-FIELDS = {field.name for field in fields(ItemInfo)}
-REQUIRED = {field.name for field in fields(ItemInfo) if field.default is MISSING}
 
 
 def get_size(latents: AnyTensor) -> Size:

@@ -22,14 +22,6 @@ KEY = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,200}")
 MAX_SIDE = MAX_TEXT_TOKENS = MAX_TEXT_WIDTH = 1 << 16
 
 
-def is_count(value: object, highest: int) -> bool:
-    return type(value) is int and 0 < value <= highest
-
-
-def is_size(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(is_count(s, MAX_SIDE) for s in value)
-
-
 def count_references(names: Iterable[str]) -> int:
     return sum(name.startswith("reference_") for name in names)
 
