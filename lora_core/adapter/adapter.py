@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -38,9 +38,6 @@ class Adapter:
     @property
     def kinds(self) -> frozenset[str]:
         return frozenset(weights.kind for weights in self.modules.values())
-
-    def with_modules(self, modules: Mapping[str, ModuleWeights]) -> Adapter:
-        return replace(self, modules=dict(modules))
 
     def release(self) -> None:
         """Releases the mapping of the file; it is mapped again when needed."""

@@ -339,6 +339,10 @@ def test_a_file_that_vanishes_while_it_is_inspected_leaves_the_list(
     events = []
     adapters = open_library(notify=events.append)
     assert examine(adapters) == {}
+    deadline = time.monotonic() + WAIT
+    while not any(event["gone"] for event in events):  # sent after the thread has finished
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert events[-1]["gone"] == [build_id("a.safetensors")]
 
 

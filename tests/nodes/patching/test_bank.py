@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_some_of_the_three_may_have_no_lora(paths, build_bank, count_products):
 def test_another_kind_on_one_of_the_three_does_not_disturb_the_others(build_bank):
     mixed = build_adapter(QKV)
     loha = LohaWeights(*(draw(WIDTH, 2), draw(2, WIDTH, seed=1)) * 2)
-    mixed = mixed.with_modules({**mixed.modules, QKV[1]: loha})
+    mixed = replace(mixed, modules={**mixed.modules, QKV[1]: loha})
     bank = build_bank(mixed, build_adapter(QKV[:2], seed=20, rank=3))
     x = draw(5, WIDTH)
     other = build_adapter(QKV[:2], seed=20, rank=3)

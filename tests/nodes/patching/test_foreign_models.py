@@ -9,6 +9,7 @@ gguf package.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -230,7 +231,7 @@ def test_what_needs_weights_is_refused_with_a_message(nunchaku, sample, ours, co
         apply(ours, nunchaku, lora, mode="merge")
     with pytest.raises(TargetError, match=r"DoRA depends on the base weight"):
         apply(ours, nunchaku, dora)
-    both = lora.with_modules({**lora.modules, **dora.modules})
+    both = replace(lora, modules={**lora.modules, **dora.modules})
     applied = apply(ours, nunchaku, both)
     assert applied.warnings[0].startswith("1 of 16 modules were left out: DoRA depends")
     from comfy_api.torch_helpers import set_torch_compile_wrapper

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -240,7 +241,7 @@ def test_comfyui_loads_and_accounts_for_the_bank(
 
 
 def select(adapter, keep):
-    return adapter.with_modules({p: w for p, w in adapter.modules.items() if keep(p)})
+    return replace(adapter, modules={p: w for p, w in adapter.modules.items() if keep(p)})
 
 
 @pytest.mark.parametrize("mode", ["side path", "merge"])

@@ -8,6 +8,7 @@ are on another device than x.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,8 +191,11 @@ def test_a_stream_moves_25_tensors_of_its_size_wherever_the_weights_are(fake_mod
 
 def build_adapter_of_plain_loras() -> Adapter:
     plain = build_adapter("LoRA")
-    return plain.with_modules(
-        {path: LoraWeights(w.lora_A, w.lora_B, w.alpha) for path, w in plain.modules.items()}
+    return replace(
+        plain,
+        modules={
+            path: LoraWeights(w.lora_A, w.lora_B, w.alpha) for path, w in plain.modules.items()
+        },
     )
 
 
