@@ -24,7 +24,7 @@ export class JobView {
       height: CHART_HEIGHT,
       series: [{ name: "smoothed_loss", label: t("chart.loss"), color: "--qel-accent" }],
     });
-    this.image = build("img", { class: "qel-thumbnail", alt: "" });
+    this.image = buildImage({ class: "qel-thumbnail", alt: "" });
     const open = build(
       "button",
       { type: "button", class: "qel-button", onclick: () => showJob(this.id) },

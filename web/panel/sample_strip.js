@@ -1,6 +1,6 @@
 // Sample images: a row per item, with its source and target first, then one image per step.
 
-import { build, KeyedRows, setHidden } from "../elements.js";
+import { build, buildImage, KeyedRows, setHidden } from "../elements.js";
 
 export class SampleStrip {
   constructor({ t, getUrl }) {
@@ -10,7 +10,7 @@ export class SampleStrip {
     this.list = build("div", { class: "qel-samples" });
     this.rows = new KeyedRows(this.list, () => this.buildRow());
     this.none = build("p", { class: "qel-empty" }, t("samples.none"));
-    this.image = build("img", { class: "qel-large" });
+    this.image = buildImage({ class: "qel-large" });
     this.caption = build("figcaption", {});
     this.dialog = build(
       "dialog",
@@ -77,7 +77,7 @@ export class SampleStrip {
 
   buildTile(picture) {
     const text = this.describe(picture);
-    const image = build("img", { src: this.getUrl(picture.name), alt: text, loading: "lazy" });
+    const image = buildImage({ src: this.getUrl(picture.name), alt: text, loading: "lazy" });
     const open = () => this.view(picture.name);
     return {
       element: build(
