@@ -16,7 +16,7 @@ export class JobView {
     const t = createTranslator(app);
     Object.assign(this, { jobs, t, id: null, isRecalled: false });
     Object.assign(this, { shown: null, askedAt: 0, timer: null });
-    this.chip = build("span", { class: "qel-status", role: "status" });
+    this.chip = build("span", { class: "qel-status" });
     this.text = build("span", { class: "qel-note" });
     this.bar = build("span", { class: "qel-progress-fill" });
     this.chart = new CurveChart({

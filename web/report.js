@@ -9,7 +9,7 @@ const NOTHING = readFindings(null);
 export function createReportView(t) {
   const element = document.createElement("div");
   element.className = "qwen-edit-lora-report";
-  element.setAttribute("role", "status");
+  element.setAttribute("role", "group"); // a status would be read out whole after each run
   element.setAttribute("aria-label", t("report.label"));
   element.tabIndex = 0;
   const view = {

@@ -122,7 +122,7 @@ def test_reports_panel_and_list_can_be_read_in_both_palettes(workspace, palettes
     page.wait_for_timeout(500)
     page.locator(".qwen_edit_lora-tab-button").click()
     page.get_by_role("tab", name="LoRAs").click()
-    page.locator(".qel-adapters [role=option]").first.wait_for()
+    page.locator(".qel-adapters .qel-row").first.wait_for()
     unreadable = {}
     for palette in palettes:
         page.evaluate(
@@ -139,7 +139,7 @@ def test_reports_panel_and_list_can_be_read_in_both_palettes(workspace, palettes
             selectors = ".qwen-edit-lora-report, .qel-panel"
             unreadable[palette, vue] = find_unreadable(page, palette, selectors)
             workspace.shoot(f"contrast_{palette}_{'vue' if vue else 'classic'}")
-        page.locator(".qel-adapters [role=option]").first.click()
+        page.locator(".qel-adapters .qel-row").first.click()
         page.wait_for_timeout(300)
         unreadable[palette, "details"] = find_unreadable(page, palette, ".qel-panel")
         workspace.shoot(f"contrast_{palette}_details")
