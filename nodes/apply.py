@@ -39,7 +39,7 @@ class QwenEditLoraApply(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraApply",
-            display_name="Apply Edit LoRA",
+            display_name="Apply Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Applies an adapter to a Qwen-Image-Edit MODEL. By default it runs beside the "

@@ -27,7 +27,7 @@ class QwenEditLoraCompare(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraCompare",
-            display_name="Compare Edit LoRAs",
+            display_name="Compare Qwen Edit LoRAs",
             category=CATEGORY,
             description=(
                 "Says whether two adapters pull in the same direction, how far apart two "

@@ -51,13 +51,14 @@ class QwenEditDataset(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditDataset",
-            display_name="Edit Dataset",
+            display_name="Image Pairs (Training Set)",
             category=CATEGORY,
             description=(
                 "Makes a training set of pairs: a target, one to three references and an "
                 "instruction. Checks every pair first, then encodes each once and keeps it."
             ),
             search_aliases=[
+                "qwen edit lora dataset",
                 "training data",
                 "pairs",
                 "captions",
@@ -160,7 +161,7 @@ class QwenEditDataset(io.ComfyNode):
             ],
             outputs=[
                 DatasetSocket.Output(
-                    "dataset", tooltip="The encoded training set, for Train Edit LoRA."
+                    "dataset", tooltip="The encoded training set, for Train Qwen Edit LoRA."
                 ),
                 report_output(),
                 io.String.Output("table", tooltip="A line per pair: sizes, caption, problems."),

@@ -29,7 +29,7 @@ class QwenEditLoraEffect(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraEffect",
-            display_name="Measure Edit LoRA Effect",
+            display_name="Measure Qwen Edit LoRA Effect",
             category=CATEGORY,
             description=(
                 "Says in seconds how far a LoRA moves the model's output at each strength, and "
@@ -75,7 +75,7 @@ class QwenEditLoraEffect(io.ComfyNode):
                     placeholder="0.8, 0.4",
                     tooltip=(
                         "Noise levels above 0 and up to 1 to ask the model at: high ones lay out "
-                        "the picture, low ones draw details. One call each per strength."
+                        "the image, low ones draw details. One call each per strength."
                     ),
                 ),
                 io.Int.Input(

@@ -33,7 +33,7 @@ class QwenEditLoraInspect(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraInspect",
-            display_name="Inspect Edit LoRA",
+            display_name="Inspect Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Measures what an adapter adds to every module: size, spectrum, effective rank, "

@@ -26,13 +26,13 @@ def find_warnings(adapter: Adapter, key_format: str) -> list[Finding]:
     if key_format == "diffusers" and scaled:
         text = (
             "alpha is in the header, which ComfyUI's own LoraLoader does not read: it would apply "
-            "scale 1; Load Edit LoRA reads it"
+            "scale 1; Load Qwen Edit LoRA reads it"
         )
         found.append(Finding("native_ignores_alpha", WARNING, text, scaled))
     if "DoRA" in adapter.kinds:
         text = (
             "ComfyUI's own LoraLoader gives another result with a DoRA: it drops magnitudes in "
-            "diffusers' keys, and normalises others by the base weight alone; Apply Edit LoRA "
+            "diffusers' keys, and normalises others by the base weight alone; Apply Qwen Edit LoRA "
             "follows PEFT and LyCORIS"
         )
         found.append(Finding("native_differs", WARNING, text))
@@ -44,7 +44,7 @@ class QwenEditLoraSave(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraSave",
-            display_name="Save Edit LoRA",
+            display_name="Save Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Writes an adapter as safetensors in the format you choose: tensors unchanged, "

@@ -94,7 +94,7 @@ def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
 
 
 def report_file(applied: Application, adapter: Adapter) -> None:
-    """Adds the findings from reading the file, as Load Edit LoRA would report them."""
+    """Adds the findings from reading the file, as Load Qwen Edit LoRA would report them."""
     for finding in adapter.report.findings:
         add = applied.note if finding.severity == NOTE else applied.warn
         add(finding.kind, f"{adapter.name}: {finding.text}", finding.count)
@@ -110,7 +110,7 @@ class QwenEditLoraStack(io.ComfyNode):
         ]
         return io.Schema(
             node_id="QwenEditLoraStack",
-            display_name="Stack Edit LoRAs",
+            display_name="Stack Qwen Edit LoRAs",
             category=CATEGORY,
             description=(
                 "Applies any number of LoRA files and adapters at once. Plain LoRAs that meet on "

@@ -42,8 +42,8 @@ NO_IMAGES = (
     "LoRA, or sample its models yourself"
 )
 NO_LATENTS = (
-    "this sweep makes no latents: connect positive, negative and latent_image to Sweep Edit LoRA, "
-    "or sample its models yourself"
+    "this sweep makes no latents: connect positive, negative and latent_image to Sweep Qwen Edit "
+    "LoRA, or sample its models yourself"
 )
 
 
@@ -52,11 +52,11 @@ class QwenEditLoraSweep(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraSweep",
-            display_name="Sweep Edit LoRA",
+            display_name="Sweep Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Renders the same prompt and seed at several strengths of a LoRA, 0 included. "
-                "Every picture is cached by itself, so adding a strength renders only that one."
+                "Every image is cached by itself, so adding a strength renders only that one."
             ),
             search_aliases=["lora sweep", "xy plot", "strength test", "compare checkpoints"],
             is_input_list=True,
@@ -76,7 +76,7 @@ class QwenEditLoraSweep(io.ComfyNode):
                     tooltip=(
                         "A list '0, 0.5, 1, 2', ranges '0:2:0.25' (start:stop:step), both mixed, "
                         "or 'auto, 5 points' to choose them from the LoRA's size. 0 is always "
-                        "added. At most 64 pictures in all."
+                        "added. At most 64 images in all."
                     ),
                 ),
                 io.Int.Input(
@@ -299,8 +299,8 @@ def choose_sampling(links: Mapping[str, host.Link], given: Mapping[str, Any]) ->
     missing = [name for name in needed if name not in found]
     if missing:
         raise ConfigError(
-            f"to sample, Sweep Edit LoRA needs {', '.join(needed)}, and {', '.join(missing)} is "
-            "not connected; connect it, or disconnect all of them to use the models alone"
+            f"to sample, Sweep Qwen Edit LoRA needs {', '.join(needed)}, and {', '.join(missing)} "
+            "is not connected; connect it, or disconnect all of them to use the models alone"
         )
     return Sampling(found, {name: given[name] for name in SETTINGS})
 
@@ -319,8 +319,8 @@ def describe(
     names: list[str],
     note: str,
 ) -> str:
-    pictures = "1 picture" if len(cells) == 1 else f"{len(cells)} pictures"
-    lines = [f"{pictures}: strengths {', '.join(f'{strength:g}' for strength in strengths)}"]
+    images = "1 image" if len(cells) == 1 else f"{len(cells)} images"
+    lines = [f"{images}: strengths {', '.join(f'{strength:g}' for strength in strengths)}"]
     if len(seeds) > 1:
         lines.append(f"seeds: {', '.join(map(str, seeds))}")
     if len(names) > 1:
@@ -337,7 +337,7 @@ class QwenEditLoraSweepCollect(io.ComfyNode):
             node_id="QwenEditLoraSweepCollect",
             display_name="Collect Sweep (internal)",
             category=CATEGORY,
-            description="Part of Sweep Edit LoRA, which adds it by itself. Not for graphs.",
+            description="Part of Sweep Qwen Edit LoRA, which adds it by itself. Not for graphs.",
             is_dev_only=True,
             accept_all_inputs=True,
             has_intermediate_output=True,

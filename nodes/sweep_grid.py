@@ -24,7 +24,7 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraSweepGrid",
-            display_name="Sweep Grid (Edit LoRA)",
+            display_name="Sweep Grid (Qwen Edit LoRA)",
             category=CATEGORY,
             description=(
                 "Lays the images of a sweep out as a labelled contact sheet, measures how far each "
@@ -37,15 +37,17 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "images",
-                    tooltip="The images of Sweep Edit LoRA, or a batch with one image per label.",
+                    tooltip=(
+                        "The images of Sweep Qwen Edit LoRA, or a batch with one image per label."
+                    ),
                 ),
                 io.String.Input(
                     "labels",
                     default="",
                     placeholder="0, 0.5, 1",
                     tooltip=(
-                        "The labels of Sweep Edit LoRA. For images of your own, their strengths, "
-                        "0 among them: '0, 0.5, 1', or one a line."
+                        "The labels of Sweep Qwen Edit LoRA. For images of your own, their "
+                        "strengths, 0 among them: '0, 0.5, 1', or one a line."
                     ),
                 ),
                 io.String.Input(
@@ -153,8 +155,8 @@ def split_labels(labels: list[str]) -> list[str]:
         labels = [line.strip() for line in text.splitlines() if line.strip()]
     if not labels:
         raise ConfigError(
-            "labels is empty; connect the labels of Sweep Edit LoRA, or write the strengths, such "
-            f"as '0, 0.5, 1', for up to {MAX_CELLS} images"
+            "labels is empty; connect the labels of Sweep Qwen Edit LoRA, or write the strengths, "
+            f"such as '0, 0.5, 1', for up to {MAX_CELLS} images"
         )
     return labels
 

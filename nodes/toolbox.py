@@ -44,7 +44,7 @@ class QwenEditLoraResize(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraResize",
-            display_name="Resize Edit LoRA",
+            display_name="Resize Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Lowers the rank of every module to the best approximation of its delta, and says "
@@ -76,7 +76,7 @@ class QwenEditLoraResize(io.ComfyNode):
                 ),
             ],
             outputs=[
-                adapter_output("The smaller adapter; Save Edit LoRA writes it."),
+                adapter_output("The smaller adapter; Save Qwen Edit LoRA writes it."),
                 report_output(),
             ],
         )
@@ -96,7 +96,7 @@ class QwenEditLoraMerge(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraMerge",
-            display_name="Merge Edit LoRAs",
+            display_name="Merge Qwen Edit LoRAs",
             category=CATEGORY,
             description=(
                 "Adds adapters up into one, each at its strength. Without a rank the sum is exact "
@@ -130,7 +130,7 @@ class QwenEditLoraMerge(io.ComfyNode):
                 ),
             ],
             outputs=[
-                adapter_output("The sum as one adapter; Save Edit LoRA writes it."),
+                adapter_output("The sum as one adapter; Save Qwen Edit LoRA writes it."),
                 report_output(),
             ],
         )
@@ -153,7 +153,7 @@ class QwenEditLoraExtract(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraExtract",
-            display_name="Extract Edit LoRA",
+            display_name="Extract Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Makes a LoRA from the difference of a fine-tuned model and the model it came "
@@ -202,7 +202,7 @@ class QwenEditLoraExtract(io.ComfyNode):
                 ),
             ],
             outputs=[
-                adapter_output("The difference as an adapter; Save Edit LoRA writes it."),
+                adapter_output("The difference as an adapter; Save Qwen Edit LoRA writes it."),
                 report_output(),
             ],
         )

@@ -57,7 +57,7 @@ class QwenEditLoraTrain(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraTrain",
-            display_name="Train Edit LoRA",
+            display_name="Train Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Puts a training into the queue of the background worker and returns at once: "
@@ -76,7 +76,7 @@ class QwenEditLoraTrain(io.ComfyNode):
                         "never changed."
                     ),
                 ),
-                DatasetSocket.Input("dataset", tooltip="From Edit Dataset: encoded once, cached."),
+                DatasetSocket.Input("dataset", tooltip="From Image Pairs: encoded once, cached."),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
@@ -87,7 +87,7 @@ class QwenEditLoraTrain(io.ComfyNode):
                     default=1500,
                     min=1,
                     max=1_000_000,
-                    tooltip="Optimizer updates. 50 to 100 for each picture are a usual start.",
+                    tooltip="Optimizer updates. 50 to 100 for each image are a usual start.",
                 ),
                 io.String.Input(
                     "name",
@@ -193,7 +193,7 @@ class QwenEditLoraTrain(io.ComfyNode):
                     findings.append(Finding("too_large", WARNING, sentence))
         if sample_every and vae is None:
             lines.append(
-                "the dataset's VAE was not kept, so that samples come without pictures; run Edit "
+                "the dataset's VAE was not kept, so that samples come without images; run Edit "
                 "Dataset again to keep it"
             )
             findings.append(Finding("samples_without_pictures", NOTE, lines[-1]))
@@ -296,7 +296,7 @@ def list_advanced_inputs() -> list[Any]:
             default=250,
             min=0,
             max=1_000_000,
-            tooltip="Steps between sample pictures of the dataset's first items; 0 makes none.",
+            tooltip="Steps between sample images of the dataset's first items; 0 makes none.",
             **extra,
         ),
         io.Int.Input(

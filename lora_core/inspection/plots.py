@@ -246,7 +246,7 @@ def draw_histogram(inspection: Inspection, module_path: str | None = None) -> np
     axes.set_ylabel("entries per doubling of size", color=FOREGROUND, fontsize=SMALL)
     below = sum(number for edge, number in bins.items() if edge < floor)
     note = f"{len(modules)} modules, {total:,} entries"
-    note += f"; {below / total:.2%} left of the picture" if below else ""
+    note += f"; {below / total:.2%} left of the plot" if below else ""
     add_note(figure, note)
     style_ticks(axes)
     return render(figure)

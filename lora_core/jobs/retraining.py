@@ -68,7 +68,7 @@ def build_again(
     if missing:
         raise ConfigError(
             f"this LoRA cannot be trained again: {'; '.join(missing)}. Put what is missing where "
-            "it was under the same name, or set the training up anew with Train Edit LoRA"
+            "it was under the same name, or set the training up anew with Train Qwen Edit LoRA"
         )
     try:
         return replace(config_from_dict(values), output="again")
@@ -81,7 +81,7 @@ def read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     text = metadata.get(CONFIG_KEY)
     if text is None:
         raise ConfigError(
-            "this LoRA says nothing of how it was trained; only those that Train Edit LoRA or "
+            "this LoRA says nothing of how it was trained; only those that Train Qwen Edit LoRA or "
             "python -m lora_core train made can be trained again"
         )
     try:

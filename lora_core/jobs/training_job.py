@@ -163,9 +163,7 @@ def take_sample(
         return
     with sampling(sampler, reporter):
         seconds = sampler.make(step, stop)
-        reporter.log(
-            f"sampled {len(sampler.indices)} pictures after step {step} in {seconds:.1f} s"
-        )
+        reporter.log(f"sampled {len(sampler.indices)} images after step {step} in {seconds:.1f} s")
 
 
 @contextmanager

@@ -28,13 +28,13 @@ def build_graph_pairs(
     number = len(targets)
     if not references:
         raise ConfigError(
-            "targets are connected but no references; connect the pictures they are made from to "
+            "targets are connected but no references; connect the images they are made from to "
             "reference_1"
         )
     for slot, images in enumerate(references, 1):
         if len(images) not in (1, number):
             raise ConfigError(
-                f"reference_{slot} holds {len(images)} pictures and targets {number}; expected "
+                f"reference_{slot} holds {len(images)} images and targets {number}; expected "
                 "as many, or one for all"
             )
     texts = split_captions(captions, number)
@@ -51,7 +51,7 @@ def build_graph_pairs(
         )
         for i, target in enumerate(targets)
     ]
-    return FoundPairs("pictures from the graph", tuple(pairs))
+    return FoundPairs("images from the graph", tuple(pairs))
 
 
 def split_captions(captions: Sequence[str], number: int) -> list[str | None]:
@@ -65,7 +65,7 @@ def split_captions(captions: Sequence[str], number: int) -> list[str | None]:
         return [None] * number
     if len(texts) not in (1, number):
         raise ConfigError(
-            f"captions holds {len(texts)} lines and targets {number} pictures; expected as many, "
+            f"captions holds {len(texts)} lines and targets {number} images; expected as many, "
             "or one for all"
         )
     return [*texts] * (number if len(texts) == 1 else 1)

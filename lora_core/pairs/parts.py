@@ -110,16 +110,14 @@ class Builder:
         references = part.reference_paths
         if not part.targets:
             names = list_some(references + part.masks, root)
-            raise FileError(
-                f"{names} has no target; add the picture it shall become, or remove it."
-            )
+            raise FileError(f"{names} has no target; add the image it shall become, or remove it.")
         if len(part.targets) > 1:
             names = list_some(part.targets, root, 2).replace(", ", " and ", 1)
             raise FileError(f"{names} are targets of the same name; remove or rename one.")
         name = shorten(describe_path(part.targets[0], root))
         if not references:
             raise FileError(
-                f"{name} has no reference; add the picture it is made from under the same name, "
+                f"{name} has no reference; add the image it is made from under the same name, "
                 "or remove it."
             )
         check_references(name, len(references))
@@ -237,8 +235,7 @@ def report_unused_images(parts: Sequence[Parts], listing: Listing) -> list[Probl
     if not spare:
         return []
     text = (
-        f"pictures that belong to no pair: {len(spare)}, such as "
-        f"{list_some(spare, listing.root, 1)}"
+        f"images that belong to no pair: {len(spare)}, such as {list_some(spare, listing.root, 1)}"
     )
     return [Problem(Level.WARNING, "pictures_unused", text, count=len(spare))]
 

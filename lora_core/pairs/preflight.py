@@ -242,7 +242,7 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
                 Level.WARNING,
                 "same_picture",
                 f"{shorten(pair.target.name)} and its reference {shorten(image.name)} are the "
-                "same picture; this pair teaches to change nothing",
+                "same image; this pair teaches to change nothing",
                 "target = reference",
             )
     target, first = facts.target, facts.references[0]
@@ -259,7 +259,7 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
             Level.WARNING,
             "enlarged",
             f"{shorten(pair.target.name)} is {target.width} x {target.height} px and "
-            f"would be enlarged to {size[0]} x {size[1]}; lower megapixels or use larger pictures",
+            f"would be enlarged to {size[0]} x {size[1]}; lower megapixels or use larger images",
             "small: enlarged",
         )
     found += inspect_caption(pair)
@@ -351,7 +351,7 @@ def inspect_set(checked: Sequence[CheckedPair], name: str) -> list[Problem]:
             Level.STOP,
             "same_picture",
             f"in {len(same)} of {len(checked)} pairs of {shorten(name)} target and reference are "
-            "the same file; expected the edited picture as the target",
+            "the same file; expected the edited image as the target",
         )
     found += find_swaps([one.pair for one in checked], facts)
     for group in group_same_targets(checked):

@@ -84,7 +84,7 @@ def build_cells(
     count = len(seeds) * (1 + len(adapters) * len(active))
     if count > MAX_CELLS:
         raise ConfigError(
-            f"this sweep has {count} pictures ({len(active)} strengths and 0, {len(seeds)} seeds, "
+            f"this sweep has {count} images ({len(active)} strengths and 0, {len(seeds)} seeds, "
             f"{len(adapters)} adapters); expected at most {MAX_CELLS}, so use fewer of them, such "
             "as the strengths '0, 1, 2'"
         )

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .picture_metrics import STEP
+from .image_metrics import STEP
 
 if TYPE_CHECKING:
+    from .image_metrics import Appearance
     from .measures import CellMeasures
-    from .picture_metrics import Appearance
 
 NON_FINITE, BLACK, ONE_COLOUR, BURNT, NOISE = "NaN", "black", "one colour", "burnt colours", "noise"
 

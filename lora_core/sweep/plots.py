@@ -27,8 +27,8 @@ from ..drawing.style import (
     show_legend,
     style_ticks,
 )
+from .image_metrics import STEP
 from .measures import WHOLE, CellMeasures
-from .picture_metrics import STEP
 from .verdict import VISIBLE_RMS, find_main_side, show
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ MAX_FACTOR = 64
 UNCLIPPED = 0.99
 CURVE_COLOURS = (BLUE, ORANGE, YELLOW, "#009e73", "#cc79a7", FOREGROUND)
 CURVE_STYLES = ("-", "--", "-.", (0, (1, 1.5)))  # curves that coincide show both
-MISSING = "no picture"
+MISSING = "no image"
 
 
 def draw_contact_sheet(sweep: SweepMeasures, verdict: SweepVerdict) -> np.ndarray:
@@ -150,7 +150,7 @@ def draw_curve(verdict: SweepVerdict) -> np.ndarray:
         if any(point.rms is not None and point.strength != 0 for point in adapter.curve)
     }
     if not adapters:
-        return draw_message("change over strength\n\nno picture can be compared with strength 0")
+        return draw_message("change over strength\n\nno image can be compared with strength 0")
     width, height = SIZE_PX
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
     figure.set_layout_engine("constrained", rect=(0.01, 0.01, 0.97, 0.98))

@@ -27,7 +27,7 @@ def add_commands(commands) -> None:
     command.add_argument("--log-every", type=int, default=10, metavar="STEPS")
     command.set_defaults(run=run_train)
 
-    command = commands.add_parser("sample", help="pictures with a LoRA, of cached prompts")
+    command = commands.add_parser("sample", help="images with a LoRA, of cached prompts")
     command.add_argument("config", metavar="CONFIG.toml", help="as for train")
     command.add_argument("out", help="the folder to write to")
     command.add_argument("--adapter", metavar="FILE", help="without one: the base model alone")
@@ -160,7 +160,7 @@ def run_sample(options: argparse.Namespace) -> None:
     from .run.checkpoint import make_folder
     from .run.session import choose_device, load_model
     from .sampling.image_decoder import load_decoder
-    from .sampling.pictures import write_image, write_latents
+    from .sampling.images import write_image, write_latents
     from .sampling.sampling import applied, sample
 
     if options.steps < 1:

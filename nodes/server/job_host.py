@@ -349,7 +349,7 @@ def find(job_id: str) -> Job:
         return get(job_id.strip())
     jobs = get_store().list()
     if not jobs:
-        raise UnknownJobError("there is no job yet; queue a Train Edit LoRA first")
+        raise UnknownJobError("there is no job yet; queue a Train Qwen Edit LoRA first")
     return jobs[-1]
 
 

@@ -1,4 +1,4 @@
-"""Inspect Edit LoRA in a running server, and its caches, in this process."""
+"""Inspect Qwen Edit LoRA in a running server, and its caches, in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edit Dataset in the real page: the report, the contact sheet, and an error in one sentence."""
+"""Image Pairs in the real page: the report, the contact sheet, and an error in one sentence."""
 
 from __future__ import annotations
 

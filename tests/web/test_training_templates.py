@@ -94,6 +94,6 @@ def test_one_graph_trains_waits_inspects_and_sweeps(workspace):
     workspace.shoot("07_train_then_sweep")
     assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
     assert "20 modules" in reports["QwenEditLoraInspect"]
-    assert "3 pictures: strengths 0, 0.5, 1" in reports["QwenEditLoraSweep"]
+    assert "3 images: strengths 0, 0.5, 1" in reports["QwenEditLoraSweep"]
     assert "suggested range" in reports["QwenEditLoraSweepGrid"]
     assert workspace.errors == []

@@ -22,7 +22,7 @@ export class JobPage {
     const fail = (text) => this.fail(text);
     this.actions = new JobActions({ jobs, t, fail, open, leave, loadIntoGraph });
     this.charts = new JobCharts(t);
-    this.samples = new SampleStrip({ t, getUrl: (name) => jobs.getPictureUrl(id, name) });
+    this.samples = new SampleStrip({ t, getUrl: (name) => jobs.getImageUrl(id, name) });
     this.log = new LogView({ t, fail, read: (offset) => jobs.readLog(id, offset) });
     this.buildHead();
     this.buildLists(loadIntoGraph);

@@ -67,13 +67,13 @@ export const EN = {
   "action.clone": "Clone …",
   "action.clone.title": "Train again with other settings",
   "action.delete": "Delete …",
-  "action.delete.title": "Delete the training with its checkpoints and pictures",
+  "action.delete.title": "Delete the training with its checkpoints and images",
 
   "dialog.keep": "Back",
   "dialog.close": "Close",
   "delete.title": "Delete this training?",
   "delete.text":
-    "{name}: its checkpoints, log and pictures are deleted, and it cannot be resumed. Files in models/loras stay.",
+    "{name}: its checkpoints, log and images are deleted, and it cannot be resumed. Files in models/loras stay.",
   "delete.withAdapter": "Also delete {files} from models/loras",
   "cancel.title": "Cancel this training?",
   "cancel.text": "{name} is saved after the step under way and ends. It can be resumed later.",
@@ -100,7 +100,7 @@ export const EN = {
   "chart.effective_rank": "ΔW: effective rank",
 
   "samples.title": "Samples",
-  "samples.none": "No picture yet. Train Edit LoRA's sample_every says how often one is made.",
+  "samples.none": "No image yet. Train Qwen Edit LoRA's sample_every says how often one is made.",
   "samples.step": "step {step}",
   "samples.source": "source",
   "samples.target": "target",
@@ -120,7 +120,7 @@ export const EN = {
   "toast.failedMeanwhile": "Failed since you were last here",
   "toast.more": "{names} and {n} more",
   "toast.loaded": "{name} is in the graph",
-  "toast.loadedDetail": "Connect your MODEL to Apply Edit LoRA, and its output to the sampler.",
+  "toast.loadedDetail": "Connect your MODEL to Apply Qwen Edit LoRA, and its output to the sampler.",
 
   "adapters.label": "LoRA files",
   "adapters.search": "Search name, trigger…",
@@ -215,7 +215,7 @@ export const EN = {
   "adapters.known.base_model": "Base model",
   "adapters.known.steps": "Steps",
   "adapters.known.epochs": "Epochs",
-  "adapters.known.images": "Pictures",
+  "adapters.known.images": "Images",
   "adapters.known.learning_rate": "Learning rate",
   "adapters.known.optimizer": "Optimizer",
   "adapters.known.resolution": "Resolution",

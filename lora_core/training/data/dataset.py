@@ -194,7 +194,7 @@ class DatasetWriter:
                 what = name if name == "target" else f"reference_{name}"
                 raise ShapeError(
                     f"{key}: {what} is {tuple(latents.shape)}; expected ({NUM_CHANNELS}, height, "
-                    "width), the VAE's latents of one picture"
+                    "width), the VAE's latents of one image"
                 )
         self._check_text(key, item.text)
         if item.text_empty is not None:

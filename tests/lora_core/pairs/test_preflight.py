@@ -36,7 +36,7 @@ def list_texts(preflight: Preflight, level: Level) -> list[str]:
     return [problem.text for problem in preflight.problems if problem.level == level]
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
 def test_ordinary_images_are_read_as_in_comfyui(tmp_path):
@@ -103,8 +103,8 @@ def test_transparency_becomes_white_whatever_colour_lies_behind_it(mode, tmp_pat
 
 BAD_FILES = {
     "empty": (b"", "is an empty file; expected a PNG"),
-    "text": (b"<html>not found</html>", "is no picture that can be read"),
-    "noise": (bytes(range(256)) * 9, "is no picture that can be read"),
+    "text": (b"<html>not found</html>", "is no image that can be read"),
+    "noise": (bytes(range(256)) * 9, "is no image that can be read"),
 }
 
 
@@ -223,7 +223,7 @@ def test_identical_target_and_reference_are_found_by_bytes_and_by_pixels(tmp_pat
     Image.fromarray(almost).save(folder / "target" / "photo_2.png")
     preflight = check(folder)
     preflight.raise_stops()  # two of five may be intended
-    same = [p.pair for p in preflight.problems if "are the same picture" in p.text]
+    same = [p.pair for p in preflight.problems if "are the same image" in p.text]
     assert same == ["photo_0", "photo_1"]
 
 
@@ -267,7 +267,7 @@ def test_other_proportions_and_small_images_are_warned_about(tmp_path):
 
 SWAPS = {
     "by colour": ("colorize this photo", lambda image: image.convert("L").convert("RGB")),
-    "by detail": ("deblur the picture", lambda image: image.resize((12, 8)).resize((96, 64))),
+    "by detail": ("deblur the image", lambda image: image.resize((12, 8)).resize((96, 64))),
     "by less colour": ("make it black and white", None),
 }
 

@@ -1,4 +1,4 @@
-"""Edit Dataset in a running ComfyUI: from photographs to a cached set ready for training."""
+"""Image Pairs in a running ComfyUI: from photographs to a cached set ready for training."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_images_of_the_graph_make_a_set(server, roots):
         "inverted": node("ImageInvert", image=["batch", 0]),
     }
     report = run(server, graph)
-    assert "layout: pictures from the graph" in report
+    assert "layout: images from the graph" in report
     dataset = read_set(roots, report)
     assert [info.caption for info in dataset.items] == ["first", "second"]
     assert not torch.equal(dataset.load(0).target, dataset.load(1).target)
@@ -208,9 +208,9 @@ def test_bad_input_is_a_clear_error_before_anything_is_encoded(server, roots, tm
     graph = build_graph(folder="datasets/test_pairs")
     assert "the folder 'datasets/test_pairs' does not exist" in fail(server, graph)
     folder.mkdir(parents=True)
-    assert "test_pairs holds no pictures; expected pairs" in fail(server, graph)
+    assert "test_pairs holds no images; expected pairs" in fail(server, graph)
     write_picture(load_photograph(0), folder / "a.png")
-    assert "test_pairs holds one picture" in fail(server, graph)
+    assert "test_pairs holds one image" in fail(server, graph)
     (folder / "a.png").unlink()
     write_pairs(folder, 2)
     write_picture(Image.new("1", (20_000, 64)), folder / "target" / "photo_0.png")
@@ -235,7 +235,7 @@ def test_folders_outside_the_roots_are_refused(server, roots, tmp_path):
     relative = os.path.relpath(outside, roots["base"] / "input")
     for name in (str(outside), relative, f"input/{relative}", "input/test_pairs/link", "a\0b"):
         message = fail(server, build_graph(folder=name))
-        assert "is outside the folders for training pictures" in message, name
+        assert "is outside the folders for training images" in message, name
         assert "expected a folder inside ComfyUI's datasets, input, output" in message
         assert str(roots["base"]) not in message.replace(str(outside), "")
     write_pairs(roots["output"], 1)
@@ -243,7 +243,7 @@ def test_folders_outside_the_roots_are_refused(server, roots, tmp_path):
     message = fail(
         server, build_graph(folder="output/test_pairs", reference_folders=str(outside / "control"))
     )
-    assert "is outside the folders for training pictures" in message
+    assert "is outside the folders for training images" in message
     assert list_items(roots) == {}
 
 
@@ -267,7 +267,7 @@ def test_what_is_left_out_is_reported_on_the_node_and_in_its_json(server, roots)
     entry = server.run_prompt(build_graph(folder="input/test_pairs"), timeout=500)
     shown = entry["outputs"]["set"]
     report = shown["qwen_edit_lora_report"][0]
-    assert "Warning: pictures that belong to no pair: 1, such as garment/photo_0.png" in report
+    assert "Warning: images that belong to no pair: 1, such as garment/photo_0.png" in report
     assert shown["qwen_edit_lora_warning"] == [True]
     (reported,) = shown["qwen_edit_lora_pairs"]
     (finding,) = reported["findings"]
