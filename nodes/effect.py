@@ -97,8 +97,8 @@ class QwenEditLoraEffect(io.ComfyNode):
                 io.String.Output(
                     "strengths",
                     tooltip=(
-                        "Strengths chosen from what was measured, for the strengths of Sweep Edit "
-                        "LoRA: the change grows in equal steps from one to the next."
+                        "Strengths chosen from what was measured, for the strengths of Sweep Qwen "
+                        "Edit LoRA: the change grows in equal steps from one to the next."
                     ),
                 ),
             ],

@@ -17,8 +17,8 @@ def find_warnings(adapter: Adapter, key_format: str) -> list[Finding]:
     """How ComfyUI's own LoraLoader (0.30) will read the file."""
     if key_format == "peft":
         text = (
-            "ComfyUI's own LoraLoader matches none of PEFT's keys and applies nothing; Load Edit "
-            "LoRA reads them"
+            "ComfyUI's own LoraLoader matches none of PEFT's keys and applies nothing; Load Qwen "
+            "Edit LoRA reads them"
         )
         return [Finding("native_loads_nothing", WARNING, text, len(adapter))]
     found = []

@@ -38,8 +38,8 @@ TITLES = {ERROR: "Warning", WARNING: "Warning", NOTE: "Note"}
 IMAGES, LATENTS = 0, 1  # output positions
 
 NO_IMAGES = (
-    "this sweep makes no images: connect positive, negative, latent_image and vae to Sweep Edit "
-    "LoRA, or sample its models yourself"
+    "this sweep makes no images: connect positive, negative, latent_image and vae to Sweep Qwen "
+    "Edit LoRA, or sample its models yourself"
 )
 NO_LATENTS = (
     "this sweep makes no latents: connect positive, negative and latent_image to Sweep Qwen Edit "

@@ -193,8 +193,8 @@ class QwenEditLoraTrain(io.ComfyNode):
                     findings.append(Finding("too_large", WARNING, sentence))
         if sample_every and vae is None:
             lines.append(
-                "the dataset's VAE was not kept, so that samples come without images; run Edit "
-                "Dataset again to keep it"
+                "the dataset's VAE was not kept, so that samples come without images; run Image "
+                "Pairs again to keep it"
             )
             findings.append(Finding("samples_without_pictures", NOTE, lines[-1]))
         job_id = job_host.submit(
