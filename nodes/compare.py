@@ -46,7 +46,7 @@ class QwenEditLoraCompare(io.ComfyNode):
             ],
             outputs=[
                 report_output(),
-                io.String.Output("json", tooltip="Every figure of every module."),
+                io.String.Output("json", tooltip="All statistics of every module."),
                 io.Image.Output(
                     "heat_map", tooltip="The cosine by block (down) and module (across)."
                 ),

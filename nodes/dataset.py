@@ -77,7 +77,7 @@ class QwenEditDataset(io.ComfyNode):
                     tooltip=(
                         "A folder inside ComfyUI's datasets, input or output folder. Read as it "
                         "is: target/ and control/ folders, a_start.png and a_end.png, a "
-                        "metadata.jsonl, ... Empty where targets are connected."
+                        "metadata.jsonl, ... Leave it empty if targets are connected."
                     ),
                 ),
                 io.Combo.Input(
@@ -121,7 +121,7 @@ class QwenEditDataset(io.ComfyNode):
                 io.Image.Input(
                     "targets",
                     optional=True,
-                    tooltip="Instead of a folder: what the edits shall give, a batch or a list.",
+                    tooltip="Instead of a folder: the edited images, as a batch or a list.",
                 ),
                 *(reference_input(slot) for slot in range(1, MAX_REFERENCES + 1)),
                 io.Combo.Input(
@@ -140,8 +140,8 @@ class QwenEditDataset(io.ComfyNode):
                     advanced=True,
                     placeholder="datasets/my_controls",
                     tooltip=(
-                        "Where references lie in folders of their own, with the targets' names: "
-                        "one folder a line, for reference 1, 2 and 3."
+                        "If references are in folders of their own, with the targets' names: one "
+                        "folder per line, for reference 1, 2 and 3."
                     ),
                 ),
                 io.Float.Input(
@@ -247,7 +247,7 @@ def reference_input(slot: int) -> io.Image.Input:
     return io.Image.Input(
         f"reference_{slot}",
         optional=True,
-        tooltip=f"With targets: what they are made from, image{slot} of the prompt's node.",
+        tooltip=f"With targets: the images before the edit, image{slot} of the prompt node.",
     )
 
 
@@ -286,7 +286,7 @@ def collect_pairs(
         return GRAPH_NAME, build_graph_pairs(split_batches(targets), connected, captions)
     if any(references):
         raise ConfigError(
-            "references are connected but no targets; connect what the edits shall give to targets"
+            "references are connected but no targets; connect the edited images to targets"
         )
     if not folder.strip():
         raise ConfigError(
@@ -320,13 +320,13 @@ def encode(
     )
     keys = tuple(info.key for info in read_dataset(cached.folder).items)
     _made.add(cached.folder)
-    done = f"pairs encoded: {cached.num_encoded}, there already: {cached.num_reused}"
+    done = f"pairs encoded: {cached.num_encoded}, already cached: {cached.num_reused}"
     num_items, size_bytes = measure_store(store)
     lines = [
         f"{done}: {cached.folder.name}",
         f"the cache holds {num_items} pairs of all sets, {size_bytes / 1e6:.0f} MB, in "
-        f"{show_store(store)} of the user folder; "
-        "nothing there is ever deleted, so remove what no training needs by hand",
+        f"{show_store(store)} of the user folder; nothing there is deleted automatically: remove "
+        "unused training sets by hand",
     ]
     findings = []
     if problem := encoder.keep_vae(store, str(settings["vae"])):

@@ -74,8 +74,8 @@ class QwenEditLoraEffect(io.ComfyNode):
                     advanced=True,
                     placeholder="0.8, 0.4",
                     tooltip=(
-                        "Noise levels above 0 and up to 1 to ask the model at: high ones lay out "
-                        "the image, low ones draw details. One call each per strength."
+                        "Noise levels above 0 and up to 1 at which to call the model: high ones "
+                        "set the composition, low ones draw details. One call each per strength."
                     ),
                 ),
                 io.Int.Input(
@@ -90,7 +90,7 @@ class QwenEditLoraEffect(io.ComfyNode):
             ],
             outputs=[
                 report_output(),
-                io.String.Output("json", tooltip="Every figure, per strength, sigma and block."),
+                io.String.Output("json", tooltip="All values, per strength, sigma and block."),
                 io.Image.Output(
                     "plot", tooltip="Change of the output over strength, and through the blocks."
                 ),

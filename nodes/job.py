@@ -89,7 +89,9 @@ class QwenEditLoraJob(io.ComfyNode):
                     "samples",
                     tooltip="As one image: each item's references, target, and samples by step.",
                 ),
-                io.String.Output("json", tooltip="The job's state and its last step's figures."),
+                io.String.Output(
+                    "json", tooltip="The job's state and the metrics of its last step."
+                ),
             ],
         )
 
@@ -159,7 +161,7 @@ def describe(job: Job, lacks_vae: bool) -> list[str]:
     if state.failure is not None:
         lines.append(f"failed: {state.failure.sentence}")
         lines += [f"- {sentence}" for sentence in state.failure.advice]
-        lines += ["the log's end:", state.failure.log_tail] if state.failure.log_tail else []
+        lines += ["end of the log:", state.failure.log_tail] if state.failure.log_tail else []
     lines += state.notes
     if lacks_vae:
         lines.append("there are samples without images: connect the VAE to see them")
@@ -244,8 +246,8 @@ def read_image(store: JobStore, job_id: str, name: str) -> np.ndarray:
         raise
     except Exception as e:  # noqa: BLE001 - Pillow raises almost anything on damaged files
         raise FileError(
-            f"{name} is no PNG that can be read ({shorten(str(e) or type(e).__name__)}); remove it "
-            "from the job's samples."
+            f"{name} is not a readable PNG ({shorten(str(e) or type(e).__name__)}); remove it from "
+            "the job's samples."
         ) from None
     small.thumbnail((TILE_SIDE, TILE_SIDE))
     return np.asarray(small)

@@ -113,9 +113,9 @@ class QwenEditLoraStack(io.ComfyNode):
             display_name="Stack Qwen Edit LoRAs",
             category=CATEGORY,
             description=(
-                "Applies any number of LoRA files and adapters at once. Plain LoRAs that meet on "
-                "a module run as one down and one up product, so ten of them cost little more "
-                "than one."
+                "Applies any number of LoRA files and adapters at once. Plain LoRAs on the same "
+                "module run as one down and one up product, so ten of them cost little more than "
+                "one."
             ),
             search_aliases=["lora stack", "multi lora", "power lora"],
             has_intermediate_output=True,

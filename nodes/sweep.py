@@ -125,7 +125,7 @@ class QwenEditLoraSweep(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The other side of cfg. KSampler needs one even where cfg is 1.",
+                    tooltip="The negative prompt. KSampler needs one even if cfg is 1.",
                 ),
                 io.Latent.Input(
                     "latent_image",
@@ -152,8 +152,9 @@ class QwenEditLoraSweep(io.ComfyNode):
                     multiline=True,
                     placeholder="my_run/*",
                     tooltip=(
-                        "Files of the loras folders to sweep too: a name or pattern a line, such "
-                        "as 'my_run/*' for all checkpoints of a run, in the order of their steps."
+                        "More files of the loras folders to sweep: one name or pattern per line, "
+                        "such as 'my_run/*' for all checkpoints of a run, in the order of their "
+                        "steps."
                     ),
                 ),
                 io.Sampler.Input(
@@ -341,7 +342,7 @@ class QwenEditLoraSweepCollect(io.ComfyNode):
             is_dev_only=True,
             accept_all_inputs=True,
             has_intermediate_output=True,
-            inputs=[io.String.Input("text", default="", tooltip="The head of the report.")],
+            inputs=[io.String.Input("text", default="", tooltip="The first lines of the report.")],
             outputs=[
                 io.AnyType.Output("images"),
                 io.AnyType.Output("latents"),

@@ -71,7 +71,7 @@ class QwenEditLoraResize(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Share of each module's squared norm to keep, such as 0.99: the smallest "
-                        "rank that does is taken, up to the rank above. 1: the rank alone decides."
+                        "sufficient rank is used, up to the rank above. 1: the rank alone decides."
                     ),
                 ),
             ],
@@ -177,7 +177,9 @@ class QwenEditLoraExtract(io.ComfyNode):
                     default=32,
                     min=1,
                     max=MAX_RANK,
-                    tooltip="The rank of the LoRA. The report says how much of the change it has.",
+                    tooltip=(
+                        "The rank of the LoRA. The report says how much of the change it captures."
+                    ),
                 ),
                 io.Boolean.Input(
                     "biases",
@@ -185,8 +187,8 @@ class QwenEditLoraExtract(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Also take biases and norms, where they differ, whole. ComfyUI's loader "
-                        "and ours apply them; some other tools know only the low-rank part."
+                        "Also include biases and norms that differ, in full. ComfyUI's loader and "
+                        "ours apply them; some other tools support only the low-rank part."
                     ),
                 ),
                 io.Combo.Input(

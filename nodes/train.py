@@ -92,7 +92,7 @@ class QwenEditLoraTrain(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="my_edit",
-                    tooltip="Of the LoRA's file in models/loras; a taken name gets a number.",
+                    tooltip="Of the LoRA's file in models/loras; an existing name gets a number.",
                 ),
                 *list_advanced_inputs(),
             ],
@@ -260,7 +260,10 @@ def list_advanced_inputs() -> list[Any]:
             default=1,
             min=1,
             max=256,
-            tooltip="Batches whose gradients make one step: a larger batch without its memory.",
+            tooltip=(
+                "Batches whose gradients are summed into one step: a larger batch without its "
+                "memory."
+            ),
             **extra,
         ),
         io.Combo.Input(
@@ -268,9 +271,10 @@ def list_advanced_inputs() -> list[Any]:
             options=[AUTO, *STORAGES],
             tooltip=(
                 "How the base is kept on the GPU. auto: the most exact that leaves room to train "
-                "(bf16 41 GB, fp8 20 GB, nf4 14 GB), or on 12 and 16 GB cards fp8 with blocks that "
-                "wait in main memory; on a CPU fp32. The report says which. as stored: the file's "
-                "own codes; of a GGUF they are slow to decode, so that fp8 or nf4 train faster."
+                "(bf16 41 GB, fp8 20 GB, nf4 14 GB), or on 12 and 16 GB cards fp8 with blocks "
+                "offloaded to main memory; on a CPU fp32. The report says which. as stored: the "
+                "file's own codes; of a GGUF they are slow to decode, so that fp8 or nf4 train "
+                "faster."
             ),
             **extra,
         ),
@@ -288,7 +292,7 @@ def list_advanced_inputs() -> list[Any]:
             default=250,
             min=0,
             max=1_000_000,
-            tooltip="Steps between LoRA files to try out; 0 keeps the engine's 250.",
+            tooltip="Steps between LoRA files to try out; 0 keeps the default, 250.",
             **extra,
         ),
         io.Int.Input(
@@ -314,7 +318,7 @@ def list_advanced_inputs() -> list[Any]:
         io.Combo.Input(
             "variant",
             options=list(VARIANTS),
-            tooltip="What the LoRA says it is made for; auto asks the file.",
+            tooltip="The model named in the LoRA's metadata; auto reads it from the file.",
             **extra,
         ),
         io.Combo.Input(
@@ -326,13 +330,16 @@ def list_advanced_inputs() -> list[Any]:
         io.Combo.Input(
             "estimate",
             options=[MEASURE, SKIP],
-            tooltip="Run a few steps on three blocks first, to tell memory and time of the whole.",
+            tooltip=(
+                "Run a few steps on three blocks first, to estimate memory and time of the whole "
+                "run."
+            ),
             **extra,
         ),
         io.Combo.Input(
             "if_too_large",
             options=[REFUSE, START_ANYWAY],
-            tooltip="What to do where the estimate says that the memory will not do.",
+            tooltip="What to do if the estimate says that memory will not be enough.",
             **extra,
         ),
         io.String.Input(
@@ -340,7 +347,7 @@ def list_advanced_inputs() -> list[Any]:
             default="",
             multiline=True,
             placeholder='[objective]\nsampling = "uniform"',
-            tooltip="Any setting of a configuration file, as TOML; it wins over the rest.",
+            tooltip="Any setting of a configuration file, as TOML; it overrides the rest.",
             **extra,
         ),
         io.Int.Input(

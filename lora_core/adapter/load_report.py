@@ -87,8 +87,8 @@ class LoadReport:
         add(
             "alpha_not_finite",
             len(self.non_finite),
-            f"alpha is NaN or Inf in {len(self.non_finite)} modules; the rank stands in for "
-            f"it (scale 1): {shorten_list(self.non_finite, 2)}",
+            f"alpha is NaN or Inf in {len(self.non_finite)} modules; the rank is used instead "
+            f"(scale 1): {shorten_list(self.non_finite, 2)}",
         )
         add(
             "alpha_zero",

@@ -41,14 +41,14 @@ def open_regular(path: str | os.PathLike[str], shown: str = "") -> BinaryIO:
     try:
         descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingFileError(f"{name} is not there (any more); expected a file.") from None
+        raise MissingFileError(f"{name} does not exist; expected a file.") from None
     except OSError as e:
         if os.path.isdir(path):  # noqa: PTH112 - Windows opens none; Path.is_dir may raise
             raise FileError(f"{name} is a folder; expected a file.") from None
         kind = DeniedFileError if isinstance(e, PermissionError) else FileError
         raise kind(f"{name} cannot be opened: {e.strerror}.") from None
     except ValueError:  # a null character or half a surrogate pair
-        raise FileError(f"{name!r} is no name of a file; expected one.") from None
+        raise FileError(f"{name!r} is not a file name; expected one.") from None
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):

@@ -43,8 +43,8 @@ def find_more(
         yield Finding("rank_zero", NOTE, text, len(builder.empty))
     if builder.repeated:
         text = (
-            f"{len(builder.repeated)} modules stand alone and in a fused one; those alone are "
-            f"used: {shorten_list(builder.repeated, 2)}"
+            f"{len(builder.repeated)} modules appear both alone and in a fused one; the single "
+            f"ones are used: {shorten_list(builder.repeated, 2)}"
         )
         yield Finding("fused_repeated", WARNING, text, len(builder.repeated))
     if builder.num_split:
@@ -56,8 +56,8 @@ def find_more(
     if sources.borrowed:
         key = sources.borrowed[0]
         text = (
-            f"{len(sources.borrowed)} alphas or magnitudes stand under another prefix than their "
-            f"modules' weights and are used, such as {key.key}"
+            f"{len(sources.borrowed)} alphas or magnitudes have another prefix than their modules' "
+            f"weights and are used, such as {key.key}"
         )
         yield Finding("other_prefix", NOTE, text, len(sources.borrowed))
     yield from report_rules(builder.rules, rules)

@@ -336,8 +336,8 @@ def check_weights(layer: LoraLinear, path: str, weights: ModuleWeights, name: st
         )
     if kind == "DoRA" and weights.magnitude.numel() != layer.out_features:
         raise ConfigError(
-            f"{name} has a magnitude per input column at {path}; training knows those per output "
-            "row only. Choose another file."
+            f"{name} has a magnitude per input column at {path}; training supports only one per "
+            "output row. Choose another file."
         )
 
 

@@ -195,7 +195,8 @@ class Comparison(Relation):
             return ()
         reasons = [f"{path}: {reason}" for path, reason in self.not_comparable.items()]
         text = (
-            f"{len(reasons)} modules are not compared and in no figure: {shorten_list(reasons, 3)}"
+            f"{len(reasons)} modules could not be compared and are left out: "
+            f"{shorten_list(reasons, 3)}"
         )
         return (Finding("modules_not_compared", WARNING, text, len(reasons)),)
 

@@ -47,7 +47,7 @@ COLUMN_LABELS = {
     "img_mod.1": "img_mod",
     "txt_mod.1": "txt_mod",
 }
-NO_STATISTICS, DELTA_IS_ZERO, NON_FINITE = "no figures", "delta is 0", "NaN or Inf"
+NO_STATISTICS, DELTA_IS_ZERO, NON_FINITE = "no statistics", "delta is 0", "NaN or Inf"
 #: Why a cell has no colour -> what is drawn there instead.
 MARKS = {
     DELTA_IS_ZERO: ("cross", "x", ORANGE),
@@ -67,7 +67,7 @@ def draw_heat_map(inspection: Inspection, statistic: str = "std") -> np.ndarray:
     """
     chosen = get_statistic(statistic)
     if chosen.needs_exact and inspection.modules and not inspection.is_exact:
-        return draw_message(f"{chosen.label}\n\nneeds exact: switch it on to look at every entry")
+        return draw_message(f"{chosen.label}\n\nneeds exact: turn it on to examine every entry")
     zero = [path for path, module in inspection.modules.items() if module.frobenius == 0]
     values = {path: chosen.read(module) for path, module in inspection.modules.items()}
     return draw_map(
@@ -221,9 +221,9 @@ def draw_histogram(inspection: Inspection, module_path: str | None = None) -> np
     """
     modules = choose_modules(inspection, module_path)
     if not modules:
-        return draw_message("no module with figures")
+        return draw_message("no module with statistics")
     if any(module.histogram is None for module in modules.values()):
-        return draw_message("histogram of the entries\n\nneeds exact: switch it on to see it")
+        return draw_message("histogram of the entries\n\nneeds exact: turn it on to see it")
     bins: dict[float, int] = {}
     for module in modules.values():
         for edge, number in module.histogram or ():
@@ -322,7 +322,7 @@ def draw_spectrum(inspection: Inspection, module_path: str | None = None) -> np.
     axes.set(yscale="log", ylim=(min(lowest, 0.05), 1.3), xlim=(1, max(longest, 2)))
     if longest > 512:
         axes.set_xscale("log")
-    axes.set_xlabel("number of the singular value", color=FOREGROUND, fontsize=SMALL)
+    axes.set_xlabel("index of the singular value", color=FOREGROUND, fontsize=SMALL)
     axes.set_ylabel("over the largest", color=FOREGROUND, fontsize=SMALL)
     ranks = np.array([module.effective_rank for module in modules.values()])
     ends = "" if len(ranks) == 1 else f" (from {ranks.min():.1f} to {ranks.max():.1f})"
@@ -350,7 +350,7 @@ def choose_modules(
         return inspection.modules
     if module_path not in inspection.modules:
         raise ConfigError(
-            f"{module_path!r} is no module of {inspection.name} with figures; expected a path "
-            "such as 'transformer_blocks.0.attn.to_q', or nothing for all of them"
+            f"{module_path!r} is not a module of {inspection.name} with statistics; expected a "
+            "path such as 'transformer_blocks.0.attn.to_q', or nothing for all of them"
         )
     return {module_path: inspection.modules[module_path]}

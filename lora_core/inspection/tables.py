@@ -30,7 +30,7 @@ def find_skipped(inspection: Inspection) -> list[Finding]:
     if not inspection.skipped:
         return []
     found = [f"{path}: {reason}" for path, reason in inspection.skipped.items()]
-    text = f"{len(found)} modules have no figures: {shorten_list(found, 2)}"
+    text = f"{len(found)} modules have no statistics: {shorten_list(found, 2)}"
     severity = WARNING if inspection.misfits else NOTE
     return [Finding("modules_without_figures", severity, text, len(found))]
 

@@ -122,7 +122,7 @@ def judge_scale(inspection: Inspection) -> list[Finding]:
         text = (
             f"collapsed rank: in {len(collapsed)} of {len(inspection.modules)} modules the "
             f"effective rank is below {COLLAPSED:.0%} of the rank (for example "
-            f"{module.effective_rank:.1f} of {module.rank}); a smaller rank would hold the same"
+            f"{module.effective_rank:.1f} of {module.rank}); a lower rank would be enough"
         )
         found.append(Finding("collapsed_rank", WARNING, text, len(collapsed)))
     return found
@@ -180,7 +180,7 @@ def judge_size(inspection: Inspection) -> Finding:
     if size < low:
         text = f"faint: {numbers}; a strength above 1 may be needed"
         return Finding("faint", WARNING, text)
-    small = f"{numbers}; small entries are what a LoRA is made of"
+    small = f"{numbers}; small entries are normal in a LoRA"
     if largest is None or inspection.fraction_below_1e6 < GOOD_FRACTION:
         return Finding("healthy", NOTE, f"dense, small, healthy: {small}")
     return Finding("sparse", WARNING, f"healthy in size, but sparse: {small}")

@@ -263,6 +263,6 @@ def check_id(job_id: object) -> str:
     """
     if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
         raise ConfigError(
-            f"{str(job_id)[:40]!r} is no job id; expected one such as 20260131-120000-0123abcd"
+            f"{str(job_id)[:40]!r} is not a job id; expected one such as 20260131-120000-0123abcd"
         )
     return job_id

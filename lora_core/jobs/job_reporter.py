@@ -117,7 +117,7 @@ class JobReporter:
                 if self._is_over:
                     return
                 if is_deleted(self.folder.path / STATE_FILE):
-                    log_line("the job's folder is gone; the worker ends")
+                    log_line("the job's folder no longer exists; the worker exits")
                     sys.stdout.flush()
                     os._exit(0)
                 if self.state.phase is Phase.LOADING:

@@ -148,7 +148,7 @@ def read_header(file: BinaryIO) -> dict[str, Any]:
     start = file.read(8)
     (size,) = struct.unpack("<Q", start) if len(start) == 8 else (MAX_HEADER_BYTES + 1,)
     if size > MAX_HEADER_BYTES:
-        raise FileError("the adapter is no safetensors file")
+        raise FileError("the adapter is not a safetensors file")
     return parse_object(file.read(size), "the adapter's header")
 
 

@@ -117,7 +117,7 @@ def run_job(
         if run.is_still_to_stop(stop):
             reporter.log(f"stopped after step {run.step}")
             return False
-        reporter.log(f"asked to go on after all; goes on after step {run.step}")
+        reporter.log(f"the stop was withdrawn; continues after step {run.step}")
         reporter.update(phase=Phase.TRAINING)
     stop.reset()
     take_sample(sampler, run.step, reporter, stop)
@@ -178,7 +178,7 @@ def sampling(sampler: Sampler, reporter: JobReporter | NullReporter) -> Iterator
         if not is_out_of_memory(e):
             raise
         sampler.indices = []
-        reporter.add_note("samples did not fit into memory; training goes on without them")
+        reporter.add_note("samples did not fit into memory; training continues without them")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     finally:

@@ -46,7 +46,7 @@ def draw_training(name: str, metrics: Sequence[Mapping[str, Any]], num_steps: in
         uint8 (height, width, 3).
     """
     if not metrics:
-        return draw_message("No step was taken yet: the loss will stand here.")
+        return draw_message("No step yet. The loss appears here after the first one.")
     from matplotlib.figure import Figure
 
     width, height = SIZE_PX

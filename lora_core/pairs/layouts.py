@@ -61,8 +61,8 @@ def ignore_lists(listing: Listing) -> list[Problem]:
     if not listing.lists:
         return []
     text = (
-        f"files that may list pairs, not read beside reference_folders: {len(listing.lists)}, such "
-        f"as {list_some(listing.lists, listing.root, 1)}"
+        "files that may list pairs, not read together with reference_folders: "
+        f"{len(listing.lists)}, such as {list_some(listing.lists, listing.root, 1)}"
     )
     return [Problem(Level.NOTE, "list_unused", text, count=len(listing.lists))]
 

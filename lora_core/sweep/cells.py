@@ -54,8 +54,8 @@ def parse_label(text: str) -> Cell:
         strength = math.nan
     if not math.isfinite(strength):
         raise ConfigError(
-            f"{shorten(text)!r} is no label of a sweep; expected one such as "
-            "'strength=0.5 seed=7 lora=my_lora', or a bare number such as '0.5'"
+            f"{shorten(text)!r} is not a sweep label; expected one such as 'strength=0.5 seed=7 "
+            "lora=my_lora', or a bare number such as '0.5'"
         )
     if parts is None:
         return Cell(strength)

@@ -45,7 +45,7 @@ class CellMeasures:
     thumbnail: np.ndarray
     """uint8 (height, width, 3)."""
     change_thumbnail: np.ndarray | None
-    """float16 (height, width, 3): mean absolute difference to strength 0, 0 to 1."""
+    """float16 (height, width, 3): mean absolute difference from strength 0, 0 to 1."""
 
     @property
     def label(self) -> str:

@@ -62,7 +62,7 @@ def draw_differences(sweep: SweepMeasures, verdict: SweepVerdict) -> np.ndarray:
         Row(heading, tuple(build_difference_tile(place, factor) for place in places))
         for heading, places in arrange(sweep)
     ]
-    title = f"difference to strength 0, x {factor}"
+    title = f"difference from strength 0, x {factor}"
     return draw_sheet(
         title, rows, [f"full brightness is a difference of {255 / factor:.3g} of 255 or more"]
     )
@@ -177,7 +177,7 @@ def draw_curve(verdict: SweepVerdict) -> np.ndarray:
         style_ticks(axes)
     seeds = max(point.num_seeds for a in adapters.values() for point in a.curve)
     spread = f"mean of {seeds} seeds, shaded from least to most; " if seeds > 1 else ""
-    add_note(figure, f"{spread}SSIM 1 is the structure of strength 0, 0 is none of it")
+    add_note(figure, f"{spread}SSIM 1: same structure as strength 0, 0: none in common")
     handles, _ = upper.get_legend_handles_labels()
     if len(handles) <= 8:
         show_legend(upper, "best")

@@ -153,7 +153,7 @@ def judge_adapter(
     others = [m for m in cells if m.cell.strength != 0]
     if not any(m.change or m.cell in damages for m in others):
         return AdapterVerdict(
-            UNKNOWN, ("nothing to judge: no image at another strength than 0",), curve
+            UNKNOWN, ("nothing to judge: no image at a strength other than 0",), curve
         )
     collapses_at = tuple(filter(None, (find_collapse(curve, side) for side in (-1, 1))))
     if collapses_at:
@@ -219,15 +219,15 @@ def describe_no_effect(others: Sequence[CellMeasures]) -> str:
     if worst.largest == 0:
         return (
             f"no effect: {images} at other strengths equal strength 0 bit for bit; the LoRA was "
-            "not applied (look at the report of Load or Apply for its matched keys) or is "
-            "untrained (lora_B is 0; Inspect Qwen Edit LoRA tells)"
+            "not applied (see the report of Load or Apply for its matched keys) or is untrained "
+            "(lora_B is 0; Inspect Qwen Edit LoRA shows it)"
         )
     return (
         f"no effect: the largest change is RMS {show(worst.rms)} of 255 at strength "
         f"{cell.strength:g}, under {show(NO_EFFECT_RMS)}, and "
         f"{'no' if worst.visible == 0 else 'hardly any'} pixel changes by more than "
         f"{VISIBLE_STEPS} of 255: no display shows that; the LoRA is hardly trained, or reaches "
-        "few modules (Inspect Qwen Edit LoRA tells), or needs far higher strengths"
+        "few modules (Inspect Qwen Edit LoRA shows it), or needs far higher strengths"
     )
 
 
@@ -256,8 +256,8 @@ def judge_growth(curve: Sequence[CurvePoint]) -> tuple[str, str]:
         if (high.rms or 0) < (1 - DIP) * (low.rms or 0):
             return UNEVEN, (
                 f"uneven: the change falls from RMS {show(low.rms)} of 255 at strength "
-                f"{low.strength:g} to {show(high.rms)} at {high.strength:g} (more than "
-                f"{DIP:.0%}); nothing collapses, but the image takes another turn there"
+                f"{low.strength:g} to {show(high.rms)} at {high.strength:g} (more than {DIP:.0%}); "
+                "nothing collapses, but the image turns into something else there"
             )
     first = points[0]
     text = f"smooth: RMS {show(last.rms)} of 255 at strength {last.strength:g}, nothing collapses"
@@ -309,17 +309,17 @@ def describe_range(curve: Sequence[CurvePoint], suggested: tuple[float, float] |
     damaged = next((p for p in points if p.damage), None)
     if suggested is None:
         if damaged is points[0]:
-            return f"suggested range: between 0 and {damaged.strength:g}, where none was tried"
+            return f"suggested range: between 0 and {damaged.strength:g}, where none was tested"
         best = max(p.rms or 0 for p in points if not p.damage)
         return (
-            f"suggested range: none; the strengths that do not collapse change RMS {show(best)} "
-            f"of 255 at most, and {show(VISIBLE_RMS)} is where it is seen"
+            f"suggested range: none; the strengths that do not collapse change RMS {show(best)} of "
+            f"255 at most, and {show(VISIBLE_RMS)} is where it becomes visible"
         )
     low, high = suggested
-    end = "the last before the collapse" if damaged else "the highest that was tried"
+    end = "the last before the collapse" if damaged else "the highest tested"
     return (
-        f"suggested range: {low:g} (RMS {show(VISIBLE_RMS)} of 255, where a change is seen) to "
-        f"{high:g} ({end})"
+        f"suggested range: {low:g} (RMS {show(VISIBLE_RMS)} of 255, where a change becomes "
+        f"visible) to {high:g} ({end})"
     )
 
 

@@ -22,7 +22,7 @@ def add_commands(commands) -> None:
     command.add_argument(
         "config", metavar="CONFIG.toml", help="such as lora_core/training/example.toml"
     )
-    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    command.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     command.add_argument("--json", action="store_true", help="one JSON object for each step")
     command.add_argument("--log-every", type=int, default=10, metavar="STEPS")
     command.set_defaults(run=run_train)
@@ -43,7 +43,7 @@ def add_commands(commands) -> None:
     command.add_argument("config", metavar="CONFIG.toml", help="as for train")
     command.add_argument("--json", action="store_true")
     command.add_argument(
-        "--shared", action="store_true", help="ComfyUI computes on the same GPU meanwhile"
+        "--shared", action="store_true", help="ComfyUI uses the same GPU meanwhile"
     )
     command.add_argument(
         "--samples", action="store_true", help="sample images are decoded meanwhile"
@@ -95,7 +95,7 @@ def run_train(options: argparse.Namespace) -> None:
         is_finished = step in (None, config.steps)
         path = f"{config.output}/{config.name}.safetensors"
         print_line(
-            f"wrote {path}" if is_finished else f"stopped after step {step}; --resume goes on"
+            f"wrote {path}" if is_finished else f"stopped after step {step}; --resume continues"
         )
 
 

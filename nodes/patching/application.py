@@ -126,7 +126,7 @@ def apply_one(
         add_to_side_path(model, Entry(adapter, beside, strengths, match.layout))
         application.lines.append(
             f"side path: {len(selected)} modules, no weight is touched"
-            + (" (auto: nothing stands against it)" if mode == AUTO and not merged else "")
+            + (" (auto: no reason to merge)" if mode == AUTO and not merged else "")
         )
         if readers:
             warn_of_readers(application, adapter, readers, len(selected))
@@ -164,7 +164,7 @@ def merge(
 def find_merge_reason(model: host.ModelPatcher, readers: Sequence[str]) -> str | None:
     """Why no module may run on the side path; None if they may."""
     if readers:
-        return f"{', '.join(readers)} behind this node reads the weights"
+        return f"{', '.join(readers)} after this node reads the weights"
     return host.find_merge_reason(model)
 
 
@@ -172,8 +172,8 @@ def warn_of_readers(
     application: Application, adapter: Adapter, readers: Sequence[str], count: int
 ) -> None:
     text = (
-        f"{', '.join(readers)} behind this node reads the weights alone, so that {count} modules "
-        f"of {adapter.name} are missing from what it makes; choose mode 'auto' or 'merge'"
+        f"{', '.join(readers)} after this node reads the weights alone, so that {count} modules of "
+        f"{adapter.name} are missing from what it makes; choose mode 'auto' or 'merge'"
     )
     application.warn("not_in_weights", text, count)
     logger.warning("Qwen Edit LoRA: %s.", text)

@@ -232,7 +232,7 @@ async def read_options(request: web.Request) -> dict[str, Any]:
             if len(body) > MAX_BODY_BYTES:
                 raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
     except (OSError, web.RequestPayloadError):  # the client disconnected, or sent invalid chunks
-        raise ConfigError("the body broke off; send it whole") from None
+        raise ConfigError("the body ended early; send it again") from None
     try:
         return parse_object(bytes(body), "the body")
     except FileError as e:

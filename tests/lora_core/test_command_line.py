@@ -121,7 +121,7 @@ def test_merge_takes_a_strength_behind_each_file(run, folder, name):
 
 def test_merge_says_what_is_wrong_with_a_strength(capsys):
     assert main(["merge", "sum.safetensors", "a.safetensors:strong"]) == 2
-    assert "ends in no strength; expected a file" in capsys.readouterr().err
+    assert "does not end in a strength; expected a file" in capsys.readouterr().err
     assert not Path("sum.safetensors").exists()
 
 

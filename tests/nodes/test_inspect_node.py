@@ -293,7 +293,7 @@ def test_modules_missing_from_the_base_are_counted_in_the_report(server, lora, c
     save_file(tensors, lora)
     entry = server.run_prompt(inspect_beside_model(FP8_BASE, LORA))
     (report,) = entry["outputs"]["inspect"]["qwen_edit_lora_report"]
-    assert "Warning: 1 modules have no figures: transformer_blocks.55." in report
+    assert "Warning: 1 modules have no statistics: transformer_blocks.55." in report
     assert "has no such module" in report
     assert entry["outputs"]["inspect"]["qwen_edit_lora_warning"] == [True]
 
@@ -369,7 +369,7 @@ def test_a_model_of_another_kind_is_a_one_sentence_error(inspections, comfyui, m
     other = torch.nn.Module()
     other.diffusion_model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     model = comfyui.model_patcher.ModelPatcher(other, torch.device("cpu"), torch.device("cpu"))
-    sentence = r"the connected MODEL \(Module\) is no Qwen-Image model: none of its 2 keys"
+    sentence = r"the connected MODEL \(Module\) is not a Qwen-Image model: none of its 2 keys"
     with pytest.raises(KeyFormatError, match=sentence):
         read_model_base(model)
     with pytest.raises(KeyFormatError, match=sentence):

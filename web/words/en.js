@@ -43,7 +43,7 @@ export const EN = {
   "phase.saving": "saving",
 
   "job.back": "Back to the list",
-  "job.gone": "This training is not there any more.",
+  "job.gone": "This training no longer exists.",
   "job.progress": "Progress",
   "job.steps": "step {step} of {steps}",
   "job.left": "{time} left",

@@ -80,7 +80,7 @@ class TrainConfig:
         if self.optimizer.warmup_steps > self.steps:
             raise ConfigError(
                 f"warmup_steps is {self.optimizer.warmup_steps} of {self.steps} steps; "
-                "expected no more than there are"
+                "expected no more than that"
             )
         check_file_name(self.name)
 
@@ -96,12 +96,14 @@ def check_file_name(name: str) -> None:
             'or blank at its ends, e.g. "my edit"'
         )
     if name.partition(".")[0].strip().upper() in DEVICE_NAMES:
-        raise ConfigError(f"name is {shown}, which Windows keeps for a device; choose another one")
+        raise ConfigError(
+            f"name is {shown}, which Windows reserves for a device; choose another one"
+        )
     try:
         size = len(f"{name}{LONGEST_ENDING}".encode())
     except UnicodeEncodeError:
         raise ConfigError(
-            f"name is {shown}, which holds half of a character; type it anew"
+            f"name is {shown}, which holds half of a character; type it again"
         ) from None
     if size > MAX_NAME_BYTES:
         raise ConfigError(

@@ -29,7 +29,7 @@ BYTES_PER_PARAMETER, BYTES_PER_AVERAGE = 16, 4
 RESERVE = 3 * GIB // 2
 #: Of the free main memory, what blocks that wait there cannot have: it is for the worker itself.
 HOST_RESERVE = 4 * GIB
-#: Storages for blocks that wait in main memory: bf16 would fill it, and double the copying.
+#: Storages for blocks offloaded to main memory: bf16 would fill it, and double the copying.
 OFFLOADED = ("fp8", "nf4")
 BLOCKS = "transformer_blocks."
 
@@ -58,7 +58,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "detailed": Preset(
-        "Rank 64, averaged weights beside the raw ones: a person, a product, fine texture.",
+        "Rank 64, averaged weights in addition to the raw ones: a person, a product, fine texture.",
         {
             "lora": {"rank": 64, "targets": ("full",)},
             "optimizer": {
@@ -150,7 +150,7 @@ class BaseChoice:
     compute_dtype: str
     offload_blocks: int = 0
     host_bytes: int = 0
-    """Of the blocks that wait in main memory."""
+    """Of the blocks offloaded to main memory."""
     problem: str = ""
     """What prevents training this way."""
 
@@ -158,8 +158,8 @@ class BaseChoice:
         text = f"storage auto is {self.storage}"
         if self.offload_blocks:
             text += (
-                f" with {self.offload_blocks} of {size.num_blocks} blocks waiting in main memory, "
-                f"{self.host_bytes / GIB:.1f} GiB"
+                f" with {self.offload_blocks} of {size.num_blocks} blocks offloaded to main "
+                f"memory, {self.host_bytes / GIB:.1f} GiB"
             )
         return f"{text}; {self.problem}" if self.problem else text
 

@@ -59,7 +59,7 @@ ELSEWHERE = {
         "the length is given in steps",
     ),
     **dict.fromkeys(
-        ("network_module", "network_type"), "a LoRA is what is trained; nothing has to name it"
+        ("network_module", "network_type"), "a LoRA is always trained; no setting names it"
     ),
     **dict.fromkeys(
         ("trigger_word", "instance_prompt"),

@@ -99,9 +99,9 @@ class Estimate:
         if self.offloaded_bytes:
             free = self.host_available_bytes
             of = "" if free is None else f" of {show(free)} free"
-            lines.insert(2, f"waiting in host memory: {show(self.offloaded_bytes)}{of}")
+            lines.insert(2, f"offloaded to main memory: {show(self.offloaded_bytes)}{of}")
         if self.compile_s:
-            lines.append(f"compiling: {self.compile_s:.0f} s once, part of the time in all")
+            lines.append(f"compiling: {self.compile_s:.0f} s once, part of the total time")
         lines += [f"does not fit: {sentence}" for sentence in self.advice]
         return "\n".join(lines)
 

@@ -109,10 +109,10 @@ class HostBlocks:
         if not self.locks.was_refused:
             return None
         return (
-            f"of the {len(self.blocks)} blocks that wait in host memory "
+            f"of the {len(self.blocks)} blocks offloaded to main memory "
             f"({self.num_bytes / 2**30:.1f} GiB) the system locks only {self.num_locked} "
             f"({self.locked_bytes / 2**30:.1f} GiB) for the GPU; the others are copied more "
-            "slowly. Lower offload_blocks or take a smaller storage if steps take too long"
+            "slowly. Lower offload_blocks or use a smaller storage if steps take too long"
         )
 
 

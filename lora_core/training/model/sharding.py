@@ -115,6 +115,6 @@ def check_launch(environment: Mapping[str, str]) -> None:
         )
     if read_flag(environment, "FSDP_OFFLOAD_PARAMS"):
         raise ConfigError(
-            "fsdp_offload_params is true, which training does not know; launch with "
-            "--fsdp_offload_params false, and take a smaller model.storage or more GPUs"
+            "fsdp_offload_params is true, which training does not support; launch with "
+            "--fsdp_offload_params false, and use a smaller model.storage or more GPUs"
         )

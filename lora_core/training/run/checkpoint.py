@@ -85,7 +85,7 @@ class CheckpointFolder:
             trial.unlink()
         except OSError as e:
             raise FileError(
-                f"{self.folder.parent.name} cannot take checkpoints: {explain(e)}."
+                f"{self.folder.parent.name} cannot be used for checkpoints: {explain(e)}."
             ) from None
         remove_leftovers(self.folder)
 
@@ -195,7 +195,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if record["version"] != VERSION:
             raise FileError(
                 f"{path.name} was written by another version of this package (format "
-                f"{record['version']}, this is {VERSION}); start the run anew."
+                f"{record['version']}, this is {VERSION}); start the run again."
             )
         if record["digest"] != compute_state_digest(record):
             raise FileError(f"{path.name} is damaged: {STATE_FILE} is not what was written.")

@@ -95,7 +95,7 @@ def describe_session(session: Session, config: TrainConfig) -> list[str]:
     if config.model.offload_blocks:
         messages.append(
             f"storage is {config.model.storage}; {config.model.offload_blocks} of "
-            f"{len(session.model.blocks)} blocks wait in main memory"
+            f"{len(session.model.blocks)} blocks are offloaded to main memory"
         )
     if session.model.is_adaptive:
         kind = json.dumps(session.model.gradient_checkpointing)

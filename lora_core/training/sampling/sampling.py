@@ -89,7 +89,7 @@ def applied(
     unknown = [path for path in adapter.modules if path not in modules]
     if unknown:
         raise TargetError(
-            f"{adapter.name} has {len(unknown)} modules that the model has not, such as "
+            f"{adapter.name} has {len(unknown)} modules that the model does not have, such as "
             f"{unknown[0]}; choose an adapter of this model"
         )
     handles = []

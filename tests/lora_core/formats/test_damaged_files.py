@@ -90,7 +90,7 @@ def test_a_truncated_download_is_recognised(keep, make_state_dict, write_file):
 def test_a_renamed_pickle_is_refused_without_being_opened(new_zipfile, tmp_path):
     path = tmp_path / "pickle.safetensors"
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=new_zipfile)
-    with pytest.raises(FileError, match="refused: convert it where you trust it"):
+    with pytest.raises(FileError, match="refused: if you trust it, convert it"):
         read_adapter(path)
 
 
@@ -123,7 +123,7 @@ def test_a_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none.safetensors", "is not there any more; expected a LoRA file"),
+        ("none.safetensors", "does not exist; expected a LoRA file"),
         ("n" * 300 + ".safetensors", "cannot be opened: File name too long"),
         ("file/inside.safetensors", "cannot be opened: Not a directory"),
     ],

@@ -276,7 +276,7 @@ def test_what_cannot_be_compared_is_listed_with_its_reason_and_excluded_from_met
     assert list(found.modules) == [TO_K]
     assert found.not_comparable[TO_Q].startswith(reason)
     assert found.norm_b == pytest.approx(compute_dense(b.modules[TO_K]).norm().item(), rel=1e-9)
-    assert "Warning: 1 modules are not compared and in no figure" in found.to_text()
+    assert "Warning: 1 modules could not be compared and are left out" in found.to_text()
 
 
 def test_an_untrained_adapter_gives_no_cosine_instead_of_a_wrong_one():

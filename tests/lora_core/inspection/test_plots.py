@@ -123,9 +123,9 @@ def test_histogram_and_spectrum_show_something(inspection):
 
 def test_without_exact_the_images_that_need_it_say_so():
     quick = inspect(make_modules((0,)), exact=False)
-    text = "histogram of the entries\n\nneeds exact: switch it on to see it"
+    text = "histogram of the entries\n\nneeds exact: turn it on to see it"
     assert (draw_histogram(quick) == draw_message(text)).all()
-    text = "largest entry of the delta\n\nneeds exact: switch it on to look at every entry"
+    text = "largest entry of the delta\n\nneeds exact: turn it on to examine every entry"
     assert (draw_heat_map(quick, "abs max") == draw_message(text)).all()
     with pytest.raises(ConfigError, match="unknown statistic 'colour'; expected one of std"):
         draw_heat_map(quick, "colour")

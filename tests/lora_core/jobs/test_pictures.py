@@ -187,7 +187,7 @@ def test_a_missing_vae_costs_the_images_but_not_the_training(store, material, ke
     assert len(store.list_samples(job_id)) == 3  # latents
     (note,) = store.get(job_id).state.notes
     assert "no images are made, latents only" in note
-    assert "is no VAE of Qwen-Image" in note
+    assert "is not a VAE of Qwen-Image" in note
 
 
 def test_images_too_large_for_the_memory_are_left_out_with_a_note(kept, tmp_path):

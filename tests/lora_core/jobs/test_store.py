@@ -73,7 +73,7 @@ def test_jobs_are_listed_in_the_order_they_came_from_several_threads(store, mate
 )
 def test_an_invalid_id_never_becomes_a_path(bad, store):
     for method in (store.get, store.pause, store.delete, store.read_log, store.clone):
-        with pytest.raises(ConfigError, match="is no job id; expected one such as"):
+        with pytest.raises(ConfigError, match="is not a job id; expected one such as"):
             method(bad)
 
 

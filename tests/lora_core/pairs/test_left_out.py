@@ -310,7 +310,7 @@ def test_an_error_of_many_pairs_is_short_and_a_pair_is_left_out_by_its_kind(tmp_
     with pytest.raises(ConfigError) as caught:
         check_pairs(found, **options).raise_stops()
     assert len(str(caught.value)) <= 400
-    assert "More that stops the run: 19" in str(caught.value)
+    assert "More problems that stop the run: 19" in str(caught.value)
     left = check_pairs(found, **options, on_problem=LEAVE_OUT)
     (finding,) = [f for f in left.findings if f.kind == "pair_left_out"]
     assert (finding.severity, finding.count, len(left.pairs)) == ("warning", 20, 10)

@@ -240,7 +240,7 @@ def test_an_unquoted_comma_and_an_open_quote_never_lose_text_silently(folder):
     found = find(folder)
     assert [pair.caption for pair in found.pairs] == ["blue"]
     (text,) = [problem.text for problem in found.problems if problem.level == Level.STOP]
-    assert "row 1, has 4 cells where the header has 3" in text
+    assert "row 1, has 4 cells, but the header has 3" in text
     write_text(
         folder / "metadata.csv",
         'image,edit_image,prompt\nx/photo_0.png,y/photo_0.png,"make it\n'

@@ -103,8 +103,8 @@ def test_transparency_becomes_white_whatever_colour_lies_behind_it(mode, tmp_pat
 
 BAD_FILES = {
     "empty": (b"", "is an empty file; expected a PNG"),
-    "text": (b"<html>not found</html>", "is no image that can be read"),
-    "noise": (bytes(range(256)) * 9, "is no image that can be read"),
+    "text": (b"<html>not found</html>", "is not a readable image"),
+    "noise": (bytes(range(256)) * 9, "is not a readable image"),
 }
 
 
@@ -192,7 +192,7 @@ def test_what_would_ruin_the_run_stops_it_with_one_message_first(tmp_path):
     assert lines[0].startswith(
         "target/photo_1.png has no caption; write the instruction into a .txt"
     )
-    assert lines[1] == "More that stops the run: 1"
+    assert lines[1] == "More problems that stop the run: 1"
     assert lines[2].startswith("control/photo_2.png is an empty file")
     assert "Stop: control/photo_2.png is an empty file" in describe_preflight(preflight)
     assert "control/photo_2.png is an empty file" in build_table(preflight)
@@ -350,7 +350,7 @@ def test_a_black_mask_stops_and_a_strip_is_warned_about(tmp_path):
 
 def test_one_pair_is_warned_about(tmp_path):
     preflight = check(write_pairs(tmp_path / "set", 1))
-    assert list_texts(preflight, Level.WARNING) == ["one pair only: a LoRA will learn it by heart"]
+    assert list_texts(preflight, Level.WARNING) == ["only one pair: a LoRA will memorise it"]
 
 
 def test_checking_can_be_stopped(tmp_path):

@@ -41,7 +41,7 @@ def test_a_bare_number_is_a_strength(text, strength):
     "text", ["", "strong", "strength=", "strength=x", "strength=nan", "inf", "seed=1", "1 2"]
 )
 def test_other_texts_are_not_labels(text):
-    with pytest.raises(ConfigError, match="is no label of a sweep; expected one such as 'strength"):
+    with pytest.raises(ConfigError, match="is not a sweep label; expected one such as 'strength"):
         parse_label(text)
 
 

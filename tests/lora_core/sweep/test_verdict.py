@@ -87,7 +87,7 @@ def test_an_edit_that_grows_with_the_strength_is_smooth_and_its_whole_range_is_s
     assert "in proportion to it, and nothing collapses" in verdict.sentences[0]
     low, high = verdict.suggested
     assert high == 2
-    assert "the highest that was tried" in verdict.sentences[1]
+    assert "the highest tested" in verdict.sentences[1]
     # Linear, so the strength at which RMS is 2 of 255 can be computed.
     rms = {point.strength: point.rms * 255 for point in verdict.curve}
     assert low == pytest.approx(2 / rms[1], rel=0.3)  # one digit
@@ -188,7 +188,7 @@ def test_a_sweep_of_negative_strengths_gets_a_negative_range():
 def test_a_collapse_at_the_first_strength_sends_the_user_below_it():
     verdict = judge_one({"0": edit(0), "1": damage(1)})
     assert verdict.suggested is None
-    assert "suggested range: between 0 and 1, where none was tried" in verdict.sentences
+    assert "suggested range: between 0 and 1, where none was tested" in verdict.sentences
 
 
 def test_each_adapter_and_seed_is_compared_with_strength_0_of_its_seed():
@@ -319,7 +319,7 @@ def test_a_sweep_stops_between_two_images():
         ({"0": edit(0), "1": torch.cat([edit(1)] * 2)}, "is 2 of 64 x 64"),
         ({"1": edit(1), "2": edit(2)}, "no image is labelled 'strength=0'"),
         ({"0": edit(0), "0.0": edit(1)}, "two images have the label 'strength=0'"),
-        ({"0": edit(0), "high": edit(1)}, "'high' is no label of a sweep"),
+        ({"0": edit(0), "high": edit(1)}, "'high' is not a sweep label"),
         ({"0": torch.zeros(1, 8, 8, 3)}, "the images are 8 x 8; expected at least 11 pixels"),
     ],
 )
@@ -346,5 +346,5 @@ def test_a_seed_without_strength_0_is_reported_and_the_others_are_judged():
 
 def test_strength_0_alone_is_nothing_to_judge():
     assert judge({"0": edit(0)}).sentences == (
-        "nothing to judge: no image at another strength than 0",
+        "nothing to judge: no image at a strength other than 0",
     )

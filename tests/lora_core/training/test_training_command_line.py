@@ -150,7 +150,7 @@ def test_a_terminated_run_saves_its_step_and_says_how_to_go_on(write_config, tmp
         _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     last = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))[-1]["step"]
-    assert err.splitlines()[-1] == f"train: stopped after step {last}; --resume goes on"
+    assert err.splitlines()[-1] == f"train: stopped after step {last}; --resume continues"
     assert (tmp_path / "run" / "checkpoints" / f"step_{last:08d}").is_dir()
 
 

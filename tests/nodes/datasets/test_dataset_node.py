@@ -102,7 +102,7 @@ def test_photographs_become_a_set_that_trains_a_step(server, roots, demo_models)
     entry = server.run_prompt(build_graph(folder="test_pairs"), timeout=500)
     report = entry["outputs"]["set"]["qwen_edit_lora_report"][0]
     assert report.startswith("test_pairs: 4 of 4 pairs can be used\nlayout: targets in target/")
-    assert "pairs encoded: 4, there already: 0" in report
+    assert "pairs encoded: 4, already cached: 0" in report
     assert entry["outputs"]["set"]["qwen_edit_lora_warning"] == [False]
     assert "photo_3" in entry["outputs"]["table"]["text"][0]
     (sheet,) = server.images(entry)
@@ -147,7 +147,7 @@ def test_a_changed_caption_encodes_one_pair_and_the_old_set_stays(server, roots)
     assert len(items) == 4
     write_text(roots["input"] / "target" / "photo_2.txt", "something else")
     report = run(server, graph)
-    assert "pairs encoded: 1, there already: 3" in report
+    assert "pairs encoded: 1, already cached: 3" in report
     now = list_items(roots)
     assert len(now) == 5
     assert {name: now[name] for name in items} == items  # none was rewritten
@@ -155,7 +155,7 @@ def test_a_changed_caption_encodes_one_pair_and_the_old_set_stays(server, roots)
     assert [info.caption for info in second.items][2] == "something else"
     assert [info.caption for info in read_dataset(first.folder).items][2].endswith("number 2")
     assert [i for i in range(4) if second.items[i].key != first.items[i].key] == [2]
-    assert "pairs encoded: 0, there already: 4" in run_again_without(second.folder, server, graph)
+    assert "pairs encoded: 0, already cached: 4" in run_again_without(second.folder, server, graph)
     changed, before = second.load(2), first.load(2)
     assert torch.equal(changed.target, before.target)
     assert torch.equal(changed.text_empty, before.text_empty)
@@ -170,7 +170,7 @@ def test_everything_that_matters_is_part_of_the_key(server, roots):
         run(server, build_graph(folder=folder, **change))
         seen += 1
         assert len(list_items(roots)) == seen
-    assert "pairs encoded: 0, there already: 1" in run(
+    assert "pairs encoded: 0, already cached: 1" in run(
         server, build_graph(folder=folder, captions="unused")
     )
     image = Image.open(roots["input"] / "control" / "photo_0.png")
@@ -332,5 +332,5 @@ def test_an_interrupted_run_keeps_the_pairs_it_finished(server, roots):
     assert len(kept) < 16
     assert not list((roots["cache"] / "items").glob(".*"))
     report = run(server, graph)
-    assert f"pairs encoded: {16 - len(kept)}, there already: {len(kept)}" in report
+    assert f"pairs encoded: {16 - len(kept)}, already cached: {len(kept)}" in report
     assert {name: list_items(roots)[name] for name in kept} == kept

@@ -127,7 +127,7 @@ def test_equal_images_are_reported_as_no_effect_with_a_warning(server, cells):
     ("changes", "message"),
     [
         ({"labels": "0\n1"}, "there are 3 images and 2 labels"),
-        ({"labels": "0\n0.5\nmuch"}, "'much' is no label of a sweep"),
+        ({"labels": "0\n0.5\nmuch"}, "'much' is not a sweep label"),
         ({"labels": "1\n2\n3"}, "no image is labelled 'strength=0'"),
         ({"labels": " \n "}, "labels is empty"),
         ({"filename_prefix": "../../outside"}, "points outside the output folder"),

@@ -78,7 +78,7 @@ def test_where_no_storage_leaves_room_as_few_blocks_as_possible_are_offloaded(gi
     room = gib * GIB - RESERVE - HEADROOM
     assert SIZE.count_resident("fp8", found.offload_blocks) <= room
     assert SIZE.count_resident("fp8", found.offload_blocks - 1) > room
-    text = f"storage auto is fp8 with {found.offload_blocks} of 60 blocks waiting in main memory"
+    text = f"storage auto is fp8 with {found.offload_blocks} of 60 blocks offloaded to main memory"
     assert found.describe(SIZE) == f"{text}, {found.host_bytes / GIB:.1f} GiB"
 
 

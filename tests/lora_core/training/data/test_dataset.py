@@ -92,7 +92,7 @@ def test_two_text_widths_in_one_set_are_refused(tmp_path):
 
 def test_a_folder_without_an_index_is_not_a_training_set(tmp_path):
     DatasetWriter(tmp_path).add("a", make_item(0))
-    with pytest.raises(FileError, match="is no cached training set"):
+    with pytest.raises(FileError, match="is not a cached training set"):
         read_dataset(tmp_path)
 
 

@@ -139,7 +139,7 @@ SHAPES = {key: tuple(shape) for key, shape in dit.list_shapes()}
     ],
 )
 def test_impossible_model_sizes_are_a_clear_error(key, shape):
-    with pytest.raises(KeyFormatError, match="is no Qwen-Image model") as caught:
+    with pytest.raises(KeyFormatError, match="is not a Qwen-Image model") as caught:
         read_architecture({**SHAPES, key: shape}, "b" * 300)
     check_refusal(caught)
 

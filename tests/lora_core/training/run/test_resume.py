@@ -252,7 +252,7 @@ def test_resuming_without_a_checkpoint_starts_a_new_run_and_reports_it(tmp_path)
     said = []
     reports = run(tmp_path, resume=True, notify=said.append)
     assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
-    assert said == ["run holds no whole checkpoint; starting at step 1"]
+    assert said == ["run holds no intact checkpoint; starting at step 1"]
 
 
 def test_only_the_newest_checkpoints_and_by_default_all_adapters_are_kept(tmp_path):
