@@ -154,7 +154,8 @@ def choose_device(name: str) -> str:
 def run_convert(options: argparse.Namespace) -> None:
     adapter = read_adapter(options.file)
     print(adapter.report.to_text())
-    print(f"Wrote {write_adapter(adapter, choose_out(options), options.format)}")
+    written = write_adapter(adapter, choose_out(options), options.format)
+    print(f"Wrote {written}: {adapter.key_format} converted to {options.format}")
 
 
 def write(composition: Composition, options: argparse.Namespace) -> None:

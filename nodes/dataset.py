@@ -26,7 +26,7 @@ from ..lora_core.pairs.listing import list_files
 from ..lora_core.pairs.pair import MAX_REFERENCES, FoundPairs
 from ..lora_core.pairs.preflight import ON_PROBLEM, STOP, Preflight, check_pairs
 from ..lora_core.pairs.preview import build_table, describe_preflight, draw_pairs
-from ..lora_core.text import shorten
+from ..lora_core.text import format_bytes, shorten
 from ..lora_core.training.data.dataset import read_dataset
 from . import host
 from .datasets.encoding import STOCK_REFERENCE_MEGAPIXELS, VARIANTS, PairEncoder
@@ -324,7 +324,7 @@ def encode(
     num_items, size_bytes = measure_store(store)
     lines = [
         f"{done}: {cached.folder.name}",
-        f"the cache holds {num_items} pairs of all sets, {size_bytes / 1e6:.0f} MB, in "
+        f"the cache holds {num_items} pairs of all sets, {format_bytes(size_bytes)}, in "
         f"{show_store(store)} of the user folder; nothing there is deleted automatically: remove "
         "unused training sets by hand",
     ]

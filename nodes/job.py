@@ -25,7 +25,7 @@ from ..lora_core.jobs.job import Job, JobStatus
 from ..lora_core.jobs.pictures import JobImage, build_sort_key, parse_name
 from ..lora_core.jobs.store import JobStore
 from ..lora_core.jobs.training_plot import draw_training
-from ..lora_core.text import shorten, shorten_list
+from ..lora_core.text import format_number, shorten, shorten_list
 from . import host
 from .server import job_host
 from .sockets import (
@@ -157,7 +157,7 @@ def describe(job: Job, lacks_vae: bool) -> list[str]:
     if state.published:
         lines.append(f"LoRA: {', '.join(state.published)} in models/loras (press R to see it)")
     if state.smoothed_loss is not None:
-        lines.append(f"loss {state.smoothed_loss:.4f} (smoothed)")
+        lines.append(f"loss {format_number(state.smoothed_loss)} (smoothed)")
     if state.failure is not None:
         lines.append(f"failed: {state.failure.sentence}")
         lines += [f"- {sentence}" for sentence in state.failure.advice]

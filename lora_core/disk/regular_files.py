@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import DeniedFileError, FileError, MissingFileError
-from ..text import shorten
+from ..text import format_bytes, shorten
 
 #: No file that is read whole as text comes near it.
 MAX_TEXT_BYTES = 64 << 20
@@ -76,7 +76,7 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) ->
             raise kind(f"{name} cannot be read: {e.strerror}.") from None
     if len(data) > max_bytes:
         raise FileError(
-            f"{name} is larger than {max_bytes / 1e6:,.3g} MB; expected a file of text. Remove or "
+            f"{name} is larger than {format_bytes(max_bytes)}; expected a file of text. Remove or "
             "replace it."
         )
     return data

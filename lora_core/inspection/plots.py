@@ -27,6 +27,7 @@ from ..drawing.style import (
     style_ticks,
 )
 from ..errors import ConfigError
+from ..text import format_percent
 from .entries import THRESHOLD, TO_POWER_OF_TWO
 from .statistics import get_statistic
 
@@ -246,7 +247,7 @@ def draw_histogram(inspection: Inspection, module_path: str | None = None) -> np
     axes.set_ylabel("entries per doubling of size", color=FOREGROUND, fontsize=SMALL)
     below = sum(number for edge, number in bins.items() if edge < floor)
     note = f"{len(modules)} modules, {total:,} entries"
-    note += f"; {below / total:.2%} left of the plot" if below else ""
+    note += f"; {format_percent(below / total)} left of the plot" if below else ""
     add_note(figure, note)
     style_ticks(axes)
     return render(figure)
@@ -267,7 +268,7 @@ def describe_entries(
     """(place, line style, colour, label) of each line in the histogram."""
     chosen = inspection if module_path is None else modules[module_path]
     return [
-        (THRESHOLD, ":", ORANGE, f"1e-6: {chosen.fraction_below_1e6:.2%} are below"),
+        (THRESHOLD, ":", ORANGE, f"1e-6: {format_percent(chosen.fraction_below_1e6)} are below"),
         (chosen.std, "--", YELLOW, f"std {chosen.std:.2e}"),
         (largest, "-", FOREGROUND, f"largest {largest:.2e}"),
     ]

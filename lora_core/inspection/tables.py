@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..findings import NOTE, WARNING, Finding
-from ..text import align, shorten_list
+from ..text import align, format_percent, shorten_list
 from .statistics import BY_BLOCK, STATISTICS, sort_modules
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ FORMATS = {
     "stable rank": ".1f",
     "energy rank 99 %": "d",
     "abs max": ".2e",
-    "fraction below 1e-6": ".2%",
 }
 
 
@@ -77,8 +76,12 @@ def build_table(inspection: Inspection, sort_by: str = "std") -> str:
 
 
 def build_row(module_path: str, module: ModuleInspection, names: list[str]) -> list[str]:
-    cells = [format(STATISTICS[name].read(module), FORMATS[name]) for name in names]
+    cells = [show(STATISTICS[name].read(module), name) for name in names]
     return [module_path.removeprefix("transformer_blocks."), str(module.rank), *cells]
+
+
+def show(value: float, name: str) -> str:
+    return format(value, FORMATS[name]) if name in FORMATS else format_percent(value)
 
 
 def build_comparison_table(comparison: Comparison) -> str:

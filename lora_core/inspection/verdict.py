@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..base_model import module_paths
 from ..findings import ERROR, NOTE, WARNING, Finding
-from ..text import shorten_list
+from ..text import format_percent, shorten_list
 
 if TYPE_CHECKING:
     from .inspection import Inspection, ModuleInspection
@@ -121,7 +121,7 @@ def judge_scale(inspection: Inspection) -> list[Finding]:
         module = inspection.modules[collapsed[0]]
         text = (
             f"collapsed rank: in {len(collapsed)} of {len(inspection.modules)} modules the "
-            f"effective rank is below {COLLAPSED:.0%} of the rank (for example "
+            f"effective rank is below {format_percent(COLLAPSED)} of the rank (for example "
             f"{module.effective_rank:.1f} of {module.rank}); a lower rank would be enough"
         )
         found.append(Finding("collapsed_rank", WARNING, text, len(collapsed)))
@@ -165,8 +165,8 @@ def judge_size(inspection: Inspection) -> Finding:
     if largest is not None:
         parts.append(f"largest entry {largest:.1e} ({GOOD_MAX[0]:g} to {GOOD_MAX[1]:g})")
         parts.append(
-            f"{inspection.fraction_below_1e6:.2%} of the entries below 1e-6 (under "
-            f"{GOOD_FRACTION:.0%})"
+            f"{format_percent(inspection.fraction_below_1e6)} of the entries below 1e-6 (under "
+            f"{format_percent(GOOD_FRACTION)})"
         )
     numbers = ", ".join(parts)
     if size >= SATURATED_STD:

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import ConfigError
 from ..progress import ShouldStop
+from ..text import format_duration
 from ..training.command_line import describe_report, quiet_libraries
 from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
@@ -163,7 +164,9 @@ def take_sample(
         return
     with sampling(sampler, reporter):
         seconds = sampler.make(step, stop)
-        reporter.log(f"sampled {len(sampler.indices)} images after step {step} in {seconds:.1f} s")
+        reporter.log(
+            f"sampled {len(sampler.indices)} images after step {step} in {format_duration(seconds)}"
+        )
 
 
 @contextmanager

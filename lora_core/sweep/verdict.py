@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..findings import NOTE, WARNING, Finding
-from ..text import shorten_list
+from ..text import format_percent, shorten_list
 from .cells import Cell, build_label
 from .damage import describe_damage, find_damage
 from .image_metrics import STEP, VISIBLE_STEPS
@@ -256,8 +256,9 @@ def judge_growth(curve: Sequence[CurvePoint]) -> tuple[str, str]:
         if (high.rms or 0) < (1 - DIP) * (low.rms or 0):
             return UNEVEN, (
                 f"uneven: the change falls from RMS {show(low.rms)} of 255 at strength "
-                f"{low.strength:g} to {show(high.rms)} at {high.strength:g} (more than {DIP:.0%}); "
-                "nothing collapses, but the image turns into something else there"
+                f"{low.strength:g} to {show(high.rms)} at {high.strength:g} (more than "
+                f"{format_percent(DIP)}); nothing collapses, but the image turns into something "
+                "else there"
             )
     first = points[0]
     text = f"smooth: RMS {show(last.rms)} of 255 at strength {last.strength:g}, nothing collapses"

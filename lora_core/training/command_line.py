@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..text import format_bytes, format_duration
 
 #: They note on import which of their own optional parts are missing; nothing a user can use.
 NOISY_LOGGERS = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
@@ -105,9 +106,9 @@ def describe_report(report) -> str:
     return (
         f"step {report.step}/{report.num_steps}  loss {report.loss:.4f} "
         f"({report.smoothed_loss:.4f}){f' = {parts}' if parts else ''}  "
-        f"lr {report.learning_rate:.2e}  grad {report.grad_norm:.3g}  {report.seconds:.2f} s  "
-        f"{report.tokens_per_s:.0f} tokens/s  {report.memory_bytes / 2**30:.1f} GiB  "
-        f"{remaining_s // 3600}:{remaining_s // 60 % 60:02}:{remaining_s % 60:02} left"
+        f"lr {report.learning_rate:.2e}  grad {report.grad_norm:.3g}  "
+        f"{format_duration(report.seconds)}  {report.tokens_per_s:.0f} tokens/s  "
+        f"{format_bytes(report.memory_bytes, 1024)}  {format_duration(remaining_s)} left"
     )
 
 
@@ -173,6 +174,8 @@ def run_sample(options: argparse.Namespace) -> None:
     adapter = read_adapter(options.adapter) if options.adapter else None
     model = load_model(config.model, device)
     decode = load_decoder(config.model.vae, device) if config.model.vae else None
+    if decode is None:
+        print("Only latents are written: set model.vae to also get images")
     make_folder(Path(options.out), "samples")
     with applied(model.transformer, adapter, options.strength):
         for index in indices:

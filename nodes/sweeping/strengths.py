@@ -8,6 +8,7 @@ from ...lora_core import Adapter, ConfigError
 from ...lora_core.algebra.products import compute_square, explain_no_delta
 from ...lora_core.sweep.strength_choice import choose_strengths
 from ...lora_core.sweep.strength_grammar import AutoStrengths, parse_strengths
+from ...lora_core.text import format_percent
 from .. import host
 from ..patching.matching import match_adapter
 
@@ -34,7 +35,7 @@ def resolve_strengths(
     listed = ", ".join(f"{strength:g}" for strength in strengths)
     return (
         strengths,
-        f"auto: |delta| of {name} is {ratio:.2%} of |W|, so the strengths are {listed}",
+        f"auto: |delta| of {name} is {format_percent(ratio)} of |W|, so the strengths are {listed}",
     )
 
 

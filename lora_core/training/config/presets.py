@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
+from ...text import format_bytes
 from ..model.offload import MAX_COPIED_BLOCKS
 
 GIB = 2**30
@@ -159,7 +160,7 @@ class BaseChoice:
         if self.offload_blocks:
             text += (
                 f" with {self.offload_blocks} of {size.num_blocks} blocks offloaded to main "
-                f"memory, {self.host_bytes / GIB:.1f} GiB"
+                f"memory, {format_bytes(self.host_bytes, 1024)}"
             )
         return f"{text}; {self.problem}" if self.problem else text
 
@@ -198,11 +199,11 @@ def choose_storage(
         waiting = round(num_offloaded * size.count_block_bytes(storage))
         problem = ""
         if size.count_resident(storage, num_offloaded) > room:
-            problem = f"{gpu_bytes / GIB:.1f} GiB of the GPU leave no room to train"
+            problem = f"{format_bytes(gpu_bytes, 1024)} of GPU memory leaves no room to train"
         elif waiting and host_bytes is not None and waiting + HOST_RESERVE > host_bytes:
             problem = (
-                f"of main memory {(waiting + HOST_RESERVE) / GIB:.1f} GiB are needed and "
-                f"{host_bytes / GIB:.1f} GiB free"
+                f"{format_bytes(waiting + HOST_RESERVE, 1024)} of main memory are needed, and "
+                f"{format_bytes(host_bytes, 1024)} are free"
             )
         choices.append(BaseChoice(storage, "bf16", num_offloaded, waiting, problem))
     return next((choice for choice in choices if not choice.problem), choices[-1])

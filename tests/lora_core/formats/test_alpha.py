@@ -193,7 +193,7 @@ def test_the_config_of_another_adapter_gives_no_alpha_and_is_reported(
     report = read_adapter(path).report
     assert report.alpha_rules == {"rank (adapter_config.json is another adapter's)": 2}
     (warning,) = report.warnings
-    assert "is another adapter's" in warning
+    assert "belongs to another adapter" in warning
 
 
 @pytest.mark.parametrize(

@@ -133,14 +133,14 @@ def test_a_margin_of_what_is_free_is_left_and_not_a_share_of_the_device():
     found = make_estimate(memory_bytes=10 * GIB, available_bytes=10 * GIB + MARGIN)
     assert found.fits
     assert not replace(found, available_bytes=10 * GIB + MARGIN - 1).fits
-    assert "memory: 10.0 GiB of 10.5 GiB free on cuda" in found.to_text()
+    assert "memory: 10 GiB of 10.5 GiB free on cuda" in found.to_text()
     assert replace(found, available_bytes=None).fits
 
 
 def test_offloaded_blocks_need_free_main_memory(tmp_path, base, monkeypatch):
     found = make_estimate(offloaded_bytes=13 * GIB, host_available_bytes=13 * GIB + HOST_MARGIN)
     assert found.fits
-    assert "offloaded to main memory: 13.0 GiB of 15.0 GiB free" in found.to_text()
+    assert "offloaded to main memory: 13 GiB of 15 GiB free" in found.to_text()
     short = replace(found, host_available_bytes=13 * GIB + HOST_MARGIN - 1)
     assert short.fits_device
     assert not short.fits
