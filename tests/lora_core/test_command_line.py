@@ -72,7 +72,7 @@ def test_it_starts_as_a_module_and_an_error_is_one_line_with_status_2(folder):
     assert bad.returncode == 2
     assert bad.stdout == ""
     (line,) = bad.stderr.splitlines()
-    assert line.startswith("inspect: gone.safetensors is not there any more")
+    assert line.startswith("inspect: gone.safetensors does not exist")
 
 
 def test_inspect_prints_the_verdict_and_a_table(run):

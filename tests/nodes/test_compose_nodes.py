@@ -106,7 +106,7 @@ def test_resize_keeps_the_energy_its_report_states(compose, loras):
     whole = read_adapter(loras["a"])
     total = sum(get_delta(whole, path).square().sum().item() for path in whole)
     (said,) = [line for line in report.splitlines() if "of the energy kept" in line]
-    assert float(said.split("%")[0]) / 100 == pytest.approx(kept / total, abs=1e-5)
+    assert float(said.split("%")[0]) / 100 == pytest.approx(kept / total, abs=1e-3)
     assert 0.3 < kept / total < 0.9
 
 

@@ -215,7 +215,7 @@ def test_a_full_cache_drops_the_oldest_and_a_read_only_one_is_ignored(
     monkeypatch.setattr(inspections, "write_inspection", refuse)
     found = inspections.get_inspection(read_adapter(make_lora("a", delta_std=4e-4)), exact=False)
     assert len(found.modules) == 24
-    assert "is not kept for later: [Errno 13] Permission denied" in caplog.text
+    assert "could not be cached: [Errno 13] Permission denied" in caplog.text
 
 
 def test_a_base_models_file_adds_what_a_merge_would_leave(server):

@@ -98,7 +98,7 @@ def test_a_lora_of_another_trainer_or_a_lost_training_set_is_a_clear_error(
     job_host, lora, dataset, tmp_path
 ):
     save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors", {"ss_network_dim": "4"})
-    with pytest.raises(ConfigError, match="says nothing of how it was trained"):
+    with pytest.raises(ConfigError, match="does not say how it was trained"):
         job_host.train_again(tmp_path / "foreign.safetensors")
     (dataset.folder / "index.json").unlink()
     for path in dataset.folder.rglob("*.safetensors"):

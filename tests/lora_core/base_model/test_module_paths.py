@@ -175,7 +175,7 @@ def test_shapes_are_out_by_in(name, shape):
 
 
 def test_a_norm_has_no_linear_shape():
-    with pytest.raises(TargetError, match=r"'attn.norm_q' is no Linear"):
+    with pytest.raises(TargetError, match=r"'attn.norm_q' is not a Linear"):
         module_paths.compute_shape("attn.norm_q")
 
 

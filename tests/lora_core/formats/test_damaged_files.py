@@ -30,7 +30,7 @@ DAMAGED = {
     "five bytes": (b"\x10\x00\x00\x00\x00", "ends early: 5 bytes"),
     "eight bytes": (struct.pack("<Q", 8), "ends early: 8 bytes, but its header alone claims 8"),
     "header longer than the file": (build_file({}, claimed=10**9), "claims 1,000,000,000"),
-    "header of the largest size": (build_file({}, claimed=2**64 - 1), "truncated or no safetens"),
+    "header of the largest size": (build_file({}, claimed=2**64 - 1), "truncated or not a safe"),
     "header no JSON": (build_file(b"{not json  "), "is damaged: its header is not readable"),
     "header no UTF-8": (build_file(b'{"\xff\xfe":1}'), "is damaged: its header is not readable"),
     "header no object": (build_file(b"[1, 2]"), "is damaged: its header is not readable"),
@@ -60,9 +60,9 @@ DAMAGED = {
         build_file({KEY.format("A"): entry([2], [0, 8], "F99")}, b"\0" * 8),
         "is damaged: its header is not readable",
     ),
-    "text": (b"<!DOCTYPE html><html>404</html>", "truncated or no safetensors file: download"),
+    "text": (b"<!DOCTYPE html><html>404</html>", "truncated or not a safetensors file: download"),
     "GGUF": (b"GGUF\x03\x00\x00\x00" + b"\0" * 64, "is a GGUF file; expected a LoRA file in safet"),
-    "pickle": (pickle.dumps({"a": 1}), "is a PyTorch pickle, whatever its name says"),
+    "pickle": (pickle.dumps({"a": 1}), "is a PyTorch pickle, despite its name"),
 }
 
 

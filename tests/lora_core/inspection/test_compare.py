@@ -320,7 +320,7 @@ def test_the_text_states_the_same_metrics():
     text = found.to_text()
     assert "a: first.safetensors; b: second.safetensors" in text
     assert "1 modules compared, 1 only in a, 1 only in b" in text
-    assert f"cosine {found.cosine:.4g}" in text
+    assert f"cosine {found.cosine:.3g}" in text
     assert f"only in b: {TO_V}" in text
 
 

@@ -117,7 +117,7 @@ def test_histogram_and_spectrum_show_something(inspection):
         one = draw(inspection, TO_K)
         check_picture(one)
         assert (one != draw(inspection, LAST)).any()
-        with pytest.raises(ConfigError, match=r"is no module of my_edit_lora\.safetensors"):
+        with pytest.raises(ConfigError, match=r"is not a module of my_edit_lora\.safetensors"):
             draw(inspection, "transformer_blocks.1.attn.to_q")
 
 

@@ -29,9 +29,9 @@ FIRST, SECOND = Device("cuda:0", "here-a", "2"), Device("cuda:1", "here-b", "GPU
 @pytest.mark.parametrize(
     ("code", "sentence", "again"),
     [
-        (-signal.SIGKILL, "ended by SIGKILL, by hand or because the computer ran out of", True),
-        (-signal.SIGTERM, "ended by SIGTERM", True),
-        (None, "vanished without a word", True),
+        (-signal.SIGKILL, "terminated by SIGKILL, manually or because the computer", True),
+        (-signal.SIGTERM, "terminated by SIGTERM", True),
+        (None, "disappeared without a message", True),
         (-signal.SIGSEGV, "crashed with SIGSEGV", False),
         (-signal.SIGABRT, "crashed with SIGABRT", False),
         (3, "ended with exit code 3 before it could report why", False),

@@ -102,7 +102,7 @@ def test_metadata_from_elsewhere_never_becomes_a_path(evil, place, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "sentence"),
     [
-        ({}, "says nothing of how it was trained"),
+        ({}, "does not say how it was trained"),
         ({CONFIG_KEY: "{"}, "are damaged"),
         ({CONFIG_KEY: "[]"}, "are damaged"),
         ({CONFIG_KEY: '{"model": 1, "data": {}}'}, "are damaged"),

@@ -216,7 +216,7 @@ def test_a_job_held_by_its_worker_gets_a_request_and_is_not_changed(store, submi
 def test_waiting_can_be_stopped_and_the_job_goes_on(store, submit):
     job_id = submit()
     reported, asked = [], []
-    with pytest.raises(InterruptedError, match="the job goes on"):
+    with pytest.raises(InterruptedError, match="the job continues"):
         store.wait(
             job_id, should_stop=lambda: len(asked) > 1 or asked.append(1), notify=reported.append
         )
@@ -282,7 +282,7 @@ def test_a_lost_or_broken_index_is_rebuilt(harm, is_open, store, submit, caplog)
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
     if harm is not delete and not is_open:  # SQLite itself repairs what it has in its log
-        assert "the job index was broken" in caplog.text
+        assert "the job index was damaged" in caplog.text
         assert len([r for r in caplog.records if "index" in r.message]) == 1
 
 

@@ -344,7 +344,7 @@ def test_a_black_mask_stops_and_a_strip_is_warned_about(tmp_path):
     write_picture(Image.new("L", (96, 64), 255), folder / "mask" / "photo_1.png")
     write_picture(Image.new("RGB", (960, 64)), folder / "target" / "photo_1.png")
     preflight = check(folder)
-    assert "photo_0.png is black all over" in list_texts(preflight, Level.STOP)[0]
+    assert "photo_0.png is entirely black" in list_texts(preflight, Level.STOP)[0]
     assert any("960 x 64 px, a strip" in text for text in list_texts(preflight, Level.WARNING))
 
 

@@ -50,7 +50,7 @@ def test_the_strength_of_a_change_lies_between_the_measured_ones():
     assert effect.find_strength(0.05) == pytest.approx(0.5)
     assert effect.find_strength(0.3) == pytest.approx(1.5)
     assert effect.find_strength(0.6) is None
-    assert "5% at about 0.5" in build({0: 0, 1: 0.1, 2: 0.5}).judge()
+    assert "5 % at about 0.5" in build({0: 0, 1: 0.1, 2: 0.5}).judge()
 
 
 def test_the_verdict_names_no_effect_and_collapse():

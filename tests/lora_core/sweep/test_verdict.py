@@ -123,7 +123,7 @@ def test_damage_present_at_strength_0_is_not_attributed_to_the_lora():
     assert flat.sentences[0].startswith("strength 0 is broken: one colour (contrast 0.0 of 255")
     nan = judge({"0": DAMAGES["NaN"], "1": DAMAGES["NaN"]})
     assert nan.sentences == (
-        "strength 0 is broken: NaN or Inf in 100% of the pixels, shown as black; that is the base "
+        "strength 0 is broken: NaN or Inf in 100 % of the pixels, shown as black; that is the base "
         "model, not the LoRA",
     )
 

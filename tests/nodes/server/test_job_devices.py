@@ -177,7 +177,7 @@ def test_the_same_graph_is_one_job_regardless_of_free_memory(
     first, report = queue().args
     settings = job_host.get(first).settings
     assert settings.train.model.storage == "fp8"
-    assert f"with {settings.train.model.offload_blocks} of 60 blocks waiting" in report
+    assert f"with {settings.train.model.offload_blocks} of 60 blocks offloaded" in report
     assert 11 * GIB < settings.gpu_memory_bytes < 12 * GIB
     monkeypatch.setattr(base_choice, "find_free_host_memory", lambda: 0)
     lock = job_host.get_store().get_device_lock(SMALL.key)

@@ -467,6 +467,6 @@ def test_a_restarted_comfyui_finds_running_and_killed_jobs_again(comfy):
     comfy.start()
     comfy.wait_for(lambda: "resumed after step" in comfy.store.read_log(job_id)["text"])
     comfy.wait_for(lambda: comfy.get(f"{JOBS}/{job_id}")["status"] == "in_progress")
-    assert "it goes on after step" in comfy.get(f"{JOBS}/{job_id}")["notes"][-2]
+    assert "it continues after step" in comfy.get(f"{JOBS}/{job_id}")["notes"][-2]
     comfy.post(job_id, "cancel")
     comfy.wait_for(lambda: comfy.get(f"{JOBS}/{waiting}")["status"] == "completed")
