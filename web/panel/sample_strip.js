@@ -1,6 +1,6 @@
 // Sample images: a row per item, with its source and target first, then one image per step.
 
-import { build, KeyedRows, setHidden } from "../elements.js";
+import { build, KeyedRows, setHidden, setText } from "../elements.js";
 
 export class SampleStrip {
   constructor({ t, getUrl }) {
@@ -9,7 +9,7 @@ export class SampleStrip {
     this.images = [];
     this.list = build("div", { class: "qel-samples" });
     this.rows = new KeyedRows(this.list, () => this.buildRow());
-    this.none = build("p", { class: "qel-empty" }, t("samples.none"));
+    this.none = build("p", { class: "qel-empty" });
     this.image = build("img", { class: "qel-large" });
     this.caption = build("figcaption", {});
     this.dialog = build(
@@ -43,8 +43,11 @@ export class SampleStrip {
     return build("button", { type: "button", class: "qel-button", onclick }, this.t(key));
   }
 
-  update(images = []) {
+  // A job's detail: its images, its files of latents, its settings.
+  update({ pictures: images = [], samples = [], settings = {} }) {
     this.images = images;
+    const isOff = settings["samples.every"] === 0;
+    setText(this.none, this.t(isOff ? "samples.off" : samples.length ? "samples.latents" : "samples.none"));
     setHidden(this.none, images.length > 0);
     const items = new Map();
     for (const image of images) {
