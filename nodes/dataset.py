@@ -26,7 +26,7 @@ from ..lora_core.pairs.listing import list_files
 from ..lora_core.pairs.pair import MAX_REFERENCES, FoundPairs
 from ..lora_core.pairs.preflight import ON_PROBLEM, STOP, Preflight, check_pairs
 from ..lora_core.pairs.preview import build_table, describe_preflight, draw_pairs
-from ..lora_core.text import format_bytes, shorten
+from ..lora_core.text import format_bytes, format_count, shorten
 from ..lora_core.training.data.dataset import read_dataset
 from . import host
 from .datasets.encoding import STOCK_REFERENCE_MEGAPIXELS, VARIANTS, PairEncoder
@@ -324,15 +324,15 @@ def encode(
     num_items, size_bytes = measure_store(store)
     lines = [
         f"{done}: {cached.folder.name}",
-        f"the cache holds {num_items} pairs of all sets, {format_bytes(size_bytes)}, in "
-        f"{show_store(store)} of the user folder; nothing there is deleted automatically: remove "
-        "unused training sets by hand",
+        f"the cache holds {format_count(num_items, 'pair')} of all sets, "
+        f"{format_bytes(size_bytes)}, in {show_store(store)} of the user folder; nothing there is "
+        "deleted automatically: remove unused training sets by hand",
     ]
     findings = []
     if problem := encoder.keep_vae(store, str(settings["vae"])):
         lines.append(problem)
         findings.append(Finding("vae_not_kept", NOTE, problem))
-    summary = f"{preflight.name}: {len(keys)} pairs for {variant}"
+    summary = f"{preflight.name}: {format_count(len(keys), 'pair')} for {variant}"
     dataset = EditDataset(cached.folder, preflight.name, keys, variant, summary)
     return dataset, "\n".join(lines), findings
 

@@ -25,7 +25,7 @@ from ..lora_core.jobs.job import Job, JobStatus
 from ..lora_core.jobs.pictures import JobImage, build_sort_key, parse_name
 from ..lora_core.jobs.store import JobStore
 from ..lora_core.jobs.training_plot import draw_training
-from ..lora_core.text import format_number, shorten, shorten_list
+from ..lora_core.text import format_count, format_number, shorten, shorten_list
 from . import host
 from .server import job_host
 from .sockets import (
@@ -200,7 +200,7 @@ def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
             broken.append(str(e))
     findings = []
     if broken:
-        text = f"{len(broken)} samples cannot be shown: {shorten_list(broken, 2)}"
+        text = f"{format_count(len(broken), 'sample')} not shown: {shorten_list(broken, 2)}"
         findings.append(Finding("samples_unreadable", WARNING, text, len(broken)))
     return lay_out(job, found, bool(latents)), findings
 

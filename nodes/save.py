@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..lora_core import Adapter, write_adapter
 from ..lora_core.findings import WARNING, Finding
 from ..lora_core.formats.schemes import SCHEMES
-from ..lora_core.text import format_bytes
+from ..lora_core.text import format_bytes, format_count
 from . import host
 from .sockets import CATEGORY, Report, adapter_input, report_output, show_report, take_adapter
 
@@ -94,8 +94,8 @@ class QwenEditLoraSave(io.ComfyNode):
         written = write_adapter(adapter, target, key_format)
         name = host.name_below_output(written)
         lines = [
-            f"Wrote {name}: {len(adapter)} modules, {format_bytes(written.stat().st_size)}, "
-            f"format {key_format}"
+            f"Wrote {name}: {format_count(len(adapter), 'module')}, "
+            f"{format_bytes(written.stat().st_size)}, format {key_format}"
         ]
         findings = find_warnings(adapter, key_format)
         lines += [f"Warning: {finding.text}" for finding in findings]

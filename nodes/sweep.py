@@ -15,7 +15,7 @@ from ..lora_core.findings import ERROR, NOTE, WARNING
 from ..lora_core.sweep.cells import Cell, build_cells, build_label, name_adapters
 from ..lora_core.sweep.lora_patterns import find_loras
 from ..lora_core.sweep.strength_grammar import parse_seeds, parse_strengths
-from ..lora_core.text import shorten_list
+from ..lora_core.text import format_count, shorten_list
 from . import host
 from .load import open_lora
 from .patching.application import AUTO, MERGE
@@ -320,7 +320,7 @@ def describe(
     names: list[str],
     note: str,
 ) -> str:
-    images = "1 image" if len(cells) == 1 else f"{len(cells)} images"
+    images = format_count(len(cells), "image")
     lines = [f"{images}: strengths {', '.join(f'{strength:g}' for strength in strengths)}"]
     if len(seeds) > 1:
         lines.append(f"seeds: {', '.join(map(str, seeds))}")

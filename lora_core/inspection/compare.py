@@ -26,7 +26,7 @@ from ..algebra.subspaces import (
 )
 from ..findings import WARNING, Finding
 from ..progress import Progress, ShouldStop, track
-from ..text import format_percent, shorten_list
+from ..text import format_count, format_percent, shorten_list
 
 ENERGY_90 = 0.9
 
@@ -162,8 +162,8 @@ class Comparison(Relation):
     def to_text(self) -> str:
         lines = [
             f"a: {self.name_a}; b: {self.name_b}",
-            f"{len(self.modules)} modules compared, {len(self.only_in_a)} only in a, "
-            f"{len(self.only_in_b)} only in b (zero in the other)",
+            f"{format_count(len(self.modules), 'module')} compared, {len(self.only_in_a)} only in "
+            f"a, {len(self.only_in_b)} only in b (zero in the other)",
             f"cosine {show(self.cosine)}; norm {self.norm_a:.3g} and {self.norm_b:.3g}, "
             f"b / a {show(self.norm_ratio)}; drift |b - a| / |a| {show(self.drift)}",
         ]
@@ -196,7 +196,7 @@ class Comparison(Relation):
             return ()
         reasons = [f"{path}: {reason}" for path, reason in self.not_comparable.items()]
         text = (
-            f"{len(reasons)} modules could not be compared and are left out: "
+            f"{format_count(len(reasons), 'module')} left out of the comparison: "
             f"{shorten_list(reasons, 3)}"
         )
         return (Finding("modules_not_compared", WARNING, text, len(reasons)),)

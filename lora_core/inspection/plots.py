@@ -27,7 +27,7 @@ from ..drawing.style import (
     style_ticks,
 )
 from ..errors import ConfigError
-from ..text import format_percent
+from ..text import format_count, format_percent
 from .entries import THRESHOLD, TO_POWER_OF_TWO
 from .statistics import get_statistic
 
@@ -246,7 +246,7 @@ def draw_histogram(inspection: Inspection, module_path: str | None = None) -> np
     axes.set_xlabel("size of an entry of the delta", color=FOREGROUND, fontsize=SMALL)
     axes.set_ylabel("entries per doubling of size", color=FOREGROUND, fontsize=SMALL)
     below = sum(number for edge, number in bins.items() if edge < floor)
-    note = f"{len(modules)} modules, {total:,} entries"
+    note = f"{format_count(len(modules), 'module')}, {total:,} entries"
     note += f"; {format_percent(below / total)} left of the plot" if below else ""
     add_note(figure, note)
     style_ticks(axes)
@@ -307,7 +307,13 @@ def draw_spectrum(inspection: Inspection, module_path: str | None = None) -> np.
     if len(curves) > 1:
         low, middle, high = np.nanpercentile(table, (10, 50, 90), axis=0)
         axes.fill_between(x, low, high, color=BLUE, alpha=0.3, linewidth=0, label="10 to 90 %")
-        axes.plot(x, middle, color=BLUE, linewidth=4, label=f"median of {len(curves)} modules")
+        axes.plot(
+            x,
+            middle,
+            color=BLUE,
+            linewidth=4,
+            label=(f"median of {format_count(len(curves), 'module')}"),
+        )
         ordered = sorted(modules, key=lambda path: compute_flatness(modules[path]))
         extremes = [(path, "steepest", VERMILION) for path in ordered[:NUM_EXTREMES]]
         rest = ordered[NUM_EXTREMES:]

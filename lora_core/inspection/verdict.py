@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..base_model import module_paths
 from ..findings import ERROR, NOTE, WARNING, Finding
-from ..text import format_percent, shorten_list
+from ..text import format_count, format_percent, shorten_list
 
 if TYPE_CHECKING:
     from .inspection import Inspection, ModuleInspection
@@ -62,7 +62,7 @@ def judge_defects(inspection: Inspection) -> list[Finding]:
     found = []
     if inspection.non_finite:
         text = (
-            f"non-finite: {len(inspection.non_finite)} modules hold NaN or Inf "
+            f"non-finite: NaN or Inf in {format_count(len(inspection.non_finite), 'module')} "
             f"({shorten_list(inspection.non_finite, 2)}), as stored or times their alpha; training "
             "diverged or the file is damaged"
         )
@@ -88,8 +88,8 @@ def judge_defects(inspection: Inspection) -> list[Finding]:
         found.append(Finding(kind, WARNING, text, len(dead)))
     if inert:
         text = (
-            f"inert, not broken: {len(inert)} modules of block {last} never get a gradient, since "
-            f"the model discards their output ({shorten_list(inert, 4)})"
+            f"inert, not broken: {format_count(len(inert), 'module')} of block {last} without a "
+            f"gradient, since the model discards their output ({shorten_list(inert, 4)})"
         )
         found.append(Finding("inert", NOTE, text, len(inert)))
     return found
@@ -141,7 +141,7 @@ def judge_merge(inspection: Inspection) -> list[Finding]:
         squares = sum((m.base.merge_error_measured * m.frobenius) ** 2 for m in measured)
         total = sum(m.frobenius**2 for m in measured)
         real = (squares / total) ** 0.5 if total else 0.0
-        checked = f", {real:.2g} by real rounding in {len(measured)} modules"
+        checked = f", {real:.2g} by real rounding in {format_count(len(measured), 'module')}"
     noise = f"rounding noise is {error:.2g} times the adapter (predicted{checked}; up to "
     noise += f"{MERGE_ERROR:g} is fine)"
     if error > MERGE_ERROR:

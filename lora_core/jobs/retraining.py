@@ -62,7 +62,7 @@ def build_again(
         if len(found) == 1:
             table[key] = str(found[0])
         elif found:
-            missing.append(f"{what} {shorten(name)} is there {len(found)} times")
+            missing.append(f"{what} {shorten(name)} was found {len(found)} times")
         else:
             missing.append(f"{what} {shorten(str(name))} is not here")
     if missing:

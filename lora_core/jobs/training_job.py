@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ConfigError
 from ..progress import ShouldStop
-from ..text import format_duration
+from ..text import format_count, format_duration
 from ..training.command_line import describe_report, quiet_libraries
 from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
@@ -165,7 +165,8 @@ def take_sample(
     with sampling(sampler, reporter):
         seconds = sampler.make(step, stop)
         reporter.log(
-            f"sampled {len(sampler.indices)} images after step {step} in {format_duration(seconds)}"
+            f"sampled {format_count(len(sampler.indices), 'image')} after step {step} in "
+            f"{format_duration(seconds)}"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import ConfigError
+from ..text import format_count
 from .images import ArrayImage
 from .pair import FoundPairs, Pair
 
@@ -34,8 +35,8 @@ def build_graph_pairs(
     for slot, images in enumerate(references, 1):
         if len(images) not in (1, number):
             raise ConfigError(
-                f"reference_{slot} holds {len(images)} images and targets {number}; expected "
-                "as many, or one for all"
+                f"reference_{slot} holds {format_count(len(images), 'image')} and targets "
+                f"{number}; expected as many, or one for all"
             )
     texts = split_captions(captions, number)
     shared = [
@@ -65,7 +66,7 @@ def split_captions(captions: Sequence[str], number: int) -> list[str | None]:
         return [None] * number
     if len(texts) not in (1, number):
         raise ConfigError(
-            f"captions holds {len(texts)} lines and targets {number} images; expected as many, "
-            "or one for all"
+            f"captions holds {format_count(len(texts), 'line')} and targets "
+            f"{format_count(number, 'image')}; expected as many, or one for all"
         )
     return [*texts] * (number if len(texts) == 1 else 1)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..drawing.contact_sheet import Row, Tile, draw_sheet
-from ..text import align, shorten
+from ..text import align, format_count, shorten
 from .pair import Level, Problem
 from .preflight import CheckedPair, Preflight, count_sizes
 
@@ -113,7 +113,7 @@ def draw_pairs(preflight: Preflight) -> np.ndarray:
     rows = [Row("", tuple(tiles[i : i + per_row])) for i in range(0, len(tiles), per_row or 1)]
     rows = rows or [Row("no pair can be used", (Tile(None, ""),))]
     name = shorten(preflight.name)
-    title = f"{name}: {len(preflight.pairs)} pairs, references left, target right"
+    title = f"{name}: {format_count(len(preflight.pairs), 'pair')}, references left, target right"
     if len(pairs) > MAX_TILES:
         title += f"; {MAX_TILES} of them"
     whole = [p.text for p in preflight.problems if p.pair is None and p.level > Level.NOTE]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..disk.safetensors_file import shorten
 from ..errors import ConfigError
+from ..text import format_count
 
 MAX_CELLS = 64
 MAX_SEED_DIGITS = 20  # of 64 bits
@@ -84,9 +85,9 @@ def build_cells(
     count = len(seeds) * (1 + len(adapters) * len(active))
     if count > MAX_CELLS:
         raise ConfigError(
-            f"this sweep has {count} images ({len(active)} strengths and 0, {len(seeds)} seeds, "
-            f"{len(adapters)} adapters); expected at most {MAX_CELLS}, so use fewer of them, such "
-            "as the strengths '0, 1, 2'"
+            f"this sweep has {count} images ({format_count(len(active), 'strength')} and 0, "
+            f"{format_count(len(seeds), 'seed')}, {format_count(len(adapters), 'adapter')}); "
+            f"expected at most {MAX_CELLS}, so use fewer of them, such as the strengths '0, 1, 2'"
         )
     names = adapters if len(adapters) > 1 else [""] * len(adapters)
     return [

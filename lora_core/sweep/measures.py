@@ -15,6 +15,7 @@ import torch
 
 from ..errors import ConfigError
 from ..progress import Progress, ShouldStop, track
+from ..text import format_count
 from .cells import MAX_CELLS, Cell, build_label, parse_label
 from .image_metrics import (
     SSIM_WINDOW,
@@ -153,8 +154,9 @@ def split_images(images: Sequence[torch.Tensor], labels: Sequence[str]) -> list[
         images = list(images[0].split(1))
     if len(images) != len(labels) or not labels:
         raise ConfigError(
-            f"there are {len(images)} images and {len(labels)} labels; expected one label per "
-            "image, such as images and labels of Sweep Qwen Edit LoRA"
+            f"there are {format_count(len(images), 'image')} and "
+            f"{format_count(len(labels), 'label')}; expected one label per image, such as images "
+            "and labels of Sweep Qwen Edit LoRA"
         )
     if len(labels) > MAX_CELLS:
         raise ConfigError(f"there are {len(labels)} images; expected at most {MAX_CELLS}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..text import align
+from ..text import align, format_count
 from .measures import INSIDE, OUTSIDE, WHOLE
 from .verdict import show
 
@@ -23,7 +23,7 @@ def build_sweep_table(sweep: SweepMeasures, verdict: SweepVerdict) -> str:
         header += ["source RMS", "source SSIM"]
     header.append("")
     rows = [build_row(measures, sweep, verdict) for measures in sweep.cells.values()]
-    about = f"{len(rows)} images; change from strength 0, RMS of 255, PSNR in dB"
+    about = f"{format_count(len(rows), 'image')}; change from strength 0, RMS of 255, PSNR in dB"
     return "\n".join([about, *(line.rstrip() for line in align([header, *rows]))])
 
 

@@ -73,7 +73,7 @@ def resize_adapter(
     notes = []
     kept = sum(parts[path].weights is weights for path, weights in adapter.modules.items())
     if kept:
-        notes.append(f"{kept} of {len(parts)} modules were small enough and are unchanged")
+        notes.append(f"modules small enough and unchanged: {kept} of {len(parts)}")
     if "DoRA" in adapter.kinds:
         notes.append("DoRA: energies are those of the direction; magnitudes are kept")
     adapter.release()

@@ -108,7 +108,7 @@ def test_an_untrained_file_and_a_broken_one_are_distinguished(server, lora, cach
     key = next(key for key in tensors if "lora_B" in key)
     save_file({**tensors, key: torch.full_like(tensors[key], float("nan"))}, lora)
     shown = server.run_prompt(inspect_graph())["outputs"]["inspect"]
-    assert "non-finite: 1 modules hold NaN or Inf" in shown["qwen_edit_lora_report"][0]
+    assert "non-finite: NaN or Inf in 1 module" in shown["qwen_edit_lora_report"][0]
 
 
 def test_a_wrong_input_is_a_one_sentence_error(server):
@@ -293,7 +293,7 @@ def test_modules_missing_from_the_base_are_counted_in_the_report(server, lora, c
     save_file(tensors, lora)
     entry = server.run_prompt(inspect_beside_model(FP8_BASE, LORA))
     (report,) = entry["outputs"]["inspect"]["qwen_edit_lora_report"]
-    assert "Warning: 1 modules have no statistics: transformer_blocks.55." in report
+    assert "Warning: 1 module without statistics: transformer_blocks.55." in report
     assert "has no such module" in report
     assert entry["outputs"]["inspect"]["qwen_edit_lora_warning"] == [True]
 

@@ -357,8 +357,8 @@ def test_side_path_mode_refuses_what_it_cannot_serve_and_auto_merges_it(run, lor
     stem = "diffusion_model.transformer_blocks.0.attn.to_q"
     tensors[f"{stem}.dora_scale"] = torch.ones(len(tensors[f"{stem}.lora_B.weight"]), 1)
     save_file(tensors, loras / "dora.safetensors")
-    with pytest.raises(PromptError, match=r"cannot serve 1 modules .*DoRA depends on the base"):
+    with pytest.raises(PromptError, match=r"cannot serve 1 module .*DoRA depends on the base"):
         run(apply_graph("dora.safetensors", mode="side path"))
     _, reports = run(apply_graph("dora.safetensors"))
-    assert "merged into the weights: 1 modules (DoRA depends on the base" in reports["apply"]
+    assert "merged into the weights: 1 module (DoRA depends on the base" in reports["apply"]
     assert "side path: 23 modules" in reports["apply"]

@@ -14,7 +14,7 @@ import torch
 from ...errors import ConfigError, FileError, NonFiniteLossError, OutOfMemoryError
 from ...injection.inject import Injection
 from ...progress import ShouldStop
-from ...text import shorten_list
+from ...text import format_count, shorten_list
 from ..config.advice import advise
 from ..config.config import TrainConfig
 from ..data.dataset import CachedDataset
@@ -150,8 +150,8 @@ class Run:
             self.notify(f"{self.folder.name} holds no intact checkpoint; starting at step 1")
         if self.processes.is_main and (num_unread := self.metrics.cut(self.step)):
             self.notify(
-                f"{num_unread} lines of {self.metrics.path.name} could not be read and are left "
-                "out; the run itself is complete"
+                f"{format_count(num_unread, 'line')} of {self.metrics.path.name} left out as "
+                "unreadable; the run itself is complete"
             )
 
     def take_steps(self, should_stop: ShouldStop) -> Iterator[StepReport]:

@@ -266,7 +266,7 @@ def test_non_finite_modules_are_named_and_do_not_spoil_the_rest():
     broken = LoraWeights(torch.full((2, 8), float("nan")), torch.ones(8, 2))
     found = inspect_adapter(Adapter({**adapter.modules, TO_Q: broken}, name="broken"))
     assert found.non_finite == (TO_Q,)
-    assert found.verdict[0].startswith(f"non-finite: 1 modules hold NaN or Inf ({TO_Q})")
+    assert found.verdict[0].startswith(f"non-finite: NaN or Inf in 1 module ({TO_Q})")
     assert found.std == pytest.approx(3e-4, rel=0.1)
 
 

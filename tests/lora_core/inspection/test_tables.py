@@ -89,7 +89,7 @@ def test_an_adapter_without_statistics_has_a_table_too(sort_by):
     assert build_table(inspection, sort_by).startswith("0 modules")
     text = describe_verdict(inspection)
     assert "nothing to judge" in text
-    assert "Warning: 1 modules have no statistics: txt_norm: a change of a norm or bias" in text
+    assert "Warning: 1 module without statistics: txt_norm: a change of a norm or bias" in text
 
 
 def test_only_good_news_needs_no_attention():

@@ -79,7 +79,7 @@ def test_two_bases_of_one_name_are_not_guessed_between(here, tmp_path):
     def twice(name: str) -> list[Path]:
         return [tmp_path / "a" / name, tmp_path / "b" / name]
 
-    with pytest.raises(ConfigError, match=f"the base model {BASE} is there 2 times"):
+    with pytest.raises(ConfigError, match=f"the base model {BASE} was found 2 times"):
         build_again(describe(), twice, here(), here())
 
 

@@ -268,7 +268,7 @@ def test_a_linear_without_a_weight_in_another_model_runs_beside_and_is_not_merge
     attention.to_add_out = SVDQW4A4Linear([attention.to_add_out])
     adapter = build_adapter(ATTENTION)  # matches are remembered by adapter
     assert worst(sample(apply(ours, base, adapter).model), expected) < ROUNDING
-    with pytest.raises(ConfigError, match=r"^1 modules of .*to_add_out.* no weight that ComfyUI"):
+    with pytest.raises(ConfigError, match=r"^1 module of .*to_add_out.* no weight that ComfyUI"):
         apply(ours, base, adapter, mode="merge")
     assert worst(sample(base), before) < ROUNDING
 

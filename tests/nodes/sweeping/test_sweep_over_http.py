@@ -374,7 +374,7 @@ def test_models_and_seeds_work_with_a_custom_sampler_graph(server, render):
         ({"latent_image": None, "positive": None}, "and positive, latent_image is not connected"),
         ({"sampler": ["euler", 0]}, "and sigmas is not connected"),
         ({"adapter": None}, "there is nothing to sweep; connect an adapter"),
-        ({"seeds": "1:40:1"}, r"has 120 images \(2 strengths and 0, 40 seeds, 1 adapters\)"),
+        ({"seeds": "1:40:1"}, r"has 120 images \(2 strengths and 0, 40 seeds, 1 adapter\)"),
     ],
 )
 def test_missing_or_superfluous_inputs_are_a_one_sentence_error(changes, sentence, server):
