@@ -162,7 +162,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         key = f"{compute_key(requested)}, storage {storage}" + (f" on {gpus}" if gpus > 1 else "")
         known = job_host.find_same(key)
         if known is not None:
-            text = f"job {known.id} is this training already: {known.describe()}"
+            text = f"this training is already job {known.id}: {known.describe()}"
             return io.NodeOutput(known.id, text, ui=show_report(text) | show_job(known.id))
         devices, taken = job_devices.choose_for_job(
             job_host.get_store(), requested.model.device, gpus

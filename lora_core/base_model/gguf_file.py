@@ -224,7 +224,7 @@ class HeaderWalk:
             raise refuse(self.path, "a tensor is larger than the file")
         self.skip(4)  # its type
         if self.read("Q") > self.size:
-            raise refuse(self.path, "a tensor begins behind the file's end")
+            raise refuse(self.path, "a tensor begins after the file's end")
 
 
 def import_gguf():

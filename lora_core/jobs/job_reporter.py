@@ -67,7 +67,7 @@ class JobReporter:
     def add_alert(self, sentence: str) -> None:
         """Writes to the log and adds to the job's alarms, once each."""
         if sentence not in self.state.alarms:
-            log_line(f"alarm: {sentence}")
+            log_line(f"warning: {sentence}")
             self.update(alarms=(*self.state.alarms, sentence)[-20:])
 
     def report(self, report: StepReport) -> None:

@@ -64,7 +64,7 @@ def build_again(
         elif found:
             missing.append(f"{what} {shorten(name)} was found {len(found)} times")
         else:
-            missing.append(f"{what} {shorten(str(name))} is not here")
+            missing.append(f"{what} {shorten(str(name))} is missing")
     if missing:
         raise ConfigError(
             f"this LoRA cannot be trained again: {'; '.join(missing)}. Put what is missing where "

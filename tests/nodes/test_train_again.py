@@ -105,6 +105,6 @@ def test_a_lora_of_another_trainer_or_a_lost_training_set_is_a_clear_error(
         path.unlink()
     (dataset.folder / "items").rmdir()
     dataset.folder.rmdir()
-    with pytest.raises(ConfigError, match=f"the training set {dataset.folder.name} is not here"):
+    with pytest.raises(ConfigError, match=f"the training set {dataset.folder.name} is missing"):
         job_host.train_again(lora)
     assert job_host.get_store().list() == []

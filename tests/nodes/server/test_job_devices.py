@@ -184,7 +184,7 @@ def test_the_same_graph_is_one_job_regardless_of_free_memory(
     with lock.held(1.0):
         again, report = queue().args
     assert again == first
-    assert "is this training already" in report
+    assert "this training is already job" in report
     job_host.get_store().cancel(first)
     with lock.held(1.0), job_host.get_store().get_device_lock(LARGE.key).held(1.0):
         _, report = queue(MEASURE).args
