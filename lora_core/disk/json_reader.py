@@ -82,7 +82,7 @@ def check_object(value: Any, name: str) -> dict[str, Any]:
 
 def describe_kind(value: Any) -> str:
     """What a JSON value is, for a message that expected another kind: "a list", "null", ..."""
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
     return "null" if value is None else kinds.get(type(value), "a number")
 
 

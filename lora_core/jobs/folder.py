@@ -262,7 +262,7 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     return value
 
 
-NAMES = {str: "a text", int: "a whole number", float: "a finite number"}
+NAMES = {str: "text", int: "a whole number", float: "a finite number"}
 
 
 def is_plain(value: Any, kind: type) -> bool:

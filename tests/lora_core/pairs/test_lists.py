@@ -68,7 +68,7 @@ def test_a_caption_that_is_not_text_is_not_a_caption(caption, folder):
     assert [pair.caption for pair in found.pairs] == ["make it red"]
     (text,) = [problem.text for problem in found.problems if problem.level == Level.STOP]
     assert text.startswith("the caption in metadata.jsonl, row 2 is ")
-    assert "expected a text" in text
+    assert "expected text" in text
 
 
 def test_nan_as_a_caption_is_a_problem_and_words_for_none_are_warned_about(folder):

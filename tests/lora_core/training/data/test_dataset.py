@@ -150,7 +150,9 @@ def test_every_batch_is_full_and_of_one_size_and_an_epoch_shows_every_item():
         assert set(seen) == set(range(8))
         assert sum(seen.values()) == 10
         assert seen[7] == 2
-    assert order.describe_repeats().startswith("2 of 3 sizes have no multiple of 2 items, so 2 ")
+    assert order.describe_repeats().startswith(
+        "sizes whose items do not fill batches of 2: 2 of 3; samples shown again in each epoch: 2"
+    )
 
 
 def test_references_of_another_size_are_another_bucket():

@@ -173,7 +173,7 @@ def test_a_resumed_run_reports_other_contents_under_the_same_names(tmp_path, wha
         assert found == []
     else:
         (sentence,) = found
-        assert sentence.startswith(f"{what} is not the same as when")
+        assert sentence.startswith(f"{what} changed since the checkpoint")
 
 
 def test_a_resumed_run_reports_another_variant(tmp_path):
