@@ -106,7 +106,7 @@ class QwenEditDataset(io.ComfyNode):
                     default="",
                     multiline=True,
                     optional=True,
-                    placeholder="the instruction, where no .txt file has one",
+                    placeholder="the instruction, if no .txt file has one",
                     tooltip=(
                         "For pairs without a caption file. With connected targets: one line per "
                         "target, or one for all."

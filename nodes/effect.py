@@ -40,7 +40,7 @@ class QwenEditLoraEffect(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The MODEL below the LoRA; other LoRAs on it stay as they are.",
+                    tooltip="The MODEL without the LoRA; other LoRAs on it stay as they are.",
                 ),
                 adapter_input(),
                 io.Conditioning.Input(

@@ -207,8 +207,11 @@ def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
 
 def lay_out(job: Job, found: list[tuple[JobImage, np.ndarray]], has_latents: bool) -> np.ndarray:
     if not any(image.kind == "sample" for image, _ in found):
+        if has_latents:
+            return draw_message("Connect the VAE to see the samples.")
+        is_off = job.settings.samples.every == 0
         return draw_message(
-            "Connect the VAE to see the samples." if has_latents else "No sample was taken yet."
+            "This training makes no samples: sample_every is 0." if is_off else "No sample yet."
         )
     rows: dict[str, list[Tile]] = {}
     for image, pixels in sorted(found, key=lambda one: build_sort_key(one[0])):

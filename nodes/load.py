@@ -46,8 +46,8 @@ class QwenEditLoraLoad(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Reads a LoRA, LoKr, LoHa, DoRA or OFT file for Qwen-Image or Qwen-Image-Edit in "
-                "any known key format and says what it found. A file of which nothing matches is "
-                "an error, not a silent no-op."
+                "any known key format and says what it found. A file that matches nothing is an "
+                "error, not a silent no-op."
             ),
             search_aliases=["lora", "qwen lora", "load lora", "lokr", "dora"],
             has_intermediate_output=True,

@@ -66,7 +66,7 @@ class QwenEditLoraSweep(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The MODEL below the swept LoRA; other LoRAs on it stay as they are.",
+                    tooltip="The MODEL without the swept LoRA; other LoRAs on it stay as they are.",
                 ),
                 adapter_input(optional=True),
                 io.String.Input(

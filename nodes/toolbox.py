@@ -48,7 +48,7 @@ class QwenEditLoraResize(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Lowers the rank of every module to the best approximation of its delta, and says "
-                "how much of it is left. LoHa and LoKr become LoRA."
+                "how much of it is kept. LoHa and LoKr become LoRA."
             ),
             search_aliases=["shrink lora", "reduce rank", "lora svd"],
             has_intermediate_output=True,
@@ -156,8 +156,8 @@ class QwenEditLoraExtract(io.ComfyNode):
             display_name="Extract Qwen Edit LoRA",
             category=CATEGORY,
             description=(
-                "Makes a LoRA from the difference of a fine-tuned model and the model it came "
-                "from. Both files are read layer by layer; neither is loaded as a whole."
+                "Makes a LoRA from the difference between a fine-tuned model and its original. "
+                "Both files are read layer by layer; neither is loaded as a whole."
             ),
             search_aliases=["extract lora", "model difference", "lora from checkpoint"],
             has_intermediate_output=True,

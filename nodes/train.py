@@ -356,9 +356,8 @@ def list_advanced_inputs() -> list[Any]:
             min=1,
             max=MAX_DEVICES,
             tooltip=(
-                "GPUs that train together, each with a whole copy of the base and a batch of its "
-                "own, so that a step sees so many times batch_size samples. The estimate is of one "
-                "of them."
+                "GPUs that train together, each with its own copy of the base and its own batch, "
+                "so a step sees gpus times batch_size samples. The estimate is of one of them."
             ),
             **extra,
         ),

@@ -224,7 +224,7 @@ def restore(kind: type, values: Any) -> Any:
         ValueError: a value is not of its field's kind, or one without a default is missing.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{describe_kind(values)} where an object was expected")
+        raise ValueError(f"{describe_kind(values)} instead of an object")
     hints = get_hints(kind)
     known = {name: convert(hints[name], values[name], name) for name in hints if name in values}
     try:

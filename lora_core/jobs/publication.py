@@ -105,9 +105,9 @@ def try_folder(loras: Path, job_id: str) -> None:
         trial.touch()
         trial.unlink()
     except (OSError, ValueError) as e:  # ValueError: no name of any folder
-        reason = "it is not there" if isinstance(e, FileNotFoundError) else explain(e)
+        reason = "it does not exist" if isinstance(e, FileNotFoundError) else explain(e)
         raise FileError(
-            f"the loras folder cannot take the adapter: {shorten(reason, 200)}"
+            f"the adapter cannot be written to the loras folder: {shorten(reason, 200)}"
         ) from None
 
 

@@ -314,7 +314,7 @@ def describe_range(curve: Sequence[CurvePoint], suggested: tuple[float, float] |
         best = max(p.rms or 0 for p in points if not p.damage)
         return (
             f"suggested range: none; the strengths that do not collapse change RMS {show(best)} of "
-            f"255 at most, and {show(VISIBLE_RMS)} is where it becomes visible"
+            f"255 at most, and a change is visible from {show(VISIBLE_RMS)}"
         )
     low, high = suggested
     end = "the last before the collapse" if damaged else "the highest tested"

@@ -141,7 +141,7 @@ def check_finite(square: float, name: str) -> None:
     if not math.isfinite(square):
         raise NonFiniteWeightsError(
             f"{name} differs by NaN or Inf; expected finite weights. Check that both files are "
-            "whole."
+            "complete."
         )
 
 

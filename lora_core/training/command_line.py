@@ -44,10 +44,10 @@ def add_commands(commands) -> None:
     command.add_argument("config", metavar="CONFIG.toml", help="as for train")
     command.add_argument("--json", action="store_true")
     command.add_argument(
-        "--shared", action="store_true", help="ComfyUI uses the same GPU meanwhile"
+        "--shared", action="store_true", help="ComfyUI uses the same GPU during the training"
     )
     command.add_argument(
-        "--samples", action="store_true", help="sample images are decoded meanwhile"
+        "--samples", action="store_true", help="sample images are decoded during the training"
     )
     command.set_defaults(run=run_estimate)
 

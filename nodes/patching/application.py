@@ -175,7 +175,7 @@ def warn_of_readers(
 ) -> None:
     text = (
         f"{', '.join(readers)} after this node reads the weights alone, so that {count} modules of "
-        f"{adapter.name} are missing from what it makes; choose mode 'auto' or 'merge'"
+        f"{adapter.name} are missing from its output; choose mode 'auto' or 'merge'"
     )
     application.warn("not_in_weights", text, count)
     logger.warning("Qwen Edit LoRA: %s.", text)

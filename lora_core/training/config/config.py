@@ -103,7 +103,7 @@ def check_file_name(name: str) -> None:
         size = len(f"{name}{LONGEST_ENDING}".encode())
     except UnicodeEncodeError:
         raise ConfigError(
-            f"name is {shown}, which holds half of a character; type it again"
+            f"name is {shown}, which holds an incomplete character; type it again"
         ) from None
     if size > MAX_NAME_BYTES:
         raise ConfigError(

@@ -93,8 +93,8 @@ def read_architecture(
     patch_outputs = get("proj_out.weight", 2)[0]
     if (in_channels, patch_outputs) != (PATCH_NUMBERS, PATCH_NUMBERS):
         raise refuse(
-            f"it takes {in_channels} and gives {patch_outputs} numbers a token, expected "
-            f"{PATCH_NUMBERS} both ways"
+            f"it takes {in_channels} and returns {patch_outputs} numbers per token; expected "
+            f"{PATCH_NUMBERS} for both"
         )
     if width % head_width or head_width % 2:
         raise refuse(f"a width of {width} has no even heads of {head_width}")

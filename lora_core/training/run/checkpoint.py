@@ -175,7 +175,7 @@ def make_folder(folder: Path, what: str = "checkpoints") -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as e:  # ValueError: no name of any folder
         name, reason = shorten(folder.name), shorten(explain(e), 200)
-        raise FileError(f"{name} cannot take {what}: {reason}.") from None
+        raise FileError(f"{name} cannot be used for {what}: {reason}.") from None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -426,9 +426,11 @@ def test_missing_files_are_reported_before_anything_is_queued(changes, sentence,
 
 
 def test_an_unwritable_loras_folder_is_reported_before_anything_is_queued(store, submit):
-    with pytest.raises(FileError, match="the loras folder cannot take the adapter: it is not ther"):
+    with pytest.raises(
+        FileError, match="the adapter cannot be written to the loras folder: it does"
+    ):
         submit(loras="nowhere")
-    with pytest.raises(FileError, match="the loras folder cannot take the adapter"):
+    with pytest.raises(FileError, match="the adapter cannot be written to the loras folder"):
         submit(loras="/proc/self")
 
 

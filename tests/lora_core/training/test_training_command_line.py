@@ -129,7 +129,7 @@ def test_sharding_by_accelerate_is_refused_in_one_line(write_config, capsys, mon
     monkeypatch.setenv("WORLD_SIZE", "2")  # set by `accelerate launch --use_fsdp`
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", write_config()]) == 2
-    assert "train: FSDP version 1 would spread the LoRAs" in capsys.readouterr().err
+    assert "train: FSDP version 1 would shard the LoRAs" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal")

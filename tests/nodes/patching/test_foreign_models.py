@@ -238,7 +238,7 @@ def test_what_needs_weights_is_refused_with_a_message(nunchaku, sample, ours, co
     compiled = applied.model.clone()
     set_torch_compile_wrapper(compiled, backend="eager")
     with pytest.raises(
-        ConfigError, match=r"have no weight or bias that a LoRA could be merged into"
+        ConfigError, match=r"without a weight or bias that a LoRA could be merged into"
     ):
         sample(compiled)
     with pytest.raises(ConfigError, match=r"would have to be merged .*torch.compile is on"):
