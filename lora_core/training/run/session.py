@@ -138,7 +138,7 @@ def choose_device(config: ModelConfig) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ConfigError(
-            f"the device {config.device!r} is not there; expected cpu, cuda or auto"
+            f"the device {config.device!r} does not exist; expected cpu, cuda or auto"
         ) from None
     return device
 

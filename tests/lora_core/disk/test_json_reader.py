@@ -84,7 +84,7 @@ def test_a_value_that_is_not_an_object_is_named_in_the_error(text, tmp_path):
 
 def test_a_missing_file_is_distinguished_from_an_unreadable_one(tmp_path):
     for path in (tmp_path / "a.json", tmp_path / "no folder" / "a.json"):
-        with pytest.raises(MissingFileError, match="is not there"):
+        with pytest.raises(MissingFileError, match="does not exist"):
             read_json(path)
     (tmp_path / "file").touch()
     with pytest.raises(MissingFileError):

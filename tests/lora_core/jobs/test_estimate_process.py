@@ -37,7 +37,7 @@ def test_a_process_that_sees_one_gpu_is_not_asked_for_the_second(tmp_path):
     config = make_train(make_material(tmp_path), **{"model.device": "cuda:1"})
     none_visible = Device("cuda:1", "test-gpu", "99")
     # It looks for the only GPU it can see, and not for a second one.
-    with pytest.raises(ConfigError, match="the device 'cuda' is not there"):
+    with pytest.raises(ConfigError, match="the device 'cuda' does not exist"):
         estimate_in_process(config, none_visible)
 
 

@@ -414,9 +414,9 @@ def test_only_a_state_that_is_not_there_says_that_the_job_was_deleted(tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model.source": "gone.safetensors"}, "the model, gone.safetensors, is not there"),
-        ({"data.folder": "no_set"}, "the training set, no_set, is not there"),
-        ({"model.vae": "no_vae"}, "the VAE, no_vae, is not there"),
+        ({"model.source": "gone.safetensors"}, "the model, gone.safetensors, does not exist"),
+        ({"data.folder": "no_set"}, "the training set, no_set, does not exist"),
+        ({"model.vae": "no_vae"}, "the VAE, no_vae, does not exist"),
     ],
 )
 def test_missing_files_are_reported_before_anything_is_queued(changes, sentence, store, material):

@@ -78,8 +78,8 @@ def test_train_again_is_refused_in_one_line_and_with_resume_goes_on(write_config
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"source": "nothing.safetensors"}, "nothing.safetensors is not there"),
-        ({"device": "cuda:77"}, "the device 'cuda:77' is not there"),
+        ({"source": "nothing.safetensors"}, "nothing.safetensors does not exist"),
+        ({"device": "cuda:77"}, "the device 'cuda:77' does not exist"),
         ({"storage": "fp4"}, "config.toml: [model] storage is 'fp4'; expected one of"),
     ],
 )

@@ -129,7 +129,7 @@ def test_a_file_that_is_not_a_configuration_is_an_error_with_its_name(tmp_path, 
 
 
 def test_a_missing_file_is_a_clear_error(tmp_path):
-    with pytest.raises(FileError, match=r"nothing\.toml is not there"):
+    with pytest.raises(FileError, match=r"nothing\.toml does not exist"):
         read_config(tmp_path / "nothing.toml")
 
 

@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_skipped_and_reported(tmp_path):
     rest = run(tmp_path / "cut", resume=True, notify=said.append)
     assert [report.step for report in rest] == [3, 4, 5, 6]
     assert [report.loss for report in rest] == [report.loss for report in whole[2:]]
-    expected = "passed over: step_00000004 is damaged: optimizer.safetensors is missing or cut"
+    expected = "skipped: step_00000004 is damaged: optimizer.safetensors is missing or cut"
     assert any(sentence.startswith(expected) for sentence in said)
     assert_same(*(read_outcome(tmp_path / name / "run") for name in ("cut", "whole")))
 
