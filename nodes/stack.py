@@ -99,7 +99,7 @@ def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
 
 
 def report_file(applied: Application, adapter: Adapter) -> None:
-    """Adds the findings from reading the file, as Load Edit LoRA would report them."""
+    """Adds the findings from reading the file, as Load Qwen Edit LoRA would report them."""
     for finding in adapter.report.findings:
         add = applied.note if finding.severity == NOTE else applied.warn
         add(finding.kind, f"{adapter.name}: {finding.text}", finding.count)
@@ -115,12 +115,12 @@ class QwenEditLoraStack(io.ComfyNode):
         ]
         return io.Schema(
             node_id="QwenEditLoraStack",
-            display_name="Stack Edit LoRAs",
+            display_name="Stack Qwen Edit LoRAs",
             category=CATEGORY,
             description=(
-                "Applies any number of LoRA files and adapters at once. Plain LoRAs that meet on "
-                "a module run as one down and one up product, so ten of them cost little more "
-                "than one."
+                "Applies any number of LoRA files and adapters at once. Plain LoRAs on the same "
+                "module run as one down and one up product, so ten of them cost little more than "
+                "one."
             ),
             search_aliases=["lora stack", "multi lora", "power lora"],
             has_intermediate_output=True,

@@ -1,4 +1,4 @@
-// A training on the node that started or shows it: state, loss curve, newest picture, live.
+// A training on the node that started or shows it: state, loss curve, newest image, live.
 // A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
 
 import { CurveChart } from "./panel/curve_chart.js";
@@ -80,14 +80,14 @@ export class JobView {
     this.askedAt = Date.now();
     this.shown = this.jobs.jobs.get(this.id);
     try {
-      const { metrics, pictures = [] } = await this.jobs.show(this.id);
+      const { metrics, pictures: images = [] } = await this.jobs.show(this.id);
       this.chart.show(metrics.step, metrics);
-      const newest = pictures
-        .filter((picture) => picture.kind === "sample")
+      const newest = images
+        .filter((image) => image.kind === "sample")
         .reduce((a, b) => (a && a.step >= b.step ? a : b), null);
       setHidden(this.image, !newest);
       if (newest) {
-        setAttribute(this.image, "src", this.jobs.getPictureUrl(this.id, newest.name));
+        setAttribute(this.image, "src", this.jobs.getImageUrl(this.id, newest.name));
         setAttribute(this.image, "alt", this.t("samples.step", { step: newest.step }));
       }
     } catch (error) {

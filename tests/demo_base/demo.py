@@ -123,7 +123,7 @@ def render(server: ComfyServer, graph: dict[str, Any]) -> bytes:
     """The first image the graph saves."""
     images = server.images(server.run_prompt(graph, PROMPT_TIMEOUT))
     if not images:
-        raise DemoError(f"{WORKFLOW.name} must save a picture, but saved none.")
+        raise DemoError(f"{WORKFLOW.name} must save an image, but saved none.")
     return images[0]
 
 
@@ -131,7 +131,7 @@ def describe_difference(before: Path, after: Path) -> str:
     """A message with the mean absolute pixel difference; DemoError if there is none."""
     difference = compute_difference(before.read_bytes(), after.read_bytes())
     if difference == 0:
-        raise DemoError(f"the LoRA must change the picture, but {after} equals {before}.")
+        raise DemoError(f"the LoRA must change the image, but {after} equals {before}.")
     return f"The LoRA changes a pixel by {difference:.1f} of 255 on average."
 
 

@@ -169,7 +169,7 @@ def draw_bands(pictures: Sequence[Image.Image], labels: Sequence[str] = ()) -> I
     from PIL import Image, ImageDraw, ImageFont
 
     if labels and len(labels) != len(pictures):
-        raise ValueError(f"expected a label for each of {len(pictures)} pictures, got {labels}")
+        raise ValueError(f"expected a label for each of {len(pictures)} images, got {labels}")
     edges = [round(SIZE_PX * index / len(pictures)) for index in range(len(pictures) + 1)]
     thumbnail = Image.new("RGB", (SIZE_PX, SIZE_PX), "white")
     draw = ImageDraw.Draw(thumbnail, "RGBA")

@@ -323,12 +323,12 @@ def test_a_bad_file_fails_its_node_with_one_sentence(name, server, run, loras):
 @pytest.mark.parametrize(
     ("lora_name", "sentence"),
     [
-        ("../../../etc/passwd.safetensors", "is no name inside the loras folders"),
-        ("/etc/passwd.safetensors", "is no name inside the loras folders"),
-        ("..\\..\\secret.safetensors", "is no name inside the loras folders"),
+        ("../../../etc/passwd.safetensors", "is not a name inside the loras folders"),
+        ("/etc/passwd.safetensors", "is not a name inside the loras folders"),
+        ("..\\..\\secret.safetensors", "is not a name inside the loras folders"),
         ("gone.safetensors", "is not in the loras folders"),
         ("x" * 300 + ".safetensors", "is not in the loras folders|File name too long"),
-        ("", "is no name inside the loras folders"),
+        ("", "is not a name inside the loras folders"),
     ],
 )
 def test_a_bad_name_is_refused_before_anything_runs(lora_name, sentence, run):
@@ -367,7 +367,7 @@ def test_a_lora_for_another_variant_warns(run, loras):
 def test_blocks_that_select_nothing_are_an_error(run):
     with pytest.raises(PromptError, match="selects none of the 24 modules"):
         run(apply_graph(blocks="40-50"))
-    with pytest.raises(PromptError, match="is no block range; expected numbers and ranges"):
+    with pytest.raises(PromptError, match="is not a block range; expected numbers and ranges"):
         run(apply_graph(blocks="first"))
 
 
@@ -376,8 +376,8 @@ def test_side_path_mode_refuses_what_it_cannot_serve_and_auto_merges_it(run, lor
     stem = "diffusion_model.transformer_blocks.0.attn.to_q"
     tensors[f"{stem}.dora_scale"] = torch.ones(len(tensors[f"{stem}.lora_B.weight"]), 1)
     save_file(tensors, loras / "dora.safetensors")
-    with pytest.raises(PromptError, match=r"cannot serve 1 modules .*DoRA depends on the base"):
+    with pytest.raises(PromptError, match=r"cannot serve 1 module .*DoRA depends on the base"):
         run(apply_graph("dora.safetensors", mode="side path"))
     _, reports = run(apply_graph("dora.safetensors"))
-    assert "merged into the weights: 1 modules (DoRA depends on the base" in reports["apply"]
+    assert "merged into the weights: 1 module (DoRA depends on the base" in reports["apply"]
     assert "side path: 23 modules" in reports["apply"]
