@@ -2,7 +2,7 @@
 // A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
 
 import { CurveChart } from "./panel/curve_chart.js";
-import { build, setAttribute, setHidden, setText } from "./elements.js";
+import { build, buildImage, setAttribute, setHidden, setText } from "./elements.js";
 import { showProgress, showStatus } from "./panel/job_list.js";
 import { createTranslator } from "./translation.js";
 
