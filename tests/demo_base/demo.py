@@ -22,7 +22,7 @@ from .server import ComfyServer, PromptError, ServerError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / ".demo"
-WORKFLOW = ROOT / "workflows" / "01_apply_lora.json"
+WORKFLOW = ROOT / "workflows" / "1 Apply a LoRA.json"
 APPLY_NODE = "QwenEditLoraApply"
 PROMPT_TIMEOUT = 600.0  # seconds
 
