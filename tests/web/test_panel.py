@@ -127,7 +127,7 @@ def press(page: Any, action: str) -> None:
 
 def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(workspace, host):
     page, name = workspace.page, "from the button"
-    workspace.open_template("06_train_lora")
+    workspace.open_template("6 Train a LoRA")
     workspace.set_widgets(QUICK)
     open_panel(page)
     assert "No training yet" in page.locator(".qel-panel").inner_text()

@@ -20,7 +20,7 @@ export const EN = {
   "list.loading": "Loading the trainings …",
   "list.none": "No training in this state.",
   "list.empty":
-    "No training yet. Open Templates > qwen-edit-lora > 06_train_lora, choose a folder of pairs and a model, and press Run.",
+    "No training yet. Open Templates > qwen-edit-lora > 6 Train a LoRA, choose a folder of pairs and a model, and press Run.",
   "filter.all": "all",
   "filter.active": "running and waiting",
   "filter.paused": "paused",

@@ -20,7 +20,7 @@ export const ZH = {
   "list.loading": "正在向 ComfyUI 查询训练任务……",
   "list.none": "没有这一类任务。",
   "list.empty":
-    "还没有训练任务。打开“模板 > qwen-edit-lora > 06_train_lora”，选择成对图片的文件夹和模型，然后点击运行。",
+    "还没有训练任务。打开“模板 > qwen-edit-lora > 6 Train a LoRA”，选择成对图片的文件夹和模型，然后点击运行。",
   "filter.all": "全部",
   "filter.active": "运行中和排队中",
   "filter.paused": "已暂停",
