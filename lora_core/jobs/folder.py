@@ -60,7 +60,7 @@ class JobFolder:
         with contextlib.suppress(OSError):  # mostly there is none yet
             if not stat.S_ISREG((self.path / LOCK_FILE).lstat().st_mode):
                 raise FileError(
-                    f"{LOCK_FILE} of job {self.id} is no regular file; delete the job's folder"
+                    f"{LOCK_FILE} of job {self.id} is not a regular file; delete the job's folder"
                 )
 
     def open_log(self) -> BinaryIO:
@@ -139,7 +139,9 @@ class JobFolder:
         except FileError as e:
             raise self._explain_damage(name, e) from None
         if values.pop("version", None) != VERSION:
-            raise FileError(f"{name} of job {self.id} is of another version; delete the job")
+            raise FileError(
+                f"{name} of job {self.id} was written by another version; delete the job"
+            )
         return values
 
     def _read_bytes(self, name: str) -> bytes:
