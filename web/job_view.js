@@ -2,7 +2,7 @@
 // A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
 
 import { CurveChart } from "./panel/curve_chart.js";
-import { build, setAttribute, setHidden, setText } from "./elements.js";
+import { build, buildImage, setAttribute, setHidden, setText } from "./elements.js";
 import { showProgress, showStatus } from "./panel/job_list.js";
 import { createTranslator } from "./translation.js";
 
@@ -16,7 +16,7 @@ export class JobView {
     const t = createTranslator(app);
     Object.assign(this, { jobs, t, id: null, isRecalled: false });
     Object.assign(this, { shown: null, askedAt: 0, timer: null });
-    this.chip = build("span", { class: "qel-status", role: "status" });
+    this.chip = build("span", { class: "qel-status" });
     this.text = build("span", { class: "qel-note" });
     this.bar = build("span", { class: "qel-progress-fill" });
     this.chart = new CurveChart({
@@ -24,7 +24,7 @@ export class JobView {
       height: CHART_HEIGHT,
       series: [{ name: "smoothed_loss", label: t("chart.loss"), color: "--qel-accent" }],
     });
-    this.image = build("img", { class: "qel-thumbnail", alt: "" });
+    this.image = buildImage({ class: "qel-thumbnail", alt: "" });
     const open = build(
       "button",
       { type: "button", class: "qel-button", onclick: () => showJob(this.id) },

@@ -260,4 +260,6 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
 def refuse(error: LoraError) -> web.Response:
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
     message = shorten(" ".join(str(error).split()), MAX_MESSAGE)
-    return web.json_response({"error": message}, status=status)
+    # ComfyUI lets a browser keep any answer for a name that ends in .png, a refusal too.
+    headers = {"Cache-Control": "no-store"}
+    return web.json_response({"error": message}, status=status, headers=headers)

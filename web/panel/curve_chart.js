@@ -19,12 +19,17 @@ export class CurveChart {
     this.values = {};
     this.cursor = null; // index of a point
     this.canvas = build("canvas", { class: "qel-chart-canvas", tabindex: "0", role: "img" });
-    this.readout = build("div", { class: "qel-chart-readout", "aria-live": "polite" });
+    // Spoken only while the arrow keys move over the chart: it changes with every training step.
+    this.readout = build("div", { class: "qel-chart-readout", "aria-live": "off" });
     this.element = build("div", { class: "qel-chart" }, this.canvas, this.readout);
     this.element.style.height = `${height}px`;
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
     this.canvas.addEventListener("pointerleave", () => this.setCursor(null));
-    this.canvas.addEventListener("blur", () => this.setCursor(null));
+    this.canvas.addEventListener("focus", () => this.readout.setAttribute("aria-live", "polite"));
+    this.canvas.addEventListener("blur", () => {
+      this.readout.setAttribute("aria-live", "off");
+      this.setCursor(null);
+    });
     this.canvas.addEventListener("keydown", (event) => this.press(event));
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.element);

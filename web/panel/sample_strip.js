@@ -1,6 +1,6 @@
 // Sample images: a row per item, with its source and target first, then one image per step.
 
-import { build, KeyedRows, setHidden, setText } from "../elements.js";
+import { build, buildImage, KeyedRows, setHidden, setText } from "../elements.js";
 
 export class SampleStrip {
   constructor({ t, getUrl }) {
@@ -10,7 +10,7 @@ export class SampleStrip {
     this.list = build("div", { class: "qel-samples" });
     this.rows = new KeyedRows(this.list, () => this.buildRow());
     this.none = build("p", { class: "qel-empty" });
-    this.image = build("img", { class: "qel-large" });
+    this.image = buildImage({ class: "qel-large" });
     this.caption = build("figcaption", {});
     this.dialog = build(
       "dialog",
@@ -80,7 +80,8 @@ export class SampleStrip {
 
   buildTile(image) {
     const text = this.describe(image);
-    const thumbnail = build("img", { src: this.getUrl(image.name), alt: text, loading: "lazy" });
+    // The caption beside it says what it is.
+    const thumbnail = buildImage({ src: this.getUrl(image.name), alt: "", loading: "lazy" });
     const open = () => this.view(image.name);
     return {
       element: build(
