@@ -93,6 +93,7 @@ export const ZH = {
   "chart.raw": "原始",
   "chart.smoothed": "平滑",
   "chart.log": "对数坐标",
+  "chart.more": "更多曲线",
   "chart.none": "第一步之后会显示曲线。",
   "chart.learning_rate": "学习率",
   "chart.grad_norm": "梯度范数",
@@ -109,6 +110,10 @@ export const ZH = {
   "samples.step": "第 {step} 步",
   "samples.source": "原图",
   "samples.target": "目标",
+  "samples.compare": "对比",
+  "samples.alone": "无",
+  "samples.slider": "另一张图像显示多少",
+  "samples.save": "保存图像",
   "samples.previous": "上一张",
   "samples.next": "下一张",
 
