@@ -124,12 +124,14 @@ def is_computable(weights: ModuleWeights) -> bool:
 
 def has_finite_delta(weights: ModuleWeights, exponents: Mapping[str, int | None]) -> bool:
     """By an upper bound: |scale| times the largest entry of every factor times every rank."""
-    factors = [e for part, e in exponents.items() if part not in ("bias_delta", "magnitude")]
-    if any(exponent is None or exponent > _MAX_EXPONENT for exponent in exponents.values()):
+    values = exponents.values()
+    if None in values or max(values, default=0) > _MAX_EXPONENT:
         return False
-    if not weights.scale or _ZERO_EXPONENT in factors:
+    factors = [e for part, e in exponents.items() if part not in ("bias_delta", "magnitude")]
+    scale = weights.scale
+    if not scale or _ZERO_EXPONENT in factors:
         return True
-    bound = sum(factors) + math.log2(abs(weights.scale))
     # A product of n matrices has at most n - 1 sums over the rank.
-    bound += max(len(factors) - 1, 0) * math.log2(max(weights.rank, 1))
+    sums = max(len(factors) - 1, 0)
+    bound = sum(factors) + math.log2(abs(scale)) + sums * math.log2(max(weights.rank, 1))
     return bound < _MAX_EXPONENT
