@@ -47,8 +47,10 @@ def choose_sources(parsed: list[ParsedKey]) -> Sources:
             companions.append(key)
             continue
         source = (key.prefix, key.adapter_name)
-        parts = grouped[key.module_path].setdefault(source, ModuleParts(*source))
-        parts.keys.setdefault(key.part, key)
+        sources = grouped[key.module_path]
+        if source not in sources:
+            sources[source] = ModuleParts(*source)
+        sources[source].keys.setdefault(key.part, key)
     orphans: dict[str, list[ParsedKey]] = defaultdict(list)
     for key in companions:
         same = [p for p in grouped[key.module_path].values() if is_companion(key, p)]
@@ -59,7 +61,9 @@ def choose_sources(parsed: list[ParsedKey]) -> Sources:
     popularity = Counter(source for sources in grouped.values() for source in sources)
     chosen, duplicates, borrowed = {}, [], []
     for module_path, sources in grouped.items():
-        order = sorted(sources, key=lambda s: (-popularity[s], s[1] != "default", s[0], s[1] or ""))
+        order = list(sources)
+        if len(order) > 1:
+            order.sort(key=lambda s: (-popularity[s], s[1] != "default", s[0], s[1] or ""))
         own = orphans[module_path]
         if not order:
             chosen[module_path] = ModuleParts(own[0].prefix, None, {key.part: key for key in own})
@@ -68,6 +72,8 @@ def choose_sources(parsed: list[ParsedKey]) -> Sources:
         for key in own:
             if kept.keys.setdefault(key.part, key) is key:
                 borrowed.append(key)
+        if len(order) == 1:
+            continue
         used = {key.key for key in kept.keys.values()}
         where = f"{kept.prefix}{module_path}" + ("" if kept.prefix else ", without prefix")
         where += f" ({kept.adapter_name})" if kept.adapter_name else ""
