@@ -75,6 +75,19 @@ class SmoothedLoss:
         return self.total / self.weight
 
 
+def describe_report(report: StepReport) -> str:
+    """A line for a terminal or a log."""
+    parts = ", ".join(f"{name} {loss:.4f}" for name, loss in (report.parts or {}).items())
+    remaining_s = round(report.seconds * (report.num_steps - report.step))
+    return (
+        f"step {report.step}/{report.num_steps}  loss {report.loss:.4f} "
+        f"({report.smoothed_loss:.4f}){f' = {parts}' if parts else ''}  "
+        f"lr {report.learning_rate:.2e}  grad {report.grad_norm:.3g}  {report.seconds:.2f} s  "
+        f"{report.tokens_per_s:.0f} tokens/s  {report.memory_bytes / 2**30:.1f} GiB  "
+        f"{remaining_s // 3600}:{remaining_s // 60 % 60:02}:{remaining_s % 60:02} left"
+    )
+
+
 class MetricsFile:
     """metrics.jsonl, to which each step adds one line."""
 

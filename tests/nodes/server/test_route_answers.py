@@ -186,7 +186,7 @@ def test_a_value_of_a_request_is_shortened_in_errors(routes, job_id, value):
 
 
 def test_non_finite_numbers_are_null_in_every_answer(routes, job_id, monkeypatch):
-    folder = routes.store.open_folder(job_id)
+    folder = routes.store.catalog.find(job_id)
     state = dataclasses.replace(
         folder.read_state(), loss=float("nan"), smoothed_loss=float("inf"), seconds_per_step=1.5
     )
@@ -203,7 +203,7 @@ def test_a_job_deleted_during_a_request_is_a_404_and_not_a_server_error(
 ):
     from qwen_edit_lora.lora_core.jobs.catalog import Catalog
 
-    find, folder = Catalog.find, routes.store.open_folder(job_id).path
+    find, folder = Catalog.find, routes.store.catalog.find(job_id).path
     kept = folder.with_name("kept")
     shutil.copytree(folder, kept)
 
