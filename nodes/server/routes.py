@@ -5,7 +5,8 @@
     GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536; without offset the end of it
     GET  /qwen_edit_lora/jobs/{id}/pictures/{name}                     a PNG, by its listed name
     POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete | clone | publish
-                                             with a JSON object, see job_views.ACTIONS
+                                             with a JSON object, see job_views.ACTIONS; a job's
+                                             "actions" are those that make sense now
     GET  /qwen_edit_lora/adapters            {"adapters": [...], "pending": without a verdict yet}
     GET  /qwen_edit_lora/adapters/{id}       one, with its metadata, modules and verdict
     POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
