@@ -101,7 +101,8 @@ def test_every_event_in_every_stage_leads_where_the_table_says(stage, event, aft
     assert found.queued_at == (9.0 if event is Event.RESUME else 2.0)
     assert found.restarts == (0 if event in (Event.RESUME, Event.COMPLETE) else 2)
     has_worker = found.status is JobStatus.IN_PROGRESS
-    assert (found.worker, found.phase) == (state.worker, state.phase) if has_worker else (None,) * 2
+    expected = (state.worker, state.phase) if has_worker else (None, None)
+    assert (found.worker, found.phase) == expected
 
 
 @pytest.mark.parametrize("status", JobStatus)
