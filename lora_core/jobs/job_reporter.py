@@ -17,7 +17,7 @@ from ..training.run.metrics import StepReport
 from .folder import STATE_FILE, JobFolder
 from .job import JobFailure, JobState, Phase
 from .outcomes import advance
-from .transitions import STOPS, Event, Request
+from .transitions import STOPS, Event, JobStatus, Request
 
 LISTEN_INTERVAL = 0.2  # seconds between checks for a request
 WRITE_INTERVAL = 1.0  # seconds between heartbeats
@@ -112,6 +112,8 @@ class JobReporter:
             self._is_over = True
             self.folder.write_state(state)
             self.state = state
+            if state.status is JobStatus.FAILED and self.folder.read_request() is Request.RUN:
+                self.folder.clear_request()  # withdrew a pause, and must not restart the job now
 
     def _beat(self) -> None:
         while not self._is_over:

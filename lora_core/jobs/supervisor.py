@@ -29,7 +29,7 @@ from .job import Job, JobState, JobStatus, UnknownJobError, WorkerIdentity
 from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN, start_worker
 from .outcomes import advance, count_restarts, restart_or_fail
 from .store import JobStore, get_device_lock
-from .transitions import Event
+from .transitions import Event, Request
 
 TICK_INTERVAL = 0.5  # seconds
 CLAIM_TIMEOUT = 60.0  # seconds from the claim to the worker's first sign of life
@@ -237,6 +237,9 @@ class Supervisor:
         if state != job.state:
             folder.write_state(state)
             job = dataclasses.replace(job, state=state)
+            if state.status is JobStatus.FAILED and job.request is Request.RUN:
+                folder.clear_request()  # withdrew a pause of the worker that died
+                job = dataclasses.replace(job, request=None)
         self._exit_codes.pop(job.id, None)  # not before it is recorded
         return self.store.apply_request(job, folder) if job.request else job
 

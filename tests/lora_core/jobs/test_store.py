@@ -18,6 +18,7 @@ from qwen_edit_lora.lora_core.disk import writing
 from qwen_edit_lora.lora_core.jobs import folder
 from qwen_edit_lora.lora_core.jobs.folder import BusyFileError, JobFolder
 from qwen_edit_lora.lora_core.jobs.job import (
+    JobFailure,
     JobSettings,
     JobStateError,
     JobStatus,
@@ -422,6 +423,23 @@ def test_what_is_asked_of_a_job_whose_worker_just_died_is_not_lost(ask, status, 
     job = store.get(job_id)
     assert (job.status.value, job.request) == (status, None)
     assert job.state.restarts == 1
+
+
+@pytest.mark.parametrize("end", ["by an error", "by a kill"])
+def test_a_withdrawn_pause_does_not_restart_a_job_that_fails_later(end, store, submit):
+    job_id = submit(max_restarts=0)
+    folder_of_job = store.catalog.find(job_id)
+    reporter = JobReporter(folder_of_job, take(folder_of_job))
+    with folder_of_job.lock.held(1.0):
+        store.pause(job_id)
+        store.resume(job_id)
+        if end == "by an error":
+            reporter.finish(Event.FAIL, failure=JobFailure(sentence="the loss is NaN"))
+    Supervisor(store, []).tick()
+    Supervisor(store, []).tick()
+    job = store.get(job_id)
+    assert (job.status, job.request) == (JobStatus.FAILED, None)
+    assert store.resume(job_id).status is JobStatus.PENDING
 
 
 # --- missing files and disks that refuse writes ---
