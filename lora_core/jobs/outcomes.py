@@ -69,7 +69,7 @@ def restart_or_fail(
     restarts = count_restarts(state, reached)
     if restarts >= max_restarts:
         return advance(state, Event.FAIL, failure=failure, checkpoint_step=reached)
-    notes = (*state.notes, f"{failure.sentence}; it goes on after step {reached}")
+    notes = (*state.notes, f"{failure.sentence}; it continues after step {reached}")
     return advance(
         state,
         Event.RESTART,  # keeps its place in the queue

@@ -37,7 +37,7 @@ from .locks import POLL_INTERVAL, FileLock
 from .outcomes import advance
 from .pictures import JobImage, list_images, read_image
 from .publication import publish, remove_published, remove_unfinished, try_folder
-from .transitions import EVENTS, REQUESTS, Event, Request, find_next, find_stage
+from .transitions import EVENTS, REQUESTS, STATUS_WORDS, Event, Request, find_next, find_stage
 
 JOBS = "jobs"
 DEVICES = "devices"
@@ -124,7 +124,7 @@ class JobStore:
         last = None
         while True:
             if should_stop is not None and should_stop():
-                raise InterruptedError(f"waiting for job {job_id} was stopped; the job goes on")
+                raise InterruptedError(f"waiting for job {job_id} was stopped; the job continues")
             try:
                 job = self.catalog.read(folder)
             except BusyFileError:
@@ -445,7 +445,7 @@ class JobStore:
 def check_allowed(job: Job, event: Event) -> Job:
     """The job itself; JobStateError if a user cannot do that to it now."""
     if find_next(find_stage(job.status, job.request), event) is None:
-        status = job.status.value.replace("_", " ")
+        status = STATUS_WORDS.get(job.status, job.status.value)
         raise JobStateError(f"job {job.id} is {status} and cannot be {PARTICIPLES[event]}")
     return job
 
@@ -468,7 +468,7 @@ def check_files(settings: JobSettings) -> None:
     for what, place in places:
         if place and not os.path.exists(place):  # noqa: PTH110 - Path's may raise
             raise FileError(
-                f"{what}, {shorten(Path(place).name)}, is not there (any more); choose another one"
+                f"{what}, {shorten(Path(place).name)}, does not exist; choose another one"
             )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import ConfigError
 from ..progress import ShouldStop
+from ..text import format_count, format_duration
 from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
 from ..training.model.libraries import quiet_libraries
@@ -63,7 +64,7 @@ class JobObserver(StepLog):
         self.reporter.update(adapters=adapters, checkpoint_step=run.step)
 
     def after_withdrawal(self, run: Run) -> None:
-        self.reporter.log(f"asked to go on after all; goes on after step {run.step}")
+        self.reporter.log(f"the stop was withdrawn; continues after step {run.step}")
 
 
 def run_job(
@@ -145,7 +146,8 @@ def take_sample(
     with sampling(sampler, reporter):
         seconds = sampler.make(step, stop)
         reporter.log(
-            f"sampled {len(sampler.indices)} pictures after step {step} in {seconds:.1f} s"
+            f"sampled {format_count(len(sampler.indices), 'image')} after step {step} in "
+            f"{format_duration(seconds)}"
         )
 
 
@@ -161,7 +163,7 @@ def sampling(sampler: Sampler, reporter: JobReporter | NullReporter) -> Iterator
         if not is_out_of_memory(e):
             raise
         sampler.indices = []
-        reporter.add_note("samples did not fit into memory; training goes on without them")
+        reporter.add_note("samples did not fit into memory; training continues without them")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     finally:

@@ -28,6 +28,10 @@ class JobStatus(str, Enum):  # StrEnum needs Python 3.11
         return self.is_finished or self is JobStatus.PAUSED
 
 
+#: As the panel names them; the others are named by their value.
+STATUS_WORDS = {JobStatus.PENDING: "waiting", JobStatus.IN_PROGRESS: "running"}
+
+
 class Request(str, Enum):
     """A user's request to a running job."""
 

@@ -199,7 +199,7 @@ def finish_after_death(
         if reported is None:
             failure = JobFailure(
                 sentence=(
-                    f"process {dead + 1} of {group.count} was ended from outside, by hand or "
+                    f"process {dead + 1} of {group.count} was terminated from outside, manually or "
                     "because the computer ran out of memory"
                 ),
                 advice=(RESUME, LOOK_AT_LOG),
@@ -226,7 +226,7 @@ def finish_stopped(settings: JobSettings, folder: JobFolder, reporter: JobReport
         reporter.finish(Event.STOP, request)
     else:
         failure = JobFailure(
-            sentence="the worker was told to end, as at a shutdown, and saved first"
+            sentence="the worker was asked to exit, as on shutdown, and saved first"
         )
         finish_ended(settings, reporter, reporter.state.step, failure)
 

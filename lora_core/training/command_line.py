@@ -20,12 +20,12 @@ def add_commands(commands) -> None:
     command.add_argument(
         "config", metavar="CONFIG.toml", help="such as lora_core/training/example.toml"
     )
-    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    command.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     command.add_argument("--json", action="store_true", help="one JSON object for each step")
     command.add_argument("--log-every", type=int, default=10, metavar="STEPS")
     command.set_defaults(run=run_train)
 
-    command = commands.add_parser("sample", help="pictures with a LoRA, of cached prompts")
+    command = commands.add_parser("sample", help="images with a LoRA, of cached prompts")
     command.add_argument("config", metavar="CONFIG.toml", help="as for train")
     command.add_argument("out", help="the folder to write to")
     command.add_argument("--adapter", metavar="FILE", help="without one: the base model alone")
@@ -41,10 +41,10 @@ def add_commands(commands) -> None:
     command.add_argument("config", metavar="CONFIG.toml", help="as for train")
     command.add_argument("--json", action="store_true")
     command.add_argument(
-        "--shared", action="store_true", help="ComfyUI computes on the same GPU meanwhile"
+        "--shared", action="store_true", help="ComfyUI uses the same GPU during the training"
     )
     command.add_argument(
-        "--samples", action="store_true", help="sample images are decoded meanwhile"
+        "--samples", action="store_true", help="sample images are decoded during the training"
     )
     command.set_defaults(run=run_estimate)
 
@@ -79,7 +79,7 @@ def run_train(options: argparse.Namespace) -> None:
         run = open_run(config, session, processes, notify, options.resume)
         is_finished = run_steps(run, observer, should_stop)
     path = f"{config.output}/{config.name}.safetensors"
-    notify(f"wrote {path}" if is_finished else f"stopped after step {run.step}; --resume goes on")
+    notify(f"wrote {path}" if is_finished else f"stopped after step {run.step}; --resume continues")
 
 
 def run_sample(options: argparse.Namespace) -> None:
@@ -91,7 +91,7 @@ def run_sample(options: argparse.Namespace) -> None:
     from .run.checkpoint import make_folder
     from .run.session import choose_device, load_model
     from .sampling.image_decoder import load_decoder
-    from .sampling.pictures import write_image, write_latents
+    from .sampling.images import write_image, write_latents
     from .sampling.sampling import applied, sample
 
     if options.steps < 1:
@@ -104,6 +104,8 @@ def run_sample(options: argparse.Namespace) -> None:
     adapter = read_adapter(options.adapter) if options.adapter else None
     model = load_model(config.model, device)
     decode = load_decoder(config.model.vae, device) if config.model.vae else None
+    if decode is None:
+        print("Only latents are written: set model.vae to also get images")
     make_folder(Path(options.out), "samples")
     with applied(model.transformer, adapter, options.strength):
         for index in indices:

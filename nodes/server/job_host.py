@@ -80,7 +80,7 @@ class JobHost:
             return self.store.get(job_id.strip())
         jobs = self.store.list()
         if not jobs:
-            raise UnknownJobError("there is no job yet; queue a Train Edit LoRA first")
+            raise UnknownJobError("there is no job yet; queue a Train Qwen Edit LoRA first")
         return jobs[-1]
 
     def _handle_news(self, job_id: str, job: Job | None) -> None:

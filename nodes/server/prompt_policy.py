@@ -19,9 +19,10 @@ HOLD_ID = "QwenEditLoraHold"
 POLICIES = ("warn", "pause prompts", "share")
 WARN, PAUSE, _ = POLICIES
 POLICY_TOOLTIP = (
-    "What prompts do while the training has ComfyUI's device. warn: they run beside it, each with "
-    "a warning. pause prompts: they wait until it is over or paused, or until you interrupt the "
-    "waiting. share: they run beside it. ComfyUI's models are released before it starts."
+    "What prompts do while the training has ComfyUI's device. warn: they run alongside it, each "
+    "with a warning. pause prompts: they wait until it is over or paused, or until you interrupt "
+    "the waiting. share: they run alongside it without one. ComfyUI's models are released before "
+    "it starts."
 )
 #: Key in `JobSettings.origin`.
 POLICY_KEY = "prompts"

@@ -174,7 +174,7 @@ async def run(work: Callable[[], T]) -> T:
 async def send_image(request: web.Request) -> web.Response:
     one, name = request.match_info["id"], request.match_info["name"]
     body = await run(lambda: job_host.get_jobs().store.read_image(one, name))
-    # A picture never changes: its name has the step.
+    # An image never changes: its name has the step.
     headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
     return web.Response(body=body, content_type="image/png", headers=headers)
 
@@ -207,7 +207,7 @@ async def read_options(request: web.Request) -> dict[str, Any]:
             if len(body) > MAX_BODY_BYTES:
                 raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
     except (OSError, web.RequestPayloadError):  # the client disconnected, or sent invalid chunks
-        raise ConfigError("the body broke off; send it whole") from None
+        raise ConfigError("the body ended early; send it again") from None
     try:
         return parse_object(bytes(body), "the body")
     except FileError as e:
@@ -235,4 +235,6 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
 def refuse(error: LoraError) -> web.Response:
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
     message = shorten(" ".join(str(error).split()), MAX_MESSAGE)
-    return web.json_response({"error": message}, status=status)
+    # ComfyUI lets a browser keep any answer for a name that ends in .png, a refusal too.
+    headers = {"Cache-Control": "no-store"}
+    return web.json_response({"error": message}, status=status, headers=headers)

@@ -15,6 +15,7 @@ from ...disk.json_reader import parse_json
 from ...disk.regular_files import open_regular
 from ...disk.writing import explain, write_then_rename
 from ...errors import FileError
+from ...text import format_bytes, format_duration
 
 METRICS_FILE = "metrics.jsonl"
 #: The numbers of a line that are drawn as curves.
@@ -82,9 +83,9 @@ def describe_report(report: StepReport) -> str:
     return (
         f"step {report.step}/{report.num_steps}  loss {report.loss:.4f} "
         f"({report.smoothed_loss:.4f}){f' = {parts}' if parts else ''}  "
-        f"lr {report.learning_rate:.2e}  grad {report.grad_norm:.3g}  {report.seconds:.2f} s  "
-        f"{report.tokens_per_s:.0f} tokens/s  {report.memory_bytes / 2**30:.1f} GiB  "
-        f"{remaining_s // 3600}:{remaining_s // 60 % 60:02}:{remaining_s % 60:02} left"
+        f"lr {report.learning_rate:.2e}  grad {report.grad_norm:.3g}  "
+        f"{format_duration(report.seconds)}  {report.tokens_per_s:.0f} tokens/s  "
+        f"{format_bytes(report.memory_bytes, 1024)}  {format_duration(remaining_s)} left"
     )
 
 
@@ -162,7 +163,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         return None
     health = row.get("health", {})
     numbers = [row.get(name) for name in METRIC_NAMES]
-    numbers += health.values() if isinstance(health, dict) else ["no figure"]
+    numbers += health.values() if isinstance(health, dict) else ["no statistics"]
     is_whole = all(x is None or (type(x) in (int, float)) for x in numbers)
     return row if is_whole else None
 
