@@ -132,7 +132,7 @@ def test_files_are_found_filtered_and_sorted_and_stay_text(opened, workspace):
 
     opened.find("<img").click()
     details = page.locator(".qel-details")
-    details.get_by_text(re.compile(r"\d fields")).wait_for()
+    details.get_by_text(re.compile(r"fields: \d")).wait_for()
     details.get_by_text("Metadata").click()
     assert details.get_by_role("heading", level=3).inner_text() == hostile
     assert HOSTILE in details.locator(".qel-facts").first.inner_text()  # its title
