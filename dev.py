@@ -257,7 +257,7 @@ def extract_subtree(archive: Path, subtree: tuple[str, ...], target: Path) -> No
 
 def demo(comfyui: Path, serve: bool, port: int | None) -> int:
     """Runs demo_base/demo.py, which has ComfyUI edit a photograph."""
-    command = [get_venv_python(ROOT), "-m", "demo_base.demo"]
+    command: list[str | Path] = [get_venv_python(ROOT), "-m", "demo_base.demo"]
     command += ["--serve"] if serve else []
     command += [f"--port={port}"] if port is not None else []
     return run(command, comfyui, cwd=ROOT / "tests")

@@ -6,7 +6,8 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from types import ModuleType
+from typing import Any, BinaryIO
 
 import torch
 
@@ -123,13 +124,13 @@ class GgufFile:
         """Nothing is held open."""
 
 
-def describe(tensor) -> GgufEntry:
+def describe(tensor: Any) -> GgufEntry:
     # GGUF lists the fastest dimension first.
     shape = tuple(int(side) for side in reversed(tensor.shape.tolist()))
     return GgufEntry(int(tensor.data_offset), int(tensor.n_bytes), int(tensor.tensor_type), shape)
 
 
-def plain_kinds(gguf) -> dict[int, torch.dtype]:
+def plain_kinds(gguf: ModuleType) -> dict[int, torch.dtype]:
     """Types of half precision, whose bytes need no decoding."""
     return {
         int(gguf.GGMLQuantizationType.F16): torch.float16,
@@ -227,7 +228,7 @@ class HeaderWalk:
             raise refuse(self.path, "a tensor begins behind the file's end")
 
 
-def import_gguf():
+def import_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError:

@@ -24,7 +24,7 @@ def check_fields(instance: Any) -> None:
     Raises:
         TypeError: a field of this dataclass holds a value of another type.
     """
-    plain, others = split_fields(type(instance))
+    plain, others = split_fields(instance.__class__)
     values = vars(instance)
     for name, allowed in plain:
         if type(values[name]) not in allowed:

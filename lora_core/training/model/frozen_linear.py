@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from ...base_model.base_weight import MX_BLOCK, BaseWeight, rotate
+from ...disk.safetensors_file import load
 from ...injection.layers import gather
 
 Decode = Callable[..., torch.Tensor]
@@ -157,12 +158,13 @@ def build_scaled_linear(
     Args:
         rotation: of a rotated weight, one per device that many can share.
     """
-    device = weight.stored.device
-    codes: dict[str, torch.Tensor] = {"weight": weight.stored}
+    stored = load(weight.stored)
+    device = stored.device
+    codes: dict[str, torch.Tensor] = {"weight": stored}
     if weight.scale is not None:
         scale = torch.as_tensor(weight.scale, dtype=torch.float32, device=device)
         codes["scale"] = scale if weight.scaling == "block" else scale.reshape(-1, 1)
     if weight.rotation and rotation is None:
         rotation = build_rotation(weight.rotation, device)
     decode = ScaledCodes(weight.storage)
-    return FrozenLinear(*weight.stored.shape, decode, codes, bias, rotation)
+    return FrozenLinear(*stored.shape, decode, codes, bias, rotation)
