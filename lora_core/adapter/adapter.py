@@ -127,9 +127,10 @@ def is_computable(weights: ModuleWeights) -> bool:
 
 def has_finite_delta(weights: ModuleWeights, exponents: Mapping[str, int | None]) -> bool:
     """By an upper bound: |scale| times the largest entry of every factor times every rank."""
-    factors = [e for part, e in exponents.items() if part not in ("bias_delta", "magnitude")]
-    if any(exponent is None or exponent > _MAX_EXPONENT for exponent in exponents.values()):
+    finite = {part: e for part, e in exponents.items() if e is not None and e <= _MAX_EXPONENT}
+    if len(finite) < len(exponents):
         return False
+    factors = [e for part, e in finite.items() if part not in ("bias_delta", "magnitude")]
     if not weights.scale or _ZERO_EXPONENT in factors:
         return True
     bound = sum(factors) + math.log2(abs(weights.scale))

@@ -115,7 +115,11 @@ def truncate_dense(
 ) -> Truncated:
     """By a randomised SVD where only a small rank is asked for, else by an exact one."""
     delta = upcast(delta)
-    if energy is None and rank + OVERSAMPLING <= MAX_RANDOMISED * min(delta.shape):
+    if (
+        energy is None
+        and rank is not None
+        and rank + OVERSAMPLING <= MAX_RANDOMISED * min(delta.shape)
+    ):
         u, values, vh = compute_randomised_svd(delta, rank)
     else:
         u, values, vh = torch.linalg.svd(delta, full_matrices=False)
@@ -186,7 +190,7 @@ def build_lora_weights(
     return LoraWeights(lora_A.contiguous(), lora_B.contiguous(), float(len(root)), bias_delta)
 
 
-def measure_loss(exact: Factors, stored: ModuleWeights) -> float:
+def measure_loss(exact: Factors, stored: LoraWeights) -> float:
     """|exact - stored|^2 from the factors."""
     found = get_factors(stored)
     square = compute_inner_product(exact, exact)
@@ -194,7 +198,7 @@ def measure_loss(exact: Factors, stored: ModuleWeights) -> float:
     return loss if loss > CANCELLATION * square else measure_difference(exact, found)
 
 
-def measure_dense_loss(delta: torch.Tensor, stored: ModuleWeights) -> float:
+def measure_dense_loss(delta: torch.Tensor, stored: LoraWeights) -> float:
     """|delta - stored|^2, a few rows at a time."""
     factors, total = get_factors(stored), 0.0
     up, down = factors.up.to(delta), factors.down.to(delta)
