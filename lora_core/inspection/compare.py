@@ -88,8 +88,10 @@ class Relation:
         return None if cosine is None else min(cosine, 0.0) ** 2
 
     def get_statistics(self) -> dict[str, float | None]:
-        names = ("norm_a", "norm_b", "cosine", "norm_ratio", "drift", "norm_sum")
-        names += ("norm_if_independent", "conflict")
+        names = (
+            *("norm_a", "norm_b", "cosine", "norm_ratio", "drift", "norm_sum"),
+            *("norm_if_independent", "conflict"),
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -235,7 +237,7 @@ def compare_adapters(
         elif first is not None:
             square = compute_square(first)
             total += Products(square_a=square, square_difference=square)
-        else:
+        elif second is not None:
             square = compute_square(second)
             total += Products(square_b=square, square_difference=square)
     a.release()
@@ -257,13 +259,14 @@ def explain_incomparable(a: ModuleWeights | None, b: ModuleWeights | None) -> st
         reason = explain_no_delta(weights)
         if reason:
             return reason
-    if len({weights.shape for weights in found}) > 1:
+    if a is not None and b is not None and a.shape != b.shape:
         return f"it is {a.shape} in a but {b.shape} in b"
     return None
 
 
 def compare_modules(a: ModuleWeights, b: ModuleWeights) -> ModuleComparison:
     """Of additive weights of one shape."""
+    assert a.shape is not None  # see `explain_no_delta`
     facts = (a.shape, a.kind, b.kind, a.rank, b.rank)
     factors_a, factors_b = get_factors(a), get_factors(b)
     if factors_a is None or factors_b is None:

@@ -85,8 +85,9 @@ def parse_numbers(text: str, name: str, example: str) -> list[Decimal]:
     """Every number of a list in its order; `name` and `example` are for the messages."""
     found: list[Decimal] = []
     for item in text.strip().split(","):
-        bounds = [parse_number(part) for part in item.split(":")]
-        if None in bounds or len(bounds) not in (1, 3):
+        parsed = [parse_number(part) for part in item.split(":")]
+        bounds = [number for number in parsed if number is not None]
+        if len(bounds) < len(parsed) or len(bounds) not in (1, 3):
             problem = f"{name} is empty" if not text.strip() else f"{name} is {shorten(text)!r}"
             raise ConfigError(
                 f"{problem}; expected finite numbers separated by commas, or start:stop:step, such "

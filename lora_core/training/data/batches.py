@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -126,10 +126,15 @@ class Batch:
         def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else function(tensor)
 
-        return Batch(
-            *(move(self.x_0), [function(r) for r in self.references]),
-            *(move(self.text), move(self.text_mask), move(self.noise)),
-            *(self.u, move(self.mask), self.num_tokens, move(self.sigma)),
+        return replace(
+            self,
+            x_0=function(self.x_0),
+            references=[function(reference) for reference in self.references],
+            text=function(self.text),
+            text_mask=move(self.text_mask),
+            noise=function(self.noise),
+            mask=move(self.mask),
+            sigma=move(self.sigma),
         )
 
 

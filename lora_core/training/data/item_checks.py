@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
@@ -22,7 +22,7 @@ KEY = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,200}")
 MAX_SIDE = MAX_TEXT_TOKENS = MAX_TEXT_WIDTH = 1 << 16
 
 
-def is_count(value: object, highest: int) -> bool:
+def is_count(value: object, highest: int) -> TypeGuard[int]:
     return type(value) is int and 0 < value <= highest
 
 
@@ -64,11 +64,11 @@ def find_fault(
         fault = find_text_fault(tensors, "text_empty", text_width)
     has_mask = "mask" in tensors if info is None else info.has_mask
     if fault is None and has_mask:
-        mask, size = tensors.get("mask"), tuple(tensors["target"].shape[1:])
+        mask, expected = tensors.get("mask"), tuple(tensors["target"].shape[1:])
         if mask is None:
             return "it lacks mask"
-        if tuple(mask.shape) != size or mask.dtype.is_complex:
-            return f"mask is {describe(mask)}, expected {size}"
+        if tuple(mask.shape) != expected or mask.dtype.is_complex:
+            return f"mask is {describe(mask)}, expected {expected}"
     return fault
 
 
