@@ -123,22 +123,12 @@ def measure_blocks(
     for n in counts:
         probe.take_step(n)
     at_rest, resting_gap = meter.reset(), meter.read_gap()
-    peaks: dict[int, list[Peaks]] = {n: [] for n in counts}
-    for _ in range(1 if meter.on_gpu else CPU_PEAKS):
-        for n in counts:
-            peaks[n].append(measure_peaks(probe, meter, n))
+    rounds = range(1 if meter.on_gpu else CPU_PEAKS)
+    rows = [[measure_peaks(probe, meter, n) for n in counts] for _ in rounds]
+    peaks = dict(zip(counts, zip(*rows, strict=True), strict=True))
     all_peaks = [one for found in peaks.values() for one in found]
     gap = max(0, max(one.gap for one in all_peaks) - resting_gap)
-    micro_s: dict[int, list[float]] = {n: [] for n in counts}
-    optimizer_s: dict[int, list[float]] = {n: [] for n in counts}
-    started = time.perf_counter()
-    for number in range(MAX_STEPS):
-        if number >= MIN_STEPS and time.perf_counter() - started > TIMED_S:
-            break
-        for n in counts:
-            micro, rest = probe.take_step(n)
-            micro_s[n].append(micro)
-            optimizer_s[n].append(rest)
+    micro_s, optimizer_s = time_steps(probe, counts)
     compile_s = 0.0
     if config.model.compile:
         compile_s = sum(first_s[n][0] - statistics.median(micro_s[n]) for n in counts)
@@ -157,6 +147,23 @@ def measure_blocks(
         gradient_checkpointing=model.gradient_checkpointing,
         trained_bytes=probe.count_trained_bytes() / sum(p.numel() for p in probe.parameters),
     )
+
+
+def time_steps(
+    probe: Probe, counts: Sequence[int]
+) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
+    """Seconds of micro-steps, and of the rest of their steps, by the number of blocks."""
+    micro_s: dict[int, list[float]] = {n: [] for n in counts}
+    optimizer_s: dict[int, list[float]] = {n: [] for n in counts}
+    started = time.perf_counter()
+    for number in range(MAX_STEPS):
+        if number >= MIN_STEPS and time.perf_counter() - started > TIMED_S:
+            break
+        for n in counts:
+            micro, rest = probe.take_step(n)
+            micro_s[n].append(micro)
+            optimizer_s[n].append(rest)
+    return micro_s, optimizer_s
 
 
 def fit_line(values: Mapping[int, Sequence[float]]) -> LinearFit:
@@ -276,7 +283,7 @@ class Probe:
 
     def count_trained_bytes(self) -> int:
         """Parameters, their averages, and what the optimizer keeps."""
-        kept = [*self.parameters]
+        kept: list[torch.Tensor] = [*self.parameters]
         for layer in self.injection.layers.values():
             kept += [b for b in layer.buffers(recurse=False) if b is not None]
         if self.ema is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -78,8 +79,8 @@ class MemoryMeter:
         has already subtracted those, ComfyUI's own context, and a desktop.
         """
         if self.on_gpu:
-            free = torch.cuda.mem_get_info(self.device)[0]
-            return free + torch.cuda.memory_reserved(self.device)
+            on_device = torch.cuda.mem_get_info(self.device)[0]
+            return on_device + torch.cuda.memory_reserved(self.device)
         free, own = find_free_host_memory(), read_status("VmRSS")
         if free is not None and own is not None:
             return free + own
@@ -146,6 +147,6 @@ def names_out_of_memory(text: str) -> bool:
     return any(words in text for words in OUT_OF_MEMORY)
 
 
-def count_bytes(tensors) -> int:
+def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Of different tensors, each once."""
     return sum(t.numel() * t.dtype.itemsize for t in {id(t): t for t in tensors}.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, NoReturn
 
 from ...errors import ConfigError
 
@@ -30,7 +30,7 @@ def import_from_diffusers(*names: str, module: str = "diffusers") -> tuple[Any, 
         raise_broken(e)
 
 
-def raise_broken(error: Exception) -> None:
+def raise_broken(error: Exception) -> NoReturn:
     reason = " ".join(str(error).split()).rstrip(".")
     raise ConfigError(
         f"training needs diffusers 0.35 or newer, and the one that is installed cannot be used "

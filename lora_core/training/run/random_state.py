@@ -15,7 +15,7 @@ RandomState = tuple[dict[str, torch.Tensor], dict[str, Any]]
 def collect_random_state() -> RandomState:
     """Python's, numpy's, torch's, and that of every CUDA device this process uses."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+    name, keys, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
     tensors = {
         "python": torch.tensor(internal, dtype=torch.int64),
         "numpy": torch.from_numpy(keys.astype(np.int64)),
