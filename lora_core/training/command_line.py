@@ -9,14 +9,21 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .data.dataset import CachedDataset
+    from .run.metrics import StepReport
 
 #: They note on import which of their own optional parts are missing; nothing a user can use.
 NOISY_LOGGERS = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     """Adds the training commands to an argparse sub-parsers object."""
     command = commands.add_parser("train", help="a LoRA from a cached training set")
     command.add_argument(
@@ -99,7 +106,7 @@ def run_train(options: argparse.Namespace) -> None:
         )
 
 
-def describe_report(report) -> str:
+def describe_report(report: StepReport) -> str:
     parts = ", ".join(f"{name} {loss:.4f}" for name, loss in (report.parts or {}).items())
     remaining_s = round(report.seconds * (report.num_steps - report.step))
     return (
@@ -119,7 +126,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def find_accelerator(on_cpu: bool, patience_h: float | None = None):
+def find_accelerator(on_cpu: bool, patience_h: float | None = None) -> Accelerator | None:
     """The Accelerator of `accelerate launch`; None for a single process.
 
     Args:
@@ -190,7 +197,7 @@ def run_sample(options: argparse.Namespace) -> None:
                 print(f"Wrote {write_image(decode(latents)[0], stem)}")
 
 
-def choose_items(dataset, keys: str | None) -> list[int]:
+def choose_items(dataset: CachedDataset, keys: str | None) -> list[int]:
     """Indices of the items a list of keys names; all without one."""
     known = {info.key: index for index, info in enumerate(dataset.items)}
     chosen = list(known) if keys is None else [key.strip() for key in keys.split(",")]

@@ -153,7 +153,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if hint is typing.Any:
         return check_plain(value, where)
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
+        return build(cast(Any, hint), value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
