@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ MEASURE, SKIP = "measure first", "skip"
 REFUSE, START_ANYWAY = "refuse", "start anyway"
 FITS_NO_DEVICE = "this training does not fit into the device's memory"
 FITS_NO_HOST = "this training does not fit into main memory"
+NO_PICTURES = (
+    "the dataset's VAE was not kept, so that samples come without pictures; run Edit Dataset again "
+    "to keep it"
+)
 #: Input of the node -> setting of the engine.
 SETTINGS = {
     "rank": "lora.rank",
@@ -147,23 +152,18 @@ class QwenEditLoraTrain(io.ComfyNode):
     ) -> io.NodeOutput:
         job_devices.check_devices(gpus)
         model = host.find_training_base(model_name)
-        chosen = {SETTINGS[key]: value for key, value in settings.items()}
-        if targets != AS_PRESET_CHOICE:
-            chosen["lora.targets"] = (targets,)
         build = partial(
             build_config,
             *(model, Path(dataset.folder), name, preset),
             steps=steps,
-            chosen=chosen,
+            chosen=choose_settings(targets, settings),
             more_settings=more_settings,
         )
         requested = build(base={} if storage == AUTO else {"storage": storage})
-        # What auto resolves to depends on the memory free now, so it is not part of the key.
-        key = f"{compute_key(requested)}, storage {storage}" + (f" on {gpus}" if gpus > 1 else "")
+        key = build_key(requested, storage, gpus)
         known = job_host.find_same(key)
         if known is not None:
-            text = f"job {known.id} is this training already: {known.describe()}"
-            return io.NodeOutput(known.id, text, ui=show_report(text) | show_job(known.id))
+            return show(known.id, f"job {known.id} is this training already: {known.describe()}")
         devices, taken = job_devices.choose_for_job(
             job_host.get_store(), requested.model.device, gpus
         )
@@ -174,28 +174,10 @@ class QwenEditLoraTrain(io.ComfyNode):
         vae = find_vae(Path(dataset.folder)) if sample_every else None
         if estimate == MEASURE:
             reason = job_devices.prepare_measuring(devices, taken)
-            if reason:
-                lines.append(f"not estimated: {reason}")
-                findings.append(Finding("not_estimated", NOTE, lines[-1]))
-            else:
-                found = measure(config, devices[0], vae is not None)
-                lines.append(found.to_text())
-                too_large = FITS_NO_HOST if found.fits_device else FITS_NO_DEVICE
-                if not found.fits and if_too_large == REFUSE:
-                    text = "\n".join(lines)
-                    raise ConfigError(
-                        f"{too_large}.\n{text}\n"
-                        "Lower what the list names, or set if_too_large to 'start anyway'."
-                    )
-                if not found.fits:
-                    sentence = f"{too_large}; started anyway, as if_too_large says"
-                    lines.append(f"Warning: {sentence}")
-                    findings.append(Finding("too_large", WARNING, sentence))
+            found = reason or measure(config, devices[0], vae is not None)
+            report_estimate(found, if_too_large, lines, findings)
         if sample_every and vae is None:
-            lines.append(
-                "the dataset's VAE was not kept, so that samples come without pictures; run Edit "
-                "Dataset again to keep it"
-            )
+            lines.append(NO_PICTURES)
             findings.append(Finding("samples_without_pictures", NOTE, lines[-1]))
         job_id = job_host.submit(
             config,
@@ -208,8 +190,7 @@ class QwenEditLoraTrain(io.ComfyNode):
             gpu_memory_bytes=needed_bytes,
         )
         head = f"job {job_id}: {job_host.get(job_id).describe()}"
-        text = Report("\n".join([head, *lines]), findings)
-        return io.NodeOutput(job_id, text, ui=show_report(text) | show_job(job_id))
+        return show(job_id, Report("\n".join([head, *lines]), findings))
 
 
 def list_advanced_inputs() -> list[Any]:
@@ -362,6 +343,53 @@ def measure(config: TrainConfig, device: Device, with_samples: bool) -> Estimate
     return host.run_interruptible(
         partial(estimate_in_process, with_samples=with_samples), config, device
     )
+
+
+def report_estimate(
+    found: Estimate | str, if_too_large: str, lines: list[str], findings: list[Finding]
+) -> None:
+    """Adds the estimate, or why there is none, to a report.
+
+    Raises:
+        ConfigError: the training does not fit, and must then be refused.
+    """
+    if isinstance(found, str):
+        lines.append(f"not estimated: {found}")
+        findings.append(Finding("not_estimated", NOTE, lines[-1]))
+        return
+    lines.append(found.to_text())
+    if found.fits:
+        return
+    too_large = FITS_NO_HOST if found.fits_device else FITS_NO_DEVICE
+    if if_too_large == REFUSE:
+        text = "\n".join(lines)
+        raise ConfigError(
+            f"{too_large}.\n{text}\n"
+            "Lower what the list names, or set if_too_large to 'start anyway'."
+        )
+    sentence = f"{too_large}; started anyway, as if_too_large says"
+    lines.append(f"Warning: {sentence}")
+    findings.append(Finding("too_large", WARNING, sentence))
+
+
+def build_key(requested: TrainConfig, storage: str, gpus: int) -> str:
+    """What tells one training from another.
+
+    What auto resolves to depends on the memory free now, so it is not part of it.
+    """
+    return f"{compute_key(requested)}, storage {storage}" + (f" on {gpus}" if gpus > 1 else "")
+
+
+def show(job_id: str, text: str) -> io.NodeOutput:
+    return io.NodeOutput(job_id, text, ui=show_report(text) | show_job(job_id))
+
+
+def choose_settings(targets: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the node's inputs by the engine's names of the settings."""
+    chosen = {SETTINGS[key]: value for key, value in settings.items()}
+    if targets != AS_PRESET_CHOICE:
+        chosen["lora.targets"] = (targets,)
+    return chosen
 
 
 def choose_items(dataset: Any, count: int) -> tuple[str, ...]:

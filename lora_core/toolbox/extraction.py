@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -62,16 +62,10 @@ def extract_adapter(
         raise ConfigError("extract got no rank; expected a whole number of at least 1")
     base, tuned = open_base(base), open_base(tuned)
     matrices = check_models(base, tuned)
-    parts = {}
     try:
         vectors, notes = compute_vectors(base, tuned) if biases else ({}, [])
-        with exact_products():
-            for path in track(matrices, progress, should_stop, "extraction"):
-                difference = read_values(tuned, path, device) - read_values(base, path, device)
-                bias = vectors.pop(f"{path}.bias", None)
-                part = extract_module(path, difference, rank, matrices[path].dtype, bias)
-                if part is not None:
-                    parts[path] = part
+        paths = track(matrices, progress, should_stop, "extraction")
+        parts = extract_linears(base, tuned, matrices, paths, rank, vectors, device)
     finally:
         base.release()
         tuned.release()
@@ -94,6 +88,27 @@ def read_values(model: BaseWeights, path: str, device: torch.device | str) -> to
     weight = model.get(path)
     assert weight is not None  # see `check_models`
     return weight.to(device).values
+
+
+def extract_linears(
+    base: BaseWeights,
+    tuned: BaseWeights,
+    matrices: Mapping[str, AnyTensor],
+    paths: Iterable[str],
+    rank: int,
+    vectors: dict[str, torch.Tensor],
+    device: torch.device | str,
+) -> dict[str, Truncated]:
+    """The Linears that differ; the differences of their biases are taken out of `vectors`."""
+    parts = {}
+    with exact_products():
+        for path in paths:
+            difference = read_values(tuned, path, device) - read_values(base, path, device)
+            bias = vectors.pop(f"{path}.bias", None)
+            part = extract_module(path, difference, rank, matrices[path].dtype, bias)
+            if part is not None:
+                parts[path] = part
+    return parts
 
 
 def extract_module(

@@ -125,6 +125,23 @@ def press(page: Any, action: str) -> None:
     page.locator(f".qel-panel [data-action={action}]").click()
 
 
+def read_job_view(page: Any, node: str) -> str:
+    """The text of the job shown on a node."""
+    return page.evaluate(
+        """type => app.graph._nodes.find(n => n.comfyClass === type).widgets
+            .find(w => w.name === 'job_view').element.innerText""",
+        node,
+    )
+
+
+def reach_panel(page: Any) -> None:
+    """On a page that was just opened."""
+    page.wait_for_function("window.app?.graph && window.app?.extensionManager")
+    page.wait_for_timeout(1000)
+    page.keyboard.press("Escape")
+    open_panel(page)
+
+
 def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(workspace, host):
     page, name = workspace.page, "from the button"
     workspace.open_template("06_train_lora")
@@ -138,25 +155,14 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
     assert wait_for(lambda: read_step(page, name) > 0, page) < 5
     assert page.locator(".qwen_edit_lora-tab-button .sidebar-icon-badge").inner_text() == "1"
     for node in ("QwenEditLoraTrain", "QwenEditLoraJob"):
-        shown = page.evaluate(
-            """type => app.graph._nodes.find(n => n.comfyClass === type).widgets
-                .find(w => w.name === 'job_view').element.innerText""",
-            node,
-        )
-        assert f"of {MANY}" in shown
+        assert f"of {MANY}" in read_job_view(page, node)
 
     # another page shows the same, and so does this one after a reload
     other = page.context.new_page()
     other.goto(host.server.url)
-    other.wait_for_function("window.app?.graph && window.app?.extensionManager")
-    other.wait_for_timeout(1000)
-    other.keyboard.press("Escape")
-    open_panel(other)
+    reach_panel(other)
     page.reload()
-    page.wait_for_function("window.app?.graph && window.app?.extensionManager")
-    page.wait_for_timeout(1000)
-    page.keyboard.press("Escape")
-    open_panel(page)
+    reach_panel(page)
     for one in (page, other):
         wait_for(lambda one=one: read_step(one, name) > 0, one)
         assert read_status(one, name) == "training"

@@ -112,10 +112,7 @@ def measure_blocks(
     probe = Probe(config, model, dataset, index, device, counts, offloaded)
     if is_free_to_choose(config.model):
         num_blocks = read_architecture(base.shapes, base.name, base.axes).num_layers
-        free = meter.find_free()
-        if free is not None:
-            free -= (num_blocks - max(counts)) * probe.block_bytes
-        adapt_to_memory(model, probe.batch, num_blocks, num_parameters, free, is_shared)
+        probe.adapt_to_memory(num_blocks, meter.find_free(), num_parameters, is_shared)
     if config.model.compile:
         for block in model.blocks:
             block.compile()
@@ -123,9 +120,7 @@ def measure_blocks(
     for n in counts:
         probe.take_step(n)
     at_rest, resting_gap = meter.reset(), meter.read_gap()
-    rounds = range(1 if meter.on_gpu else CPU_PEAKS)
-    rows = [[measure_peaks(probe, meter, n) for n in counts] for _ in rounds]
-    peaks = dict(zip(counts, zip(*rows, strict=True), strict=True))
+    peaks = measure_all_peaks(probe, meter, counts)
     all_peaks = [one for found in peaks.values() for one in found]
     gap = max(0, max(one.gap for one in all_peaks) - resting_gap)
     micro_s, optimizer_s = time_steps(probe, counts)
@@ -204,6 +199,17 @@ def measure_peaks(probe: Probe, meter: MemoryMeter, num_blocks: int) -> Peaks:
     return Peaks(max(0, transient - before), max(0, update - before), gap)
 
 
+def measure_all_peaks(
+    probe: Probe, meter: MemoryMeter, counts: Sequence[int]
+) -> dict[int, list[Peaks]]:
+    """By the number of blocks; on a CPU several of each, since its heap also holds other data."""
+    peaks: dict[int, list[Peaks]] = {n: [] for n in counts}
+    for _ in range(1 if meter.on_gpu else CPU_PEAKS):
+        for n in counts:
+            peaks[n].append(measure_peaks(probe, meter, n))
+    return peaks
+
+
 class Probe:
     """A model of a few blocks and everything a step on it needs."""
 
@@ -243,6 +249,14 @@ class Probe:
         self.objective = Objective(replace(config.objective, auxiliary={}))
         size = config.data.batch_size
         self.batch = load_repeated(dataset, index, size, config.seed).to(device)
+
+    def adapt_to_memory(
+        self, num_blocks: int, free: int | None, num_parameters: int, is_shared: bool
+    ) -> None:
+        """Chooses what the whole model would keep for its backward pass in `free` bytes."""
+        if free is not None:
+            free -= (num_blocks - max(self.blocks)) * self.block_bytes
+        adapt_to_memory(self.model, self.batch, num_blocks, num_parameters, free, is_shared)
 
     def take_step(self, num_blocks: int) -> tuple[float, float]:
         """Seconds of one micro-step, and of the rest of the step."""
