@@ -21,7 +21,7 @@ TILE = (128, 4)
 Scaling = Literal["none", "tensor", "row", "block"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BaseWeight:
     """One weight as stored and as it acts: values = stored * scale, rotated back."""
 

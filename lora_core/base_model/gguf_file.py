@@ -26,7 +26,7 @@ MAX_ARRAY = 1 << 24
 MAX_ENTRIES_PER_BYTE = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GgufEntry:
     """Where one tensor's data is."""
 

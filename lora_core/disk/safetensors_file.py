@@ -50,7 +50,7 @@ class TensorFile(Protocol):
     ) -> torch.Tensor: ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class StoredTensor:
     """One tensor of a file: shape and dtype are known, the data is still on disk."""
 

@@ -219,7 +219,9 @@ def inspect_adapter(
         if not is_computable(weights):
             return None
         try:
-            return inspect_module(weights, exact, weight, path in sampled, stop)
+            return inspect_module(
+                weights, exact=exact, base=weight, is_sampled=path in sampled, should_stop=stop
+            )
         except NonFiniteWeightsError as e:
             return NotInspected(str(e))
 
@@ -279,6 +281,7 @@ def has_shape(weights: ModuleWeights, shape: tuple[int, ...]) -> bool:
 
 def inspect_module(
     weights: ModuleWeights,
+    *,
     exact: bool = False,
     base: BaseWeight | None = None,
     is_sampled: bool = False,
@@ -317,7 +320,8 @@ def inspect_module(
     either = delta if factors is None else factors
     if base is not None and either is not None:
         spectral = measures.singular_values[0].item() if measures.singular_values.numel() else 0.0
-        beside = compare_with_base(base, either, measures.frobenius, spectral, is_sampled)
+        norms = measures.frobenius, spectral
+        beside = compare_with_base(base, either, *norms, is_sampled=is_sampled)
     shape = (len(measures.row_norms), len(measures.column_norms))
     return build_inspection(
         weights, shape, measures, entries, beside, is_direction_only=inspected is not weights

@@ -101,6 +101,7 @@ def draw_comparison(comparison: Comparison) -> np.ndarray:
 def draw_map(
     values: Mapping[str, float],
     title: str,
+    *,
     is_logarithmic: bool = False,
     limits: tuple[float, float] | None = None,
     marked: Mapping[str, str] | None = None,

@@ -217,7 +217,7 @@ def run_estimate(options: argparse.Namespace) -> None:
     quiet_libraries()
     config = read_config(options.config)
     dataset = read_dataset(config.data.folder)
-    estimate = estimate_run(config, dataset, options.shared, options.samples)
+    estimate = estimate_run(config, dataset, is_shared=options.shared, with_samples=options.samples)
     print(json.dumps(estimate.to_dict(), indent=1) if options.json else estimate.to_text())
 
 

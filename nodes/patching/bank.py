@@ -28,7 +28,7 @@ from .terms import Inputs, LowRankTerm, Term, list_term_types
 _READERS = re.compile(r"(.*\.)(to|add)_([qkv])(?:_proj)?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """One module of one adapter, and its place in the model."""
 

@@ -18,7 +18,7 @@ from .dataset import CachedDataset, ItemInfo, collect_text
 from .latents import count_target_tokens, normalize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """One sample of a micro-batch: an item, and what seeds its random draws."""
 
@@ -87,7 +87,7 @@ def make_generator(*words: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Batch:
     """Samples of one bucket, ready for the model; latents are normalised."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
@@ -111,6 +112,7 @@ class Estimate:
 def estimate_run(
     config: TrainConfig,
     dataset: CachedDataset,
+    *,
     is_shared: bool = False,
     with_samples: bool = False,
 ) -> Estimate:
@@ -130,7 +132,7 @@ def estimate_run(
     host_free = None if device.type == "cpu" else find_free_host_memory()
     meter = MemoryMeter(device)
     largest = dataset.find_largest()
-    whole, width = open_and_measure(config, dataset, largest, device, is_shared)
+    whole, width = open_and_measure(config, dataset, largest, device, is_shared=is_shared)
     passes = 1.0
     costs = [compute_cost(info, width) for info in dataset.items]
     mean_cost = sum(costs) / len(costs)
@@ -200,6 +202,7 @@ def open_and_measure(
     dataset: CachedDataset,
     index: int,
     device: torch.device,
+    *,
     is_shared: bool,
 ) -> tuple[FullModelCost, int]:
     """What training on the configured base needs, and the width of that model.
@@ -215,8 +218,16 @@ def open_and_measure(
         num_blocks = architecture.num_layers
         num_parameters = count_parameters(config, base)
         choose_offloaded(num_blocks, config.model.offload_blocks)
-        arguments = (config, dataset, index, base, device)
-        whole = measure_full_model(*arguments, num_blocks, num_parameters, is_shared)
+        whole = measure_full_model(
+            config,
+            dataset,
+            index,
+            base,
+            device,
+            num_blocks=num_blocks,
+            num_parameters=num_parameters,
+            is_shared=is_shared,
+        )
         return whole, base.shapes["img_in.weight"][0]
     finally:
         base.release()
@@ -228,20 +239,30 @@ def measure_full_model(
     index: int,
     base: BaseFile,
     device: torch.device,
+    *,
     num_blocks: int,
     num_parameters: int,
     is_shared: bool,
 ) -> FullModelCost:
     num_offloaded = config.model.offload_blocks
     num_resident = num_blocks - num_offloaded
-    arguments = (config, dataset, index, base, device)
+    measure = partial(
+        measure_blocks,
+        config,
+        dataset,
+        index,
+        base,
+        device,
+        num_parameters=num_parameters,
+        is_shared=is_shared,
+    )
     found = []
     if num_resident:
         counts: Sequence[int] = sorted({1, min(3, num_blocks)})
-        found.append(measure_blocks(*arguments, counts, False, num_parameters, is_shared))
+        found.append(measure(counts, offloaded=False))
     if num_offloaded:
         counts = (2, 3) if num_blocks > 2 else (1, 2) if num_blocks > 1 else (1,)
-        found.append(measure_blocks(*arguments, counts, True, num_parameters, is_shared))
+        found.append(measure(counts, offloaded=True))
     first, last = found[0], found[-1]
     transient = estimate_transient_bytes(first, last, num_blocks, num_offloaded)
     if transient is not None:

@@ -91,6 +91,7 @@ def measure_blocks(
     base: BaseFile,
     device: torch.device,
     counts: Sequence[int],
+    *,
     offloaded: bool,
     num_parameters: int,
     is_shared: bool = False,
@@ -106,10 +107,10 @@ def measure_blocks(
     """
     meter = MemoryMeter(device)
     meter.reset()
-    model = load_blocks(config, base, device, max(counts), offloaded)
+    model = load_blocks(config, base, device, max(counts), offloaded=offloaded)
     peak, after = meter.read_peak(), meter.reset()
     loading = None if peak is None or after is None else max(0, peak - after)
-    probe = Probe(config, model, dataset, index, device, counts, offloaded)
+    probe = Probe(config, model, dataset, index, device, counts, offloaded=offloaded)
     if is_free_to_choose(config.model):
         num_blocks = read_architecture(base.shapes, base.name, base.axes).num_layers
         probe.adapt_to_memory(num_blocks, meter.find_free(), num_parameters, is_shared)
@@ -221,6 +222,7 @@ class Probe:
         index: int,
         device: torch.device,
         counts: Sequence[int],
+        *,
         offloaded: bool,
     ):
         blocks = list(model.blocks)
@@ -308,7 +310,7 @@ class Probe:
 
 
 def load_blocks(
-    config: TrainConfig, base: BaseFile, device: torch.device, num_blocks: int, offloaded: bool
+    config: TrainConfig, base: BaseFile, device: torch.device, num_blocks: int, *, offloaded: bool
 ) -> EditTransformer:
     """The model's first blocks, and the modules before and after the blocks."""
     model, dtype = config.model, COMPUTE_DTYPES[config.model.compute_dtype]
