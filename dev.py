@@ -24,6 +24,7 @@ import tarfile
 import tempfile
 import venv
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 10)  # ComfyUI 0.30's requires-python
@@ -358,9 +359,9 @@ def run(
     return run_child([str(part) for part in command], cwd=cwd, env=environment)
 
 
-def run_child(command: list[str], **options: object) -> int:
+def run_child(command: list[str], **options: Any) -> int:
     """Runs a program; if this process is interrupted, waits until the program has exited."""
-    process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
+    process = subprocess.Popen(command, **options)
     try:
         return process.wait()
     except KeyboardInterrupt:
