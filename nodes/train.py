@@ -39,9 +39,9 @@ MEASURE, SKIP = "measure first", "skip"
 REFUSE, START_ANYWAY = "refuse", "start anyway"
 FITS_NO_DEVICE = "this training does not fit into the device's memory"
 FITS_NO_HOST = "this training does not fit into main memory"
-NO_PICTURES = (
-    "the dataset's VAE was not kept, so that samples come without pictures; run Edit Dataset again "
-    "to keep it"
+NO_IMAGES = (
+    "the dataset's VAE was not kept, so that samples come without images; run Image Pairs again to "
+    "keep it"
 )
 #: Input of the node -> setting of the engine.
 SETTINGS = {
@@ -62,7 +62,7 @@ class QwenEditLoraTrain(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraTrain",
-            display_name="Train Edit LoRA",
+            display_name="Train Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Puts a training into the queue of the background worker and returns at once: "
@@ -81,7 +81,7 @@ class QwenEditLoraTrain(io.ComfyNode):
                         "never changed."
                     ),
                 ),
-                DatasetSocket.Input("dataset", tooltip="From Edit Dataset: encoded once, cached."),
+                DatasetSocket.Input("dataset", tooltip="From Image Pairs: encoded once, cached."),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
@@ -92,12 +92,12 @@ class QwenEditLoraTrain(io.ComfyNode):
                     default=1500,
                     min=1,
                     max=1_000_000,
-                    tooltip="Optimizer updates. 50 to 100 for each picture are a usual start.",
+                    tooltip="Optimizer updates. 50 to 100 for each image are a usual start.",
                 ),
                 io.String.Input(
                     "name",
                     default="my_edit",
-                    tooltip="Of the LoRA's file in models/loras; a taken name gets a number.",
+                    tooltip="Of the LoRA's file in models/loras; an existing name gets a number.",
                 ),
                 *list_advanced_inputs(),
             ],
@@ -163,7 +163,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         key = build_key(requested, storage, gpus)
         known = job_host.find_same(key)
         if known is not None:
-            return show(known.id, f"job {known.id} is this training already: {known.describe()}")
+            return show(known.id, f"this training is already job {known.id}: {known.describe()}")
         devices, taken = job_devices.choose_for_job(
             job_host.get_store(), requested.model.device, gpus
         )
@@ -177,7 +177,7 @@ class QwenEditLoraTrain(io.ComfyNode):
             found = reason or measure(config, devices[0], vae is not None)
             report_estimate(found, if_too_large, lines, findings)
         if sample_every and vae is None:
-            lines.append(NO_PICTURES)
+            lines.append(NO_IMAGES)
             findings.append(Finding("samples_without_pictures", NOTE, lines[-1]))
         job_id = job_host.submit(
             config,
@@ -241,7 +241,10 @@ def list_advanced_inputs() -> list[Any]:
             default=1,
             min=1,
             max=256,
-            tooltip="Batches whose gradients make one step: a larger batch without its memory.",
+            tooltip=(
+                "Batches whose gradients are summed into one step: a larger batch without its "
+                "memory."
+            ),
             **extra,
         ),
         io.Combo.Input(
@@ -249,9 +252,10 @@ def list_advanced_inputs() -> list[Any]:
             options=[AUTO, *STORAGES],
             tooltip=(
                 "How the base is kept on the GPU. auto: the most exact that leaves room to train "
-                "(bf16 41 GB, fp8 20 GB, nf4 14 GB), or on 12 and 16 GB cards fp8 with blocks that "
-                "wait in main memory; on a CPU fp32. The report says which. as stored: the file's "
-                "own codes; of a GGUF they are slow to decode, so that fp8 or nf4 train faster."
+                "(bf16 41 GB, fp8 20 GB, nf4 14 GB), or on 12 and 16 GB cards fp8 with blocks "
+                "offloaded to main memory; on a CPU fp32. The report says which. as stored: the "
+                "file's own codes; of a GGUF they are slow to decode, so that fp8 or nf4 train "
+                "faster."
             ),
             **extra,
         ),
@@ -269,7 +273,7 @@ def list_advanced_inputs() -> list[Any]:
             default=250,
             min=0,
             max=1_000_000,
-            tooltip="Steps between LoRA files to try out; 0 keeps the engine's 250.",
+            tooltip="Steps between LoRA files to try out; 0 keeps the default, 250.",
             **extra,
         ),
         io.Int.Input(
@@ -277,7 +281,7 @@ def list_advanced_inputs() -> list[Any]:
             default=250,
             min=0,
             max=1_000_000,
-            tooltip="Steps between sample pictures of the dataset's first items; 0 makes none.",
+            tooltip="Steps between sample images of the dataset's first items; 0 makes none.",
             **extra,
         ),
         io.Int.Input(
@@ -295,7 +299,7 @@ def list_advanced_inputs() -> list[Any]:
         io.Combo.Input(
             "variant",
             options=list(VARIANTS),
-            tooltip="What the LoRA says it is made for; auto asks the file.",
+            tooltip="The model named in the LoRA's metadata; auto reads it from the file.",
             **extra,
         ),
         io.Combo.Input(
@@ -307,13 +311,16 @@ def list_advanced_inputs() -> list[Any]:
         io.Combo.Input(
             "estimate",
             options=[MEASURE, SKIP],
-            tooltip="Run a few steps on three blocks first, to tell memory and time of the whole.",
+            tooltip=(
+                "Run a few steps on three blocks first, to estimate memory and time of the whole "
+                "run."
+            ),
             **extra,
         ),
         io.Combo.Input(
             "if_too_large",
             options=[REFUSE, START_ANYWAY],
-            tooltip="What to do where the estimate says that the memory will not do.",
+            tooltip="What to do if the estimate says that memory will not be enough.",
             **extra,
         ),
         io.String.Input(
@@ -321,7 +328,7 @@ def list_advanced_inputs() -> list[Any]:
             default="",
             multiline=True,
             placeholder='[objective]\nsampling = "uniform"',
-            tooltip="Any setting of a configuration file, as TOML; it wins over the rest.",
+            tooltip="Any setting of a configuration file, as TOML; it overrides the rest.",
             **extra,
         ),
         io.Int.Input(
@@ -330,9 +337,8 @@ def list_advanced_inputs() -> list[Any]:
             min=1,
             max=MAX_DEVICES,
             tooltip=(
-                "GPUs that train together, each with a whole copy of the base and a batch of its "
-                "own, so that a step sees so many times batch_size samples. The estimate is of one "
-                "of them."
+                "GPUs that train together, each with its own copy of the base and its own batch, "
+                "so a step sees gpus times batch_size samples. The estimate is of one of them."
             ),
             **extra,
         ),

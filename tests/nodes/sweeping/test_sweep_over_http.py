@@ -356,7 +356,7 @@ def test_the_report_is_shown_on_the_sweep_itself(watcher):
     last = [m["data"] for m in watcher.messages if m["type"] == "executed"]
     last = [d for d in last if d["display_node"] == "sweep" and d["output"]][-1]
     (report,) = last["output"]["qwen_edit_lora_report"]
-    assert report.startswith("2 pictures: strengths 0, 0.9")
+    assert report.startswith("2 images: strengths 0, 0.9")
     assert "24 of 24 modules matched, strength 0.9" in report
 
 
