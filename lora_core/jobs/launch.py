@@ -77,7 +77,7 @@ def run_module(module: str, *arguments: str) -> list[str]:
 
 def hide_window(flags: int = 0) -> dict[str, Any]:
     """For `Popen`: keeps a program without a console from opening one."""
-    if os.name != "nt":
+    if sys.platform != "win32":
         return {}
     return {"creationflags": flags | subprocess.CREATE_NO_WINDOW}
 
@@ -109,7 +109,7 @@ def start_worker(
         FileError: the process or its log cannot be made.
     """
     detached: dict[str, Any] = {"start_new_session": True}
-    if os.name == "nt":
+    if sys.platform == "win32":
         detached = hide_window(subprocess.CREATE_NEW_PROCESS_GROUP)
     try:
         with folder.open_log() as log:
