@@ -13,7 +13,7 @@ import types
 import typing
 from enum import Enum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from ..checks import MAX_WHOLE, show
 from ..disk.json_reader import describe_kind, parse_object
@@ -251,7 +251,7 @@ def convert(hint: Any, value: Any, name: str) -> Any:
             raise ValueError(f"{name} is {show(value)}; expected a list")
         return tuple(convert(options[0], item, name) for item in value)
     if dataclasses.is_dataclass(hint):
-        return restore(hint, value)
+        return restore(cast(Any, hint), value)
     if issubclass(hint, Enum):
         try:
             return hint(value)

@@ -128,9 +128,10 @@ class JobReporter:
     def _stop_loading(self) -> None:
         """Ends the process while it has nothing that would have to be saved."""
         request = self.folder.read_request()
-        status = {Request.PAUSE: JobStatus.PAUSED, Request.CANCEL: JobStatus.CANCELLED}.get(request)
-        if status is None:
+        statuses = {Request.PAUSE: JobStatus.PAUSED, Request.CANCEL: JobStatus.CANCELLED}
+        if request not in statuses:
             return
+        status = statuses[request]
         try:
             self.finish(status)
         except FileError as e:

@@ -62,7 +62,7 @@ class PromptQueue:
         self.server = server
 
     @property
-    def queue(self):
+    def queue(self) -> Any:
         return self.server.prompt_queue
 
     def request_release(self) -> None:
@@ -155,7 +155,9 @@ def guard(handle: Handler) -> Handler:
     return guarded
 
 
-def with_id(show: Callable[[str, Mapping[str, str]], dict[str, Any]]):
+def with_id(
+    show: Callable[[str, Mapping[str, str]], dict[str, Any]],
+) -> Callable[..., Any]:
     def prepare(request: web.Request) -> Callable[[], dict[str, Any]]:
         job_id, query = check_id(request.match_info["id"]), dict(request.query)
         return lambda: for_job(job_id, lambda: show(job_id, query))
@@ -202,7 +204,7 @@ async def send_image(request: web.Request) -> web.Response:
 
 def change(
     check: Callable[[object], str], work: Callable[[str, Mapping[str, Any]], dict[str, Any]]
-):
+) -> Callable[..., Any]:
     """A handler for a change requested by ComfyUI's own page, or by a program.
 
     Args:
