@@ -234,9 +234,12 @@ def inspect_adapter(
     adapter.release()
     if weights_of_base is not None:
         weights_of_base.release()
-    results = dict(zip(paths, found, strict=True))
+    return gather(adapter.name, dict(zip(paths, found, strict=True)))
+
+
+def gather(name: str, results: Mapping[str, ModuleInspection | NotInspected | None]) -> Inspection:
     return Inspection(
-        adapter.name,
+        name,
         {path: one for path, one in results.items() if isinstance(one, ModuleInspection)},
         {path: one.reason for path, one in results.items() if isinstance(one, NotInspected)},
         tuple(path for path, one in results.items() if one is None),

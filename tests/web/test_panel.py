@@ -134,6 +134,11 @@ def read_job_view(page: Any, node: str) -> str:
     )
 
 
+def press_and_answer(page: Any, action: str, answer: str) -> None:
+    press(page, action)
+    page.get_by_role("button", name=answer, exact=True).click()
+
+
 def reach_panel(page: Any) -> None:
     """On a page that was just opened."""
     page.wait_for_function("window.app?.graph && window.app?.extensionManager")
@@ -144,7 +149,7 @@ def reach_panel(page: Any) -> None:
 
 def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(workspace, host):
     page, name = workspace.page, "from the button"
-    workspace.open_template("06_train_lora")
+    workspace.open_template("6 Train a LoRA")
     workspace.set_widgets(QUICK)
     open_panel(page)
     assert "No training yet" in page.locator(".qel-panel").inner_text()
@@ -185,18 +190,15 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
     wait_for(lambda: host.store.get(job_id).state.step > paused_at, page)
     page.wait_for_timeout(1000)
     workspace.shoot("panel_job")
-    press(page, "cancel")
-    page.get_by_role("button", name="Keep training").click()
+    press_and_answer(page, "cancel", "Keep training")
     assert page.evaluate("document.activeElement.dataset.action") == "cancel"
-    press(page, "cancel")
-    page.get_by_role("button", name="Stop and save").click()
+    press_and_answer(page, "cancel", "Stop and save")
     wait_for(lambda: chip.inner_text() == "cancelled", page)
     wait_for(lambda: read_status(other, name) == "cancelled", other)
     assert host.store.get(job_id).status is JobStatus.CANCELLED
 
     # confirmed first, then gone on both pages
-    press(page, "delete")
-    page.get_by_role("button", name="Back", exact=True).click()
+    press_and_answer(page, "delete", "Back")
     assert host.store.get(job_id).status is JobStatus.CANCELLED
     press(page, "delete")
     assert page.evaluate("document.activeElement.innerText") == "Back"  # not what deletes

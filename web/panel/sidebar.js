@@ -11,6 +11,7 @@ export const TAB_ID = "qwen_edit_lora";
 const STYLES = [
   "../theme.css",
   "./panel.css",
+  "./job_page.css",
   "../adapters/adapters.css",
   "../adapters/details.css",
 ];
