@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from demo_base.adapters import make_adapter
+from demo_base.frontend import TOAST
 from safetensors.torch import save_file
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
@@ -92,7 +93,7 @@ class Browser:
 @pytest.fixture
 def opened(workspace: Any, loras: Path) -> Browser:
     workspace.page.evaluate("() => app.graph.clear()")
-    workspace.page.locator(".qwen_edit_lora-tab-button").click()
+    workspace.open_panel()
     workspace.page.get_by_role("tab", name="LoRAs").click()
     browser = Browser(workspace.page)
     browser.search("browsed")
@@ -150,7 +151,7 @@ def test_files_are_found_filtered_and_sorted_and_stay_text(opened, workspace):
     opened.search("ours")
     opened.find("ours").click()
     details.get_by_role("button", name="Train again").click()
-    toast = page.locator(".p-toast-message", has_text="Not trained again")
+    toast = page.locator(TOAST, has_text="Not trained again")
     toast.wait_for()
     assert "the settings in this LoRA are damaged" in toast.inner_text()
     page.keyboard.press("Escape")

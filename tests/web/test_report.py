@@ -18,8 +18,8 @@ def test_reports_reach_nodes_inside_a_subgraph_and_come_back(workspace):
     page = workspace.page
     workspace.open_template("3 Compare and resize LoRAs")
     page.evaluate(
-        """() => app.canvas.graph.convertToSubgraph(
-            new Set(app.graph._nodes.filter(n => n.comfyClass === 'QwenEditLoraLoad')))"""
+        """() => { app.canvas.graph.convertToSubgraph(
+            new Set(app.graph._nodes.filter(n => n.comfyClass === 'QwenEditLoraLoad'))); }"""
     )
     assert workspace.run()["status"]["status_str"] == "success"
     page.wait_for_timeout(1000)
