@@ -160,6 +160,7 @@ def load_batch(
     dataset: CachedDataset,
     slots: Sequence[Slot],
     seed: object,
+    *,
     caption_dropout: float = 0.0,
     use_masks: bool = True,
 ) -> Batch:

@@ -258,7 +258,14 @@ class Probe:
         """Chooses what the whole model would keep for its backward pass in `free` bytes."""
         if free is not None:
             free -= (num_blocks - max(self.blocks)) * self.block_bytes
-        adapt_to_memory(self.model, self.batch, num_blocks, num_parameters, free, is_shared)
+        adapt_to_memory(
+            self.model,
+            self.batch,
+            num_blocks=num_blocks,
+            num_parameters=num_parameters,
+            free_bytes=free,
+            is_shared=is_shared,
+        )
 
     def take_step(self, num_blocks: int) -> tuple[float, float]:
         """Seconds of one micro-step, and of the rest of the step."""

@@ -52,6 +52,7 @@ def get_first_kind(config: ModelConfig) -> bool | str:
 def adapt_to_memory(
     model: EditTransformer,
     batch: Batch,
+    *,
     num_blocks: int,
     num_parameters: int,
     free_bytes: int | None,

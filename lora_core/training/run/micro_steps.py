@@ -126,15 +126,15 @@ class MicroSteps:
         share = 1 / self.config.optimizer.accumulation
         batch, *priors = self.batches.take(number)
         num_tokens = batch.num_tokens
-        shares = self.backward(batch, share, is_last and not priors)
+        shares = self.backward(batch, share, is_last=is_last and not priors)
         for prior in priors:
             num_tokens += prior.num_tokens
             weight = share * self.config.data.prior_weight
-            shares[PRIOR] = self.backward(prior, weight, is_last, is_prior=True)[VELOCITY]
+            shares[PRIOR] = self.backward(prior, weight, is_last=is_last, is_prior=True)[VELOCITY]
         return shares, num_tokens
 
     def backward(
-        self, batch: Batch, share: float, is_last: bool, is_prior: bool = False
+        self, batch: Batch, share: float, *, is_last: bool, is_prior: bool = False
     ) -> dict[str, torch.Tensor]:
         """Forward and backward of one batch, its losses times `share`."""
         batch = batch.to(self.device)
@@ -167,4 +167,10 @@ class MicroSteps:
         size = self.config.data.batch_size
         start = self.processes.index * size
         slots = order.get_slots(number)[start : start + size]
-        return load_batch(dataset, slots, order.seed, caption_dropout, self.config.data.use_masks)
+        return load_batch(
+            dataset,
+            slots,
+            order.seed,
+            caption_dropout=caption_dropout,
+            use_masks=self.config.data.use_masks,
+        )
