@@ -153,7 +153,7 @@ def test_a_storage_in_more_settings_disables_auto(choose):
 
 def test_a_model_of_another_kind_is_a_clear_error_before_anything_is_measured(choose, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(KeyFormatError, match="no Qwen-Image model"):
+    with pytest.raises(KeyFormatError, match="is not a Qwen-Image model"):
         choose([SMALL], source=tmp_path / "other.safetensors")
 
 
