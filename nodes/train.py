@@ -14,7 +14,7 @@ from ..lora_core.base_model.module_paths import TARGET_PRESETS
 from ..lora_core.findings import NOTE, WARNING, Finding
 from ..lora_core.jobs.devices import Device
 from ..lora_core.jobs.estimate_process import estimate_in_process
-from ..lora_core.jobs.job import MAX_DEVICES
+from ..lora_core.jobs.job import MAX_DEVICES, SampleSettings
 from ..lora_core.pairs.vae_copy import find_vae
 from ..lora_core.training.config.config import TrainConfig
 from ..lora_core.training.config.presets import PRESETS
@@ -25,6 +25,7 @@ from ..lora_core.training.optimizer.optimization import OPTIMIZERS
 from . import host
 from .base_choice import choose_base
 from .server import job_devices, job_host
+from .server.prompt_policy import POLICIES, POLICY_TOOLTIP
 from .sockets import CATEGORY, DatasetSocket, Report, report_output, show_job, show_report
 from .training_settings import (
     AS_PRESET,
@@ -143,7 +144,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         storage: str = AUTO,
         sample_every: int = 250,
         samples: int = 2,
-        while_training: str = job_host.POLICIES[0],
+        while_training: str = POLICIES[0],
         estimate: str = MEASURE,
         if_too_large: str = REFUSE,
         more_settings: str = "",
@@ -151,6 +152,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         job_devices.check_devices(gpus)
+        jobs = job_host.get_jobs()
         model = host.find_training_base(model_name)
         build = partial(
             build_config,
@@ -161,12 +163,10 @@ class QwenEditLoraTrain(io.ComfyNode):
         )
         requested = build(base={} if storage == AUTO else {"storage": storage})
         key = build_key(requested, storage, gpus)
-        known = job_host.find_same(key)
+        known = jobs.store.find_same(key)
         if known is not None:
             return show(known.id, f"this training is already job {known.id}: {known.describe()}")
-        devices, taken = job_devices.choose_for_job(
-            job_host.get_store(), requested.model.device, gpus
-        )
+        devices, taken = job_devices.choose_for_job(jobs.store, requested.model.device, gpus)
         own = read_more(more_settings).get("model", {})
         base, lines, needed_bytes = choose_base(requested, storage, own, devices)
         findings = [Finding("storage_chosen", NOTE, line) for line in lines]
@@ -179,17 +179,19 @@ class QwenEditLoraTrain(io.ComfyNode):
         if sample_every and vae is None:
             lines.append(NO_IMAGES)
             findings.append(Finding("samples_without_pictures", NOTE, lines[-1]))
-        job_id = job_host.submit(
+        job_id = jobs.submit(
             config,
             key=key,
-            sample_every=sample_every,
-            sample_items=choose_items(dataset, samples),
-            sample_vae=vae,
             policy=while_training,
+            samples=SampleSettings(
+                every=sample_every,
+                items=choose_items(dataset, samples),
+                vae="" if vae is None else str(vae),
+            ),
             num_devices=gpus,
             gpu_memory_bytes=needed_bytes,
         )
-        head = f"job {job_id}: {job_host.get(job_id).describe()}"
+        head = f"job {job_id}: {jobs.store.get(job_id).describe()}"
         return show(job_id, Report("\n".join([head, *lines]), findings))
 
 
@@ -304,8 +306,8 @@ def list_advanced_inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "while_training",
-            options=list(job_host.POLICIES),
-            tooltip=job_host.POLICY_TOOLTIP,
+            options=list(POLICIES),
+            tooltip=POLICY_TOOLTIP,
             **extra,
         ),
         io.Combo.Input(

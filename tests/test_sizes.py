@@ -20,7 +20,6 @@ SOURCES = sorted(
 )
 #: Being split elsewhere.
 WAITING = {
-    "lora_core/jobs/training_job.py",
     "tests/fuzz/test_adapters.py",
     "tests/lora_core/jobs/test_store.py",
 }
