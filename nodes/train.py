@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ..lora_core.base_model.module_paths import TARGET_PRESETS
 from ..lora_core.findings import NOTE, WARNING, Finding
 from ..lora_core.jobs.devices import Device
 from ..lora_core.jobs.estimate_process import estimate_in_process
-from ..lora_core.jobs.job import MAX_DEVICES, SampleSettings
+from ..lora_core.jobs.job import MAX_DEVICES, Job, SampleSettings
 from ..lora_core.pairs.vae_copy import find_vae
 from ..lora_core.training.config.config import TrainConfig
 from ..lora_core.training.config.presets import PRESETS
@@ -165,7 +165,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         key = build_key(requested, storage, gpus)
         known = jobs.store.find_same(key)
         if known is not None:
-            return show(known.id, f"this training is already job {known.id}: {known.describe()}")
+            return show(known, f"this training is already job {known.id}: {known.describe()}")
         devices, taken = job_devices.choose_for_job(jobs.store, requested.model.device, gpus)
         own = read_more(more_settings).get("model", {})
         base, lines, needed_bytes = choose_base(requested, storage, own, devices)
@@ -191,8 +191,8 @@ class QwenEditLoraTrain(io.ComfyNode):
             num_devices=gpus,
             gpu_memory_bytes=needed_bytes,
         )
-        head = f"job {job_id}: {jobs.store.get(job_id).describe()}"
-        return show(job_id, Report("\n".join([head, *lines]), findings))
+        job = jobs.store.get(job_id)
+        return show(job, f"job {job_id}: {job.describe()}", lines, findings)
 
 
 def list_advanced_inputs() -> list[Any]:
@@ -388,8 +388,12 @@ def build_key(requested: TrainConfig, storage: str, gpus: int) -> str:
     return f"{compute_key(requested)}, storage {storage}" + (f" on {gpus}" if gpus > 1 else "")
 
 
-def show(job_id: str, text: str) -> io.NodeOutput:
-    return io.NodeOutput(job_id, text, ui=show_report(text) | show_job(job_id))
+def show(
+    job: Job, head: str, lines: Sequence[str] = (), findings: Sequence[Finding] = ()
+) -> io.NodeOutput:
+    """The node's outputs; `head` tells of the job's present status."""
+    text = Report("\n".join([head, *lines]), findings)
+    return io.NodeOutput(job.id, text, ui=show_report(text) | show_job(job, [head]))
 
 
 def choose_settings(targets: str, settings: Mapping[str, Any]) -> dict[str, Any]:
