@@ -4,14 +4,20 @@ ComfyUI calls `comfy_entrypoint`. Nothing of ComfyUI is imported before that, so
 the training worker can import the package alone.
 """
 
+from __future__ import annotations
+
 import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .nodes import QwenEditLoraExtension
 
 WEB_DIRECTORY = "./web"
 
 __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 
-async def comfy_entrypoint():
+async def comfy_entrypoint() -> QwenEditLoraExtension:
     try:
         from .nodes import QwenEditLoraExtension
     except Exception:

@@ -26,6 +26,7 @@ import tarfile
 import tempfile
 import venv
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 10)  # ComfyUI 0.30's requires-python
@@ -91,7 +92,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     demo_parser.add_argument("--port", type=int, help="port of the server (default: a free one)")
     commands.add_parser("test", help="run pytest with the arguments that follow")
     commands.add_parser("gpu", help="run benchmarks/gpu_check.py with the arguments that follow")
-    commands.add_parser("lint", help="ruff check and ruff format --check")
+    commands.add_parser("lint", help="ruff, codespell, oxlint and mypy")
     bench_parser = commands.add_parser("bench", help="run benchmarks/*.py, or those named")
     bench_parser.add_argument("names", nargs="*", metavar="NAME", help="file name without .py")
     return parser.parse_args(argv)
@@ -263,7 +264,7 @@ def extract_subtree(archive: Path, subtree: tuple[str, ...], target: Path) -> No
 
 def demo(comfyui: Path, serve: bool, port: int | None) -> int:
     """Runs demo_base/demo.py, which has ComfyUI edit a photograph."""
-    command = [get_venv_python(ROOT), "-m", "demo_base.demo"]
+    command: list[str | Path] = [get_venv_python(ROOT), "-m", "demo_base.demo"]
     command += ["--serve"] if serve else []
     command += [f"--port={port}"] if port is not None else []
     return run(command, comfyui, cwd=ROOT / "tests")
@@ -325,10 +326,42 @@ def check_gpu(comfyui: Path, arguments: list[str]) -> int:
 
 
 def lint(comfyui: Path) -> int:
-    """Runs the linter, the formatter's check and the spelling's, each even if another fails."""
-    ruff, codespell = get_venv_script(ROOT, "ruff"), get_venv_script(ROOT, "codespell")
-    commands = ([ruff, "check", ROOT], [ruff, "format", "--check", ROOT], [codespell])
-    return max(run(command, comfyui) for command in commands)
+    """Runs the linters, the formatter's check, spelling and types, each even if another fails."""
+    ruff, codespell, oxlint = (
+        get_venv_script(ROOT, name) for name in ("ruff", "codespell", "oxlint")
+    )
+    link_package(ROOT)
+    commands: tuple[list[str | Path], ...] = (
+        [ruff, "check", "--quiet", ROOT],
+        [ruff, "format", "--quiet", "--check", ROOT],
+        [codespell],
+        [oxlint, "--format=unix", ROOT / "web"],
+        [get_venv_python(ROOT), "-m", "mypy", "--no-error-summary"],
+    )
+    status = max(run(command, comfyui) for command in commands)
+    if status == 0:
+        say("ruff, codespell, oxlint and mypy find nothing to mend.")
+    return status
+
+
+def link_package(root: Path) -> None:
+    """Makes `.mypy/qwen_edit_lora`, under which mypy finds a checkout of any name as a package.
+
+    Raises:
+        DevError: the system makes no link.
+    """
+    link = root / ".mypy" / "qwen_edit_lora"
+    if link.is_dir():
+        return
+    try:
+        link.parent.mkdir(exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.pardir, target_is_directory=True)
+    except OSError as error:
+        raise DevError(
+            f"lint needs a symbolic link at {link}, but it cannot be made ({error}): on Windows "
+            "turn on Developer Mode."
+        ) from None
 
 
 def bench(comfyui: Path, names: list[str]) -> int:
@@ -359,9 +392,9 @@ def run(
     return run_child([str(part) for part in command], cwd=cwd, env=environment)
 
 
-def run_child(command: list[str], **options: object) -> int:
+def run_child(command: list[str], **options: Any) -> int:
     """Runs a program; if this process is interrupted, waits until the program has exited."""
-    process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
+    process = subprocess.Popen(command, **options)
     try:
         return process.wait()
     except KeyboardInterrupt:

@@ -157,13 +157,22 @@ def take(action: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def load(patched: Any) -> None:
+    """Loads a MODEL as a sampler does before its first step."""
+    import comfy.model_management as mm
+    from qwen_edit_lora.nodes.patching import side_path
+
+    side_path.prepare_side_path(
+        lambda model: mm.load_models_gpu([model, *model.get_nested_additional_models()]), patched
+    )
+
+
 def measure(storage: str, options: argparse.Namespace) -> dict[str, Any]:
     import comfy.lora
-    import comfy.model_management as mm
     import torch
     from qwen_edit_lora.lora_core import build_state_dict
     from qwen_edit_lora.lora_core.adapter.strengths import Strengths
-    from qwen_edit_lora.nodes.patching import application, side_path
+    from qwen_edit_lora.nodes.patching import application
 
     model = build_model(storage, options.blocks, options.device)
     adapter = build_adapter(options.blocks, options.rank)
@@ -172,13 +181,6 @@ def measure(storage: str, options: argparse.Namespace) -> dict[str, Any]:
         width: torch.randn(1, options.tokens, width, device=options.device).bfloat16()
         for width in (3072, 12288)
     }
-
-    def load(patched: Any) -> None:
-        """Loads the model as a sampler does before its first step."""
-        side_path.prepare_side_path(
-            lambda model: mm.load_models_gpu([model, *model.get_nested_additional_models()]),
-            patched,
-        )
 
     def change_ours(strength: float) -> Any:
         patched = application.apply_adapters(model, [(adapter, Strengths(strength))]).model
@@ -282,6 +284,17 @@ def get_host() -> Any:
     )
 
 
+def run_sites(bank: Any, shapes: dict[str, Any], stream: Any, shares: bool) -> None:
+    """Every site of a block once; the attention's read the stream itself."""
+    for path, (out, in_) in shapes.items():
+        x = stream
+        if not path.endswith(("to_q", "to_k", "to_v")):
+            x = stream.new_empty(1, NUM_TOKENS, in_)
+        bank.sites[path].add(stream.new_empty(1, NUM_TOKENS, out), x, (0.7,))
+        if not shares:
+            bank.forget_inputs()
+
+
 def count_traffic(placement: str, rank: int, shares: bool) -> dict[str, Any]:
     """The side path's memory traffic per block, in tensors of NUM_TOKENS x 3072.
 
@@ -327,19 +340,9 @@ def count_traffic(placement: str, rank: int, shares: bool) -> dict[str, Any]:
                 pack.weight = torch.nn.Parameter(pack.weight.to(cuda), requires_grad=False)
         stream = torch.empty(1, NUM_TOKENS, WIDTH, dtype=dtype, device=cuda)
 
-        def run_block() -> None:
-            for path, (out, in_) in shapes.items():
-                x = stream
-                if not path.endswith(("to_q", "to_k", "to_v")):
-                    x = torch.empty(1, NUM_TOKENS, in_, dtype=dtype, device=cuda)
-                y = torch.empty(1, NUM_TOKENS, out, dtype=dtype, device=cuda)
-                bank.sites[path].add(y, x, (0.7,))
-                if not shares:
-                    bank.forget_inputs()
-
-        run_block()
+        run_sites(bank, shapes, stream, shares)
         with Traffic(NUM_TOKENS) as traffic:
-            run_block()
+            run_sites(bank, shapes, stream, shares)
     full, every = traffic.count(WIDTH), traffic.count(1) / WIDTH
     return {
         "weights": placement,

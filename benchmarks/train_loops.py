@@ -181,7 +181,13 @@ def build_ours(
         batch = load_repeated(dataset, 0, 1, config.seed).to(device)
         free_bytes = MemoryMeter(device).find_free()
         num_parameters = injection.plan.num_parameters
-        adapt_to_memory(ours, batch, len(ours.blocks), num_parameters, free_bytes)
+        adapt_to_memory(
+            ours,
+            batch,
+            num_blocks=len(ours.blocks),
+            num_parameters=num_parameters,
+            free_bytes=free_bytes,
+        )
     return OurStep(ours, train(config, ours, injection, dataset))
 
 

@@ -45,9 +45,9 @@ def map_in_threads(
     def ask() -> bool:
         return stopped.is_set() or (should_stop is not None and should_stop())
 
-    def call(item: T) -> R | None:
-        if stopped.is_set():
-            return None
+    def call(item: T) -> R:
+        if stopped.is_set():  # nobody takes the result
+            raise InterruptedError(f"the {what} was stopped")
         # these modes belong to a thread, so the caller's are set here again
         with torch.inference_mode(is_inference), torch.no_grad():
             return function(item, ask)

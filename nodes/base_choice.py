@@ -58,9 +58,10 @@ def choose_base(
         size.count_headroom(
             count_tokens(config), count_lora_parameters(config), bool(config.optimizer.ema_decay)
         ),
-        None if host_bytes is None else host_bytes // len(devices),  # one process per device
-        offload_blocks,
-        find_spec("bitsandbytes") is not None,
+        # one process per device
+        host_bytes=None if host_bytes is None else host_bytes // len(devices),
+        offload_blocks=offload_blocks,
+        has_nf4=find_spec("bitsandbytes") is not None,
     )
     settings = {
         "storage": choice.storage,

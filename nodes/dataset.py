@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,20 +187,20 @@ class QwenEditDataset(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        clip: list,
-        vae: list,
-        folder: list,
-        variant: list,
-        megapixels: list,
-        captions: list = ("",),
-        check_only: list = (False,),
-        targets: list = (),
-        reference_1: list = (),
-        reference_2: list = (),
-        reference_3: list = (),
-        on_problem: list = (STOP,),
-        reference_folders: list = ("",),
-        reference_megapixels: list = (STOCK_REFERENCE_MEGAPIXELS,),
+        clip: Sequence[Any],
+        vae: Sequence[Any],
+        folder: Sequence[Any],
+        variant: Sequence[Any],
+        megapixels: Sequence[Any],
+        captions: Sequence[Any] = ("",),
+        check_only: Sequence[Any] = (False,),
+        targets: Sequence[Any] = (),
+        reference_1: Sequence[Any] = (),
+        reference_2: Sequence[Any] = (),
+        reference_3: Sequence[Any] = (),
+        on_problem: Sequence[Any] = (STOP,),
+        reference_folders: Sequence[Any] = ("",),
+        reference_megapixels: Sequence[Any] = (STOCK_REFERENCE_MEGAPIXELS,),
     ) -> io.NodeOutput:
         chosen = VARIANTS[take_one(variant)]
         encoder = PairEncoder(

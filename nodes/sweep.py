@@ -226,10 +226,10 @@ class QwenEditLoraSweep(io.ComfyNode):
             name: take_one(name, values)
             for name, values in {"model": model, "strengths": strengths, **inputs}.items()
         }
-        connected = {"adapter": given.get("adapter")} | {
+        sockets = {"adapter": given.get("adapter")} | {
             f"adapters.{name}": take_one(name, values) for name, values in (adapters or {}).items()
         }
-        connected = {name: take_adapter(v) for name, v in connected.items() if v is not None}
+        connected = {name: take_adapter(v) for name, v in sockets.items() if v is not None}
         dynprompt, node_id = cls.hidden.dynprompt, cls.hidden.unique_id
         links = host.get_links(dynprompt, node_id)
         sources = find_sources(connected, links, given.get("loras") or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ..lora_core.base_model.module_paths import TARGET_PRESETS
 from ..lora_core.findings import NOTE, WARNING, Finding
 from ..lora_core.jobs.devices import Device
 from ..lora_core.jobs.estimate_process import estimate_in_process
-from ..lora_core.jobs.job import MAX_DEVICES, SampleSettings
+from ..lora_core.jobs.job import MAX_DEVICES, Job, SampleSettings
 from ..lora_core.pairs.vae_copy import find_vae
 from ..lora_core.training.config.config import TrainConfig
 from ..lora_core.training.config.presets import PRESETS
@@ -39,6 +40,10 @@ MEASURE, SKIP = "measure first", "skip"
 REFUSE, START_ANYWAY = "refuse", "start anyway"
 FITS_NO_DEVICE = "this training does not fit into the device's memory"
 FITS_NO_HOST = "this training does not fit into main memory"
+NO_IMAGES = (
+    "the dataset's VAE was not kept, so that samples come without images; run Image Pairs again to "
+    "keep it"
+)
 #: Input of the node -> setting of the engine.
 SETTINGS = {
     "rank": "lora.rank",
@@ -149,23 +154,18 @@ class QwenEditLoraTrain(io.ComfyNode):
         job_devices.check_devices(gpus)
         jobs = job_host.get_jobs()
         model = host.find_training_base(model_name)
-        chosen = {SETTINGS[key]: value for key, value in settings.items()}
-        if targets != AS_PRESET_CHOICE:
-            chosen["lora.targets"] = (targets,)
         build = partial(
             build_config,
             *(model, Path(dataset.folder), name, preset),
             steps=steps,
-            chosen=chosen,
+            chosen=choose_settings(targets, settings),
             more_settings=more_settings,
         )
         requested = build(base={} if storage == AUTO else {"storage": storage})
-        # What auto resolves to depends on the memory free now, so it is not part of the key.
-        key = f"{compute_key(requested)}, storage {storage}" + (f" on {gpus}" if gpus > 1 else "")
+        key = build_key(requested, storage, gpus)
         known = jobs.store.find_same(key)
         if known is not None:
-            text = f"this training is already job {known.id}: {known.describe()}"
-            return io.NodeOutput(known.id, text, ui=show_report(text) | show_job(known, [text]))
+            return show(known, f"this training is already job {known.id}: {known.describe()}")
         devices, taken = job_devices.choose_for_job(jobs.store, requested.model.device, gpus)
         own = read_more(more_settings).get("model", {})
         base, lines, needed_bytes = choose_base(requested, storage, own, devices)
@@ -174,28 +174,10 @@ class QwenEditLoraTrain(io.ComfyNode):
         vae = find_vae(Path(dataset.folder)) if sample_every else None
         if estimate == MEASURE:
             reason = job_devices.prepare_measuring(devices, taken)
-            if reason:
-                lines.append(f"not estimated: {reason}")
-                findings.append(Finding("not_estimated", NOTE, lines[-1]))
-            else:
-                found = measure(config, devices[0], vae is not None)
-                lines.append(found.to_text())
-                too_large = FITS_NO_HOST if found.fits_device else FITS_NO_DEVICE
-                if not found.fits and if_too_large == REFUSE:
-                    text = "\n".join(lines)
-                    raise ConfigError(
-                        f"{too_large}.\n{text}\n"
-                        "Lower what the list names, or set if_too_large to 'start anyway'."
-                    )
-                if not found.fits:
-                    sentence = f"{too_large}; started anyway, as if_too_large says"
-                    lines.append(f"Warning: {sentence}")
-                    findings.append(Finding("too_large", WARNING, sentence))
+            found = reason or measure(config, devices[0], vae is not None)
+            report_estimate(found, if_too_large, lines, findings)
         if sample_every and vae is None:
-            lines.append(
-                "the dataset's VAE was not kept, so that samples come without images; run Image "
-                "Pairs again to keep it"
-            )
+            lines.append(NO_IMAGES)
             findings.append(Finding("samples_without_pictures", NOTE, lines[-1]))
         job_id = jobs.submit(
             config,
@@ -210,9 +192,7 @@ class QwenEditLoraTrain(io.ComfyNode):
             gpu_memory_bytes=needed_bytes,
         )
         job = jobs.store.get(job_id)
-        head = f"job {job_id}: {job.describe()}"
-        text = Report("\n".join([head, *lines]), findings)
-        return io.NodeOutput(job_id, text, ui=show_report(text) | show_job(job, [head]))
+        return show(job, f"job {job_id}: {job.describe()}", lines, findings)
 
 
 def list_advanced_inputs() -> list[Any]:
@@ -371,6 +351,57 @@ def measure(config: TrainConfig, device: Device, with_samples: bool) -> Estimate
     return host.run_interruptible(
         partial(estimate_in_process, with_samples=with_samples), config, device
     )
+
+
+def report_estimate(
+    found: Estimate | str, if_too_large: str, lines: list[str], findings: list[Finding]
+) -> None:
+    """Adds the estimate, or why there is none, to a report.
+
+    Raises:
+        ConfigError: the training does not fit, and must then be refused.
+    """
+    if isinstance(found, str):
+        lines.append(f"not estimated: {found}")
+        findings.append(Finding("not_estimated", NOTE, lines[-1]))
+        return
+    lines.append(found.to_text())
+    if found.fits:
+        return
+    too_large = FITS_NO_HOST if found.fits_device else FITS_NO_DEVICE
+    if if_too_large == REFUSE:
+        text = "\n".join(lines)
+        raise ConfigError(
+            f"{too_large}.\n{text}\n"
+            "Lower what the list names, or set if_too_large to 'start anyway'."
+        )
+    sentence = f"{too_large}; started anyway, as if_too_large says"
+    lines.append(f"Warning: {sentence}")
+    findings.append(Finding("too_large", WARNING, sentence))
+
+
+def build_key(requested: TrainConfig, storage: str, gpus: int) -> str:
+    """What tells one training from another.
+
+    What auto resolves to depends on the memory free now, so it is not part of it.
+    """
+    return f"{compute_key(requested)}, storage {storage}" + (f" on {gpus}" if gpus > 1 else "")
+
+
+def show(
+    job: Job, head: str, lines: Sequence[str] = (), findings: Sequence[Finding] = ()
+) -> io.NodeOutput:
+    """The node's outputs; `head` tells of the job's present status."""
+    text = Report("\n".join([head, *lines]), findings)
+    return io.NodeOutput(job.id, text, ui=show_report(text) | show_job(job, [head]))
+
+
+def choose_settings(targets: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the node's inputs by the engine's names of the settings."""
+    chosen = {SETTINGS[key]: value for key, value in settings.items()}
+    if targets != AS_PRESET_CHOICE:
+        chosen["lora.targets"] = (targets,)
+    return chosen
 
 
 def choose_items(dataset: Any, count: int) -> tuple[str, ...]:

@@ -155,6 +155,35 @@ def test_bench_runs_only_benchmarks_that_need_no_gpu(dev, monkeypatch, tmp_path)
     assert "gpu_check" not in names
 
 
+def test_lint_shows_mypy_a_checkout_of_any_name_as_the_package(dev, tmp_path):
+    root = tmp_path / "qwen-edit-lora (2)"
+    root.mkdir()
+    (root / "dev.py").touch()
+    for _ in range(2):  # the second time finds it there
+        dev.link_package(root)
+        assert (root / ".mypy" / "qwen_edit_lora" / "dev.py").samefile(root / "dev.py")
+
+
+def test_a_system_without_links_is_told_what_lint_needs(dev, tmp_path):
+    (tmp_path / ".mypy").write_text("a file in the link's place")
+    with pytest.raises(dev.DevError, match="needs a symbolic link at"):
+        dev.link_package(tmp_path)
+
+
+@pytest.mark.parametrize("failing", [None, "codespell", "mypy"])
+def test_lint_runs_every_check_and_fails_with_any(dev, monkeypatch, capsys, tmp_path, failing):
+    ran = []
+
+    def run(command, comfyui):
+        ran.append(command)
+        return int(failing is not None and failing in map(str, (command[0].stem, *command)))
+
+    monkeypatch.setattr(dev, "run", run)
+    assert dev.lint(tmp_path) == (failing is not None)
+    assert [c[0].stem for c in ran] == ["ruff", "ruff", "codespell", "oxlint", "python"]
+    assert ("nothing to mend" in capsys.readouterr().out) == (failing is None)
+
+
 def test_a_failing_pip_shows_the_end_of_its_log(dev, tmp_path):
     with pytest.raises(dev.DevError, match=r"check the network[\s\S]*unknown command"):
         dev.run_pip(Path(sys.executable), ["no-such-command"], tmp_path / "setup.log")

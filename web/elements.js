@@ -58,9 +58,9 @@ export function setAttribute(element, name, value) {
 
 // Rows by key in the order of `items`: created once, updated in place, removed with their item.
 export class KeyedRows {
-  constructor(parent, build) {
+  constructor(parent, buildRow) {
     this.parent = parent;
-    this.build = build; // (item) => { element, update(item) }
+    this.buildRow = buildRow; // (item) => { element, update(item) }
     this.rows = new Map();
   }
 
@@ -71,7 +71,7 @@ export class KeyedRows {
       const key = getKey(item);
       kept.add(key);
       let row = this.rows.get(key);
-      if (!row) this.rows.set(key, (row = this.build(item)));
+      if (!row) this.rows.set(key, (row = this.buildRow(item)));
       row.update(item);
       if (row.element === next) next = next.nextElementSibling;
       else this.parent.insertBefore(row.element, next);

@@ -26,7 +26,12 @@ function findFreePosition(app, graph, width, height) {
   const title = window.LiteGraph.NODE_TITLE_HEIGHT;
   const left = x - width / 2;
   const beside = graph._nodes
-    .map(({ pos: [x, y], size: [w, h] }) => ({ left: x, right: x + w, top: y - title, end: y + h }))
+    .map(({ pos: [start, top], size: [w, h] }) => ({
+      left: start,
+      right: start + w,
+      top: top - title,
+      end: top + h,
+    }))
     .filter((node) => node.left < left + width && node.right > left);
   const start = y - height / 2;
   let top = start;

@@ -124,10 +124,11 @@ def is_computable(weights: ModuleWeights) -> bool:
 
 def has_finite_delta(weights: ModuleWeights, exponents: Mapping[str, int | None]) -> bool:
     """By an upper bound: |scale| times the largest entry of every factor times every rank."""
-    values = exponents.values()
-    if None in values or max(values, default=0) > _MAX_EXPONENT:
+    values = [e for e in exponents.values() if e is not None]
+    if len(values) < len(exponents) or max(values, default=0) > _MAX_EXPONENT:
         return False
-    factors = [e for part, e in exponents.items() if part not in ("bias_delta", "magnitude")]
+    own = ("bias_delta", "magnitude")
+    factors = [e for part, e in exponents.items() if e is not None and part not in own]
     scale = weights.scale
     if not scale or _ZERO_EXPONENT in factors:
         return True

@@ -13,7 +13,7 @@ from ..text import format_bytes, format_count, join_counts, shorten, shorten_lis
 MAX_KEY = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DroppedKey:
     """A key that is not part of what was loaded, and why."""
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from ..disk.safetensors_file import AnyTensor, load
 from ..errors import EmptyPartError, ShapeError
 from . import delta
+
+if TYPE_CHECKING:
+    from typing import Self
 
 #: Of a module's weight. The largest of Qwen-Image has 57 million; a file of some kilobytes could
 #: ask for terabytes.
@@ -82,7 +85,9 @@ class ModuleWeights(ABC):
     @property
     def out_features(self) -> int:
         """out of the module; of a norm its length."""
-        return self.shape[0]
+        shape = self.shape
+        assert shape is not None  # kinds without a shape say it themselves
+        return shape[0]
 
     @property
     @abstractmethod
@@ -110,6 +115,10 @@ class ModuleWeights(ABC):
         tensor = self._parts.get(name)
         return None if tensor is None else load(tensor)
 
+    def need_part(self, name: str) -> torch.Tensor:
+        """A part without which these weights could not have been made."""
+        return load(self._parts[name])
+
     @property
     def bias_delta(self) -> torch.Tensor | None:
         """(out,), added to the module's bias at strength 1."""
@@ -125,17 +134,17 @@ class ModuleWeights(ABC):
     def size_bytes(self) -> int:
         return sum(tensor.numel() * tensor.dtype.itemsize for tensor in self._parts.values())
 
-    def to(self, device: torch.device) -> ModuleWeights:
+    def to(self, device: torch.device) -> Self:
         """The same weights with every tensor read and on `device`."""
         return self.with_parts({name: load(t).to(device) for name, t in self._parts.items()})
 
-    def with_parts(self, parts: Mapping[str, AnyTensor]) -> ModuleWeights:
+    def with_parts(self, parts: Mapping[str, AnyTensor]) -> Self:
         """The same weights in other tensors of the same names and shapes."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _parts=dict(parts))
         return other
 
-    def with_alpha(self, alpha: float) -> ModuleWeights:
+    def with_alpha(self, alpha: float) -> Self:
         """The same tensors under another alpha."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _alpha=alpha)
@@ -165,11 +174,11 @@ class LoraWeights(ModuleWeights):
 
     @property
     def lora_A(self) -> torch.Tensor:
-        return load(self._parts["lora_A"])
+        return self.need_part("lora_A")
 
     @property
     def lora_B(self) -> torch.Tensor:
-        return load(self._parts["lora_B"])
+        return self.need_part("lora_B")
 
     @property
     def rank(self) -> int:
@@ -217,7 +226,8 @@ class LohaWeights(ModuleWeights):
         return self._parts["hada_w1_a"].shape[0], self._parts["hada_w1_b"].shape[1]
 
     def delta(self, base_weight: torch.Tensor | None = None) -> torch.Tensor:
-        return delta.hadamard(*(load(self._parts[name]) for name in self.NAMES), self.scale)
+        w1_a, w1_b, w2_a, w2_b = map(self.need_part, self.NAMES)
+        return delta.hadamard(w1_a, w1_b, w2_a, w2_b, self.scale)
 
 
 class LokrWeights(ModuleWeights):
@@ -284,7 +294,7 @@ class LokrWeights(ModuleWeights):
         whole = self.part(name)
         if whole is not None:
             return whole
-        a, b = delta.upcast_together(self.part(f"{name}_a"), self.part(f"{name}_b"))
+        a, b = delta.upcast_together(self.need_part(f"{name}_a"), self.need_part(f"{name}_b"))
         return a @ b
 
     def delta(self, base_weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -302,16 +312,18 @@ class DoraWeights(ModuleWeights):
         super().__init__({**direction.parts, "magnitude": magnitude}, direction._alpha)
 
     def _check(self) -> None:
-        rows, columns = self.direction.shape
-        shape = tuple(self._parts["magnitude"].shape)
-        if shape not in ((rows,), (rows, 1), (1, columns)):
+        shape = self.direction.shape
+        assert shape is not None  # a direction is a LoRA, LoHa or LoKr
+        rows, columns = shape
+        found = tuple(self._parts["magnitude"].shape)
+        if found not in ((rows,), (rows, 1), (1, columns)):
             raise ShapeError(
-                f"the DoRA magnitude is {shape}; expected ({rows},), ({rows}, 1) or (1, {columns})"
+                f"the DoRA magnitude is {found}; expected ({rows},), ({rows}, 1) or (1, {columns})"
             )
 
     @property
     def magnitude(self) -> torch.Tensor:
-        return load(self._parts["magnitude"])
+        return self.need_part("magnitude")
 
     @property
     def rank(self) -> int:
@@ -322,7 +334,7 @@ class DoraWeights(ModuleWeights):
         return self.direction.scale
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...] | None:
         return self.direction.shape
 
     def with_parts(self, parts: Mapping[str, AnyTensor]) -> DoraWeights:
@@ -385,7 +397,7 @@ class OftWeights(ModuleWeights):
 
     def delta(self, base_weight: torch.Tensor | None = None) -> torch.Tensor:
         base_weight = delta.need_base_weight(base_weight, self.kind)
-        return delta.rotate(self.part("blocks"), base_weight, self.alpha, self.part("rescale"))
+        return delta.rotate(self.need_part("blocks"), base_weight, self.alpha, self.part("rescale"))
 
 
 class DiffWeights(ModuleWeights):

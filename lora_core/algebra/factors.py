@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import overload
 
 import torch
 
@@ -55,6 +56,10 @@ class Factors:
         return self.up @ self.down
 
 
+@overload
+def get_factors(weights: LoraWeights) -> Factors: ...
+@overload
+def get_factors(weights: ModuleWeights) -> Factors | None: ...
 def get_factors(weights: ModuleWeights) -> Factors | None:
     """The factors of additive weights; None for kinds that have none cheaper than the matrix."""
     if isinstance(weights, LoraWeights):
@@ -84,7 +89,7 @@ def multiply_hadamard(weights: LohaWeights) -> Factors | None:
     rows, columns = weights.shape
     if weights.rank**2 > MAX_KHATRI_RAO * min(rows, columns):
         return None
-    w1_a, w1_b, w2_a, w2_b = (weights.part(name).double() for name in weights.NAMES)
+    w1_a, w1_b, w2_a, w2_b = (weights.need_part(name).double() for name in weights.NAMES)
     up = (w1_a[:, :, None] * w2_a[:, None, :]).reshape(rows, -1)
     down = (w1_b[:, None, :] * w2_b[None, :, :]).reshape(-1, columns)
     return Factors(down, up * weights.scale)
@@ -95,7 +100,7 @@ def multiply_kronecker(weights: LokrWeights) -> Factors | None:
     if "lokr_w2_a" not in weights.parts:
         return None
     w1 = weights.factor("lokr_w1").double()
-    w2_a, w2_b = weights.part("lokr_w2_a").double(), weights.part("lokr_w2_b").double()
+    w2_a, w2_b = (weights.need_part(name).double() for name in ("lokr_w2_a", "lokr_w2_b"))
     rows, columns = weights.shape
     if min(w1.shape) * w2_a.shape[1] > MAX_KHATRI_RAO * min(rows, columns):
         return None

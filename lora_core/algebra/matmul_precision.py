@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ def exact_products() -> Iterator[None]:
     # Both of PyTorch's APIs: the older also sets the newer, but not the reverse. From 2.9 on the
     # newer one counts, and reading the older raises an error where the two contradict each other,
     # which requires that it was left at "highest".
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    mkldnn: Any = torch.backends.mkldnn  # its type hints lack `matmul`
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
     newer = [backend for backend in backends if hasattr(backend, "fp32_precision")]
     before = [backend.fp32_precision for backend in newer]
     try:

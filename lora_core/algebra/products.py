@@ -17,7 +17,7 @@ CANCELLATION = 1e-4
 CHUNK_ROWS = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Products:
     """|a|^2, |b|^2, <a, b> and |b - a|^2 of two deltas, or sums of them over modules."""
 

@@ -193,7 +193,7 @@ def build_lora_weights(
     return LoraWeights(lora_A.contiguous(), lora_B.contiguous(), float(len(root)), bias_delta)
 
 
-def measure_loss(exact: Factors, stored: ModuleWeights) -> float:
+def measure_loss(exact: Factors, stored: LoraWeights) -> float:
     """|exact - stored|^2 from the factors."""
     found = get_factors(stored)
     squares = compute_inner_product(exact, exact), compute_inner_product(found, found)
@@ -203,7 +203,7 @@ def measure_loss(exact: Factors, stored: ModuleWeights) -> float:
     ).square_difference
 
 
-def measure_dense_loss(delta: torch.Tensor, stored: ModuleWeights) -> float:
+def measure_dense_loss(delta: torch.Tensor, stored: LoraWeights) -> float:
     """|delta - stored|^2, a few rows at a time."""
     factors, total = get_factors(stored), 0.0
     up, down = factors.up.to(delta), factors.down.to(delta)

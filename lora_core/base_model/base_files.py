@@ -108,8 +108,8 @@ class BaseFile:
             )
         return weight
 
-    def read_tensor(self, key: str) -> torch.Tensor:
-        """A bias or norm, on the CPU, as stored."""
+    def read_tensor(self, key: str) -> torch.Tensor | None:
+        """A bias or norm, on the CPU, as stored; None if the file has none of that name."""
         return self.weights.get_tensor(key)
 
     def is_packed(self, key: str) -> bool:

@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from ..disk.safetensors_file import AnyTensor, load
+
 #: Columns that share one scale in mxfp8.
 MX_BLOCK = 32
 #: Rows and columns of a tile in cuBLAS's layout of block scales.
@@ -19,11 +21,11 @@ TILE = (128, 4)
 Scaling = Literal["none", "tensor", "row", "block"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BaseWeight:
     """One weight as stored and as it acts: values = stored * scale, rotated back."""
 
-    stored: torch.Tensor
+    stored: AnyTensor
     """(out, in), floating point or int8; may still be on disk, see `BaseWeights.find`."""
     scale: torch.Tensor | float | None
     """One number, (out, 1), or (out, in / 32) in mxfp8."""
@@ -43,13 +45,13 @@ class BaseWeight:
     @property
     def values(self) -> torch.Tensor:
         """float32 (out, in)."""
-        values = self.stored.float()
-        if self.scaling == "block":
-            values.unflatten(1, (-1, MX_BLOCK)).mul_(self.scale.float()[..., None])
-        elif isinstance(self.scale, torch.Tensor):
-            values = values * self.scale.float().reshape(-1, 1)
-        elif self.scale is not None:
-            values = values * self.scale
+        values, scale = load(self.stored).float(), self.scale
+        if isinstance(scale, torch.Tensor) and self.scaling == "block":
+            values.unflatten(1, (-1, MX_BLOCK)).mul_(scale.float()[..., None])
+        elif isinstance(scale, torch.Tensor):
+            values = values * scale.float().reshape(-1, 1)
+        elif scale is not None:
+            values = values * scale
         return rotate(values, self.rotation)
 
     @property
@@ -66,13 +68,14 @@ class BaseWeight:
 
     def take_rows(self, rows: torch.Tensor) -> BaseWeight:
         """The weight of only these outputs."""
-        if self.scaling in ("row", "block"):
-            return replace(self, stored=self.stored[rows], scale=self.scale[rows])
-        return replace(self, stored=self.stored[rows])
+        scale = self.scale
+        if isinstance(scale, torch.Tensor) and self.scaling in ("row", "block"):
+            scale = scale[rows]
+        return replace(self, stored=load(self.stored)[rows], scale=scale)
 
     def to(self, device: torch.device | str) -> BaseWeight:
         scale = self.scale.to(device) if isinstance(self.scale, torch.Tensor) else self.scale
-        return replace(self, stored=self.stored.to(device), scale=scale)
+        return replace(self, stored=load(self.stored).to(device), scale=scale)
 
 
 def rotate(values: torch.Tensor, group: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -32,6 +32,18 @@ MAX_NOTE_BYTES = 1 << 16
 UNREADABLE: Mapping[str, Any] = {"format": "an unreadable note"}
 
 
+class TensorSource(Protocol):
+    """A base model's file: tensors by key, of which it may hold some open."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+    @property
+    def tensors(self) -> Mapping[str, AnyTensor]: ...
+    def release(self) -> None: ...
+
+
 class BaseWeights:
     """Looks weights up by module path; copies none of them before it is needed.
 
@@ -39,7 +51,9 @@ class BaseWeights:
         prefix: in front of every key, such as "model.diffusion_model.".
     """
 
-    def __init__(self, tensors: Mapping[str, AnyTensor], name: str, file=None):
+    def __init__(
+        self, tensors: Mapping[str, AnyTensor], name: str, file: TensorSource | None = None
+    ):
         self.name = name
         self._tensors = tensors
         self._file = file
@@ -87,7 +101,7 @@ class BaseWeights:
         tensor = self._tensors.get(f"{self.prefix}{key}")
         return None if tensor is None else fetch(tensor)
 
-    def _read_note(self, stem: str, module_path: str) -> dict[str, Any]:
+    def _read_note(self, stem: str, module_path: str) -> Mapping[str, Any]:
         """What the file states about this weight's storage."""
         note = self._tensors.get(f"{stem}.comfy_quant")
         if note is None:

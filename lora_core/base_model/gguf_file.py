@@ -6,7 +6,8 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from types import ModuleType
+from typing import Any, BinaryIO
 
 import torch
 
@@ -25,7 +26,7 @@ MAX_ARRAY = 1 << 24
 MAX_ENTRIES_PER_BYTE = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GgufEntry:
     """Where one tensor's data is."""
 
@@ -123,13 +124,13 @@ class GgufFile:
         """Nothing is held open."""
 
 
-def describe(tensor) -> GgufEntry:
+def describe(tensor: Any) -> GgufEntry:
     # GGUF lists the fastest dimension first.
     shape = tuple(int(side) for side in reversed(tensor.shape.tolist()))
     return GgufEntry(int(tensor.data_offset), int(tensor.n_bytes), int(tensor.tensor_type), shape)
 
 
-def plain_kinds(gguf) -> dict[int, torch.dtype]:
+def plain_kinds(gguf: ModuleType) -> dict[int, torch.dtype]:
     """Types of half precision, whose bytes need no decoding."""
     return {
         int(gguf.GGMLQuantizationType.F16): torch.float16,
@@ -229,7 +230,7 @@ class HeaderWalk:
             raise refuse(self.path, "a tensor begins after the file's end")
 
 
-def import_gguf():
+def import_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError:

@@ -100,7 +100,8 @@ def refuse_constant(name: str) -> NoReturn:
 
 def check_values(value: Any) -> None:
     """Level by level, since recursion would hit the limit that it checks."""
-    level, depth = [[value]], 0
+    level: list[Any] = [[value]]
+    depth = 0
     while level:
         if depth > MAX_DEPTH:
             raise _Refused(_TOO_DEEP)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,11 +41,20 @@ LORA_FILE, BASE_MODEL = "a LoRA file", "a diffusion model"
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-@dataclass(frozen=True, eq=False)
-class StoredTensor:
-    """One tensor of a `SafetensorsFile`: shape and dtype are known, the data is still on disk."""
+class TensorFile(Protocol):
+    """What a `StoredTensor` is read from."""
 
-    file: SafetensorsFile = field(repr=False)
+    def read(self, key: str) -> torch.Tensor: ...
+    def read_rows(
+        self, key: str, rows: slice, buffer: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StoredTensor:
+    """One tensor of a file: shape and dtype are known, the data is still on disk."""
+
+    file: TensorFile = field(repr=False)
     key: str
     shape: torch.Size
     dtype: torch.dtype
@@ -170,7 +180,7 @@ class UnmappedFile(SafetensorsFile):
         super().__init__(path, expected)
         super().release()
         self._places = locate_tensors(self.path)
-        self._file = None
+        self._file: io.BufferedReader | None = None
 
     def read(self, key: str) -> torch.Tensor:
         return self.read_rows(key, slice(None))
@@ -184,7 +194,7 @@ class UnmappedFile(SafetensorsFile):
             rows, shape, row_bytes = slice(0, 1), tensor.shape, tensor.dtype.itemsize
         else:
             rows = slice(*rows.indices(tensor.shape[0])[:2])
-            shape = (rows.stop - rows.start, *tensor.shape[1:])
+            shape = torch.Size((rows.stop - rows.start, *tensor.shape[1:]))
             row_bytes = tensor.shape[1:].numel() * tensor.dtype.itemsize
         start = self._places[key] + rows.start * row_bytes
         data = read_bytes(self._file, start, (rows.stop - rows.start) * row_bytes, buffer)
@@ -211,7 +221,7 @@ def locate_tensors(path: Path) -> dict[str, int]:
 
 
 def read_bytes(
-    file: BinaryIO, start: int, num_bytes: int, buffer: torch.Tensor | None = None
+    file: io.BufferedIOBase, start: int, num_bytes: int, buffer: torch.Tensor | None = None
 ) -> torch.Tensor | None:
     """uint8, in the buffer where it is large enough; None where the file ends before."""
     if buffer is None or len(buffer) < num_bytes:
@@ -244,7 +254,7 @@ def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def open_checked(path: Path, expected: str = LORA_FILE):
+def open_checked(path: Path, expected: str = LORA_FILE) -> Any:
     """Opens a safetensors file; the error says in one sentence why it is none."""
     name = shorten(path.name)
     if path.is_dir():

@@ -35,7 +35,7 @@ def separate(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return separated
 
 
-def write_then_rename(path: Path, write) -> None:
+def write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary_path)`, then moves the result into place; a failure leaves nothing.
 
     Raises:

@@ -79,7 +79,8 @@ class AlphaRules:
         Raises:
             KeyFormatError: by its config the tensors mean something else than they seem to.
         """
-        kept, found, fallback = [], list(self.findings), self.fallback
+        kept: list[PeftConfig] = []
+        found, fallback = list(self.findings), self.fallback
         if self.unreadable:
             fallback = f"rank ({self.unreadable} cannot be read)"
         for config in self.configs:

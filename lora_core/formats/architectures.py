@@ -79,9 +79,11 @@ def detect_variants(metadata: dict[str, str], file_name: str) -> tuple[list[str]
     """
     variants: list[str] = []
     hints: list[str] = []
-    claims = [(f"metadata {field}", metadata.get(field), field) for field in _VARIANT_FIELDS]
+    claims: list[tuple[str, str, str | None]] = [
+        (f"metadata {field}", metadata.get(field, ""), field) for field in _VARIANT_FIELDS
+    ]
     for source, text, field in [*claims, ("the file name", file_name, None)]:
-        for found in read_variants(text or "", field == _ARCHITECTURE_FIELD):
+        for found in read_variants(text, field == _ARCHITECTURE_FIELD):
             if variants and found not in variants and field is None:
                 continue
             if found not in variants:
@@ -137,10 +139,10 @@ def names_variant(variant: str, lowered: str) -> bool:
     with leading zeros, not in a hash, and not next to a word that makes it a count."""
     for match in _WORD.finditer(lowered):
         word = match[0]
-        numbers = re.findall("[0-9]+", word)
-        if variant not in numbers or _HASH.fullmatch(word):
+        found = re.search(rf"(?<![0-9]){variant}(?![0-9])", word)
+        if found is None or _HASH.fullmatch(word):
             continue
-        at = match.start() + re.search(rf"(?<![0-9]){variant}(?![0-9])", word).start()
+        at = match.start() + found.start()
         before, behind = lowered[max(at - 24, 0) : at], lowered[at + len(variant) :]
         if not (_COUNTED_BEFORE.search(before) or _COUNTED_BEHIND.match(behind)):
             return True

@@ -26,14 +26,15 @@ from .fused import is_fused, list_members, split_weights
 from .parsed_key import ParsedKey, name_scheme
 from .sources import ModuleParts
 
-Get = Callable[[str], AnyTensor | None]
+Parts = Mapping[str, AnyTensor]
+"""A module's tensors by part, of those its kind has a use for."""
 
 
 @dataclass(frozen=True)
 class Kind:
     """What a kind of weights is made of."""
 
-    build: Callable[[Get], ModuleWeights]
+    build: Callable[[Parts], ModuleWeights]
     needs: tuple[tuple[frozenset[str], ...], ...]
     """Each entry must be met; it lists alternatives, each a set of parts."""
     optional: frozenset[str] = frozenset()
@@ -51,26 +52,33 @@ def needs_all(*parts: str) -> tuple[tuple[frozenset[str], ...], ...]:
     return tuple((frozenset({part}),) for part in parts)
 
 
-def build_lora(get: Get) -> LoraWeights:
-    return LoraWeights(get("lora_A"), get("lora_B"), bias_delta=get("diff_b"))
+def build_lora(parts: Parts) -> LoraWeights:
+    return LoraWeights(parts["lora_A"], parts["lora_B"], bias_delta=parts.get("diff_b"))
 
 
-def build_loha(get: Get) -> LohaWeights:
-    return LohaWeights(*(get(name) for name in LohaWeights.NAMES), bias_delta=get("diff_b"))
+def build_loha(parts: Parts) -> LohaWeights:
+    w1_a, w1_b, w2_a, w2_b = (parts[name] for name in LohaWeights.NAMES)
+    return LohaWeights(w1_a, w1_b, w2_a, w2_b, bias_delta=parts.get("diff_b"))
 
 
-def build_lokr(get: Get) -> LokrWeights:
-    names = [f"{factor}{part}" for factor in ("w1", "w2") for part in ("", "_a", "_b")]
-    factors = {name: get(f"lokr_{name}") for name in names}
-    return LokrWeights(**factors, bias_delta=get("diff_b"))
+def build_lokr(parts: Parts) -> LokrWeights:
+    return LokrWeights(
+        w1=parts.get("lokr_w1"),
+        w1_a=parts.get("lokr_w1_a"),
+        w1_b=parts.get("lokr_w1_b"),
+        w2=parts.get("lokr_w2"),
+        w2_a=parts.get("lokr_w2_a"),
+        w2_b=parts.get("lokr_w2_b"),
+        bias_delta=parts.get("diff_b"),
+    )
 
 
-def build_oft(get: Get) -> OftWeights:
-    return OftWeights(get("oft_blocks"), get("oft_rescale"), bias_delta=get("diff_b"))
+def build_oft(parts: Parts) -> OftWeights:
+    return OftWeights(parts["oft_blocks"], parts.get("oft_rescale"), bias_delta=parts.get("diff_b"))
 
 
-def build_diff(get: Get) -> DiffWeights:
-    return DiffWeights(get("diff"), get("diff_b"))
+def build_diff(parts: Parts) -> DiffWeights:
+    return DiffWeights(parts.get("diff"), parts.get("diff_b"))
 
 
 _DIRECTION = frozenset({"alpha", "magnitude", "diff_b"})
@@ -175,20 +183,17 @@ class ModuleBuilder:
             found = ", ".join(shorten(key.key) for key in parts.keys.values())
             self._incomplete.append(f"{module_path} has only {found}")
             return None
-        if "oft_blocks" in present and parts.get(self._tensors, "oft_blocks").ndim == 4:
+        used = kind.parts | kind.optional
+        tensors = {part: self._tensors[key.key] for part, key in parts.keys.items() if part in used}
+        if "oft_blocks" in tensors and tensors["oft_blocks"].ndim == 4:
             self._leave_out(parts, BOFT)
             return None
-        used = kind.parts | kind.optional
         self.unused += [(key, NO_USE) for part, key in parts.keys.items() if part not in used]
-
-        def get(part: str) -> AnyTensor | None:
-            return parts.get(self._tensors, part) if part in used else None
-
-        if is_empty(get("lora_A"), get("lora_B")):
+        if is_empty(tensors.get("lora_A"), tensors.get("lora_B")):
             self.empty.append(module_path)
             return None
         try:
-            return self._scale(module_path, kind.build(get), get, parts)
+            return self._scale(module_path, kind.build(tensors), tensors, parts.keys.get("alpha"))
         except EmptyPartError as e:
             raise EmptyPartError(f"{self._name}, {module_path}: {e}.") from None
         except ShapeError as e:
@@ -198,20 +203,20 @@ class ModuleBuilder:
         self.unused += [(key, reason) for key in parts.keys.values()]
 
     def _scale(
-        self, module_path: str, weights: ModuleWeights, get: Get, parts: ModuleParts
+        self, module_path: str, weights: ModuleWeights, tensors: Parts, alpha: ParsedKey | None
     ) -> ModuleWeights:
         """Adds what depends on alpha, and the DoRA magnitude around it."""
         if isinstance(weights, DiffWeights):
             return weights
-        weights = self._with_alpha(module_path, weights, parts.keys.get("alpha"))
-        if get("lora_B_bias") is not None:
+        weights = self._with_alpha(module_path, weights, alpha)
+        if "lora_B_bias" in tensors:
             # PEFT's lora_bias: scale * (lora_B(h) + bias), see peft/tuners/lora/layer.py.
-            bias = weights.scale * load(get("lora_B_bias")).float()
+            bias = weights.scale * load(tensors["lora_B_bias"]).float()
             own = weights.bias_delta  # of the same shape, or the next line raises
-            weights = LoraWeights(get("lora_A"), get("lora_B"), weights.alpha, bias)
+            weights = LoraWeights(tensors["lora_A"], tensors["lora_B"], weights.alpha, bias)
             if own is not None:  # both act: ComfyUI adds the one, PEFT the other
                 weights = weights.with_parts({**weights.parts, "bias_delta": bias + own.float()})
-        magnitude = get("magnitude")
+        magnitude = tensors.get("magnitude")
         return weights if magnitude is None else DoraWeights(weights, magnitude)
 
     def _with_alpha(
@@ -229,7 +234,7 @@ class ModuleBuilder:
             if stored is None:
                 self.rules["none (OFT without constraint)"] += 1
                 return weights
-            if name_scheme(key.prefix) in RELATIVE_OFT:
+            if key is not None and name_scheme(key.prefix) in RELATIVE_OFT:
                 stored *= weights.out_features
         alpha, rule, replaced = self._alpha_rules.resolve(module_path, weights.rank, stored)
         self.rules[rule] += 1

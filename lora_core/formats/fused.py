@@ -37,8 +37,9 @@ def is_fused(module_path: str) -> bool:
 
 def restore_fused_dots(flat: str) -> str | None:
     match = _BLOCK.fullmatch(flat)
-    name = _UNDERSCORED.get(match[2]) if match else None
-    return None if name is None else f"transformer_blocks.{int(match[1])}.{name}"
+    if match is None or match[2] not in _UNDERSCORED:
+        return None
+    return f"transformer_blocks.{int(match[1])}.{_UNDERSCORED[match[2]]}"
 
 
 def list_members(module_path: str) -> list[str]:
@@ -62,7 +63,7 @@ def split_weights(weights: ModuleWeights, count: int) -> list[ModuleWeights] | N
     if names is None:
         return None
     if isinstance(weights, DoraWeights):
-        if weights.parts["magnitude"].shape[0] != weights.shape[0]:
+        if weights.parts["magnitude"].shape[0] != weights.out_features:
             return None
         names = [*names, "magnitude"]
     names += [name for name in ("bias_delta",) if name in weights.parts]

@@ -62,7 +62,7 @@ class PatternTable:
     def _add_plain(self, index: int, pattern: str, tokens: tuple[object, ...]) -> None:
         """By length and wildcard positions: one lookup finds one of thousands."""
         holes = tuple(i for i, token in enumerate(tokens) if token is _ANY)
-        text = "".join("." if token is _ANY else token for token in tokens)
+        text = "".join("." if token is _ANY else str(token) for token in tokens)
         layouts = self._plain.setdefault(len(text), {})
         layouts.setdefault(holes, {}).setdefault(text, (index, pattern))
 

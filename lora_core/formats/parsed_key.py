@@ -17,7 +17,7 @@ from .architectures import MAX_KEY
 from .fused import is_fused, restore_fused_dots
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ParsedKey:
     key: str
     module_path: str
@@ -30,7 +30,7 @@ class ParsedKey:
     """PEFT's name of the adapter where the key carries one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class UnknownKey:
     """A key that could not be placed. `rest` is what is left of it without known decoration."""
 

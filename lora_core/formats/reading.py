@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..adapter.load_report import DroppedKey, LoadReport
 from ..adapter.weights import ModuleWeights
@@ -49,14 +49,7 @@ def read_modules(
         raise_unusable(unknown, left_out, builder.empty, len(tensors), name)
     dropped_parts = {key.key for key, _ in builder.unused}
     key_format = formats.most_common(1)[0][0]
-    variants, hints = detect_variants(dict(metadata), name)
-    preset, width = module_paths.detect_preset(modules), find_width(modules)
-    blocks = {block for block, _ in map(module_paths.split_path, modules) if block is not None}
-    if not variants and could_be_flux(preset, blocks, width):
-        hints.append(
-            "names and sizes would fit Flux as well (attention of the first 19 blocks only): check "
-            "what it was trained for"
-        )
+    model = find_model(modules, metadata, name)
     num_kept = len(parsed) - len(sources.duplicates) - len(dropped_parts)
     report = LoadReport(
         name=name,
@@ -72,23 +65,44 @@ def read_modules(
         scales=count(weights.scale for weights in modules.values() if weights.kind != "diff"),
         alphas=count(weights.alpha for weights in modules.values() if weights.kind != "diff"),
         alpha_rules=dict(builder.rules),
-        preset=preset,
-        blocks=module_paths.format_blocks(blocks),
-        width=width,
-        unmatched=tuple(
-            [DroppedKey(key.key, key.reason, key.nearest) for key in unknown]
-            + [
-                DroppedKey(key.key, reason, find_member(key.module_path))
-                for key, reason in left_out
-            ]
+        preset=model.preset,
+        blocks=module_paths.format_blocks(model.blocks),
+        width=model.width,
+        unmatched=(
+            *(DroppedKey(key.key, key.reason, key.nearest) for key in unknown),
+            *(DroppedKey(k.key, reason, find_member(k.module_path)) for k, reason in left_out),
         ),
         duplicates=tuple(DroppedKey(key.key, f"also in {by}") for key, by in sources.duplicates),
         non_finite=tuple(builder.non_finite),
-        variants=tuple(variants),
-        hints=tuple(hints),
+        variants=tuple(model.variants),
+        hints=tuple(model.hints),
         found=tuple(find_more(modules, builder, alpha_rules, sources)),
     )
     return modules, key_format, report
+
+
+class AdaptedModel(NamedTuple):
+    """The model an adapter was made for, as its modules and metadata tell."""
+
+    preset: str | None
+    blocks: set[int]
+    width: int | None
+    variants: list[str]
+    hints: list[str]
+
+
+def find_model(
+    modules: Mapping[str, ModuleWeights], metadata: Mapping[str, str], name: str
+) -> AdaptedModel:
+    variants, hints = detect_variants(dict(metadata), name)
+    preset, width = module_paths.detect_preset(modules), find_width(modules)
+    blocks = {block for block, _ in map(module_paths.split_path, modules) if block is not None}
+    if not variants and could_be_flux(preset, blocks, width):
+        hints.append(
+            "names and sizes would fit Flux as well (attention of the first 19 blocks only): check "
+            "what it was trained for"
+        )
+    return AdaptedModel(preset, blocks, width, variants, hints)
 
 
 def leave_out_spoiled(
@@ -128,10 +142,14 @@ def count(values: Iterable[Any]) -> dict[Any, int]:
 
 
 def parse_keys(keys: Iterable[str]) -> tuple[list[ParsedKey], list[UnknownKey]]:
-    parsed, unknown = [], []
+    parsed: list[ParsedKey] = []
+    unknown: list[UnknownKey] = []
     for key in keys:
         result = parse_key(key)
-        (parsed if isinstance(result, ParsedKey) else unknown).append(result)
+        if isinstance(result, ParsedKey):
+            parsed.append(result)
+        else:
+            unknown.append(result)
     return parsed, unknown
 
 

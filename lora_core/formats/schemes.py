@@ -43,7 +43,7 @@ class KeyScheme:
                     f"{module_path} holds {weights.kind} weights ({part}), which the {self.name} "
                     "format cannot express; expected plain LoRA. Write it as comfyui instead."
                 )
-            tensor = weights.part(part)
+            tensor = weights.need_part(part)
             if part == "magnitude":
                 tensor = self.shape_magnitude(module_path, tensor)
             spelled[stem + self.suffixes[part]] = tensor

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -301,7 +302,8 @@ def build_weights(
     names = [name for name, _ in layer.named_parameters(recurse=False)]
     if tensors is not None:  # as `torch.func.functional_call` does, for the factors alone
         other = copy.copy(layer)
-        other._parameters = {name: tensors[f"{path}.{name}"] for name in names}
+        replaced = {name: tensors[f"{path}.{name}"] for name in names}
+        other._parameters = cast(dict[str, nn.Parameter | None], replaced)
         layer = other
 
     def store(tensor: torch.Tensor) -> torch.Tensor:
@@ -309,7 +311,9 @@ def build_weights(
 
     down, up = store(layer.down), store(layer.up)
     weights = LoraWeights(down, up, layer.alpha * down.shape[0] / layer.rank)
-    return DoraWeights(weights, store(layer.magnitude)) if "magnitude" in names else weights
+    if isinstance(layer, DoraLinear):
+        return DoraWeights(weights, store(layer.magnitude))
+    return weights
 
 
 def check_weights(layer: LoraLinear, path: str, weights: ModuleWeights, name: str) -> None:
@@ -335,7 +339,7 @@ def check_weights(layer: LoraLinear, path: str, weights: ModuleWeights, name: st
             f"{name} also changes the bias of {path}, which is not trained here and would be "
             "lost; choose another file."
         )
-    if kind == "DoRA" and weights.magnitude.numel() != layer.out_features:
+    if isinstance(weights, DoraWeights) and weights.magnitude.numel() != layer.out_features:
         raise ConfigError(
             f"{name} has a magnitude per input column at {path}; training supports only one per "
             "output row. Choose another file."
@@ -345,8 +349,10 @@ def check_weights(layer: LoraLinear, path: str, weights: ModuleWeights, name: st
 @torch.no_grad()
 def load_weights(layer: LoraLinear, weights: ModuleWeights) -> None:
     direction = weights.direction if isinstance(weights, DoraWeights) else weights
+    assert isinstance(direction, LoraWeights)  # see `check_weights`
     layer.lora_A.copy_(upcast(direction.lora_A))
     layer.lora_B.copy_(upcast(direction.lora_B))
     if isinstance(layer, DoraLinear):
+        assert isinstance(weights, DoraWeights)
         layer.magnitude.copy_(upcast(weights.magnitude).reshape(-1))
     layer.alpha = direction.alpha

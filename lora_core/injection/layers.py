@@ -14,12 +14,19 @@ Modules that read the same tensor (q, k, v of a stream) share one down-product, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from ..errors import ConfigError
+
+AnyLinear = Any
+"""A module with `in_features`, `out_features`, a weight and a forward, quantised or not.
+
+No type says so: torch declares every attribute of a module as `Tensor | Module`.
+"""
 
 
 class LoraLinear(nn.Module):
@@ -35,9 +42,13 @@ class LoraLinear(nn.Module):
     the first forward is bit-identical to the base's, and weight decay pulls towards the base.
     """
 
+    base: AnyLinear
+    frozen_A: torch.Tensor | None
+    frozen_B: torch.Tensor | None
+
     def __init__(
         self,
-        base: nn.Module,
+        base: AnyLinear,
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
         alpha: float,
@@ -85,14 +96,16 @@ class LoraLinear(nn.Module):
     @property
     def down(self) -> torch.Tensor:
         """(k, in) with k the rank, or twice the rank for PiSSA."""
-        return self.lora_A if self.frozen_A is None else torch.cat([self.lora_A, self.frozen_A])
+        frozen_A = self.frozen_A
+        return self.lora_A if frozen_A is None else torch.cat([self.lora_A, frozen_A])
 
     @property
     def up(self) -> torch.Tensor:
         """(out, k); delta = scale * up @ down."""
-        if self.frozen_B is None:
+        frozen_B = self.frozen_B
+        if frozen_B is None:
             return self.lora_B
-        return torch.cat([self.frozen_B + self.lora_B, self.lora_B], dim=1)
+        return torch.cat([frozen_B + self.lora_B, self.lora_B], dim=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.strength == 0:
@@ -137,7 +150,9 @@ class DoraLinear(LoraLinear):
     row by row, with ||W||^2 computed once. Dropout acts on the delta's input alone.
     """
 
-    def __init__(self, base: nn.Module, lora_A: torch.Tensor, *args, **kwargs):
+    base_square: torch.Tensor
+
+    def __init__(self, base: AnyLinear, lora_A: torch.Tensor, *args: Any, **kwargs: Any):
         super().__init__(base, lora_A, *args, **kwargs)
         dtype = torch.promote_types(lora_A.dtype, torch.float32)
         square = get_base_weight(base).to(lora_A.device, dtype).square().sum(dim=1)
@@ -208,7 +223,7 @@ class SharedInput:
         self.x, self.state, self.parts = None, (), {}
 
 
-def get_base_weight(base: nn.Module) -> torch.Tensor:
+def get_base_weight(base: AnyLinear) -> torch.Tensor:
     """The base weight (out, in) in a type that can be multiplied: stored so, or dequantised.
 
     A quantised module offers it as a method `dequantize()`, a quantised tensor likewise, and
@@ -245,8 +260,9 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     # As bytes: not everything that sends tensors knows fp8.
     from torch.distributed.tensor import DTensor
 
+    sharded = cast(DTensor, tensor)
     codes = DTensor.from_local(
-        *(tensor.to_local().view(torch.uint8), tensor.device_mesh, tensor.placements),
+        *(sharded.to_local().view(torch.uint8), sharded.device_mesh, sharded.placements),
         shape=tensor.shape,
         stride=tensor.stride(),
     )

@@ -23,6 +23,7 @@ from ..errors import ConfigError, TargetError
 from ..formats.files import build_state_dict
 from ..formats.schemes import build_metadata, get_scheme
 from .initialization import INITIALIZATIONS
+from .layers import AnyLinear
 
 #: Why a module of the last block is left out; shown to the user.
 INERT = "the model discards the last block's text output, so it would never get a gradient"
@@ -135,14 +136,15 @@ class InjectionPlan:
         for target in self.targets:
             # PiSSA is exported as a plain LoRA of the original base, which takes twice the rank.
             rank = target.rank * (2 if self.settings.is_pissa else 1)
-            weights = LoraWeights(
+            weights: ModuleWeights
+            weights = direction = LoraWeights(
                 torch.empty(rank, target.in_features, dtype=dtype, device="meta"),
                 torch.empty(target.out_features, rank, dtype=dtype, device="meta"),
                 self.settings.compute_alpha(target.rank) * rank / target.rank,
             )
             if self.settings.use_dora:
                 magnitude = torch.empty(target.out_features, dtype=dtype, device="meta")
-                weights = DoraWeights(weights, magnitude)
+                weights = DoraWeights(direction, magnitude)
             modules[target.module_path] = weights
         return Adapter(modules, dict(metadata or {}))
 
@@ -189,7 +191,7 @@ def plan_injection(model: torch.nn.Module, settings: LoraSettings) -> InjectionP
     return InjectionPlan(settings, planned, skipped)
 
 
-def find_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def find_linears(model: torch.nn.Module) -> dict[str, AnyLinear]:
     """Module path -> Linear at every path that is Qwen-Image's, in the order of a plan."""
     found = {
         path: module
@@ -244,7 +246,7 @@ def matches_pattern(pattern: str, module_path: str) -> bool:
     return fnmatchcase(module_path, pattern) or fnmatchcase(name, pattern)
 
 
-def choose_ranks(settings: LoraSettings, linears: Mapping[str, torch.nn.Module]) -> dict[str, int]:
+def choose_ranks(settings: LoraSettings, linears: Mapping[str, AnyLinear]) -> dict[str, int]:
     ranks = dict.fromkeys(linears, settings.rank)
     for pattern, rank in settings.rank_pattern.items():
         ranks.update(dict.fromkeys(select(pattern, linears, "rank_pattern"), rank))

@@ -55,6 +55,7 @@ def compare_with_base(
     delta: Factors | torch.Tensor,
     delta_norm: float,
     delta_spectral: float,
+    *,
     is_sampled: bool,
 ) -> BaseStatistics:
     """Statistics of a delta, given as factors or as a matrix, relative to its base weight.

@@ -88,8 +88,10 @@ class Relation:
         return None if cosine is None else min(cosine, 0.0) ** 2
 
     def get_statistics(self) -> dict[str, float | None]:
-        names = ("norm_a", "norm_b", "cosine", "norm_ratio", "drift", "norm_sum")
-        names += ("norm_if_independent", "conflict")
+        names = (
+            *("norm_a", "norm_b", "cosine", "norm_ratio", "drift", "norm_sum"),
+            *("norm_if_independent", "conflict"),
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -181,8 +183,9 @@ class Comparison(Relation):
                 "cancelled"
             )
             worst = max(self.modules, key=lambda path: self.modules[path].conflict or 0.0)
-            if (self.modules[worst].conflict or 0.0) > 1e-4:
-                lines[-1] += f", most in {worst} ({format_percent(self.modules[worst].conflict)})"
+            most = self.modules[worst].conflict or 0.0
+            if most > 1e-4:
+                lines[-1] += f", most in {worst} ({format_percent(most)})"
         for label, paths in (("only in a", self.only_in_a), ("only in b", self.only_in_b)):
             if paths:
                 lines.append(f"{label}: {shorten_list(paths, 3)}")
@@ -237,7 +240,7 @@ def compare_adapters(
         elif first is not None:
             square = compute_square(first)
             total += Products(square_a=square, square_difference=square)
-        else:
+        elif second is not None:
             square = compute_square(second)
             total += Products(square_b=square, square_difference=square)
     a.release()
@@ -259,13 +262,14 @@ def explain_incomparable(a: ModuleWeights | None, b: ModuleWeights | None) -> st
         reason = explain_no_delta(weights)
         if reason:
             return reason
-    if len({weights.shape for weights in found}) > 1:
+    if a is not None and b is not None and a.shape != b.shape:
         return f"it is {a.shape} in a but {b.shape} in b"
     return None
 
 
 def compare_modules(a: ModuleWeights, b: ModuleWeights) -> ModuleComparison:
     """Of additive weights of one shape."""
+    assert a.shape is not None  # see `explain_no_delta`
     facts = (a.shape, a.kind, b.kind, a.rank, b.rank)
     factors_a, factors_b = get_factors(a), get_factors(b)
     if factors_a is None or factors_b is None:

@@ -117,7 +117,7 @@ class Inspection:
     def fraction_below_1e6(self) -> float | None:
         if not self.is_exact:
             return None
-        below = sum(m.fraction_below_1e6 * count(m) for m in self.modules.values())
+        below = sum((m.fraction_below_1e6 or 0.0) * count(m) for m in self.modules.values())
         return below / self.num_entries
 
     @property
@@ -138,9 +138,9 @@ class Inspection:
     @property
     def base_ratio(self) -> float | None:
         """|delta|_F / |W|_F over all modules that have a base weight."""
-        found = [m for m in self.modules.values() if m.base is not None]
-        base = sum(m.base.frobenius**2 for m in found) ** 0.5
-        return sum(m.frobenius**2 for m in found) ** 0.5 / base if base else None
+        found = [(m, m.base) for m in self.modules.values() if m.base is not None]
+        total = sum(base.frobenius**2 for _, base in found) ** 0.5
+        return sum(m.frobenius**2 for m, _ in found) ** 0.5 / total if total else None
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -219,7 +219,9 @@ def inspect_adapter(
         if not is_computable(weights):
             return None
         try:
-            return inspect_module(weights, exact, weight, path in sampled, stop)
+            return inspect_module(
+                weights, exact=exact, base=weight, is_sampled=path in sampled, should_stop=stop
+            )
         except NonFiniteWeightsError as e:
             return NotInspected(str(e))
 
@@ -232,9 +234,12 @@ def inspect_adapter(
     adapter.release()
     if weights_of_base is not None:
         weights_of_base.release()
-    results = dict(zip(paths, found, strict=True))
+    return gather(adapter.name, dict(zip(paths, found, strict=True)))
+
+
+def gather(name: str, results: Mapping[str, ModuleInspection | NotInspected | None]) -> Inspection:
     return Inspection(
-        adapter.name,
+        name,
         {path: one for path, one in results.items() if isinstance(one, ModuleInspection)},
         {path: one.reason for path, one in results.items() if isinstance(one, NotInspected)},
         tuple(path for path, one in results.items() if one is None),
@@ -279,6 +284,7 @@ def has_shape(weights: ModuleWeights, shape: tuple[int, ...]) -> bool:
 
 def inspect_module(
     weights: ModuleWeights,
+    *,
     exact: bool = False,
     base: BaseWeight | None = None,
     is_sampled: bool = False,
@@ -289,10 +295,11 @@ def inspect_module(
     Raises:
         NonFiniteWeightsError: the base weight holds NaN or Inf.
     """
-    is_direction_only = isinstance(weights, DoraWeights) and base is None
-    inspected = weights.direction if is_direction_only else weights
+    inspected = weights
+    if isinstance(weights, DoraWeights) and base is None:
+        inspected = weights.direction
     factors = get_factors(inspected)
-    delta = None
+    delta: torch.Tensor | None = None
     if factors is not None:
         measures = measure_factors(factors)
     elif isinstance(inspected, LokrWeights):
@@ -307,18 +314,21 @@ def inspect_module(
     entries = None
     if exact and factors is not None:
         entries = scan_factors(factors, measures.std, should_stop)
-    elif exact and delta is None:
+    elif exact and delta is not None:
+        entries = scan_dense(delta, measures.std, should_stop)
+    elif exact and isinstance(inspected, LokrWeights):
         w1, w2 = inspected.factor("lokr_w1"), inspected.factor("lokr_w2")
         entries = scan_kronecker(w1, w2, inspected.scale, measures.std, should_stop)
-    elif exact:
-        entries = scan_dense(delta, measures.std, should_stop)
     beside = None
-    if base is not None:
+    either = delta if factors is None else factors
+    if base is not None and either is not None:
         spectral = measures.singular_values[0].item() if measures.singular_values.numel() else 0.0
-        either = delta if factors is None else factors
-        beside = compare_with_base(base, either, measures.frobenius, spectral, is_sampled)
+        norms = measures.frobenius, spectral
+        beside = compare_with_base(base, either, *norms, is_sampled=is_sampled)
     shape = (len(measures.row_norms), len(measures.column_norms))
-    return build_inspection(weights, shape, measures, entries, beside, is_direction_only)
+    return build_inspection(
+        weights, shape, measures, entries, beside, is_direction_only=inspected is not weights
+    )
 
 
 def build_inspection(
@@ -327,11 +337,12 @@ def build_inspection(
     measures: Measures,
     entries: Entries | None,
     base: BaseStatistics | None,
+    *,
     is_direction_only: bool,
 ) -> ModuleInspection:
     values = measures.singular_values
     rows, columns = measures.row_norms, measures.column_norms
-    scanned = {}
+    scanned: dict[str, Any] = {}
     if entries is not None:
         scanned = {
             "abs_max": entries.abs_max,

@@ -102,6 +102,7 @@ def draw_comparison(comparison: Comparison) -> np.ndarray:
 def draw_map(
     values: Mapping[str, float],
     title: str,
+    *,
     is_logarithmic: bool = False,
     limits: tuple[float, float] | None = None,
     marked: Mapping[str, str] | None = None,
@@ -267,8 +268,9 @@ def describe_entries(
 ) -> list[tuple[float, str, str, str]]:
     """(place, line style, colour, label) of each line in the histogram."""
     chosen = inspection if module_path is None else modules[module_path]
+    below = format_percent(chosen.fraction_below_1e6 or 0.0)
     return [
-        (THRESHOLD, ":", ORANGE, f"1e-6: {format_percent(chosen.fraction_below_1e6)} are below"),
+        (THRESHOLD, ":", ORANGE, f"1e-6: {below} are below"),
         (chosen.std, "--", YELLOW, f"std {chosen.std:.2e}"),
         (largest, "-", FOREGROUND, f"largest {largest:.2e}"),
     ]

@@ -90,7 +90,7 @@ def predict_error(weight: BaseWeight, delta_std: float, peak: float | None = Non
     grid = GRIDS.get(weight.stored.dtype)
     if grid is None or delta_std == 0:
         return None
-    part = weight.take_rows(choose_rows(len(weight.stored), PREDICTED_ROWS))
+    part = weight.take_rows(choose_rows(weight.stored.shape[0], PREDICTED_ROWS))
     values = part.values.double()
     generator = torch.Generator().manual_seed(0)
     tuned = values + torch.randn(values.shape, generator=generator).double() * delta_std

@@ -83,7 +83,9 @@ def build_row(module_path: str, module: ModuleInspection, names: list[str]) -> l
     return [module_path.removeprefix("transformer_blocks."), str(module.rank), *cells]
 
 
-def show(value: float, name: str) -> str:
+def show(value: float | None, name: str) -> str:
+    if value is None:  # needs a scan that this module had not
+        return "-"
     return format(value, FORMATS[name]) if name in FORMATS else format_percent(value)
 
 

@@ -7,6 +7,7 @@ The ranges are those of known-good Qwen-Image-Edit LoRAs (DESIGN.md, section 5):
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..base_model import module_paths
@@ -14,7 +15,7 @@ from ..findings import ERROR, NOTE, WARNING, Finding
 from ..text import format_count, format_percent, shorten_list
 
 if TYPE_CHECKING:
-    from .inspection import Inspection, ModuleInspection
+    from .inspection import Inspection
 
 GOOD_STD = (1e-4, 1e-3)
 GOOD_MAX = (1e-3, 1e-2)
@@ -133,13 +134,17 @@ def judge_merge(inspection: Inspection) -> list[Finding]:
     error = inspection.merge_error
     if error is None:
         return []
-    with_base = [m for m in inspection.modules.values() if m.base is not None]
-    storage = Counter(m.base.storage for m in with_base).most_common(1)[0][0]
-    measured = [m for m in with_base if m.base.merge_error_measured is not None]
+    with_base = [(m.frobenius, m.base) for m in inspection.modules.values() if m.base is not None]
+    storage = Counter(base.storage for _, base in with_base).most_common(1)[0][0]
+    measured = [
+        (frobenius, base.merge_error_measured)
+        for frobenius, base in with_base
+        if base.merge_error_measured is not None
+    ]
     checked = ""
     if measured:
-        squares = sum((m.base.merge_error_measured * m.frobenius) ** 2 for m in measured)
-        total = sum(m.frobenius**2 for m in measured)
+        squares = sum((share * frobenius) ** 2 for frobenius, share in measured)
+        total = sum(frobenius**2 for frobenius, _ in measured)
         real = (squares / total) ** 0.5 if total else 0.0
         checked = f", {real:.2g} by real rounding in {format_count(len(measured), 'module')}"
     noise = f"rounding noise is {error:.2g} times the adapter (predicted{checked}; up to "
@@ -152,7 +157,7 @@ def judge_merge(inspection: Inspection) -> list[Finding]:
 
 def judge_size(inspection: Inspection) -> Finding:
     """The answer to "my delta is tiny, is that normal?"."""
-    largest = inspection.abs_max
+    largest, below = inspection.abs_max, inspection.fraction_below_1e6
     # The good ranges are deviations; a delta that is the same everywhere has none and is large.
     size = (inspection.std**2 + inspection.mean**2) ** 0.5
     low, high = GOOD_STD
@@ -164,8 +169,9 @@ def judge_size(inspection: Inspection) -> Finding:
     parts = [f"{name} {size:.2e} (known-good LoRAs: {low:g} to {high:g})"]
     if largest is not None:
         parts.append(f"largest entry {largest:.1e} ({GOOD_MAX[0]:g} to {GOOD_MAX[1]:g})")
+    if below is not None:
         parts.append(
-            f"{format_percent(inspection.fraction_below_1e6)} of the entries below 1e-6 (under "
+            f"{format_percent(below)} of the entries below 1e-6 (under "
             f"{format_percent(GOOD_FRACTION)})"
         )
     numbers = ", ".join(parts)
@@ -181,12 +187,12 @@ def judge_size(inspection: Inspection) -> Finding:
         text = f"faint: {numbers}; a strength above 1 may be needed"
         return Finding("faint", WARNING, text)
     small = f"{numbers}; small entries are normal in a LoRA"
-    if largest is None or inspection.fraction_below_1e6 < GOOD_FRACTION:
+    if below is None or below < GOOD_FRACTION:
         return Finding("healthy", NOTE, f"dense, small, healthy: {small}")
     return Finding("sparse", WARNING, f"healthy in size, but sparse: {small}")
 
 
-def find_last_block(modules: dict[str, ModuleInspection]) -> int:
+def find_last_block(modules: Iterable[str]) -> int:
     blocks = [block for block, _ in map(module_paths.split_path, modules) if block is not None]
     return max(blocks, default=-1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class Catalog:
                 raise
             raise FileError(f"job {folder.id} cannot be used: {explain(e)}") from None
 
-    def _list_folders(self) -> list[JobFolder]:
+    def _list_folders(self) -> Sequence[JobFolder]:
         folders = []
         try:
             names = [path.name for path in self.folder.iterdir()]

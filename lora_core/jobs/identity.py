@@ -70,7 +70,7 @@ def is_running(process: WorkerIdentity | None) -> bool:
 
 def kill(process: WorkerIdentity | None) -> bool:
     """Ends exactly this process and its children at once; False where it has already ended."""
-    if not is_running(process):
+    if process is None or not is_running(process):
         return False
     try:
         if os.name == "nt":

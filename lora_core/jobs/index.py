@@ -60,7 +60,7 @@ class JobIndex:
     def read(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Job id -> stamp and what was kept of the job."""
 
-        def query(connection: sqlite3.Connection):
+        def query(connection: sqlite3.Connection) -> dict[str, tuple[str, dict[str, Any]]]:
             rows = connection.execute("SELECT id, stamp, job, digest FROM jobs").fetchall()
             for *row, digest in rows:
                 if compute_digest(*row) != digest:
@@ -75,16 +75,16 @@ class JobIndex:
         """Inserts (id, stamp, job) and deletes ids."""
         texts = [(id_, stamp, json.dumps(job)) for id_, stamp, job in changed]
         rows = [(*row, compute_digest(*row)) for row in texts]
-        gone = [(id_,) for id_ in gone]
+        keys = [(id_,) for id_ in gone]
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("BEGIN IMMEDIATE")
             connection.executemany("REPLACE INTO jobs VALUES (?, ?, ?, ?)", rows)
-            connection.executemany("DELETE FROM jobs WHERE id = ?", gone)
-            connection.executemany("DELETE FROM claims WHERE job = ?", gone)
+            connection.executemany("DELETE FROM jobs WHERE id = ?", keys)
+            connection.executemany("DELETE FROM claims WHERE job = ?", keys)
             connection.commit()
 
-        if rows or gone:
+        if rows or keys:
             self._use(write, None)
 
     def claim(

@@ -83,7 +83,7 @@ def start_worker(
         FileError: the process or its log cannot be made.
     """
     detached: dict[str, Any] = {"start_new_session": True}
-    if os.name == "nt":
+    if sys.platform == "win32":
         detached = hide_window(subprocess.CREATE_NEW_PROCESS_GROUP)
     try:
         with folder.open_log() as log:

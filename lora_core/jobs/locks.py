@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -112,7 +113,7 @@ def _close_in_child() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
-if os.name == "nt":
+if sys.platform == "win32":
     import msvcrt
 
     def lock(handle: int) -> None:

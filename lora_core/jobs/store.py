@@ -7,8 +7,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ class JobStore:
         text = data.decode("utf-8", "replace")
         return {"text": text, "offset": start, "next_offset": start + len(data), "size": size}
 
-    def read_metrics(self, job_id: str) -> list[dict[str, Any]]:
+    def read_metrics(self, job_id: str) -> Sequence[dict[str, Any]]:
         """One dictionary per step; see `lora_core.training.run.metrics.StepReport`."""
         folder = self.catalog.find(job_id)
         with self.catalog.using(folder):
@@ -176,12 +176,12 @@ class JobStore:
                     raise
                 return []
 
-    def list_samples(self, job_id: str) -> list[Path]:
+    def list_samples(self, job_id: str) -> Sequence[Path]:
         """Images and latents made during training, in the order of their steps."""
         folder = self.catalog.find(job_id)
         return [path for path in list_inside(folder.samples) if not path.name.startswith(".")]
 
-    def list_images(self, job_id: str) -> list[JobImage]:
+    def list_images(self, job_id: str) -> Sequence[JobImage]:
         """Samples, and sources and targets to compare them with; empty until there are some.
 
         By item, then sources, target and samples, by step.
@@ -201,7 +201,7 @@ class JobStore:
         with self.catalog.using(folder):
             return read_image(folder.samples, name)
 
-    def list_adapters(self, job_id: str) -> list[Path]:
+    def list_adapters(self, job_id: str) -> Sequence[Path]:
         """Every adapter file of the job that is there, the finished ones last."""
         folder = self.catalog.find(job_id)
         found = [*list_inside(folder.path / ADAPTERS), *list_inside(folder.path)]
@@ -366,14 +366,14 @@ class JobStore:
         """
         folder = self.catalog.find(job_id)
         condemned = folder.path.with_name(f".{job_id}.{secrets.token_hex(4)}.deleted")
+        settings: JobSettings | None = None
+        state: JobState | None = None
         with self.catalog.using(folder):
             if not self._acquire(folder):
                 raise JobStateError(f"job {job_id} is running; pause or cancel it first")
             try:
-                try:
+                with suppress(FileError):  # damaged: all the more reason to delete it
                     settings, state = folder.read_settings(), folder.read_state()
-                except FileError:
-                    settings = state = None  # damaged: all the more reason to delete it
                 try:
                     rename(folder.path, condemned)
                 except OSError as e:
@@ -381,7 +381,7 @@ class JobStore:
             finally:
                 folder.lock.release()
         try:
-            if settings is not None and settings.loras:
+            if settings is not None and state is not None and settings.loras:
                 remove_unfinished(Path(settings.loras), job_id)
                 if with_adapter:
                     remove_published(state.published, Path(settings.loras), job_id)
@@ -404,6 +404,7 @@ class JobStore:
 
     def apply_request(self, job: Job, folder: JobFolder) -> Job:
         """Applies a request where there is no worker, unless too late; the lock is held."""
+        assert job.request is not None  # callers look
         event, state = EVENTS[job.request], job.state
         if find_next(find_stage(job.status), event) is not None:
             state = advance(state, event)

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..disk.json_reader import parse_json
@@ -59,7 +60,7 @@ class ProcessGroup:
 
         return broadcast_object_list([value])[0]
 
-    def watch(self, on_death: Callable[[int], None]) -> None:
+    def watch(self, on_death: Callable[[int], object]) -> None:
         """From now on `on_death(index)` is called once, in a thread, when another process ends.
 
         Every process has to call this.
@@ -133,7 +134,7 @@ def join_process_group(on_cpu: bool) -> ProcessGroup:
 # --- failures that other processes report to rank 0 -----------------------------------------------
 
 
-def get_failure_path(folder: JobFolder, index: int):
+def get_failure_path(folder: JobFolder, index: int) -> Path:
     return folder.path / f".process_{index}.failure"
 
 

@@ -17,7 +17,7 @@ from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
 from ..training.model.libraries import quiet_libraries
 from ..training.run.adapter_files import EMA_SUFFIX
-from ..training.run.loop import StepLog, open_run, run_steps
+from ..training.run.loop import StepLog, Stop, open_run, run_steps
 from ..training.run.metrics import StepReport
 from ..training.run.processes import NO_NCCL, Processes
 from ..training.run.run import Run, open_checkpoints
@@ -50,7 +50,7 @@ class JobObserver(StepLog):
                 self.sampler.make_examples(stop)
         take_sample(self.sampler, run.step, self.reporter, stop)
 
-    def after_step(self, run: Run, report: StepReport, stop: ShouldStop) -> None:
+    def after_step(self, run: Run, report: StepReport, stop: Stop) -> None:
         self.reporter.report(report)
         for sentence in self.alerts.check(report):
             self.reporter.add_alert(sentence)

@@ -134,9 +134,8 @@ def find_stage(status: JobStatus, request: Request | None = None) -> Stage:
     """The stage of a job with this status and a request that is not done yet."""
     if status is not JobStatus.IN_PROGRESS:
         return Stage(status.value)
-    return {Request.PAUSE: Stage.PAUSING, Request.CANCEL: Stage.CANCELLING}.get(
-        request, Stage.RUNNING
-    )
+    stages = {Request.PAUSE: Stage.PAUSING, Request.CANCEL: Stage.CANCELLING}
+    return Stage.RUNNING if request is None else stages.get(request, Stage.RUNNING)
 
 
 def find_next(stage: Stage, event: Event) -> Stage | None:

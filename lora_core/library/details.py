@@ -65,18 +65,18 @@ def build_module_table(adapter: Adapter, health: Health | None) -> list[dict[str
         groups[name][block] = weights
     rows = []
     for name, by_block in groups.items():
-        weights = list(by_block.values())
-        alphas = (finite_or_none(w.alpha) for w in weights)
+        found = list(by_block.values())
+        alphas = (finite_or_none(w.alpha) for w in found)
         rows.append(
             {
                 "name": name,
-                "num_modules": len(weights),
+                "num_modules": len(found),
                 "blocks": module_paths.format_blocks({b for b in by_block if b is not None}),
-                "kind": find_most_frequent(w.kind for w in weights),
-                "shape": find_most_frequent(w.shape for w in weights),
-                "rank": find_most_frequent(w.rank for w in weights),
+                "kind": find_most_frequent(w.kind for w in found),
+                "shape": find_most_frequent(w.shape for w in found),
+                "rank": find_most_frequent(w.rank for w in found),
                 "alpha": find_most_frequent(alphas),
-                "size_bytes": sum(w.size_bytes() for w in weights),
+                "size_bytes": sum(w.size_bytes() for w in found),
                 "std": judged.get(name, {}).get("std"),
                 "effective_rank": judged.get(name, {}).get("effective_rank"),
             }

@@ -61,6 +61,8 @@ class Inspector:
             return None
         if not line.endswith("\n"):
             process, self._process = self._process, None
+            if process is None:
+                return None  # closed just now
             logger.warning(
                 "Qwen Edit LoRA: the process that inspected %s ended with status %s",
                 path.name,
@@ -78,6 +80,8 @@ class Inspector:
     def _ask(self, question: str) -> str:
         """The line it answers with; a partial one if it ended."""
         process = self._start()
+        assert process.stdin is not None  # both are pipes
+        assert process.stdout is not None
         try:
             process.stdin.write(f"{question}\n")
             process.stdin.flush()
@@ -93,12 +97,13 @@ class Inspector:
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                with suppress(OSError):
-                    pipe.close()
+                if pipe is not None:
+                    with suppress(OSError):
+                        pipe.close()
 
     def _start(self) -> subprocess.Popen[str]:
         if self._process is None:
-            priority = subprocess.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 0
+            priority = subprocess.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else 0
             try:
                 self._process = subprocess.Popen(
                     run_module("lora_core.library.inspector"),

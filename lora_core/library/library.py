@@ -310,13 +310,14 @@ class AdapterLibrary:
         if self._stopped.is_set():
             return None
         try:
-            health = self._inspector.inspect(entry.path, entry.facts.warnings)
+            warnings = () if entry.facts is None else entry.facts.warnings
+            health = self._inspector.inspect(entry.path, warnings)
         except LoraError as e:
             fingerprint = read_fingerprint(entry.path, read_config_fingerprint(entry.path.parent))
             if fingerprint != entry.fingerprint:
                 return replace(entry, fingerprint=fingerprint or DELETED, facts=None, health=None)
             health = Health("broken", str(e), (str(e),))
-        return health and replace(entry, health=health)
+        return None if health is None else replace(entry, health=health)
 
     def _send_event(self, changed: Iterable[Entry], gone: Iterable[str]) -> None:
         with self._lock:
@@ -325,7 +326,7 @@ class AdapterLibrary:
         self.notify({**event, "pending": pending})
 
     def _save(self) -> None:
-        if self._is_saved or not self._can_save:
+        if self._is_saved or not self._can_save or self._cached is None:
             return
         try:
             write_cache(self.cache, self._cached)

@@ -241,8 +241,8 @@ def estimate_bytes(checked: CheckedPair, text_width: int, reference_megapixels: 
     pixels = checked.size[0] * checked.size[1] + references * reference_megapixels * 1024**2
     latents = LATENT_CHANNELS * pixels / PIXELS_PER_LATENT**2
     tokens = references * TEXT_TOKENS_PER_REFERENCE + TEMPLATE_TOKENS
-    tokens += len(checked.pair.caption or "") / 3
-    return round(FLOAT_BYTES * (latents + 2 * tokens * text_width))
+    tokens_of_caption = len(checked.pair.caption or "") / 3
+    return round(FLOAT_BYTES * (latents + 2 * (tokens + tokens_of_caption) * text_width))
 
 
 def measure_store(store: Path) -> tuple[int, int]:

@@ -73,11 +73,12 @@ def read_columns(row: Mapping[str, object]) -> RowFiles:
     references.sort(key=lambda found: found[0])
     mask = next(iter(masks), None)
     used = {target, mask, *(column for _, column, _ in references)}
-    used |= {column for column, value in targets.items() if value == targets[target]}
+    if target is not None:
+        used |= {column for column, value in targets.items() if value == targets[target]}
     return RowFiles(
-        targets.get(target),
+        None if target is None else targets[target],
         [value for _, _, value in references],
-        masks.get(mask),
+        None if mask is None else masks[mask],
         [column for column, value in row.items() if column not in used and names_image(value)],
     )
 
@@ -118,12 +119,15 @@ def read_paths(value: object, place: str) -> list[str]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_list(value.strip())
     values = value if isinstance(value, list) else [value]
+    paths = []
     for path in values:
         if not isinstance(path, str):
             raise FileError(
                 f"{shorten(place)} is {describe_kind(path)}; expected the path of an image."
             )
-    return [path for path in values if path.strip()]
+        if path.strip():
+            paths.append(path)
+    return paths
 
 
 def parse_list(text: str) -> object:

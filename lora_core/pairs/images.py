@@ -220,7 +220,7 @@ def has_alpha(image: Image.Image) -> bool:
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    turn = TURNS.get(image.getexif().get(ORIENTATION))
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 0))
     return image if turn is None else image.transpose(turn)
 
 

@@ -109,7 +109,8 @@ def read_list(table: Table, listing: Listing, is_allowed: IsAllowed) -> FoundPai
 
 
 def report_unlisted(table: Table, listing: Listing, pairs: Sequence[Pair]) -> list[Problem]:
-    listed = {os.path.normpath(p.path) for pair in pairs for p in pair.images}
+    images = [image for pair in pairs for image in pair.images if isinstance(image, FileImage)]
+    listed = {os.path.normpath(image.path) for image in images}
     unlisted = [
         path
         for paths in listing.images.values()

@@ -131,10 +131,10 @@ def build_tile(one: CheckedPair, problem: Problem | None, widest: int) -> Tile:
     target = one.facts.target
     size = f"{target.width} x {target.height}, trained at {one.size[0]} x {one.size[1]}"
     caption = cut_caption(one.pair.caption or "empty caption")
-    notes = (caption, size)
-    is_marked = problem is not None and problem.level >= Level.WARNING
-    if is_marked:
-        notes = (problem.short or problem.text, *notes)
+    notes: tuple[str, ...] = (caption, size)
+    is_marked = False
+    if problem is not None and problem.level >= Level.WARNING:
+        notes, is_marked = (problem.short or problem.text, *notes), True
     return Tile(np.concatenate(joined, axis=1), one.pair.name, notes, is_marked=is_marked)
 
 
@@ -142,10 +142,10 @@ def pad_to_square(pixels: np.ndarray) -> np.ndarray:
     """The whole image in a square: tiles have one size, and nothing should be cropped."""
     image = Image.fromarray(pixels)
     scale = TILE_PX / max(image.size)
-    size = tuple(max(1, round(length * scale)) for length in image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
     square = Image.new("RGB", (TILE_PX, TILE_PX), GREY)
     square.paste(
-        image.resize(size, Image.Resampling.LANCZOS),
-        ((TILE_PX - size[0]) // 2, (TILE_PX - size[1]) // 2),
+        image.resize((width, height), Image.Resampling.LANCZOS),
+        ((TILE_PX - width) // 2, (TILE_PX - height) // 2),
     )
     return np.asarray(square)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..text import shorten
 from .facts import PairFacts
-from .images import ImageSource
+from .images import FileImage, ImageSource
 from .listing import fold
 from .pair import Level, Pair, Problem
 from .roles import REFERENCE, TARGET, parse_ending, parse_name
@@ -53,8 +53,8 @@ def ask_about_names(pairs: Sequence[Pair]) -> str | None:
 def is_wrong(target: ImageSource, reference: ImageSource) -> bool:
     """Whether one is named as the other's role. Where both files have the same name, such as
     x_original.png, it is no sign and only their folders count."""
-    paths = getattr(target, "path", None), getattr(reference, "path", None)
-    if None in paths:
+    paths = [image.path for image in (target, reference) if isinstance(image, FileImage)]
+    if len(paths) < 2:
         return False
     own = [read_file_role(path) for path in paths]
     if own[0] == own[1] or fold(paths[0].stem) == fold(paths[1].stem):
@@ -95,7 +95,8 @@ def ask_about_captions(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> str
         ("detail", MORE_DETAIL, LESS_DETAIL, "detail"),
     )
     for what, more, less, measure in rules:
-        asked, against = 0, []
+        asked = 0
+        against: list[tuple[Pair, str]] = []
         for pair, known in zip(pairs, facts, strict=True):
             caption = pair.caption or ""
             wants_more, wants_less = bool(more.search(caption)), bool(less.search(caption))
@@ -106,12 +107,12 @@ def ask_about_captions(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> str
             reference = getattr(known.references[0], measure) + 1e-4
             ratio = reference / target if wants_more else target / reference
             if ratio > MIN_RATIO:
-                against.append(pair)
+                against.append((pair, caption))
         if asked and len(against) > MIN_SHARE * asked:
-            pair = against[0]
+            pair, caption = against[0]
             return (
                 f"Are targets and references swapped? Captions such as "
-                f"{shorten(pair.caption)!r} do not fit the {what} of {shorten(pair.target.name)} "
+                f"{shorten(caption)!r} do not fit the {what} of {shorten(pair.target.name)} "
                 f"and {shorten(pair.references[0].name)}, in "
                 f"{len(against)} of {asked} pairs"
             )

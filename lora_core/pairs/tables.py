@@ -7,6 +7,7 @@ import io
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..disk.json_reader import describe_kind, parse_json
 from ..disk.regular_files import read_text
@@ -15,7 +16,7 @@ from ..text import shorten
 
 MAX_BYTES = 100_000_000
 DELIMITERS = ",;\t|"
-_SPARE = object()  # key of the cells beyond a CSV's header
+_SPARE: Any = object()  # key of the cells beyond a CSV's header
 
 
 @dataclass(frozen=True)

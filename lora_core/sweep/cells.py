@@ -19,7 +19,7 @@ _PARTS = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cell:
     """Hashable; equal cells are the same image."""
 

@@ -64,7 +64,8 @@ def name_flat(found: Appearance) -> str:
 
 def describe_damage(damage: str, measures: CellMeasures, reference: CellMeasures | None) -> str:
     """The damage with its values and limits."""
-    found, before = measures.appearance, reference and reference.appearance
+    found = measures.appearance
+    before = None if reference is None else reference.appearance
     if damage == NON_FINITE:
         return f"NaN or Inf in {format_percent(found.non_finite)} of the pixels, shown as black"
     if damage in (BLACK, ONE_COLOUR):

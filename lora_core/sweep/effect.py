@@ -28,7 +28,8 @@ def parse_sigmas(text: str) -> tuple[float, ...]:
         ConfigError: no list of numbers above 0 and up to 1, or more than MAX_SIGMAS.
     """
     sigmas = sorted(
-        {float(number) for number in parse_numbers(text, "sigmas", SIGMAS_EXAMPLE)}, reverse=True
+        {float(number) for number in parse_numbers(text, name="sigmas", example=SIGMAS_EXAMPLE)},
+        reverse=True,
     )
     wrong = [sigma for sigma in sigmas if not 0 < sigma <= 1]
     if wrong or len(sigmas) > MAX_SIGMAS:

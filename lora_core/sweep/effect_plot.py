@@ -49,8 +49,8 @@ def draw_outputs(axes: Any, effect: Effect) -> None:
         axes.plot(strengths, values, style, color=colour, linewidth=3, marker="o", label=label)
     broken = [e.strength for e in found if not math.isfinite(e.change)]
     for number, strength in enumerate(broken):
-        label = "NaN" if number == 0 else None
-        axes.axvline(strength, color=VERMILION, linewidth=3, label=label)
+        name = "NaN" if number == 0 else None
+        axes.axvline(strength, color=VERMILION, linewidth=3, label=name)
     axes.axvline(0, color=DIM, linewidth=1)
     label_axes(axes, "strength", "change, %")
     show_legend_beside(axes)

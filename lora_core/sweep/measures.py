@@ -136,7 +136,8 @@ def measure_sweep(
         notes += note
     measured: dict[Cell, CellMeasures] = {}
     for cell, image in track(by_cell.items(), progress, should_stop, "sweep"):
-        reference = by_cell.get(find_reference(cell, by_cell))
+        zero = find_reference(cell, by_cell)
+        reference = None if zero is None else by_cell[zero]
         measured[cell] = measure_cell(cell, image, reference, source, regions, thumbnail_px)
     return SweepMeasures(
         cells=measured,

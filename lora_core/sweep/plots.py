@@ -189,7 +189,9 @@ def draw_adapter(
     damaged = [point for point in points if point.damage]
     if damaged:
         marks = {"s": 220, "marker": "X", "color": VERMILION, "zorder": 4, "linewidth": 0}
-        upper.scatter([p.strength for p in damaged], [p.rms / STEP for p in damaged], **marks)
+        upper.scatter(
+            [p.strength for p in damaged], [(p.rms or 0) / STEP for p in damaged], **marks
+        )
         lower.scatter([p.strength for p in damaged], [p.ssim for p in damaged], **marks)
 
 
@@ -203,12 +205,12 @@ def mark_range(axes: Any, adapter: AdapterVerdict) -> None:
 
 def draw_proportion(axes: Any, adapter: AdapterVerdict) -> None:
     """Where the change would be if it grew in proportion to the strength from the first point."""
-    points = [p for p in find_main_side(adapter.curve) if p.rms]
+    points = [(p.strength, p.rms / STEP) for p in find_main_side(adapter.curve) if p.rms]
     if len(points) < 2:
         return
-    first, highest = points[0], max(p.rms / STEP for p in points)
-    slope = first.rms / STEP / first.strength
-    end = points[-1].strength
+    highest = max(change for _, change in points)
+    slope = points[0][1] / points[0][0]
+    end = points[-1][0]
     end = end if slope * end <= 1.1 * highest else 1.1 * highest / slope
     axes.plot(
         [0, end], [0, slope * end], color=FOREGROUND, linestyle=":", linewidth=2.5, zorder=1,

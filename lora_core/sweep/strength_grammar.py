@@ -50,7 +50,7 @@ def parse_strengths(text: str) -> tuple[float, ...] | AutoStrengths:
                 "as 'auto, 5 points'"
             )
         return AutoStrengths(count)
-    numbers = parse_numbers(text, "strengths", STRENGTHS_EXAMPLE)
+    numbers = parse_numbers(text, name="strengths", example=STRENGTHS_EXAMPLE)
     large = [number for number in numbers if abs(number) > MAX_STRENGTH]
     if large:
         raise ConfigError(
@@ -70,7 +70,7 @@ def parse_seeds(text: str, default: int) -> tuple[int, ...]:
     """
     if not text.strip():
         return (default,)
-    numbers = parse_numbers(text, "seeds", SEEDS_EXAMPLE)
+    numbers = parse_numbers(text, name="seeds", example=SEEDS_EXAMPLE)
     wrong = [n for n in numbers if n != n.to_integral_value() or not 0 <= n <= MAX_SEED]
     if wrong:
         raise ConfigError(
@@ -81,18 +81,23 @@ def parse_seeds(text: str, default: int) -> tuple[int, ...]:
     return check_count(seeds, "seeds", SEEDS_EXAMPLE)
 
 
-def parse_numbers(text: str, name: str, example: str) -> list[Decimal]:
+def parse_numbers(text: str, *, name: str, example: str) -> list[Decimal]:
     """Every number of a list in its order; `name` and `example` are for the messages."""
     found: list[Decimal] = []
     for item in text.strip().split(","):
-        bounds = [parse_number(part) for part in item.split(":")]
-        if None in bounds or len(bounds) not in (1, 3):
+        parsed = [parse_number(part) for part in item.split(":")]
+        bounds = [number for number in parsed if number is not None]
+        if len(bounds) < len(parsed) or len(bounds) not in (1, 3):
             problem = f"{name} is empty" if not text.strip() else f"{name} is {shorten(text)!r}"
             raise ConfigError(
                 f"{problem}; expected finite numbers separated by commas, or start:stop:step, such "
                 f"as {example}"
             )
-        found += bounds if len(bounds) == 1 else expand_range(item.strip(), bounds, name, example)
+        found += (
+            bounds
+            if len(bounds) == 1
+            else expand_range(item.strip(), bounds, name=name, example=example)
+        )
     return found
 
 
@@ -106,7 +111,7 @@ def parse_number(text: str) -> Decimal | None:
     return number if number.is_finite() and -30 <= number.adjusted() <= 30 else None
 
 
-def expand_range(item: str, bounds: list[Decimal], name: str, example: str) -> list[Decimal]:
+def expand_range(item: str, bounds: list[Decimal], *, name: str, example: str) -> list[Decimal]:
     start, stop, step = bounds
     if step == 0 or (stop - start) * step < 0:
         why = "a step of 0 never arrives" if step == 0 else "its step leads away from its stop"

@@ -262,7 +262,7 @@ def judge_growth(curve: Sequence[CurvePoint]) -> tuple[str, str]:
             )
     first = points[0]
     text = f"smooth: RMS {show(last.rms)} of 255 at strength {last.strength:g}, nothing collapses"
-    if first is last or not first.rms:
+    if first is last or not first.rms or last.rms is None:
         return SMOOTH, text
     text = (
         f"smooth: the change grows from RMS {show(first.rms)} of 255 at strength "

@@ -159,20 +159,21 @@ def add_weights(
     if not matrices:
         return Truncated(DiffWeights(None, bias_delta), 0.0)
     dtype = choose_dtype(*(weights for weights, _ in matrices))
-    found = [(get_factors(weights), strength) for weights, strength in matrices]
-    if all(factors is not None for factors, _ in found):
-        exact = sum_factors(found)
+    found = [get_factors(weights) for weights, _ in matrices]
+    factors = [one for one in found if one is not None]
+    if len(factors) == len(matrices):
+        exact = sum_factors(zip(factors, (strength for _, strength in matrices), strict=True))
         if rank is not None and rank < exact.inner:
             return truncate_factors(exact, rank, None, dtype, bias_delta)
-        return concatenate(matrices, exact, dtype, bias_delta)
+        return concatenate(matrices, factors, exact, dtype, bias_delta)
     is_dense = any(isinstance(weights, DiffWeights) for weights, _ in matrices)
     if rank is None and not is_dense:  # raised before matrices of gigabytes are made
-        whole = next(w for (w, _), (f, _) in zip(matrices, found, strict=True) if f is None)
+        whole = next(w for (w, _), f in zip(matrices, found, strict=True) if f is None)
         raise ConfigError(
             f"{path} holds {whole.kind} weights without low-rank factors, so the sum has no exact "
             "low rank; give a rank to cut it to."
         )
-    dense = sum(strength * weights.delta() for weights, strength in matrices)
+    dense = sum((strength * w.delta() for w, strength in matrices), torch.zeros(()))
     if is_dense:
         (diff,) = round_all([dense], dtype)
         loss = dot(error := (dense - diff).double(), error)
@@ -189,6 +190,7 @@ def sum_factors(shares: Iterable[tuple[Factors, float]]) -> Factors:
 
 def concatenate(
     shares: list[tuple[ModuleWeights, float]],
+    factored: Sequence[Factors],
     exact: Factors,
     dtype: torch.dtype,
     bias_delta: torch.Tensor | None,
@@ -198,13 +200,12 @@ def concatenate(
     Tensors with exactly that scale stay bit-identical; the others shrink, so nothing overflows.
     """
     downs, ups, scales = [], [], []
-    for weights, strength in shares:
+    for (weights, strength), factors in zip(shares, factored, strict=True):
         if isinstance(weights, LoraWeights) and weights.rank <= MAX_EXCESS * min(weights.shape):
             downs.append(weights.lora_A.double())
             ups.append(weights.lora_B.double())
             scales.append(weights.scale * strength)
         else:
-            factors = get_factors(weights)
             balance = (factors.up.norm() / factors.down.norm().clamp_min(1e-300)).sqrt()
             balance = balance if balance > 0 else 1.0
             downs.append(factors.down * balance)
@@ -267,7 +268,7 @@ def add_biases(shares: list[tuple[ModuleWeights, float]]) -> torch.Tensor | None
     biases = [(w.bias_delta, s) for w, s in shares if w.bias_delta is not None]
     if not biases:
         return None
-    total = sum(bias.double() * strength for bias, strength in biases)
+    total = sum((bias.double() * strength for bias, strength in biases), torch.zeros(()))
     (rounded,) = round_all([total], widen_dtype(biases[0][0].dtype))
     return rounded
 

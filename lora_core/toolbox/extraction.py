@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 
-from ..adapter.weights import DiffWeights, LoraWeights
+from ..adapter.weights import DiffWeights
 from ..algebra.matmul_precision import exact_products
 from ..algebra.truncation import Truncated, sum_squares, truncate_dense
-from ..base_model.base_weights import BaseWeights, open_base
+from ..base_model.base_weights import BaseWeights, fetch, open_base
 from ..disk.safetensors_file import AnyTensor
 from ..errors import ConfigError, KeyFormatError, NonFiniteWeightsError, ShapeError
 from ..progress import Progress, ShouldStop, track
@@ -62,22 +62,10 @@ def extract_adapter(
         raise ConfigError("extract got no rank; expected a whole number of at least 1")
     base, tuned = open_base(base), open_base(tuned)
     matrices = check_models(base, tuned)
-    parts = {}
     try:
         vectors, notes = compute_vectors(base, tuned) if biases else ({}, [])
-        with exact_products():
-            for path in track(matrices, progress, should_stop, "extraction"):
-                theirs, ours = tuned.get(path).to(device), base.get(path).to(device)
-                difference = theirs.values - ours.values
-                square = sum_squares(difference)
-                check_finite(square, path)
-                bias = vectors.pop(f"{path}.bias", None)
-                if square:
-                    dtype = choose_storage(matrices[path].dtype)
-                    part = truncate_dense(difference, rank, None, dtype)
-                    parts[path] = add_bias(part, bias)
-                elif bias is not None:
-                    parts[path] = Truncated(DiffWeights(bias_delta=bias), 0.0)
+        paths = track(matrices, progress, should_stop, "extraction")
+        parts = extract_linears(base, tuned, matrices, paths, rank, vectors, device)
     finally:
         base.release()
         tuned.release()
@@ -93,6 +81,50 @@ def extract_adapter(
         notes.insert(0, f"Linears that do not differ: {num_same} of {len(matrices)}")
     step = {"did": "extract", "rank": rank, "of": [tuned.name, base.name]}
     return build_composition(f"{tuned.name} - {base.name}", parts, {}, step, notes)
+
+
+def read_values(model: BaseWeights, path: str, device: torch.device | str) -> torch.Tensor:
+    """float32 (out, in) of a Linear the model is known to have."""
+    weight = model.get(path)
+    assert weight is not None  # see `check_models`
+    return weight.to(device).values
+
+
+def extract_linears(
+    base: BaseWeights,
+    tuned: BaseWeights,
+    matrices: Mapping[str, AnyTensor],
+    paths: Iterable[str],
+    rank: int,
+    vectors: dict[str, torch.Tensor],
+    device: torch.device | str,
+) -> dict[str, Truncated]:
+    """The Linears that differ; the differences of their biases are taken out of `vectors`."""
+    parts = {}
+    with exact_products():
+        for path in paths:
+            difference = read_values(tuned, path, device) - read_values(base, path, device)
+            bias = vectors.pop(f"{path}.bias", None)
+            part = extract_module(path, difference, rank, matrices[path].dtype, bias)
+            if part is not None:
+                parts[path] = part
+    return parts
+
+
+def extract_module(
+    path: str,
+    difference: torch.Tensor,
+    rank: int,
+    stored: torch.dtype,
+    bias: torch.Tensor | None,
+) -> Truncated | None:
+    """One Linear's part, on the CPU; None if neither it nor its bias differs."""
+    square = sum_squares(difference)
+    check_finite(square, path)
+    if square:
+        part = truncate_dense(difference, rank, None, choose_storage(stored), bias)
+        return replace(part, weights=part.weights.to(torch.device("cpu")))
+    return None if bias is None else Truncated(DiffWeights(bias_delta=bias), 0.0)
 
 
 def compute_vectors(
@@ -119,7 +151,7 @@ def compute_vectors(
                 f"{tuple(tensor.shape)} against {tuple(ours[name].shape)}; expected two models of "
                 "the same kind."
             )
-        difference = tuned.get_tensor(name).float() - base.get_tensor(name).float()
+        difference = fetch(tensor).float() - fetch(ours[name]).float()
         square = difference.square().sum().item()
         check_finite(square, name)
         if square:
@@ -143,13 +175,6 @@ def check_finite(square: float, name: str) -> None:
             f"{name} differs by NaN or Inf; expected finite weights. Check that both files are "
             "complete."
         )
-
-
-def add_bias(part: Truncated, bias: torch.Tensor | None) -> Truncated:
-    """The part on the CPU, with the difference of the bias."""
-    weights = part.weights.to(torch.device("cpu"))
-    added = LoraWeights(weights.lora_A, weights.lora_B, weights.alpha, bias)
-    return replace(part, weights=added)
 
 
 def check_models(base: BaseWeights, tuned: BaseWeights) -> dict[str, AnyTensor]:

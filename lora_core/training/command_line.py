@@ -6,15 +6,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
+    from .data.dataset import CachedDataset
     from .run.metrics import StepReport
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     """Adds the training commands to an argparse sub-parsers object."""
     command = commands.add_parser("train", help="a LoRA from a cached training set")
     command.add_argument(
@@ -123,7 +124,7 @@ def run_sample(options: argparse.Namespace) -> None:
                 print(f"Wrote {write_image(decode(latents)[0], stem)}")
 
 
-def choose_items(dataset, keys: str | None) -> list[int]:
+def choose_items(dataset: CachedDataset, keys: str | None) -> list[int]:
     """Indices of the items a list of keys names; all without one."""
     known = {info.key: index for index, info in enumerate(dataset.items)}
     chosen = list(known) if keys is None else [key.strip() for key in keys.split(",")]
@@ -144,7 +145,7 @@ def run_estimate(options: argparse.Namespace) -> None:
     quiet_libraries()
     config = read_config(options.config)
     dataset = read_dataset(config.data.folder)
-    estimate = estimate_run(config, dataset, options.shared, options.samples)
+    estimate = estimate_run(config, dataset, is_shared=options.shared, with_samples=options.samples)
     print(json.dumps(estimate.to_dict(), indent=1) if options.json else estimate.to_text())
 
 

@@ -119,7 +119,8 @@ class PairEncoder:
         target = self._encode_image(resize_target(to_image(pair.target.read()), checked.size))
         mask = None
         if pair.mask is not None:
-            mask = resize_mask(pair.mask.read(), target.shape[-2:])
+            height, width = target.shape[-2:]
+            mask = resize_mask(pair.mask.read(), (height, width))
         return CachedItem(
             target=target,
             references=tuple(latents),

@@ -59,7 +59,9 @@ def find_queued_readers() -> tuple[str, ...]:
     if context is None or _queue is None:
         return ()
     running, _ = _queue.get_current_queue_volatile()
-    graph = next((item[2] for item in running if item[1] == context.prompt_id), {})
+    graph: Mapping[str, Any] = next(
+        (item[2] for item in running if item[1] == context.prompt_id), {}
+    )
     return list_weight_readers(graph, context.node_id)
 
 
@@ -70,7 +72,9 @@ def list_weight_readers(graph: Mapping[str, Any], node_id: str) -> tuple[str, ..
         for link in filter(is_link, node["inputs"].values()):
             if gives_model(graph, *link[:2]):
                 behind.setdefault(link[0], set()).add(other)
-    found, reached, open_ids = set(), set(), [node_id]
+    found: set[str] = set()
+    reached: set[str] = set()
+    open_ids = [node_id]
     while open_ids:
         for other in behind.get(open_ids.pop(), set()) - reached:
             reached.add(other)

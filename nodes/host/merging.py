@@ -9,13 +9,20 @@ much memory as the LoRA.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import comfy.weight_adapter
 import torch
 
-from ...lora_core import ConfigError, FileError, ModuleWeights, compute_delta
+from ...lora_core import (
+    ConfigError,
+    DiffWeights,
+    FileError,
+    LoraWeights,
+    ModuleWeights,
+    compute_delta,
+)
 from ...lora_core.adapter.strengths import Strengths
 from ...lora_core.disk.safetensors_file import SafetensorsFile, StoredTensor, load, read_signature
 from ...lora_core.text import format_count, shorten
@@ -25,7 +32,8 @@ from .models import ModelPatcher
 def find_files(weights: ModuleWeights) -> tuple[SafetensorsFile, ...]:
     """The files that its tensors are views of."""
     parts = weights.parts.values()
-    return tuple({part.file: None for part in parts if isinstance(part, StoredTensor)})
+    files = (part.file for part in parts if isinstance(part, StoredTensor))
+    return tuple({file: None for file in files if isinstance(file, SafetensorsFile)})
 
 
 def check_not_overwritten(files: Iterable[SafetensorsFile]) -> None:
@@ -48,7 +56,7 @@ def check_not_overwritten(files: Iterable[SafetensorsFile]) -> None:
 class CheckedLora(comfy.weight_adapter.LoRAAdapter):
     """ComfyUI's own adapter, with the files its tensors are views of after its six weights."""
 
-    def calculate_weight(self, *args, **kwargs):
+    def calculate_weight(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         check_not_overwritten(self.weights[6])
         return super().calculate_weight(*args, **kwargs)
 
@@ -64,15 +72,15 @@ class CheckedDiff(comfy.weight_adapter.WeightAdapterBase):
 
     def calculate_weight(
         self,
-        weight,
-        key,
-        strength,
-        strength_model,
-        offset,
-        function,
-        intermediate_dtype=torch.float32,
-        original_weight=None,
-    ):
+        weight: torch.Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: Any = None,
+    ) -> torch.Tensor:
         diff, files = self.weights
         check_not_overwritten(files)
         weight += function(strength * diff.to(weight.device, weight.dtype))
@@ -92,7 +100,7 @@ class MergedWeights(comfy.weight_adapter.WeightAdapterBase):
 
     name = "qwen_edit_lora"
 
-    def __init__(self, loaded_keys: set[str], weights: tuple[ModuleWeights, ...]):
+    def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]):
         self.loaded_keys = loaded_keys
         self.weights = weights
 
@@ -102,15 +110,15 @@ class MergedWeights(comfy.weight_adapter.WeightAdapterBase):
 
     def calculate_weight(
         self,
-        weight,
-        key,
-        strength,
-        strength_model,
-        offset,
-        function,
-        intermediate_dtype=torch.float32,
-        original_weight=None,
-    ):
+        weight: torch.Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: Any = None,
+    ) -> torch.Tensor:
         stored, *tensors = self.weights
         check_not_overwritten(find_files(stored))
         parts = dict(zip(stored.parts, tensors, strict=True))
@@ -123,11 +131,11 @@ class MergedWeights(comfy.weight_adapter.WeightAdapterBase):
 def build_patch(weights: ModuleWeights) -> Any:
     """ComfyUI's own patch where it computes the same, since its memory management knows it."""
     files = find_files(weights)
-    if weights.kind == "LoRA":
+    if isinstance(weights, LoraWeights):
         values = (weights.lora_B, weights.lora_A, weights.alpha, None, None, None, files)
         return CheckedLora(set(), values)
-    if weights.kind == "diff" and weights.shape is not None:
-        return CheckedDiff(set(), (weights.part("diff"), files))
+    if isinstance(weights, DiffWeights) and weights.shape is not None:
+        return CheckedDiff(set(), (weights.need_part("diff"), files))
     return MergedWeights.wrap(weights)
 
 

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import comfy.model_management
-import comfy.model_patcher
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-
-ModelPatcher = comfy.model_patcher.ModelPatcher
 
 #: Sampled from a GGUF weight for its norm.
 MAX_DECODED_ROWS = 512
@@ -120,7 +118,7 @@ def is_gguf(weight: torch.Tensor) -> bool:
     return hasattr(weight, "tensor_type") and hasattr(weight, "tensor_shape")
 
 
-def decode_rows(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+def decode_rows(weight: Any) -> tuple[torch.Tensor, float]:
     """float32 values of evenly spaced rows of a GGMLTensor, and their share of all rows.
 
     ComfyUI-GGUF decodes some 20 million weights a second on one core.

@@ -27,7 +27,17 @@ class _PredictionSampler(comfy.samplers.Sampler):
     def __init__(self, record: Callable[[int, torch.Tensor, torch.Tensor], None]):
         self.record = record
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, *_, **__):
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> torch.Tensor:
         sampling = model_wrap.inner_model.model_sampling
         for index, sigma in enumerate(sigmas):
             comfy.model_management.throw_exception_if_processing_interrupted()

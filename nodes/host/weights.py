@@ -42,7 +42,7 @@ class PackedWeights(torch.nn.Module, comfy.ops.CastWeightBiasOp):
 
     def fetch(self, like: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """The flat weight on the device and in the dtype of `like`, and a ticket for `release`."""
-        weight = self._parameters["weight"]
+        weight: Any = self._parameters["weight"]
         if (
             weight.dtype == like.dtype
             and weight.device == like.device
@@ -83,5 +83,6 @@ def prioritize(patcher: ModelPatcher) -> None:
     """
     get_pages = getattr(patcher, "_vbar_get", None)
     pages = None if get_pages is None else get_pages()
-    if hasattr(pages, "prioritize"):
-        pages.prioritize()
+    prioritize_pages = getattr(pages, "prioritize", None)
+    if prioritize_pages is not None:
+        prioritize_pages()

@@ -23,12 +23,12 @@ from torch.nn import functional as F
 from ...lora_core import Adapter, LoraWeights, ModuleWeights
 from .. import host
 from .layouts import Layout, Place
-from .terms import LowRankTerm, Term, list_term_types
+from .terms import Inputs, LowRankTerm, Term, list_term_types
 
 _READERS = re.compile(r"(.*\.)(to|add)_([qkv])(?:_proj)?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """One module of one adapter, and its place in the model."""
 
@@ -53,16 +53,18 @@ class Bank(torch.nn.Module):
         for entry, (adapter, paths, layout) in enumerate(contents):
             for path in sorted(paths):
                 place = layout.find_place(path)
+                assert place is not None  # paths that the model lacks were left out
                 by_path[place.module_path].append(Member(entry, path, place, adapter.modules[path]))
         self.sites: dict[str, Site] = {}
         self.products: list[DownProduct] = []
         # Nodes run in inference mode; weights created there could not take part in a backward pass.
         with torch.inference_mode(False):
-            for paths in group_readers(by_path):
-                sites = build_sites([by_path[path] for path in paths], dtype)
-                self.sites.update(zip(paths, sites, strict=True))
-                if len(sites) > 1:
-                    self.products.append(sites[0].product)
+            for readers in group_readers(by_path):
+                sites = build_sites([by_path[path] for path in readers], dtype)
+                self.sites.update(zip(readers, sites, strict=True))
+                product = sites[0].product
+                if len(sites) > 1 and product is not None:
+                    self.products.append(product)
         self.packs = torch.nn.ModuleList(site.pack for site in self.sites.values())
         for adapter, *_ in contents:
             adapter.release()
@@ -184,19 +186,18 @@ class Site:
         tensors = [] if stack is None else [stack]
         numbered = list(enumerate(members))
         for _, part in groupby(numbered, key=lambda pair: pair[1].place.part):
-            plain = [(i, m) for i, m in part if isinstance(m.weights, LoraWeights)]
+            plain = [(i, m.place, m.weights) for i, m in part if isinstance(m.weights, LoraWeights)]
             if plain:
-                segments = [(i, m.weights.rank, m.weights.scale) for i, m in plain]
-                term = LowRankTerm(self.end, segments)
-                self.end += term.rank
-                ups = torch.cat([m.weights.lora_B.to(dtype) for _, m in plain], dim=1)
-                self._put(term, plain[0][1].place, [ups], tensors)
+                low_rank = LowRankTerm(self.end, [(i, w.rank, w.scale) for i, _, w in plain])
+                self.end += low_rank.rank
+                ups = torch.cat([w.lora_B.to(dtype) for _, _, w in plain], dim=1)
+                self._put(low_rank, plain[0][1], [ups], tensors)
         for i, member in numbered:
             for kind in list_term_types(member.weights):
                 term = kind(i, member.weights)
                 self._put(term, member.place, kind.list_tensors(member.weights), tensors)
         self.pack = host.PackedWeights(tensors, dtype)
-        if stack is not None:
+        if product is not None and stack is not None:
             product.pack = self.pack
 
     def _put(
@@ -226,21 +227,22 @@ class Site:
             tensors = self.pack.split(flat)
             if product is not None and hidden is None:
                 hidden = product.compute(self.index, x, tensors[0])
+            inputs = Inputs(x, hidden, tensors, gains)
             if self.interleave == 1:
-                self._add_terms(out, x, hidden, tensors, gains)
+                self._add_terms(out, inputs)
             else:
                 parts = out.unflatten(-1, (-1, self.interleave)).transpose(1, 2)
                 straight = parts.flatten(1)
-                self._add_terms(straight, x, hidden, tensors, gains)
+                self._add_terms(straight, inputs)
                 parts.copy_(straight.view(parts.shape))
         finally:
             self.pack.release(ticket)
         return out.view(y.shape)
 
-    def _add_terms(self, out, x, hidden, tensors, gains) -> None:
+    def _add_terms(self, out: torch.Tensor, inputs: Inputs) -> None:
         for term in self.terms:
             part = out
             if term.num_parts > 1:
                 size = out.shape[-1] // term.num_parts
                 part = out.narrow(-1, term.part * size, size)
-            term.add(part, x, hidden, tensors, gains)
+            term.add(part, inputs)

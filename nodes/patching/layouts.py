@@ -14,7 +14,7 @@ import torch
 from ...lora_core import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """An adapter's module in a model: a Linear, or one of equal parts of a Linear's output."""
 

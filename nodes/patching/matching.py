@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -135,9 +136,10 @@ def check_shapes(
 
 
 def compare_shape(
-    module: torch.nn.Module, place: Place, weights: ModuleWeights
-) -> tuple[tuple, tuple]:
+    module: Any, place: Place, weights: ModuleWeights
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The module's shape and the one the weights need, or only the outputs of both."""
+    shape: tuple[int, ...]
     if is_linear(module):
         shape = (module.out_features // place.num_parts, module.in_features)
     else:

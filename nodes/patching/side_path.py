@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
@@ -167,7 +168,9 @@ def get_side_path(model: host.ModelPatcher) -> SidePath | None:
     return host.get_options(model).get(KEY)
 
 
-def prepare_side_path(executor: Callable, model: host.ModelPatcher, *args, **kwargs):
+def prepare_side_path(
+    executor: Callable, model: host.ModelPatcher, *args: Any, **kwargs: Any
+) -> Any:
     """PREPARE_SAMPLING wrapper: the bank is loaded, and accounted for, with the model.
 
     Where swapped forwards cannot work, the entries are merged here. Apply merges if it sees the
@@ -197,7 +200,7 @@ def prepare_side_path(executor: Callable, model: host.ModelPatcher, *args, **kwa
     return prepared
 
 
-def run_with_side_path(executor: Callable, *args, **kwargs):
+def run_with_side_path(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """DIFFUSION_MODEL wrapper: swaps forwards for the duration of one model call."""
     args, kwargs, side_path = take_side_path(args, kwargs)
     if side_path is None or side_path.is_merged or not side_path.is_active:
@@ -213,7 +216,7 @@ def take_side_path(args: tuple, kwargs: dict) -> tuple[tuple, dict, SidePath | N
     """
     found = None
 
-    def strip(value):
+    def strip(value: Any) -> Any:
         nonlocal found
         if isinstance(value, dict) and KEY in value:
             found = value[KEY]
@@ -250,14 +253,16 @@ def swapped_forwards(diffusion_model: torch.nn.Module, side_path: SidePath) -> I
 
 
 @contextmanager
-def warning_if_unused(side_path: SidePath, swapped: list[tuple[dict, Callable | None]]):
+def warning_if_unused(
+    side_path: SidePath, swapped: list[tuple[dict, Callable | None]]
+) -> Iterator[None]:
     """Warns if a call ran none of the modules whose forwards are swapped.
 
     Checked in the first call only: caches such as EasyCache may skip later ones.
     """
     run: set[int] = set()
 
-    def watch(forward: Callable, number: int, *args, **kwargs):
+    def watch(forward: Callable, number: int, *args: Any, **kwargs: Any) -> Any:
         run.add(number)
         return forward(*args, **kwargs)
 
@@ -274,5 +279,12 @@ def warning_if_unused(side_path: SidePath, swapped: list[tuple[dict, Callable | 
         )
 
 
-def run_site(forward: Callable, site: Site, gains: tuple[float, ...], x: torch.Tensor, *a, **kw):
-    return site.add(forward(x, *a, **kw), x, gains)
+def run_site(
+    forward: Callable,
+    site: Site,
+    gains: tuple[float, ...],
+    x: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    return site.add(forward(x, *args, **kwargs), x, gains)

@@ -8,10 +8,21 @@ Each kind adds with one fused scale-multiply-add kernel where the dtypes allow i
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch.nn import functional as F
 
 from ...lora_core import DiffWeights, LohaWeights, LokrWeights, ModuleWeights
+
+
+class Inputs(NamedTuple):
+    """What a module's terms are computed from."""
+
+    x: torch.Tensor
+    hidden: torch.Tensor | None
+    tensors: list[torch.Tensor]
+    gains: tuple[float, ...]
 
 
 class Term:
@@ -25,14 +36,18 @@ class Term:
     part, num_parts = 0, 1
     slots: slice
 
-    def add(
-        self,
-        out: torch.Tensor,
-        x: torch.Tensor,
-        hidden: torch.Tensor | None,
-        tensors: list[torch.Tensor],
-        gains: tuple[float, ...],
-    ) -> None:
+    def add(self, out: torch.Tensor, inputs: Inputs) -> None:
+        raise NotImplementedError
+
+
+class MemberTerm(Term):
+    """One of the kinds that run adapter by adapter."""
+
+    def __init__(self, member: int, weights: Any):
+        self.member = member
+
+    @staticmethod
+    def list_tensors(weights: Any) -> list[torch.Tensor]:
         raise NotImplementedError
 
 
@@ -49,12 +64,13 @@ class LowRankTerm(Term):
     def __init__(self, start: int, segments: list[tuple[int, int, float]]):
         self.segments = segments
         self.start, self.rank = start, sum(rank for _, rank, _ in segments)
-        self._gain: tuple | None = None
+        self._gain: tuple[Any, float | torch.Tensor] | None = None
 
-    def add(self, out, x, hidden, tensors, gains):
-        gain = self._get_gain(gains, hidden)
-        (up,) = tensors[self.slots]
-        hidden = hidden.narrow(1, self.start, self.rank)
+    def add(self, out: torch.Tensor, inputs: Inputs) -> None:
+        assert inputs.hidden is not None  # a site with plain LoRAs has a down-product
+        gain = self._get_gain(inputs.gains, inputs.hidden)
+        (up,) = inputs.tensors[self.slots]
+        hidden = inputs.hidden.narrow(1, self.start, self.rank)
         if isinstance(gain, float):
             if gain:
                 accumulate(out, hidden, up, gain)
@@ -66,6 +82,7 @@ class LowRankTerm(Term):
         key = (gains, like.device, like.dtype)
         if self._gain is None or self._gain[0] != key:
             values = [gains[member] * scale for member, _, scale in self.segments]
+            gain: float | torch.Tensor
             if len(set(values)) == 1:
                 gain = float(values[0])
             else:
@@ -76,7 +93,7 @@ class LowRankTerm(Term):
         return self._gain[1]
 
 
-class KroneckerTerm(Term):
+class KroneckerTerm(MemberTerm):
     """LoKr without building kron(w1, w2): w2 on groups of x, then w1 across the groups.
 
     w1 (a, m), w2 (b, n) with in = m * n, out = a * b.
@@ -89,15 +106,15 @@ class KroneckerTerm(Term):
     def list_tensors(weights: LokrWeights) -> list[torch.Tensor]:
         return [weights.factor("lokr_w1"), weights.factor("lokr_w2")]
 
-    def add(self, out, x, hidden, tensors, gains):
-        w1, w2 = tensors[self.slots]
-        groups = x.reshape(len(out), w1.shape[1], -1)  # (S, m, n)
+    def add(self, out: torch.Tensor, inputs: Inputs) -> None:
+        w1, w2 = inputs.tensors[self.slots]
+        groups = inputs.x.reshape(len(out), w1.shape[1], -1)  # (S, m, n)
         h = F.linear(groups, w2).transpose(-1, -2)  # (S, m, b) -> (S, b, m)
         h = F.linear(h, w1).transpose(-1, -2).flatten(-2)  # (S, b, a) -> (S, a * b)
-        out.add_(h, alpha=gains[self.member] * self.scale)
+        out.add_(h, alpha=inputs.gains[self.member] * self.scale)
 
 
-class HadamardTerm(Term):
+class HadamardTerm(MemberTerm):
     """LoHa: the product is not low-rank, so the delta is built for each call and then dropped."""
 
     def __init__(self, member: int, weights: LohaWeights):
@@ -105,46 +122,41 @@ class HadamardTerm(Term):
 
     @staticmethod
     def list_tensors(weights: LohaWeights) -> list[torch.Tensor]:
-        return [weights.part(name) for name in LohaWeights.NAMES]
+        return [weights.need_part(name) for name in LohaWeights.NAMES]
 
-    def add(self, out, x, hidden, tensors, gains):
-        w1_a, w1_b, w2_a, w2_b = tensors[self.slots]
-        accumulate(out, x, (w1_a @ w1_b) * (w2_a @ w2_b), gains[self.member] * self.scale)
+    def add(self, out: torch.Tensor, inputs: Inputs) -> None:
+        w1_a, w1_b, w2_a, w2_b = inputs.tensors[self.slots]
+        gain = inputs.gains[self.member] * self.scale
+        accumulate(out, inputs.x, (w1_a @ w1_b) * (w2_a @ w2_b), gain)
 
 
-class DenseTerm(Term):
+class DenseTerm(MemberTerm):
     """A whole delta, as ComfyUI's trainer stores some: (out, in)."""
-
-    def __init__(self, member: int, weights: DiffWeights):
-        self.member = member
 
     @staticmethod
     def list_tensors(weights: DiffWeights) -> list[torch.Tensor]:
-        return [weights.part("diff")]
+        return [weights.need_part("diff")]
 
-    def add(self, out, x, hidden, tensors, gains):
-        (diff,) = tensors[self.slots]
-        accumulate(out, x, diff, gains[self.member])
+    def add(self, out: torch.Tensor, inputs: Inputs) -> None:
+        (diff,) = inputs.tensors[self.slots]
+        accumulate(out, inputs.x, diff, inputs.gains[self.member])
 
 
-class BiasTerm(Term):
+class BiasTerm(MemberTerm):
     """A change of the module's bias: (out,)."""
-
-    def __init__(self, member: int, weights: ModuleWeights):
-        self.member = member
 
     @staticmethod
     def list_tensors(weights: ModuleWeights) -> list[torch.Tensor]:
-        return [weights.bias_delta]
+        return [weights.need_part("bias_delta")]
 
-    def add(self, out, x, hidden, tensors, gains):
-        (diff,) = tensors[self.slots]
-        out.add_(diff, alpha=gains[self.member])
+    def add(self, out: torch.Tensor, inputs: Inputs) -> None:
+        (diff,) = inputs.tensors[self.slots]
+        out.add_(diff, alpha=inputs.gains[self.member])
 
 
-def list_term_types(weights: ModuleWeights) -> list[type[Term]]:
+def list_term_types(weights: ModuleWeights) -> list[type[MemberTerm]]:
     """The terms of one member, except plain LoRAs, which run together."""
-    types: list[type[Term]] = []
+    types: list[type[MemberTerm]] = []
     if isinstance(weights, LokrWeights):
         types.append(KroneckerTerm)
     elif isinstance(weights, LohaWeights):

@@ -63,7 +63,7 @@ class PromptQueue:
         self.server = server
 
     @property
-    def queue(self):
+    def queue(self) -> Any:
         return self.server.prompt_queue
 
     def request_release(self) -> None:

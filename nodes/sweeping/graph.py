@@ -86,7 +86,9 @@ class SweepGraph:
     def add_sampler(self, cell: Cell, model: host.Link, sampling: Sampling) -> host.Link:
         label, links = build_label(cell), sampling.links
         if "sampler" not in links:
-            inputs = {name: links[name] for name in ("positive", "negative", "latent_image")}
+            inputs: dict[str, Any] = {
+                name: links[name] for name in ("positive", "negative", "latent_image")
+            }
             inputs |= {"model": model, "seed": cell.seed, **sampling.settings}
             return self.graph.node("KSampler", f"sample {label}", **inputs).out(0)
         if "negative" in links:
@@ -116,7 +118,9 @@ class SweepGraph:
 
     def collect(self, cells: Sequence[Cell], chains: Sequence[Chain], text: str) -> Any:
         """The last node, with lists of all images, latents and models, and the report."""
-        inputs = {f"model_{index}": chain.model for index, chain in enumerate(chains)}
+        inputs: dict[str, Any] = {
+            f"model_{index}": chain.model for index, chain in enumerate(chains)
+        }
         # ComfyUI runs inputs in reverse order, both of names and within a name. So: all latents
         # before the first image, so that the models swap in memory only once, and one adapter's
         # cells after another's.

@@ -46,7 +46,9 @@ def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
     paths = [path for path in matched if explain_no_delta(adapter.modules[path]) is None]
     squares, weights, reason = 0.0, 0.0, ""
     for path in choose_evenly(paths, MAX_MODULES):
-        norm = host.measure_weight(model, match.layout.find_place(path).module_path)
+        place = match.layout.find_place(path)
+        assert place is not None  # the model has it
+        norm = host.measure_weight(model, place.module_path)
         if norm.value is None:
             reason = f": {path} cannot be measured, as {norm.reason}"
         else:

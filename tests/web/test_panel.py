@@ -126,6 +126,28 @@ def press(page: Any, action: str) -> None:
     page.locator(f".qel-panel [data-action={action}]").click()
 
 
+def read_job_view(page: Any, node: str) -> str:
+    """The text of the job shown on a node."""
+    return page.evaluate(
+        """type => app.graph._nodes.find(n => n.comfyClass === type).widgets
+            .find(w => w.name === 'job_view').element.innerText""",
+        node,
+    )
+
+
+def press_and_answer(page: Any, action: str, answer: str) -> None:
+    press(page, action)
+    page.get_by_role("button", name=answer, exact=True).click()
+
+
+def reach_panel(page: Any) -> None:
+    """On a page that was just opened."""
+    page.wait_for_function("window.app?.graph && window.app?.extensionManager")
+    page.wait_for_timeout(1000)
+    page.keyboard.press("Escape")
+    open_panel(page)
+
+
 def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(workspace, host):
     page, name = workspace.page, "from the button"
     workspace.open_template("6 Train a LoRA")
@@ -139,25 +161,14 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
     assert wait_for(lambda: read_step(page, name) > 0, page) < 5
     assert page.locator(TAB_BUTTON).locator(BADGE).inner_text() == "1"
     for node in ("QwenEditLoraTrain", "QwenEditLoraJob"):
-        shown = page.evaluate(
-            """type => app.graph._nodes.find(n => n.comfyClass === type).widgets
-                .find(w => w.name === 'job_view').element.innerText""",
-            node,
-        )
-        assert f"of {MANY}" in shown
+        assert f"of {MANY}" in read_job_view(page, node)
 
     # another page shows the same, and so does this one after a reload
     other = page.context.new_page()
     other.goto(host.server.url)
-    other.wait_for_function("window.app?.graph && window.app?.extensionManager")
-    other.wait_for_timeout(1000)
-    other.keyboard.press("Escape")
-    open_panel(other)
+    reach_panel(other)
     page.reload()
-    page.wait_for_function("window.app?.graph && window.app?.extensionManager")
-    page.wait_for_timeout(1000)
-    page.keyboard.press("Escape")
-    open_panel(page)
+    reach_panel(page)
     for one in (page, other):
         wait_for(lambda one=one: read_step(one, name) > 0, one)
         assert read_status(one, name) == "training"
@@ -180,18 +191,15 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
     wait_for(lambda: host.store.get(job_id).state.step > paused_at, page)
     page.wait_for_timeout(1000)
     workspace.shoot("panel_job")
-    press(page, "cancel")
-    page.get_by_role("button", name="Keep training").click()
+    press_and_answer(page, "cancel", "Keep training")
     assert page.evaluate("document.activeElement.dataset.action") == "cancel"
-    press(page, "cancel")
-    page.get_by_role("button", name="Stop and save").click()
+    press_and_answer(page, "cancel", "Stop and save")
     wait_for(lambda: chip.inner_text() == "cancelled", page)
     wait_for(lambda: read_status(other, name) == "cancelled", other)
     assert host.store.get(job_id).status is JobStatus.CANCELLED
 
     # confirmed first, then gone on both pages
-    press(page, "delete")
-    page.get_by_role("button", name="Back", exact=True).click()
+    press_and_answer(page, "delete", "Back")
     assert host.store.get(job_id).status is JobStatus.CANCELLED
     press(page, "delete")
     assert page.evaluate("document.activeElement.innerText") == "Back"  # not what deletes

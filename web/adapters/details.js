@@ -168,14 +168,14 @@ export function createDetails({ t, onload, ontrain, onclose }) {
       const properties = column === "name" ? { scope: "row" } : {};
       return build(tag, properties, String((show[column] ?? String)(row[column])));
     };
-    const head = columns.map((name) => build("th", { scope: "col" }, t(`adapters.column.${name}`)));
+    const headings = columns.map((name) => build("th", { scope: "col" }, t(`adapters.column.${name}`)));
     const body = details.modules.map((row) =>
       build("tr", {}, ...columns.map((column) => cell(row, column))),
     );
     const table = build(
       "table",
       {},
-      build("thead", {}, build("tr", {}, ...head)),
+      build("thead", {}, build("tr", {}, ...headings)),
       build("tbody", {}, ...body),
     );
     const label = t("adapters.modules");
@@ -207,7 +207,7 @@ export function createDetails({ t, onload, ontrain, onclose }) {
     /** Shows what the list already has, and everything once `details` have loaded. */
     show(entry, details) {
       // Sections the user has opened stay open when the file is updated.
-      const open = [...element.querySelectorAll("details")].map((fold) => fold.open);
+      const open = [...element.querySelectorAll("details")].map((one) => one.open);
       const isSame = element.dataset.id === entry.id;
       const scroll = isSame ? element.scrollTop : 0;
       const hadFocus = element.contains(document.activeElement);
@@ -222,7 +222,7 @@ export function createDetails({ t, onload, ontrain, onclose }) {
       }
       element.replaceChildren(...parts.filter(Boolean));
       if (isSame) {
-        element.querySelectorAll("details").forEach((fold, i) => (fold.open = open[i] ?? false));
+        element.querySelectorAll("details").forEach((one, i) => (one.open = open[i] ?? false));
       }
       element.scrollTop = scroll;
       if (hadFocus) element.focus({ preventScroll: true }); // or Escape would not be heard here

@@ -40,10 +40,8 @@ export function askToCancel(parent, job, t) {
 export function askToClone(parent, job, t) {
   const inputs = CLONE_FIELDS.map(([name, type]) => {
     const value = String(job.settings[name] ?? "");
-    const input = build("input", {
-      ...{ type, name, value, class: "qel-input", required: true },
-      step: type === "number" ? "any" : undefined,
-    });
+    const step = type === "number" ? "any" : undefined;
+    const input = build("input", { type, name, value, class: "qel-input", required: true, step });
     return { name, type, value, input };
   });
   const content = [

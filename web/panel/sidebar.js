@@ -8,7 +8,13 @@ import { build, setAttribute } from "../elements.js";
 import { createTranslator } from "../translation.js";
 
 export const TAB_ID = "qwen_edit_lora";
-const STYLES = ["../theme.css", "./panel.css", "../adapters/adapters.css"];
+const STYLES = [
+  "../theme.css",
+  "./panel.css",
+  "./job_page.css",
+  "../adapters/adapters.css",
+  "../adapters/details.css",
+];
 const ICON = "pi pi-chart-line";
 
 // Returns {showJob(id)}: opens the tab at a training.

@@ -8,10 +8,10 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ...checks import MAX_WHOLE, show
 from ...disk.json_reader import parse_json
@@ -107,12 +107,12 @@ def check_path(text: str, where: str) -> None:
         )
 
 
-def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
+def build(section: Callable[..., T], values: Mapping[str, Any], where: str) -> T:
     """One dataclass of the tree from a dictionary of its fields."""
     place = f"[{where}]" if where else "the configuration"
     if not isinstance(values, Mapping):
         raise ConfigError(f"{place} is {show(values)}; expected a table of settings")
-    fields = {field.name: field for field in dataclasses.fields(section)}
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, section))}
     for key in values:
         if key not in fields:
             hint = suggest(shorten(str(key)), fields, where, list_places())
@@ -131,7 +131,7 @@ def build(section: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 @cache
-def get_hints(section: type) -> dict[str, Any]:
+def get_hints(section: Any) -> dict[str, Any]:
     """Field -> its type; a list of many jobs asks for the same few classes each time."""
     return typing.get_type_hints(section)
 
@@ -151,7 +151,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if hint is typing.Any:
         return check_plain(value, where)
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
+        return build(cast(Any, hint), value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
@@ -188,10 +188,9 @@ def check_plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return value
     if isinstance(value, list | tuple | Mapping) and depth < MAX_DEPTH:
-        is_table = isinstance(value, Mapping)
-        for item in value.values() if is_table else value:
+        for item in value.values() if isinstance(value, Mapping) else value:
             check_plain(item, where, depth + 1)
-        if not is_table or all(isinstance(key, str) for key in value):
+        if not isinstance(value, Mapping) or all(isinstance(key, str) for key in value):
             return value
     raise ConfigError(
         f"{where} is or holds {show(value)}; expected true, false, text, a finite number, or up "

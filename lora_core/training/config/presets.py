@@ -170,6 +170,7 @@ def choose_storage(
     size: BaseSize,
     gpu_bytes: int | None,
     headroom: int,
+    *,
     host_bytes: int | None = None,
     offload_blocks: int | None = None,
     has_nf4: bool = True,

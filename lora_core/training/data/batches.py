@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -18,7 +18,7 @@ from .dataset import CachedDataset, ItemInfo, collect_text
 from .latents import count_target_tokens, normalize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """One sample of a micro-batch: an item, and what seeds its random draws."""
 
@@ -88,7 +88,7 @@ def make_generator(*words: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Batch:
     """Samples of one bucket, ready for the model; latents are normalised."""
 
@@ -127,10 +127,15 @@ class Batch:
         def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else function(tensor)
 
-        return Batch(
-            *(move(self.x_0), [function(r) for r in self.references]),
-            *(move(self.text), move(self.text_mask), move(self.noise)),
-            *(self.u, move(self.mask), self.num_tokens, move(self.sigma)),
+        return replace(
+            self,
+            x_0=function(self.x_0),
+            references=[function(reference) for reference in self.references],
+            text=function(self.text),
+            text_mask=move(self.text_mask),
+            noise=function(self.noise),
+            mask=move(self.mask),
+            sigma=move(self.sigma),
         )
 
 
@@ -155,6 +160,7 @@ def load_batch(
     dataset: CachedDataset,
     slots: Sequence[Slot],
     seed: object,
+    *,
     caption_dropout: float = 0.0,
     use_masks: bool = True,
 ) -> Batch:

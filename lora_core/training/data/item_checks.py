@@ -56,11 +56,11 @@ def find_fault(
         fault = find_text_fault(tensors, "text_empty", text_width)
     has_mask = "mask" in tensors if info is None else info.has_mask
     if fault is None and has_mask:
-        mask, size = tensors.get("mask"), tuple(tensors["target"].shape[1:])
+        mask, expected = tensors.get("mask"), tuple(tensors["target"].shape[1:])
         if mask is None:
             return "it lacks mask"
-        if tuple(mask.shape) != size or mask.dtype.is_complex:
-            return f"mask is {describe(mask)}, expected {size}"
+        if tuple(mask.shape) != expected or mask.dtype.is_complex:
+            return f"mask is {describe(mask)}, expected {expected}"
     return fault
 
 

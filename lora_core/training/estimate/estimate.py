@@ -10,7 +10,9 @@ separately, two and three of them.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
@@ -66,8 +68,9 @@ class Estimate:
 
     @property
     def fits_device(self) -> bool:
-        known = self.memory_bytes is not None and self.available_bytes is not None
-        return not known or self.memory_bytes + MARGIN <= self.available_bytes
+        if self.memory_bytes is None or self.available_bytes is None:
+            return True
+        return self.memory_bytes + MARGIN <= self.available_bytes
 
     @property
     def fits_host(self) -> bool:
@@ -112,6 +115,7 @@ class Estimate:
 def estimate_run(
     config: TrainConfig,
     dataset: CachedDataset,
+    *,
     is_shared: bool = False,
     with_samples: bool = False,
 ) -> Estimate:
@@ -131,45 +135,25 @@ def estimate_run(
     host_free = None if device.type == "cpu" else find_free_host_memory()
     meter = MemoryMeter(device)
     largest = dataset.find_largest()
-    base = open_base_file(config.model.source)
-    try:
-        architecture = read_architecture(base.shapes, base.name, base.axes)
-        check_keys(architecture, base)
-        check_text_width(dataset, architecture.joint_attention_dim)
-        num_blocks = architecture.num_layers
-        width = base.shapes["img_in.weight"][0]
-        num_parameters = count_parameters(config, base)
-        choose_offloaded(num_blocks, config.model.offload_blocks)
-        arguments = (config, dataset, largest, base, device)
-        whole = measure_full_model(*arguments, num_blocks, num_parameters, is_shared)
-    finally:
-        base.release()
+    whole, width = open_and_measure(config, dataset, largest, device, is_shared=is_shared)
     passes = 1.0
     costs = [compute_cost(info, width) for info in dataset.items]
     mean_cost = sum(costs) / len(costs)
     if config.data.prior and config.data.prior_weight:
         prior = [compute_cost(info, width) for info in read_dataset(config.data.prior).items]
         passes += sum(prior) / len(prior) / mean_cost
-    options = config.optimizer
-    micro_s = whole.micro_step_s * options.accumulation * passes
+    micro_s = whole.micro_step_s * config.optimizer.accumulation * passes
     mean_s = micro_s * mean_cost / costs[largest] + whole.optimizer_s
-    memory = None
-    if whole.transient_bytes is not None:
-        kept = whole.frozen_bytes + num_parameters * whole.trained_bytes
-        transient = whole.transient_bytes
-        if with_samples and device.type != "cpu":
-            transient = max(transient, DECODING_BYTES)
-        memory = whole.process_bytes + round(
-            max(kept + transient, whole.frozen_bytes + whole.loading_bytes)
-        )
     estimate = Estimate(
         device=str(device),
-        memory_bytes=memory,
+        memory_bytes=whole.count_bytes(
+            DECODING_BYTES if with_samples and device.type != "cpu" else 0
+        ),
         available_bytes=meter.find_available(),
         seconds_per_step=mean_s,
         longest_step_s=micro_s + whole.optimizer_s,
         total_s=mean_s * config.steps + whole.compile_s,
-        num_parameters=num_parameters,
+        num_parameters=whole.num_parameters,
         num_tokens=dataset.items[largest].num_tokens,
         compile_s=whole.compile_s,
         gradient_checkpointing=whole.gradient_checkpointing,
@@ -200,6 +184,56 @@ class FullModelCost:
     trained_bytes: float
     block_bytes: int
     gradient_checkpointing: bool | str
+    num_parameters: int
+    """That are trained."""
+
+    def count_bytes(self, decoding_bytes: int = 0) -> int | None:
+        """Peak of the run's memory; None where transient memory is unknown.
+
+        Args:
+            decoding_bytes: that sample images take, which are decoded between two steps.
+        """
+        if self.transient_bytes is None:
+            return None
+        kept = self.frozen_bytes + self.num_parameters * self.trained_bytes
+        in_step = kept + max(self.transient_bytes, decoding_bytes)
+        return self.process_bytes + round(max(in_step, self.frozen_bytes + self.loading_bytes))
+
+
+def open_and_measure(
+    config: TrainConfig,
+    dataset: CachedDataset,
+    index: int,
+    device: torch.device,
+    *,
+    is_shared: bool,
+) -> tuple[FullModelCost, int]:
+    """What training on the configured base needs, and the width of that model.
+
+    Raises:
+        FileError, KeyFormatError, ConfigError: as opening the model does.
+    """
+    base = open_base_file(config.model.source)
+    try:
+        architecture = read_architecture(base.shapes, base.name, base.axes)
+        check_keys(architecture, base)
+        check_text_width(dataset, architecture.joint_attention_dim)
+        num_blocks = architecture.num_layers
+        num_parameters = count_parameters(config, base)
+        choose_offloaded(num_blocks, config.model.offload_blocks)
+        whole = measure_full_model(
+            config,
+            dataset,
+            index,
+            base,
+            device,
+            num_blocks=num_blocks,
+            num_parameters=num_parameters,
+            is_shared=is_shared,
+        )
+        return whole, base.shapes["img_in.weight"][0]
+    finally:
+        base.release()
 
 
 def measure_full_model(
@@ -208,20 +242,30 @@ def measure_full_model(
     index: int,
     base: BaseFile,
     device: torch.device,
+    *,
     num_blocks: int,
     num_parameters: int,
     is_shared: bool,
 ) -> FullModelCost:
     num_offloaded = config.model.offload_blocks
     num_resident = num_blocks - num_offloaded
-    arguments = (config, dataset, index, base, device)
+    measure = partial(
+        measure_blocks,
+        config,
+        dataset,
+        index,
+        base,
+        device,
+        num_parameters=num_parameters,
+        is_shared=is_shared,
+    )
     found = []
     if num_resident:
-        counts = sorted({1, min(3, num_blocks)})
-        found.append(measure_blocks(*arguments, counts, False, num_parameters, is_shared))
+        counts: Sequence[int] = sorted({1, min(3, num_blocks)})
+        found.append(measure(counts, offloaded=False))
     if num_offloaded:
         counts = (2, 3) if num_blocks > 2 else (1, 2) if num_blocks > 1 else (1,)
-        found.append(measure_blocks(*arguments, counts, True, num_parameters, is_shared))
+        found.append(measure(counts, offloaded=True))
     first, last = found[0], found[-1]
     transient = estimate_transient_bytes(first, last, num_blocks, num_offloaded)
     if transient is not None:
@@ -237,6 +281,7 @@ def measure_full_model(
         trained_bytes=first.trained_bytes,
         block_bytes=first.block_bytes,
         gradient_checkpointing=first.gradient_checkpointing,
+        num_parameters=num_parameters,
     )
 
 
@@ -276,7 +321,8 @@ def estimate_transient_bytes(
     if resident is not offloaded:
         copies = offloaded.transient_bytes(num_blocks) - transient
         transient += min(max(0.0, copies), num_offloaded * resident.block_bytes)
-    return max(transient, resident.update_bytes(num_blocks))
+    update = resident.update_bytes
+    return transient if update is None else max(transient, update(num_blocks))
 
 
 def compute_cost(info: ItemInfo, width: int) -> float:

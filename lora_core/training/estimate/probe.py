@@ -91,6 +91,7 @@ def measure_blocks(
     base: BaseFile,
     device: torch.device,
     counts: Sequence[int],
+    *,
     offloaded: bool,
     num_parameters: int,
     is_shared: bool = False,
@@ -106,16 +107,13 @@ def measure_blocks(
     """
     meter = MemoryMeter(device)
     meter.reset()
-    model = load_blocks(config, base, device, max(counts), offloaded)
+    model = load_blocks(config, base, device, max(counts), offloaded=offloaded)
     peak, after = meter.read_peak(), meter.reset()
     loading = None if peak is None or after is None else max(0, peak - after)
-    probe = Probe(config, model, dataset, index, device, counts, offloaded)
+    probe = Probe(config, model, dataset, index, device, counts, offloaded=offloaded)
     if is_free_to_choose(config.model):
         num_blocks = read_architecture(base.shapes, base.name, base.axes).num_layers
-        free = meter.find_free()
-        if free is not None:
-            free -= (num_blocks - max(counts)) * probe.block_bytes
-        adapt_to_memory(model, probe.batch, num_blocks, num_parameters, free, is_shared)
+        probe.adapt_to_memory(num_blocks, meter.find_free(), num_parameters, is_shared)
     if config.model.compile:
         for block in model.blocks:
             block.compile()
@@ -123,22 +121,10 @@ def measure_blocks(
     for n in counts:
         probe.take_step(n)
     at_rest, resting_gap = meter.reset(), meter.read_gap()
-    peaks: dict[int, list[Peaks]] = {n: [] for n in counts}
-    for _ in range(1 if meter.on_gpu else CPU_PEAKS):
-        for n in counts:
-            peaks[n].append(measure_peaks(probe, meter, n))
+    peaks = measure_all_peaks(probe, meter, counts)
     all_peaks = [one for found in peaks.values() for one in found]
     gap = max(0, max(one.gap for one in all_peaks) - resting_gap)
-    micro_s: dict[int, list[float]] = {n: [] for n in counts}
-    optimizer_s: dict[int, list[float]] = {n: [] for n in counts}
-    started = time.perf_counter()
-    for number in range(MAX_STEPS):
-        if number >= MIN_STEPS and time.perf_counter() - started > TIMED_S:
-            break
-        for n in counts:
-            micro, rest = probe.take_step(n)
-            micro_s[n].append(micro)
-            optimizer_s[n].append(rest)
+    micro_s, optimizer_s = time_steps(probe, counts)
     compile_s = 0.0
     if config.model.compile:
         compile_s = sum(first_s[n][0] - statistics.median(micro_s[n]) for n in counts)
@@ -157,6 +143,23 @@ def measure_blocks(
         gradient_checkpointing=model.gradient_checkpointing,
         trained_bytes=probe.count_trained_bytes() / sum(p.numel() for p in probe.parameters),
     )
+
+
+def time_steps(
+    probe: Probe, counts: Sequence[int]
+) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
+    """Seconds of micro-steps, and of the rest of their steps, by the number of blocks."""
+    micro_s: dict[int, list[float]] = {n: [] for n in counts}
+    optimizer_s: dict[int, list[float]] = {n: [] for n in counts}
+    started = time.perf_counter()
+    for number in range(MAX_STEPS):
+        if number >= MIN_STEPS and time.perf_counter() - started > TIMED_S:
+            break
+        for n in counts:
+            micro, rest = probe.take_step(n)
+            micro_s[n].append(micro)
+            optimizer_s[n].append(rest)
+    return micro_s, optimizer_s
 
 
 def fit_line(values: Mapping[int, Sequence[float]]) -> LinearFit:
@@ -197,6 +200,17 @@ def measure_peaks(probe: Probe, meter: MemoryMeter, num_blocks: int) -> Peaks:
     return Peaks(max(0, transient - before), max(0, update - before), gap)
 
 
+def measure_all_peaks(
+    probe: Probe, meter: MemoryMeter, counts: Sequence[int]
+) -> dict[int, list[Peaks]]:
+    """By the number of blocks; on a CPU several of each, since its heap also holds other data."""
+    peaks: dict[int, list[Peaks]] = {n: [] for n in counts}
+    for _ in range(1 if meter.on_gpu else CPU_PEAKS):
+        for n in counts:
+            peaks[n].append(measure_peaks(probe, meter, n))
+    return peaks
+
+
 class Probe:
     """A model of a few blocks and everything a step on it needs."""
 
@@ -208,6 +222,7 @@ class Probe:
         index: int,
         device: torch.device,
         counts: Sequence[int],
+        *,
         offloaded: bool,
     ):
         blocks = list(model.blocks)
@@ -236,6 +251,21 @@ class Probe:
         self.objective = Objective(replace(config.objective, auxiliary={}))
         size = config.data.batch_size
         self.batch = load_repeated(dataset, index, size, config.seed).to(device)
+
+    def adapt_to_memory(
+        self, num_blocks: int, free: int | None, num_parameters: int, is_shared: bool
+    ) -> None:
+        """Chooses what the whole model would keep for its backward pass in `free` bytes."""
+        if free is not None:
+            free -= (num_blocks - max(self.blocks)) * self.block_bytes
+        adapt_to_memory(
+            self.model,
+            self.batch,
+            num_blocks=num_blocks,
+            num_parameters=num_parameters,
+            free_bytes=free,
+            is_shared=is_shared,
+        )
 
     def take_step(self, num_blocks: int) -> tuple[float, float]:
         """Seconds of one micro-step, and of the rest of the step."""
@@ -276,7 +306,7 @@ class Probe:
 
     def count_trained_bytes(self) -> int:
         """Parameters, their averages, and what the optimizer keeps."""
-        kept = [*self.parameters]
+        kept: list[torch.Tensor] = [*self.parameters]
         for layer in self.injection.layers.values():
             kept += [b for b in layer.buffers(recurse=False) if b is not None]
         if self.ema is not None:
@@ -287,7 +317,7 @@ class Probe:
 
 
 def load_blocks(
-    config: TrainConfig, base: BaseFile, device: torch.device, num_blocks: int, offloaded: bool
+    config: TrainConfig, base: BaseFile, device: torch.device, num_blocks: int, *, offloaded: bool
 ) -> EditTransformer:
     """The model's first blocks, and the modules before and after the blocks."""
     model, dtype = config.model, COMPUTE_DTYPES[config.model.compute_dtype]

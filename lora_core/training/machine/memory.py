@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -141,6 +142,6 @@ def names_out_of_memory(text: str) -> bool:
     return any(words in text for words in OUT_OF_MEMORY)
 
 
-def count_bytes(tensors) -> int:
+def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Of different tensors, each once."""
     return sum(t.numel() * t.dtype.itemsize for t in {id(t): t for t in tensors}.values())

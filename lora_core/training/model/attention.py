@@ -20,10 +20,12 @@ FAST_CUDNN = 91500
 FAST_CUDNN_GENERATIONS = (9, 10)
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None):
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
     """(B, tokens, width) of heads (B, tokens, heads, head width)."""
-    heads = [x.transpose(1, 2) for x in (query, key, value)]
-    joint = functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    joint = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return joint.transpose(1, 2).flatten(2)
 
 

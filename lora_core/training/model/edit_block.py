@@ -60,6 +60,17 @@ class EditBlock(nn.Module):
     D = width.
     """
 
+    # diffusers' modules under its names; nothing declares what they hold.
+    attn: Any
+    img_mod: nn.Module
+    txt_mod: nn.Module
+    img_norm1: nn.Module
+    txt_norm1: nn.Module
+    img_norm2: nn.Module
+    txt_norm2: nn.Module
+    img_mlp: Any
+    txt_mlp: Any
+
     def __init__(self, block: nn.Module):
         super().__init__()
         for name, child in block.named_children():
@@ -98,7 +109,7 @@ class EditBlock(nn.Module):
             streams = self.begin_in_order(*inputs)
         return self.finish(*streams, split)
 
-    def compile(self, **options: object) -> None:
+    def compile(self, **options: Any) -> None:
         """Compiles the recomputed part and the rest separately.
 
         Under "selective" all but the products and the attention, which are not compiled.
@@ -260,15 +271,15 @@ class EditBlock(nn.Module):
         self, image: Unfinished, text: Unfinished, split: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The last product of either stream's MLP, and its residual sum."""
-        image, image_gate, image_begun = image
+        image_before, image_gate, image_begun = image
         (change,) = finish_products([self.img_mlp.net[-1]], image_begun)
-        image = add_gated(image, change, image_gate, split)
-        text, text_gate, text_begun = text
+        image_after = add_gated(image_before, change, image_gate, split)
+        text_before, text_gate, text_begun = text
         (change,) = finish_products([self.txt_mlp.net[-1]], text_begun)
-        return image, add_gated(text, change, text_gate, None)
+        return image_after, add_gated(text_before, change, text_gate, None)
 
 
-def begin_mlp(mlp: nn.Module, x: torch.Tensor) -> Begun:
+def begin_mlp(mlp: Any, x: torch.Tensor) -> Begun:
     """All but the last product, which is begun."""
     activation, *between, last = mlp.net
     (x,) = compute_products([activation.proj], x)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from ...base_model.base_weight import MX_BLOCK, BaseWeight, rotate
+from ...disk.safetensors_file import load
 from ...injection.layers import gather
 
 Decode = Callable[..., torch.Tensor]
@@ -28,13 +30,19 @@ class FrozenProduct(torch.autograd.Function):
     """x @ weight^T + bias, with a gradient for x only."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, decode: Decode, *codes):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        decode: Decode,
+        *codes: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.decode = decode
         ctx.save_for_backward(*codes)
         return functional.linear(x, decode(x.dtype, *codes), bias)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         codes = ctx.saved_tensors
         grad_x = grad @ ctx.decode(grad.dtype, *codes) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, *(None for _ in codes)
@@ -50,6 +58,8 @@ class FrozenLinear(nn.Module):
         codes: name -> tensor, "weight" among them, in the order in which `decode` takes them.
         rotation: the matrix (`build_rotation`) that rotated the weight before it was quantised.
     """
+
+    rotation: torch.Tensor | None
 
     def __init__(
         self,
@@ -157,12 +167,14 @@ def build_scaled_linear(
     Args:
         rotation: of a rotated weight, one per device that many can share.
     """
-    device = weight.stored.device
-    codes: dict[str, torch.Tensor] = {"weight": weight.stored}
+    stored = load(weight.stored)
+    device = stored.device
+    codes: dict[str, torch.Tensor] = {"weight": stored}
     if weight.scale is not None:
         scale = torch.as_tensor(weight.scale, dtype=torch.float32, device=device)
         codes["scale"] = scale if weight.scaling == "block" else scale.reshape(-1, 1)
     if weight.rotation and rotation is None:
         rotation = build_rotation(weight.rotation, device)
     decode = ScaledCodes(weight.storage)
-    return FrozenLinear(*weight.stored.shape, decode, codes, bias, rotation)
+    out_features, in_features = stored.shape
+    return FrozenLinear(out_features, in_features, decode, codes, bias, rotation)

@@ -40,7 +40,9 @@ class DownProducts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, down: torch.Tensor, is_ours: bool):
+    def forward(
+        ctx: Any, x: torch.Tensor, down: torch.Tensor, is_ours: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         down = down.to(x.dtype)
         ctx.save_for_backward(x, down)
@@ -49,7 +51,9 @@ class DownProducts(torch.autograd.Function):
         return x.view_as(x), functional.linear(x, down)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, grad_hidden: torch.Tensor | None):
+    def backward(
+        ctx: Any, grad: torch.Tensor | None, grad_hidden: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         if grad_hidden is None:
             return grad, None, None
         x, down = ctx.saved_tensors
@@ -83,7 +87,7 @@ class FrozenProducts(torch.autograd.Function):
         hidden: torch.Tensor | None,
         parts: tuple[Part, ...],
         *tensors: torch.Tensor | None,
-    ):
+    ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.parts, ctx.shape = parts, x.shape
         pieces = split_by_part(parts, tensors, x.dtype)
@@ -92,7 +96,7 @@ class FrozenProducts(torch.autograd.Function):
         return shape_like(x, outs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None):
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, *tensors = ctx.saved_tensors
         needs_x, needs_hidden = ctx.needs_input_grad[:2]
         pieces = split_by_part(ctx.parts, tensors)
@@ -100,8 +104,9 @@ class FrozenProducts(torch.autograd.Function):
         grad_x, grad_rows, grad_tensors = multiply_back(grads, rows, pieces, needs_x)
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
-        grad_hidden = grad_rows.view(hidden.shape) if needs_hidden else None
-        return grad_x, grad_hidden, None, *grad_tensors
+        if grad_rows is None or not needs_hidden:
+            return grad_x, None, None, *grad_tensors
+        return grad_x, grad_rows.view(hidden.shape), None, *grad_tensors
 
 
 class WholeProducts(torch.autograd.Function):
@@ -114,7 +119,7 @@ class WholeProducts(torch.autograd.Function):
         down: torch.Tensor,
         parts: tuple[Part, ...],
         *tensors: torch.Tensor | None,
-    ):
+    ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.parts = parts
         pieces = split_by_part(parts, tensors, x.dtype)
@@ -125,11 +130,11 @@ class WholeProducts(torch.autograd.Function):
         return shape_like(x, outs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None):
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, down, hidden, *tensors = ctx.saved_tensors
         pieces = split_by_part(ctx.parts, tensors)
         grad_x, grad_hidden, grad_tensors = multiply_back(grads, hidden, pieces, True)
-        if grad_x is None:  # no result was used
+        if grad_x is None or grad_hidden is None:  # no result was used
             return None, None, None, *grad_tensors
         grad_down = grad_hidden.T @ to_rows(x)
         return grad_x.addmm_(grad_hidden, down).view(x.shape), grad_down, None, *grad_tensors
@@ -142,7 +147,7 @@ def multiply(
     outs = []
     for part, bias, up, codes in pieces:
         out = functional.linear(rows, part.decode(rows.dtype, *codes), bias)
-        if part.columns is not None:
+        if part.columns is not None and hidden is not None and up is not None:
             start, stop = part.columns
             out.addmm_(hidden[:, start:stop], up.T, alpha=part.scale)
         outs.append(out)
@@ -157,7 +162,7 @@ def multiply_back(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradients of `multiply`'s rows, of its down-products, and of every Linear's tensors."""
     grad_x = None
-    grad_hidden = []
+    grad_hidden: list[torch.Tensor] = []
     grad_tensors: list[torch.Tensor | None] = []
     for (part, _, up, codes), grad in zip(pieces, grads, strict=True):
         rows = None if grad is None else to_rows(grad)
@@ -165,7 +170,7 @@ def multiply_back(
             weight = part.decode(rows.dtype, *codes)
             grad_x = rows @ weight if grad_x is None else grad_x.addmm_(rows, weight)
         grad_up = None
-        if part.columns is not None:
+        if part.columns is not None and hidden is not None and up is not None:
             start, stop = part.columns
             down = hidden[:, start:stop]
             if rows is None:
@@ -175,17 +180,22 @@ def multiply_back(
                 grad_hidden.append((rows @ up).mul_(part.scale))
         grad_tensors += [None, grad_up, *[None] * len(codes)]
     if len(grad_hidden) < 2:
-        return grad_x, *(grad_hidden or [None]), grad_tensors
+        return grad_x, next(iter(grad_hidden), None), grad_tensors
     return grad_x, torch.cat(grad_hidden, dim=1), grad_tensors
 
 
 def split_by_part(
     parts: Sequence[Part],
-    tensors: Sequence[torch.Tensor | None],
+    tensors: Sequence[Any],
     dtype: torch.dtype | None = None,
 ) -> list[Piece]:
-    """Every Linear's tensors, its LoRA's up in this type."""
-    pieces, start = [], 0
+    """Every Linear's tensors, its LoRA's up in this type.
+
+    Args:
+        tensors: of every Linear, see `FrozenProducts`; codes are never None.
+    """
+    pieces: list[Piece] = []
+    start = 0
     for part in parts:
         stop = start + 2 + part.num_codes
         bias, up, *codes = tensors[start:stop]

@@ -9,7 +9,7 @@ stay alive after it; no allocator is queried, so a CPU's count is as exact as a 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,7 @@ def get_first_kind(config: ModelConfig) -> bool | str:
 def adapt_to_memory(
     model: EditTransformer,
     batch: Batch,
+    *,
     num_blocks: int,
     num_parameters: int,
     free_bytes: int | None,
@@ -150,7 +151,13 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self.known: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         given = {id_of(leaf) for leaf in tree_leaves((args, kwargs)) if is_dense(leaf)}
         for leaf in tree_leaves(out):

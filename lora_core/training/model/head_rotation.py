@@ -71,7 +71,7 @@ class NormalizedRotation(torch.autograd.Function):
         return joint
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         text, image, text_weight, image_weight = ctx.saved_tensors
         *angles, eps = ctx.rest
         needs_text, needs_image = ctx.needs_input_grad[:2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 from ...errors import ConfigError
 
@@ -35,7 +35,7 @@ def import_from_diffusers(*names: str, module: str = "diffusers") -> tuple[Any, 
         raise_broken(e)
 
 
-def raise_broken(error: Exception) -> None:
+def raise_broken(error: Exception) -> NoReturn:
     reason = " ".join(str(error).split()).rstrip(".")
     raise ConfigError(
         f"training needs diffusers 0.35 or newer, and the installed one cannot be used ({reason}); "

@@ -9,7 +9,9 @@ offloaded block twice.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,21 +83,43 @@ def load_transformer(
             place = torch.device("cpu") if index in offloaded else device
             load_leaf(transformer, path, reader, storage, compute_dtype, place)
             if index >= 0 and path == last_leaves[index]:
-                block = EditBlock(transformer.transformer_blocks[index])
-                if index in offloaded:
-                    host.add(block)
-                if sharding is not None:
-                    block = sharding.shard_block(block)
-                transformer.transformer_blocks[index] = block
+                complete_block(transformer, index, host if index in offloaded else None, sharding)
         reader.finish()
     finally:
         base.release()
+    return complete_model(transformer, compute_dtype, offloaded, host, sharding)
+
+
+def complete_block(
+    transformer: Any, index: int, host: HostBlocks | None, sharding: Sharding | None
+) -> None:
+    """Makes an `EditBlock` of a block that has all its data.
+
+    Args:
+        host: of blocks that stay in host memory; None if this one does not.
+    """
+    block = EditBlock(transformer.transformer_blocks[index])
+    if host is not None:
+        host.add(block)
+    if sharding is not None:
+        block = sharding.shard_block(block)
+    transformer.transformer_blocks[index] = block
+
+
+def complete_model(
+    transformer: Any,
+    compute_dtype: torch.dtype,
+    offloaded: Sequence[int],
+    host: HostBlocks,
+    sharding: Sharding | None,
+) -> EditTransformer:
+    """The frozen model of a transformer whose blocks are complete."""
     transformer.requires_grad_(False)
     model = EditTransformer(transformer.eval(), compute_dtype)
     if any(is_gguf_kept(module) for module in transformer.modules()):
         model.notes.append(GGUF_COST)
     if offloaded:
-        model.offload_blocks(offloaded, device, host)
+        model.offload_blocks(offloaded, host.device, host)
     return model if sharding is None else sharding.finish(model)
 
 
@@ -178,4 +202,5 @@ def load_leaf(
         return
     for name, _ in list(module.named_parameters(recurse=False)):
         tensor = reader.read_parameter(f"{path}.{name}", compute_dtype)
+        assert tensor is not None  # see `check_keys`
         setattr(module, name, nn.Parameter(tensor.to(place), requires_grad=False))

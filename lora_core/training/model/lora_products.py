@@ -17,14 +17,14 @@ it can multiply by (torchao, a module with a hook).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ...injection.layers import LoraLinear
+from ...injection.layers import AnyLinear, LoraLinear
 from .frozen_linear import Decode, FrozenLinear
 from .frozen_products import DownProducts, FrozenProducts, Part, WholeProducts
 
@@ -69,7 +69,8 @@ def begin_products(linears: Sequence[nn.Module], x: torch.Tensor) -> Begun:
     down = stack_downs(layers)
     if not x.requires_grad:
         return Begun(x, functional.linear(x, down.to(x.dtype)), finished)
-    return Begun(*DownProducts.apply(x, down, has_bases(linears)), finished)
+    x, hidden = DownProducts.apply(x, down, has_bases(linears))
+    return Begun(x, hidden, finished)
 
 
 def finish_products(linears: Sequence[nn.Module], begun: Begun) -> list[torch.Tensor]:
@@ -77,13 +78,12 @@ def finish_products(linears: Sequence[nn.Module], begun: Begun) -> list[torch.Te
     x, hidden, finished = begun
     halved = [linear for linear in linears if is_halved(linear)]
     collected = collect_parts(halved)
+    outs: Sequence[torch.Tensor] = ()
     if collected is None:
         outs = call_bases(halved, x, hidden)
     elif halved:
         parts, tensors = collected
         outs = FrozenProducts.apply(x, hidden, parts, *tensors)
-    else:
-        outs = ()
     if not finished:
         return list(outs)
     sources = iter(outs), iter(finished)
@@ -122,6 +122,7 @@ def call_bases(
     for linear in linears:
         if is_lora(linear):
             stop = start + linear.up.shape[1]
+            assert hidden is not None  # it holds the down-products of every LoRA
             outs.append(linear.add_to_base(x, hidden[..., start:stop]))
             start = stop
         else:
@@ -129,7 +130,7 @@ def call_bases(
     return outs
 
 
-def is_lora(linear: nn.Module) -> bool:
+def is_lora(linear: nn.Module) -> TypeGuard[LoraLinear]:
     """Whether it adds the product of a LoRA to its base's."""
     return isinstance(linear, LoraLinear) and linear.is_sum
 
@@ -166,7 +167,7 @@ def read_base(linear: nn.Module) -> Base | None:
     None where only the module itself may multiply: its weight is of a special type or is trained,
     or the module has hooks.
     """
-    base = linear.base if isinstance(linear, LoraLinear) else linear
+    base: AnyLinear = linear.base if isinstance(linear, LoraLinear) else linear
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return None
     if "forward" in base.__dict__:  # replaced, as Accelerate's hooks do

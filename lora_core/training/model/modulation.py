@@ -68,7 +68,7 @@ class AddScaledParts(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         factor, x = ctx.saved_tensors
         grads = split_tokens(grad, ctx.split)
         grad_term = grad_x = grad_factor = None

@@ -75,8 +75,9 @@ def build_linear(
     bias = reader.read_parameter(f"{module_path}.bias", compute_dtype)
     storage = choose_storage(module_path, storage)
     what = f"{module_path}.weight in {reader.base.name}"
-    if storage == AS_STORED and isinstance(reader.base.file, GgufFile):
-        linear = build_gguf_linear(reader, module_path, bias, what)
+    file = reader.base.file
+    if storage == AS_STORED and isinstance(file, GgufFile):
+        linear = build_gguf_linear(reader, file, module_path, bias, what)
         if linear is not None:
             return linear
     weight = reader.base.read_weight(module_path)
@@ -138,7 +139,9 @@ def build_plain_linear(values: torch.Tensor, bias: torch.Tensor | None) -> nn.Li
     linear = nn.Linear(1, 1, device="meta")
     linear.out_features, linear.in_features = values.shape
     linear.weight = nn.Parameter(values, requires_grad=False)
-    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    linear.register_parameter(
+        "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
+    )
     return linear
 
 
@@ -192,7 +195,8 @@ def build_nf4_linear(
         "nested_absmax": nested_state.absmax,
         "nested_code": nested_state.code,
     }
-    return FrozenLinear(*shape, Nf4Codes(tuple(shape)), codes, bias)
+    rows, columns = shape
+    return FrozenLinear(rows, columns, Nf4Codes((rows, columns)), codes, bias)
 
 
 def import_bitsandbytes() -> Any:
@@ -222,12 +226,12 @@ class GgufCodes:
 
 
 def build_gguf_linear(
-    reader: WeightReader, module_path: str, bias: torch.Tensor | None, what: str
+    reader: WeightReader, file: GgufFile, module_path: str, bias: torch.Tensor | None, what: str
 ) -> FrozenLinear | None:
     """None for a tensor that is not quantised."""
     base = reader.base
     key = f"{base.prefix}{module_path}.weight"
-    entry = base.file.entries[key]
+    entry = file.entries[key]
     gguf_utils = import_gguf_kernels()
     kind = gguf_utils.gguf.GGMLQuantizationType(entry.kind)
     if kind in gguf_utils.UNQUANTIZED_TYPES:
@@ -237,8 +241,9 @@ def build_gguf_linear(
             f"{base.name} stores {module_path} as {kind.name}, which diffusers cannot compute "
             "with; choose bf16, fp8, int8 or nf4 as storage, or a file with another quantisation."
         )
-    codes = base.file.read_codes(key).to(reader.device)
-    linear = FrozenLinear(*entry.shape, GgufCodes(entry.kind), {"weight": codes}, bias)
+    codes = file.read_codes(key).to(reader.device)
+    rows, columns = entry.shape
+    linear = FrozenLinear(rows, columns, GgufCodes(entry.kind), {"weight": codes}, bias)
     reader.check(linear.dequantize(), what)
     return linear
 

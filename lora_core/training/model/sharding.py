@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ...errors import ConfigError
 from .model_config import ModelConfig
@@ -26,6 +25,7 @@ from .model_config import ModelConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from .edit_block import EditBlock
     from .transformer import EditTransformer
 
 #: Accelerate's other ways to shard a model over several devices.
@@ -47,18 +47,20 @@ class Sharding:
         self.mesh = init_device_mesh(device.type, (get_world_size(),))
         self.reshard_after_forward = reshard_after_forward
 
-    def shard_block(self, block: nn.Module) -> nn.Module:
+    def shard_block(self, block: EditBlock) -> EditBlock:
         """Keeps this process's share of every parameter the block holds, in place."""
         from torch.distributed.fsdp import fully_shard
 
-        return fully_shard(block, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward)
+        fully_shard(block, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward)
+        return block
 
     def finish(self, model: EditTransformer) -> EditTransformer:
         """Joins the sharded blocks, so that each is gathered while the one before computes."""
         from torch.distributed.fsdp import fully_shard
 
         outside = {p for p in model.parameters() if not is_sharded(p)}
-        return fully_shard(model, mesh=self.mesh, ignored_params=outside)
+        fully_shard(model, mesh=self.mesh, ignored_params=outside)
+        return model
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

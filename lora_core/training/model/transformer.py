@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +23,9 @@ from .head_rotation import normalize
 from .host_blocks import HostBlocks
 from .offload import BlockOffload
 from .rope import Grid, compute_rotation
+
+if TYPE_CHECKING:
+    from typing import Self
 
 PATCH = 2
 
@@ -42,7 +46,9 @@ class EditTransformer(nn.Module):
         notes: sentences on what differs from the request, or has a cost.
     """
 
-    def __init__(self, transformer: nn.Module, compute_dtype: torch.dtype = torch.bfloat16):
+    transformer: Any  # diffusers does not declare what its modules hold
+
+    def __init__(self, transformer: Any, compute_dtype: torch.dtype = torch.bfloat16):
         super().__init__()
         config = transformer.config
         self.transformer = transformer
@@ -115,7 +121,7 @@ class EditTransformer(nn.Module):
             self.notes.append(sentence)
         self.enable_gradient_checkpointing()
 
-    def _apply(self, *arguments, **options):
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
         if self.offload is not None:
             raise ConfigError(
                 "a model with offload_blocks cannot be moved to another device or type, as it "
@@ -167,7 +173,9 @@ class EditTransformer(nn.Module):
             run = partial(self.offload.run, index)
             # The whole block: what is outside a checkpoint would keep its weights on the device.
             image, text = (
-                recompute(run, *inputs, is_random=block.is_random) if checkpointed else run(*inputs)
+                recompute(run, *inputs, is_random=bool(block.is_random))
+                if checkpointed
+                else run(*inputs)
             )
         time = time if split is None else time.chunk(2)[0]
         out = model.proj_out(model.norm_out(image[:, :num_target_tokens], time))

@@ -15,7 +15,7 @@ import torch
 
 from ...base_model.base_files import BaseFile
 from ...base_model.base_weight import BaseWeight
-from ...disk.safetensors_file import AnyTensor, StoredTensor
+from ...disk.safetensors_file import AnyTensor, StoredTensor, load
 from ...errors import NonFiniteWeightsError
 from .frozen_linear import build_rotation
 
@@ -38,7 +38,9 @@ class WeightReader:
         self.base = base
         self.device = device
         self.staging = open_staging(device)
-        self.buffer = torch.empty(0 if self.staging else BUFFER_BYTES, dtype=torch.uint8)
+        self.buffer: torch.Tensor | None = torch.empty(
+            0 if self.staging else BUFFER_BYTES, dtype=torch.uint8
+        )
         self.extremes: dict[str, list[torch.Tensor]] = {}
         self.rotations: dict[int, torch.Tensor] = {}
 
@@ -51,7 +53,9 @@ class WeightReader:
         step = max(1, CHUNK // width // ROWS) * ROWS
         for start in range(0, num_rows, step):
             rows = slice(start, min(start + step, num_rows))
-            scale = weight.scale[rows] if is_scaled_by_row else weight.scale
+            scale = weight.scale
+            if isinstance(scale, torch.Tensor) and is_scaled_by_row:
+                scale = scale[rows]
             yield rows, BaseWeight(self.bring(weight.stored, rows), scale, weight.rotation)
 
     def read_values(self, weight: BaseWeight, what: str) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -66,7 +70,7 @@ class WeightReader:
         stored, scale = weight.stored, weight.scale
         codes = torch.empty(stored.shape, dtype=stored.dtype, device=self.device)
         for rows, chunk in self.read_chunks(weight):
-            codes[rows] = chunk.stored
+            codes[rows] = load(chunk.stored)
             self.check(replace(chunk, rotation=0).values, what)
         if isinstance(scale, torch.Tensor):
             scale = scale.to(self.device, non_blocking=True)
@@ -148,8 +152,10 @@ def open_staging(device: torch.device) -> Staging | None:
     # A fake device has none.
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
-    options = {"dtype": torch.uint8, "pin_memory": True}
     try:
-        return Staging(device, tuple(torch.empty(BUFFER_BYTES, **options) for _ in range(2)))
+        first, second = (
+            torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)
+        )
+        return Staging(device, (first, second))
     except RuntimeError:  # the system refuses to lock more
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,7 +134,7 @@ def can_fuse(params: Iterable[torch.nn.Parameter]) -> bool:
     return all(p.is_cuda and p.is_floating_point() for p in params)
 
 
-def import_optimizer(name: str, kind: OptimizerKind) -> type[torch.optim.Optimizer]:
+def import_optimizer(name: str, kind: OptimizerKind) -> Callable[..., torch.optim.Optimizer]:
     try:
         return getattr(importlib.import_module(kind.module), kind.class_name)
     except ImportError as e:
@@ -174,7 +174,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     try:
         yield
     finally:
-        optimizer.train()
+        set_train_mode(optimizer)
         with torch.no_grad():
             for parameter, tensor in zip(params, kept, strict=True):
                 parameter.copy_(tensor)
@@ -233,8 +233,7 @@ def flatten_state(state: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor]
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, Mapping):
-            items = ((key, flatten(item, f"{path}/{key}")) for key, item in value.items())
-            return {"dict": [[key, item] for key, item in items]}
+            return {"dict": [[k, flatten(item, f"{path}/{k}")] for k, item in value.items()]}
         if isinstance(value, list | tuple):
             items = [flatten(item, f"{path}/{i}") for i, item in enumerate(value)]
             return {"tuple": items} if isinstance(value, tuple) else items

@@ -158,9 +158,9 @@ class CheckpointFolder:
 
     def _move_away(self, path: Path) -> None:
         """Deletes a checkpoint so that its name goes first."""
-        if path.exists():
-            step = int(_NAME.fullmatch(path.name)[1])  # type: ignore[index]
-            condemned = self._name_temporary(step)
+        found = _NAME.fullmatch(path.name)
+        if found is not None and path.exists():
+            condemned = self._name_temporary(int(found[1]))
             rename(path, condemned)
             shutil.rmtree(condemned, ignore_errors=True)
 

@@ -21,7 +21,7 @@ def stop_on_signals() -> Iterator[ShouldStop]:
     def ask(number: int, frame: object) -> None:
         nonlocal asked
         asked = True
-        signal.signal(number, usual[number])
+        signal.signal(number, usual[signal.Signals(number)])
 
     for number in usual:
         signal.signal(number, ask)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -85,7 +86,8 @@ class MicroSteps:
             tokens.
         """
         is_alone = self.processes.count == 1
-        can_keep_less = is_alone and getattr(self.model, "can_recompute_more", False)
+        model: Any = self.model  # perhaps one that can keep less
+        can_keep_less = is_alone and getattr(model, "can_recompute_more", False)
         random_numbers = collect_random_state() if can_keep_less else None
         self.drop_gradients()
         try:
@@ -94,11 +96,11 @@ class MicroSteps:
             if random_numbers is None or not is_out_of_memory(e):
                 raise
         # Only here, outside of the handler, does nothing keep activations alive.
-        self.model.recompute_more()
+        model.recompute_more()
         self.drop_gradients()
         MemoryMeter(self.device).reset()
         restore_random_state(*random_numbers)
-        kind = json.dumps(self.model.gradient_checkpointing)
+        kind = json.dumps(model.gradient_checkpointing)
         self.notify(
             f"memory ran out in step {step + 1}; from there on gradient_checkpointing is {kind}, "
             "which is slower and gives the same LoRA"
@@ -124,15 +126,15 @@ class MicroSteps:
         share = 1 / self.config.optimizer.accumulation
         batch, *priors = self.batches.take(number)
         num_tokens = batch.num_tokens
-        shares = self.backward(batch, share, is_last and not priors)
+        shares = self.backward(batch, share, is_last=is_last and not priors)
         for prior in priors:
             num_tokens += prior.num_tokens
             weight = share * self.config.data.prior_weight
-            shares[PRIOR] = self.backward(prior, weight, is_last, is_prior=True)[VELOCITY]
+            shares[PRIOR] = self.backward(prior, weight, is_last=is_last, is_prior=True)[VELOCITY]
         return shares, num_tokens
 
     def backward(
-        self, batch: Batch, share: float, is_last: bool, is_prior: bool = False
+        self, batch: Batch, share: float, *, is_last: bool, is_prior: bool = False
     ) -> dict[str, torch.Tensor]:
         """Forward and backward of one batch, its losses times `share`."""
         batch = batch.to(self.device)
@@ -165,4 +167,10 @@ class MicroSteps:
         size = self.config.data.batch_size
         start = self.processes.index * size
         slots = order.get_slots(number)[start : start + size]
-        return load_batch(dataset, slots, order.seed, caption_dropout, self.config.data.use_masks)
+        return load_batch(
+            dataset,
+            slots,
+            order.seed,
+            caption_dropout=caption_dropout,
+            use_masks=self.config.data.use_masks,
+        )

@@ -67,7 +67,7 @@ class Processes:
     """This process, and what it does together with the others."""
 
     def __init__(self, accelerator: Accelerator | None = None):
-        self.accelerator = accelerator
+        self.accelerator: Any = accelerator  # None for a single process
         self.count = 1 if accelerator is None else accelerator.num_processes
         self.index = 0 if accelerator is None else accelerator.process_index
         self.is_sharded = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ RandomState = tuple[dict[str, torch.Tensor], dict[str, Any]]
 def collect_random_state() -> RandomState:
     """Python's, numpy's, torch's, and that of every CUDA device this process uses."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+    name, keys, position, has_gauss, cached_gaussian = cast(Any, np.random.get_state())
     tensors = {
         "python": torch.tensor(internal, dtype=torch.int64),
         "numpy": torch.from_numpy(keys.astype(np.int64)),

@@ -195,10 +195,10 @@ class Run:
         """
         started = time.perf_counter()
         options = self.config.optimizer
-        parts, num_tokens = self.micro_steps.take(self.step)
+        parts, own_tokens = self.micro_steps.take(self.step)
         self.processes.average_gradients(self.parameters)
         figures, num_tokens, grad_norm = self.read_step_numbers(
-            parts, num_tokens, compute_grad_norm(self.parameters), should_stop
+            parts, own_tokens, compute_grad_norm(self.parameters), should_stop
         )
         loss = math.fsum(figures.values())
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -263,7 +263,7 @@ class Run:
             NonFiniteLossError: they are not, and must not be used.
         """
         if self.is_finite is not None:
-            self.require_finite_weights(self.is_finite.item())
+            self.require_finite_weights(bool(self.is_finite))
 
     def require_finite_weights(self, is_finite: bool) -> None:
         self.is_finite = None

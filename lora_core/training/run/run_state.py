@@ -30,7 +30,13 @@ FREE = (
     *("data.folder", "data.prior"),
 )
 #: Settings that change later steps, but not the meaning of the state; the change is reported.
-SOFT = ("steps", "objective", "optimizer", "data.caption_dropout", "data.use_masks")
+SOFT: tuple[str, ...] = (
+    "steps",
+    "objective",
+    "optimizer",
+    "data.caption_dropout",
+    "data.use_masks",
+)
 SOFT += ("data.prior_weight", "model.source", "model.storage", "model.compute_dtype")
 #: Those of SOFT that do change what the state means.
 HARD = ("optimizer.name", "optimizer.accumulation", "optimizer.options")

@@ -73,7 +73,14 @@ def open_session(
         batch = load_repeated(largest, index, config.data.batch_size, config.seed).to(device)
         num_parameters = injection.plan.num_parameters
         free = MemoryMeter(device).find_free()
-        adapt_to_memory(model, batch, len(model.blocks), num_parameters, free, is_shared)
+        adapt_to_memory(
+            model,
+            batch,
+            num_blocks=len(model.blocks),
+            num_parameters=num_parameters,
+            free_bytes=free,
+            is_shared=is_shared,
+        )
     if config.model.compile:
         for block in model.blocks:  # after the LoRAs are in; one block's code serves all
             block.compile()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ DECODING_BYTES = 5 * 2**28
 class ImageDecoder:
     """A frozen AutoencoderKLQwenImage; call it with normalised latents. Gradients flow through."""
 
-    def __init__(self, vae: torch.nn.Module):
+    def __init__(self, vae: Any):
         self.vae = vae.requires_grad_(False).eval()
 
     def __call__(self, latents: torch.Tensor, in_tiles: bool = False) -> torch.Tensor:

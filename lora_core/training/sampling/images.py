@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def write_image(image: torch.Tensor, stem: Path) -> Path:
     return write(path, lambda temporary: Image.fromarray(pixels).save(temporary, "png"))
 
 
-def write(path: Path, save) -> Path:
+def write(path: Path, save: Callable[[Path], object]) -> Path:
     try:
         path.parent.mkdir(exist_ok=True)  # no more: a job's folder may have been moved away
         write_then_rename(path, save)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -109,10 +109,12 @@ def applied(
             handle.remove()
 
 
-def build_hook(weights: LoraWeights, strength: float):
+def build_hook(weights: LoraWeights, strength: float) -> Callable[..., torch.Tensor]:
     cached: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def add(module: torch.nn.Module, inputs: tuple[torch.Tensor], out: torch.Tensor):
+    def add(
+        module: torch.nn.Module, inputs: tuple[torch.Tensor], out: torch.Tensor
+    ) -> torch.Tensor:
         (x,) = inputs
         place = (x.device, out.dtype)
         if place not in cached:

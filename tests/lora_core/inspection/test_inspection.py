@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -175,6 +176,16 @@ def test_the_seed_statistics_are_dense_small_and_healthy():
 )
 def test_the_size_is_judged_by_its_std(std, word):
     assert inspect_adapter(make_adapter(std)).verdict[-1].startswith(f"{word}: std")
+
+
+def test_where_some_modules_were_not_scanned_the_verdict_tells_no_fraction():
+    found = inspect_adapter(make_adapter(3e-4), exact=True)
+    path, module = next(iter(found.modules.items()))
+    unscanned = replace(module, abs_max=None, fraction_below_1e6=None)
+    (finding,) = replace(found, modules={**found.modules, path: unscanned}).findings
+    assert finding.kind == "healthy"
+    assert "largest entry" in finding.text
+    assert "below 1e-6" not in finding.text
 
 
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.05])

@@ -366,6 +366,11 @@ def test_a_killed_inspection_is_not_a_verdict_and_is_retried_in_the_next_session
     assert examine(open_library())["a.safetensors"]["health"]["level"] == "healthy"
 
 
+def test_an_inspector_that_is_closed_while_it_waits_gives_no_verdict(monkeypatch):
+    monkeypatch.setattr(Inspector, "_ask", lambda *_: "")  # as when `close` has killed the process
+    assert Inspector().inspect(Path("a.safetensors")) is None
+
+
 def test_the_process_ends_with_the_work_and_with_the_library(loras, open_library, monkeypatch):
     monkeypatch.setattr(Inspector, "_ask", ASK)
     make_adapter(loras / "a.safetensors", MODULES)

@@ -9,7 +9,6 @@ import asyncio
 import json
 import threading
 import time
-import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,73 +20,19 @@ from demo_base.prompts import node
 from demo_base.server import PromptError
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.comfy
+from .conftest import (
+    CUSTOM,
+    LINKS,
+    LORA,
+    RUN,
+    SETTINGS,
+    base_graph,
+    own_sampler_graph,
+    read_labels,
+    sweep_graph,
+)
 
-LORA = "sweep_a.safetensors"
-RUN = ("sweep_run/step-9.safetensors", "sweep_run/step-10.safetensors")
-SETTINGS = {
-    "steps": 2,
-    "cfg": 1.0,
-    "sampler_name": "euler",
-    "scheduler": "simple",
-    "denoise": 1.0,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loras(demo_models: Any) -> Iterator[None]:
-    from demo_base.adapters import make_adapter
-
-    for number, name in enumerate((LORA, *RUN)):
-        path = demo_models.root / "loras" / name
-        make_adapter(path, demo_models.dit["2509_fp32"], rank=8, delta_std=0.3, seed=number)
-    yield
-    for name in (LORA, *RUN):
-        (demo_models.root / "loras" / name).unlink()
-
-
-def base_graph(size: int = 64) -> dict[str, Any]:
-    return {
-        "unet": node("UNETLoader", unet_name="tiny_fp32_2509.safetensors", weight_dtype="default"),
-        "clip": node(
-            "CLIPLoader",
-            clip_name="qwen_2.5_vl_7b_fp8_scaled.safetensors",
-            type="qwen_image",
-            device="default",
-        ),
-        "vae": node("VAELoader", vae_name="qwen_image_vae.safetensors"),
-        "prompt": node("TextEncodeQwenImageEditPlus", clip=["clip", 0], prompt="red"),
-        "latent": node("EmptyLatentImage", width=size, height=size, batch_size=1),
-        "load": node("QwenEditLoraLoad", lora_name=LORA),
-    }
-
-
-LINKS = {
-    "positive": ["prompt", 0],
-    "negative": ["prompt", 0],
-    "latent_image": ["latent", 0],
-    "vae": ["vae", 0],
-}
-
-
-def sweep_graph(strengths: str = "0, 0.5, 1", size: int = 64, **more: Any) -> dict[str, Any]:
-    """A sweep whose images and labels are shown; None removes an input."""
-    inputs = {
-        "model": ["unet", 0],
-        "adapter": ["load", 0],
-        "strengths": strengths,
-        "seed": 1,
-        **SETTINGS,
-        **LINKS,
-        **more,
-    }
-    inputs = {name: value for name, value in inputs.items() if value is not None}
-    return {
-        **base_graph(size),
-        "sweep": node("QwenEditLoraSweep", **inputs),
-        "pictures": node("SaveImage", images=["sweep", 0], filename_prefix="sweep"),
-        "labels": node("PreviewAny", source=["sweep", 2]),
-    }
+pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("loras")]
 
 
 def hand_graph(model: list, seed: int = 1, vary: Callable | None = None) -> dict[str, Any]:
@@ -208,10 +153,6 @@ def read_pictures(server: Any, entry: dict[str, Any]) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(data))) for data in server.images(entry)]
 
 
-def read_labels(entry: dict[str, Any]) -> list[str]:
-    return entry["outputs"]["labels"]["text"]
-
-
 def test_each_cell_is_the_image_of_the_graph_wired_by_hand(server, render):
     entry = server.run_prompt(sweep_graph("1, -0.5, 0.5", seeds="1, 4"))
     labels, pictures = read_labels(entry), read_pictures(server, entry)
@@ -311,13 +252,6 @@ def test_another_lora_below_is_kept(below, server, render):
     assert np.array_equal(pictures[1], render({**by_hand, **added})[0])
 
 
-CUSTOM = {
-    "euler": node("KSamplerSelect", sampler_name="euler"),
-    "levels": node("BasicScheduler", model=["unet", 0], scheduler="beta", steps=3, denoise=1.0),
-    "noise": node("RandomNoise", noise_seed=1),
-}
-
-
 @pytest.mark.parametrize("negative", [None, ["other_prompt", 0]])
 def test_a_custom_sampler_goes_through_sampler_custom_advanced(negative, server, render):
     other = node("TextEncodeQwenImageEditPlus", clip=["clip", 0], prompt="blue")
@@ -344,17 +278,6 @@ def test_a_custom_sampler_goes_through_sampler_custom_advanced(negative, server,
         assert np.array_equal(picture, render(by_hand)[0])
 
 
-def own_sampler_graph() -> dict[str, Any]:
-    """The models in the user's own sampler, which ComfyUI runs once per cell."""
-    graph = sweep_graph("0, 0.5", seeds="1, 2", **dict.fromkeys(LINKS))
-    links = {name: link for name, link in LINKS.items() if name != "vae"}
-    inputs = {**SETTINGS, **links, "model": ["sweep", 4], "seed": ["sweep", 5]}
-    graph["own"] = node("KSampler", **inputs)
-    graph["decoded"] = node("VAEDecode", samples=["own", 0], vae=["vae", 0])
-    graph["pictures"] = node("SaveImage", images=["decoded", 0], filename_prefix="own")
-    return graph
-
-
 def test_models_and_seeds_work_with_a_custom_sampler_graph(server, render):
     entry = server.run_prompt(own_sampler_graph())
     assert read_labels(entry) == [f"strength={s} seed={n}" for n in (1, 2) for s in (0, 0.5)]
@@ -363,81 +286,6 @@ def test_models_and_seeds_work_with_a_custom_sampler_graph(server, render):
     assert len(pictures) == len(expected)
     for picture, graph in zip(pictures, expected, strict=True):
         assert np.array_equal(picture, render(graph)[0])
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        (dict.fromkeys(LINKS), "this sweep makes no images: connect positive, negative, latent"),
-        ({"vae": None}, "this sweep makes no images: connect positive, negative, latent"),
-        ({"negative": None}, "needs positive, latent_image, negative, and negative is not conn"),
-        ({"latent_image": None, "positive": None}, "and positive, latent_image is not connected"),
-        ({"sampler": ["euler", 0]}, "and sigmas is not connected"),
-        ({"adapter": None}, "there is nothing to sweep; connect an adapter"),
-        ({"seeds": "1:40:1"}, r"has 120 images \(2 strengths and 0, 40 seeds, 1 adapter\)"),
-    ],
-)
-def test_missing_or_superfluous_inputs_are_a_one_sentence_error(changes, sentence, server):
-    with pytest.raises(PromptError, match=sentence):
-        server.run_prompt({**sweep_graph(**changes), **CUSTOM})
-
-
-BAD_STRENGTHS = ["0..2", "a,b", "0:500:1", "nan", "", "0:2:0", "0:2:-1"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "example"),
-    [
-        *(({"strengths": text}, "such as '0, 0.5, 1, 2', '0:2:0.25'") for text in BAD_STRENGTHS),
-        ({"seeds": "a"}, "seeds is 'a'; expected finite numbers"),
-        ({"seeds": "1.5"}, "seeds holds 1.5; expected whole numbers from 0 to"),
-        ({"seeds": "1:100:1"}, "seeds asks for 100 values; a sweep has at most 64 images"),
-        ({"loras": "no_run/*"}, "'no_run/*' matches none of the"),
-        ({"loras": "../*"}, "'../*' matches none of the"),
-    ],
-)
-def test_bad_texts_are_refused_before_anything_runs_with_an_example(changes, example, server):
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        server.post("/prompt", {"prompt": sweep_graph(**changes)})
-    node_errors = json.loads(refused.value.read())["node_errors"]
-    (error,) = node_errors["sweep"]["errors"]  # once, and on the node at fault
-    assert example in error["details"]
-    assert "\n" not in error["details"]
-    assert [n for n, found in node_errors.items() if found["errors"]] == ["sweep"]
-
-
-def test_a_connected_strengths_text_is_checked_when_it_comes(server):
-    graph = {
-        **sweep_graph(strengths=["text", 0]),
-        "text": node("PrimitiveString", value="0..2"),
-    }
-    with pytest.raises(PromptError, match=r"strengths is '0\.\.2'; expected finite numbers"):
-        server.run_prompt(graph)
-    graph["text"]["inputs"]["value"] = "1"
-    assert read_labels(server.run_prompt(graph)) == ["strength=0 seed=1", "strength=1 seed=1"]
-
-
-def test_auto_chooses_the_strengths_by_the_size_of_the_delta(server):
-    graph = sweep_graph("auto, 3 points")
-    graph["report"] = node("PreviewAny", source=["sweep", 6])
-    entry = server.run_prompt(graph)
-    # The demo weights have std 1 / sqrt(in): with a delta of std 0.3 the LoRA is far too strong.
-    assert read_labels(entry) == ["strength=0 seed=1", "strength=0.05 seed=1", "strength=1 seed=1"]
-    (report,) = entry["outputs"]["report"]["text"]
-    assert report.startswith("3 images: strengths 0, 0.05, 1\nauto: |delta| of sweep_a")
-    assert "24 of 24 modules matched, strength 0.05" in report
-    assert "side path: 24 modules" in report
-
-
-def test_a_list_on_an_input_is_a_one_sentence_error(server):
-    graph = own_sampler_graph()
-    graph["again"] = node(
-        "QwenEditLoraSweep",
-        **{**graph["sweep"]["inputs"], "model": ["sweep", 4]},
-    )
-    graph["again_labels"] = node("PreviewAny", source=["again", 2])
-    with pytest.raises(PromptError, match="model got a list of 4 values; expected a single one"):
-        server.run_prompt(graph)
 
 
 def test_a_replaced_file_of_a_run_is_rendered_again(watcher, demo_models, loras):

@@ -75,7 +75,7 @@ def make_estimate(**changes) -> estimate.Estimate:
 
 def test_values_for_all_blocks_are_extrapolated_from_few(tmp_path, base, monkeypatch):
     found = make_measurement((0.1, 0.2), (50, 10**7), trained_bytes=16.0)
-    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: found)
+    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments, **options: found)
     changes = {"model.source": base, "optimizer.accumulation": 3, "steps": 10}
     dataset = make_dataset(tmp_path / "data", {"a": make_item(0)})
     found = estimate_run(make_config(tmp_path, **changes), dataset)
@@ -106,7 +106,7 @@ def test_offloaded_blocks_cost_time_and_copies(device, micro_step_s, on_device):
 
 def test_the_prior_and_compiling_are_part_of_the_time(tmp_path, base, monkeypatch):
     found = make_measurement((0.1, 0.2), (50, 300), compile_s=40.0)
-    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: found)
+    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments, **options: found)
     dataset = make_dataset(tmp_path / "data", {"a": make_item(0)})
     changes = {"model.source": base, "data.prior": str(dataset.folder), "steps": 10}
     found = estimate_run(make_config(tmp_path, **changes), dataset)
@@ -117,7 +117,7 @@ def test_the_prior_and_compiling_are_part_of_the_time(tmp_path, base, monkeypatc
 
 def test_what_does_not_fit_is_reported_with_what_to_lower(tmp_path, base, monkeypatch):
     found = make_measurement((0, 1.0), (0, 10**7), other_bytes=0, process_bytes=0)
-    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: found)
+    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments, **options: found)
     monkeypatch.setattr(MemoryMeter, "find_available", lambda self: 5 * (10**7 + 1000))
     changes = {"model.source": base, "data.batch_size": 2, "model.gradient_checkpointing": False}
     found = estimate_run(make_config(tmp_path, **changes), make_dataset(tmp_path / "data"))
@@ -148,7 +148,7 @@ def test_offloaded_blocks_need_free_main_memory(tmp_path, base, monkeypatch):
     # On a CPU they are part of the process's own memory.
     monkeypatch.setattr(estimate, "find_free_host_memory", lambda: 0)
     measured = make_measurement((0.1, 0.2), (50, 300))
-    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: measured)
+    monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments, **options: measured)
     config = make_config(tmp_path, **{"model.source": base, "model.offload_blocks": 2})
     dataset = make_dataset(tmp_path / "data")
     assert estimate_run(config, dataset).fits
@@ -172,7 +172,7 @@ def test_gaps_an_update_and_the_decoding_of_samples_are_part_of_the_memory(
 
     def estimate_with(with_samples=False, **changes):
         found = make_measurement((0, 1.0), (50, 300), process_bytes=0, **changes)
-        monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments: found)
+        monkeypatch.setattr(estimate, "measure_blocks", lambda *arguments, **options: found)
         return estimate_run(config, dataset, with_samples=with_samples).memory_bytes
 
     kept = 500 + 5 * 1000

@@ -58,7 +58,8 @@ def test_a_probe_on_a_gpu_moves_everything_there(storage, tmp_path, monkeypatch)
         probe = Probe(config, model, dataset, 0, GPU, (1, 2), offloaded=False)
         kept = measure_saved_bytes(probe.model, probe.batch)
         assert kept[False] > kept["selective"] > 0
-        adapt_to_memory(probe.model, probe.batch, 3, 1000, 2**40, is_shared=True)
+        sizes = {"num_blocks": 3, "num_parameters": 1000, "free_bytes": 2**40}
+        adapt_to_memory(probe.model, probe.batch, **sizes, is_shared=True)
         for kind in KINDS:
             probe.model.enable_gradient_checkpointing(kind)
             assert probe.compute_loss().device == GPU

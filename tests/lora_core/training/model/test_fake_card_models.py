@@ -158,7 +158,9 @@ def test_checkpointing_is_chosen_on_a_card(free_bytes, kind, tmp_path, loaded):
     dataset = make_dataset(tmp_path / "data", {"a": make_item(0)})
     card, model = loaded
     with card:
-        adapt_to_memory(model, load_repeated(dataset, 0, 1, 0).to(CUDA), 60, 1000, free_bytes)
+        batch = load_repeated(dataset, 0, 1, 0).to(CUDA)
+        sizes = {"num_blocks": 60, "num_parameters": 1000, "free_bytes": free_bytes}
+        adapt_to_memory(model, batch, **sizes)
         assert model.gradient_checkpointing == kind
 
 

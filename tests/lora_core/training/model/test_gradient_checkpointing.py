@@ -183,7 +183,7 @@ def test_the_configured_kind_is_not_changed(tmp_path, base, monkeypatch):
 def test_the_larger_of_training_set_and_prior_determines_the_choice(tmp_path, base, monkeypatch):
     seen = []
 
-    def note(model, batch, *rest):
+    def note(model, batch, **rest):
         seen.append(tuple(batch.x_0.shape))
 
     monkeypatch.setattr(session, "adapt_to_memory", note)
