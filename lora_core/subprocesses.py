@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +27,6 @@ def run_module(module: str, *arguments: str) -> list[str]:
 
 def hide_window(flags: int = 0) -> dict[str, Any]:
     """For `Popen`: keeps a program without a console from opening one."""
-    if os.name != "nt":
+    if sys.platform != "win32":
         return {}
     return {"creationflags": flags | subprocess.CREATE_NO_WINDOW}

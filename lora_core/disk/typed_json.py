@@ -6,7 +6,7 @@ import codecs
 import os
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 from annotated_types import Interval  # a part of pydantic, which itself takes longer to import
 
@@ -51,7 +51,9 @@ def parse_typed(data: bytes, kind: type[T], allows_more: bool = False) -> T:
     from pydantic import ValidationError
 
     try:
-        return get_reader(kind, allows_more).validate_json(data.removeprefix(codecs.BOM_UTF8))
+        return get_reader(cast(Any, kind), allows_more).validate_json(
+            data.removeprefix(codecs.BOM_UTF8)
+        )
     except ValidationError as e:
         fault = e.errors(include_url=False, include_context=False)[0]
         place, value = ".".join(map(str, fault["loc"])), fault["input"]
@@ -63,6 +65,7 @@ def parse_typed(data: bytes, kind: type[T], allows_more: bool = False) -> T:
 def get_reader(kind: type, allows_more: bool) -> TypeAdapter[Any]:
     from pydantic import ConfigDict, TypeAdapter, with_config
 
-    extra = "ignore" if allows_more else "forbid"
-    config = ConfigDict(strict=True, extra=extra, allow_inf_nan=False)
+    config = ConfigDict(
+        strict=True, extra="ignore" if allows_more else "forbid", allow_inf_nan=False
+    )
     return TypeAdapter(with_config(config)(kind))

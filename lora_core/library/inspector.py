@@ -75,7 +75,8 @@ class Inspector:
         if values["log"]:
             logger.warning("Qwen Edit LoRA: %s: %s", path.name, values["log"])
         parts = values["health"].items()  # JSON has lists only
-        return Health(**{name: tuple(p) if isinstance(p, list) else p for name, p in parts})
+        given: dict[str, Any] = {n: tuple(p) if isinstance(p, list) else p for n, p in parts}
+        return Health(**given)
 
     def _ask(self, question: str) -> str:
         """The line it answers with; a partial one if it ended."""
@@ -103,7 +104,9 @@ class Inspector:
 
     def _start(self) -> subprocess.Popen[str]:
         if self._process is None:
-            priority = subprocess.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else 0
+            priority = 0
+            if sys.platform == "win32":
+                priority = subprocess.BELOW_NORMAL_PRIORITY_CLASS
             try:
                 self._process = subprocess.Popen(
                     run_module("lora_core.library.inspector"),

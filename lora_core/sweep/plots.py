@@ -145,8 +145,9 @@ def draw_curve(verdict: SweepVerdict) -> np.ndarray:
     }
     if not adapters:
         return draw_message("change over strength\n\nno image can be compared with strength 0")
-    layout = {"sharex": True, "height_ratios": (3, 2)}
-    figure, (upper, lower) = build_panels("change from strength 0", **layout)
+    figure, (upper, lower) = build_panels(
+        "change from strength 0", sharex=True, height_ratios=(3, 2)
+    )
     for number, (name, adapter) in enumerate(adapters.items()):
         colour = CURVE_COLOURS[number % len(CURVE_COLOURS)]
         style = CURVE_STYLES[number % len(CURVE_STYLES)]

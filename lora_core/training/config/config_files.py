@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -78,11 +79,11 @@ def parse(text: str, path: Path) -> dict[str, Any]:
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:
     try:
-        import tomllib
+        reader: Any = import_module("tomllib")
     except ImportError:  # Python 3.10
-        import tomli as tomllib
+        reader = import_module("tomli")
     try:
-        return tomllib.loads(text)
+        return reader.loads(text)
     except RecursionError:
         raise FileError(f"{name} cannot be read as TOML: it is nested too deep.") from None
     except ValueError as e:

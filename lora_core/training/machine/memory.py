@@ -77,8 +77,8 @@ class MemoryMeter:
         has already subtracted those, ComfyUI's own context, and a desktop.
         """
         if self.on_gpu:
-            free = torch.cuda.mem_get_info(self.device)[0]
-            return free + torch.cuda.memory_reserved(self.device)
+            unused = torch.cuda.mem_get_info(self.device)[0]
+            return unused + torch.cuda.memory_reserved(self.device)
         free, own = find_free_host_memory(), read_resident_size()
         return None if free is None or own is None else free + own
 
