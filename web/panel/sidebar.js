@@ -5,10 +5,11 @@ import { JobPage } from "./job_page.js";
 import { createAdapterBrowser } from "../adapters/browser.js";
 import { addLoadAndApply } from "../graph.js";
 import { build, setAttribute } from "../elements.js";
+import { createPairsView } from "../pairs/view.js";
 import { createTranslator } from "../translation.js";
 
 export const TAB_ID = "qwen_edit_lora";
-const STYLES = ["../theme.css", "./panel.css", "../adapters/adapters.css"];
+const STYLES = ["../theme.css", "./panel.css", "../adapters/adapters.css", "../pairs/pairs.css"];
 const ICON = "pi pi-chart-line";
 
 // Returns {showJob(id)}: opens the tab at a training.
@@ -61,7 +62,7 @@ class Panel {
     if (this.root?.parentElement === element) return;
     this.unmount();
     this.t = createTranslator(this.app);
-    this.tabs = ["jobs", "adapters"].map((section) =>
+    this.tabs = ["jobs", "adapters", "pairs"].map((section) =>
       build(
         "button",
         {
@@ -96,11 +97,11 @@ class Panel {
   }
 
   go(place) {
-    const wasOnJob = this.place.id;
+    const wasInside = this.place.id;
     this.place = place;
     this.show();
     if (place.id) this.view.name?.focus();
-    else if (wasOnJob) this.body.querySelector("button.qel-job")?.focus();
+    else if (wasInside) this.body.querySelector("button.qel-job, button.qel-set")?.focus();
   }
 
   show() {
@@ -115,6 +116,9 @@ class Panel {
     const open = (id) => this.go({ section: "jobs", id });
     if (place.section === "adapters") {
       this.view = createAdapterBrowser({ app, api, t, openJob: open });
+    } else if (place.section === "pairs") {
+      const go = (id) => this.go({ section: "pairs", id });
+      this.view = createPairsView({ app, api, t, id: place.id, go });
     } else if (place.id) {
       const leave = () => this.go({ section: "jobs", id: null });
       const loadIntoGraph = (name) => this.loadIntoGraph(name);
@@ -156,7 +160,8 @@ class Panel {
   press(event) {
     if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
     const index = this.tabs.indexOf(document.activeElement);
-    const next = this.tabs[(index + 1) % this.tabs.length];
+    const step = event.key === "ArrowLeft" ? this.tabs.length - 1 : 1;
+    const next = this.tabs[(index + step) % this.tabs.length];
     this.go({ section: next.dataset.section, id: null });
     next.focus();
     event.stopPropagation();

@@ -14,10 +14,10 @@ A configuration file is TOML (or JSON) with these sections as tables:
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from ...checks import check_choice, check_number, check_text
+from ...disk.file_names import check_file_name
 from ...errors import ConfigError
 from ...injection.plan import LoraSettings
 from ..data.data_config import DataConfig
@@ -26,11 +26,6 @@ from ..objective.objective_config import ObjectiveConfig
 from ..optimizer.optimizer_config import OptimizerConfig
 
 FILE_DTYPES = ("bf16", "fp16", "fp32")
-#: Names of devices on Windows, with whatever ending (Microsoft, "Naming Files, Paths, and
-#: Namespaces").
-DEVICE_NAMES = ("CON", "PRN", "AUX", "NUL", *(f"{x}{i}" for x in ("COM", "LPT") for i in range(10)))
-#: Bytes of a file's name on all common file systems (NAME_MAX).
-MAX_NAME_BYTES = 255
 #: What files of a run add to its name at most: an adapter of a step, published under a number.
 LONGEST_ENDING = "_00000000_ema_99.safetensors"
 
@@ -82,30 +77,4 @@ class TrainConfig:
                 f"warmup_steps is {self.optimizer.warmup_steps} of {self.steps} steps; "
                 "expected no more than there are"
             )
-        check_file_name(self.name)
-
-
-def check_file_name(name: str) -> None:
-    """ConfigError unless every file made of it can be written on Linux, macOS and Windows."""
-    start = name if len(name) <= 40 else f"{name[:40]}…"
-    shown = repr(start.encode(errors="backslashreplace").decode())
-    is_plain = re.fullmatch(r"[^\\/:*?\"<>|\x00-\x1f\x7f]+", name) and name[0] != "."
-    if not is_plain or name != name.strip() or name.endswith("."):
-        raise ConfigError(
-            f"name is {shown}; expected characters that can stand in a file's name, without a dot "
-            'or blank at its ends, e.g. "my edit"'
-        )
-    if name.partition(".")[0].strip().upper() in DEVICE_NAMES:
-        raise ConfigError(f"name is {shown}, which Windows keeps for a device; choose another one")
-    try:
-        size = len(f"{name}{LONGEST_ENDING}".encode())
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"name is {shown}, which holds half of a character; type it anew"
-        ) from None
-    if size > MAX_NAME_BYTES:
-        raise ConfigError(
-            f"name is {shown}, {len(name.encode())} bytes; expected at most "
-            f"{MAX_NAME_BYTES - len(LONGEST_ENDING)}, since file systems count bytes and the "
-            "files' names get longer"
-        )
+        check_file_name(self.name, LONGEST_ENDING)
