@@ -1,4 +1,4 @@
-"""Who may import whom: only nodes/host/ and the routes of nodes/server/ know ComfyUI, the core nothing.
+"""Who may import whom: only nodes/host/ and the routes know ComfyUI, the core nothing of it.
 
 The ruff rule TID251 sees absolute imports only; this walks the syntax trees, relative ones
 included, and then imports the package in a process without the host.

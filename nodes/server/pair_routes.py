@@ -10,6 +10,8 @@
     POST /qwen_edit_lora/pairs/{id}/restore         {"removed": token}
     POST /qwen_edit_lora/pairs/{id}/{pair}/caption  {"caption", "before"}
     POST /qwen_edit_lora/pairs/{id}/{pair}/remove   {}; {"removed": token}
+    GET  /qwen_edit_lora/pair_cache                 the size of all encoded pairs
+    POST /qwen_edit_lora/pair_cache/clean           {}: removes those that no training uses
 
 Ids stand for names below ComfyUI's datasets and input folders. Errors are as in `answers`.
 """
@@ -26,13 +28,15 @@ from ...lora_core.disk.writing import explain
 from ...lora_core.errors import ConfigError, FileError
 from ...lora_core.text import shorten
 from .. import host
-from ..datasets import pair_sets
+from ..datasets import pair_changes, pair_views
 from ..datasets.pair_sets import check_id
+from . import pair_cache
 from .answers import BodySizeError, answer, change, guard, read_options, respond, run
 from .job_views import parse_number
 from .origins import check_origin
 
 PREFIX = "/qwen_edit_lora/pairs"
+CACHE = "/qwen_edit_lora/pair_cache"
 MAX_UPLOAD_BYTES = 100_000_000  # ComfyUI's own default
 MAX_NAME = 400  # characters of a file's name in a query
 #: Of an upload. A form of another site's page can send none of these without a preflight.
@@ -43,9 +47,13 @@ IMAGE_HEADERS = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Opti
 Options = Mapping[str, Any]
 
 
-def start(routes: web.RouteTableDef) -> None:
-    """Adds the routes."""
-    routes.get(PREFIX)(answer(lambda request: pair_sets.list_sets))
+def start(routes: web.RouteTableDef, is_busy: Callable[[], bool]) -> None:
+    """Adds the routes.
+
+    Args:
+        is_busy: whether a prompt is running; the cache is not cleaned meanwhile.
+    """
+    routes.get(PREFIX)(answer(lambda request: pair_views.list_sets))
     routes.post(PREFIX)(guard(create))
     routes.get(PREFIX + "/{id}")(answer(prepare_set))
     routes.get(PREFIX + "/{id}/{pair}/images/{slot}")(guard(send_thumbnail))
@@ -56,26 +64,34 @@ def start(routes: web.RouteTableDef) -> None:
     routes.post(PREFIX + "/{id}/{pair}/caption")(change_pair(set_caption))
     routes.post(PREFIX + "/{id}/{pair}/remove")(change_pair(remove))
 
+    async def clean(request: web.Request) -> web.Response:
+        check_origin(request.headers, request.host, host.get_cors_origin())
+        await read_options(request)
+        return respond(await run(lambda: pair_cache.clean_cache(is_busy())))
+
+    routes.get(CACHE)(answer(lambda request: pair_cache.measure_cache))
+    routes.post(CACHE + "/clean")(guard(clean))
+
 
 # --- reading --------------------------------------------------------------------------------------
 
 
 def prepare_set(request: web.Request) -> Callable[[], dict[str, Any]]:
     set_id = check_id(request.match_info["id"])
-    return lambda: pair_sets.show_set(set_id)
+    return lambda: pair_views.show_set(set_id)
 
 
 def prepare_findings(request: web.Request) -> Callable[[], dict[str, Any]]:
     ids = check_id(request.match_info["id"]), check_id(request.match_info["pair"])
-    return lambda: pair_sets.show_findings(*ids)
+    return lambda: pair_views.show_findings(*ids)
 
 
 async def send_thumbnail(request: web.Request) -> web.Response:
     ids = check_id(request.match_info["id"]), check_id(request.match_info["pair"])
     slot = parse_number(request.match_info, "slot")
-    query = {"side": str(pair_sets.THUMBNAIL_SIDES[0]), **request.query}
+    query = {"side": str(pair_views.THUMBNAIL_SIDES[0]), **request.query}
     side = parse_number(query, "side")
-    body = await run(lambda: pair_sets.read_thumbnail(*ids, slot, side))
+    body = await run(lambda: pair_views.read_thumbnail(*ids, slot, side))
     return web.Response(body=body, content_type="image/jpeg", headers=IMAGE_HEADERS)
 
 
@@ -97,33 +113,34 @@ def change_pair(work: Callable[[str, str, Options], dict[str, Any]]):
 async def create(request: web.Request) -> web.Response:
     check_origin(request.headers, request.host, host.get_cors_origin())
     name = get_text(await read_options(request), "name")
-    return respond(await run(lambda: pair_sets.create(name)))
+    return respond(await run(lambda: pair_changes.create(name)))
 
 
 def set_caption(set_id: str, pair_id: str, options: Options) -> dict[str, Any]:
     before = None if options.get("before") is None else get_text(options, "before")
-    return pair_sets.set_caption(set_id, pair_id, get_text(options, "caption"), before)
+    return pair_changes.set_caption(set_id, pair_id, get_text(options, "caption"), before)
 
 
 def change_captions(set_id: str, options: Options) -> dict[str, Any]:
     if ("fill" in options) == ("trigger" in options):
         raise ConfigError("expected either fill or trigger")
     texts = {name: get_text(options, name) for name in ("fill", "trigger") if name in options}
-    return pair_sets.change_captions(set_id, texts.get("fill"), texts.get("trigger"))
+    return pair_changes.change_captions(set_id, texts.get("fill"), texts.get("trigger"))
 
 
 def remove(set_id: str, pair_id: str, options: Options) -> dict[str, Any]:
-    return pair_sets.remove(set_id, pair_id)
+    return pair_changes.remove(set_id, pair_id)
 
 
 def restore(set_id: str, options: Options) -> dict[str, Any]:
-    return pair_sets.restore(set_id, get_text(options, "removed"))
+    return pair_changes.restore(set_id, get_text(options, "removed"))
 
 
 async def receive_image(request: web.Request) -> web.Response:
     check_origin(request.headers, request.host, host.get_cors_origin())
     set_id = check_id(request.match_info["id"])
-    if request.content_type != UPLOAD_TYPE:
+    # aiohttp takes a missing header for this type, and a form can leave the header away.
+    if "Content-Type" not in request.headers or request.content_type != UPLOAD_TYPE:
         raise ConfigError(f"expected an image file with Content-Type: {UPLOAD_TYPE}")
     name, pair_id = request.query.get("name", ""), request.query.get("pair", "")
     if not 0 < len(name) <= MAX_NAME:
@@ -133,10 +150,10 @@ async def receive_image(request: web.Request) -> web.Response:
     slot = parse_number({"slot": "", **request.query}, "slot")
     if pair_id:
         check_id(pair_id)
-    with await run(lambda: pair_sets.Upload(set_id)) as upload:
+    with await run(lambda: pair_changes.Upload(set_id)) as upload:
         await receive(request, upload.path)
         return respond(
-            await run(lambda: pair_sets.take_upload(set_id, upload.path, name, slot, pair_id))
+            await run(lambda: pair_changes.take_upload(set_id, upload.path, name, slot, pair_id))
         )
 
 

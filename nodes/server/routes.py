@@ -84,7 +84,7 @@ def start() -> None:
     for action, work in job_views.ACTIONS.items():
         server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(check_id, on_job(work)))
     start_adapters(server)
-    pair_routes.start(server.routes)
+    pair_routes.start(server.routes, lambda: is_busy(server))
 
 
 def is_busy(server: PromptServer) -> bool:
