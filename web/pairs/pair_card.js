@@ -23,11 +23,12 @@ export function createPairCard({ client, setId, t, actions }) {
   });
   const status = build("span", { class: "qel-caption-status", role: "status" });
   const findings = build("ul", { class: "qel-pair-findings", "aria-label": t("pairs.findings") });
+  const more = build("span", { class: "qel-pair-tools" });
   const remove = iconButton("trash", t("pairs.remove"), () => actions.remove(pair));
   const element = build(
     "div",
     { class: "qel-pair", role: "listitem" },
-    build("div", { class: "qel-pair-head" }, name, status, remove),
+    build("div", { class: "qel-pair-head" }, name, status, more, remove),
     tiles,
     caption,
     findings,
@@ -69,11 +70,9 @@ export function createPairCard({ client, setId, t, actions }) {
   function drawImages() {
     const { target, references } = pair;
     const sides = [target, ...(references.length ? references : [null])];
-    const parts = sides.map((image, slot) => buildTile(image, slot));
-    if (references.length && references.length < MAX_REFERENCES) {
-      parts.push(buildMore(references.length + 1));
-    }
-    tiles.replaceChildren(...parts);
+    tiles.replaceChildren(...sides.map((image, slot) => buildTile(image, slot)));
+    const isFull = !references.length || references.length >= MAX_REFERENCES;
+    more.replaceChildren(...(isFull ? [] : [buildMore(references.length + 1)]));
   }
 
   function buildMore(slot) {

@@ -1,6 +1,8 @@
 // The sets of pairs as cards, and the place to drop images for a new one.
 
 import { build, iconButton, KeyedRows, setAttribute, setHidden, setText } from "../elements.js";
+import { formatSize } from "../format.js";
+import { CacheBar } from "./cache_bar.js";
 import { DropZone } from "./drop_zone.js";
 import { uploadDraft } from "./dropped_files.js";
 
@@ -24,6 +26,7 @@ export class SetList {
       withName: true,
       onconfirm: (draft, name, onstep) => this.make(draft, name, onstep),
     });
+    this.cache = new CacheBar({ client, t, onclean: () => this.load() });
     this.element = build(
       "div",
       { class: "qel-view qel-pairs" },
@@ -36,6 +39,7 @@ export class SetList {
       this.message,
       this.items,
       this.zone.element,
+      this.cache.element,
     );
     this.draw();
     this.load();
@@ -53,7 +57,9 @@ export class SetList {
     } catch (error) {
       this.problem = error.message;
     }
-    if (!this.isGone) this.draw();
+    if (this.isGone) return;
+    this.draw();
+    await this.cache.load();
   }
 
   // A set that was made stays if some of its files are refused: their messages are shown here.
@@ -104,10 +110,11 @@ export class SetList {
   }
 }
 
-/** "12 pairs · 3 without a caption". */
+/** "12 pairs · 3 without a caption · 80 MB encoded". */
 export function describeSet(set, t) {
   const facts = [t("pairs.count", { n: set.num_pairs })];
   if (set.num_uncaptioned) facts.push(t("pairs.uncaptioned", { n: set.num_uncaptioned }));
   if (set.num_incomplete) facts.push(t("pairs.incomplete", { n: set.num_incomplete }));
+  if (set.cached_bytes) facts.push(t("pairs.cached", { size: formatSize(set.cached_bytes) }));
   return facts.join(" · ");
 }

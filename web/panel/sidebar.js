@@ -12,7 +12,7 @@ export const TAB_ID = "qwen_edit_lora";
 const STYLES = ["../theme.css", "./panel.css", "../adapters/adapters.css", "../pairs/pairs.css"];
 const ICON = "pi pi-chart-line";
 
-// Returns {showJob(id)}: opens the tab at a training.
+// Returns {showJob(id), showPairs(id)}: opens the tab at a training, or at a set of pairs.
 export function registerSidebar({ app, api, jobs }) {
   for (const style of STYLES) addStyles(new URL(style, import.meta.url));
   const panel = new Panel({ app, api, jobs });
@@ -27,7 +27,8 @@ export function registerSidebar({ app, api, jobs }) {
     destroy: () => panel.unmount(),
   });
   jobs.addEventListener("change", () => updateBadge(app, jobs));
-  return { showJob: (id) => showJob(app, panel, id) };
+  const show = (section) => (id) => showPlace(app, panel, { section, id });
+  return { showJob: show("jobs"), showPairs: show("pairs") };
 }
 
 function addStyles(url) {
@@ -41,8 +42,8 @@ function updateBadge(app, jobs) {
   if (tab && tab.iconBadge !== text) tab.iconBadge = text;
 }
 
-async function showJob(app, panel, id) {
-  panel.place = { section: "jobs", id };
+async function showPlace(app, panel, place) {
+  panel.place = place;
   const { activeSidebarTabId } = app.extensionManager.sidebarTab ?? {};
   if (activeSidebarTabId === TAB_ID) panel.show();
   else await app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB_ID}`);

@@ -228,7 +228,7 @@ export const EN = {
   "adapters.column.effective_rank": "Eff. rank",
 
   "pairs.sets": "Sets of image pairs",
-  "pairs.summary": "{n} sets",
+  "pairs.summary": "Sets: {n}",
   "pairs.refresh": "Look for changes",
   "pairs.loading": "Reading the folders …",
   "pairs.none":
@@ -290,4 +290,17 @@ export const EN = {
   "pairs.train": "Train this",
   "pairs.training_opened": "The training workflow is open",
   "pairs.training_hint": "Choose the model, then press Run.",
+  "pairs.cached": "{size} encoded",
+  "pairs.cache": "Encoded pairs: {size}, {freed} of it used by no training",
+  "pairs.clean": "Clean …",
+  "pairs.clean_title": "Remove encoded pairs?",
+  "pairs.clean_text":
+    "{freed} is freed. Images and captions stay, and so does what the trainings in the list use. Edit Dataset encodes the rest again when it is needed; a LoRA whose training was deleted can be trained again only after that.",
+  "pairs.clean_confirm": "Remove",
+  "pairs.choose": "Choose pairs …",
+  "pairs.choose_title": "Choose a set of image pairs",
+  "pairs.edit": "Edit",
+  "pairs.edit_set": "Edit {name}",
+  "pairs.new": "New set …",
+  "pairs.not_listed": "The sets cannot be listed",
 };

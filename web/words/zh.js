@@ -227,7 +227,7 @@ export const ZH = {
   "adapters.column.effective_rank": "有效秩",
 
   "pairs.sets": "图像对的集合",
-  "pairs.summary": "{n} 个集合",
+  "pairs.summary": "集合：{n}",
   "pairs.refresh": "检查更改",
   "pairs.loading": "正在读取文件夹……",
   "pairs.none": "还没有集合。把图像拖到下面：一侧放目标图像，另一侧放编辑前的图像。",
@@ -288,4 +288,17 @@ export const ZH = {
   "pairs.train": "用它训练",
   "pairs.training_opened": "训练工作流已打开",
   "pairs.training_hint": "选择模型，然后按运行。",
+  "pairs.cached": "已编码 {size}",
+  "pairs.cache": "已编码的图像对：{size}，其中 {freed} 没有训练使用",
+  "pairs.clean": "清理……",
+  "pairs.clean_title": "删除已编码的图像对？",
+  "pairs.clean_text":
+    "将释放 {freed}。图像和说明会保留，列表中的训练所用的内容也会保留。其余内容在需要时由 Edit Dataset 重新编码；训练已删除的 LoRA 要等到那之后才能再次训练。",
+  "pairs.clean_confirm": "删除",
+  "pairs.choose": "选择图像对……",
+  "pairs.choose_title": "选择一个图像对集合",
+  "pairs.edit": "编辑",
+  "pairs.edit_set": "编辑 {name}",
+  "pairs.new": "新建集合……",
+  "pairs.not_listed": "无法列出集合",
 };
