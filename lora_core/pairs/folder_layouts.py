@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import FileError
 from ..text import shorten
-from .listing import Listing, make_key, sort_naturally
+from .listing import Listing, fold_key, sort_naturally
 from .pair import list_some
 from .parts import Collected, Parts, join_key
 from .roles import CAPTION, MASK, REFERENCE, TARGET, Role, parse_ending, parse_folder
@@ -115,14 +115,15 @@ def pair_files(
     files = [(REFERENCE, number, found) for number, found in enumerate(references)]
     files += [(MASK, 0, listing.list_folder(path)) for path in sides.masks]
     places = [sides.target or root, *sides.captions, sides.base, root, *folders]
+    inside = [
+        "" if place == root else f"{place.relative_to(root).as_posix()}/"
+        for place in dict.fromkeys(places)
+        if place.is_relative_to(root)
+    ]
     parts = pair_by_name(images, files)
     for part in parts:
-        part.caption_keys = [
-            make_key(root, place / key)
-            for place in dict.fromkeys(places)
-            if place.is_relative_to(root)
-            for key in name_captions(part)
-        ]
+        keys = name_captions(part)
+        part.caption_keys = [fold_key(f"{place}{key}") for place in inside for key in keys]
     return parts
 
 

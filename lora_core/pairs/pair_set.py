@@ -11,7 +11,7 @@ from ..disk.writing import explain
 from ..errors import FileError, LoraError
 from ..text import shorten
 from .folder_layouts import SideFolders, find_sides, list_targets, pair_files
-from .listing import Listing, fold, list_files, sort_naturally
+from .listing import Listing, fold, list_files, make_key, sort_naturally
 from .metadata_files import find_list
 from .pair import IsAllowed, Pair, check_allowed, read_caption
 from .parts import Builder, Parts, restore_case
@@ -91,6 +91,16 @@ class PairSet:
         if pair.caption_path is None:
             return ""
         return read_caption(pair.caption_path, self.is_allowed) or ""
+
+    def with_caption(self, pair_id: str, path: Path | None) -> PairSet:
+        """The same set after a pair's caption was written to a file of its own."""
+        pairs = tuple(
+            replace(pair, caption_path=path) if pair.id == pair_id else pair for pair in self.pairs
+        )
+        if path is not None:
+            files = self.listing.captions.setdefault(make_key(self.folder, path), [])
+            files[:] = [path, *(one for one in files if one != path)]
+        return replace(self, pairs=pairs)
 
     def build_pair(self, pair: SetPair) -> Pair:
         """As the training will read it; FileError if files are missing or too many."""

@@ -15,14 +15,16 @@ from .pair_set import PairConflictError, PairSet, SetPair, check_inside, prepare
 MAX_TRIGGER = 200  # characters
 
 
-def write_caption(opened: PairSet, pair: SetPair, text: str, before: str | None = None) -> str:
+def write_caption(
+    opened: PairSet, pair: SetPair, text: str, before: str | None = None
+) -> tuple[str, Path | None]:
     """Writes a pair's caption into the file that has it, or into a new .txt next to its target.
 
     Args:
         before: what the user saw; None writes in any case.
 
     Returns:
-        The caption as it is now.
+        The caption as it is now, and the file that has it; None if there is none.
 
     Raises:
         ConfigError: too long, or no text.
@@ -39,14 +41,14 @@ def write_caption(opened: PairSet, pair: SetPair, text: str, before: str | None 
             "list, then edit it again"
         )
     if text == current:
-        return text
+        return text, pair.caption_path
     prepare_folder(opened, path.parent)
     check_inside(path, opened.is_allowed)
     try:
         write_then_rename(path, lambda temporary: temporary.write_bytes(text.encode()))
     except OSError as e:
         raise FileError(f"{shorten(path.name)} cannot be written: {explain(e)}.") from None
-    return text
+    return text, path
 
 
 def read_current(opened: PairSet, pair: SetPair) -> str:

@@ -17,8 +17,8 @@ from ...lora_core.pairs.set_captions import add_trigger, fill_captions, write_ca
 from ...lora_core.pairs.set_images import add_image, check_image, create_set, put_image
 from .. import host
 from .folders import is_dataset_path
-from .pair_sets import ROOTS, find_set, open_by_id
-from .pair_views import decoding, describe_pair, describe_set
+from .pair_sets import ROOTS, find_set
+from .pair_views import decoding, describe_pair, describe_set, keep_opened, open_known
 
 #: Changes are made one at a time, so that none is based on what another one is changing.
 _changes = threading.RLock()
@@ -28,7 +28,7 @@ _changes = threading.RLock()
 def changing(set_id: str) -> Iterator[PairSet]:
     """The set, which no other request changes meanwhile."""
     with _changes:
-        yield open_by_id(set_id)
+        yield open_known(set_id)
 
 
 def create(name: str) -> dict[str, Any]:
@@ -47,8 +47,9 @@ def create(name: str) -> dict[str, Any]:
 def set_caption(set_id: str, pair_id: str, text: str, before: str | None) -> dict[str, Any]:
     """Raises as `set_captions.write_caption`."""
     with changing(set_id) as opened:
-        pair = opened.find(pair_id)
-        return {"id": pair_id, "caption": write_caption(opened, pair, text, before)}
+        caption, path = write_caption(opened, opened.find(pair_id), text, before)
+        keep_opened(set_id, opened.with_caption(pair_id, path))
+        return {"id": pair_id, "caption": caption}
 
 
 def change_captions(set_id: str, fill: str | None, trigger: str | None) -> dict[str, Any]:
@@ -116,6 +117,6 @@ def take_upload(set_id: str, path: Path, name: str, slot: int, pair_id: str) -> 
             placed, token = put_image(opened, path, opened.find(pair_id), suffix, slot)
         else:
             placed, token = add_image(opened, path, stem, suffix, slot), ""
-    opened = open_by_id(set_id)
+    opened = open_known(set_id)
     pair = next((one for one in opened.pairs if placed in one.parts.paths), None)
     return {"pair": None if pair is None else describe_pair(opened, pair), "removed": token}

@@ -81,16 +81,8 @@ def find_set(set_id: str) -> tuple[str, Path]:
     return found
 
 
-def open_by_id(set_id: str) -> PairSet:
-    """
-    Raises:
-        UnknownPairError: there is no such set.
-        PairConflictError: it cannot be edited here.
-    """
-    return open_folder(find_set(set_id)[1])
-
-
 def open_folder(folder: Path) -> PairSet:
+    """Raises PairConflictError if it cannot be edited here."""
     try:
         return open_set(folder, is_dataset_path)
     except FileError as e:

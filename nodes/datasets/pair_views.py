@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...lora_core.errors import ConfigError, FileError, LoraError
+from ...lora_core.errors import ConfigError, FileError
 from ...lora_core.pairs.cache_cleaning import find_size, measure_sets
 from ...lora_core.pairs.facts import ImageFacts
 from ...lora_core.pairs.pair import MAX_REFERENCES, UNUSABLE, Level, Problem, describe_path
@@ -23,7 +24,7 @@ from ...lora_core.pairs.preflight import check_pair
 from ...lora_core.pairs.set_images import encode_thumbnail
 from .. import host
 from .folders import is_dataset_path
-from .pair_sets import find_set, find_sets, open_by_id, open_folder
+from .pair_sets import find_set, find_sets, open_folder
 
 NUM_COVERS = 3  # images on a set's card
 THUMBNAIL_SIDES = (384, 1280)  # pixels
@@ -34,7 +35,9 @@ MAX_FACTS = 4096
 MEGAPIXELS = 1.0  # for which the pairs are checked, as the node's default
 
 decoding = threading.BoundedSemaphore(NUM_DECODED)
-#: Sets as they were opened for thumbnails, with the times of their folders.
+_opening = threading.Lock()
+UNSURE_NS = 100_000_000
+#: Sets as they were opened before, with the times of their folders.
 _opened: dict[str, tuple[tuple, PairSet]] = {}
 
 
@@ -53,8 +56,8 @@ def describe_set(
         sizes: of `cache_cleaning.measure_sets`.
     """
     try:
-        opened = open_folder(folder)
-    except PairConflictError as e:
+        opened = open_known(set_id)
+    except (PairConflictError, UnknownPairError) as e:
         return {"id": set_id, "name": name, "problem": str(e)}
     cached_bytes = find_size(sizes or {}, folder.name)
     return {"id": set_id, "name": name, **summarize(opened), "cached_bytes": cached_bytes}
@@ -78,10 +81,12 @@ def show_set(set_id: str) -> dict[str, Any]:
     """The set with all its pairs.
 
     Raises:
-        UnknownPairError, PairConflictError: as `open_by_id`.
+        UnknownPairError, PairConflictError: as `open_known`.
     """
-    name, folder = find_set(set_id)
-    opened = open_folder(folder)
+    name, _ = find_set(set_id)
+    with _opening:
+        _opened.pop(set_id, None)
+    opened = open_known(set_id)
     return {
         "id": set_id,
         "name": name,
@@ -121,7 +126,7 @@ def read_caption(opened: PairSet, pair: SetPair) -> tuple[str, str]:
 
 def show_findings(set_id: str, pair_id: str) -> dict[str, Any]:
     """{"findings": [...]}: what the check before a training says about this pair alone."""
-    opened = open_by_id(set_id)
+    opened = open_known(set_id)
     files = opened.find(pair_id)
     try:
         pair = opened.build_pair(files)
@@ -172,11 +177,7 @@ def read_thumbnail(set_id: str, pair_id: str, slot: int, side_px: int) -> bytes:
     """
     if side_px not in THUMBNAIL_SIDES:
         raise ConfigError(f"side is {side_px}; expected one of {THUMBNAIL_SIDES}")
-    try:
-        return draw_thumbnail(open_known(set_id), pair_id, slot, side_px)
-    except LoraError:  # the set may have changed since it was opened
-        _opened.pop(set_id, None)
-        return draw_thumbnail(open_known(set_id), pair_id, slot, side_px)
+    return draw_thumbnail(open_known(set_id), pair_id, slot, side_px)
 
 
 def draw_thumbnail(opened: PairSet, pair_id: str, slot: int, side_px: int) -> bytes:
@@ -194,20 +195,34 @@ def draw_thumbnail(opened: PairSet, pair_id: str, slot: int, side_px: int) -> by
 
 
 def open_known(set_id: str) -> PairSet:
-    """As opened before, unless the times of its folders differ: every thumbnail asks for it."""
+    """As opened before, unless the times of its folders differ: every thumbnail asks for it.
+
+    Raises:
+        UnknownPairError: there is no such set.
+        PairConflictError: it cannot be edited here.
+    """
     folder = find_set(set_id)[1]
-    times, opened = _opened.get(set_id, (None, None))
-    if opened is None or read_times(opened) != times:
-        opened = open_folder(folder)
+    with _opening:
+        times, opened = _opened.get(set_id, (None, None))
+        if opened is None or opened.folder != folder or read_times(opened) != times:
+            opened = open_folder(folder)
+            _opened[set_id] = read_times(opened), opened
+        # A file that comes right after a listing may leave its folder's time as it is.
+        if max(_opened[set_id][0]) > time.time_ns() - UNSURE_NS:
+            del _opened[set_id]
+        return opened
+
+
+def keep_opened(set_id: str, opened: PairSet) -> None:
+    """After a change that altered no other file: the next request need not open the set again."""
+    with _opening:
         _opened[set_id] = read_times(opened), opened
-    return opened
 
 
-def read_times(opened: PairSet) -> tuple:
+def read_times(opened: PairSet) -> tuple[int, ...]:
     sides = opened.sides
-    folders = {path.parent for path in opened.listing.files}
-    folders |= {opened.folder, sides.base, opened.target_folder, *sides.references}
-    return tuple((str(path), read_time(path)) for path in sorted(folders))
+    folders = [*opened.listing.folders, opened.target_folder, *sides.references]
+    return tuple(read_time(path) for path in folders)
 
 
 def read_time(path: Path) -> int:

@@ -22,14 +22,15 @@ export class FindingsQueue {
 
   /** Asks for the findings of these pairs; earlier ones that are not visible any more can wait. */
   want(pairs) {
-    this.visible = pairs;
     this.wanted = pairs.filter((pair) => this.get(pair) === undefined);
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.run(), DELAY);
   }
 
-  refresh() {
-    this.known.clear();
+  /** Asks for those of one pair that was changed, before all others. */
+  again(pair) {
+    this.wanted = [pair, ...this.wanted.filter(({ id }) => id !== pair.id)];
+    this.run();
   }
 
   stop() {
@@ -37,7 +38,7 @@ export class FindingsQueue {
     clearTimeout(this.timer);
   }
 
-  async run() {
+  run() {
     while (!this.isStopped && this.numRunning < NUM_REQUESTS && this.wanted.length) {
       this.numRunning += 1;
       this.ask(this.wanted.shift()).finally(() => {

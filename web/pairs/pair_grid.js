@@ -87,6 +87,9 @@ export function createPairGrid({ label, createCard, getState, onshow }) {
       pairs = newPairs;
       draw();
     },
+    get visible() {
+      return pairs.filter(({ id }) => cards.has(id));
+    },
     /** Draws one pair again, if it is visible. */
     refresh(pair) {
       cards.get(pair.id)?.update(pair, getState(pair));

@@ -20,6 +20,8 @@ export class SetPage {
     this.filter = "all";
     /** Pair id -> {draft, saved, failure}. */
     this.edits = new Map();
+    /** Pair id -> promise of its last save. */
+    this.saves = new Map();
     this.findings = new FindingsQueue(client, id, (pair) => this.grid.refresh(pair));
     this.name = build("h2", { tabindex: "-1" });
     this.problem = build("p", { class: "qel-problem", role: "alert", hidden: true });
@@ -166,29 +168,42 @@ export class SetPage {
     this.grid.refresh(pair);
   }
 
-  async save(pair, text) {
-    const edit = this.edits.get(pair.id);
-    if (edit?.draft === undefined) return;
+  // Saves of one pair wait for each other: each says which caption it replaces.
+  save(pair, text) {
+    if (this.edits.get(pair.id)?.draft === undefined) return;
+    const before = this.saves.get(pair.id) ?? Promise.resolve();
+    this.saves.set(
+      pair.id,
+      before.then(() => this.saveNow(pair.id, text)),
+    );
+  }
+
+  async saveNow(id, text) {
+    const pair = this.pairs.find((one) => one.id === id);
+    if (!pair || this.edits.get(id)?.draft === undefined) return;
     if (text.trim() === pair.caption) {
-      this.edits.delete(pair.id);
+      if (this.edits.get(id).draft === text) this.edits.delete(id);
       this.grid.refresh(pair);
       return;
     }
-    this.edits.set(pair.id, { draft: text, saved: "saving" });
+    this.edits.set(id, { ...this.edits.get(id), saved: "saving", failure: "" });
     this.grid.refresh(pair);
-    let after = {};
+    let after = { draft: text };
+    let saved = pair;
     try {
-      const { caption } = await this.client.saveCaption(this.id, pair.id, text, pair.caption);
-      pair = { ...pair, caption, fault: "" };
+      const { caption } = await this.client.saveCaption(this.id, id, text, pair.caption);
+      saved = { ...pair, caption, fault: "" };
       after = { saved: "saved" };
     } catch (error) {
-      after = { draft: text, failure: error.message };
+      after.failure = error.message;
     }
+    // Whatever was typed meanwhile is saved when that is left.
+    const { draft } = this.edits.get(id) ?? {};
+    this.edits.set(id, draft !== undefined && draft !== text ? { draft } : after);
+    this.pairs = this.pairs.map((one) => (one.id === id ? saved : one));
     if (this.isGone) return;
-    const isTyping = this.edits.get(pair.id)?.draft !== text;
-    this.edits.set(pair.id, isTyping ? { draft: this.edits.get(pair.id)?.draft } : after);
-    this.replacePair(pair);
-    this.findings.want([pair]);
+    this.draw();
+    this.findings.again(saved);
   }
 
   next(pair) {
@@ -217,7 +232,7 @@ export class SetPage {
       const { num_changed: n } = await this.client.changeCaptions(this.id, options);
       this.edits.clear();
       await this.load();
-      this.findings.refresh();
+      this.findings.want(this.grid.visible);
       const summary = this.t("pairs.changed", { n });
       this.app.extensionManager.toast.add({ severity: "success", summary, life: 4000 });
     } catch (error) {
@@ -245,7 +260,7 @@ export class SetPage {
       const answer = await this.client.upload(this.id, file, slot, pair.id);
       if (answer.pair?.id === pair.id) this.replacePair(answer.pair);
       else await this.load();
-      this.findings.want([answer.pair ?? pair]);
+      if (answer.pair) this.findings.again(answer.pair);
       return answer.pair;
     } catch (error) {
       this.report(error.message);

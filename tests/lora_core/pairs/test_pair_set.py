@@ -126,9 +126,10 @@ def test_a_caption_is_written_into_the_file_that_the_training_reads(tmp_path):
         folder = write_pairs(tmp_path / f"set_{number}", 2, *names)
         before = list_names(folder)
         opened = open_at(folder)
-        assert write_caption(opened, get(opened, "photo_1"), "  made blue\r\nnow ") == (
-            "made blue\nnow"
-        )
+        text, path = write_caption(opened, get(opened, "photo_1"), "  made blue\r\nnow ")
+        assert text == path.read_text() == "made blue\nnow"
+        changed = opened.with_caption(get(opened, "photo_1").id, path)
+        assert changed.pairs == open_at(folder).pairs
         assert [pair.caption for pair in find_pairs(folder, allow).pairs] == [
             f"{CAPTION}, number 0",
             "made blue\nnow",
@@ -152,7 +153,7 @@ def test_a_caption_that_was_changed_elsewhere_is_kept(folder):
     with pytest.raises(PairConflictError, match="changed elsewhere"):
         write_caption(opened, pair, "mine", before=f"{CAPTION}, number 0")
     assert (folder / "target" / "photo_0.txt").read_text() == "of another page"
-    assert write_caption(opened, pair, "mine", before="of another page") == "mine"
+    assert write_caption(opened, pair, "mine", before="of another page")[0] == "mine"
 
 
 @pytest.mark.parametrize("text", ["half \ud800", "x" * 65_537, "a\0b"])
