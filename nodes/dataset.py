@@ -325,7 +325,7 @@ def encode(
         f"{done}: {cached.folder.name}",
         f"the cache holds {num_items} pairs of all sets, {size_bytes / 1e6:.0f} MB, in "
         f"{show_store(store)} of the user folder; "
-        "nothing there is ever deleted, so remove what no training needs by hand",
+        "Clean under Image pairs in the panel removes what no training needs",
     ]
     findings = []
     if problem := encoder.keep_vae(store, str(settings["vae"])):

@@ -125,3 +125,30 @@ def test_dropped_images_become_a_captioned_set_that_is_trained(workspace, input_
     types = page.evaluate("app.graph._nodes.map(n => n.comfyClass)")
     assert "QwenEditLoraTrain" in types
     assert workspace.errors == []
+
+
+CHOOSE = "app.graph._nodes.find(n => n.comfyClass === 'QwenEditDataset')"
+
+
+def test_a_set_is_chosen_on_the_node_and_any_text_stays_as_it_was_saved(workspace, input_folder):
+    write_pairs(input_folder / HOSTILE.replace("/", ""), 1)
+    write_pairs(input_folder / "chosen", 2, caption=None)
+    page = workspace.page
+    workspace.open_template("06_train_lora")
+    workspace.set_widgets({"folder": "any/text of mine"}, "QwenEditDataset")
+    saved = page.evaluate("JSON.stringify(app.graph.serialize())")
+    page.evaluate("text => app.loadGraphData(JSON.parse(text))", saved)
+    values = page.evaluate(f"{CHOOSE}.serialize().widgets_values")
+    assert values == ["any/text of mine", "2509 / 2511", 1, "", False, "stop", "", 1]
+    page.evaluate(f"{CHOOSE}.widgets.find(w => w.name === 'choose_pairs').callback()")
+    dialog = page.get_by_role("dialog", name="Choose a set of image pairs")
+    dialog.get_by_text("2 pairs · 2 without a caption").wait_for()
+    dialog.get_by_role("button", name="input/chosen 2 pairs").click()
+    dialog.wait_for(state="detached")
+    assert page.evaluate(f"{CHOOSE}.serialize().widgets_values")[0] == "input/chosen"
+    page.evaluate(f"{CHOOSE}.widgets.find(w => w.name === 'choose_pairs').callback()")
+    dialog.get_by_role("button", name="Edit input/chosen").click()
+    page.get_by_role("heading", name="input/chosen").wait_for()
+    assert get_card(page, "photo_1").count() == 1
+    assert page.evaluate("window.hacked") is None
+    assert workspace.errors == []

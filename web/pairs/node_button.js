@@ -7,7 +7,7 @@ import { describeSet } from "./set_list.js";
 /** @param openPairs (id) opens a set in the panel; null the list of all. */
 export function addPairsButton(node, { app, api, t, openPairs }) {
   // After the widgets with values: their positions are what a saved workflow stores.
-  const button = node.addWidget("button", "choose_pairs", null, () => choose());
+  const button = node.addWidget("button", "choose_pairs", null, () => void choose());
   button.label = t("pairs.choose");
   button.serialize = false;
   if (button.options) button.options.serialize = false;

@@ -15,7 +15,7 @@ export class PairViewer {
     this.caption = build("p", { class: "qel-note" });
     this.element = build(
       "dialog",
-      { class: "qel-dialog qel-viewer", "aria-label": t("pairs.viewer") },
+      { class: "qel-dialog qel-pair-viewer", "aria-label": t("pairs.viewer") },
       this.title,
       this.figures,
       this.caption,
