@@ -95,7 +95,7 @@ async def read_options(request: web.Request) -> dict[str, Any]:
             if len(body) > MAX_BODY_BYTES:
                 raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
     except (OSError, web.RequestPayloadError):  # the client disconnected, or sent invalid chunks
-        raise ConfigError("the body broke off; send it whole") from None
+        raise ConfigError("the body ended early; send it again") from None
     try:
         return parse_object(bytes(body), "the body")
     except FileError as e:
@@ -125,6 +125,6 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
 def refuse(error: LoraError) -> web.Response:
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
     message = shorten(" ".join(str(error).split()), MAX_MESSAGE)
-    # ComfyUI's middleware lets browsers keep a 404 for an image for an hour.
+    # ComfyUI lets a browser keep any answer for a name that ends in .png, a refusal too.
     headers = {"Cache-Control": "no-store"}
     return web.json_response({"error": message}, status=status, headers=headers)

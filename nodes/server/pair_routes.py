@@ -179,9 +179,9 @@ async def receive(request: web.Request, path: Path) -> None:
                     raise too_large
                 await run(lambda chunk=chunk: file.write(chunk))
     except web.RequestPayloadError:
-        raise ConfigError("the body broke off; send it whole") from None
+        raise ConfigError("the body ended early; send it again") from None
     except ConnectionError:  # the client disconnected
-        raise ConfigError("the body broke off; send it whole") from None
+        raise ConfigError("the body ended early; send it again") from None
     except OSError as e:
         raise FileError(f"the upload cannot be written: {explain(e)}.") from None
 

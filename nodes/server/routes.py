@@ -160,6 +160,6 @@ async def send_image(request: web.Request) -> web.Response:
     job_id, name = check_id(request.match_info["id"]), request.match_info["name"]
     store = job_host.get_store()
     body = await run(lambda: for_job(job_id, lambda: store.read_image(job_id, name)))
-    # A picture never changes: its name has the step.
+    # An image never changes: its name has the step.
     headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
     return web.Response(body=body, content_type="image/png", headers=headers)

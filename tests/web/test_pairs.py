@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_base.pair_folders import edit, load_photograph
+from demo_base.pair_folders import edit, load_photograph, write_pairs
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
@@ -134,7 +134,7 @@ def test_a_set_is_chosen_on_the_node_and_any_text_stays_as_it_was_saved(workspac
     write_pairs(input_folder / HOSTILE.replace("/", ""), 1)
     write_pairs(input_folder / "chosen", 2, caption=None)
     page = workspace.page
-    workspace.open_template("06_train_lora")
+    workspace.open_template("6 Train a LoRA")
     workspace.set_widgets({"folder": "any/text of mine"}, "QwenEditDataset")
     saved = page.evaluate("JSON.stringify(app.graph.serialize())")
     page.evaluate("text => app.loadGraphData(JSON.parse(text))", saved)

@@ -1,4 +1,4 @@
-// A button on Edit Dataset: chooses a set for `folder`, whose field still takes any text.
+// A button on the node Image Pairs: chooses a set for `folder`, whose field still takes any text.
 
 import { PairClient } from "./client.js";
 import { askForSet } from "./dialogs.js";

@@ -1,10 +1,10 @@
 // Opens the training workflow with a set's folder in it.
 
-const TEMPLATE = "06_train_lora";
+const TEMPLATE = "6 Train a LoRA";
 const NODE_TYPE = "QwenEditDataset";
 
 export async function openTrainingTemplate(app, api, folder) {
-  const response = await api.fetchApi(`/workflow_templates/${getExtension()}/${TEMPLATE}.json`);
+  const response = await api.fetchApi(getTemplateUrl());
   if (!response.ok) throw new Error(`ComfyUI answers ${response.status} for ${TEMPLATE}.json`);
   const workflow = await response.json();
   for (const node of workflow.nodes.filter(({ type }) => type === NODE_TYPE)) {
@@ -14,7 +14,8 @@ export async function openTrainingTemplate(app, api, folder) {
   await app.loadGraphData(workflow, true, true, TEMPLATE);
 }
 
-// The folder of custom_nodes that this file is served from, as it is written in URLs.
-function getExtension() {
-  return new URL(import.meta.url).pathname.split("/extensions/")[1].split("/")[0];
+function getTemplateUrl() {
+  // The folder of custom_nodes that this file is served from, as it is written in URLs.
+  const extension = new URL(import.meta.url).pathname.split("/extensions/")[1].split("/")[0];
+  return `/workflow_templates/${extension}/${encodeURIComponent(TEMPLATE)}.json`;
 }

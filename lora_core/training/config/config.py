@@ -74,7 +74,7 @@ class TrainConfig:
         check_number(self, "seed", 0)
         if self.optimizer.warmup_steps > self.steps:
             raise ConfigError(
-                f"warmup_steps is {self.optimizer.warmup_steps} of {self.steps} steps; "
-                "expected no more than there are"
+                f"warmup_steps is {self.optimizer.warmup_steps}, more than the {self.steps} steps "
+                "of the run; expected at most as many"
             )
         check_file_name(self.name, LONGEST_ENDING)
