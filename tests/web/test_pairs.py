@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_base.frontend import TAB_BUTTON
 from demo_base.pair_folders import edit, load_photograph, write_pairs
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
@@ -51,7 +52,7 @@ def drop(page: Any, selector: str, files: Mapping[str, bytes]) -> None:
 
 def open_pairs(page: Any) -> Any:
     if not page.locator(".qel-panel").count():
-        page.locator(".qwen_edit_lora-tab-button").click()
+        page.locator(TAB_BUTTON).click()
     page.get_by_role("tab", name="Image pairs").click()
     return page.locator(".qel-panel")
 
