@@ -297,6 +297,7 @@ def test_an_image_that_cannot_be_written_leaves_the_old_one(folder, upload, monk
 
 
 def test_only_images_that_decode_to_the_end_are_taken(tmp_path, upload):
+    load_photograph(5, 300, 200).save(upload, "JPEG")
     assert check_image(upload, "a.png") == ".jpg"
     content = upload.read_bytes()
     for number, damaged in enumerate((content[:-200], b"", b"<svg/>", b"%!PS-Adobe", b"\x89PNG")):

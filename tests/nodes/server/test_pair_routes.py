@@ -461,7 +461,6 @@ def test_the_cache_is_cleaned_except_for_what_trainings_use(
     from qwen_edit_lora.lora_core.jobs.store import JobStore
     from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
     from qwen_edit_lora.nodes import host
-    from qwen_edit_lora.nodes.server import pair_routes
 
     monkeypatch.setattr(host, "get_cache_folder", lambda: tmp_path / "user")
     store = tmp_path / "user" / "datasets"
@@ -485,4 +484,19 @@ def test_the_cache_is_cleaned_except_for_what_trainings_use(
     answer = routes.post(f"{CACHE}/clean")
     assert (answer.status, "damaged" in answer.sentence) == (409, True)
     assert needed.is_dir()
-    assert pair_routes.CACHE == CACHE
+
+
+def test_the_cache_is_not_cleaned_while_a_prompt_may_be_encoding(routes, tmp_path, monkeypatch):
+    from qwen_edit_lora.nodes import host
+    from server import PromptServer
+
+    monkeypatch.setattr(host, "get_cache_folder", lambda: tmp_path)
+    spare = write_text(tmp_path / "datasets" / "items" / f"{'0' * 32}.safetensors", "1234")
+    queue = PromptServer.instance.prompt_queue
+    monkeypatch.setattr(queue, "currently_running", {0: (0, "id", {}, {}, [])})
+    answer = routes.post(f"{CACHE}/clean")
+    assert (answer.status, "a prompt is running" in answer.sentence) == (409, True)
+    assert spare.exists()
+    monkeypatch.setattr(queue, "currently_running", {})
+    assert routes.post(f"{CACHE}/clean").status == 200
+    assert not spare.exists()
