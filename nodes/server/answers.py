@@ -51,9 +51,16 @@ def guard(handle: Handler) -> Handler:
     return guarded
 
 
-def answer(prepare: Callable[[web.Request], Callable[[], dict[str, Any]]]) -> Handler:
+def answer(show: Callable[[str, Mapping[str, str]], dict[str, Any]]) -> Handler:
+    """A handler that shows something.
+
+    Args:
+        show: called with the path's id, "" if it has none, and the query.
+    """
+
     async def handle(request: web.Request) -> web.Response:
-        return respond(await run(prepare(request)))
+        one, query = request.match_info.get("id", ""), dict(request.query)
+        return respond(await run(lambda: show(one, query)))
 
     return guard(handle)
 
@@ -63,20 +70,16 @@ async def run(work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
-def change(
-    check: Callable[[object], str], work: Callable[[str, Mapping[str, Any]], dict[str, Any]]
-):
+def change(work: Callable[[str, Mapping[str, Any]], dict[str, Any]]) -> Handler:
     """A handler for a change requested by ComfyUI's own page, or by a program.
 
     Args:
-        check: returns the id, or raises ConfigError if it is invalid.
-        work: the action, called with the id and the request's JSON object.
+        work: the action, called with the path's id and the request's JSON object.
     """
 
     async def handle(request: web.Request) -> web.Response:
         check_origin(request.headers, request.host, host.get_cors_origin())
-        one = check(request.match_info["id"])
-        options = await read_options(request)
+        one, options = request.match_info["id"], await read_options(request)
         return respond(await run(lambda: work(one, options)))
 
     return guard(handle)

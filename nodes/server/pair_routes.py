@@ -53,14 +53,14 @@ def start(routes: web.RouteTableDef, is_busy: Callable[[], bool]) -> None:
     Args:
         is_busy: whether a prompt is running; the cache is not cleaned meanwhile.
     """
-    routes.get(PREFIX)(answer(lambda request: pair_views.list_sets))
+    routes.get(PREFIX)(answer(lambda _, query: pair_views.list_sets()))
     routes.post(PREFIX)(guard(create))
-    routes.get(PREFIX + "/{id}")(answer(prepare_set))
+    routes.get(PREFIX + "/{id}")(answer(show_set))
     routes.get(PREFIX + "/{id}/{pair}/images/{slot}")(guard(send_thumbnail))
-    routes.get(PREFIX + "/{id}/{pair}/findings")(answer(prepare_findings))
+    routes.get(PREFIX + "/{id}/{pair}/findings")(guard(show_findings))
     routes.post(PREFIX + "/{id}/images")(guard(receive_image))
-    routes.post(PREFIX + "/{id}/captions")(change(check_id, change_captions))
-    routes.post(PREFIX + "/{id}/restore")(change(check_id, restore))
+    routes.post(PREFIX + "/{id}/captions")(change(change_captions))
+    routes.post(PREFIX + "/{id}/restore")(change(restore))
     routes.post(PREFIX + "/{id}/{pair}/caption")(change_pair(set_caption))
     routes.post(PREFIX + "/{id}/{pair}/remove")(change_pair(remove))
 
@@ -69,21 +69,20 @@ def start(routes: web.RouteTableDef, is_busy: Callable[[], bool]) -> None:
         await read_options(request)
         return respond(await run(lambda: pair_cache.clean_cache(is_busy())))
 
-    routes.get(CACHE)(answer(lambda request: pair_cache.measure_cache))
+    routes.get(CACHE)(answer(lambda _, query: pair_cache.measure_cache()))
     routes.post(CACHE + "/clean")(guard(clean))
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-def prepare_set(request: web.Request) -> Callable[[], dict[str, Any]]:
-    set_id = check_id(request.match_info["id"])
-    return lambda: pair_views.show_set(set_id)
+def show_set(set_id: str, query: Mapping[str, str]) -> dict[str, Any]:
+    return pair_views.show_set(check_id(set_id))
 
 
-def prepare_findings(request: web.Request) -> Callable[[], dict[str, Any]]:
+async def show_findings(request: web.Request) -> web.Response:
     ids = check_id(request.match_info["id"]), check_id(request.match_info["pair"])
-    return lambda: pair_views.show_findings(*ids)
+    return respond(await run(lambda: pair_views.show_findings(*ids)))
 
 
 async def send_thumbnail(request: web.Request) -> web.Response:
@@ -125,7 +124,7 @@ def change_captions(set_id: str, options: Options) -> dict[str, Any]:
     if ("fill" in options) == ("trigger" in options):
         raise ConfigError("expected either fill or trigger")
     texts = {name: get_text(options, name) for name in ("fill", "trigger") if name in options}
-    return pair_changes.change_captions(set_id, texts.get("fill"), texts.get("trigger"))
+    return pair_changes.change_captions(check_id(set_id), texts.get("fill"), texts.get("trigger"))
 
 
 def remove(set_id: str, pair_id: str, options: Options) -> dict[str, Any]:
@@ -133,7 +132,7 @@ def remove(set_id: str, pair_id: str, options: Options) -> dict[str, Any]:
 
 
 def restore(set_id: str, options: Options) -> dict[str, Any]:
-    return pair_changes.restore(set_id, get_text(options, "removed"))
+    return pair_changes.restore(check_id(set_id), get_text(options, "removed"))
 
 
 async def receive_image(request: web.Request) -> web.Response:

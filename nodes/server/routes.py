@@ -5,7 +5,8 @@
     GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536; without offset the end of it
     GET  /qwen_edit_lora/jobs/{id}/pictures/{name}                     a PNG, by its listed name
     POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete | clone | publish
-                                             with a JSON object, see job_views.ACTIONS
+                                             with a JSON object, see job_views.ACTIONS; a job's
+                                             "actions" are those that make sense now
     GET  /qwen_edit_lora/adapters            {"adapters": [...], "pending": without a verdict yet}
     GET  /qwen_edit_lora/adapters/{id}       one, with its metadata, modules and verdict
     POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
@@ -18,33 +19,29 @@ The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "delete
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from aiohttp import web
 from server import PromptServer
 
 from ...lora_core.disk.plain_json import drop_non_finite
-from ...lora_core.errors import FileError, LoraError
-from ...lora_core.jobs.job import check_id
-from ...lora_core.library import library
+from ...lora_core.errors import LoraError
 from .. import host
-from . import adapter_library, job_host, job_views, pair_routes
+from . import adapter_library, job_host, job_views, pair_routes, repeated_training
 from .answers import answer, change, guard, run
-from .job_host import HOLD_ID
+from .prompt_policy import HOLD_ID
 
 PREFIX = "/qwen_edit_lora/jobs"
 EVENT = "qwen_edit_lora.job"
 ADAPTERS = "/qwen_edit_lora/adapters"
 ADAPTERS_EVENT = "qwen_edit_lora.adapters"
 
-T = TypeVar("T")
-
 logger = logging.getLogger(__name__)
 
 
 class PromptQueue:
-    """ComfyUI's prompt queue, as `job_host.Prompts`."""
+    """ComfyUI's prompt queue, as `prompt_policy.Prompts`."""
 
     def __init__(self, server: PromptServer):
         self.server = server
@@ -77,12 +74,12 @@ def start() -> None:
     host.connect_queue(server.prompt_queue)
     job_host.start_jobs(PromptQueue(server), lambda data: send(server, EVENT, data))
     server.add_on_prompt_handler(warn_of_conflict)
-    server.routes.get(PREFIX)(answer(lambda request: job_views.list_jobs))
-    server.routes.get(PREFIX + "/{id}")(answer(with_id(job_views.show_job)))
-    server.routes.get(PREFIX + "/{id}/log")(answer(with_id(job_views.show_log)))
+    server.routes.get(PREFIX)(answer(lambda _, query: job_views.list_jobs()))
+    server.routes.get(PREFIX + "/{id}")(answer(job_views.show_job))
+    server.routes.get(PREFIX + "/{id}/log")(answer(job_views.show_log))
     server.routes.get(PREFIX + "/{id}/pictures/{name}")(guard(send_image))
     for action, work in job_views.ACTIONS.items():
-        server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(check_id, on_job(work)))
+        server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(work))
     start_adapters(server)
     pair_routes.start(server.routes, lambda: is_busy(server))
 
@@ -98,13 +95,9 @@ def start_adapters(server: PromptServer) -> None:
         is_busy=lambda: is_busy(server),
     )
 
-    def prepare(request: web.Request) -> Callable[[], dict[str, Any]]:
-        adapter_id = library.check_id(request.match_info["id"])
-        return lambda: adapter_library.show_adapter(adapter_id)
-
-    server.routes.get(ADAPTERS)(answer(lambda request: adapter_library.list_adapters))
-    server.routes.get(ADAPTERS + "/{id}")(answer(prepare))
-    server.routes.post(ADAPTERS + "/{id}/train")(change(library.check_id, train_again))
+    server.routes.get(ADAPTERS)(answer(lambda _, query: adapter_library.list_adapters()))
+    server.routes.get(ADAPTERS + "/{id}")(answer(lambda one, _: adapter_library.show_adapter(one)))
+    server.routes.post(ADAPTERS + "/{id}/train")(change(train_again))
 
 
 def send(server: PromptServer, event: str, data: dict[str, Any]) -> None:
@@ -113,14 +106,14 @@ def send(server: PromptServer, event: str, data: dict[str, Any]) -> None:
 
 
 def train_again(adapter_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    job_id = job_host.train_again(adapter_library.find_adapter(adapter_id))
-    return job_host.get(job_id).to_dict()
+    path = adapter_library.find_adapter(adapter_id)
+    return job_host.get_jobs().store.get(repeated_training.train_again(path)).to_dict()
 
 
 def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
     """Called for every queued prompt; returns it unchanged."""
     try:
-        warning = job_host.get_jobs().describe_conflict()
+        warning = job_host.get_jobs().policy.describe_conflict()
     except LoraError:
         return prompt
     if warning:
@@ -129,37 +122,9 @@ def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
     return prompt
 
 
-# --- one job ---
-
-
-def with_id(show: Callable[[str, Mapping[str, str]], dict[str, Any]]):
-    def prepare(request: web.Request) -> Callable[[], dict[str, Any]]:
-        job_id, query = check_id(request.match_info["id"]), dict(request.query)
-        return lambda: for_job(job_id, lambda: show(job_id, query))
-
-    return prepare
-
-
-def for_job(job_id: str, work: Callable[[], T]) -> T:
-    """Returns work's result; UnknownJobError if it fails because the job was deleted meanwhile.
-
-    All files of a job are deleted with it, so a race shows as an error about any one of them.
-    """
-    try:
-        return work()
-    except FileError:
-        job_host.get_store().open_folder(job_id)
-        raise
-
-
-def on_job(work: Callable[[str, Mapping[str, Any]], T]) -> Callable[[str, Mapping[str, Any]], T]:
-    return lambda job_id, options: for_job(job_id, lambda: work(job_id, options))
-
-
 async def send_image(request: web.Request) -> web.Response:
-    job_id, name = check_id(request.match_info["id"]), request.match_info["name"]
-    store = job_host.get_store()
-    body = await run(lambda: for_job(job_id, lambda: store.read_image(job_id, name)))
+    one, name = request.match_info["id"], request.match_info["name"]
+    body = await run(lambda: job_host.get_jobs().store.read_image(one, name))
     # An image never changes: its name has the step.
     headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
     return web.Response(body=body, content_type="image/png", headers=headers)
