@@ -43,7 +43,7 @@ def clean_cache(is_busy: bool) -> dict[str, Any]:
 
 def plan_for_jobs() -> CachePlan:
     needed = set()
-    for job in job_host.get_store().list():
+    for job in job_host.get_jobs().store.list():
         folder = job.settings.train.data.folder
         if str(folder) == UNKNOWN_FOLDER:
             raise PairConflictError(
