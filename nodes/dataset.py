@@ -332,7 +332,7 @@ def encode(
     lines = [
         f"{done}: {cached.folder.name}",
         f"the cache holds {format_count(num_items, 'pair')} of all sets, "
-        f"{format_bytes(size_bytes)}, in {show_store(store)} of the user folder; nothing there is "
+        f"{format_bytes(size_bytes)}, in {show_store(store)} of the user folder; "
         "deleted automatically: remove unused training sets by hand",
     ]
     findings = []

@@ -1,4 +1,4 @@
-"""Who may import whom: only nodes/host/ and nodes/server/routes.py know ComfyUI, the core nothing.
+"""Who may import whom: only nodes/host/ and the routes know ComfyUI, the core nothing of it.
 
 The ruff rule TID251 sees absolute imports only; this walks the syntax trees, relative ones
 included, and then imports the package in a process without the host.
@@ -33,7 +33,8 @@ HOST = {
         ),
         BORDER,
     ),
-    **dict.fromkeys(("server", "aiohttp"), ("nodes/server/routes.py",)),
+    "server": ("nodes/server/routes.py",),
+    "aiohttp": tuple(f"nodes/server/{name}.py" for name in ("routes", "pair_routes", "answers")),
 }
 #: Modules of the core that every package may use; they import only each other.
 GROUND = ("checks", "errors", "findings", "progress", "subprocesses", "text", "threads")
@@ -89,7 +90,7 @@ PACKAGES = {
     "nodes.patching": ("nodes.host",),
     "nodes.sweeping": ("nodes.host", "nodes.patching"),
     "nodes.datasets": ("nodes.host",),
-    "nodes.server": ("nodes.host",),
+    "nodes.server": ("nodes.host", "nodes.datasets"),
     "nodes": ("nodes.host", "nodes.patching", "nodes.sweeping", "nodes.datasets", "nodes.server"),
 }
 EXTRAS = (

@@ -4,6 +4,7 @@ import { addJobWidget } from "./job_view.js";
 import { Jobs } from "./panel/jobs.js";
 import { announce } from "./panel/notifications.js";
 import { registerSidebar } from "./panel/sidebar.js";
+import { addPairsButton } from "./pairs/node_button.js";
 import { addReportWidget } from "./report.js";
 import { createTranslator } from "./translation.js";
 
@@ -57,6 +58,10 @@ app.registerExtension({
   name: "qwen_edit_lora.report",
 
   nodeCreated(node) {
+    if (node.comfyClass === "QwenEditDataset") {
+      const openPairs = (id) => sidebar?.showPairs(id);
+      addPairsButton(node, { app, api, t: createTranslator(app), openPairs });
+    }
     if (NODES_WITH_REPORT.has(node.comfyClass)) addReportWidget(node, createTranslator(app));
     if (NODES_WITH_JOB.has(node.comfyClass)) {
       addJobWidget(node, { app, jobs, showJob: (id) => sidebar?.showJob(id) });

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError
 from ..text import shorten
-from .listing import Listing, make_key, sort_naturally
+from .listing import Listing, fold_key, sort_naturally
 from .pair import list_some
 from .parts import Collected, Parts, join_key
 from .roles import CAPTION, MASK, REFERENCE, TARGET, Role, parse_ending, parse_folder
@@ -17,8 +18,27 @@ from .roles import CAPTION, MASK, REFERENCE, TARGET, Role, parse_ending, parse_f
 _NUMBER = re.compile(r"(.+)[ _-](\d+)")
 
 
-def collect_folders(listing: Listing, others: Sequence[Listing]) -> Collected | None:
-    """Targets in one folder, references in others, paired by name."""
+@dataclass(frozen=True)
+class SideFolders:
+    """Where targets, references, masks and captions are."""
+
+    base: Path
+    """The folder that holds them: the set's own, or one in it such as train/."""
+    target: Path | None
+    """None if the targets are in the set's own folder."""
+    references: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    captions: tuple[Path, ...]
+    taken: frozenset[Path]
+    """All that have a role, unused ones included."""
+
+
+def find_sides(listing: Listing) -> SideFolders:
+    """The folders that have a role by their names.
+
+    Raises:
+        FileError: several folders of targets, or several sets.
+    """
     root = listing.root
     base, by_role = find_role_folders(listing)
     targets = by_role[TARGET]
@@ -30,38 +50,81 @@ def collect_folders(listing: Listing, others: Sequence[Listing]) -> Collected | 
             f"{shorten(root.name)} holds several folders of targets ({names}); expected one. "
             "Rename or remove the others."
         )
-    inside = [path for _, path in sorted(by_role[REFERENCE], key=lambda found: found[0].number)]
-    folders = [other.root for other in others] or inside
+    references = sorted(by_role[REFERENCE], key=lambda found: found[0].number)
+    return SideFolders(
+        base=base,
+        target=targets[0][1] if targets else None,
+        references=tuple(path for _, path in references),
+        masks=tuple(path for _, path in by_role[MASK]),
+        captions=tuple(path for _, path in by_role[CAPTION]),
+        taken=frozenset(path for found in by_role.values() for _, path in found),
+    )
+
+
+def collect_folders(listing: Listing, others: Sequence[Listing]) -> Collected | None:
+    """Targets in one folder, references in others, paired by name."""
+    root = listing.root
+    sides = find_sides(listing)
+    folders = [other.root for other in others] or list(sides.references)
     if not folders:
         return None
-    if targets:
-        target_folder, images = targets[0][1], listing.list_folder(targets[0][1])
-    else:
-        taken = {path for found in by_role.values() for _, path in found} | set(folders)
-        target_folder = root
-        images = {
-            key: paths
-            for key, paths in listing.list_folder(root).items()
-            if not any(paths[0].is_relative_to(path) for path in taken)
-        }
+    images = list_targets(listing, sides, folders)
     if not images:
         return None
-    references = [other.images for other in others] or map(listing.list_folder, inside)
-    files = [(REFERENCE, number, found) for number, found in enumerate(references)]
-    files += [(MASK, 0, listing.list_folder(path)) for _, path in by_role[MASK]]
-    places = [target_folder, *(path for _, path in by_role[CAPTION]), base, root, *folders]
-    parts = pair_by_name(images, files)
-    for part in parts:
-        part.caption_keys = [
-            make_key(root, place / key)
-            for place in dict.fromkeys(places)
-            if place.is_relative_to(root)
-            for key in name_captions(part)
-        ]
+    parts = pair_files(listing, sides, images, others)
+    base, target_folder = sides.base, sides.target or root
     where = "the folder itself" if target_folder == root else show_folder(target_folder)
     names = ", ".join(show_folder(path) for path in folders[:4])
     within = "" if base == root else f" in {show_folder(base)}"
     return f"targets in {where}, references in {names}{within}", parts
+
+
+def list_targets(
+    listing: Listing, sides: SideFolders, folders: Sequence[Path]
+) -> dict[str, list[Path]]:
+    """Images of the targets' folder, by key.
+
+    Args:
+        folders: those of the references.
+    """
+    if sides.target is not None:
+        return listing.list_folder(sides.target)
+    taken = sides.taken | set(folders)
+    return {
+        key: paths
+        for key, paths in listing.list_folder(listing.root).items()
+        if not any(paths[0].is_relative_to(path) for path in taken)
+    }
+
+
+def pair_files(
+    listing: Listing,
+    sides: SideFolders,
+    images: Mapping[str, list[Path]],
+    others: Sequence[Listing] = (),
+) -> list[Parts]:
+    """The files of each pair, and where its caption may be.
+
+    Args:
+        images: those of `list_targets`.
+        others: listings of the references' folders, if they are not inside the set's.
+    """
+    root = listing.root
+    folders = [other.root for other in others] or list(sides.references)
+    references = [other.images for other in others] or map(listing.list_folder, sides.references)
+    files = [(REFERENCE, number, found) for number, found in enumerate(references)]
+    files += [(MASK, 0, listing.list_folder(path)) for path in sides.masks]
+    places = [sides.target or root, *sides.captions, sides.base, root, *folders]
+    inside = [
+        "" if place == root else f"{place.relative_to(root).as_posix()}/"
+        for place in dict.fromkeys(places)
+        if place.is_relative_to(root)
+    ]
+    parts = pair_by_name(images, files)
+    for part in parts:
+        keys = name_captions(part)
+        part.caption_keys = [fold_key(f"{place}{key}") for place in inside for key in keys]
+    return parts
 
 
 def show_folder(path: Path) -> str:

@@ -58,6 +58,8 @@ class Listing:
     """Images of kinds that are not read."""
     links: list[Path] = field(default_factory=list)
     """To folders, not followed."""
+    folders: list[Path] = field(default_factory=list)
+    """All that were walked, the root first."""
 
     @property
     def num_images(self) -> int:
@@ -84,8 +86,9 @@ class Listing:
         """Those right below a folder that hold images or captions, in natural order."""
         files = [path for paths in self.images.values() for path in paths]
         files += [path for paths in self.captions.values() for path in paths]
-        inside = [p.relative_to(folder).parts for p in files if p.is_relative_to(folder)]
-        names = {parts[0] for parts in inside if len(parts) > 1}
+        start = "" if str(folder) == "." else os.path.join(folder, "")  # noqa: PTH118
+        inside = [str(path)[len(start) :] for path in files if str(path).startswith(start)]
+        names = {name.split(os.sep, 1)[0] for name in inside if os.sep in name}
         return [folder / name for name in sorted(names, key=sort_naturally)]
 
     def find_caption(self, keys: list[str]) -> Path | None:
@@ -127,7 +130,7 @@ def list_files(root: Path, is_allowed: IsAllowed) -> Listing:
         FileError: it cannot be opened.
     """
     listing = Listing(root)
-    found: list[Path] = []
+    found: list[str] = []
     linked: list[str] = []
 
     def fail(error: OSError) -> None:
@@ -147,15 +150,19 @@ def list_files(root: Path, is_allowed: IsAllowed) -> Listing:
                 linked.append(f"{path}{os.sep}")
             kept.append(name)
         subfolders[:] = kept
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    for path in sorted(found, key=lambda path: sort_naturally(str(path.relative_to(root)))):
+        listing.folders.append(Path(folder))
+        found += [os.path.join(folder, n) for n in names if not n.startswith(".")]  # noqa: PTH118
+    # As strings: pathlib takes ten times as long, which shows with thousands of pairs.
+    start = len(os.path.join(root, ""))  # noqa: PTH118
+    for name in sorted(found, key=lambda name: sort_naturally(name[start:])):
+        path, relative = Path(name), name[start:].replace(os.sep, "/")
         suffix = path.suffix.lower()
         if suffix in SUFFIXES:
-            listing.images.setdefault(make_key(root, path), []).append(path)
+            listing.images.setdefault(fold_key(relative), []).append(path)
         elif suffix in UNREAD_SUFFIXES:
             listing.unread.append(path)
         elif suffix in CAPTION_SUFFIXES:
-            listing.captions.setdefault(make_key(root, path), []).append(path)
+            listing.captions.setdefault(fold_key(relative), []).append(path)
         if suffix in LIST_SUFFIXES and path.parent == root:
             listing.lists.append(path)
     for paths in listing.captions.values():
@@ -181,7 +188,11 @@ def is_json(path: Path) -> bool:
 
 
 def make_key(root: Path, path: Path) -> str:
-    relative = path.relative_to(root)
-    suffix = relative.suffix.lower()
-    is_file = suffix in SUFFIXES or suffix in CAPTION_SUFFIXES
-    return fold((relative.with_suffix("") if is_file else relative).as_posix())
+    return fold_key(path.relative_to(root).as_posix())
+
+
+def fold_key(relative: str) -> str:
+    """`make_key` of a path relative to the root, with "/" between its parts."""
+    stem, suffix = os.path.splitext(relative)  # noqa: PTH122
+    is_file = suffix.lower() in SUFFIXES or suffix.lower() in CAPTION_SUFFIXES
+    return fold(stem if is_file else relative)

@@ -135,16 +135,9 @@ def check_pairs(
     known: dict[int | str, ImageFacts] = {}
     checked: list[CheckedPair] = []
     for pair in track(found.pairs, progress, should_stop, "check of the pairs"):
-        try:
-            pair = complete_pair(pair, default_caption, max_references)
-            facts = measure_pair(pair, known)
-            check_mask(pair)
-        except FileError as e:
-            problems.append(Problem(Level.STOP, UNUSABLE, str(e), pair.name))
-            continue
-        size = choose_target_size(facts.target.width, facts.target.height, megapixels)
-        checked.append(CheckedPair(pair, facts, size))
-        problems += inspect_pair(pair, facts, size)
+        one, its_problems = check_pair(pair, known, megapixels, max_references, default_caption)
+        checked += [] if one is None else [one]
+        problems += its_problems
     checked, repeats = drop_repeats(checked)
     problems += repeats
     problems += inspect_set(checked, name)
@@ -160,6 +153,28 @@ def check_pairs(
         problems.append(Problem(Level.STOP, "no_pairs", f"{shorten(name)} holds no pairs"))
     problems.sort(key=lambda problem: -problem.level)
     return Preflight(name, found.layout, tuple(checked), tuple(problems), num_found)
+
+
+def check_pair(
+    pair: Pair,
+    known: dict[int | str, ImageFacts],
+    megapixels: float,
+    max_references: int,
+    default_caption: str = "",
+) -> tuple[CheckedPair | None, list[Problem]]:
+    """One pair by itself, None if it cannot be used, and its problems.
+
+    Args:
+        known: facts of images decoded before; see `measure_pair`.
+    """
+    try:
+        pair = complete_pair(pair, default_caption, max_references)
+        facts = measure_pair(pair, known)
+        check_mask(pair)
+    except FileError as e:
+        return None, [Problem(Level.STOP, UNUSABLE, str(e), pair.name)]
+    size = choose_target_size(facts.target.width, facts.target.height, megapixels)
+    return CheckedPair(pair, facts, size), inspect_pair(pair, facts, size)
 
 
 #: Kind of a problem for which a pair was left out.

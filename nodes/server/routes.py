@@ -1,4 +1,4 @@
-"""HTTP routes and events of trainings and adapters; only this module imports server and aiohttp.
+"""HTTP routes and events of trainings and adapters; those of pairs are in `pair_routes`.
 
     GET  /qwen_edit_lora/jobs                {"jobs": [...]}
     GET  /qwen_edit_lora/jobs/{id}           the job, with its curves, settings, adapters
@@ -11,49 +11,33 @@
     GET  /qwen_edit_lora/adapters/{id}       one, with its metadata, modules and verdict
     POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
 
-Errors are {"error": one sentence} with 400 for a bad request, 403 for another site's page or name,
-404 for an unknown job, 409 for what its state forbids, 413 for a body too large, 500 for disk
-errors. Paths of this machine are neither accepted nor revealed.
+Errors are as in `answers`.
 The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"};
 `qwen_edit_lora.adapters` has new results: {"adapters": [...], "gone": ids, "pending": number}.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from aiohttp import web
 from server import PromptServer
 
-from ...lora_core.disk.json_reader import parse_object
-from ...lora_core.disk.plain_json import drop_non_finite, write_json
-from ...lora_core.errors import ConfigError, FileError, LoraError, MissingFileError
-from ...lora_core.jobs.job import JobStateError, UnknownImageError, UnknownJobError
-from ...lora_core.library import library
-from ...lora_core.text import shorten
+from ...lora_core.disk.plain_json import drop_non_finite
+from ...lora_core.errors import LoraError
 from .. import host
-from . import adapter_library, job_host, job_views, repeated_training
-from .origins import ForeignPageError, check_host, check_origin
+from . import adapter_library, job_host, job_views, pair_routes, repeated_training
+from .answers import answer, change, guard, run
 from .prompt_policy import HOLD_ID
 
 PREFIX = "/qwen_edit_lora/jobs"
 EVENT = "qwen_edit_lora.job"
 ADAPTERS = "/qwen_edit_lora/adapters"
 ADAPTERS_EVENT = "qwen_edit_lora.adapters"
-MAX_BODY_BYTES = 65536
-#: Maximum length of an error message.
-MAX_MESSAGE = 400
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-
-class BodySizeError(LoraError):
-    """The request body is larger than any valid one."""
 
 
 class PromptQueue:
@@ -97,12 +81,18 @@ def start() -> None:
     for action, work in job_views.ACTIONS.items():
         server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(work))
     start_adapters(server)
+    pair_routes.start(server.routes, lambda: is_busy(server))
+
+
+def is_busy(server: PromptServer) -> bool:
+    """Whether a prompt is running."""
+    return server.prompt_queue.get_current_queue_volatile()[0] != []
 
 
 def start_adapters(server: PromptServer) -> None:
     adapter_library.connect(
         send=lambda data: send(server, ADAPTERS_EVENT, data),
-        is_busy=lambda: server.prompt_queue.get_current_queue_volatile()[0] != [],
+        is_busy=lambda: is_busy(server),
     )
 
     server.routes.get(ADAPTERS)(answer(lambda _, query: adapter_library.list_adapters()))
@@ -132,109 +122,9 @@ def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
     return prompt
 
 
-# --- how ---
-
-
-Handler = Callable[[web.Request], Awaitable[web.Response]]
-
-
-def guard(handle: Handler) -> Handler:
-    """Wraps a handler to accept only requests by a name of this server; refuses with a message."""
-
-    async def guarded(request: web.Request) -> web.Response:
-        try:
-            given = request.headers.get("Host")
-            check_host(given, host.get_listen_addresses(), host.get_cors_origin())
-            return await handle(request)
-        except LoraError as e:
-            return refuse(e)
-
-    return guarded
-
-
-def answer(show: Callable[[str, Mapping[str, str]], dict[str, Any]]) -> Handler:
-    """A handler that shows something.
-
-    Args:
-        show: called with the path's id, "" if it has none, and the query.
-    """
-
-    async def handle(request: web.Request) -> web.Response:
-        one, query = request.match_info.get("id", ""), dict(request.query)
-        return respond(await run(lambda: show(one, query)))
-
-    return guard(handle)
-
-
-async def run(work: Callable[[], T]) -> T:
-    """Runs in a thread, so that ComfyUI's event loop never waits for the disk."""
-    return await asyncio.get_running_loop().run_in_executor(None, work)
-
-
 async def send_image(request: web.Request) -> web.Response:
     one, name = request.match_info["id"], request.match_info["name"]
     body = await run(lambda: job_host.get_jobs().store.read_image(one, name))
     # An image never changes: its name has the step.
     headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
     return web.Response(body=body, content_type="image/png", headers=headers)
-
-
-def change(work: Callable[[str, Mapping[str, Any]], dict[str, Any]]) -> Handler:
-    """A handler for a change requested by ComfyUI's own page, or by a program.
-
-    Args:
-        work: the action, called with the path's id and the request's JSON object.
-    """
-
-    async def handle(request: web.Request) -> web.Response:
-        check_origin(request.headers, request.host, host.get_cors_origin())
-        one, options = request.match_info["id"], await read_options(request)
-        return respond(await run(lambda: work(one, options)))
-
-    return guard(handle)
-
-
-async def read_options(request: web.Request) -> dict[str, Any]:
-    """The request's body. Only JSON: another site's form cannot send that without a preflight."""
-    if request.content_type != "application/json":
-        raise ConfigError("expected a JSON object with Content-Type: application/json")
-    if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
-    body = bytearray()
-    try:
-        async for chunk in request.content.iter_any():  # Content-Length may be missing
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
-    except (OSError, web.RequestPayloadError):  # the client disconnected, or sent invalid chunks
-        raise ConfigError("the body ended early; send it again") from None
-    try:
-        return parse_object(bytes(body), "the body")
-    except FileError as e:
-        raise ConfigError(str(e)) from None
-
-
-def respond(result: dict[str, Any]) -> web.Response:
-    return web.json_response(result, dumps=write_json)
-
-
-#: The first match counts; any other LoraError is a disk error.
-STATUSES: tuple[tuple[type[LoraError], int], ...] = (
-    (ForeignPageError, 403),
-    (UnknownJobError, 404),
-    (UnknownImageError, 404),
-    (library.UnknownAdapterError, 404),
-    (MissingFileError, 404),
-    (JobStateError, 409),
-    (BodySizeError, 413),
-    (ConfigError, 400),
-    (LoraError, 500),
-)
-
-
-def refuse(error: LoraError) -> web.Response:
-    status = next(status for kind, status in STATUSES if isinstance(error, kind))
-    message = shorten(" ".join(str(error).split()), MAX_MESSAGE)
-    # ComfyUI lets a browser keep any answer for a name that ends in .png, a refusal too.
-    headers = {"Cache-Control": "no-store"}
-    return web.json_response({"error": message}, status=status, headers=headers)

@@ -5,6 +5,7 @@ import { JobPage } from "./job_page.js";
 import { createAdapterBrowser } from "../adapters/browser.js";
 import { addLoadAndApply } from "../graph.js";
 import { build, setAttribute } from "../elements.js";
+import { createPairsView } from "../pairs/view.js";
 import { createTranslator } from "../translation.js";
 
 export const TAB_ID = "qwen_edit_lora";
@@ -14,10 +15,11 @@ const STYLES = [
   "./job_page.css",
   "../adapters/adapters.css",
   "../adapters/details.css",
+  "../pairs/pairs.css",
 ];
 const ICON = "pi pi-chart-line";
 
-// Returns {showJob(id)}: opens the tab at a training.
+// Returns {showJob(id), showPairs(id)}: opens the tab at a training, or at a set of pairs.
 export function registerSidebar({ app, api, jobs }) {
   for (const style of STYLES) addStyles(new URL(style, import.meta.url));
   const panel = new Panel({ app, api, jobs });
@@ -32,7 +34,8 @@ export function registerSidebar({ app, api, jobs }) {
     destroy: () => panel.unmount(),
   });
   jobs.addEventListener("change", () => updateBadge(app, jobs));
-  return { showJob: (id) => showJob(app, panel, id) };
+  const show = (section) => (id) => showPlace(app, panel, { section, id });
+  return { showJob: show("jobs"), showPairs: show("pairs") };
 }
 
 function addStyles(url) {
@@ -46,8 +49,8 @@ function updateBadge(app, jobs) {
   if (tab && tab.iconBadge !== text) tab.iconBadge = text;
 }
 
-async function showJob(app, panel, id) {
-  panel.place = { section: "jobs", id };
+async function showPlace(app, panel, place) {
+  panel.place = place;
   const { activeSidebarTabId } = app.extensionManager.sidebarTab ?? {};
   if (activeSidebarTabId === TAB_ID) panel.show();
   else await app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB_ID}`);
@@ -67,7 +70,7 @@ class Panel {
     if (this.root?.parentElement === element) return;
     this.unmount();
     this.t = createTranslator(this.app);
-    this.tabs = ["jobs", "adapters"].map((section) =>
+    this.tabs = ["jobs", "adapters", "pairs"].map((section) =>
       build(
         "button",
         {
@@ -102,11 +105,11 @@ class Panel {
   }
 
   go(place) {
-    const wasOnJob = this.place.id;
+    const wasInside = this.place.id;
     this.place = place;
     this.show();
     if (place.id) this.view.name?.focus();
-    else if (wasOnJob) this.body.querySelector("button.qel-job")?.focus();
+    else if (wasInside) this.body.querySelector("button.qel-job, button.qel-set")?.focus();
   }
 
   show() {
@@ -121,6 +124,9 @@ class Panel {
     const open = (id) => this.go({ section: "jobs", id });
     if (place.section === "adapters") {
       this.view = createAdapterBrowser({ app, api, t, openJob: open });
+    } else if (place.section === "pairs") {
+      const go = (id) => this.go({ section: "pairs", id });
+      this.view = createPairsView({ app, api, t, id: place.id, go });
     } else if (place.id) {
       const leave = () => this.go({ section: "jobs", id: null });
       const loadIntoGraph = (name) => this.loadIntoGraph(name);
@@ -162,7 +168,8 @@ class Panel {
   press(event) {
     if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
     const index = this.tabs.indexOf(document.activeElement);
-    const next = this.tabs[(index + 1) % this.tabs.length];
+    const step = event.key === "ArrowLeft" ? this.tabs.length - 1 : 1;
+    const next = this.tabs[(index + step) % this.tabs.length];
     this.go({ section: next.dataset.section, id: null });
     next.focus();
     event.stopPropagation();

@@ -14,10 +14,10 @@ A configuration file is TOML (or JSON) with these sections as tables:
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from ...checks import check_choice, check_number, check_text
+from ...disk.file_names import check_file_name
 from ...errors import ConfigError
 from ...injection.plan import LoraSettings
 from ..data.data_config import DataConfig
@@ -26,11 +26,6 @@ from ..objective.objective_config import ObjectiveConfig
 from ..optimizer.optimizer_config import OptimizerConfig
 
 FILE_DTYPES = ("bf16", "fp16", "fp32")
-#: Names of devices on Windows, with whatever ending (Microsoft, "Naming Files, Paths, and
-#: Namespaces").
-DEVICE_NAMES = ("CON", "PRN", "AUX", "NUL", *(f"{x}{i}" for x in ("COM", "LPT") for i in range(10)))
-#: Bytes of a file's name on all common file systems (NAME_MAX).
-MAX_NAME_BYTES = 255
 #: What files of a run add to its name at most: an adapter of a step, published under a number.
 LONGEST_ENDING = "_00000000_ema_99.safetensors"
 
@@ -82,32 +77,4 @@ class TrainConfig:
                 f"warmup_steps is {self.optimizer.warmup_steps}, more than the {self.steps} steps "
                 "of the run; expected at most as many"
             )
-        check_file_name(self.name)
-
-
-def check_file_name(name: str) -> None:
-    """ConfigError unless every file made of it can be written on Linux, macOS and Windows."""
-    start = name if len(name) <= 40 else f"{name[:40]}…"
-    shown = repr(start.encode(errors="backslashreplace").decode())
-    is_plain = re.fullmatch(r"[^\\/:*?\"<>|\x00-\x1f\x7f]+", name) and name[0] != "."
-    if not is_plain or name != name.strip() or name.endswith("."):
-        raise ConfigError(
-            f"name is {shown}; expected characters allowed in a file's name, without a dot "
-            'or space at either end, e.g. "my edit"'
-        )
-    if name.partition(".")[0].strip().upper() in DEVICE_NAMES:
-        raise ConfigError(
-            f"name is {shown}, which Windows reserves for a device; choose another one"
-        )
-    try:
-        size = len(f"{name}{LONGEST_ENDING}".encode())
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"name is {shown}, which holds an incomplete character; type it again"
-        ) from None
-    if size > MAX_NAME_BYTES:
-        raise ConfigError(
-            f"name is {shown}, {len(name.encode())} bytes; expected at most "
-            f"{MAX_NAME_BYTES - len(LONGEST_ENDING)}, since file systems limit bytes and the "
-            "files' names are longer"
-        )
+        check_file_name(self.name, LONGEST_ENDING)

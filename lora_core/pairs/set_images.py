@@ -1,0 +1,194 @@
+"""Images of a set of pairs: a new set, images added, replaced and shown small."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from ..disk.file_names import check_file_name
+from ..disk.writing import explain, replace
+from ..errors import ConfigError, FileError, LoraError
+from ..text import shorten
+from .images import FileImage, convert_to_bytes, open_image, split_image, turn_upright
+from .pair import MAX_REFERENCES
+from .pair_set import (
+    REFERENCE_FOLDER,
+    TARGET_FOLDER,
+    PairConflictError,
+    PairSet,
+    SetPair,
+    get_number,
+    is_taken,
+    prepare_folder,
+)
+from .removed_files import remove_files, restore_files
+
+#: The slot of the target; 1 to MAX_REFERENCES are those of the references.
+TARGET_SLOT = 0
+#: Ending of an image's file, by Pillow's name of its format.
+SUFFIXES = {
+    **{"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "BMP": ".bmp"},
+    **{"TIFF": ".tif", "GIF": ".gif", "AVIF": ".avif"},
+}
+LONGEST_ENDING = max(SUFFIXES.values(), key=len)
+THUMBNAIL_QUALITY = 88
+
+
+def create_set(root: Path, name: str) -> Path:
+    """A new, empty set.
+
+    Raises:
+        ConfigError: not a valid name of a folder.
+        PairConflictError: the name is taken.
+        FileError: the folder cannot be made.
+    """
+    check_file_name(name, "")
+    folder = root / name
+    try:
+        folder.mkdir(parents=False)
+        (folder / TARGET_FOLDER).mkdir()
+        (folder / REFERENCE_FOLDER).mkdir()
+    except FileExistsError:
+        raise PairConflictError(
+            f"there is a folder {shorten(name)} already; choose another name"
+        ) from None
+    except OSError as e:
+        raise FileError(f"{shorten(name)} cannot be made: {explain(e)}.") from None
+    return folder
+
+
+def check_image(path: Path, name: str) -> str:
+    """Decodes an image completely.
+
+    Args:
+        name: what messages call the file.
+
+    Returns:
+        The ending that its content asks for, such as ".png".
+
+    Raises:
+        FileError: not an image of `images.FORMATS`, damaged, or too large.
+    """
+    with open_image(path, name) as image:
+        suffix = SUFFIXES[image.format]
+        for _, band in split_image(turn_upright(image)):
+            convert_to_bytes(band)
+    return suffix
+
+
+def add_image(opened: PairSet, source: Path, name: str, suffix: str, slot: int) -> Path:
+    """Moves a checked image into the folder of its side, under a name that is free there.
+
+    Args:
+        name: the new file's name without its ending.
+        slot: TARGET_SLOT, or the number of the reference.
+
+    Raises:
+        ConfigError: not a valid name or slot.
+        PairConflictError: the name is taken, or a reference before this one has no folder.
+        FileError: the file cannot be written there.
+    """
+    check_file_name(name, LONGEST_ENDING)
+    folder = choose_folder(opened, slot)
+    if is_taken(opened, folder, name):
+        raise PairConflictError(
+            f"{folder.name} has an image {shorten(name)} already; rename the file, or drop it on "
+            "that pair to replace the image"
+        )
+    return move_image(opened, source, folder / f"{name}{suffix}")
+
+
+def put_image(
+    opened: PairSet, source: Path, pair: SetPair, suffix: str, slot: int
+) -> tuple[Path, str]:
+    """Gives a pair this image; one that it displaces is removed.
+
+    Returns:
+        The new file, and the token of what was removed or "".
+
+    Raises:
+        ConfigError, PairConflictError, FileError: as `add_image`.
+    """
+    check_slot(slot)
+    present = pair.parts.targets[:1] if slot == TARGET_SLOT else pair.references[slot - 1 : slot]
+    if present:
+        path, token = present[0].with_suffix(suffix), remove_files(opened, present)
+        try:
+            return move_image(opened, source, path), token
+        except LoraError:
+            restore_files(opened, token)
+            raise
+    if slot > len(pair.references) + 1:
+        raise PairConflictError(
+            f"{shorten(pair.name)} has {len(pair.references)} references; add reference "
+            f"{len(pair.references) + 1} first"
+        )
+    relative = find_relative_name(opened, pair)
+    folder = choose_folder(opened, slot)
+    number = slot
+    while is_taken(opened, folder, relative) and number < MAX_REFERENCES:
+        number += 1
+        folder = choose_folder(opened, number)
+    if is_taken(opened, folder, relative):
+        raise PairConflictError(f"{shorten(pair.name)} has an image in each folder already")
+    return move_image(opened, source, folder / f"{relative}{suffix}"), ""
+
+
+def find_relative_name(opened: PairSet, pair: SetPair) -> str:
+    """A pair's name below the folder of each side, from the first of its files."""
+    path = pair.parts.paths[0]
+    folders = [opened.target_folder, *opened.sides.references, *opened.sides.masks]
+    folder = next((one for one in folders if path.is_relative_to(one)), path.parent)
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def check_slot(slot: int) -> None:
+    if not TARGET_SLOT <= slot <= MAX_REFERENCES:
+        raise ConfigError(
+            f"slot is {slot}; expected 0 for the target, or 1 to {MAX_REFERENCES} for a reference"
+        )
+
+
+def choose_folder(opened: PairSet, slot: int) -> Path:
+    """Where images of a slot are; the folder may not exist yet."""
+    check_slot(slot)
+    if slot == TARGET_SLOT:
+        return opened.target_folder
+    folders = opened.sides.references
+    if slot <= len(folders):
+        return folders[slot - 1]
+    if slot > len(folders) + 1:
+        raise PairConflictError(
+            f"this set has {len(folders)} folders of references; add images of reference "
+            f"{len(folders) + 1} first"
+        )
+    if not folders:
+        return opened.sides.base / REFERENCE_FOLDER
+    number = max(slot, *(get_number(path) + 1 for path in folders))
+    return opened.sides.base / f"{REFERENCE_FOLDER}_{number}"
+
+
+def move_image(opened: PairSet, source: Path, path: Path) -> Path:
+    prepare_folder(opened, path.parent)
+    try:
+        if path.is_symlink() or path.exists():
+            raise PairConflictError(f"{shorten(path.name)} is there already; refresh the list")
+        replace(source, path)
+    except OSError as e:
+        raise FileError(f"{shorten(path.name)} cannot be written: {explain(e)}.") from None
+    return path
+
+
+def encode_thumbnail(path: Path, name: str, side_px: int) -> bytes:
+    """A JPEG whose longer side is at most `side_px`.
+
+    Raises:
+        FileError: not an image, damaged, or too large.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(FileImage(path, name).read_small(side_px)).save(
+        buffer, "JPEG", quality=THUMBNAIL_QUALITY
+    )
+    return buffer.getvalue()

@@ -1,0 +1,122 @@
+"""What the page may change in sets of pairs, one change at a time."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...lora_core.errors import ConfigError, FileError
+from ...lora_core.pairs.pair_set import PairSet, check_inside, compute_id
+from ...lora_core.pairs.removed_files import remove_pair, restore_files
+from ...lora_core.pairs.set_captions import add_trigger, fill_captions, write_caption
+from ...lora_core.pairs.set_images import add_image, check_image, create_set, put_image
+from .. import host
+from .folders import is_dataset_path
+from .pair_sets import ROOTS, find_set
+from .pair_views import decoding, describe_pair, describe_set, keep_opened, open_known
+
+#: Changes are made one at a time, so that none is based on what another one is changing.
+_changes = threading.RLock()
+
+
+@contextmanager
+def changing(set_id: str) -> Iterator[PairSet]:
+    """The set, which no other request changes meanwhile."""
+    with _changes:
+        yield open_known(set_id)
+
+
+def create(name: str) -> dict[str, Any]:
+    """A new set in ComfyUI's input folder.
+
+    Raises:
+        ConfigError, PairConflictError, FileError: as `set_images.create_set`.
+    """
+    with _changes:
+        root = Path(host.list_dataset_roots()[ROOTS[-1]][0])
+        create_set(root, name)
+    shown = f"{ROOTS[-1]}/{name}"
+    return describe_set(compute_id(shown), shown, root / name)
+
+
+def set_caption(set_id: str, pair_id: str, text: str, before: str | None) -> dict[str, Any]:
+    """Raises as `set_captions.write_caption`."""
+    with changing(set_id) as opened:
+        caption, path = write_caption(opened, opened.find(pair_id), text, before)
+        keep_opened(set_id, opened.with_caption(pair_id, path))
+        return {"id": pair_id, "caption": caption}
+
+
+def change_captions(set_id: str, fill: str | None, trigger: str | None) -> dict[str, Any]:
+    """Fills all empty captions, or puts a trigger word before all others; how many changed.
+
+    Raises:
+        ConfigError, FileError: as `set_captions`.
+    """
+    with changing(set_id) as opened:
+        if fill is not None:
+            return {"num_changed": fill_captions(opened, fill)}
+        return {"num_changed": add_trigger(opened, trigger or "")}
+
+
+def remove(set_id: str, pair_id: str) -> dict[str, Any]:
+    """Moves a pair's files aside; {"removed": token}."""
+    with changing(set_id) as opened:
+        return {"id": pair_id, "removed": remove_pair(opened, opened.find(pair_id))}
+
+
+def restore(set_id: str, token: str) -> dict[str, Any]:
+    """Raises as `removed_files.restore_files`."""
+    with changing(set_id) as opened:
+        return {"num_files": restore_files(opened, token)}
+
+
+class Upload:
+    """A file on the set's disk to write an upload into; it is deleted unless it was moved.
+
+    Raises:
+        UnknownPairError: there is no such set.
+        PairConflictError: its folder leads outside the allowed ones.
+    """
+
+    def __init__(self, set_id: str):
+        folder = find_set(set_id)[1]
+        check_inside(folder, is_dataset_path)
+        self.path = folder / f".{secrets.token_hex(8)}.tmp"
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def take_upload(set_id: str, path: Path, name: str, slot: int, pair_id: str) -> dict[str, Any]:
+    """Makes an uploaded file an image of the set; the pair it belongs to now, and what it replaced.
+
+    Args:
+        name: as the user's file is called, with its ending.
+        pair_id: "" for a new pair, or one that is found by the name.
+
+    Raises:
+        ConfigError, PairConflictError, FileError: as `set_images`.
+    """
+    stem = os.path.splitext(name)[0]  # noqa: PTH122 - `name` is no path
+    try:
+        with decoding:
+            suffix = check_image(path, name)
+    except FileError as e:
+        raise ConfigError(str(e)) from None
+    with changing(set_id) as opened:
+        if pair_id:
+            placed, token = put_image(opened, path, opened.find(pair_id), suffix, slot)
+        else:
+            placed, token = add_image(opened, path, stem, suffix, slot), ""
+    opened = open_known(set_id)
+    pair = next((one for one in opened.pairs if placed in one.parts.paths), None)
+    return {"pair": None if pair is None else describe_pair(opened, pair), "removed": token}

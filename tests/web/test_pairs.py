@@ -1,0 +1,155 @@
+"""Image pairs in the panel, as a user makes a set: in the real page of a real ComfyUI."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from demo_base.frontend import TAB_BUTTON
+from demo_base.pair_folders import edit, load_photograph, write_pairs
+
+pytestmark = [pytest.mark.web, pytest.mark.comfy]
+
+HOSTILE = '<img src=x onerror="window.hacked=1">'
+DROP = """([selector, files]) => {
+    const data = new DataTransfer();
+    for (const [name, content] of files) {
+        const bytes = Uint8Array.from(atob(content), c => c.charCodeAt(0));
+        data.items.add(new File([bytes], name));
+    }
+    const element = document.querySelector(selector);
+    for (const type of ['dragenter', 'dragover', 'drop'])
+        element.dispatchEvent(new DragEvent(type, {
+            dataTransfer: data, bubbles: true, cancelable: true}));
+}"""
+
+
+@pytest.fixture
+def input_folder(base_directory: Path) -> Iterator[Path]:
+    folder = base_directory / "input"
+    before = set(folder.iterdir())
+    yield folder
+    for path in set(folder.iterdir()) - before:
+        shutil.rmtree(path)
+
+
+def draw(number: int, is_target: bool) -> bytes:
+    image = load_photograph(number, 240, 160)
+    buffer = io.BytesIO()
+    (edit(image) if is_target else image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def drop(page: Any, selector: str, files: Mapping[str, bytes]) -> None:
+    listed = [[name, base64.b64encode(content).decode()] for name, content in files.items()]
+    page.evaluate(DROP, [selector, listed])
+
+
+def open_pairs(page: Any) -> Any:
+    if not page.locator(".qel-panel").count():
+        page.locator(TAB_BUTTON).click()
+    page.get_by_role("tab", name="Image pairs").click()
+    return page.locator(".qel-panel")
+
+
+def open_set(page: Any, name: str) -> None:
+    open_pairs(page)
+    page.get_by_role("button", name=name).click()
+    page.get_by_role("heading", name=name).wait_for()
+
+
+def read_tree(folder: Path) -> set[str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in files}
+
+
+def get_card(page: Any, name: str) -> Any:
+    return page.get_by_role("listitem", name=name, exact=True)
+
+
+def test_dropped_images_become_a_captioned_set_that_is_trained(workspace, input_folder):
+    page = workspace.page
+    open_pairs(page)
+    names = ["cat", "dog", "owl"]
+    for slot in (0, 1):
+        files = {f"{name}.png": draw(i, slot == 0) for i, name in enumerate(names)}
+        drop(page, f".qel-side[data-slot='{slot}']", files)
+    page.get_by_text("3 pairs", exact=True).wait_for()
+    page.get_by_label("Name of the set").fill("animals")
+    page.get_by_role("button", name="Make the set").click()
+    page.get_by_role("heading", name="input/animals").wait_for()
+    folder = input_folder / "animals"
+    sides = {f"{side}/{name}.png" for side in ("target", "control") for name in names}
+    assert read_tree(folder) == sides
+
+    captions = {"cat": "make it blue", "dog": HOSTILE, "owl": "second\nline"}
+    for name, text in captions.items():
+        get_card(page, name).get_by_role("textbox").fill(text)
+    page.get_by_role("heading", name="input/animals").click()  # leaves the last one
+    get_card(page, "owl").get_by_text("saved", exact=True).wait_for()
+    for name, text in captions.items():
+        assert (folder / "target" / f"{name}.txt").read_text() == text
+
+    page.reload()
+    page.wait_for_function("window.app?.graph && window.app?.extensionManager")
+    page.wait_for_timeout(1000)
+    page.keyboard.press("Escape")
+    open_set(page, "input/animals")
+    for name, text in captions.items():
+        assert get_card(page, name).get_by_role("textbox").input_value() == text
+    assert page.evaluate("window.hacked") is None
+    page.wait_for_function("[...document.querySelectorAll('.qel-pair img')].length >= 6")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.qel-pair img')].every(i => i.complete && i.naturalWidth)"
+    )
+    workspace.shoot("pairs_set")
+
+    get_card(page, "dog").get_by_role("button", name="Remove this pair").click()
+    page.get_by_text("dog was removed").wait_for()
+    assert get_card(page, "dog").count() == 0
+    assert not (folder / "target" / "dog.png").exists()
+    page.get_by_role("button", name="Undo").click()
+    get_card(page, "dog").wait_for()
+    assert get_card(page, "dog").get_by_role("textbox").input_value() == HOSTILE
+    assert read_tree(folder) == sides | {f"target/{name}.txt" for name in names}
+
+    page.get_by_role("button", name="Train this").click()
+    page.wait_for_function(
+        """() => app.graph._nodes.find(n => n.comfyClass === 'QwenEditDataset')
+            ?.widgets.find(w => w.name === 'folder').value === 'input/animals'"""
+    )
+    types = page.evaluate("app.graph._nodes.map(n => n.comfyClass)")
+    assert "QwenEditLoraTrain" in types
+    assert workspace.errors == []
+
+
+CHOOSE = "app.graph._nodes.find(n => n.comfyClass === 'QwenEditDataset')"
+
+
+def test_a_set_is_chosen_on_the_node_and_any_text_stays_as_it_was_saved(workspace, input_folder):
+    write_pairs(input_folder / HOSTILE.replace("/", ""), 1)
+    write_pairs(input_folder / "chosen", 2, caption=None)
+    page = workspace.page
+    workspace.open_template("6 Train a LoRA")
+    workspace.set_widgets({"folder": "any/text of mine"}, "QwenEditDataset")
+    saved = page.evaluate("JSON.stringify(app.graph.serialize())")
+    page.evaluate("text => app.loadGraphData(JSON.parse(text))", saved)
+    values = page.evaluate(f"{CHOOSE}.serialize().widgets_values")
+    assert values == ["any/text of mine", "2509 / 2511", 1, "", False, "stop", "", 1]
+    page.evaluate(f"{CHOOSE}.widgets.find(w => w.name === 'choose_pairs').callback()")
+    dialog = page.get_by_role("dialog", name="Choose a set of image pairs")
+    dialog.get_by_text("2 pairs · 2 without a caption").wait_for()
+    dialog.get_by_role("button", name="input/chosen 2 pairs").click()
+    dialog.wait_for(state="detached")
+    assert page.evaluate(f"{CHOOSE}.serialize().widgets_values")[0] == "input/chosen"
+    page.evaluate(f"{CHOOSE}.widgets.find(w => w.name === 'choose_pairs').callback()")
+    dialog.get_by_role("button", name="Edit input/chosen").click()
+    page.get_by_role("heading", name="input/chosen").wait_for()
+    assert get_card(page, "photo_1").count() == 1
+    assert page.evaluate("window.hacked") is None
+    assert workspace.errors == []

@@ -1,0 +1,82 @@
+// The server's sets of pairs. Every method throws the server's error message.
+
+const ROOT = "/qwen_edit_lora";
+const PATH = `${ROOT}/pairs`;
+const JSON_HEADERS = { "Content-Type": "application/json" };
+const UPLOAD_HEADERS = { "Content-Type": "application/octet-stream" };
+
+export class PairClient {
+  constructor(api) {
+    this.api = api;
+  }
+
+  async list() {
+    return (await this.ask("/pairs")).sets;
+  }
+
+  show(setId) {
+    return this.ask(`/pairs/${setId}`);
+  }
+
+  measureCache() {
+    return this.ask("/pair_cache");
+  }
+
+  cleanCache() {
+    return this.post("/pair_cache/clean", {});
+  }
+
+  create(name) {
+    return this.post("/pairs", { name });
+  }
+
+  async listFindings(setId, pairId) {
+    return (await this.ask(`/pairs/${setId}/${pairId}/findings`)).findings;
+  }
+
+  saveCaption(setId, pairId, caption, before) {
+    return this.post(`/pairs/${setId}/${pairId}/caption`, { caption, before });
+  }
+
+  // {fill: text} or {trigger: text}.
+  changeCaptions(setId, options) {
+    return this.post(`/pairs/${setId}/captions`, options);
+  }
+
+  remove(setId, pairId) {
+    return this.post(`/pairs/${setId}/${pairId}/remove`, {});
+  }
+
+  restore(setId, token) {
+    return this.post(`/pairs/${setId}/restore`, { removed: token });
+  }
+
+  // Slot 0 is the target; without a pair the file's name decides which one it belongs to.
+  upload(setId, file, slot, pairId = "") {
+    const query = new URLSearchParams({ name: file.name, slot, pair: pairId });
+    const options = { method: "POST", headers: UPLOAD_HEADERS, body: file };
+    return this.ask(`/pairs/${setId}/images?${query}`, options);
+  }
+
+  getImageUrl(setId, pairId, image, side) {
+    const query = new URLSearchParams({ side, v: image.version });
+    return this.api.apiURL(`${PATH}/${setId}/${pairId}/images/${image.slot}?${query}`);
+  }
+
+  post(path, body) {
+    const options = { method: "POST", headers: JSON_HEADERS, body: JSON.stringify(body) };
+    return this.ask(path, options);
+  }
+
+  async ask(path, options = {}) {
+    let response;
+    try {
+      response = await this.api.fetchApi(`${ROOT}${path}`, { cache: "no-store", ...options });
+    } catch {
+      throw new Error("ComfyUI does not answer; is it still running?");
+    }
+    const answer = await response.json().catch(() => null);
+    if (!response.ok) throw new Error(answer?.error ?? `ComfyUI answers ${response.status}`);
+    return answer;
+  }
+}

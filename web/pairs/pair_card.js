@@ -1,0 +1,137 @@
+// One pair: its images side by side, its caption, and what the check says about it.
+
+import { build, iconButton, setAttribute, setHidden, setText } from "../elements.js";
+import { acceptDrops, chooseFiles } from "./drop_zone.js";
+import { isImage, readDrop } from "./dropped_files.js";
+
+const TILE_SIDE = 384; // px, of the server's thumbnails
+const MAX_REFERENCES = 3;
+
+/**
+ * @param actions of the page: save(pair, text), put(pair, slot, file), remove(pair), view(pair, slot).
+ * @returns {{element, update(pair, state), focusCaption()}}
+ */
+export function createPairCard({ client, setId, t, actions }) {
+  let pair = null;
+  const name = build("span", { class: "qel-pair-name" });
+  const tiles = build("div", { class: "qel-pair-images" });
+  const caption = build("textarea", {
+    class: "qel-caption",
+    rows: "3",
+    placeholder: t("pairs.caption_empty"),
+    spellcheck: "true",
+  });
+  const status = build("span", { class: "qel-caption-status", role: "status" });
+  const findings = build("ul", { class: "qel-pair-findings", "aria-label": t("pairs.findings") });
+  const more = build("span", { class: "qel-pair-tools" });
+  const remove = iconButton("trash", t("pairs.remove"), () => actions.remove(pair));
+  const element = build(
+    "div",
+    { class: "qel-pair", role: "listitem" },
+    build("div", { class: "qel-pair-head" }, name, status, more, remove),
+    tiles,
+    caption,
+    findings,
+  );
+  caption.addEventListener("keydown", (event) => {
+    event.stopPropagation(); // ComfyUI has shortcuts of its own
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    event.preventDefault();
+    actions.next(pair);
+  });
+  caption.addEventListener("input", () => actions.edit(pair, caption.value));
+  caption.addEventListener("blur", () => actions.save(pair, caption.value));
+
+  async function drop(data, slot) {
+    const image = (await readDrop(data)).find(({ file }) => isImage(file));
+    if (image) actions.put(pair, slot, image.file);
+    else actions.refuse(t("pairs.no_image"));
+  }
+
+  function buildTile(image, slot) {
+    const label = slot ? t("pairs.reference", { n: slot }) : t("pairs.target");
+    const choose = () => chooseFiles((files) => actions.put(pair, slot, files[0]), { accept: "image/*" });
+    const tile = build("button", {
+      type: "button",
+      class: "qel-pair-image",
+      "data-slot": slot,
+      "data-missing": !image,
+      title: image ? image.file : undefined,
+      "aria-label": t(image ? "pairs.view" : "pairs.add_image", { side: label, name: pair.name }),
+      onclick: () => (image ? actions.view(pair, slot) : choose()),
+    });
+    if (image) tile.append(buildImage(client.getImageUrl(setId, pair.id, image, TILE_SIDE), t));
+    else tile.append(build("span", { class: "qel-note" }, t("pairs.missing")));
+    tile.append(build("span", { class: "qel-pair-side" }, label));
+    acceptDrops(tile, (data) => drop(data, slot));
+    return tile;
+  }
+
+  function drawImages() {
+    const { target, references } = pair;
+    const sides = [target, ...(references.length ? references : [null])];
+    tiles.replaceChildren(...sides.map((image, slot) => buildTile(image, slot)));
+    const isFull = !references.length || references.length >= MAX_REFERENCES;
+    more.replaceChildren(...(isFull ? [] : [buildMore(references.length + 1)]));
+  }
+
+  function buildMore(slot) {
+    const side = t("pairs.reference", { n: slot });
+    const label = t("pairs.add_image", { side, name: pair.name });
+    const choose = () => chooseFiles((files) => actions.put(pair, slot, files[0]), { accept: "image/*" });
+    const button = iconButton("plus", label, choose, "qel-pair-more");
+    acceptDrops(button, (data) => drop(data, slot));
+    return button;
+  }
+
+  function drawFindings(found) {
+    const parts = found.map(({ severity, kind, text }) =>
+      build("li", { "data-severity": severity, "data-kind": kind, title: text }, text),
+    );
+    findings.replaceChildren(...parts);
+  }
+
+  let drawn = null;
+  let drawnFindings = null;
+  return {
+    element,
+    update(next, { draft, saved, failure, found }) {
+      pair = next;
+      if (drawn !== pair) {
+        drawn = pair;
+        setText(name, pair.name);
+        setAttribute(name, "title", pair.name);
+        setAttribute(element, "aria-label", pair.name);
+        setAttribute(caption, "aria-label", t("pairs.caption_of", { name: pair.name }));
+        drawImages();
+      }
+      const text = draft ?? pair.caption;
+      if (caption.value !== text && document.activeElement !== caption) caption.value = text;
+      setText(status, failure ? t("pairs.not_saved") : saved ? t(`pairs.${saved}`) : "");
+      setAttribute(status, "data-tone", failure ? "bad" : "");
+      const problems = failure || pair.fault;
+      const all = [
+        ...(problems ? [{ severity: "error", kind: "caption", text: problems }] : []),
+        ...(found ?? []),
+      ];
+      if (drawnFindings?.found !== found || drawnFindings?.problems !== problems) {
+        drawnFindings = { found, problems };
+        drawFindings(all);
+      }
+      setHidden(findings, !all.length);
+    },
+    focusCaption: () => caption.focus(),
+  };
+}
+
+/** An image that is asked for once more if it fails, and then replaced by a text. */
+export function buildImage(src, t) {
+  const image = build("img", { src, alt: "", loading: "lazy", decoding: "async", draggable: "false" });
+  let isRetry = false;
+  image.addEventListener("error", () => {
+    if (isRetry) return image.replaceWith(build("span", { class: "qel-note" }, t("pairs.broken")));
+    isRetry = true;
+    image.src = `${src}&again=1`;
+  });
+  return image;
+}
