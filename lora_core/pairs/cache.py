@@ -31,7 +31,7 @@ from ..training.data.dataset import (
     DatasetWriter,
     read_dataset,
 )
-from ..training.data.item_checks import find_fault
+from ..training.data.item_checks import count_references, find_fault
 from .preflight import CheckedPair
 
 #: Goes up when the same pair would be encoded differently.
@@ -110,7 +110,7 @@ def cache_pairs(
     for one, key in track(
         list(zip(pairs, keys, strict=True)), progress, should_stop, "encoding of the pairs"
     ):
-        if not is_readable(get_path(store, key)):
+        if not is_encoded(get_path(store, key), one):
             items.add(key, encode(one), one.pair.caption or "")
             encoded += 1
     folder = write_set(store, name, pairs, keys, settings)
@@ -121,21 +121,30 @@ def count_missing(
     store: Path, pairs: Sequence[CheckedPair], settings: Mapping[str, object]
 ) -> list[CheckedPair]:
     """Those that would have to be encoded."""
-    return [one for one in pairs if not get_path(store, compute_key(one, settings)).is_file()]
+    paths = [get_path(store, compute_key(one, settings)) for one in pairs]
+    return [one for one, path in zip(pairs, paths, strict=True) if not is_encoded(path, one)]
 
 
 def get_path(store: Path, key: str) -> Path:
     return store / ITEMS_FOLDER / f"{key}.safetensors"
 
 
-def is_readable(path: Path) -> bool:
-    """Whether an item exists and is complete, by its header; any other is encoded again."""
+def is_encoded(path: Path, checked: CheckedPair) -> bool:
+    """Whether this pair's item exists and is complete, by its header; any other is encoded again.
+
+    An item of another number of references, or with a mask that the pair lacks, is another pair's.
+    """
     try:
         file = SafetensorsFile(path, CACHED_ITEM)
     except FileError:
         return False
     file.release()
-    return find_fault(file.tensors) is None
+    pair = checked.pair
+    return (
+        find_fault(file.tensors) is None
+        and count_references(file.tensors) == len(pair.references)
+        and ("mask" in file.tensors) == (pair.mask is not None)
+    )
 
 
 def write_set(
@@ -160,7 +169,7 @@ def write_set(
 
 def is_set(folder: Path) -> bool:
     try:
-        read_dataset(folder)
+        read_dataset(folder).check_items()
     except LoraError:
         return False
     return True

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -36,6 +37,7 @@ from .item_checks import (
     MAX_TEXT_WIDTH,
     count_references,
     find_fault,
+    find_name_fault,
     find_text_fault,
     is_count,
     is_mask,
@@ -48,6 +50,8 @@ INDEX_FILE = "index.json"
 EMPTY_FILE = "empty.safetensors"
 ITEMS_FOLDER = "items"
 CACHED_ITEM = "a cached item"
+#: How all latents of a set are stored: as the VAE gives them.
+LATENTS = "raw"
 #: Of an index: a million items.
 MAX_INDEX_BYTES = 512 << 20
 
@@ -174,7 +178,7 @@ class DatasetWriter:
             raise ConfigError("the training set holds no items; expected at least one")
         index = {
             "version": VERSION,
-            "latents": "raw",
+            "latents": LATENTS,
             "text_width": self._text_width,
             "has_empty_text": self._has_empty_text,
             "metadata": dict(metadata or {}),
@@ -269,12 +273,7 @@ class CachedDataset:
         """
         info = self.items[index]
         tensors = self._read(f"{ITEMS_FOLDER}/{info.key}.safetensors")
-        fault = find_fault(tensors, info, self.text_width)
-        if fault is not None:
-            raise FileError(
-                f"{shorten(info.key)}.safetensors does not fit {INDEX_FILE}: {fault}; make the "
-                "training set again."
-            )
+        self._check_item(info, tensors)
         item = CachedItem(
             target=tensors["target"],
             references=tuple(tensors[f"reference_{i}"] for i in range(len(info.references))),
@@ -296,12 +295,25 @@ class CachedDataset:
             FileError: the file is missing, damaged, or holds no such embedding.
         """
         tensors = self._read(EMPTY_FILE)
-        fault = find_text_fault(tensors, "text_empty", self.text_width)
-        if fault is not None:
-            raise FileError(
-                f"{EMPTY_FILE} does not fit {INDEX_FILE}: {fault}; make the training set again."
-            )
+        self._check_empty(tensors)
         return tensors["text_empty"]
+
+    def check_items(self) -> None:
+        """Whether every item is what the index says, by the headers of their files.
+
+        Found here, before a run starts, and not after the thousand steps that lead to the item.
+
+        Raises:
+            FileError: as `load` and `load_empty_text`.
+        """
+        for info in self.items:
+            file = open_item(self.folder / ITEMS_FOLDER / f"{info.key}.safetensors")
+            file.release()
+            self._check_item(info, file.tensors)
+        if self.has_empty_text:
+            file = open_item(self.folder / EMPTY_FILE)
+            file.release()
+            self._check_empty(file.tensors)
 
     def check_captions_can_drop(self) -> None:
         """ConfigError unless every item has the embedding of an empty caption."""
@@ -312,6 +324,17 @@ class CachedDataset:
                 f"{len(lacking) - 1} more items lack; cache it with the training set, or set "
                 "caption_dropout to 0"
             )
+
+    def _check_item(self, info: ItemInfo, tensors: Mapping[str, AnyTensor]) -> None:
+        fault = find_fault(tensors, info, self.text_width)
+        if fault is not None:
+            raise FileError(refuse_misfit(f"{shorten(info.key)}.safetensors", fault))
+
+    def _check_empty(self, tensors: Mapping[str, AnyTensor]) -> None:
+        fault = find_name_fault(tensors, ["text_empty"])
+        fault = fault or find_text_fault(tensors, "text_empty", self.text_width)
+        if fault is not None:
+            raise FileError(refuse_misfit(EMPTY_FILE, fault))
 
     def _read(self, name: str) -> dict[str, torch.Tensor]:
         file = open_item(self.folder / name)
@@ -353,6 +376,9 @@ def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
             f"{shorten(folder.name)} was cached by another version of this package (format "
             f"{shorten(str(version), 20)}, this is {VERSION}); make the training set again."
         )
+    if index.get("latents") != LATENTS:
+        what = f"its latents are {shorten(repr(index.get('latents')), 40)}, expected {LATENTS!r}"
+        raise FileError(refuse_index(what))
     lines, width = index.get("items"), index.get("text_width")
     has_empty_text, metadata = index.get("has_empty_text"), index.get("metadata")
     if not (isinstance(lines, list) and isinstance(metadata, dict)):
@@ -360,9 +386,16 @@ def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
     if not (is_count(width, MAX_TEXT_WIDTH) and isinstance(has_empty_text, bool)):
         raise FileError(refuse_index("its text_width or has_empty_text is of another kind"))
     items = tuple(build_info(line, number) for number, line in enumerate(lines))
+    twice = [key for key, count in Counter(info.key for info in items).items() if count > 1]
+    if twice:
+        raise FileError(refuse_index(f"it names {shorten(twice[0])} more than once"))
     dataset = CachedDataset(folder, items, width, has_empty_text, metadata)
     check_files(dataset)
     return dataset
+
+
+def refuse_misfit(name: str, fault: str) -> str:
+    return f"{name} does not fit {INDEX_FILE}: {fault}; make the training set again."
 
 
 def refuse_index(what: str) -> str:

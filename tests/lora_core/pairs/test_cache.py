@@ -22,6 +22,7 @@ from qwen_edit_lora.lora_core.pairs.cache import (
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
 from qwen_edit_lora.lora_core.pairs.preflight import CheckedPair, check_pairs
 from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, read_dataset
+from safetensors.torch import load_file, save_file
 
 SETTINGS = {"clip": "a", "vae": "b", "stock_code": "c", "reference_megapixels": 1.0}
 
@@ -144,6 +145,35 @@ def test_a_damaged_item_is_encoded_again_and_a_damaged_set_made_again(folder):
     encoder = Encoder()
     assert cache(folder, encoder) == CachedPairs(first.folder, 0, 4)
     assert len(read_dataset(first.folder)) == 4
+
+
+def add_reference(path: Path) -> None:
+    tensors = load_file(path)
+    path.unlink()
+    save_file({**tensors, "reference_1": tensors["reference_0"].clone()}, path)
+
+
+def test_a_set_whose_item_holds_another_reference_is_made_again(folder):
+    """As the refusal of training tells the user to do."""
+    first = cache(folder, Encoder())
+    add_reference(next((first.folder / "items").iterdir()))
+    with pytest.raises(FileError, match="make the training set again"):
+        read_dataset(first.folder).check_items()
+    assert cache(folder, Encoder()) == CachedPairs(first.folder, 0, 4)
+    read_dataset(first.folder).check_items()
+
+
+def test_an_item_with_more_references_than_its_pair_is_encoded_again(folder):
+    first = cache(folder, Encoder())
+    pairs = check(folder)
+    key = compute_key(pairs[2], SETTINGS)
+    add_reference(folder.parent / "store" / "items" / f"{key}.safetensors")
+    shutil.rmtree(first.folder)
+    assert count_missing(folder.parent / "store", pairs, SETTINGS) == [pairs[2]]
+    encoder = Encoder()
+    assert cache(folder, encoder).num_encoded == 1
+    assert encoder.names == ["photo_2"]
+    assert [len(info.references) for info in read_dataset(first.folder).items] == [1] * 4
 
 
 def test_sets_take_no_extra_space_where_the_disk_has_links(folder):
