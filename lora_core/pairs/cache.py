@@ -32,6 +32,7 @@ from ..training.data.dataset import (
     read_dataset,
 )
 from ..training.data.item_checks import count_references, find_fault
+from .facts import check_unchanged
 from .preflight import CheckedPair
 
 #: Goes up when the same pair would be encoded differently.
@@ -101,7 +102,7 @@ def cache_pairs(
     """Encodes what is missing, one pair at a time; finished items survive an interruption.
 
     Raises:
-        FileError: the disk does not take it.
+        FileError: the disk does not take it, or an image changed while it was encoded.
         InterruptedError: `should_stop` returned True.
     """
     keys = [compute_key(one, settings) for one in pairs]
@@ -111,7 +112,9 @@ def cache_pairs(
         list(zip(pairs, keys, strict=True)), progress, should_stop, "encoding of the pairs"
     ):
         if not is_encoded(get_path(store, key), one):
-            items.add(key, encode(one), one.pair.caption or "")
+            item = encode(one)
+            check_unchanged(one.pair, one.facts)  # or it would be another pair's under this key
+            items.add(key, item, one.pair.caption or "")
             encoded += 1
     folder = write_set(store, name, pairs, keys, settings)
     return CachedPairs(folder, encoded, len(pairs) - encoded)
