@@ -17,11 +17,14 @@ from typing import Any, BinaryIO
 
 from ..checks import MAX_WHOLE, show
 from ..disk.json_reader import describe_kind, parse_object
+from ..disk.own_folders import check_own_folder
 from ..disk.regular_files import open_regular, read_bytes
 from ..disk.writing import BRIEF_PATIENCE_S, PATIENCE_S, explain, replace, retry_while_denied
 from ..errors import ConfigError, DeniedFileError, FileError
 from ..text import shorten
 from ..training.config.config_files import build, config_to_dict, get_hints
+from ..training.run.adapter_files import ADAPTERS
+from ..training.run.checkpoint import CHECKPOINTS
 from ..training.run.metrics import METRICS_FILE
 from .job import JobSettings, JobState, Request
 from .locks import FileLock
@@ -64,6 +67,11 @@ class JobFolder:
                 raise FileError(
                     f"{LOCK_FILE} of job {self.id} is no regular file; delete the job's folder"
                 )
+
+    def check_folders(self) -> None:
+        """Raises FileError where a link has the place of a folder that a run writes to."""
+        for name in (CHECKPOINTS, ADAPTERS, SAMPLES):
+            check_own_folder(self.path / name)
 
     def open_log(self) -> BinaryIO:
         """Opened for appending. A link or pipe in its place is removed, not followed.

@@ -75,6 +75,7 @@ def run_job(
         LoraError: what is wrong with the job.
     """
     quiet_libraries()
+    folder.check_folders()
     if len(devices) != settings.num_devices:
         raise ConfigError(
             f"the job is to train on {settings.num_devices} GPUs together, but there are "

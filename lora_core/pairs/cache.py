@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..disk.own_folders import check_own_folder, make_own_folder
 from ..disk.safetensors_file import SafetensorsFile
 from ..disk.writing import explain, replace
 from ..errors import FileError, LoraError
@@ -102,9 +103,12 @@ def cache_pairs(
     """Encodes what is missing, one pair at a time; finished items survive an interruption.
 
     Raises:
-        FileError: the disk does not take it, or an image changed while it was encoded.
+        FileError: the disk does not take it, a folder of the cache is a link, or an image changed
+            while it was encoded.
         InterruptedError: `should_stop` returned True.
     """
+    for own in (store / ITEMS_FOLDER, store / SETS_FOLDER):
+        check_own_folder(own)  # before the work
     keys = [compute_key(one, settings) for one in pairs]
     items = DatasetWriter(store)
     encoded = 0
@@ -161,6 +165,8 @@ def write_set(
     named = [f"{slug(one.pair.name)}-{key[:12]}" for one, key in zip(pairs, keys, strict=True)]
     digest = hashlib.blake2b("\n".join([*named, *keys]).encode(), digest_size=6).hexdigest()
     folder = store / SETS_FOLDER / f"{slug(name)}-{digest}"
+    for own in (folder, folder / ITEMS_FOLDER):
+        check_own_folder(own)
     if is_set(folder):
         return folder
     writer = DatasetWriter(folder)
@@ -181,7 +187,7 @@ def is_set(folder: Path) -> bool:
 def link(source: Path, target: Path) -> None:
     """A hard link, or a copy; FileError where neither is possible."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_own_folder(target.parent, parents=True)
         target.unlink(missing_ok=True)
         try:
             target.hardlink_to(source)

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from ...disk.content_samples import sample_contents
 from ...disk.json_reader import read_object
+from ...disk.own_folders import make_own_folder
 from ...disk.safetensors_file import AnyTensor, SafetensorsFile
 from ...disk.writing import explain, write_then_rename
 from ...errors import ConfigError, FileError, MissingFileError, ShapeError
@@ -228,7 +229,7 @@ class DatasetWriter:
 
     def _save(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_own_folder(path.parent, parents=True)
             if path.exists() and not path.is_file() and not path.is_dir():
                 path.unlink()  # a pipe in the set's own folder: nothing of the user's is in it
             write_then_rename(path, lambda temporary: save_file(tensors, temporary))

@@ -25,7 +25,7 @@ from ..optimizer.gradients import are_finite, clip_gradients, compute_grad_norm
 from ..optimizer.optimization import averaged_weights, build_optimizer, set_learning_rate
 from ..optimizer.schedules import build_schedule
 from .adapter_files import ADAPTERS, DTYPES, EMA_SUFFIX, build_run_metadata, write_adapters
-from .checkpoint import CheckpointFolder, remove_leftovers
+from .checkpoint import CHECKPOINTS, CheckpointFolder, remove_leftovers
 from .health import measure_health
 from .metrics import MetricsFile, SmoothedLoss, StepReport, measure_memory
 from .micro_steps import MicroSteps
@@ -40,8 +40,6 @@ from .run_state import (
 )
 
 Notify = Callable[[str], None]
-
-CHECKPOINTS = "checkpoints"
 
 
 def open_checkpoints(config: TrainConfig) -> CheckpointFolder:

@@ -220,3 +220,19 @@ def test_too_little_space_is_reported_before_the_work(folder, tmp_path):
 )
 def test_names_become_safe_file_names(name, expected):
     assert slug(name) == expected
+
+
+@pytest.mark.parametrize("place", ["items", "sets", "sets/NAME", "sets/NAME/items"])
+def test_nothing_is_written_through_a_linked_folder_of_the_cache(folder, tmp_path, place):
+    store = folder.parent / "store"
+    name = cache(folder, Encoder()).folder.name
+    shutil.rmtree(store)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept.txt").write_text("the user's")
+    link = store / place.replace("NAME", name)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside, target_is_directory=True)
+    with pytest.raises(FileError, match=rf"{link.name} in {link.parent.name} is a link"):
+        cache(folder, Encoder())
+    assert [path.name for path in outside.iterdir()] == ["kept.txt"]
