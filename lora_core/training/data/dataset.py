@@ -260,7 +260,10 @@ class CachedDataset:
 
     def sample_contents(self) -> str | None:
         """Changes, all but surely, when any item's tensors do; None if a file cannot be read."""
-        return sample_contents(self.folder / ITEMS_FOLDER, num_samples=4)
+        names = sorted(f"{info.key}.safetensors" for info in self.items)
+        paths = [self.folder / ITEMS_FOLDER / name for name in names]
+        paths += [self.folder / EMPTY_FILE] if self.has_empty_text else []
+        return sample_contents(paths, num_samples=4)
 
     def find_largest(self) -> int:
         """Index of the item with the most tokens."""

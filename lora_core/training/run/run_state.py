@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...base_model.base_files import list_base_files
 from ...disk.content_samples import sample_contents
-from ...errors import ConfigError
+from ...errors import ConfigError, LoraError
 from ..config.config_files import config_to_dict
 from ..optimizer.optimization import flatten_state, load_state, unflatten_state
 from .checkpoint import Checkpoint, Tensors
@@ -80,10 +81,19 @@ def sample_run_contents(
 ) -> dict[str, str | None]:
     """What a run reads, by what it is -> a digest of samples of it; None where there is none."""
     return {
-        "the base model": sample_contents(Path(config.model.source)),
+        "the base model": sample_base(config.model.source),
+        "the VAE": sample_contents(Path(config.model.vae)) if config.model.vae else None,
         "the training set": dataset.sample_contents(),
         "the prior": None if prior is None else prior.sample_contents(),
     }
+
+
+def sample_base(source: str) -> str | None:
+    try:
+        files = list_base_files(source)
+    except (LoraError, OSError, ValueError):
+        return None
+    return sample_contents(files[0] if len(files) == 1 else files)
 
 
 def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
