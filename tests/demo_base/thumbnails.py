@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .demo import DEMO, PROMPT_TIMEOUT, ROOT, convert_workflow, set_strength
-from .layout import make_base_directory, make_models
+from .layout import make_base_directory, make_models, write_public_lora
 from .server import ComfyServer
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
         object_info = server.wait_ready().get("/object_info")
         for name in options.names or names:
             workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+            write_public_lora(DEMO / "models" / "loras", workflow)
             graph = convert_workflow(workflow, object_info)
             override(graph, overrides)
             thumbnail = DRAW.get(name, draw_first)(graph, lambda graph: run(server, graph))
@@ -168,7 +169,7 @@ def draw_bands(pictures: Sequence[Image.Image], labels: Sequence[str] = ()) -> I
     from PIL import Image, ImageDraw, ImageFont
 
     if labels and len(labels) != len(pictures):
-        raise ValueError(f"expected a label for each of {len(pictures)} pictures, got {labels}")
+        raise ValueError(f"expected a label for each of {len(pictures)} images, got {labels}")
     edges = [round(SIZE_PX * index / len(pictures)) for index in range(len(pictures) + 1)]
     thumbnail = Image.new("RGB", (SIZE_PX, SIZE_PX), "white")
     draw = ImageDraw.Draw(thumbnail, "RGBA")

@@ -70,7 +70,7 @@ def test_the_strength_sweep_opens_from_templates_runs_and_takes_another_strength
         assert "matched 20 modules, 60 of 60 keys" in reports["QwenEditLoraLoad"]
         assert "changes the output by" in reports["QwenEditLoraEffect"]
         assert "for a sweep: 0, " in reports["QwenEditLoraEffect"]
-        assert reports["QwenEditLoraSweep"].startswith("4 pictures: strengths 0, 0.5, 1, 2")
+        assert reports["QwenEditLoraSweep"].startswith("4 images: strengths 0, 0.5, 1, 2")
         assert "20 of 20 modules matched" in reports["QwenEditLoraSweep"]
         assert "source as a whole: SSIM" in reports["QwenEditLoraSweepGrid"]
     shoot(workspace, "04_vue", "QwenEditLoraEffect", "QwenEditLoraSweep", "QwenEditLoraSweepGrid")
@@ -79,7 +79,7 @@ def test_the_strength_sweep_opens_from_templates_runs_and_takes_another_strength
     workspace.page.evaluate(SET_STRENGTHS, "0, 0.5, 1, 1.5, 2")
     entry = run(workspace)
     reports = workspace.wait_for_reports()
-    assert reports["QwenEditLoraSweep"].startswith("5 pictures: strengths 0, 0.5, 1, 1.5, 2")
+    assert reports["QwenEditLoraSweep"].startswith("5 images: strengths 0, 0.5, 1, 1.5, 2")
     second = find_sheet(workspace, entry, "sweep_")
     assert second.size[0] > first.size[0]
     assert workspace.errors == []

@@ -16,6 +16,7 @@ WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 
 def test_the_apply_workflow_opens_from_templates_and_runs(workspace, server):
     workspace.open_template("01_apply_lora")
+    workspace.set_widgets({"lora_name": "my_edit_lora.safetensors"})
     workspace.set_widgets({"steps": 2, "cfg": 1})  # 20 of a megapixel take minutes on a CPU
     entry = workspace.run()
     assert entry["status"]["status_str"] == "success"

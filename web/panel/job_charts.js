@@ -33,7 +33,7 @@ export class JobCharts {
     this.small = [
       small("learning_rate", "metrics"),
       small("grad_norm", "metrics"),
-      small("seconds", "metrics", (value) => `${formatNumber(value)} s`),
+      small("seconds", "metrics", (value, digits) => `${formatNumber(value, digits)} s`),
       small("memory_bytes", "metrics", formatSize),
       small("std", "health", formatNumber, "--qel-green"),
       small("spectral", "health", formatNumber, "--qel-green"),

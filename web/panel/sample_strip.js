@@ -1,16 +1,16 @@
 // Sample images: a row per item, with its source and target first, then one image per step.
 
-import { build, KeyedRows, setHidden } from "../elements.js";
+import { build, buildImage, KeyedRows, setHidden, setText } from "../elements.js";
 
 export class SampleStrip {
   constructor({ t, getUrl }) {
     this.t = t;
     this.getUrl = getUrl; // name -> URL
-    this.pictures = [];
+    this.images = [];
     this.list = build("div", { class: "qel-samples" });
     this.rows = new KeyedRows(this.list, () => this.buildRow());
-    this.none = build("p", { class: "qel-empty" }, t("samples.none"));
-    this.image = build("img", { class: "qel-large" });
+    this.none = build("p", { class: "qel-empty" });
+    this.image = buildImage({ class: "qel-large" });
     this.caption = build("figcaption", {});
     this.dialog = build(
       "dialog",
@@ -43,13 +43,16 @@ export class SampleStrip {
     return build("button", { type: "button", class: "qel-button", onclick }, this.t(key));
   }
 
-  update(pictures = []) {
-    this.pictures = pictures;
-    setHidden(this.none, pictures.length > 0);
+  // A job's detail: its images, its files of latents, its settings.
+  update({ pictures: images = [], samples = [], settings = {} }) {
+    this.images = images;
+    const isOff = settings["samples.every"] === 0;
+    setText(this.none, this.t(isOff ? "samples.off" : samples.length ? "samples.latents" : "samples.none"));
+    setHidden(this.none, images.length > 0);
     const items = new Map();
-    for (const picture of pictures) {
-      if (!items.has(picture.item)) items.set(picture.item, []);
-      items.get(picture.item).push(picture);
+    for (const image of images) {
+      if (!items.has(image.item)) items.set(image.item, []);
+      items.get(image.item).push(image);
     }
     this.rows.show([...items], ([item]) => item);
   }
@@ -57,17 +60,17 @@ export class SampleStrip {
   buildRow() {
     const strip = build("div", { class: "qel-strip" });
     const title = build("div", { class: "qel-note" });
-    const tiles = new KeyedRows(strip, (picture) => this.buildTile(picture));
+    const tiles = new KeyedRows(strip, (image) => this.buildTile(image));
     return {
       element: build("div", { class: "qel-sample-row" }, title, strip),
-      update: ([item, pictures]) => {
+      update: ([item, images]) => {
         title.textContent = item;
         const before = strip.childElementCount;
         const order = { source: 0, target: 1, sample: 2 };
-        const sorted = [...pictures].sort(
+        const sorted = [...images].sort(
           (a, b) => order[a.kind] - order[b.kind] || (a.step ?? a.index ?? 0) - (b.step ?? b.index ?? 0)
         );
-        tiles.show(sorted, (picture) => picture.name);
+        tiles.show(sorted, (image) => image.name);
         if (strip.childElementCount > before) {
           requestAnimationFrame(() => (strip.scrollLeft = strip.scrollWidth)); // to the newest
         }
@@ -75,21 +78,22 @@ export class SampleStrip {
     };
   }
 
-  buildTile(picture) {
-    const text = this.describe(picture);
-    const image = build("img", { src: this.getUrl(picture.name), alt: text, loading: "lazy" });
-    const open = () => this.view(picture.name);
+  buildTile(image) {
+    const text = this.describe(image);
+    // The caption beside it says what it is.
+    const thumbnail = buildImage({ src: this.getUrl(image.name), alt: "", loading: "lazy" });
+    const open = () => this.view(image.name);
     return {
       element: build(
         "button",
         {
           type: "button",
           class: "qel-tile",
-          "data-name": picture.name,
-          "data-kind": picture.kind,
+          "data-name": image.name,
+          "data-kind": image.kind,
           onclick: open,
         },
-        image,
+        thumbnail,
         build("span", {}, text)
       ),
       update() {},
@@ -101,12 +105,12 @@ export class SampleStrip {
   }
 
   view(name) {
-    const picture = this.pictures.find((one) => one.name === name);
-    if (!picture) return;
+    const image = this.images.find((one) => one.name === name);
+    if (!image) return;
     this.viewed = name;
     this.image.src = this.getUrl(name);
-    this.image.alt = this.describe(picture);
-    this.caption.textContent = `${picture.item} · ${this.describe(picture)}`;
+    this.image.alt = this.describe(image);
+    this.caption.textContent = `${image.item} · ${this.describe(image)}`;
     if (!this.dialog.open) this.dialog.showModal();
   }
 

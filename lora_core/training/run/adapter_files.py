@@ -100,7 +100,7 @@ def write_adapters(
             missing: it is never created again.
     """
     if not folder.is_dir():
-        raise FileError(f"{shorten(folder.name)} is not there any more; nothing is written to it.")
+        raise FileError(f"{shorten(folder.name)} was removed; nothing is written to it.")
     if step is not None:
         check_own_folder(folder / ADAPTERS)
     written = []
