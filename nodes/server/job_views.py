@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...lora_core.errors import ConfigError
+from ...lora_core.errors import ConfigError, FileError
 from ...lora_core.jobs.curves import MetricsReader, build_curves, build_health
 from ...lora_core.jobs.job import Job
 from ...lora_core.text import shorten
@@ -37,10 +37,15 @@ def list_jobs() -> dict[str, Any]:
 def show_job(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
     """The job with its curves, settings, image names and adapter names."""
     store = job_host.get_store()
-    job = store.get(job_id)
-    rows = _metrics.read(store.open_folder(job_id).metrics)
+    job = store.show(job_id)
+    shown = job.to_dict()
+    try:
+        rows = _metrics.read(store.open_folder(job_id).metrics)
+    except FileError as e:  # the rest of the page is as good without curves
+        rows = []
+        shown["notes"] = [*shown["notes"], f"no curves: {e}"]
     return {
-        **job.to_dict(),
+        **shown,
         "metrics": build_curves(rows, MAX_POINTS),
         "health": build_health(rows, MAX_POINTS),
         "settings": flatten(describe_settings(job)),

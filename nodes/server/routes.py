@@ -11,8 +11,8 @@
     POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
 
 Errors are {"error": one sentence} with 400 for a bad request, 403 for another site's page or name,
-404 for an unknown job, 409 for what its state forbids, 413 for a body too large, 500 for disk
-errors. Paths of this machine are neither accepted nor revealed.
+404 for an unknown job, 409 for what its state or damaged files forbid, 413 for too large a body,
+500 for disk errors. Paths of this machine are neither accepted nor revealed.
 The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"};
 `qwen_edit_lora.adapters` has new results: {"adapters": [...], "gone": ids, "pending": number}.
 """
@@ -30,6 +30,7 @@ from server import PromptServer
 from ...lora_core.disk.json_reader import parse_object
 from ...lora_core.disk.plain_json import drop_non_finite, write_json
 from ...lora_core.errors import ConfigError, FileError, LoraError, MissingFileError
+from ...lora_core.jobs.folder import DamagedJobError
 from ...lora_core.jobs.job import JobStateError, UnknownImageError, UnknownJobError, check_id
 from ...lora_core.library import library
 from ...lora_core.text import shorten
@@ -251,6 +252,7 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
     (library.UnknownAdapterError, 404),
     (MissingFileError, 404),
     (JobStateError, 409),
+    (DamagedJobError, 409),
     (BodySizeError, 413),
     (ConfigError, 400),
     (LoraError, 500),

@@ -20,7 +20,7 @@ from qwen_edit_lora.lora_core.jobs.training_job import run_job
 from qwen_edit_lora.lora_core.training.run.adapter_files import write_adapters
 from qwen_edit_lora.lora_core.training.run.checkpoint import CheckpointFolder, remove_leftovers
 from qwen_edit_lora.lora_core.training.run.metrics import MetricsFile
-from qwen_edit_lora.lora_core.training.sampling.pictures import write_image
+from qwen_edit_lora.lora_core.training.sampling.images import write_image
 from tiny_jobs import make_train, run_here, run_to_end
 
 FOLDERS = ("checkpoints", "adapters", "samples")
