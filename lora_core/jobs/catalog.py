@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from ..disk.writing import explain
 from ..errors import ConfigError, FileError
 from ..training.config.config_files import build, config_from_dict, config_to_dict
-from .folder import STATE_FILE, BusyFileError, JobFolder, restore
+from .folder import CONFIG_FILE, STATE_FILE, BusyFileError, JobFolder, restore
 from .index import JobIndex
 from .job import (
     Job,
@@ -79,6 +80,7 @@ class Catalog:
             UnknownJobError: it was deleted meanwhile.
         """
         try:
+            folder.check_lock()
             job = self._recall(folder, stamp, row)
         except UnknownJobError:
             raise
@@ -169,12 +171,12 @@ def explain_absence(job_id: str) -> UnknownJobError:
 
 
 def read_stamp(folder: JobFolder) -> str:
-    """Changes with state.json."""
+    """Changes with state.json and config.json; "" if one is missing."""
     try:
-        found = (folder.path / STATE_FILE).stat()
+        found = [os.stat(folder.path / name) for name in (STATE_FILE, CONFIG_FILE)]  # noqa: PTH116
     except OSError:
         return ""
-    return f"{found.st_mtime_ns} {found.st_ino} {found.st_size}"
+    return " ".join(f"{one.st_mtime_ns} {one.st_ino} {one.st_size}" for one in found)
 
 
 def to_row(job: Job) -> dict[str, Any]:

@@ -110,6 +110,8 @@ def run_job(
             if report.step == 1 or report.step % LOG_EVERY == 0 or report.step == config.steps:
                 reporter.log(describe_report(report))
             take_sample(sampler, report.step, reporter, stop)
+            if settings.samples.every and report.step % settings.samples.every == 0:
+                run.ask_again()  # a sample that was left out is made where the run stops
         if run.step == config.steps:
             break
         reporter.update(phase=Phase.SAVING)

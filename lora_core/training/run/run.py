@@ -317,9 +317,17 @@ class Run:
             self.is_stopping = self.processes.sum(should_stop(), self.device) > 0
         return self.is_stopping
 
+    def ask_again(self) -> None:
+        """Before its next step every process asks the others anew; every process has to call this.
+
+        For what one of them did after the step, and may have left out for a stop of which the
+        others know nothing.
+        """
+        self.is_stopping = None
+
     def is_still_to_stop(self, should_stop: ShouldStop) -> bool:
         """Checks again after the steps, on all processes. False: `take_steps` resumes."""
-        self.is_stopping = None
+        self.ask_again()
         return self.is_asked_to_stop(should_stop)
 
     def save_checkpoint(self) -> str | None:
