@@ -4,6 +4,7 @@
     python dev.py demo [--serve] [--port PORT]   a real ComfyUI edits a photograph with a LoRA
     python dev.py test [pytest arguments ...]    the whole test suite on all cores, or what is named
     python dev.py test --all [arguments ...]     what takes hours too: all fuzzing, nightly
+    python dev.py test --frontend VERSION [...]  in the page of another ComfyUI frontend
     python dev.py gpu [arguments ...]            what only a card shows; see benchmarks/gpu_check.py
     python dev.py setup | lint | bench [NAME ...]
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +38,10 @@ COMFYUI_IN_SDIST = ("vendor", "ComfyUI")
 GPU_CHECK = ROOT / "benchmarks" / "gpu_check.py"
 #: Read by tests/conftest.py and tests/fuzz/conftest.py.
 RUN_ALL = "QWEN_EDIT_LORA_FUZZ"
+#: Read by tests/demo_base/server.py.
+FRONTEND = "QWEN_EDIT_LORA_FRONTEND"
+FRONTEND_PACKAGE = "comfyui-frontend-package"
+FRONTEND_IN_PACKAGE = ("comfyui_frontend_package", "static")
 LOG_TAIL_LINES = 15
 NUM_SLOWEST = 30  # tests whose time is printed
 MAX_TEST_PROCESSES = 4  # each has its own ComfyUI and server, 2 GB together
@@ -266,8 +272,8 @@ def demo(comfyui: Path, serve: bool, port: int | None) -> int:
 def test(comfyui: Path, arguments: list[str]) -> int:
     """Runs pytest with its arguments as given; without any, all tests on several cores at once.
 
-    --all, in any position, is not passed to pytest: it runs all cases of the fuzzers, and the tests
-    marked nightly.
+    Not passed to pytest, in any position: --all, which runs all cases of the fuzzers and the tests
+    marked nightly; --frontend VERSION, which runs the browser's tests on that frontend.
 
     A file's tests run in one process and share its server and models. One thread per process: tiny
     matrix products spread over busy cores take minutes.
@@ -275,6 +281,9 @@ def test(comfyui: Path, arguments: list[str]) -> int:
     pytest = get_venv_script(ROOT, "pytest")
     more = {RUN_ALL: "all"} if "--all" in arguments else {}
     arguments = [argument for argument in arguments if argument != "--all"]
+    arguments, version = split_frontend(arguments)
+    if version is not None:
+        more[FRONTEND] = str(fetch_frontend(version))
     if arguments:
         return run([pytest, *arguments], comfyui, more=more)
     num_processes = max(1, min(MAX_TEST_PROCESSES, os.cpu_count() or 1))
@@ -284,6 +293,30 @@ def test(comfyui: Path, arguments: list[str]) -> int:
         comfyui,
         more={**more, "OMP_NUM_THREADS": "1"},
     )
+
+
+def split_frontend(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without --frontend VERSION, and the version."""
+    if "--frontend" not in arguments:
+        return arguments, None
+    at = arguments.index("--frontend")
+    version = arguments[at + 1] if at + 1 < len(arguments) else ""
+    if not re.fullmatch(r"\d+(\.\w+)+", version):
+        raise DevError(f"--frontend needs a version such as 1.58.1, not {version!r}.")
+    return arguments[:at] + arguments[at + 2 :], version
+
+
+def fetch_frontend(version: str) -> Path:
+    """The static files of that version of ComfyUI's frontend, installed into .frontends if new."""
+    target = ROOT / ".frontends" / version
+    static = target.joinpath(*FRONTEND_IN_PACKAGE)
+    if not static.is_dir():
+        say(f"Fetching frontend {version} ...")
+        target.mkdir(parents=True, exist_ok=True)
+        package = f"{FRONTEND_PACKAGE}=={version}"
+        options = ["install", "--no-deps", "--target", str(target), package]
+        run_pip(get_venv_python(ROOT), options, target / "pip.log")
+    return static
 
 
 def check_gpu(comfyui: Path, arguments: list[str]) -> int:

@@ -22,7 +22,7 @@ from .server import ComfyServer, PromptError, ServerError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / ".demo"
-WORKFLOW = ROOT / "workflows" / "01_apply_lora.json"
+WORKFLOW = ROOT / "workflows" / "1 Apply a LoRA.json"
 APPLY_NODE = "QwenEditLoraApply"
 PROMPTS = {"inflate the man": "make it the blue hour"}  # the workflow's -> what the demo LoRA does
 STEPS = 4  # of the workflow's 20: the tiny base shows the same, in a fifth of the time

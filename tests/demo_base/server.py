@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 HOST = "127.0.0.1"
+#: A folder of static files of another frontend than the one ComfyUI installed; see dev.py.
+FRONTEND = "QWEN_EDIT_LORA_FRONTEND"
 START_TIMEOUT = 120.0  # seconds; about 10 on two cores
 STOP_TIMEOUT = 10.0  # seconds between asking it to stop and killing it
 REQUEST_TIMEOUT = 60.0  # seconds
@@ -63,6 +65,8 @@ class ComfyServer:
         command += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
         # on a CPU the default attention makes a 1-megapixel VAE encode five times slower
         command += ["--cpu", "--use-pytorch-cross-attention"] if cpu else []
+        if frontend := os.environ.get(FRONTEND):
+            command += ["--front-end-root", frontend]
         log = Path(base_directory) / "server.log"
         # its own group, so that Ctrl-C reaches only us and we can stop its children with it
         group: dict[str, Any] = (

@@ -137,13 +137,13 @@ def shorten_training(graph: Graph) -> None:
 
 #: workflow -> how its image is made; for any other it is the first output image.
 DRAW: dict[str, Callable[[Graph, Render], Image.Image]] = {
-    "01_apply_lora": draw_before_and_after,
-    "02_inspect_lora": draw_deep,
-    "03_compare_and_resize": draw_deep,
-    "04_strength_sweep": draw_strengths,
-    "05_checkpoint_sweep": draw_checkpoints,
-    "06_train_lora": draw_loss,
-    "07_train_then_sweep": draw_trained_strengths,
+    "1 Apply a LoRA": draw_before_and_after,
+    "2 Inspect a LoRA": draw_deep,
+    "3 Compare and resize LoRAs": draw_deep,
+    "4 Find the strength": draw_strengths,
+    "5 Compare checkpoints": draw_checkpoints,
+    "6 Train a LoRA": draw_loss,
+    "7 Train and sweep": draw_trained_strengths,
 }
 
 

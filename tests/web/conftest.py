@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_base.frontend import TAB_BUTTON
 
 SET_WIDGETS = """([values, type]) => {
     for (const node of app.graph._nodes)
@@ -59,6 +60,9 @@ class Workspace:
         self.page.wait_for_function(
             "() => app.graph._nodes.some(n => n.comfyClass?.startsWith('QwenEditLora'))"
         )
+
+    def open_panel(self) -> None:
+        self.page.locator(TAB_BUTTON).click()
 
     def set_widgets(self, values: dict[str, Any], node_type: str | None = None) -> None:
         """Widgets of these names, on every node or on those of one type."""

@@ -36,7 +36,7 @@ def test_axe_finds_nothing_in_the_panel_the_list_and_the_reports(workspace, pale
             """async () => app.loadApiJson({1: {class_type: 'QwenEditLoraLoad',
                 inputs: {lora_name: 'my_edit_lora.safetensors'}}}, 'accessibility')"""
         )
-        page.locator(".qwen_edit_lora-tab-button").click()
+        workspace.open_panel()
         found = {"trainings": find_violations(page)}
         page.get_by_role("tab", name="LoRAs").click()
         page.get_by_role("row").first.click()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from demo_base.adapters import make_adapter
+from demo_base.frontend import TOAST
 from safetensors.torch import save_file
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
@@ -92,7 +92,7 @@ class Browser:
 @pytest.fixture
 def opened(workspace: Any, loras: Path) -> Browser:
     workspace.page.evaluate("() => app.graph.clear()")
-    workspace.page.locator(".qwen_edit_lora-tab-button").click()
+    workspace.open_panel()
     workspace.page.get_by_role("tab", name="LoRAs").click()
     browser = Browser(workspace.page)
     browser.search("browsed")
@@ -132,8 +132,7 @@ def test_files_are_found_filtered_and_sorted_and_stay_text(opened, workspace):
 
     opened.find("<img").click()
     details = page.locator(".qel-details")
-    details.get_by_text(re.compile(r"\d fields")).wait_for()
-    details.get_by_text("Metadata").click()
+    details.locator("summary", has_text="Metadata").click()
     assert details.get_by_role("heading", level=3).inner_text() == hostile
     assert HOSTILE in details.locator(".qel-facts").first.inner_text()  # its title
     assert HOSTILE in details.locator(".qel-metadata").inner_text()
@@ -150,7 +149,7 @@ def test_files_are_found_filtered_and_sorted_and_stay_text(opened, workspace):
     opened.search("ours")
     opened.find("ours").click()
     details.get_by_role("button", name="Train again").click()
-    toast = page.locator(".p-toast-message", has_text="Not trained again")
+    toast = page.locator(TOAST, has_text="Not trained again")
     toast.wait_for()
     assert "the settings in this LoRA are damaged" in toast.inner_text()
     page.keyboard.press("Escape")

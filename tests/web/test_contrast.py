@@ -120,7 +120,7 @@ def test_reports_panel_and_list_can_be_read_in_both_palettes(workspace, palettes
             2: {class_type: 'QwenEditLoraInspect', inputs: {adapter: ['1', 0]}}}, 'contrast')"""
     )
     page.wait_for_timeout(500)
-    page.locator(".qwen_edit_lora-tab-button").click()
+    workspace.open_panel()
     page.get_by_role("tab", name="LoRAs").click()
     page.locator(".qel-adapters .qel-row").first.wait_for()
     unreadable = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_base.frontend import BADGE, TAB_BUTTON, TOAST
 from demo_base.server import ComfyServer
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
 from qwen_edit_lora.lora_core.jobs.job import JobFailure, JobState, JobStatus
@@ -97,7 +98,7 @@ def server(host: Host) -> ComfyServer:
 
 def open_panel(page: Any) -> Any:
     if not page.locator(".qel-panel").count():
-        page.locator(".qwen_edit_lora-tab-button").click()
+        page.locator(TAB_BUTTON).click()
     page.locator(".qel-panel").wait_for()
     return page.locator(".qel-panel")
 
@@ -127,7 +128,7 @@ def press(page: Any, action: str) -> None:
 
 def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(workspace, host):
     page, name = workspace.page, "from the button"
-    workspace.open_template("06_train_lora")
+    workspace.open_template("6 Train a LoRA")
     workspace.set_widgets(QUICK)
     open_panel(page)
     assert "No training yet" in page.locator(".qel-panel").inner_text()
@@ -136,7 +137,7 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
     job_id = host.store.list()[-1].id
     wait_for(lambda: host.store.get(job_id).state.step > 0, page)
     assert wait_for(lambda: read_step(page, name) > 0, page) < 5
-    assert page.locator(".qwen_edit_lora-tab-button .sidebar-icon-badge").inner_text() == "1"
+    assert page.locator(TAB_BUTTON).locator(BADGE).inner_text() == "1"
     for node in ("QwenEditLoraTrain", "QwenEditLoraJob"):
         shown = page.evaluate(
             """type => app.graph._nodes.find(n => n.comfyClass === type).widgets
@@ -255,7 +256,7 @@ def test_hostile_names_and_lines_are_text_and_failures_say_what_to_do(workspace,
 
 
 def read_toasts(page: Any) -> str:
-    return " ".join(page.locator(".p-toast-message").all_inner_texts())
+    return " ".join(page.locator(TOAST).all_inner_texts())
 
 
 def test_a_failure_is_announced_at_once_and_ended_trainings_at_the_next_visit(workspace, host):

@@ -64,7 +64,7 @@ def find_sheet(workspace: Any, entry: dict[str, Any], prefix: str) -> Image.Imag
 
 
 def test_the_strength_sweep_opens_from_templates_runs_and_takes_another_strength(workspace):
-    open_quickly(workspace, "04_strength_sweep")
+    open_quickly(workspace, "4 Find the strength")
     entry = run(workspace)
     for reports in workspace.read_in_both_renderers("04"):
         assert "matched 20 modules, 60 of 60 keys" in reports["QwenEditLoraLoad"]
@@ -88,7 +88,7 @@ def test_the_strength_sweep_opens_from_templates_runs_and_takes_another_strength
 @RENDERERS
 def test_a_wrong_strength_is_shown_on_the_page_and_the_rest_goes_on(workspace, vue_nodes):
     workspace.set_vue_nodes(vue_nodes)
-    open_quickly(workspace, "04_strength_sweep")
+    open_quickly(workspace, "4 Find the strength")
     workspace.page.evaluate(SET_STRENGTHS, "0..2")
     workspace.page.get_by_test_id("queue-button").click()
     sentence = workspace.page.get_by_text("strengths is '0..2'; expected finite numbers")
@@ -100,7 +100,7 @@ def test_a_wrong_strength_is_shown_on_the_page_and_the_rest_goes_on(workspace, v
 
 
 def test_the_checkpoint_sweep_opens_from_templates_and_compares_a_run(workspace):
-    open_quickly(workspace, "05_checkpoint_sweep")
+    open_quickly(workspace, "5 Compare checkpoints")
     entry = run(workspace)
     names = [f"my_run-000{number}" for number in (100, 200, 300)]
     for reports in workspace.read_in_both_renderers("05"):

@@ -37,6 +37,7 @@ export class JobPage {
       this.charts.element,
       this.samples.element,
       this.files,
+      this.charts.more,
       this.notes,
       this.log.element,
       this.settings

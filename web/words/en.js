@@ -20,7 +20,7 @@ export const EN = {
   "list.loading": "Loading the trainings …",
   "list.none": "No training in this state.",
   "list.empty":
-    "No training yet. Open Templates > qwen-edit-lora > 06_train_lora, choose a folder of pairs and a model, and press Run.",
+    "No training yet. Open Templates > qwen-edit-lora > 6 Train a LoRA, choose a folder of pairs and a model, and press Run.",
   "filter.all": "all",
   "filter.active": "running and waiting",
   "filter.paused": "paused",
@@ -94,6 +94,7 @@ export const EN = {
   "chart.raw": "raw",
   "chart.smoothed": "smoothed",
   "chart.log": "log scale",
+  "chart.more": "More curves",
   "chart.none": "The curves appear with the first step.",
   "chart.learning_rate": "Learning rate",
   "chart.grad_norm": "Gradient norm",
@@ -110,6 +111,10 @@ export const EN = {
   "samples.step": "step {step}",
   "samples.source": "source",
   "samples.target": "target",
+  "samples.compare": "Compare with",
+  "samples.alone": "nothing",
+  "samples.slider": "How much of the other image is shown",
+  "samples.save": "Save image",
   "samples.previous": "Previous",
   "samples.next": "Next",
 

@@ -20,7 +20,7 @@ export const ZH = {
   "list.loading": "正在向 ComfyUI 查询训练任务……",
   "list.none": "没有这一类任务。",
   "list.empty":
-    "还没有训练任务。打开“模板 > qwen-edit-lora > 06_train_lora”，选择成对图片的文件夹和模型，然后点击运行。",
+    "还没有训练任务。打开“模板 > qwen-edit-lora > 6 Train a LoRA”，选择成对图片的文件夹和模型，然后点击运行。",
   "filter.all": "全部",
   "filter.active": "运行中和排队中",
   "filter.paused": "已暂停",
@@ -93,6 +93,7 @@ export const ZH = {
   "chart.raw": "原始",
   "chart.smoothed": "平滑",
   "chart.log": "对数坐标",
+  "chart.more": "更多曲线",
   "chart.none": "第一步之后会显示曲线。",
   "chart.learning_rate": "学习率",
   "chart.grad_norm": "梯度范数",
@@ -109,6 +110,10 @@ export const ZH = {
   "samples.step": "第 {step} 步",
   "samples.source": "原图",
   "samples.target": "目标",
+  "samples.compare": "对比",
+  "samples.alone": "无",
+  "samples.slider": "另一张图像显示多少",
+  "samples.save": "保存图像",
   "samples.previous": "上一张",
   "samples.next": "下一张",
 

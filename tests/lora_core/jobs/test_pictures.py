@@ -139,8 +139,8 @@ def test_weights_that_share_the_memory_of_their_file_are_kept_too(tmp_path):
 def test_a_vae_of_another_kind_or_a_full_disk_is_a_clear_error(tmp_path):
     tensors = load_file(VAE)
     others = {
-        "is no VAE": {k: v for k, v in tensors.items() if k != "conv2.weight"},
-        "no VAE of Qwen-Image": {**tensors, "decoder.conv1.weight": torch.zeros(8, 48, 3, 3, 3)},
+        "is not a VAE": {k: v for k, v in tensors.items() if k != "conv2.weight"},
+        "not a VAE of Qwen-Image": {**tensors, "decoder.conv1.weight": torch.zeros(8, 48, 3, 3, 3)},
         "plain numbers": {**tensors, "conv2.weight": tensors["conv2.weight"].to("meta")},
     }
     for sentence, weights in others.items():

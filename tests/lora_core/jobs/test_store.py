@@ -81,7 +81,7 @@ def test_a_waiting_job_is_paused_resumed_and_cancelled_at_once(store, submit):
     resumed = store.resume(first)
     assert resumed.status is JobStatus.PENDING
     assert resumed.state.queued_at > store.get(second).state.queued_at  # at the end of the queue
-    with pytest.raises(JobStateError, match="is pending and cannot be resumed"):
+    with pytest.raises(JobStateError, match="is waiting and cannot be resumed"):
         store.resume(first)
     assert store.cancel(first).status is JobStatus.CANCELLED
     with pytest.raises(JobStateError, match="is cancelled and cannot be paused"):

@@ -269,7 +269,7 @@ def test_pause_resume_cancel_and_delete(comfy):
     code, sentence = comfy.refuse(lambda: comfy.post(job_id, "delete"))
     assert (code, sentence) == (409, f"job {job_id} is running; pause or cancel it first")
     code, sentence = comfy.refuse(lambda: comfy.post(job_id, "resume"))
-    assert (code, sentence) == (409, f"job {job_id} is in progress and cannot be resumed")
+    assert (code, sentence) == (409, f"job {job_id} is running and cannot be resumed")
 
     assert comfy.post(job_id, "pause")["request"] == "pause"
     paused = comfy.wait_for(
