@@ -223,6 +223,26 @@ def test_files_of_any_bytes_or_none_are_a_correct_or_failed_job(whole, damages):
         check_store(root)
 
 
+@pytest.mark.parametrize("name", FILES_OF_A_JOB)
+def test_a_file_that_is_something_else_is_a_correct_or_failed_job(whole, name):
+    """Every kind for every file: chance would seldom make them."""
+    for kind in REPLACED_BY:
+        with copied(whole) as root:
+            damage(root / "jobs" / BAD / name, kind)
+            job = check_store(root)
+            if name in ("state.json", "config.json") or (name == "lock" and kind != "nothing"):
+                assert job.status is JobStatus.FAILED, kind
+
+
+@pytest.mark.parametrize("name", ["state.json", "config.json", "request.json"])
+@pytest.mark.parametrize("text", ["{}", '{"version": 1}', '{"version": 2}', "[]", "", "{" * 500])
+def test_a_file_that_says_nothing_is_a_correct_or_failed_job(whole, name, text):
+    with copied(whole) as root:
+        (root / "jobs" / BAD / name).write_text(text)
+        job = check_store(root)
+        assert (job.status is JobStatus.FAILED) == (name != "request.json")
+
+
 LINES = st.one_of(
     TEXTS.map(lambda text: f'{{"step": 2, "loss": {text}}}'),
     TEXTS.map(lambda text: f'{{"step": {text}}}'),

@@ -201,7 +201,7 @@ def test_a_resumed_run_looks_into_a_diffusers_folder(tmp_path, what, place):
     config = make_config(tmp_path, steps=2, **changes)
     dataset = make_dataset(tmp_path / "data")
     list(train(config, *make_injected(config), dataset, resume=True, notify=notes.append))
-    found = [note.partition(" has other")[0] for note in notes if "contents" in note]
+    found = [note.partition(" changed since")[0] for note in notes if "changed since" in note]
     if what in ("nothing", "another file"):
         assert found == []
     else:
@@ -218,7 +218,7 @@ def test_a_resumed_run_notices_another_empty_caption(tmp_path):
         notes: list[str] = []
         resumed = {"resume": value > 1, "notify": notes.append}
         list(train(config, *make_injected(config), dataset, **resumed))
-    assert any(note.startswith("the training set has other contents") for note in notes)
+    assert any(note.startswith("the training set changed since") for note in notes)
 
 
 def test_a_resumed_run_reports_another_variant(tmp_path):
