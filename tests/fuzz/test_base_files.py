@@ -202,7 +202,7 @@ def test_a_whole_model_of_any_size_is_loaded_bit_exactly(num_blocks, head, heads
 VECTORS = [key for key, tensor in BASE.items() if tensor.ndim == 1]
 
 
-@settings(max_examples=SHARE // 4)
+@settings(max_examples=SHARE)
 @given(
     st.sampled_from(VECTORS) | st.sampled_from(MATRICES),
     DTYPES,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import sqlite3
 import sys
@@ -33,6 +34,8 @@ from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
 MAX_MESSAGE = 400
 SHARE = settings.default.max_examples
 JOBS = Path(__file__).parent.with_name("lora_core") / "jobs"
+#: What a link in a job's folder leads to, and nobody may read through it.
+PASSWD = Path("/etc/passwd").read_text() if os.name == "posix" else "no such file"
 CPU = Device("cpu", "test-cpu", "")
 GOOD, BAD = "20260131-120000-0123abcd", "20260131-120001-0123abcd"
 
@@ -150,6 +153,7 @@ def check_job(store: JobStore) -> None:
     rows = try_to(lambda: MetricsReader().read(store.open_folder(BAD).metrics)) or []
     shown += [build_curves(rows, 4), build_health(rows, 4)]
     json.dumps(shown, allow_nan=False)
+    assert shown[1] is None or PASSWD.partition("\n")[0] not in shown[1]["text"]
     for path in [*store.list_samples(BAD), *store.list_adapters(BAD)]:
         assert not path.is_symlink()
         assert path.resolve().is_relative_to(store.root.resolve())

@@ -168,7 +168,7 @@ def test_a_resumed_run_reports_other_contents_under_the_same_names(tmp_path, wha
     notes: list[str] = []
     resumed = {"resume": True, "notify": notes.append}
     list(train(config, model, injection, dataset, **resumed))
-    found = [note for note in notes if "contents" in note]
+    found = [note for note in notes if "changed since" in note]
     if what == "nothing":
         assert found == []
     else:
