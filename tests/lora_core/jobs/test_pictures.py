@@ -58,7 +58,7 @@ def test_other_file_names_are_not_image_names(name):
 def test_images_are_listed_in_order_and_read_by_listed_names_only(store, material, tmp_path):
     job_id = store.submit(make_train(material))
     assert store.list_images(job_id) == []
-    folder = store.open_folder(job_id).samples
+    folder = store.catalog.find(job_id).samples
     folder.mkdir()
     names = (
         *("step_00000010_b.png", "step_00000002_b.png", "target_b.png", "source_b_1.png"),
@@ -171,7 +171,7 @@ def test_making_images_leaves_a_jobs_weights_bit_identical(store, material, kept
         )
     ]
     assert store.list_images(without) == []
-    ours, theirs = (store.open_folder(job).path for job in (with_pictures, without))
+    ours, theirs = (store.catalog.find(job).path for job in (with_pictures, without))
     for name in ("tiny.safetensors", "tiny_ema.safetensors"):
         assert_equal_weights(ours / name, theirs / name)
     metrics = [store.read_metrics(job) for job in (with_pictures, without)]

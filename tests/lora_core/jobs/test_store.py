@@ -146,7 +146,7 @@ def test_deleting_removes_only_the_jobs_folder(store, submit, tmp_path):
     loras.mkdir()
     (loras / "tiny.safetensors").write_bytes(b"mine")
     keep, gone = submit(loras=str(loras)), submit(loras=str(loras))
-    folder = store.open_folder(gone)
+    folder = store.catalog.find(gone)
     state = dataclasses.replace(folder.read_state(), published=("tiny.safetensors",))
     folder.write_state(state)
     store.delete(gone, with_adapter=True)
@@ -193,7 +193,7 @@ def test_a_link_among_the_jobs_is_not_a_job(store, submit, tmp_path):
 
 def test_a_job_held_by_its_worker_gets_a_request_and_is_not_changed(store, submit):
     job_id = submit()
-    folder = store.open_folder(job_id)
+    folder = store.catalog.find(job_id)
     assert folder.lock.try_acquire()
     state = dataclasses.replace(
         folder.read_state(), status=JobStatus.IN_PROGRESS, phase=Phase.TRAINING
@@ -222,7 +222,7 @@ def test_waiting_can_be_stopped_and_the_job_goes_on(store, submit):
 def test_the_log_is_read_from_the_end_or_from_an_offset(store, submit):
     job_id = submit()
     assert store.read_log(job_id) == {"text": "", "offset": 0, "next_offset": 0, "size": 0}
-    store.open_folder(job_id).log.write_bytes("ä1234\n".encode() * 10)  # 7 bytes each
+    store.catalog.find(job_id).log.write_bytes("ä1234\n".encode() * 10)  # 7 bytes each
     tail = store.read_log(job_id, limit=7)
     assert tail == {"text": "ä1234\n", "offset": 63, "next_offset": 70, "size": 70}
     first = store.read_log(job_id, offset=0, limit=14)

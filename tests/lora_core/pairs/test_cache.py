@@ -16,7 +16,7 @@ from qwen_edit_lora.lora_core.pairs.cache import (
     cache_pairs,
     check_disk,
     compute_key,
-    count_missing,
+    list_missing,
     slug,
 )
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
@@ -53,8 +53,12 @@ def check(folder: Path) -> tuple[CheckedPair, ...]:
 
 
 def cache(folder: Path, encoder: Encoder, settings: dict | None = None, **options) -> CachedPairs:
+    pairs, settings = check(folder), settings or SETTINGS
+    digests = [compute_key(one, settings) for one in pairs]
     store = folder.parent / "store"
-    return cache_pairs(store, "set", check(folder), encoder, settings or SETTINGS, **options)
+    cached = cache_pairs(store, "set", pairs, digests, encoder, settings, **options)
+    assert cached.keys == tuple(info.key for info in read_dataset(cached.folder).items)
+    return cached
 
 
 def list_files(folder: Path) -> dict[str, int]:
@@ -66,7 +70,7 @@ def test_a_second_run_encodes_nothing_and_writes_nothing(folder):
     assert (first.num_encoded, first.num_reused) == (4, 0)
     files = list_files(folder.parent / "store")
     encoder = Encoder()
-    assert cache(folder, encoder) == CachedPairs(first.folder, 0, 4)
+    assert cache(folder, encoder) == CachedPairs(first.folder, first.keys, 0, 4)
     assert encoder.names == []
     assert list_files(folder.parent / "store") == files
 
@@ -143,7 +147,7 @@ def test_a_damaged_item_is_encoded_again_and_a_damaged_set_made_again(folder):
     assert encoder.names == ["photo_2"]
     next((first.folder / "items").iterdir()).unlink()
     encoder = Encoder()
-    assert cache(folder, encoder) == CachedPairs(first.folder, 0, 4)
+    assert cache(folder, encoder) == CachedPairs(first.folder, first.keys, 0, 4)
     assert len(read_dataset(first.folder)) == 4
 
 
@@ -159,17 +163,17 @@ def test_a_set_whose_item_holds_another_reference_is_made_again(folder):
     add_reference(next((first.folder / "items").iterdir()))
     with pytest.raises(FileError, match="make the training set again"):
         read_dataset(first.folder).check_items()
-    assert cache(folder, Encoder()) == CachedPairs(first.folder, 0, 4)
+    assert cache(folder, Encoder()) == replace(first, num_encoded=0, num_reused=4)
     read_dataset(first.folder).check_items()
 
 
 def test_an_item_with_more_references_than_its_pair_is_encoded_again(folder):
     first = cache(folder, Encoder())
     pairs = check(folder)
-    key = compute_key(pairs[2], SETTINGS)
-    add_reference(folder.parent / "store" / "items" / f"{key}.safetensors")
+    keys = [compute_key(pair, SETTINGS) for pair in pairs]
+    add_reference(folder.parent / "store" / "items" / f"{keys[2]}.safetensors")
     shutil.rmtree(first.folder)
-    assert count_missing(folder.parent / "store", pairs, SETTINGS) == [pairs[2]]
+    assert list_missing(folder.parent / "store", pairs, keys) == [pairs[2]]
     encoder = Encoder()
     assert cache(folder, encoder).num_encoded == 1
     assert encoder.names == ["photo_2"]
@@ -196,7 +200,7 @@ def test_a_disk_without_links_gets_copies(folder, monkeypatch):
 def test_too_little_space_is_reported_before_the_work(folder, tmp_path):
     pairs = check(folder)
     store = tmp_path / "store"
-    missing = count_missing(store, pairs, SETTINGS)
+    missing = list_missing(store, pairs, [compute_key(one, SETTINGS) for one in pairs])
     assert len(missing) == 4
     check_disk(store, missing, 64, 1.0)
     assert list(store.iterdir()) == []
