@@ -143,7 +143,7 @@ DAMAGES = st.one_of(
 def test_every_route_of_a_damaged_job_is_answered(place, damages, actions):
     place.fill()
     job_id = place.ids["completed"]
-    folder = place.store.open_folder(job_id).path
+    folder = place.store.catalog.find(job_id).path
     whole = shutil.copytree(folder, place.folder / "whole")
     place.store.catalog._settings.clear()  # as after a restart
     place.store.catalog._read_jobs.clear()

@@ -21,7 +21,7 @@ from qwen_edit_lora.lora_core.training.run.adapter_files import write_adapters
 from qwen_edit_lora.lora_core.training.run.checkpoint import CheckpointFolder, remove_leftovers
 from qwen_edit_lora.lora_core.training.run.metrics import MetricsFile
 from qwen_edit_lora.lora_core.training.sampling.images import write_image
-from tiny_jobs import make_train, run_here, run_to_end
+from tiny_jobs import make_train, run_here, run_to_end, take
 
 FOLDERS = ("checkpoints", "adapters", "samples")
 #: What a killed process may leave, and is deleted.
@@ -63,11 +63,11 @@ def test_a_job_with_a_linked_folder_fails_before_it_writes(
     store, submit, outside, name, is_dangling
 ):
     job_id = submit()
-    folder = store.open_folder(job_id)
+    folder = store.catalog.find(job_id)
     target = outside / "nothing" if is_dangling else outside
     (folder.path / name).symlink_to(target, target_is_directory=True)
     before = list_contents(outside)
-    reporter = JobReporter(folder, folder.read_state())
+    reporter = JobReporter(folder, take(folder))
     with pytest.raises(FileError, match=rf"{name} in {job_id} is a link; expected a folder of its"):
         run_job(folder.read_settings(), folder, ["cpu"], reporter)
     assert list_contents(outside) == before
@@ -78,7 +78,7 @@ def test_a_job_with_a_linked_folder_fails_before_it_writes(
 
 def test_a_worker_reports_a_linked_folder_as_its_jobs_failure(store, submit, outside):
     job_id = submit()
-    link = store.open_folder(job_id).path / "checkpoints"
+    link = store.catalog.find(job_id).path / "checkpoints"
     link.symlink_to(outside, target_is_directory=True)
     before = list_contents(outside)
     job = run_to_end(Supervisor(store, [Device("cpu", "test-cpu", "")]), job_id)
@@ -114,7 +114,7 @@ def test_each_writer_refuses_a_link_that_comes_later(store, submit, outside, tmp
 
 
 def test_a_linked_checkpoint_is_passed_over_and_its_link_removed(store, submit, tmp_path, outside):
-    done = store.open_folder(run_here(store, submit()))
+    done = store.catalog.find(run_here(store, submit()))
     newest = done.path / "checkpoints" / "step_00000002"
     newest.rename(outside / "two")
     newest.symlink_to(outside / "two", target_is_directory=True)
@@ -159,7 +159,7 @@ def test_metrics_are_not_written_through_a_link(tmp_path, outside):
 
 
 def test_the_message_of_a_process_is_not_written_through_a_link(store, submit, outside):
-    folder = store.open_folder(submit())
+    folder = store.catalog.find(submit())
     link = folder.path / ".process_1.new"
     link.symlink_to(outside / LEFTOVER)
     before = list_contents(outside)

@@ -37,11 +37,11 @@ def test_a_pause_withdrawn_at_any_moment_costs_a_team_nothing(store, material):
     (whole, calm), *others = outcomes.items()
     assert len(others) == calm["looks"] > 4
     assert all(outcome["is_done"] for outcome in outcomes.values())
-    expected = store.open_folder(whole)
+    expected = store.catalog.find(whole)
     samples = {path.name: read_weights(path)["samples"] for path in expected.samples.iterdir()}
     assert len(samples) == 3  # before the first step, after 2 and 4
     for job_id, outcome in others:
-        ours = store.open_folder(job_id)
+        ours = store.catalog.find(job_id)
         for name in NAMES:
             assert_equal_weights(ours.path / name, expected.path / name)
         found = {path.name: read_weights(path)["samples"] for path in ours.samples.iterdir()}

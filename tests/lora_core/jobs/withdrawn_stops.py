@@ -32,7 +32,7 @@ from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter, NullReporter
 from qwen_edit_lora.lora_core.jobs.store import JobStore  # noqa: E402
 from qwen_edit_lora.lora_core.jobs.team import join_process_group  # noqa: E402
 from qwen_edit_lora.lora_core.jobs.training_job import run_job  # noqa: E402
-from tiny_jobs import make_train  # noqa: E402
+from tiny_jobs import make_train, take  # noqa: E402
 
 STEPS = 4
 SAMPLES = {"every": 2, "steps": 2}
@@ -42,7 +42,7 @@ class Fickle(JobReporter):
     """Sees a pause at the n-th look, which is withdrawn after the look."""
 
     def __init__(self, folder: JobFolder, at: int | None):
-        super().__init__(folder, folder.read_state())
+        super().__init__(folder, take(folder))
         self.at, self.count = at, 0
 
     def should_stop(self) -> bool:
@@ -65,7 +65,7 @@ def main(root: str, material: str) -> None:
         train = make_train(Path(material), steps=STEPS)
         settings = {"samples": SAMPLES, "num_devices": 2}
         job_id = group.agree(store.submit(train, **settings) if group.is_main else None)
-        folder = store.open_folder(job_id)
+        folder = store.catalog.find(job_id)
         reporter = Fickle(folder, at) if group.is_main else NullReporter(folder)
         is_done = run_job(
             *(folder.read_settings(), folder, ["cpu", "cpu"], reporter, group.accelerator)

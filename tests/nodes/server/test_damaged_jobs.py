@@ -56,7 +56,7 @@ def whole(routes: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     store = routes.store
     job_id = store.submit(config_from_dict(train), loras=str(folder / "loras"))
     store.cancel(job_id)
-    job = store.open_folder(job_id)
+    job = store.catalog.find(job_id)
     state = dataclasses.replace(job.read_state(), adapters=("damaged.safetensors",), step=4)
     job.write_state(state)
     for path in (job.path / "damaged.safetensors", job.path / "adapters" / "a.safetensors"):
