@@ -67,7 +67,7 @@ PACKAGES = {
         *("disk", "adapter", "training.data", "training.model", "training.objective"),
     ),
     "training.run": (
-        *("disk", "adapter", "formats", "algebra", "injection", "training.machine"),
+        *("disk", "base_model", "adapter", "formats", "algebra", "injection", "training.machine"),
         *("training.data", "training.model", "training.objective", "training.optimizer"),
         *("training.config", "training.sampling"),
     ),

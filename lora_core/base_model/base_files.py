@@ -157,20 +157,48 @@ def is_gguf(path: Path) -> bool:
 
 def open_folder(folder: Path) -> BaseFile:
     """A diffusers model folder, or a pipeline's with the model in `transformer`."""
-    if not (folder / CONFIG).is_file() and (folder / "transformer" / CONFIG).is_file():
-        folder = folder / "transformer"
+    folder = find_model_folder(folder)
     paths = list_shards(folder)
+    config = read_downloaded(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    return BaseFile(Shards(paths, folder.name), config)
+
+
+def find_model_folder(folder: Path) -> Path:
+    """The folder itself, or `transformer` in it if only that one is a model's."""
+    inner = folder / "transformer"
+    return inner if not (folder / CONFIG).is_file() and (inner / CONFIG).is_file() else folder
+
+
+def list_base_files(source: str | os.PathLike[str]) -> list[Path]:
+    """What `open_base_file` reads: the file itself, or a folder's shards and configuration.
+
+    Raises:
+        FileError: as `open_base_file`.
+    """
+    path = Path(source)
+    if not os.path.isdir(path):  # noqa: PTH112 - see open_base_file
+        return [path]
+    folder = find_model_folder(path)
+    configs = [folder / CONFIG] if (folder / CONFIG).is_file() else []
+    return [*list_shards(folder), *configs]
+
+
+def list_shards(folder: Path) -> list[Path]:
+    """The files that the index names; without one the single file, or all there are.
+
+    Raises:
+        FileError: there is none, or the index is damaged or names one that is missing.
+    """
+    paths = find_shards(folder)
     if not paths:
         raise FileError(
             f"{shorten(folder.name)} holds no .safetensors file; expected a diffusers folder with "
             f"{WEIGHTS} or its numbered parts."
         )
-    config = read_downloaded(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    return BaseFile(Shards(paths, folder.name), config)
+    return paths
 
 
-def list_shards(folder: Path) -> list[Path]:
-    """The files that the index names; without one the single file, or all there are."""
+def find_shards(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
         weight_map = read_downloaded(index).get("weight_map")

@@ -97,9 +97,22 @@ class BaseWeights:
         )
 
     def get_tensor(self, key: str) -> torch.Tensor | None:
-        """A bias or norm by its whole name after the prefix, such as "txt_norm.weight"."""
+        """A bias or norm by its whole name after the prefix, such as "txt_norm.weight".
+
+        Raises:
+            FileError: it holds whole numbers: codes, of which nothing tells the scale.
+        """
         tensor = self._tensors.get(f"{self.prefix}{key}")
-        return None if tensor is None else fetch(tensor)
+        if tensor is None:
+            return None
+        values = fetch(tensor)
+        if not values.is_floating_point():
+            kind = str(values.dtype).removeprefix("torch.")
+            raise FileError(
+                f"{shorten(self.name)} stores {shorten(key)} as {kind}, which cannot be read here; "
+                "expected a bias or norm in floating point. Choose such a file of the same model."
+            )
+        return values
 
     def _read_note(self, stem: str, module_path: str) -> Mapping[str, Any]:
         """What the file states about this weight's storage."""

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from ..errors import DeniedFileError, FileError, MissingFileError
 from ..text import format_bytes, shorten
+from .literal_paths import open_literally
 
 #: No file that is read whole as text comes near it.
 MAX_TEXT_BYTES = 64 << 20
@@ -25,11 +26,15 @@ _BOMS = (
 )
 
 
-def open_regular(path: str | os.PathLike[str], shown: str = "") -> BinaryIO:
-    """The file opened for reading, links followed.
+def open_regular(
+    path: str | os.PathLike[str], shown: str = "", follow_links: bool = True
+) -> BinaryIO:
+    """The file opened for reading.
 
     Args:
         shown: what messages call the file, where its name alone is not enough.
+        follow_links: False for an absolute path that was resolved before: no part of it may be a
+            link by now.
 
     Raises:
         MissingFileError: there is no such path.
@@ -38,8 +43,9 @@ def open_regular(path: str | os.PathLike[str], shown: str = "") -> BinaryIO:
     name = shorten(shown or Path(path).name)
     # Without O_NONBLOCK, opening a pipe blocks until someone writes. Windows has no such files.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    open_it = os.open if follow_links else open_literally
     try:
-        descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
+        descriptor = open_it(path, flags | getattr(os, "O_CLOEXEC", 0))
     except (FileNotFoundError, NotADirectoryError):
         raise MissingFileError(f"{name} does not exist; expected a file.") from None
     except OSError as e:
@@ -61,14 +67,22 @@ def open_regular(path: str | os.PathLike[str], shown: str = "") -> BinaryIO:
         raise
 
 
-def read_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+def read_bytes(
+    path: str | os.PathLike[str],
+    max_bytes: int = MAX_TEXT_BYTES,
+    shown: str = "",
+    follow_links: bool = True,
+) -> bytes:
     """The whole file.
+
+    Args:
+        shown, follow_links: as `open_regular`.
 
     Raises:
         MissingFileError, FileError: as `open_regular`, or it holds more than `max_bytes`.
     """
-    name = shorten(Path(path).name)
-    with open_regular(path) as file:
+    name = shorten(shown or Path(path).name)
+    with open_regular(path, shown, follow_links) as file:
         try:
             data = file.read(max_bytes + 1)
         except OSError as e:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from ..disk.writing import explain
 from ..errors import ConfigError, FileError
 from ..training.config.config_files import build, config_from_dict, config_to_dict
-from .folder import STATE_FILE, BusyFileError, JobFolder, restore
+from .folder import CONFIG_FILE, STATE_FILE, BusyFileError, JobFolder, restore
 from .index import JobIndex
 from .job import (
     Job,
@@ -54,25 +55,10 @@ class Catalog:
             known = self.index.read()
         jobs, changed = [], []
         for folder in folders:
-            stamp = stamps[folder.id]
             try:
-                job = self._recall(folder, stamp, (known or {}).get(folder.id))
+                job, stamp = self._show(folder, stamps[folder.id], (known or {}).get(folder.id))
             except UnknownJobError:
                 continue  # deleted meanwhile
-            except BusyFileError as e:  # as it was when it could be read
-                last = self._remember(folder, (known or {}).get(folder.id))
-                job, stamp = last or build_broken(folder, str(e)), ""
-            except FileError as e:
-                job, stamp = build_broken(folder, str(e)), ""
-            except Exception as e:
-                # A fault in one folder must not hide all the others.
-                sentence = f"job {folder.id} is damaged ({type(e).__name__}); delete the job"
-                if folder.id not in self._logged_ids:
-                    self._logged_ids.add(folder.id)
-                    logger.exception("Qwen Edit LoRA: %s", sentence)
-                job, stamp = build_broken(folder, sentence), ""
-            else:
-                self._read_jobs[folder.id] = (stamp, job)
             if stamp and known is not None and known.get(folder.id, ("",))[0] != stamp:
                 changed.append((folder.id, stamp, to_row(job)))
             jobs.append(job)
@@ -81,6 +67,37 @@ class Catalog:
             self._read_jobs.pop(job_id, None)
         self.index.update(changed, gone)
         return sorted(jobs, key=lambda job: (job.state.created_at, job.id))
+
+    def show(self, folder: JobFolder) -> Job:
+        """One job as `list` has it: a failed one where its files are damaged."""
+        return self._show(folder, read_stamp(folder), None)[0]
+
+    def _show(
+        self, folder: JobFolder, stamp: str, row: tuple[str, dict[str, Any]] | None
+    ) -> tuple[Job, str]:
+        """A job with the stamp of what it was read from; "" where that is damaged or unreadable.
+
+        Raises:
+            UnknownJobError: it was deleted meanwhile.
+        """
+        try:
+            folder.check_lock()
+            job = self._recall(folder, stamp, row)
+        except UnknownJobError:
+            raise
+        except BusyFileError as e:  # as it was when it could be read
+            return self._remember(folder, row) or build_broken(folder, str(e)), ""
+        except FileError as e:
+            return build_broken(folder, str(e)), ""
+        except Exception as e:
+            # A fault in one folder must not hide all the others.
+            sentence = f"job {folder.id} is damaged ({type(e).__name__}); delete the job"
+            if folder.id not in self._logged_ids:
+                self._logged_ids.add(folder.id)
+                logger.exception("Qwen Edit LoRA: %s", sentence)
+            return build_broken(folder, sentence), ""
+        self._read_jobs[folder.id] = (stamp, job)
+        return job, stamp
 
     def find(self, job_id: str) -> JobFolder:
         """Raises ConfigError for what is no id, and UnknownJobError where there is no such job."""
@@ -155,12 +172,12 @@ def explain_absence(job_id: str) -> UnknownJobError:
 
 
 def read_stamp(folder: JobFolder) -> str:
-    """Changes with state.json."""
+    """Changes with state.json and config.json; "" if one is missing."""
     try:
-        found = (folder.path / STATE_FILE).stat()
+        found = [os.stat(folder.path / name) for name in (STATE_FILE, CONFIG_FILE)]  # noqa: PTH116
     except OSError:
         return ""
-    return f"{found.st_mtime_ns} {found.st_ino} {found.st_size}"
+    return " ".join(f"{one.st_mtime_ns} {one.st_ino} {one.st_size}" for one in found)
 
 
 def to_row(job: Job) -> dict[str, Any]:

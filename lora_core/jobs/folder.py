@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from ..disk.json_reader import parse_object
+from ..disk.own_folders import check_own_folder
 from ..disk.regular_files import open_regular, read_bytes
 from ..disk.typed_json import parse_typed
 from ..disk.writing import BRIEF_PATIENCE_S, PATIENCE_S, explain, replace, retry_while_denied
-from ..errors import ConfigError, DeniedFileError, FileError
+from ..errors import ConfigError, DeniedFileError, FileError, MissingFileError
 from ..text import shorten
 from ..training.config.config_files import build, config_to_dict
+from ..training.run.adapter_files import ADAPTERS
+from ..training.run.checkpoint import CHECKPOINTS
 from ..training.run.metrics import METRICS_FILE
 from .job import JobSettings, JobState, Request
 from .locks import FileLock
@@ -35,6 +38,10 @@ SAMPLES = "samples"
 MAX_JSON_BYTES = 4 << 20
 #: Characters of the reason that a message repeats about a damaged file.
 MAX_REASON = 200
+
+
+class DamagedJobError(FileError):
+    """A file of the job is not what a job's file is; the disk itself is fine."""
 
 
 class BusyFileError(FileError):
@@ -59,9 +66,14 @@ class JobFolder:
         """Raises FileError where the lock's path holds something that cannot be locked."""
         with contextlib.suppress(OSError):  # mostly there is none yet
             if not stat.S_ISREG((self.path / LOCK_FILE).lstat().st_mode):
-                raise FileError(
+                raise DamagedJobError(
                     f"{LOCK_FILE} of job {self.id} is not a regular file; delete the job's folder"
                 )
+
+    def check_folders(self) -> None:
+        """Raises FileError where a link has the place of a folder that a run writes to."""
+        for name in (CHECKPOINTS, ADAPTERS, SAMPLES):
+            check_own_folder(self.path / name)
 
     def open_log(self) -> BinaryIO:
         """Opened for appending. A link or pipe in its place is removed, not followed.
@@ -98,6 +110,8 @@ class JobFolder:
         """
         values = self._read(STATE_FILE)
         try:
+            if "status" not in values:  # its default would start the job
+                raise ValueError("it lacks status")
             return restore(JobState, values)
         except ValueError as e:
             raise self._explain_damage(STATE_FILE, e) from None
@@ -127,6 +141,7 @@ class JobFolder:
         self._write(REQUEST_FILE, {"request": request}, durable=True)
 
     def clear_request(self) -> None:
+        self._check_place(REQUEST_FILE)
         retry_while_denied(lambda: (self.path / REQUEST_FILE).unlink(missing_ok=True))
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -139,7 +154,7 @@ class JobFolder:
         except FileError as e:
             raise self._explain_damage(name, e) from None
         if values.pop("version", None) != VERSION:
-            raise FileError(
+            raise DamagedJobError(
                 f"{name} of job {self.id} was written by another version; delete the job"
             )
         return values
@@ -152,11 +167,12 @@ class JobFolder:
         except FileError as e:
             raise self._explain_damage(name, e) from None
 
-    def _explain_damage(self, name: str, error: Exception) -> FileError:
+    def _explain_damage(self, name: str, error: Exception) -> DamagedJobError:
         reason = shorten(str(error).rstrip("."), MAX_REASON)
-        return FileError(f"{name} of job {self.id} is damaged ({reason}); delete the job")
+        return DamagedJobError(f"{name} of job {self.id} is damaged ({reason}); delete the job")
 
     def _write(self, name: str, values: dict[str, Any], durable: bool) -> None:
+        self._check_place(name)
         # Not the name of a training run's temporary files, which a run that starts clears away.
         temporary = self.path / f".{name}.{secrets.token_hex(4)}.new"
         try:
@@ -175,6 +191,12 @@ class JobFolder:
                 raise
             raise FileError(f"{name} of job {self.id} cannot be written: {explain(e)}") from None
 
+    def _check_place(self, name: str) -> None:
+        """DamagedJobError for a folder, which no file can replace."""
+        path = self.path / name
+        if path.is_dir() and not path.is_symlink():
+            raise self._explain_damage(name, FileError("it is a folder"))
+
     def clear_leftovers(self) -> None:
         """Deletes half-written files of processes that were killed; for the holder of the lock."""
         for name in (CONFIG_FILE, STATE_FILE):
@@ -187,13 +209,21 @@ def open_inside(path: Path) -> BinaryIO:
     which could show a file from anywhere.
 
     Raises:
-        MissingFileError, FileError: as `open_regular`, or it is a link.
+        MissingFileError, DeniedFileError: as `open_regular`.
+        DamagedJobError: it is a link, a folder, a pipe or a device.
     """
-    file = open_regular(path)
+    try:
+        file = open_regular(path)
+    except (MissingFileError, DeniedFileError):
+        raise
+    except FileError as e:
+        raise DamagedJobError(str(e)) from None
     try:
         is_own = os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
         if not is_own or path.parent.is_symlink():
-            raise FileError(f"{shorten(path.name)} is a link; expected a file of the job's own.")
+            raise DamagedJobError(
+                f"{shorten(path.name)} is a link; expected a file of the job's own."
+            )
     except OSError as e:
         file.close()
         raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None

@@ -82,6 +82,10 @@ class JobStore:
         """The job as it is now."""
         return self.catalog.read(self.catalog.find(job_id))
 
+    def show(self, job_id: str) -> Job:
+        """The job as `list` has it: a failed one where its files are damaged."""
+        return self.catalog.show(self.catalog.find(job_id))
+
     def list(self) -> list[Job]:
         """All jobs, the oldest first; those whose files are damaged are failed ones.
 
@@ -434,6 +438,7 @@ class JobStore:
 
     def _acquire(self, folder: JobFolder) -> bool:
         """False where a worker has the job."""
+        folder.check_lock()
         deadline = time.monotonic() + LOCK_TIMEOUT
         while not folder.lock.try_acquire():
             in_progress = folder.read_state().status is JobStatus.IN_PROGRESS

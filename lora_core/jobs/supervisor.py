@@ -19,8 +19,7 @@ from typing import Any
 
 from ..disk.json_reader import parse_json
 from ..errors import FileError, LoraError
-from ..training.run.checkpoint import CheckpointFolder
-from ..training.run.run import CHECKPOINTS
+from ..training.run.checkpoint import CHECKPOINTS, CheckpointFolder
 from .devices import Device, choose_devices, list_devices
 from .failure import explain_death, is_from_outside
 from .folder import JobFolder, restore

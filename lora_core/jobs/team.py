@@ -142,6 +142,7 @@ def write_failure(folder: JobFolder, index: int, failure: JobFailure) -> None:
     """Raises OSError where the disk does not take it."""
     path = get_failure_path(folder, index)
     temporary = path.with_suffix(".new")
+    temporary.unlink(missing_ok=True)  # a link there would be written through
     temporary.write_text(json.dumps(dataclasses.asdict(failure)), encoding="utf-8")
     replace(temporary, path)
 

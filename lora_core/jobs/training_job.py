@@ -35,10 +35,21 @@ if TYPE_CHECKING:
 
 
 class JobObserver(StepLog):
-    """Tells the reporter about a run, and makes samples around its steps."""
+    """Tells the reporter about a run, and makes samples around its steps.
 
-    def __init__(self, reporter: JobReporter | NullReporter, config: TrainConfig, sampler: Sampler):
+    Args:
+        sample_every: steps between the job's samples, the same on every process; 0 for none.
+    """
+
+    def __init__(
+        self,
+        reporter: JobReporter | NullReporter,
+        config: TrainConfig,
+        sampler: Sampler,
+        sample_every: int = 0,
+    ):
         super().__init__(reporter.log)
+        self.sample_every = sample_every
         self.reporter = reporter
         self.alerts = Alerts(config)
         self.sampler = sampler
@@ -56,6 +67,8 @@ class JobObserver(StepLog):
             self.reporter.add_alert(sentence)
         super().after_step(run, report, stop)
         take_sample(self.sampler, report.step, self.reporter, stop)
+        if self.sample_every and report.step % self.sample_every == 0:
+            run.ask_again()  # a sample that was left out is made where the run stops
 
     def after_stop(self, run: Run) -> None:
         """A stopped run leaves an adapter too."""
@@ -89,6 +102,7 @@ def run_job(
         LoraError: what is wrong with the job.
     """
     quiet_libraries()
+    folder.check_folders()
     check_devices(settings, devices, accelerator)
     processes = Processes(accelerator)
     config = set_device(dataclasses.replace(settings.train, output=str(folder.path)), devices[0])
@@ -101,7 +115,9 @@ def run_job(
     run = open_run(config, session, processes, reporter.add_note, is_resumed)
     samples = settings.samples if processes.is_main else SampleSettings()
     sampler = Sampler(samples, session, run, folder.samples, reporter.add_note)
-    if not run_steps(run, JobObserver(reporter, config, sampler), reporter.should_stop):
+    if not run_steps(
+        run, JobObserver(reporter, config, sampler, settings.samples.every), reporter.should_stop
+    ):
         reporter.log(f"stopped after step {run.step}")
         return False
     take_sample(sampler, run.step, reporter, reporter.should_stop)

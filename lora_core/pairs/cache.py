@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..disk.own_folders import check_own_folder, make_own_folder
 from ..disk.safetensors_file import SafetensorsFile
 from ..disk.writing import explain, replace
 from ..errors import FileError, LoraError
@@ -31,7 +32,8 @@ from ..training.data.dataset import (
     DatasetWriter,
     read_dataset,
 )
-from ..training.data.item_checks import find_fault
+from ..training.data.item_checks import count_references, find_fault
+from .facts import check_unchanged
 from .preflight import CheckedPair
 
 #: Goes up when the same pair would be encoded differently.
@@ -108,16 +110,21 @@ def cache_pairs(
         settings: those of the digests; stored with the set.
 
     Raises:
-        FileError: the disk does not take it.
+        FileError: the disk does not take it, a folder of the cache is a link, or an image changed
+            while it was encoded.
         InterruptedError: `should_stop` returned True.
     """
+    for own in (store / ITEMS_FOLDER, store / SETS_FOLDER):
+        check_own_folder(own)  # before the work
     items = DatasetWriter(store)
     encoded = 0
     for one, key in track(
         list(zip(pairs, digests, strict=True)), progress, should_stop, "encoding of the pairs"
     ):
-        if not is_readable(get_path(store, key)):
-            items.add(key, encode(one), one.pair.caption or "")
+        if not is_encoded(get_path(store, key), one):
+            item = encode(one)
+            check_unchanged(one.pair, one.facts)  # or it would be another pair's under this key
+            items.add(key, item, one.pair.caption or "")
             encoded += 1
     folder, keys = write_set(store, name, pairs, digests, settings)
     return CachedPairs(folder, keys, encoded, len(pairs) - encoded)
@@ -128,21 +135,29 @@ def list_missing(
 ) -> list[CheckedPair]:
     """Those that would have to be encoded."""
     keyed = zip(pairs, digests, strict=True)
-    return [one for one, digest in keyed if not get_path(store, digest).is_file()]
+    return [one for one, digest in keyed if not is_encoded(get_path(store, digest), one)]
 
 
 def get_path(store: Path, key: str) -> Path:
     return store / ITEMS_FOLDER / f"{key}.safetensors"
 
 
-def is_readable(path: Path) -> bool:
-    """Whether an item exists and is complete, by its header; any other is encoded again."""
+def is_encoded(path: Path, checked: CheckedPair) -> bool:
+    """Whether this pair's item exists and is complete, by its header; any other is encoded again.
+
+    An item of another number of references, or with a mask that the pair lacks, is another pair's.
+    """
     try:
         file = SafetensorsFile(path, CACHED_ITEM)
     except FileError:
         return False
     file.release()
-    return find_fault(file.tensors) is None
+    pair = checked.pair
+    return (
+        find_fault(file.tensors) is None
+        and count_references(file.tensors) == len(pair.references)
+        and ("mask" in file.tensors) == (pair.mask is not None)
+    )
 
 
 def write_set(
@@ -156,6 +171,8 @@ def write_set(
     named = [f"{slug(one.pair.name)}-{text[:12]}" for one, text in zip(pairs, digests, strict=True)]
     digest = hashlib.blake2b("\n".join([*named, *digests]).encode(), digest_size=6).hexdigest()
     folder = store / SETS_FOLDER / f"{slug(name)}-{digest}"
+    for own in (folder, folder / ITEMS_FOLDER):
+        check_own_folder(own)
     keys = tuple(dict.fromkeys(named))  # two equal pairs of one name are one item
     if is_set(folder):
         return folder, keys
@@ -168,7 +185,7 @@ def write_set(
 
 def is_set(folder: Path) -> bool:
     try:
-        read_dataset(folder)
+        read_dataset(folder).check_items()
     except LoraError:
         return False
     return True
@@ -177,7 +194,7 @@ def is_set(folder: Path) -> bool:
 def link(source: Path, target: Path) -> None:
     """A hard link, or a copy; FileError where neither is possible."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_own_folder(target.parent, parents=True)
         target.unlink(missing_ok=True)
         try:
             target.hardlink_to(source)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .images import ImageSource
+from ..errors import FileError
+from ..text import shorten
+from .images import FileImage, ImageSource
 from .pair import Pair
 
 SIGNATURE_PX = 32
@@ -51,6 +53,7 @@ class PairFacts:
 
 def measure_image(image: ImageSource) -> ImageFacts:
     """Decodes it once, small; a damaged one is a FileError."""
+    digest = image.compute_digest()  # first: an image that changes later differs from it then
     header = image.read_header()
     small = image.read_small(MEASURE_PX)
     squeezed = Image.fromarray(small).resize((SIGNATURE_PX, SIGNATURE_PX), Image.Resampling.BOX)
@@ -61,7 +64,7 @@ def measure_image(image: ImageSource) -> ImageFacts:
         width=header.width,
         height=header.height,
         traits=header.traits,
-        digest=image.compute_digest(),
+        digest=digest,
         signature=np.asarray(squeezed).copy(),
         saturation=float((values.max(axis=2) - values.min(axis=2)).mean()),
         detail=float(np.mean(steps)) if steps else 0.0,
@@ -82,6 +85,21 @@ def measure_pair(pair: Pair, known: dict[int | str, ImageFacts]) -> PairFacts:
         references=tuple(map(measure, pair.references)),
         mask=None if pair.mask is None else measure(pair.mask),
     )
+
+
+def check_unchanged(pair: Pair, facts: PairFacts) -> None:
+    """Whether the files of a pair still are those that were measured.
+
+    Raises:
+        FileError: one is another, or cannot be read any more.
+    """
+    known = [facts.target, *facts.references, *([facts.mask] if facts.mask else [])]
+    for image, one in zip(pair.images, known, strict=True):
+        if isinstance(image, FileImage) and image.compute_digest() != one.digest:
+            raise FileError(
+                f"{shorten(image.name)} changed while it was read; expected the file that was "
+                "checked. Run it again when nothing writes there."
+            )
 
 
 def have_same_pixels(a: ImageSource, b: ImageSource) -> bool:

@@ -6,9 +6,10 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -49,6 +50,8 @@ class FileImage:
     path: Path
     label: str = ""
     """Its path inside the set's folder: target and reference often have one file name."""
+    real: Path | None = None
+    """The path without links that was judged allowed, and is opened without following any."""
 
     @property
     def name(self) -> str:
@@ -60,7 +63,7 @@ class FileImage:
         Raises:
             FileError: not an image, damaged, or too large; the text names the file.
         """
-        with open_image(self.path, self.name) as image:
+        with self._decode() as image:
             upright = turn_upright(image)
             pixels = np.empty((upright.height, upright.width, 3), np.float32)
             for top, band in split_image(upright):
@@ -69,7 +72,7 @@ class FileImage:
 
     def read_bands(self) -> Iterator[np.ndarray]:
         """`read` piece by piece: float32 (rows, width, 3), from the top."""
-        with open_image(self.path, self.name) as image:
+        with self._decode() as image:
             for _, band in split_image(turn_upright(image)):
                 yield convert(band)
 
@@ -78,7 +81,7 @@ class FileImage:
 
         Apart from the decoded file, memory depends on `side_px`, not on the image.
         """
-        with open_image(self.path, self.name) as image:
+        with self._decode() as image:
             image.draft(None, (side_px, side_px))
             upright = turn_upright(image)
             bands = ((top, convert_to_bytes(band)) for top, band in split_image(upright))
@@ -92,12 +95,18 @@ class FileImage:
         """
         digest = hashlib.blake2b(digest_size=20)
         try:
-            with open_regular(self.path, self.name) as file:
+            with self._open() as file:
                 while chunk := file.read(HASH_CHUNK_BYTES):
                     digest.update(chunk)
         except OSError as e:
             raise FileError(f"{shorten(self.name)} cannot be read: {e.strerror}.") from None
         return digest.hexdigest()
+
+    def _open(self) -> BinaryIO:
+        return open_regular(self.real or self.path, self.name, follow_links=self.real is None)
+
+    def _decode(self) -> AbstractContextManager[Image.Image]:
+        return open_image(self._open(), self.name)
 
     def read_header(self) -> Header:
         """What is known without decoding.
@@ -105,7 +114,7 @@ class FileImage:
         Raises:
             FileError: as `read`.
         """
-        with open_image(self.path, self.name) as image:
+        with self._decode() as image:
             width, height = image.size
             orientation = image.getexif().get(ORIENTATION)
             if orientation in (5, 6, 7, 8):
@@ -170,10 +179,14 @@ class Header:
 
 
 @contextmanager
-def open_image(path: Path, name: str) -> Iterator[Image.Image]:
-    """A Pillow image of an acceptable size; any error inside becomes a one-sentence FileError."""
+def open_image(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """A Pillow image of an acceptable size; any error inside becomes a one-sentence FileError.
+
+    Args:
+        file: closed at the end.
+    """
     name = shorten(name)
-    with open_regular(path, name) as file:
+    with file:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd metadata; too many pixels: see below

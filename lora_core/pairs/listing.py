@@ -176,8 +176,7 @@ def may_follow(link: Path, linked: Sequence[str], is_allowed: IsAllowed) -> bool
     if str(link).startswith(tuple(linked)):
         return False
     try:
-        check_allowed(link, is_allowed)
-        target = link.resolve(strict=True)
+        target = check_allowed(link, is_allowed).resolve(strict=True)
     except (OSError, RuntimeError, FileError):
         return False
     return not link.parent.resolve().is_relative_to(target)

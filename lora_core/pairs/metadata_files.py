@@ -46,8 +46,7 @@ def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, li
     paths = [p for p in listing.lists if not is_json(p) or not is_beside_image(p, listing)]
     for path in sorted(paths, key=lambda path: not NAMES.fullmatch(path.name)):
         try:
-            check_allowed(path, is_allowed)
-            table = read_table(path, KNOWN_COLUMNS)
+            table = read_table(path, KNOWN_COLUMNS, is_allowed)
         except FileError as e:
             if NAMES.fullmatch(path.name):
                 raise

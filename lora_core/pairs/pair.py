@@ -8,7 +8,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from ..disk.json_reader import describe_kind, parse_json
-from ..disk.regular_files import decode_text, read_bytes
+from ..disk.regular_files import MAX_TEXT_BYTES, decode_text, read_bytes
 from ..errors import FileError
 from ..findings import ERROR, NOTE, WARNING
 from ..text import shorten
@@ -99,8 +99,7 @@ def read_caption(path: Path, is_allowed: IsAllowed) -> str | None:
         FileError: too long, no UTF-8, no text where a .json has its caption, outside the allowed
             folders, no regular file, or cannot be opened.
     """
-    check_allowed(path, is_allowed)
-    data = read_bytes(path)
+    data = read_allowed(path, is_allowed)
     if len(data) > MAX_CAPTION_BYTES:
         raise FileError(
             f"{shorten(path.name)} has {len(data):,} bytes; expected a caption of at most "
@@ -135,9 +134,15 @@ def choose_caption(row: Mapping[str, object], place: str) -> str | None:
     return "" if found else None
 
 
-def check_allowed(path: Path, is_allowed: IsAllowed) -> None:
+def check_allowed(path: Path, is_allowed: IsAllowed) -> Path:
+    """The path without links that was judged; whoever opens it later follows none.
+
+    Raises:
+        FileError: it leads outside, or is no path.
+    """
     try:
-        allowed = is_allowed(path)
+        real = path.resolve()
+        allowed = is_allowed(real)
     except (OSError, ValueError, RuntimeError):  # a name that no disk takes, links in a circle
         raise FileError(f"{shorten(path.name)} is not a file path; expected one.") from None
     if not allowed:
@@ -145,12 +150,23 @@ def check_allowed(path: Path, is_allowed: IsAllowed) -> None:
             f"{shorten(path.name)} leads outside the allowed folders; expected a file inside "
             "them. Copy it there instead of linking to it."
         )
+    return real
+
+
+def read_allowed(path: Path, is_allowed: IsAllowed, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """The bytes of exactly the file that was judged.
+
+    Raises:
+        FileError: as `check_allowed` and `read_bytes`, or it became a link in between.
+    """
+    real = check_allowed(path, is_allowed)
+    return read_bytes(real, max_bytes, shown=path.name, follow_links=False)
 
 
 def open_file(path: Path, root: Path, is_allowed: IsAllowed) -> FileImage:
     """FileError for a link that leads outside."""
-    check_allowed(path, is_allowed)
-    return FileImage(path, describe_path(path, root))
+    real = check_allowed(path, is_allowed)
+    return FileImage(path, describe_path(path, root), real)
 
 
 def describe_path(path: Path, root: Path) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..disk.json_reader import describe_kind, parse_json
-from ..disk.regular_files import read_text
+from ..disk.regular_files import decode_text
 from ..errors import FileError
 from ..text import shorten
+from .pair import IsAllowed, read_allowed
 
 MAX_BYTES = 100_000_000
 DELIMITERS = ",;\t|"
@@ -47,16 +48,19 @@ class Table:
         return list(dict.fromkeys(column for row in self.rows for column in row.values))
 
 
-def read_table(path: Path, known_columns: Collection[str]) -> Table:
+def read_table(
+    path: Path, known_columns: Collection[str], is_allowed: IsAllowed = lambda path: True
+) -> Table:
     """The rows of a file; none where it is JSON without a list of objects.
 
     Args:
         known_columns: by which a CSV's delimiter is recognised.
+        is_allowed: whether the file may be read.
 
     Raises:
         FileError: no regular file, too long, no UTF-8, damaged, or not one row can be read.
     """
-    text = read_text(path, MAX_BYTES)
+    text = decode_text(read_allowed(path, is_allowed, MAX_BYTES), path.name)
     suffix = path.suffix.lower()
     left_out: tuple[str, ...] = ()
     if suffix == ".jsonl":

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..disk.json_reader import read_object
+from ..disk.own_folders import make_own_folder
 from ..disk.safetensors_file import AnyTensor, SafetensorsFile
 from ..disk.writing import explain, write_then_rename
 from ..errors import ConfigError, FileError, LoraError
@@ -56,7 +57,7 @@ def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tens
     # Copies: where a loader mapped a whole file, all share one storage, which cannot be saved.
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_own_folder(path.parent, parents=True)
         write_then_rename(path, lambda temporary: save_file(tensors, temporary))
     except (OSError, SafetensorError) as e:
         raise FileError(f"its copy cannot be written: {explain(e)}") from None

@@ -1,7 +1,8 @@
 """How our HTTP routes check requests and answer them; no route is defined here.
 
 Errors are {"error": one sentence} with 400 for a bad request, 403 for another site's page or name,
-404 for what is unknown, 409 for what the present state forbids, 413 for a body too large, 500 for
+404 for what is unknown, 409 for what the present state or damaged
+files forbid, 413 for a body too large, 500 for
 disk errors. Paths of this machine are neither accepted nor revealed.
 """
 
@@ -16,6 +17,7 @@ from aiohttp import web
 from ...lora_core.disk.json_reader import parse_object
 from ...lora_core.disk.plain_json import write_json
 from ...lora_core.errors import ConfigError, FileError, LoraError, MissingFileError
+from ...lora_core.jobs.folder import DamagedJobError
 from ...lora_core.jobs.job import JobStateError, UnknownImageError, UnknownJobError
 from ...lora_core.library import library
 from ...lora_core.pairs.pair_set import PairConflictError, UnknownPairError
@@ -118,6 +120,7 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
     (UnknownPairError, 404),
     (MissingFileError, 404),
     (JobStateError, 409),
+    (DamagedJobError, 409),
     (PairConflictError, 409),
     (BodySizeError, 413),
     (ConfigError, 400),

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...lora_core.errors import ConfigError
+from ...lora_core.errors import ConfigError, FileError
 from ...lora_core.jobs.curves import MetricsReader, build_curves, build_health
 from ...lora_core.jobs.job import Job
 from ...lora_core.jobs.transitions import USER_EVENTS, Event
@@ -42,10 +42,15 @@ def show_job(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
     store = job_host.get_jobs().store
     folder = store.catalog.find(job_id)
     with store.catalog.using(folder):
-        job = store.get(job_id)
-        rows = _metrics.read(folder.metrics)
+        job = store.show(job_id)
+        shown = job.to_dict()
+        try:
+            rows = _metrics.read(folder.metrics)
+        except FileError as e:  # the rest of the page is as good without curves
+            rows = []
+            shown["notes"] = [*shown["notes"], f"no curves: {e}"]
         return {
-            **job.to_dict(),
+            **shown,
             "metrics": build_curves(rows, MAX_POINTS),
             "health": build_health(rows, MAX_POINTS),
             "settings": flatten(describe_settings(job)),

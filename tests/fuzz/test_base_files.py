@@ -199,6 +199,35 @@ def test_a_whole_model_of_any_size_is_loaded_bit_exactly(num_blocks, head, heads
         assert all(torch.equal(found[key], state_dict[key]) for key in found)
 
 
+VECTORS = [key for key, tensor in BASE.items() if tensor.ndim == 1]
+
+
+@settings(max_examples=SHARE)
+@given(
+    st.sampled_from(VECTORS) | st.sampled_from(MATRICES),
+    DTYPES,
+    st.none() | SHAPES,
+    st.none() | ODD_KEYS,
+)
+def test_one_odd_tensor_is_loaded_as_is_or_refused(key, dtype, shape, odd_key):
+    """One thing at a time, so that no other refusal hides what is let through."""
+    tensor = BASE[key] if shape is None else torch.ones(shape)
+    state_dict = {**BASE, key: tensor.to(dtype)}
+    if odd_key is not None:
+        state_dict = {**BASE, odd_key: torch.ones(2, 2)}
+    with make_folder() as folder:
+        path = folder / "base.safetensors"
+        path.write_bytes(save(state_dict))
+        found = load(path)
+    is_whole = odd_key in (None, *BASE) and state_dict[key].shape == BASE[key].shape
+    if found is None:
+        assert not (is_whole and is_plain(state_dict[key])) or odd_key is not None
+    else:
+        assert is_whole
+        assert all(is_plain(tensor) for tensor in state_dict.values())
+        assert all(torch.equal(found[key], state_dict[key].float()) for key in found)
+
+
 FLIPS = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=6)
 SAVED = save(dict(list(BASE.items())[:12]))
 
@@ -323,6 +352,35 @@ def test_a_folder_is_loaded_with_its_configuration_or_refused_with_a_message(con
             assert axes is None or sum(axes) == 8
             base = open_base_file(folder)
             assert base.zero_cond_t is bool(config.get("zero_cond_t"))
+
+
+@settings(max_examples=SHARE // 4)
+@given(ANY)
+def test_a_marker_is_true_false_or_refused(marker):
+    with make_folder() as folder:
+        save_file(BASE, folder / WEIGHTS)
+        (folder / "config.json").write_text(json.dumps({"zero_cond_t": marker}))
+        try:
+            found = open_base_file(folder).zero_cond_t
+        except LoraError as e:
+            check_refusal(e)
+            assert not isinstance(marker, bool | None)
+        else:
+            assert found is (marker or False)
+
+
+@settings(max_examples=SHARE // 8)
+@given(st.sampled_from(["../outside.safetensors", "sub/inside.safetensors", "{}", "link/x"]))
+def test_an_index_that_leads_out_of_its_folder_is_refused(name):
+    """To a whole model, which would be read if it were followed."""
+    with make_folder() as folder:
+        (folder / "model" / "sub").mkdir(parents=True)
+        for path in (folder / "outside.safetensors", folder / "model/sub/inside.safetensors"):
+            save_file(BASE, path)
+        name = name.replace("{}", str(folder / "outside.safetensors"))
+        index = {"weight_map": dict.fromkeys(BASE, name)}
+        (folder / "model" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+        assert load(folder / "model") is None
 
 
 @settings(max_examples=SHARE // 2)

@@ -87,6 +87,10 @@ def use(folder: Path) -> CachedDataset | None:
             assert all(len(reference) == 2 for reference in batch.references)
         dataset.find_largest()
         assert dataset.fingerprint
+        dataset.check_items()
+        for number, info in enumerate(dataset.items):
+            stored = load_file(folder / "items" / f"{info.key}.safetensors")
+            assert dataset.load(number).tensors.keys() == stored.keys()  # none left out
     except LoraError as e:
         check_refusal(e)
         return None

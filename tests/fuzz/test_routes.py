@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_base.damaged_jobs import FILES, REPLACED_BY, damage
 from demo_base.route_server import JSON, Answer, encode
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -121,6 +122,51 @@ def check_answer(place: Place, answer: Answer, is_ours: bool = True) -> None:
             assert 0 < len(sentence) <= MAX_MESSAGE, sentence
             assert sentence.isprintable()
     assert place.list_places() == set()
+
+
+DAMAGES = st.one_of(
+    st.tuples(
+        st.sampled_from(["cut", "flip", "put in", "instead"]),
+        st.integers(0, 4000),
+        st.sampled_from([b"null", b"{}", b"[]", b"[" * 9999, b"NaN", b"\n"])
+        | st.binary(max_size=20),
+    ),
+    st.tuples(st.sampled_from(REPLACED_BY), st.just(0), st.just(b"")),
+)
+
+
+@settings(max_examples=SHARE // 4)
+@given(
+    st.lists(st.tuples(st.sampled_from(FILES), DAMAGES), min_size=1, max_size=3),
+    st.lists(st.sampled_from(ACTIONS), max_size=3),
+)
+def test_every_route_of_a_damaged_job_is_answered(place, damages, actions):
+    place.fill()
+    job_id = place.ids["completed"]
+    folder = place.store.catalog.find(job_id).path
+    whole = shutil.copytree(folder, place.folder / "whole")
+    place.store.catalog._settings.clear()  # as after a restart
+    place.store.catalog._read_jobs.clear()
+    try:
+        for name, (kind, at, piece) in damages:
+            damage(folder / name, kind, at, piece)
+        page = place.routes.ask("GET", f"{JOBS}/{job_id}")
+        assert page.status == 200
+        (listed,) = (
+            job for job in place.routes.ask("GET", JOBS).read()["jobs"] if job["id"] == job_id
+        )
+        assert [page.read()[name] for name in ("status", "failure")] == [
+            listed[name] for name in ("status", "failure")
+        ]
+        for rest in ("", "/log", "/log?offset=9", "/pictures/step_00000004_item.png"):
+            check_answer(place, place.routes.ask("GET", f"{JOBS}/{job_id}{rest}"))
+        for action in actions:
+            check_answer(place, place.routes.post(f"{JOBS}/{job_id}/{action}"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.move(whole, folder)
+        place.store.catalog._settings.clear()
+        place.store.catalog._read_jobs.clear()
 
 
 TEXTS = st.one_of(

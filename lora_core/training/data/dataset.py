@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 
 from ...disk.content_samples import sample_contents
 from ...disk.json_reader import parse_object
+from ...disk.own_folders import make_own_folder
 from ...disk.regular_files import read_bytes
 from ...disk.safetensors_file import AnyTensor, SafetensorsFile
 from ...disk.typed_json import parse_typed
@@ -41,6 +43,7 @@ from .item_checks import (
     MAX_TEXT_WIDTH,
     count_references,
     find_fault,
+    find_name_fault,
     find_text_fault,
     is_mask,
 )
@@ -51,6 +54,8 @@ INDEX_FILE = "index.json"
 EMPTY_FILE = "empty.safetensors"
 ITEMS_FOLDER = "items"
 CACHED_ITEM = "a cached item"
+#: How all latents of a set are stored: as the VAE gives them.
+LATENTS = "raw"
 #: Of an index: a million items.
 MAX_INDEX_BYTES = 512 << 20
 
@@ -93,7 +98,7 @@ class IndexContent:
     has_empty_text: bool
     metadata: dict[str, Any]
     items: tuple[ItemInfo, ...]
-    latents: str = "raw"
+    latents: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +196,7 @@ class DatasetWriter:
             raise ConfigError("the training set holds no items; expected at least one")
         index = {
             "version": VERSION,
-            "latents": "raw",
+            "latents": LATENTS,
             "text_width": self._text_width,
             "has_empty_text": self._has_empty_text,
             "metadata": dict(metadata or {}),
@@ -242,7 +247,7 @@ class DatasetWriter:
 
     def _save(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_own_folder(path.parent, parents=True)
             if path.exists() and not path.is_file() and not path.is_dir():
                 path.unlink()  # a pipe in the set's own folder: nothing of the user's is in it
             write_then_rename(path, lambda temporary: save_file(tensors, temporary))
@@ -273,7 +278,10 @@ class CachedDataset:
 
     def sample_contents(self) -> str | None:
         """Changes, all but surely, when any item's tensors do; None if a file cannot be read."""
-        return sample_contents(self.folder / ITEMS_FOLDER, num_samples=4)
+        names = sorted(f"{info.key}.safetensors" for info in self.items)
+        paths = [self.folder / ITEMS_FOLDER / name for name in names]
+        paths += [self.folder / EMPTY_FILE] if self.has_empty_text else []
+        return sample_contents(paths, num_samples=4)
 
     def find_largest(self) -> int:
         """Index of the item with the most tokens."""
@@ -287,12 +295,7 @@ class CachedDataset:
         """
         info = self.items[index]
         tensors = self._read(f"{ITEMS_FOLDER}/{info.key}.safetensors")
-        fault = find_fault(tensors, info, self.text_width)
-        if fault is not None:
-            raise FileError(
-                f"{shorten(info.key)}.safetensors does not fit {INDEX_FILE}: {fault}; make the "
-                "training set again."
-            )
+        self._check_item(info, tensors)
         item = CachedItem(
             target=tensors["target"],
             references=tuple(tensors[f"reference_{i}"] for i in range(len(info.references))),
@@ -314,12 +317,25 @@ class CachedDataset:
             FileError: the file is missing, damaged, or holds no such embedding.
         """
         tensors = self._read(EMPTY_FILE)
-        fault = find_text_fault(tensors, "text_empty", self.text_width)
-        if fault is not None:
-            raise FileError(
-                f"{EMPTY_FILE} does not fit {INDEX_FILE}: {fault}; make the training set again."
-            )
+        self._check_empty(tensors)
         return tensors["text_empty"]
+
+    def check_items(self) -> None:
+        """Whether every item is what the index says, by the headers of their files.
+
+        Found here, before a run starts, and not after the thousand steps that lead to the item.
+
+        Raises:
+            FileError: as `load` and `load_empty_text`.
+        """
+        for info in self.items:
+            file = open_item(self.folder / ITEMS_FOLDER / f"{info.key}.safetensors")
+            file.release()
+            self._check_item(info, file.tensors)
+        if self.has_empty_text:
+            file = open_item(self.folder / EMPTY_FILE)
+            file.release()
+            self._check_empty(file.tensors)
 
     def check_captions_can_drop(self) -> None:
         """ConfigError unless every item has the embedding of an empty caption."""
@@ -330,6 +346,17 @@ class CachedDataset:
                 f"{len(lacking) - 1} more items lack; cache it with the training set, or set "
                 "caption_dropout to 0"
             )
+
+    def _check_item(self, info: ItemInfo, tensors: Mapping[str, AnyTensor]) -> None:
+        fault = find_fault(tensors, info, self.text_width)
+        if fault is not None:
+            raise FileError(refuse_misfit(f"{shorten(info.key)}.safetensors", fault))
+
+    def _check_empty(self, tensors: Mapping[str, AnyTensor]) -> None:
+        fault = find_name_fault(tensors, ["text_empty"])
+        fault = fault or find_text_fault(tensors, "text_empty", self.text_width)
+        if fault is not None:
+            raise FileError(refuse_misfit(EMPTY_FILE, fault))
 
     def _read(self, name: str) -> dict[str, torch.Tensor]:
         file = open_item(self.folder / name)
@@ -381,15 +408,26 @@ def parse_index(data: bytes, name: str) -> IndexContent:
         FileError: no JSON, of another version, or not what `DatasetWriter` writes.
     """
     try:
-        return parse_typed(data, IndexContent)
+        index = parse_typed(data, IndexContent)
     except ValueError as e:
         version = parse_object(data, INDEX_FILE).get("version")
         if version == VERSION:
             raise FileError(f"{INDEX_FILE} is damaged ({e}).") from None
-    raise FileError(
-        f"{shorten(name)} was cached by another version of this package (format "
-        f"{shorten(str(version), 20)}, this is {VERSION})."
-    )
+        raise FileError(
+            f"{shorten(name)} was cached by another version of this package (format "
+            f"{shorten(str(version), 20)}, this is {VERSION})."
+        ) from None
+    if index.latents != LATENTS:
+        found = shorten(repr(index.latents), 40)
+        raise FileError(f"{INDEX_FILE} is damaged (its latents are {found}, expected {LATENTS!r}).")
+    twice = [key for key, n in Counter(info.key for info in index.items).items() if n > 1]
+    if twice:
+        raise FileError(f"{INDEX_FILE} is damaged (it names {shorten(twice[0])} more than once).")
+    return index
+
+
+def refuse_misfit(name: str, fault: str) -> str:
+    return f"{name} does not fit {INDEX_FILE}: {fault}; make the training set again."
 
 
 def check_files(dataset: CachedDataset) -> None:

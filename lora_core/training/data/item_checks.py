@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,24 +26,42 @@ def count_references(names: Iterable[str]) -> int:
     return sum(name.startswith("reference_") for name in names)
 
 
+def list_names(num_references: int, has_empty_text: bool, has_mask: bool) -> list[str]:
+    """The tensors of an item, in the order in which they are checked."""
+    optional = {"text_empty": has_empty_text, "mask": has_mask}
+    return [
+        "target",
+        *(f"reference_{i}" for i in range(num_references)),
+        "text",
+        *(name for name, is_there in optional.items() if is_there),
+    ]
+
+
 def find_fault(
     tensors: Mapping[str, AnyTensor], info: ItemInfo | None = None, text_width: int | None = None
 ) -> str | None:
     """Why these are not the tensors of an item, by names, shapes and dtypes; None where they are.
 
+    One tensor more is a fault like one less: training would leave it out without a word.
+
     Args:
         info: its entry in the index.
         text_width: likewise, of all embeddings.
     """
-    num_references = count_references(tensors) if info is None else len(info.references)
+    if info is None:
+        num_references = count_references(tensors)
+        names = list_names(num_references, "text_empty" in tensors, "mask" in tensors)
+    else:
+        num_references = len(info.references)
+        names = list_names(num_references, info.has_empty_text, info.has_mask)
+    fault = find_name_fault(tensors, names)
+    if fault is not None:
+        return fault
     sizes: list[tuple[int, int] | None] = (
         [None] * (1 + num_references) if info is None else [*info.bucket]
     )
-    for index, size in enumerate(sizes):
-        name = f"reference_{index - 1}" if index else "target"
-        tensor = tensors.get(name)
-        if tensor is None:
-            return f"it lacks {name}"
+    for name, size in zip(names[: 1 + num_references], sizes, strict=True):
+        tensor = tensors[name]
         shape = tuple(tensor.shape)
         is_latents = len(shape) == 3 and shape[0] == NUM_CHANNELS and all(shape)
         if not is_latents or size not in (None, shape[1:]) or not tensor.dtype.is_floating_point:
@@ -51,17 +69,27 @@ def find_fault(
             return f"{name} is {describe(tensor)}, expected ({NUM_CHANNELS}, {wanted})"
     num_tokens = None if info is None else info.num_text_tokens
     fault = find_text_fault(tensors, "text", text_width, num_tokens)
-    has_empty = "text_empty" in tensors if info is None else info.has_empty_text
-    if fault is None and has_empty:
+    if fault is None and "text_empty" in names:
         fault = find_text_fault(tensors, "text_empty", text_width)
-    has_mask = "mask" in tensors if info is None else info.has_mask
-    if fault is None and has_mask:
-        mask, expected = tensors.get("mask"), tuple(tensors["target"].shape[1:])
-        if mask is None:
-            return "it lacks mask"
-        if tuple(mask.shape) != expected or mask.dtype.is_complex:
-            return f"mask is {describe(mask)}, expected {expected}"
+    if fault is None and "mask" in names:
+        mask, size = tensors["mask"], tuple(tensors["target"].shape[1:])
+        if tuple(mask.shape) != size or mask.dtype.is_complex:
+            return f"mask is {describe(mask)}, expected {size}"
     return fault
+
+
+def find_name_fault(found: Iterable[str], expected: Sequence[str]) -> str | None:
+    """What is there too little or too much; None where it is exactly what is expected."""
+    found = sorted(found)
+    wanted = [name for name in expected if name not in found]
+    if wanted:
+        return f"it lacks {wanted[0]}"
+    more = [name for name in found if name not in expected]
+    if more:
+        shown = ", ".join(shorten(name, 40) for name in more[:2])
+        shown += f" and {len(more) - 2} more" if len(more) > 2 else ""
+        return f"it holds {shown}; expected only {shorten(', '.join(expected), 120)}"
+    return None
 
 
 def find_text_fault(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ...adapter.adapter import Adapter
+from ...disk.own_folders import check_own_folder
 from ...errors import FileError
 from ...formats.architectures import ARCHITECTURES
 from ...formats.files import write_adapter
@@ -95,10 +96,13 @@ def write_adapters(
         Paths relative to `folder`.
 
     Raises:
-        FileError: they cannot be written, or `folder` is missing: it is never created again.
+        FileError: they cannot be written, the folder of a step's is a link, or `folder` is
+            missing: it is never created again.
     """
     if not folder.is_dir():
         raise FileError(f"{shorten(folder.name)} was removed; nothing is written to it.")
+    if step is not None:
+        check_own_folder(folder / ADAPTERS)
     written = []
     for suffix, adapter in adapters.items():
         if step is None:

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ...disk.own_folders import check_own_folder, is_link, make_own_folder
 from ...disk.regular_files import open_regular, read_bytes
 from ...disk.safetensors_file import SafetensorsFile
 from ...disk.writing import explain, rename, separate
@@ -33,6 +34,8 @@ from ...text import shorten
 
 VERSION = 2
 STATE_FILE = "state.json"
+#: In a run's folder.
+CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"step_(\d{8,})")
 #: What a killed process may leave behind: half-written files (`write_then_rename`, and the names
 #: under which safetensors itself writes), half-filled and half-deleted checkpoints, and the trial
@@ -79,7 +82,7 @@ class CheckpointFolder:
             FileError: the folder is read-only or its disk is full, or the run's is missing.
         """
         try:
-            self.folder.mkdir(exist_ok=True)
+            make_own_folder(self.folder)
             trial = self.folder / f".{secrets.token_hex(8)}.tmp"
             trial.write_bytes(b"\0" * 4096)
             trial.unlink()
@@ -108,7 +111,7 @@ class CheckpointFolder:
         path = self.get_path(step)
         temporary = self._name_temporary(step)
         try:
-            self.folder.mkdir(exist_ok=True)
+            make_own_folder(self.folder)
             temporary.mkdir()
             for group, named in tensors.items():
                 save_file(separate(named), temporary / f"{group}.safetensors")
@@ -159,10 +162,10 @@ class CheckpointFolder:
     def _move_away(self, path: Path) -> None:
         """Deletes a checkpoint so that its name goes first."""
         found = _NAME.fullmatch(path.name)
-        if found is not None and path.exists():
+        if found is not None and os.path.lexists(path):
             condemned = self._name_temporary(int(found[1]))
             rename(path, condemned)
-            shutil.rmtree(condemned, ignore_errors=True)
+            remove(condemned)
 
 
 def make_folder(folder: Path, what: str = "checkpoints") -> None:
@@ -182,8 +185,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint's folder into memory.
 
     Raises:
-        FileError: files are missing, cut short or changed, or another version wrote it.
+        FileError: files are missing, cut short or changed, another version wrote it, or it is a
+            link.
     """
+    if is_link(path):
+        raise FileError(f"{path.name} is a link; expected a folder of the run's own.")
     try:
         data = read_bytes(path / STATE_FILE, MAX_STATE_BYTES)
     except FileError as e:
@@ -234,13 +240,23 @@ def compute_state_digest(record: Mapping[str, Any]) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what a killed process left unfinished; nothing that has its final name."""
+    """Deletes what a killed process left unfinished; nothing that has its final name.
+
+    Raises:
+        FileError: the folder is a link.
+    """
+    check_own_folder(folder)
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a folder as far as that is possible, or a link and not what it leads to."""
+    if path.is_dir() and not is_link(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

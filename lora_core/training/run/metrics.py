@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...disk.json_reader import parse_json
+from ...disk.own_folders import is_link
 from ...disk.regular_files import open_regular
 from ...disk.writing import explain, write_then_rename
 from ...errors import FileError
@@ -100,14 +101,17 @@ class MetricsFile:
         """Adds a line.
 
         Raises:
-            FileError: the disk is full or the folder read-only.
+            FileError: the disk is full, the folder read-only, or the file a link.
         """
         line = json.dumps(report.to_dict()) + "\n"
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+            with os.fdopen(os.open(self.path, flags, 0o666), "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as e:
-            raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
+            reason = "it is a link; remove it" if is_link(self.path) else explain(e)
+            raise FileError(f"{self.path.name} cannot be written: {reason}.") from None
 
     def synchronize(self) -> None:
         """Flushes the lines to disk, so that no checkpoint is newer than they are.
@@ -132,6 +136,8 @@ class MetricsFile:
             FileError: the file cannot be read or written.
         """
         if not self.path.exists():
+            if is_link(self.path):  # to nothing: the lines to come would be written there
+                self.path.unlink()
             return 0
         try:
             with open_regular(self.path) as file:

@@ -24,7 +24,7 @@ from ..optimizer.gradients import are_finite, clip_gradients, compute_grad_norm
 from ..optimizer.optimization import averaged_weights, set_learning_rate
 from ..optimizer.schedules import build_schedule
 from .adapter_files import ADAPTERS, DTYPES, EMA_SUFFIX, build_run_metadata, write_adapters
-from .checkpoint import CheckpointFolder, remove_leftovers
+from .checkpoint import CHECKPOINTS, CheckpointFolder, remove_leftovers
 from .health import measure_health
 from .metrics import MetricsFile, StepReport, measure_memory
 from .micro_steps import MicroSteps
@@ -40,8 +40,6 @@ from .run_state import (
 )
 
 Notify = Callable[[str], None]
-
-CHECKPOINTS = "checkpoints"
 
 
 def open_checkpoints(config: TrainConfig) -> CheckpointFolder:
@@ -323,9 +321,17 @@ class Run:
             self.is_stopping = self.processes.sum(should_stop(), self.device) > 0
         return self.is_stopping
 
+    def ask_again(self) -> None:
+        """Before its next step every process asks the others anew; every process has to call this.
+
+        For what one of them did after the step, and may have left out for a stop of which the
+        others know nothing.
+        """
+        self.is_stopping = None
+
     def is_still_to_stop(self, should_stop: ShouldStop) -> bool:
         """Checks again after the steps, on all processes. False: `take_steps` resumes."""
-        self.is_stopping = None
+        self.ask_again()
         return self.is_asked_to_stop(should_stop)
 
     def save_checkpoint(self) -> str | None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from ...base_model.base_files import list_base_files
 from ...disk.content_samples import sample_contents
-from ...errors import ConfigError
+from ...errors import ConfigError, LoraError
 from ...injection.inject import Injection
 from ..config.config import TrainConfig
 from ..config.config_files import config_to_dict, flatten
@@ -145,10 +146,19 @@ def sample_run_contents(
 ) -> dict[str, str | None]:
     """What a run reads, by what it is -> a digest of samples of it; None where there is none."""
     return {
-        "the base model": sample_contents(Path(config.model.source)),
+        "the base model": sample_base(config.model.source),
+        "the VAE": sample_contents(Path(config.model.vae)) if config.model.vae else None,
         "the training set": dataset.sample_contents(),
         "the prior": None if prior is None else prior.sample_contents(),
     }
+
+
+def sample_base(source: str) -> str | None:
+    try:
+        files = list_base_files(source)
+    except (LoraError, OSError, ValueError):
+        return None
+    return sample_contents(files[0] if len(files) == 1 else files)
 
 
 def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -64,6 +64,9 @@ def open_session(
     sharding = choose_sharding(config.model, accelerator)
     dataset = read_dataset(config.data.folder)
     prior = read_dataset(config.data.prior) if config.data.prior else None
+    for one in (dataset, prior):
+        if one is not None:
+            one.check_items()
     model = load_model(config.model, device, sharding)
     check_text_width(dataset, model.transformer.config.joint_attention_dim)
     injection = inject(model.transformer, config.lora, seed=config.seed, device=device)

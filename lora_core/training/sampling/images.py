@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ...disk.own_folders import make_own_folder
 from ...disk.writing import explain, write_then_rename
 from ...errors import FileError
 from ..data.latents import denormalize
@@ -32,7 +33,7 @@ def write_image(image: torch.Tensor, stem: Path) -> Path:
 
 def write(path: Path, save: Callable[[Path], object]) -> Path:
     try:
-        path.parent.mkdir(exist_ok=True)  # no more: a job's folder may have been moved away
+        make_own_folder(path.parent)  # no more: a job's folder may have been moved away
         write_then_rename(path, save)
     except (OSError, SafetensorError) as e:
         raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None

@@ -117,6 +117,15 @@ def test_a_vae_is_stored_once_and_found_by_the_sets_made_with_it(kept, tmp_path)
     assert find_vae(tmp_path / "cache" / "sets" / "with") is None
 
 
+def test_a_vae_is_not_written_through_a_linked_folder(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "vaes").symlink_to(tmp_path / "outside", target_is_directory=True)
+    with pytest.raises(FileError, match="vaes in cache is a link"):
+        keep_vae(tmp_path / "cache", IDENTITY, load_file(VAE).items())
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
 def test_weights_that_share_the_memory_of_their_file_are_kept_too(tmp_path):
     tensors = load_file(VAE)
     memory = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])

@@ -22,6 +22,7 @@ from qwen_edit_lora.lora_core.pairs.cache import (
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
 from qwen_edit_lora.lora_core.pairs.preflight import CheckedPair, check_pairs
 from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, read_dataset
+from safetensors.torch import load_file, save_file
 
 SETTINGS = {"clip": "a", "vae": "b", "stock_code": "c", "reference_megapixels": 1.0}
 
@@ -150,6 +151,35 @@ def test_a_damaged_item_is_encoded_again_and_a_damaged_set_made_again(folder):
     assert len(read_dataset(first.folder)) == 4
 
 
+def add_reference(path: Path) -> None:
+    tensors = load_file(path)
+    path.unlink()
+    save_file({**tensors, "reference_1": tensors["reference_0"].clone()}, path)
+
+
+def test_a_set_whose_item_holds_another_reference_is_made_again(folder):
+    """As the refusal of training tells the user to do."""
+    first = cache(folder, Encoder())
+    add_reference(next((first.folder / "items").iterdir()))
+    with pytest.raises(FileError, match="make the training set again"):
+        read_dataset(first.folder).check_items()
+    assert cache(folder, Encoder()) == replace(first, num_encoded=0, num_reused=4)
+    read_dataset(first.folder).check_items()
+
+
+def test_an_item_with_more_references_than_its_pair_is_encoded_again(folder):
+    first = cache(folder, Encoder())
+    pairs = check(folder)
+    keys = [compute_key(pair, SETTINGS) for pair in pairs]
+    add_reference(folder.parent / "store" / "items" / f"{keys[2]}.safetensors")
+    shutil.rmtree(first.folder)
+    assert list_missing(folder.parent / "store", pairs, keys) == [pairs[2]]
+    encoder = Encoder()
+    assert cache(folder, encoder).num_encoded == 1
+    assert encoder.names == ["photo_2"]
+    assert [len(info.references) for info in read_dataset(first.folder).items] == [1] * 4
+
+
 def test_sets_take_no_extra_space_where_the_disk_has_links(folder):
     first = cache(folder, Encoder())
     for path in (first.folder / "items").iterdir():
@@ -175,7 +205,9 @@ def test_too_little_space_is_reported_before_the_work(folder, tmp_path):
     check_disk(store, missing, 64, 1.0)
     assert list(store.iterdir()) == []
     too_wide = shutil.disk_usage(store).free
-    with pytest.raises(FileError, match=r"encoding 4 pairs takes about .* TB, but the disk of"):
+    with pytest.raises(
+        FileError, match=r"encoding 4 pairs takes about .* [kMGT]B, but the disk of"
+    ):
         check_disk(store, missing, too_wide, 1.0)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FileError, match=r"the cache folder .* cannot be written"):
@@ -194,3 +226,19 @@ def test_too_little_space_is_reported_before_the_work(folder, tmp_path):
 )
 def test_names_become_safe_file_names(name, expected):
     assert slug(name) == expected
+
+
+@pytest.mark.parametrize("place", ["items", "sets", "sets/NAME", "sets/NAME/items"])
+def test_nothing_is_written_through_a_linked_folder_of_the_cache(folder, tmp_path, place):
+    store = folder.parent / "store"
+    name = cache(folder, Encoder()).folder.name
+    shutil.rmtree(store)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept.txt").write_text("the user's")
+    link = store / place.replace("NAME", name)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside, target_is_directory=True)
+    with pytest.raises(FileError, match=rf"{link.name} in {link.parent.name} is a link"):
+        cache(folder, Encoder())
+    assert [path.name for path in outside.iterdir()] == ["kept.txt"]

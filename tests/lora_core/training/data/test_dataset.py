@@ -15,8 +15,9 @@ from qwen_edit_lora.lora_core.training.data import latents
 from qwen_edit_lora.lora_core.training.data.batches import DataOrder, Slot, load_batch
 from qwen_edit_lora.lora_core.training.data.dataset import DatasetWriter, ItemInfo, read_dataset
 from qwen_edit_lora.lora_core.training.data.latents import count_target_tokens
+from qwen_edit_lora.lora_core.training.run.session import open_session
 from safetensors.torch import save_file
-from tiny import TEXT_WIDTH, make_dataset, make_item
+from tiny import TEXT_WIDTH, make_config, make_dataset, make_item
 
 
 def make_infos(*sizes: tuple[int, int]) -> list[ItemInfo]:
@@ -268,6 +269,8 @@ def change_index(folder, **changes):
         ("has_empty_text", [None, 1, "false"]),
         ("metadata", [None, [], "x"]),
         ("version", [None, "1", [1], {}, HUGE, "x" * 3000]),
+        ("latents", [None, "normalised", "x" * 3000, 1, []]),
+        ("items__key", ["item_1"]),  # a second time
     ],
 )
 def test_sizes_and_counts_of_an_index_are_checked(tmp_path, place, values):
@@ -314,6 +317,9 @@ MASKED = {"mask": draw(8, 8), "text_empty": draw(2, TEXT_WIDTH)}
         ("mask", [draw(8), draw(1, 8, 8), draw(4, 4), draw(), None]),
         ("mask", [torch.zeros(8, 8), -draw(8, 8), torch.full((8, 8), float("nan"))]),
         ("mask", [torch.full((8, 8), float("inf"))]),
+        ("reference_1", [draw(16, 8, 8)]),
+        ("reference_x" * 50, [draw(16, 8, 8)]),
+        ("more\n", [draw(1)]),
     ],
 )
 def test_tensors_of_an_item_are_checked_before_they_are_trained_on(tmp_path, name, tensors):
@@ -325,6 +331,39 @@ def test_tensors_of_an_item_are_checked_before_they_are_trained_on(tmp_path, nam
         with pytest.raises(FileError, match=r"ake the training set again") as caught:
             load_batch(dataset, [Slot(0, 0, 0)], 0)
         assert len(str(caught.value)) <= 400
+
+
+@pytest.mark.parametrize("name", ["reference_1", "mask", "text_empty"])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_an_item_holds_exactly_the_tensors_that_the_index_names(tmp_path, name, is_named):
+    """One more was left out without a word; found before a run loads its model."""
+    extra = {"reference_1": draw(16, 8, 8), "mask": draw(8, 8), "text_empty": draw(2, TEXT_WIDTH)}
+    plain = make_item(0)
+    both = replace(plain, references=(*plain.references, extra["reference_1"]))
+    rich = both if name == "reference_1" else replace(plain, **{name: extra[name]})
+    dataset = make_dataset(tmp_path, {"a": rich if is_named else plain})
+    dataset.check_items()
+    save_file((plain if is_named else rich).tensors, tmp_path / "items" / "a.safetensors")
+    found = f"it holds {name}; expected only target, reference_0, text"
+    found = f"it lacks {name}" if is_named else found
+    for check in (dataset.check_items, lambda: dataset.load(0)):
+        with pytest.raises(FileError, match=rf"{found}.*; make the training set again") as caught:
+            check()
+        assert len(str(caught.value)) <= 400
+    config = make_config(tmp_path, **{"data.folder": str(tmp_path)})
+    with pytest.raises(FileError, match=found):
+        open_session(config)  # before it looks for a base model, which is not there
+
+
+def test_the_empty_caption_is_checked_with_the_items(tmp_path):
+    writer = DatasetWriter(tmp_path)
+    writer.add("a", make_item(0))
+    writer.set_empty_text(draw(2, TEXT_WIDTH))
+    dataset = read_dataset(writer.finish())
+    dataset.check_items()
+    (tmp_path / "empty.safetensors").unlink()
+    with pytest.raises(FileError, match="make the training set again"):
+        dataset.check_items()
 
 
 def test_an_item_that_is_cut_short_missing_or_no_file_says_what_to_do(tmp_path):

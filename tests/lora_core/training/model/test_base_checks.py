@@ -16,7 +16,8 @@ from qwen_edit_lora.lora_core.training.estimate.estimate import estimate_run
 from qwen_edit_lora.lora_core.training.model import architecture
 from qwen_edit_lora.lora_core.training.model.architecture import read_architecture
 from qwen_edit_lora.lora_core.training.model.loading import load_transformer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from small_bases import TINY, write_base
 from tiny import make_config, make_dataset
 
 PATH = "transformer_blocks.0.attn.to_q"
@@ -264,6 +265,24 @@ def test_weights_and_scales_without_numbers_are_refused(stored, scale):
     base = open_base({**known, f"{PATH}.weight": stored, **scales})
     with pytest.raises(FileError, match=r"which cannot be read here yet|as a single number"):
         base.get(PATH)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("name", ["attn.norm_q.weight", "attn.to_q.bias"])
+def test_a_bias_or_norm_of_whole_numbers_is_refused(name, dtype, tmp_path):
+    """Codes without a scale; they were trained on as if they were values."""
+    key = f"transformer_blocks.0.{name}"
+    path = tmp_path / "base.safetensors"
+    state_dict = load_file(write_base(path, 1, **TINY))
+    state_dict[key] = state_dict[key].to(dtype)
+    save_file(state_dict, path)
+    for read in (
+        lambda: load_transformer(path, "fp32", compute_dtype=torch.float32),
+        lambda: open_base(path).get_tensor(key),
+    ):
+        with pytest.raises(FileError, match=rf"{key} as \w+, which cannot be read here") as caught:
+            read()
+        check_refusal(caught)
 
 
 # GGUF

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from qwen_edit_lora.lora_core import ConfigError
-from qwen_edit_lora.lora_core.training.data.dataset import read_dataset
+from qwen_edit_lora.lora_core.training.data.dataset import DatasetWriter, read_dataset
 from qwen_edit_lora.lora_core.training.optimizer.optimization import OPTIMIZERS
 from qwen_edit_lora.lora_core.training.run.checkpoint import CheckpointFolder
 from qwen_edit_lora.lora_core.training.run.metrics import StepReport, read_metrics
 from qwen_edit_lora.lora_core.training.run.run_state import TrainingState, build_training_state
 from qwen_edit_lora.lora_core.training.run.trainer import train
 from safetensors.torch import load_file, save_file
-from tiny import make_config, make_dataset, make_injected
+from tiny import TEXT_WIDTH, make_config, make_dataset, make_injected, make_item
 
 SCRIPT = Path(__file__).parents[1] / "killed_runs.py"
 NUM_KILLS = 10  # of each kind: at a disk operation, after a random time
@@ -175,6 +175,51 @@ def test_a_resumed_run_reports_other_contents_under_the_same_names(tmp_path, wha
     else:
         (sentence,) = found
         assert sentence.startswith(f"{what} changed since the checkpoint")
+
+
+@pytest.mark.parametrize("place", ["", "transformer"])
+@pytest.mark.parametrize("what", ["nothing", "a shard", "its config", "another file", "the VAE"])
+def test_a_resumed_run_looks_into_a_diffusers_folder(tmp_path, what, place):
+    """Only the top of a repository was looked at, where no weights are; and at no VAE."""
+    repository, vae = tmp_path / "repository", tmp_path / "vae.safetensors"
+    folder = repository / place
+    folder.mkdir(parents=True)
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for path in (*(folder / name for name in names), vae, folder / "other.safetensors"):
+        save_file({path.name: torch.ones(4, 4)}, path)
+    index = {"weight_map": {name: name for name in names}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
+    changes = {"model.source": str(repository), "model.vae": str(vae)}
+    run(tmp_path, steps=1, **changes)
+    if what == "its config":
+        (folder / "config.json").write_text('{"zero_cond_t": true}')
+    changed = {"a shard": folder / names[1], "another file": folder / "other.safetensors"}
+    path = {**changed, "the VAE": vae}.get(what)
+    if path is not None:
+        save_file({path.name: torch.full((4, 4), 1.5)}, path)
+    notes: list[str] = []
+    config = make_config(tmp_path, steps=2, **changes)
+    dataset = make_dataset(tmp_path / "data")
+    list(train(config, *make_injected(config), dataset, resume=True, notify=notes.append))
+    found = [note.partition(" changed since")[0] for note in notes if "changed since" in note]
+    if what in ("nothing", "another file"):
+        assert found == []
+    else:
+        assert found == ["the VAE" if what == "the VAE" else "the base model"]
+
+
+def test_a_resumed_run_notices_another_empty_caption(tmp_path):
+    writer = DatasetWriter(tmp_path / "data")
+    writer.add("a", make_item(0))
+    for value in (1.0, 2.0):
+        writer.set_empty_text(torch.full((2, TEXT_WIDTH), value))
+        dataset = read_dataset(writer.finish())
+        config = make_config(tmp_path, steps=round(value))
+        notes: list[str] = []
+        resumed = {"resume": value > 1, "notify": notes.append}
+        list(train(config, *make_injected(config), dataset, **resumed))
+    assert any(note.startswith("the training set changed since") for note in notes)
 
 
 def test_a_resumed_run_reports_another_variant(tmp_path):
