@@ -1,4 +1,4 @@
-"""Attack findings: adapters loaded without a word as something else than ComfyUI or PEFT applies."""
+"""Attack findings: adapters loaded without a word as something else than ComfyUI applies."""
 
 from __future__ import annotations
 
