@@ -123,3 +123,13 @@ def test_sample_with_a_lora_of_another_width_is_refused_in_one_line(folder, conf
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1
     assert "a.safetensors" in err[0]
+
+
+def test_sample_replaces_no_image_that_it_did_not_write(folder, config, capsys):
+    """An item's key is its target's name: in the folder of the pairs, the target is replaced."""
+    (folder / "target").mkdir()
+    for name in ("a.png", "a.safetensors"):
+        (folder / "target" / name).write_bytes(b"a photograph")
+    main(["sample", config, "target", "--items", "a", "--steps", "1"])
+    for name in ("a.png", "a.safetensors"):
+        assert (folder / "target" / name).read_bytes() == b"a photograph"
