@@ -133,3 +133,39 @@ def test_a_body_that_is_not_the_gzip_it_claims_leaves_no_traceback(routes, job_i
         assert (answer.status, "body" in answer.sentence) == (400, True)
     assert routes.ask("GET", JOBS).status == 200
     assert [record.getMessage() for record in caplog.records if record.exc_info] == []
+
+
+def print_traceback() -> str:
+    """As lora_core/jobs/worker.py prints an unexpected error into the job's log."""
+    import traceback
+
+    from qwen_edit_lora.lora_core.disk.json_reader import parse_json
+
+    try:
+        parse_json(None, "config.json")
+    except AttributeError:
+        return traceback.format_exc()
+    raise AssertionError("it was expected to fail")
+
+
+def test_a_log_is_shown_without_the_paths_of_this_machine(routes, completed):
+    """SECURITY.md: the routes' responses contain no paths of this machine."""
+    completed.log.write_text(print_traceback())
+    answer = routes.ask("GET", f"{JOBS}/{completed.id}/log")
+    assert str(Path(__file__).resolve().parents[2]) not in answer.read()["text"]
+
+
+def test_a_failed_job_is_shown_without_the_paths_of_this_machine(routes, completed):
+    from qwen_edit_lora.lora_core.jobs.failure import read_log_tail
+    from qwen_edit_lora.lora_core.jobs.job import JobFailure, JobStatus
+
+    completed.log.write_text(print_traceback())
+    failure = JobFailure(sentence="unexpected", log_tail=read_log_tail(completed))
+    failed = dataclasses.replace(
+        completed.read_state(), status=JobStatus.FAILED, failure=failure, adapters=()
+    )
+    completed.write_state(failed)
+    for path in (JOBS, f"{JOBS}/{completed.id}"):
+        body = routes.ask("GET", path).body.decode()
+        assert "Traceback" in body
+        assert str(Path(__file__).resolve().parents[2]) not in body
