@@ -133,3 +133,12 @@ def test_sample_replaces_no_image_that_it_did_not_write(folder, config, capsys):
     main(["sample", config, "target", "--items", "a", "--steps", "1"])
     for name in ("a.png", "a.safetensors"):
         assert (folder / "target" / name).read_bytes() == b"a photograph"
+
+
+def test_convert_says_that_a_lora_holds_nan(folder, capsys):
+    """Every other command refuses such a file; the converted one looks like a new, sound one."""
+    weights = LoraWeights(torch.full((4, 32), float("nan")), torch.randn(32, 4))
+    write_adapter(Adapter({PATH: weights}, name="nan"), folder / "nan.safetensors")
+    main(["convert", "nan.safetensors", "out"])
+    out, err = capsys.readouterr()
+    assert "NaN" in out + err
