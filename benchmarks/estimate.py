@@ -63,7 +63,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--heads", type=int, default=24, help="of 128; 24 is full width")
-    parser.add_argument("--side", type=int, default=32, help="of the latents; a picture's / 8")
+    parser.add_argument("--side", type=int, default=32, help="of the latents; an image's / 8")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")

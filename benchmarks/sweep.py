@@ -10,7 +10,7 @@ The side path's overhead inside a call is measured by apply.py. Three graphs are
 storage (bf16, plain fp8):
 
     base    the same number of KSamplers without a LoRA, on other seeds
-    ours    Sweep Edit LoRA over the strengths
+    ours    Sweep Qwen Edit LoRA over the strengths
     native  LoraLoaderModelOnly and KSampler per strength
 
 Overhead is a graph's time minus that of `base`. Both ours and native have the LoRA file in memory

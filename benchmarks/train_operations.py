@@ -43,7 +43,7 @@ VARIANTS = {"ours": True, "ours, selective": "selective", "ours, no checkpointin
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--side", type=int, default=32, help="of the latents; a picture's / 8")
+    parser.add_argument("--side", type=int, default=32, help="of the latents; an image's / 8")
     parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
     return parser.parse_args()

@@ -47,7 +47,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--side", type=int, default=32, help="of the latents; a picture's / 8")
+    parser.add_argument("--side", type=int, default=32, help="of the latents; an image's / 8")
     parser.add_argument("--references", type=int, default=1)
     parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)

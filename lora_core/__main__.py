@@ -52,28 +52,30 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--base", metavar="MODEL", help="also compare with this model: a file, a GGUF or a folder"
     )
-    command.add_argument("--exact", action="store_true", help="look at every entry")
-    command.add_argument("--json", action="store_true", help="every figure of every module")
+    command.add_argument("--exact", action="store_true", help="examine every entry")
+    command.add_argument("--json", action="store_true", help="all statistics of every module")
     command.add_argument("--sort-by", choices=SORT_KEYS, default="std", help="order of the table")
     command.set_defaults(run=run_inspect)
 
-    command = commands.add_parser("compare", help="how two LoRAs stand to each other")
+    command = commands.add_parser("compare", help="compare two LoRAs")
     command.add_argument("a")
     command.add_argument("b")
-    command.add_argument("--json", action="store_true", help="every figure of every module")
+    command.add_argument("--json", action="store_true", help="all statistics of every module")
     command.set_defaults(run=run_compare)
 
-    command = commands.add_parser("resize", help="a smaller rank at the least loss")
+    command = commands.add_parser("resize", help="a lower rank with minimal loss")
     command.add_argument("file")
     add_output(command)
-    command.add_argument("--rank", type=int, help="the highest rank of any module")
+    command.add_argument("--rank", type=int, help="the maximum rank of a module")
     command.add_argument("--energy", type=float, help="share to keep of each module, such as 0.99")
     command.set_defaults(run=run_resize)
 
     command = commands.add_parser("merge", help="several LoRAs as one")
     add_output(command)
-    command.add_argument("files", nargs="+", metavar="FILE[:STRENGTH]", help="strength 1 if absent")
-    command.add_argument("--rank", type=int, help="the highest rank; the exact sum if absent")
+    command.add_argument(
+        "files", nargs="+", metavar="FILE[:STRENGTH]", help="without a number, strength 1"
+    )
+    command.add_argument("--rank", type=int, help="the maximum rank; without it, the exact sum")
     command.set_defaults(run=run_merge)
 
     command = commands.add_parser("extract", help="a LoRA from a model and its fine-tune")
@@ -97,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "out",
-        help="the file to write, replaced if it exists; .safetensors is added where it is missing",
+        help="the file to write, replaced if it exists; .safetensors is added if missing",
     )
     command.add_argument("--format", choices=list(SCHEMES), default="comfyui", help="key format")
 
@@ -152,7 +154,8 @@ def choose_device(name: str) -> str:
 def run_convert(options: argparse.Namespace) -> None:
     adapter = read_adapter(options.file)
     print(adapter.report.to_text())
-    print(f"Wrote {write_adapter(adapter, choose_out(options), options.format)}")
+    written = write_adapter(adapter, choose_out(options), options.format)
+    print(f"Wrote {written}: {adapter.key_format} converted to {options.format}")
 
 
 def write(composition: Composition, options: argparse.Namespace) -> None:
@@ -180,7 +183,7 @@ def split_strength(text: str) -> tuple[str, float]:
         return path, float(number)
     except ValueError:
         raise ConfigError(
-            f"{text!r} ends in no strength; expected a file, or a file and a number such as "
+            f"{text!r} does not end in a strength; expected a file, or a file and a number such as "
             "'my_lora.safetensors:0.8'"
         ) from None
 

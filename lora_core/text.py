@@ -1,7 +1,11 @@
-"""Text for users: lists, columns, and what others wrote, shortened and made printable."""
+"""Text for users: numbers, sizes and times, lists, columns, and what others wrote, made printable.
+
+One rule for all numbers: three significant digits, a space before the unit.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +44,49 @@ def join_counts(counts: Mapping[Any, int]) -> str:
 
 def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """ "1 module", "2 modules"; `plural` if it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def format_number(value: float) -> str:
+    """Three significant digits: 0.0123, 4.56, 1,230, 1.23e-05."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    rounded = float(f"{value:.3g}")
+    if not 1e-4 <= abs(rounded) < 1e6:
+        return f"{value:.3g}"
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:.3g}"
+
+
+def format_percent(share: float) -> str:
+    """0.98839 -> "98.8 %"; 0.9997 -> "99.97 %", since less than all is not shown as 100 %."""
+    percent = 100 * share
+    if 99.9 <= percent < 99.995:
+        return f"{percent:.2f} %"
+    return f"{format_number(percent)} %"
+
+
+def format_bytes(size: float, base: int = 1000) -> str:
+    """B, kB, MB, GB of a file; with base 1024 B, KiB, MiB, GiB of memory."""
+    units = ("B", "kB", "MB", "GB", "TB") if base == 1000 else ("B", "KiB", "MiB", "GiB", "TiB")
+    for unit in units[:-1]:
+        if float(f"{size:.3g}") < base:
+            return f"{format_number(size)} {unit}"
+        size /= base
+    return f"{format_number(size)} {units[-1]}"
+
+
+def format_duration(seconds: float) -> str:
+    """ "0.251 s", "12.3 s", "12 min", "3 h 20 min"."""
+    if float(f"{seconds:.3g}") < 60:
+        return f"{format_number(seconds)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60:,} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60:,} h"
 
 
 def shorten_list(items: list[str] | tuple[str, ...], limit: int) -> str:

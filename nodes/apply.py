@@ -21,10 +21,10 @@ from .sockets import (
 )
 
 MODE_TOOLTIP = (
-    "side path: runs the LoRA beside the weights, exact on fp8 bases, and a new strength costs "
-    "nothing. merge: adds it to the weights as ComfyUI's LoraLoader does. auto: side path wherever "
-    "it can serve; merged where ModelSave or ModelMerge stands behind, which see weights alone. "
-    "The report says what was merged and why."
+    "side path: runs the LoRA alongside the weights, exact on fp8 bases, and a new strength costs "
+    "nothing. merge: adds it to the weights as ComfyUI's LoraLoader does. auto: side path "
+    "wherever possible; merged if a ModelSave or ModelMerge comes after this node, since these "
+    "see only weights. The report says what was merged and why."
 )
 
 
@@ -39,10 +39,10 @@ class QwenEditLoraApply(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraApply",
-            display_name="Apply Edit LoRA",
+            display_name="Apply Qwen Edit LoRA",
             category=CATEGORY,
             description=(
-                "Applies an adapter to a Qwen-Image-Edit MODEL. By default it runs beside the "
+                "Applies an adapter to a Qwen-Image-Edit MODEL. By default it runs alongside the "
                 "weights, so that fp8 rounding cannot drown it and changing the strength is free. "
                 "Chain several, or use Stack."
             ),
@@ -63,13 +63,13 @@ class QwenEditLoraApply(io.ComfyNode):
                     "image_strength",
                     optional=True,
                     advanced=True,
-                    tooltip="Further factor on the image stream (to_q, img_mlp, ...).",
+                    tooltip="Additional factor on the image stream (to_q, img_mlp, ...).",
                 ),
                 strength_input(
                     "text_strength",
                     optional=True,
                     advanced=True,
-                    tooltip="Further factor on the text stream (add_q_proj, txt_mlp, ...).",
+                    tooltip="Additional factor on the text stream (add_q_proj, txt_mlp, ...).",
                 ),
                 io.String.Input(
                     "blocks",
@@ -79,7 +79,7 @@ class QwenEditLoraApply(io.ComfyNode):
                     placeholder="0-19, 40",
                     tooltip=(
                         "Only these of the 60 blocks, for example '0-19, 40'. Empty: everything, "
-                        "also what lies outside the blocks."
+                        "including layers outside the blocks."
                     ),
                 ),
             ],

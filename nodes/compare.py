@@ -27,7 +27,7 @@ class QwenEditLoraCompare(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraCompare",
-            display_name="Compare Edit LoRAs",
+            display_name="Compare Qwen Edit LoRAs",
             category=CATEGORY,
             description=(
                 "Says whether two adapters pull in the same direction, how far apart two "
@@ -46,7 +46,7 @@ class QwenEditLoraCompare(io.ComfyNode):
             ],
             outputs=[
                 report_output(),
-                io.String.Output("json", tooltip="Every figure of every module."),
+                io.String.Output("json", tooltip="All statistics of every module."),
                 io.Image.Output(
                     "heat_map", tooltip="The cosine by block (down) and module (across)."
                 ),

@@ -26,7 +26,7 @@ from ..lora_core.pairs.listing import list_files
 from ..lora_core.pairs.pair import MAX_REFERENCES, FoundPairs
 from ..lora_core.pairs.preflight import ON_PROBLEM, STOP, Preflight, check_pairs
 from ..lora_core.pairs.preview import build_table, describe_preflight, draw_pairs
-from ..lora_core.text import shorten
+from ..lora_core.text import format_bytes, format_count, shorten
 from ..lora_core.training.data.dataset import read_dataset
 from . import host
 from .datasets.encoding import STOCK_REFERENCE_MEGAPIXELS, VARIANTS, PairEncoder
@@ -51,13 +51,14 @@ class QwenEditDataset(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditDataset",
-            display_name="Edit Dataset",
+            display_name="Image Pairs (Training Set)",
             category=CATEGORY,
             description=(
                 "Makes a training set of pairs: a target, one to three references and an "
                 "instruction. Checks every pair first, then encodes each once and keeps it."
             ),
             search_aliases=[
+                "qwen edit lora dataset",
                 "training data",
                 "pairs",
                 "captions",
@@ -76,7 +77,7 @@ class QwenEditDataset(io.ComfyNode):
                     tooltip=(
                         "A folder inside ComfyUI's datasets, input or output folder. Read as it "
                         "is: target/ and control/ folders, a_start.png and a_end.png, a "
-                        "metadata.jsonl, ... Empty where targets are connected."
+                        "metadata.jsonl, ... Leave it empty if targets are connected."
                     ),
                 ),
                 io.Combo.Input(
@@ -105,7 +106,7 @@ class QwenEditDataset(io.ComfyNode):
                     default="",
                     multiline=True,
                     optional=True,
-                    placeholder="the instruction, where no .txt file has one",
+                    placeholder="the instruction, if no .txt file has one",
                     tooltip=(
                         "For pairs without a caption file. With connected targets: one line per "
                         "target, or one for all."
@@ -120,7 +121,7 @@ class QwenEditDataset(io.ComfyNode):
                 io.Image.Input(
                     "targets",
                     optional=True,
-                    tooltip="Instead of a folder: what the edits shall give, a batch or a list.",
+                    tooltip="Instead of a folder: the edited images, as a batch or a list.",
                 ),
                 *(reference_input(slot) for slot in range(1, MAX_REFERENCES + 1)),
                 io.Combo.Input(
@@ -139,8 +140,8 @@ class QwenEditDataset(io.ComfyNode):
                     advanced=True,
                     placeholder="datasets/my_controls",
                     tooltip=(
-                        "Where references lie in folders of their own, with the targets' names: "
-                        "one folder a line, for reference 1, 2 and 3."
+                        "If references are in folders of their own, with the targets' names: one "
+                        "folder per line, for reference 1, 2 and 3."
                     ),
                 ),
                 io.Float.Input(
@@ -160,7 +161,7 @@ class QwenEditDataset(io.ComfyNode):
             ],
             outputs=[
                 DatasetSocket.Output(
-                    "dataset", tooltip="The encoded training set, for Train Edit LoRA."
+                    "dataset", tooltip="The encoded training set, for Train Qwen Edit LoRA."
                 ),
                 report_output(),
                 io.String.Output("table", tooltip="A line per pair: sizes, caption, problems."),
@@ -246,7 +247,7 @@ def reference_input(slot: int) -> io.Image.Input:
     return io.Image.Input(
         f"reference_{slot}",
         optional=True,
-        tooltip=f"With targets: what they are made from, image{slot} of the prompt's node.",
+        tooltip=f"With targets: the images before the edit, image{slot} of the prompt node.",
     )
 
 
@@ -285,7 +286,7 @@ def collect_pairs(
         return GRAPH_NAME, build_graph_pairs(split_batches(targets), connected, captions)
     if any(references):
         raise ConfigError(
-            "references are connected but no targets; connect what the edits shall give to targets"
+            "references are connected but no targets; connect the edited images to targets"
         )
     if not folder.strip():
         raise ConfigError(
@@ -319,19 +320,19 @@ def encode(
     )
     keys = tuple(info.key for info in read_dataset(cached.folder).items)
     _made.add(cached.folder)
-    done = f"pairs encoded: {cached.num_encoded}, there already: {cached.num_reused}"
+    done = f"pairs encoded: {cached.num_encoded}, already cached: {cached.num_reused}"
     num_items, size_bytes = measure_store(store)
     lines = [
         f"{done}: {cached.folder.name}",
-        f"the cache holds {num_items} pairs of all sets, {size_bytes / 1e6:.0f} MB, in "
-        f"{show_store(store)} of the user folder; "
-        "nothing there is ever deleted, so remove what no training needs by hand",
+        f"the cache holds {format_count(num_items, 'pair')} of all sets, "
+        f"{format_bytes(size_bytes)}, in {show_store(store)} of the user folder; nothing there is "
+        "deleted automatically: remove unused training sets by hand",
     ]
     findings = []
     if problem := encoder.keep_vae(store, str(settings["vae"])):
         lines.append(problem)
         findings.append(Finding("vae_not_kept", NOTE, problem))
-    summary = f"{preflight.name}: {len(keys)} pairs for {variant}"
+    summary = f"{preflight.name}: {format_count(len(keys), 'pair')} for {variant}"
     dataset = EditDataset(cached.folder, preflight.name, keys, variant, summary)
     return dataset, "\n".join(lines), findings
 

@@ -29,7 +29,7 @@ class QwenEditLoraEffect(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraEffect",
-            display_name="Measure Edit LoRA Effect",
+            display_name="Measure Qwen Edit LoRA Effect",
             category=CATEGORY,
             description=(
                 "Says in seconds how far a LoRA moves the model's output at each strength, and "
@@ -40,7 +40,7 @@ class QwenEditLoraEffect(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The MODEL below the LoRA; other LoRAs on it stay as they are.",
+                    tooltip="The MODEL without the LoRA; other LoRAs on it stay as they are.",
                 ),
                 adapter_input(),
                 io.Conditioning.Input(
@@ -74,8 +74,8 @@ class QwenEditLoraEffect(io.ComfyNode):
                     advanced=True,
                     placeholder="0.8, 0.4",
                     tooltip=(
-                        "Noise levels above 0 and up to 1 to ask the model at: high ones lay out "
-                        "the picture, low ones draw details. One call each per strength."
+                        "Noise levels above 0 and up to 1 at which to call the model: high ones "
+                        "set the composition, low ones draw details. One call each per strength."
                     ),
                 ),
                 io.Int.Input(
@@ -90,15 +90,15 @@ class QwenEditLoraEffect(io.ComfyNode):
             ],
             outputs=[
                 report_output(),
-                io.String.Output("json", tooltip="Every figure, per strength, sigma and block."),
+                io.String.Output("json", tooltip="All values, per strength, sigma and block."),
                 io.Image.Output(
                     "plot", tooltip="Change of the output over strength, and through the blocks."
                 ),
                 io.String.Output(
                     "strengths",
                     tooltip=(
-                        "Strengths chosen from what was measured, for the strengths of Sweep Edit "
-                        "LoRA: the change grows in equal steps from one to the next."
+                        "Strengths chosen from what was measured, for the strengths of Sweep Qwen "
+                        "Edit LoRA: the change grows in equal steps from one to the next."
                     ),
                 ),
             ],

@@ -17,8 +17,8 @@ class QwenEditLoraHold(io.ComfyNode):
             node_id="QwenEditLoraHold",
             display_name="Hold Prompts (internal)",
             category=CATEGORY,
-            description="Queued while a training job has the GPU and prompts shall wait. Not for "
-            "graphs.",
+            description="Queued while a training job has the GPU and prompts should wait. Not "
+            "for graphs.",
             is_dev_only=True,
             is_output_node=True,
             not_idempotent=True,

@@ -33,11 +33,11 @@ class QwenEditLoraInspect(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraInspect",
-            display_name="Inspect Edit LoRA",
+            display_name="Inspect Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Measures what an adapter adds to every module: size, spectrum, effective rank, "
-                "dead parts. Says in sentences whether that is normal, and beside a base model "
+                "dead parts. Says in plain words whether that is normal, and given a base model, "
                 "whether it would survive being merged."
             ),
             search_aliases=["lora analysis", "lora statistics", "heat map", "svd", "rank"],
@@ -58,8 +58,8 @@ class QwenEditLoraInspect(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip=(
-                        "Also look at every single entry: the largest one, the share below 1e-6, "
-                        "the histogram. Takes longer; the result is kept for the next time."
+                        "Also examine every entry: the largest one, the share below 1e-6, the "
+                        "histogram. Takes longer; the result is kept for the next time."
                     ),
                 ),
                 io.Combo.Input(
@@ -75,7 +75,7 @@ class QwenEditLoraInspect(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Also compare with this loaded model's weights, as stored: LoRAs applied "
-                        "to it before are not part of them. Instead of base_model, not beside it."
+                        "to it before are not part of them. Use either this or base_model."
                     ),
                 ),
                 # Last, because saved workflows store widget values by position.
@@ -86,18 +86,18 @@ class QwenEditLoraInspect(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Also compare with this model's weights, read from its file one module at "
-                        "a time: size beside them, and how much would survive a merge."
+                        "a time: size relative to them, and how much would survive a merge."
                     ),
                 ),
             ],
             outputs=[
                 report_output(),
-                io.String.Output("json", tooltip="Every figure of every module."),
+                io.String.Output("json", tooltip="All statistics of every module."),
                 io.Image.Output(
                     "heat_map", tooltip="The statistic by block (down) and module (across)."
                 ),
                 io.Image.Output("histogram", tooltip="Entries by size; needs exact."),
-                io.Image.Output("spectrum", tooltip="Singular values over the largest."),
+                io.Image.Output("spectrum", tooltip="Singular values relative to the largest."),
             ],
         )
 

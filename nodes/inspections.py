@@ -97,7 +97,7 @@ def save(inspection: Inspection, path: Path) -> None:
         for old in sorted(path.parent.glob("*.json"), key=get_age)[MAX_FILES:]:
             old.unlink(missing_ok=True)
     except (OSError, LoraError) as error:
-        logger.warning("Inspect Edit LoRA: the inspection is not kept for later: %s", error)
+        logger.warning("Inspect Qwen Edit LoRA: the inspection could not be cached: %s", error)
 
 
 def get_age(path: Path) -> float:

@@ -25,7 +25,7 @@ from ..lora_core.jobs.job import Job, JobStatus
 from ..lora_core.jobs.pictures import JobImage, build_sort_key, parse_name
 from ..lora_core.jobs.store import JobStore
 from ..lora_core.jobs.training_plot import draw_training
-from ..lora_core.text import shorten, shorten_list
+from ..lora_core.text import format_count, format_number, shorten, shorten_list
 from . import host
 from .server import job_host
 from .sockets import (
@@ -49,10 +49,10 @@ class QwenEditLoraJob(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraJob",
-            display_name="Training Job (Edit LoRA)",
+            display_name="Training Job (Qwen Edit LoRA)",
             category=CATEGORY,
             description=(
-                "Shows a training: state, loss, sample pictures; and gives its LoRA, the newest "
+                "Shows a training: state, loss, sample images; and gives its LoRA, the newest "
                 "that was saved. With wait on, what follows runs when the training is over."
             ),
             search_aliases=["training status", "loss plot", "training progress"],
@@ -62,7 +62,7 @@ class QwenEditLoraJob(io.ComfyNode):
                     "job_id",
                     default="",
                     placeholder="20260131-120000-0123abcd",
-                    tooltip="From Train Edit LoRA, or pasted; empty: the newest job.",
+                    tooltip="From Train Qwen Edit LoRA, or pasted; empty: the newest job.",
                 ),
                 io.Boolean.Input(
                     "wait",
@@ -87,9 +87,11 @@ class QwenEditLoraJob(io.ComfyNode):
                 io.Image.Output("loss_plot", tooltip="Loss, gradients and size of the deltas."),
                 io.Image.Output(
                     "samples",
-                    tooltip="As one picture: each item's references, target, and samples by step.",
+                    tooltip="As one image: each item's references, target, and samples by step.",
                 ),
-                io.String.Output("json", tooltip="The job's state and its last step's figures."),
+                io.String.Output(
+                    "json", tooltip="The job's state and the metrics of its last step."
+                ),
             ],
         )
 
@@ -105,8 +107,8 @@ class QwenEditLoraJob(io.ComfyNode):
             job = wait_for(job.id)
         metrics = store.read_metrics(job.id)
         plot = build_image(draw_training(job.name, metrics, job.state.num_steps))
-        pictures, findings = draw_samples(job, vae)
-        sheet = build_image(pictures)
+        samples, findings = draw_samples(job, vae)
+        sheet = build_image(samples)
         lines = describe(job, needs_vae(job) and vae is None)
         lines += [f"Warning: {finding.text}" for finding in findings]
         text = Report("\n".join(lines), findings)
@@ -155,14 +157,14 @@ def describe(job: Job, lacks_vae: bool) -> list[str]:
     if state.published:
         lines.append(f"LoRA: {', '.join(state.published)} in models/loras (press R to see it)")
     if state.smoothed_loss is not None:
-        lines.append(f"loss {state.smoothed_loss:.4f} (smoothed)")
+        lines.append(f"loss {format_number(state.smoothed_loss)} (smoothed)")
     if state.failure is not None:
         lines.append(f"failed: {state.failure.sentence}")
         lines += [f"- {sentence}" for sentence in state.failure.advice]
-        lines += ["the log's end:", state.failure.log_tail] if state.failure.log_tail else []
+        lines += ["end of the log:", state.failure.log_tail] if state.failure.log_tail else []
     lines += state.notes
     if lacks_vae:
-        lines.append("there are samples without pictures: connect the VAE to see them")
+        lines.append("there are samples without images: connect the VAE to see them")
     return lines
 
 
@@ -182,35 +184,38 @@ def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
     store = job_host.get_store()
     latents = list_latents(job)
     named = [(path, parse_name(f"{path.stem}.png")) for path in latents if vae is not None]
-    # Latents go by the name that their picture would have.
+    # Latents go by the name that their image would have.
     sources: list[tuple[JobImage, Callable[[], np.ndarray]]] = [
         *(
-            (picture, partial(read_image, store, job.id, picture.name))
-            for picture in store.list_images(job.id)
+            (image, partial(read_image, store, job.id, image.name))
+            for image in store.list_images(job.id)
         ),
-        *((picture, partial(decode, path, vae)) for path, picture in named if picture),
+        *((image, partial(decode, path, vae)) for path, image in named if image),
     ]
     found, broken = [], []
-    for picture, read in sources:
+    for image, read in sources:
         try:
-            found.append((picture, read()))
+            found.append((image, read()))
         except FileError as e:  # no reason to withhold the LoRA
             broken.append(str(e))
     findings = []
     if broken:
-        text = f"{len(broken)} samples cannot be shown: {shorten_list(broken, 2)}"
+        text = f"{format_count(len(broken), 'sample')} not shown: {shorten_list(broken, 2)}"
         findings.append(Finding("samples_unreadable", WARNING, text, len(broken)))
     return lay_out(job, found, bool(latents)), findings
 
 
 def lay_out(job: Job, found: list[tuple[JobImage, np.ndarray]], has_latents: bool) -> np.ndarray:
-    if not any(picture.kind == "sample" for picture, _ in found):
+    if not any(image.kind == "sample" for image, _ in found):
+        if has_latents:
+            return draw_message("Connect the VAE to see the samples.")
+        is_off = job.settings.samples.every == 0
         return draw_message(
-            "Connect the VAE to see the samples." if has_latents else "No sample was taken yet."
+            "This training makes no samples: sample_every is 0." if is_off else "No sample yet."
         )
     rows: dict[str, list[Tile]] = {}
-    for picture, pixels in sorted(found, key=lambda one: build_sort_key(one[0])):
-        rows.setdefault(picture.item, []).append(Tile(pixels, name_tile(picture)))
+    for image, pixels in sorted(found, key=lambda one: build_sort_key(one[0])):
+        rows.setdefault(image.item, []).append(Tile(pixels, name_tile(image)))
     return draw_sheet(
         f"samples of {job.name}",
         [Row(item, tuple(tiles)) for item, tiles in rows.items()],
@@ -218,14 +223,14 @@ def lay_out(job: Job, found: list[tuple[JobImage, np.ndarray]], has_latents: boo
     )
 
 
-def name_tile(picture: JobImage) -> str:
-    if picture.kind == "sample":
-        return f"step {picture.step}"
-    return "target" if picture.kind == "target" else f"reference {(picture.index or 0) + 1}"
+def name_tile(image: JobImage) -> str:
+    if image.kind == "sample":
+        return f"step {image.step}"
+    return "target" if image.kind == "target" else f"reference {(image.index or 0) + 1}"
 
 
 def read_image(store: JobStore, job_id: str, name: str) -> np.ndarray:
-    """A PNG of the job as a small picture, uint8 (height, width, 3).
+    """A PNG of the job as a small image, uint8 (height, width, 3).
 
     Raises:
         FileError: it is not a PNG, damaged, or larger than any sample.
@@ -244,8 +249,8 @@ def read_image(store: JobStore, job_id: str, name: str) -> np.ndarray:
         raise
     except Exception as e:  # noqa: BLE001 - Pillow raises almost anything on damaged files
         raise FileError(
-            f"{name} is no PNG that can be read ({shorten(str(e) or type(e).__name__)}); remove it "
-            "from the job's samples."
+            f"{name} is not a readable PNG ({shorten(str(e) or type(e).__name__)}); remove it from "
+            "the job's samples."
         ) from None
     small.thumbnail((TILE_SIDE, TILE_SIDE))
     return np.asarray(small)
@@ -259,10 +264,10 @@ def decode(path: Path, vae: Any) -> np.ndarray:
     latents = file.tensors["samples"].load().clone()
     file.release()
     images = host.decode_latents(vae, latents)
-    picture = images[0].movedim(-1, 0)[None]
-    factor = min(1.0, TILE_SIDE / max(picture.shape[2:]))
-    size = [max(1, math.floor(side * factor)) for side in picture.shape[2:]]
-    small = torch.nn.functional.interpolate(picture, size=size, mode="area")
+    first = images[0].movedim(-1, 0)[None]
+    factor = min(1.0, TILE_SIDE / max(first.shape[2:]))
+    size = [max(1, math.floor(side * factor)) for side in first.shape[2:]]
+    small = torch.nn.functional.interpolate(first, size=size, mode="area")
     return (small[0].movedim(0, -1).clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 

@@ -42,12 +42,12 @@ class QwenEditLoraLoad(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraLoad",
-            display_name="Load Edit LoRA",
+            display_name="Load Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Reads a LoRA, LoKr, LoHa, DoRA or OFT file for Qwen-Image or Qwen-Image-Edit in "
-                "any known key format and says what it found. A file of which nothing matches is "
-                "an error, not a silent no-op."
+                "any known key format and says what it found. A file that matches nothing is an "
+                "error, not a silent no-op."
             ),
             search_aliases=["lora", "qwen lora", "load lora", "lokr", "dora"],
             has_intermediate_output=True,
@@ -71,7 +71,7 @@ class QwenEditLoraLoad(io.ComfyNode):
             ],
             outputs=[
                 AdapterSocket.Output(
-                    "adapter", tooltip="For Apply, Stack, Save and the other Edit LoRA nodes."
+                    "adapter", tooltip="For Apply, Stack, Save and the other Qwen Edit LoRA nodes."
                 ),
                 io.LoraModel.Output(
                     "lora_model",

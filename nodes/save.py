@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..lora_core import Adapter, write_adapter
 from ..lora_core.findings import WARNING, Finding
 from ..lora_core.formats.schemes import SCHEMES
+from ..lora_core.text import format_bytes, format_count
 from . import host
 from .sockets import CATEGORY, Report, adapter_input, report_output, show_report, take_adapter
 
@@ -17,8 +18,8 @@ def find_warnings(adapter: Adapter, key_format: str) -> list[Finding]:
     """How ComfyUI's own LoraLoader (0.30) will read the file."""
     if key_format == "peft":
         text = (
-            "ComfyUI's own LoraLoader matches none of PEFT's keys and applies nothing; Load Edit "
-            "LoRA reads them"
+            "ComfyUI's own LoraLoader matches none of PEFT's keys and applies nothing; Load Qwen "
+            "Edit LoRA reads them"
         )
         return [Finding("native_loads_nothing", WARNING, text, len(adapter))]
     found = []
@@ -26,13 +27,13 @@ def find_warnings(adapter: Adapter, key_format: str) -> list[Finding]:
     if key_format == "diffusers" and scaled:
         text = (
             "alpha is in the header, which ComfyUI's own LoraLoader does not read: it would apply "
-            "scale 1; Load Edit LoRA reads it"
+            "scale 1; Load Qwen Edit LoRA reads it"
         )
         found.append(Finding("native_ignores_alpha", WARNING, text, scaled))
     if "DoRA" in adapter.kinds:
         text = (
             "ComfyUI's own LoraLoader gives another result with a DoRA: it drops magnitudes in "
-            "diffusers' keys, and normalises others by the base weight alone; Apply Edit LoRA "
+            "diffusers' keys, and normalises others by the base weight alone; Apply Qwen Edit LoRA "
             "follows PEFT and LyCORIS"
         )
         found.append(Finding("native_differs", WARNING, text))
@@ -44,7 +45,7 @@ class QwenEditLoraSave(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraSave",
-            display_name="Save Edit LoRA",
+            display_name="Save Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Writes an adapter as safetensors in the format you choose: tensors unchanged, "
@@ -93,8 +94,8 @@ class QwenEditLoraSave(io.ComfyNode):
         written = write_adapter(adapter, target, key_format)
         name = host.name_below_output(written)
         lines = [
-            f"Wrote {name}: {len(adapter)} modules, {written.stat().st_size / 1e6:.1f} MB, "
-            f"format {key_format}"
+            f"Wrote {name}: {format_count(len(adapter), 'module')}, "
+            f"{format_bytes(written.stat().st_size)}, format {key_format}"
         ]
         findings = find_warnings(adapter, key_format)
         lines += [f"Warning: {finding.text}" for finding in findings]

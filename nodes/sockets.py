@@ -24,7 +24,7 @@ def adapter_input(id: str = "adapter", **kwargs: Any) -> io.MultiType.Input:
     """A socket that takes both our adapters and ComfyUI's LORA_MODEL."""
     kwargs.setdefault(
         "tooltip",
-        "The adapter: from Load Edit LoRA, or a LORA_MODEL from ComfyUI's own training node.",
+        "The adapter: from Load Qwen Edit LoRA, or a LORA_MODEL from ComfyUI's own training node.",
     )
     return io.MultiType.Input(id, types=[AdapterSocket, io.LoraModel], **kwargs)
 
@@ -44,8 +44,8 @@ def take_adapter(value: Any) -> Adapter:
     if isinstance(value, dict):
         return read_state_dict(value, name="the connected LORA_MODEL")
     raise ConfigError(
-        f"the adapter input got a {type(value).__name__}; expected the output of Load Edit LoRA "
-        "or a LORA_MODEL"
+        f"the adapter input got a {type(value).__name__}; expected the output of Load Qwen Edit "
+        "LoRA or a LORA_MODEL"
     )
 
 

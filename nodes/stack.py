@@ -52,6 +52,10 @@ def parse_strengths(text: str, count: int) -> list[float]:
     return numbers
 
 
+#: A row without a file, as a new node starts: else it would apply whatever comes first in the list.
+NO_FILE = "none"
+
+
 def name_count(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
 
@@ -66,8 +70,8 @@ def build_file_rows(count: int) -> list[io.Input]:
         rows += [
             io.Combo.Input(
                 f"lora_{number}",
-                options=host.list_loras(),
-                tooltip="A .safetensors or .sft file from models/loras.",
+                options=[NO_FILE, *host.list_loras()],
+                tooltip="A .safetensors or .sft file from models/loras; none leaves the row out.",
             ),
             strength_input(
                 f"strength_{number}", tooltip="How strongly to apply it; 0 switches it off."
@@ -77,7 +81,7 @@ def build_file_rows(count: int) -> list[io.Input]:
 
 
 def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
-    """(lora_name, strength) per row of the DynamicCombo's value.
+    """(lora_name, strength) per row of the DynamicCombo's value that has a file.
 
     Raises:
         ConfigError: it is not such a value, as in a graph written by hand.
@@ -85,7 +89,8 @@ def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
     files = files or {}
     try:
         count = COUNTS[files.get("files", name_count(0))]
-        return [(files[f"lora_{n}"], files[f"strength_{n}"]) for n in range(1, count + 1)]
+        rows = [(files[f"lora_{n}"], files[f"strength_{n}"]) for n in range(1, count + 1)]
+        return [(name, strength) for name, strength in rows if name != NO_FILE]
     except (KeyError, TypeError, AttributeError):
         raise ConfigError(
             f"files is {shorten(repr(files))}; expected a number of files, such as '2 files', with "
@@ -94,7 +99,7 @@ def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
 
 
 def report_file(applied: Application, adapter: Adapter) -> None:
-    """Adds the findings from reading the file, as Load Edit LoRA would report them."""
+    """Adds the findings from reading the file, as Load Qwen Edit LoRA would report them."""
     for finding in adapter.report.findings:
         add = applied.note if finding.severity == NOTE else applied.warn
         add(finding.kind, f"{adapter.name}: {finding.text}", finding.count)
@@ -110,12 +115,12 @@ class QwenEditLoraStack(io.ComfyNode):
         ]
         return io.Schema(
             node_id="QwenEditLoraStack",
-            display_name="Stack Edit LoRAs",
+            display_name="Stack Qwen Edit LoRAs",
             category=CATEGORY,
             description=(
-                "Applies any number of LoRA files and adapters at once. Plain LoRAs that meet on "
-                "a module run as one down and one up product, so ten of them cost little more "
-                "than one."
+                "Applies any number of LoRA files and adapters at once. Plain LoRAs on the same "
+                "module run as one down and one up product, so ten of them cost little more than "
+                "one."
             ),
             search_aliases=["lora stack", "multi lora", "power lora"],
             has_intermediate_output=True,
@@ -181,7 +186,9 @@ class QwenEditLoraStack(io.ComfyNode):
         numbers = parse_strengths(strengths, len(connected)) if connected else []
         layers += [(a, Strengths(number)) for a, number in zip(connected, numbers, strict=True)]
         if not layers:
-            raise ConfigError("the stack is empty; choose a number of files, or connect an adapter")
+            raise ConfigError(
+                "the stack is empty; choose a file in one of its rows, or connect an adapter"
+            )
         readers = host.find_weight_readers(cls.hidden.dynprompt)
         applied = apply_adapters(model, layers, mode, readers)
         # No Load node read these files, so nothing else reports on them.

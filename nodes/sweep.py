@@ -15,7 +15,7 @@ from ..lora_core.findings import ERROR, NOTE, WARNING
 from ..lora_core.sweep.cells import Cell, build_cells, build_label, name_adapters
 from ..lora_core.sweep.lora_patterns import find_loras
 from ..lora_core.sweep.strength_grammar import parse_seeds, parse_strengths
-from ..lora_core.text import shorten_list
+from ..lora_core.text import format_count, shorten_list
 from . import host
 from .load import open_lora
 from .patching.application import AUTO, MERGE
@@ -38,12 +38,12 @@ TITLES = {ERROR: "Warning", WARNING: "Warning", NOTE: "Note"}
 IMAGES, LATENTS = 0, 1  # output positions
 
 NO_IMAGES = (
-    "this sweep makes no images: connect positive, negative, latent_image and vae to Sweep Edit "
-    "LoRA, or sample its models yourself"
+    "this sweep makes no images: connect positive, negative, latent_image and vae to Sweep Qwen "
+    "Edit LoRA, or sample its models yourself"
 )
 NO_LATENTS = (
-    "this sweep makes no latents: connect positive, negative and latent_image to Sweep Edit LoRA, "
-    "or sample its models yourself"
+    "this sweep makes no latents: connect positive, negative and latent_image to Sweep Qwen Edit "
+    "LoRA, or sample its models yourself"
 )
 
 
@@ -52,11 +52,11 @@ class QwenEditLoraSweep(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraSweep",
-            display_name="Sweep Edit LoRA",
+            display_name="Sweep Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Renders the same prompt and seed at several strengths of a LoRA, 0 included. "
-                "Every picture is cached by itself, so adding a strength renders only that one."
+                "Every image is cached by itself, so adding a strength renders only that one."
             ),
             search_aliases=["lora sweep", "xy plot", "strength test", "compare checkpoints"],
             is_input_list=True,
@@ -66,7 +66,7 @@ class QwenEditLoraSweep(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The MODEL below the swept LoRA; other LoRAs on it stay as they are.",
+                    tooltip="The MODEL without the swept LoRA; other LoRAs on it stay as they are.",
                 ),
                 adapter_input(optional=True),
                 io.String.Input(
@@ -76,7 +76,7 @@ class QwenEditLoraSweep(io.ComfyNode):
                     tooltip=(
                         "A list '0, 0.5, 1, 2', ranges '0:2:0.25' (start:stop:step), both mixed, "
                         "or 'auto, 5 points' to choose them from the LoRA's size. 0 is always "
-                        "added. At most 64 pictures in all."
+                        "added. At most 64 images in all."
                     ),
                 ),
                 io.Int.Input(
@@ -125,7 +125,7 @@ class QwenEditLoraSweep(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The other side of cfg. KSampler needs one even where cfg is 1.",
+                    tooltip="The negative prompt. KSampler needs one even if cfg is 1.",
                 ),
                 io.Latent.Input(
                     "latent_image",
@@ -152,8 +152,9 @@ class QwenEditLoraSweep(io.ComfyNode):
                     multiline=True,
                     placeholder="my_run/*",
                     tooltip=(
-                        "Files of the loras folders to sweep too: a name or pattern a line, such "
-                        "as 'my_run/*' for all checkpoints of a run, in the order of their steps."
+                        "More files of the loras folders to sweep: one name or pattern per line, "
+                        "such as 'my_run/*' for all checkpoints of a run, in the order of their "
+                        "steps."
                     ),
                 ),
                 io.Sampler.Input(
@@ -299,8 +300,8 @@ def choose_sampling(links: Mapping[str, host.Link], given: Mapping[str, Any]) ->
     missing = [name for name in needed if name not in found]
     if missing:
         raise ConfigError(
-            f"to sample, Sweep Edit LoRA needs {', '.join(needed)}, and {', '.join(missing)} is "
-            "not connected; connect it, or disconnect all of them to use the models alone"
+            f"to sample, Sweep Qwen Edit LoRA needs {', '.join(needed)}, and {', '.join(missing)} "
+            "is not connected; connect it, or disconnect all of them to use the models alone"
         )
     return Sampling(found, {name: given[name] for name in SETTINGS})
 
@@ -319,8 +320,8 @@ def describe(
     names: list[str],
     note: str,
 ) -> str:
-    pictures = "1 picture" if len(cells) == 1 else f"{len(cells)} pictures"
-    lines = [f"{pictures}: strengths {', '.join(f'{strength:g}' for strength in strengths)}"]
+    images = format_count(len(cells), "image")
+    lines = [f"{images}: strengths {', '.join(f'{strength:g}' for strength in strengths)}"]
     if len(seeds) > 1:
         lines.append(f"seeds: {', '.join(map(str, seeds))}")
     if len(names) > 1:
@@ -337,11 +338,11 @@ class QwenEditLoraSweepCollect(io.ComfyNode):
             node_id="QwenEditLoraSweepCollect",
             display_name="Collect Sweep (internal)",
             category=CATEGORY,
-            description="Part of Sweep Edit LoRA, which adds it by itself. Not for graphs.",
+            description="Part of Sweep Qwen Edit LoRA, which adds it by itself. Not for graphs.",
             is_dev_only=True,
             accept_all_inputs=True,
             has_intermediate_output=True,
-            inputs=[io.String.Input("text", default="", tooltip="The head of the report.")],
+            inputs=[io.String.Input("text", default="", tooltip="The first lines of the report.")],
             outputs=[
                 io.AnyType.Output("images"),
                 io.AnyType.Output("latents"),

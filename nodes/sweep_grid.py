@@ -24,12 +24,13 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraSweepGrid",
-            display_name="Sweep Grid (Edit LoRA)",
+            display_name="Sweep Grid (Qwen Edit LoRA)",
             category=CATEGORY,
             description=(
-                "Lays the images of a sweep out as a labelled contact sheet, measures how far each "
-                "is from strength 0, and says whether the LoRA has no effect, acts smoothly, or "
-                "collapses, and which strengths to use. Saves the sheet with the workflow in it."
+                "Lays out the images of a sweep as a labelled contact sheet, measures how far "
+                "each is from strength 0, and says whether the LoRA has no effect, acts smoothly, "
+                "or collapses, and which strengths to use. Saves the sheet with the workflow in "
+                "it."
             ),
             search_aliases=["xy plot", "contact sheet", "ssim", "psnr", "compare images"],
             is_output_node=True,
@@ -37,15 +38,17 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "images",
-                    tooltip="The images of Sweep Edit LoRA, or a batch with one image per label.",
+                    tooltip=(
+                        "The images of Sweep Qwen Edit LoRA, or a batch with one image per label."
+                    ),
                 ),
                 io.String.Input(
                     "labels",
                     default="",
                     placeholder="0, 0.5, 1",
                     tooltip=(
-                        "The labels of Sweep Edit LoRA. For images of your own, their strengths, "
-                        "0 among them: '0, 0.5, 1', or one a line."
+                        "The labels of Sweep Qwen Edit LoRA. For images of your own, their "
+                        "strengths, 0 among them: '0, 0.5, 1', or one per line."
                     ),
                 ),
                 io.String.Input(
@@ -58,15 +61,15 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "The image that was edited: also measures how well each cell keeps it. "
-                        "Any size; it is cut in the middle and resized to the cells."
+                        "Any size; it is centre-cropped and resized to the cells."
                     ),
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip=(
-                        "Where the edit is meant to be: also measures inside and outside it, and "
-                        "the source outside only."
+                        "Where the edit should be: also measures inside and outside it, and the "
+                        "source only outside."
                     ),
                 ),
                 io.Int.Input(
@@ -89,8 +92,8 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
                     "differences", tooltip="Each cell's distance from strength 0, amplified."
                 ),
                 io.Image.Output("curve", tooltip="Change and structure over the strength."),
-                io.String.Output("table", tooltip="The figures of each cell, one a line."),
-                io.String.Output("json", tooltip="Every figure of every cell, and the verdict."),
+                io.String.Output("table", tooltip="The metrics of each cell, one cell per line."),
+                io.String.Output("json", tooltip="All metrics of every cell, and the verdict."),
             ],
         )
 
@@ -153,8 +156,8 @@ def split_labels(labels: list[str]) -> list[str]:
         labels = [line.strip() for line in text.splitlines() if line.strip()]
     if not labels:
         raise ConfigError(
-            "labels is empty; connect the labels of Sweep Edit LoRA, or write the strengths, such "
-            f"as '0, 0.5, 1', for up to {MAX_CELLS} images"
+            "labels is empty; connect the labels of Sweep Qwen Edit LoRA, or write the strengths, "
+            f"such as '0, 0.5, 1', for up to {MAX_CELLS} images"
         )
     return labels
 

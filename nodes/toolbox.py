@@ -44,11 +44,11 @@ class QwenEditLoraResize(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraResize",
-            display_name="Resize Edit LoRA",
+            display_name="Resize Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Lowers the rank of every module to the best approximation of its delta, and says "
-                "how much of it is left. LoHa and LoKr become LoRA."
+                "how much of it is kept. LoHa and LoKr become LoRA."
             ),
             search_aliases=["shrink lora", "reduce rank", "lora svd"],
             has_intermediate_output=True,
@@ -71,12 +71,12 @@ class QwenEditLoraResize(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Share of each module's squared norm to keep, such as 0.99: the smallest "
-                        "rank that does is taken, up to the rank above. 1: the rank alone decides."
+                        "sufficient rank is used, up to the rank above. 1: the rank alone decides."
                     ),
                 ),
             ],
             outputs=[
-                adapter_output("The smaller adapter; Save Edit LoRA writes it."),
+                adapter_output("The smaller adapter; Save Qwen Edit LoRA writes it."),
                 report_output(),
             ],
         )
@@ -96,7 +96,7 @@ class QwenEditLoraMerge(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraMerge",
-            display_name="Merge Edit LoRAs",
+            display_name="Merge Qwen Edit LoRAs",
             category=CATEGORY,
             description=(
                 "Adds adapters up into one, each at its strength. Without a rank the sum is exact "
@@ -130,7 +130,7 @@ class QwenEditLoraMerge(io.ComfyNode):
                 ),
             ],
             outputs=[
-                adapter_output("The sum as one adapter; Save Edit LoRA writes it."),
+                adapter_output("The sum as one adapter; Save Qwen Edit LoRA writes it."),
                 report_output(),
             ],
         )
@@ -153,11 +153,11 @@ class QwenEditLoraExtract(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraExtract",
-            display_name="Extract Edit LoRA",
+            display_name="Extract Qwen Edit LoRA",
             category=CATEGORY,
             description=(
-                "Makes a LoRA from the difference of a fine-tuned model and the model it came "
-                "from. Both files are read layer by layer; neither is loaded as a whole."
+                "Makes a LoRA from the difference between a fine-tuned model and its original. "
+                "Both files are read layer by layer; neither is loaded as a whole."
             ),
             search_aliases=["extract lora", "model difference", "lora from checkpoint"],
             has_intermediate_output=True,
@@ -177,7 +177,9 @@ class QwenEditLoraExtract(io.ComfyNode):
                     default=32,
                     min=1,
                     max=MAX_RANK,
-                    tooltip="The rank of the LoRA. The report says how much of the change it has.",
+                    tooltip=(
+                        "The rank of the LoRA. The report says how much of the change it captures."
+                    ),
                 ),
                 io.Boolean.Input(
                     "biases",
@@ -185,8 +187,8 @@ class QwenEditLoraExtract(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Also take biases and norms, where they differ, whole. ComfyUI's loader "
-                        "and ours apply them; some other tools know only the low-rank part."
+                        "Also include biases and norms that differ, in full. ComfyUI's loader and "
+                        "ours apply them; some other tools support only the low-rank part."
                     ),
                 ),
                 io.Combo.Input(
@@ -202,7 +204,7 @@ class QwenEditLoraExtract(io.ComfyNode):
                 ),
             ],
             outputs=[
-                adapter_output("The difference as an adapter; Save Edit LoRA writes it."),
+                adapter_output("The difference as an adapter; Save Qwen Edit LoRA writes it."),
                 report_output(),
             ],
         )

@@ -57,7 +57,7 @@ class QwenEditLoraTrain(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="QwenEditLoraTrain",
-            display_name="Train Edit LoRA",
+            display_name="Train Qwen Edit LoRA",
             category=CATEGORY,
             description=(
                 "Puts a training into the queue of the background worker and returns at once: "
@@ -76,7 +76,7 @@ class QwenEditLoraTrain(io.ComfyNode):
                         "never changed."
                     ),
                 ),
-                DatasetSocket.Input("dataset", tooltip="From Edit Dataset: encoded once, cached."),
+                DatasetSocket.Input("dataset", tooltip="From Image Pairs: encoded once, cached."),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
@@ -87,12 +87,12 @@ class QwenEditLoraTrain(io.ComfyNode):
                     default=1500,
                     min=1,
                     max=1_000_000,
-                    tooltip="Optimizer updates. 50 to 100 for each picture are a usual start.",
+                    tooltip="Optimizer updates. 50 to 100 for each image are a usual start.",
                 ),
                 io.String.Input(
                     "name",
                     default="my_edit",
-                    tooltip="Of the LoRA's file in models/loras; a taken name gets a number.",
+                    tooltip="Of the LoRA's file in models/loras; an existing name gets a number.",
                 ),
                 *list_advanced_inputs(),
             ],
@@ -162,7 +162,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         key = f"{compute_key(requested)}, storage {storage}" + (f" on {gpus}" if gpus > 1 else "")
         known = job_host.find_same(key)
         if known is not None:
-            text = f"job {known.id} is this training already: {known.describe()}"
+            text = f"this training is already job {known.id}: {known.describe()}"
             return io.NodeOutput(known.id, text, ui=show_report(text) | show_job(known.id))
         devices, taken = job_devices.choose_for_job(
             job_host.get_store(), requested.model.device, gpus
@@ -193,8 +193,8 @@ class QwenEditLoraTrain(io.ComfyNode):
                     findings.append(Finding("too_large", WARNING, sentence))
         if sample_every and vae is None:
             lines.append(
-                "the dataset's VAE was not kept, so that samples come without pictures; run Edit "
-                "Dataset again to keep it"
+                "the dataset's VAE was not kept, so that samples come without images; run Image "
+                "Pairs again to keep it"
             )
             findings.append(Finding("samples_without_pictures", NOTE, lines[-1]))
         job_id = job_host.submit(
@@ -260,7 +260,10 @@ def list_advanced_inputs() -> list[Any]:
             default=1,
             min=1,
             max=256,
-            tooltip="Batches whose gradients make one step: a larger batch without its memory.",
+            tooltip=(
+                "Batches whose gradients are summed into one step: a larger batch without its "
+                "memory."
+            ),
             **extra,
         ),
         io.Combo.Input(
@@ -268,9 +271,10 @@ def list_advanced_inputs() -> list[Any]:
             options=[AUTO, *STORAGES],
             tooltip=(
                 "How the base is kept on the GPU. auto: the most exact that leaves room to train "
-                "(bf16 41 GB, fp8 20 GB, nf4 14 GB), or on 12 and 16 GB cards fp8 with blocks that "
-                "wait in main memory; on a CPU fp32. The report says which. as stored: the file's "
-                "own codes; of a GGUF they are slow to decode, so that fp8 or nf4 train faster."
+                "(bf16 41 GB, fp8 20 GB, nf4 14 GB), or on 12 and 16 GB cards fp8 with blocks "
+                "offloaded to main memory; on a CPU fp32. The report says which. as stored: the "
+                "file's own codes; of a GGUF they are slow to decode, so that fp8 or nf4 train "
+                "faster."
             ),
             **extra,
         ),
@@ -288,7 +292,7 @@ def list_advanced_inputs() -> list[Any]:
             default=250,
             min=0,
             max=1_000_000,
-            tooltip="Steps between LoRA files to try out; 0 keeps the engine's 250.",
+            tooltip="Steps between LoRA files to try out; 0 keeps the default, 250.",
             **extra,
         ),
         io.Int.Input(
@@ -296,7 +300,7 @@ def list_advanced_inputs() -> list[Any]:
             default=250,
             min=0,
             max=1_000_000,
-            tooltip="Steps between sample pictures of the dataset's first items; 0 makes none.",
+            tooltip="Steps between sample images of the dataset's first items; 0 makes none.",
             **extra,
         ),
         io.Int.Input(
@@ -314,7 +318,7 @@ def list_advanced_inputs() -> list[Any]:
         io.Combo.Input(
             "variant",
             options=list(VARIANTS),
-            tooltip="What the LoRA says it is made for; auto asks the file.",
+            tooltip="The model named in the LoRA's metadata; auto reads it from the file.",
             **extra,
         ),
         io.Combo.Input(
@@ -326,13 +330,16 @@ def list_advanced_inputs() -> list[Any]:
         io.Combo.Input(
             "estimate",
             options=[MEASURE, SKIP],
-            tooltip="Run a few steps on three blocks first, to tell memory and time of the whole.",
+            tooltip=(
+                "Run a few steps on three blocks first, to estimate memory and time of the whole "
+                "run."
+            ),
             **extra,
         ),
         io.Combo.Input(
             "if_too_large",
             options=[REFUSE, START_ANYWAY],
-            tooltip="What to do where the estimate says that the memory will not do.",
+            tooltip="What to do if the estimate says that memory will not be enough.",
             **extra,
         ),
         io.String.Input(
@@ -340,7 +347,7 @@ def list_advanced_inputs() -> list[Any]:
             default="",
             multiline=True,
             placeholder='[objective]\nsampling = "uniform"',
-            tooltip="Any setting of a configuration file, as TOML; it wins over the rest.",
+            tooltip="Any setting of a configuration file, as TOML; it overrides the rest.",
             **extra,
         ),
         io.Int.Input(
@@ -349,9 +356,8 @@ def list_advanced_inputs() -> list[Any]:
             min=1,
             max=MAX_DEVICES,
             tooltip=(
-                "GPUs that train together, each with a whole copy of the base and a batch of its "
-                "own, so that a step sees so many times batch_size samples. The estimate is of one "
-                "of them."
+                "GPUs that train together, each with its own copy of the base and its own batch, "
+                "so a step sees gpus times batch_size samples. The estimate is of one of them."
             ),
             **extra,
         ),

@@ -184,3 +184,13 @@ def test_every_help_page_is_translated_but_for_nodes_that_are_in_no_menu():
     for language in TRANSLATIONS:
         there = {page.parent.name for page in TRANSLATED_PAGES if page.stem == language}
         assert there == {page.stem for page in PAGES.glob("*.md")} - internal
+
+
+@pytest.mark.comfy
+def test_a_search_for_lora_or_qwen_edit_finds_every_node(nodes):
+    shown = {key: node for key, node in nodes.items() if "(internal)" not in node["display_name"]}
+    assert len(shown) == len(nodes) - 2
+    for node_id, node in shown.items():
+        names = " ".join([node["display_name"], *node["search_aliases"]]).lower()
+        assert "lora" in names, node_id
+        assert "qwen edit" in names, node_id

@@ -24,6 +24,25 @@ export function iconButton(name, label, onclick, className = "") {
   return build("button", { ...properties, "aria-label": label, title: label }, icon(name));
 }
 
+const RETRY_MS = 2000;
+
+/** An image that is asked for once more if it fails, and hidden if it fails again. */
+export function buildImage(properties = {}) {
+  const image = build("img", properties);
+  let failed = null; // the address that failed once
+  image.addEventListener("load", () => (image.style.visibility = ""));
+  image.addEventListener("error", () => {
+    const address = image.getAttribute("src");
+    image.style.visibility = "hidden"; // keeps its place, without the browser's broken-image icon
+    if (!address || address === failed) return;
+    failed = address;
+    setTimeout(() => {
+      if (image.getAttribute("src") === address) image.src = address;
+    }, RETRY_MS);
+  });
+  return image;
+}
+
 // Leaves the page alone if nothing changed, so that selections and screen readers keep their place.
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;

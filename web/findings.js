@@ -2,12 +2,8 @@
 
 import { build } from "./elements.js";
 
-export const COLORS = {
-  fine: "var(--p-green-500, #4caf7d)",
-  note: "",
-  warning: "var(--p-amber-400, #f5b942)",
-  error: "var(--p-red-500, #e5534b)",
-};
+// How each severity looks is in theme.css: an icon and an edge in its color, never the text itself,
+// which could not be read in one of the themes.
 const SEVERITIES = ["error", "warning", "note"];
 
 /** The findings of a node's output; null where the server sends none. */
@@ -32,12 +28,10 @@ export function buildSummary({ findings, pairs }, t) {
     const n = findings.filter((finding) => finding.severity === severity).length;
     if (!n) continue;
     const part = build("span", { "data-severity": severity }, t(`report.${severity}`, { n }));
-    part.style.color = COLORS[severity];
     parts.push(part);
   }
   if (!parts.length) return null;
   const row = build("div", { class: "qwen-edit-lora-summary" });
-  row.style.fontWeight = "600";
   parts.forEach((part, index) => row.append(...(index ? [" · ", part] : [part])));
   return row;
 }
@@ -49,6 +43,5 @@ export function buildLine(line, finding) {
   row.dataset.kind = finding.kind;
   row.dataset.severity = finding.severity;
   row.title = finding.count === null ? finding.kind : `${finding.kind}: ${finding.count}`;
-  row.style.color = COLORS[finding.severity] ?? "";
   return row;
 }

@@ -1,25 +1,25 @@
-// Human-readable numbers, sizes and times.
+// Numbers, sizes and times for people: three significant digits, a unit that fits.
 
-export function formatSize(bytes) {
+// Rounds to this many significant digits, in the shortest form.
+export function formatNumber(number, digits = 3) {
+  if (number === null || number === undefined || Number.isNaN(number)) return "–";
+  if (number === 0) return "0";
+  const rounded = Number(number.toPrecision(digits));
+  const size = Math.abs(rounded);
+  return size < 1e-4 || size >= 1e6 ? rounded.toExponential() : String(rounded);
+}
+
+export function formatSize(bytes, digits = 3) {
   if (!Number.isFinite(bytes)) return "";
-  if (bytes < 1e3) return `${bytes} B`;
-  if (bytes < 1e6) return `${Math.round(bytes / 1e3)} kB`;
-  if (bytes < 1e9) return `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
-  return `${(bytes / 1e9).toFixed(2)} GB`;
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let index = 0;
+  for (; Number(bytes.toPrecision(digits)) >= 1000 && index < units.length - 1; index++) bytes /= 1000;
+  return `${formatNumber(bytes, digits)} ${units[index]}`;
 }
 
 export function formatCount(number) {
   if (number < 1e6) return number.toLocaleString();
-  return number < 1e9 ? `${(number / 1e6).toFixed(1)} M` : `${(number / 1e9).toFixed(2)} B`;
-}
-
-// Rounds to this many significant digits, in the shortest form.
-export function formatNumber(number, digits = 4) {
-  if (number === null || number === undefined || Number.isNaN(number)) return "–";
-  if (number === 0) return "0";
-  const size = Math.abs(number);
-  const rounded = Number(number.toPrecision(size < 1e-3 ? digits - 1 : digits));
-  return size < 1e-3 || size >= 1e6 ? rounded.toExponential() : String(rounded);
+  return number < 1e9 ? `${formatNumber(number / 1e6)} M` : `${formatNumber(number / 1e9)} B`;
 }
 
 export function formatDate(seconds) {
@@ -30,11 +30,13 @@ export function formatTime(seconds) {
   return seconds ? new Date(seconds * 1000).toLocaleString() : "";
 }
 
+// "0.251 s", "12 min", "3 h 20 min"
 export function formatDuration(seconds) {
   if (!Number.isFinite(seconds)) return "";
-  const total = Math.max(0, Math.round(seconds));
-  const [hours, minutes] = [Math.floor(total / 3600), Math.floor((total % 3600) / 60)];
-  if (hours) return `${hours}:${String(minutes).padStart(2, "0")} h`;
-  if (minutes) return `${minutes}:${String(total % 60).padStart(2, "0")} min`;
-  return `${total} s`;
+  const rest = Math.max(0, seconds);
+  if (Number(rest.toPrecision(3)) < 60) return `${formatNumber(rest)} s`;
+  const minutes = Math.round(rest / 60);
+  if (minutes < 60) return `${minutes} min`;
+  const hours = `${Math.floor(minutes / 60)} h`;
+  return minutes % 60 ? `${hours} ${minutes % 60} min` : hours;
 }

@@ -55,7 +55,7 @@ function offers(node, loraName) {
 }
 
 /**
- * Adds Load Edit LoRA wired to Apply Edit LoRA to the open graph, as one undo step.
+ * Adds Load Qwen Edit LoRA wired to Apply Qwen Edit LoRA to the open graph, as one undo step.
  *
  * @param loraName the file's name in the loaders' list.
  * @param position of the pair in the graph; defaults to the center of the visible canvas.

@@ -1,8 +1,8 @@
-// A training on the node that started or shows it: state, loss curve, newest picture, live.
+// A training on the node that started or shows it: state, loss curve, newest image, live.
 // A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
 
 import { CurveChart } from "./panel/curve_chart.js";
-import { build, setAttribute, setHidden, setText } from "./elements.js";
+import { build, buildImage, setAttribute, setHidden, setText } from "./elements.js";
 import { showProgress, showStatus } from "./panel/job_list.js";
 import { createTranslator } from "./translation.js";
 
@@ -16,7 +16,7 @@ export class JobView {
     const t = createTranslator(app);
     Object.assign(this, { jobs, t, id: null, isRecalled: false });
     Object.assign(this, { shown: null, askedAt: 0, timer: null });
-    this.chip = build("span", { class: "qel-status", role: "status" });
+    this.chip = build("span", { class: "qel-status" });
     this.text = build("span", { class: "qel-note" });
     this.bar = build("span", { class: "qel-progress-fill" });
     this.chart = new CurveChart({
@@ -24,7 +24,7 @@ export class JobView {
       height: CHART_HEIGHT,
       series: [{ name: "smoothed_loss", label: t("chart.loss"), color: "--qel-accent" }],
     });
-    this.image = build("img", { class: "qel-thumbnail", alt: "" });
+    this.image = buildImage({ class: "qel-thumbnail", alt: "" });
     const open = build(
       "button",
       { type: "button", class: "qel-button", onclick: () => showJob(this.id) },
@@ -80,14 +80,14 @@ export class JobView {
     this.askedAt = Date.now();
     this.shown = this.jobs.jobs.get(this.id);
     try {
-      const { metrics, pictures = [] } = await this.jobs.show(this.id);
+      const { metrics, pictures: images = [] } = await this.jobs.show(this.id);
       this.chart.show(metrics.step, metrics);
-      const newest = pictures
-        .filter((picture) => picture.kind === "sample")
+      const newest = images
+        .filter((image) => image.kind === "sample")
         .reduce((a, b) => (a && a.step >= b.step ? a : b), null);
       setHidden(this.image, !newest);
       if (newest) {
-        setAttribute(this.image, "src", this.jobs.getPictureUrl(this.id, newest.name));
+        setAttribute(this.image, "src", this.jobs.getImageUrl(this.id, newest.name));
         setAttribute(this.image, "alt", this.t("samples.step", { step: newest.step }));
       }
     } catch (error) {

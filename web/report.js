@@ -1,7 +1,7 @@
 // Shows what a node reported (matched keys, side path or merge, warnings) on the node itself.
 // A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
 
-import { buildLine, buildSummary, COLORS, findFinding, readFindings } from "./findings.js";
+import { buildLine, buildSummary, findFinding, readFindings } from "./findings.js";
 
 const MIN_HEIGHT = 64; // px, about four lines
 const NOTHING = readFindings(null);
@@ -9,24 +9,9 @@ const NOTHING = readFindings(null);
 export function createReportView(t) {
   const element = document.createElement("div");
   element.className = "qwen-edit-lora-report";
-  element.setAttribute("role", "status");
+  element.setAttribute("role", "group"); // a status would be read out whole after each run
   element.setAttribute("aria-label", t("report.label"));
   element.tabIndex = 0;
-  Object.assign(element.style, {
-    boxSizing: "border-box",
-    width: "100%",
-    height: "100%",
-    overflow: "auto",
-    padding: "6px 8px",
-    borderRadius: "6px",
-    borderLeft: "3px solid transparent",
-    background: "var(--comfy-input-bg, #222)",
-    color: "var(--input-text, #ddd)",
-    font: "11px/1.45 ui-monospace, monospace",
-    whiteSpace: "pre-wrap",
-    overflowWrap: "anywhere",
-    userSelect: "text",
-  });
   const view = {
     element,
     text: "",
@@ -41,8 +26,7 @@ export function createReportView(t) {
         ...lines.map((line, index) => buildLine(line, matched[index])),
         ...unmatched.map((finding) => buildLine(finding.text, finding)),
       );
-      element.style.opacity = view.text ? "" : "0.6";
-      element.style.borderLeftColor = view.text ? COLORS[state] : "transparent";
+      element.dataset.state = view.text ? state : "waiting";
     },
   };
   view.show("", "fine");

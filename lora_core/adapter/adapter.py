@@ -69,7 +69,7 @@ class Adapter:
             )
         if beyond is not None:
             raise NonFiniteWeightsError(
-                f"{shorten(self.name)}: the delta of {beyond} is beyond what float32 holds, at "
+                f"{shorten(self.name)}: the delta of {beyond} exceeds the range of float32, at "
                 f"alpha {self.modules[beyond].alpha:g}; expected finite numbers. The file is "
                 "damaged or its alpha is wrong: use an earlier checkpoint."
             )

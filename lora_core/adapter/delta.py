@@ -73,7 +73,7 @@ def rotate(
     num_blocks, size, _ = blocks.shape
     if num_blocks * size != base.shape[0]:
         raise ShapeError(
-            f"{num_blocks} OFT blocks of size {size} turn {num_blocks * size} rows, but the base "
+            f"{num_blocks} OFT blocks of size {size} rotate {num_blocks * size} rows, but the base "
             f"weight has {base.shape[0]}; choose an adapter that was trained for this model"
         )
     skew = blocks - blocks.transpose(1, 2)

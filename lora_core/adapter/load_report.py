@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..findings import NOTE, WARNING, Finding, list_texts
-from ..text import join_counts, shorten, shorten_list
+from ..text import format_bytes, format_count, join_counts, shorten, shorten_list
 
 #: Of a key in the JSON. No trainer's comes near it; an untrusted one may fill the whole file.
 MAX_KEY = 500
@@ -87,8 +87,8 @@ class LoadReport:
         add(
             "alpha_not_finite",
             len(self.non_finite),
-            f"alpha is NaN or Inf in {len(self.non_finite)} modules; the rank stands in for "
-            f"it (scale 1): {shorten_list(self.non_finite, 2)}",
+            f"alpha is NaN or Inf in {format_count(len(self.non_finite), 'module')}; the rank is "
+            f"used instead (scale 1): {shorten_list(self.non_finite, 2)}",
         )
         add(
             "alpha_zero",
@@ -114,11 +114,11 @@ class LoadReport:
 
     def to_text(self) -> str:
         lines = [
-            f"{self.name}: matched {self.num_modules} modules, "
+            f"{self.name}: matched {format_count(self.num_modules, 'module')}, "
             f"{self.num_matched_keys} of {self.num_keys} keys",
             f"format {self.key_format} ({', '.join(p or 'no prefix' for p in self.prefixes)}), "
             f"{join_counts(self.kinds)}, {join_counts(self.dtypes)}, "
-            f"{self.size_bytes / 1e6:.1f} MB",
+            f"{format_bytes(self.size_bytes)}",
             f"rank {join_counts(self.ranks)}; scale {join_counts(self.scales)}; "
             f"alpha {join_counts(self.alphas)} from {join_counts(self.alpha_rules)}",
             f"targets {self.preset or 'custom'}; blocks {self.blocks or 'none'}"

@@ -45,9 +45,8 @@ class ModuleWeights(ABC):
         for name, tensor in self._parts.items():
             if tensor.numel() == 0:
                 raise EmptyPartError(
-                    f"{name} {tuple(tensor.shape)} holds no numbers. Such parts are saved from a "
-                    "sharded training (DeepSpeed ZeRO-3, FSDP) that was not gathered: save the "
-                    "whole adapter"
+                    f"{name} {tuple(tensor.shape)} is empty. Sharded training (DeepSpeed ZeRO-3, "
+                    "FSDP) saves such parts if they are not gathered: save the whole adapter"
                 )
         self._check()
         self._check_bias()

@@ -47,7 +47,7 @@ class Shards:
             for key, tensor in file.tensors.items():
                 if key in self.tensors:
                     raise FileError(
-                        f"{shorten(name)} holds {shorten(key)} in two files, and nothing tells "
+                        f"{shorten(name)} holds {shorten(key)} in two files, and it is unclear "
                         "which is meant; keep one model's files there and remove the others."
                     )
                 self.tensors[key] = tensor
@@ -103,7 +103,7 @@ class BaseFile:
         weight = self.weights.find(module_path)
         if weight is None:
             raise KeyFormatError(
-                f"{shorten(self.name)} lacks {module_path}; choose a whole diffusion model of "
+                f"{shorten(self.name)} lacks {module_path}; choose a complete diffusion model of "
                 "Qwen-Image-Edit."
             )
         return weight
@@ -148,8 +148,8 @@ def is_gguf(path: Path) -> bool:
             return file.read(4) == b"GGUF"
     except MissingFileError:
         raise MissingFileError(
-            f"{shorten(path.name)} is not there; expected a diffusion model of Qwen-Image-Edit, as "
-            "a .safetensors or .gguf file or a diffusers folder."
+            f"{shorten(path.name)} does not exist; expected a diffusion model of Qwen-Image-Edit, "
+            "as a .safetensors or .gguf file or a diffusers folder."
         ) from None
     except OSError as e:
         raise FileError(f"{shorten(path.name)} cannot be read: {e.strerror}.") from None

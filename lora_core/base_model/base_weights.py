@@ -226,7 +226,7 @@ def find_prefix(tensors: Mapping[str, AnyTensor], name: str) -> str:
                     return prefix
     example = shorten(next(iter(tensors), "none"))
     raise KeyFormatError(
-        f"{shorten(name)} is no Qwen-Image model: none of its {len(tensors)} keys is like "
+        f"{shorten(name)} is not a Qwen-Image model: none of its {len(tensors)} keys is like "
         f"'transformer_blocks.0.attn.to_q.weight' (the first is {example!r}). Choose a diffusion "
         "model of Qwen-Image or Qwen-Image-Edit."
     )

@@ -161,7 +161,7 @@ def check_header(path: Path) -> int:
         walk = HeaderWalk(path, file, size)
         version = walk.read("I")
         if not version & 0xFFFF:
-            raise refuse(path, "its numbers are big-endian, which nothing here reads")
+            raise refuse(path, "its numbers are big-endian, which is not supported")
         num_tensors, num_values = walk.read("Q"), walk.read("Q")
         for _ in range(num_values):
             walk.skip_text()
@@ -203,7 +203,9 @@ class HeaderWalk:
         elif kind == ARRAY:
             inner, count = self.read("I"), self.read("Q")
             if inner == ARRAY or count > MAX_ARRAY:
-                raise refuse(self.path, "its header holds an array of arrays, or too long a one")
+                raise refuse(
+                    self.path, ("its header holds an array of arrays, or an array that is too long")
+                )
             if inner in NUMBER_BYTES:
                 self.skip(count * NUMBER_BYTES[inner])
             else:
@@ -224,7 +226,7 @@ class HeaderWalk:
             raise refuse(self.path, "a tensor is larger than the file")
         self.skip(4)  # its type
         if self.read("Q") > self.size:
-            raise refuse(self.path, "a tensor begins behind the file's end")
+            raise refuse(self.path, "a tensor begins after the file's end")
 
 
 def import_gguf():

@@ -113,7 +113,7 @@ def compute_shape(name: str, width: int = WIDTH) -> tuple[int, int]:
     if name in TOP_LINEARS:
         return TOP_LINEARS[name]
     if name not in BLOCK_LINEARS:
-        raise TargetError(f"{name!r} is no Linear of a block; expected one of {BLOCK_LINEARS}")
+        raise TargetError(f"{name!r} is not a Linear of a block; expected one of {BLOCK_LINEARS}")
     out_multiple, in_multiple = _MULTIPLES.get(name, (1, 1))
     return out_multiple * width, in_multiple * width
 
@@ -186,7 +186,8 @@ def parse_block_ranges(text: str) -> frozenset[int] | None:
         match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", item)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise TargetError(
-                f"{shorten(item.strip())!r} is no block range; expected numbers and ranges such as "
+                f"{shorten(item.strip())!r} is not a block range; expected numbers and ranges such "
+                "as "
                 '"0-19, 40", or nothing for all blocks'
             )
         blocks.update(range(int(match[1]), int(match[2] or match[1]) + 1))

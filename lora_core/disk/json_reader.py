@@ -28,7 +28,7 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
 
     Raises:
         MissingFileError: there is no such path.
-        FileError: it cannot be opened, is no regular file, is larger than `max_bytes`, or is not
+        FileError: it cannot be opened, is not a regular file, is larger than `max_bytes`, or is not
             what `parse_json` takes.
     """
     return parse_json(read_bytes(path, max_bytes), Path(path).name)
@@ -82,7 +82,7 @@ def check_object(value: Any, name: str) -> dict[str, Any]:
 
 def describe_kind(value: Any) -> str:
     """What a JSON value is, for a message that expected another kind: "a list", "null", ..."""
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
     return "null" if value is None else kinds.get(type(value), "a number")
 
 
@@ -95,7 +95,7 @@ _TOO_LARGE = "it holds a number that is too large"
 
 
 def refuse_constant(name: str) -> NoReturn:
-    raise _Refused(f"it holds {name}, which is no JSON number")
+    raise _Refused(f"it holds {name}, which is not a JSON number")
 
 
 def check_values(value: Any) -> None:

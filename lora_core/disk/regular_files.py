@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import DeniedFileError, FileError, MissingFileError
-from ..text import shorten
+from ..text import format_bytes, shorten
 
 #: No file that is read whole as text comes near it.
 MAX_TEXT_BYTES = 64 << 20
@@ -41,14 +41,14 @@ def open_regular(path: str | os.PathLike[str], shown: str = "") -> BinaryIO:
     try:
         descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingFileError(f"{name} is not there (any more); expected a file.") from None
+        raise MissingFileError(f"{name} does not exist; expected a file.") from None
     except OSError as e:
         if os.path.isdir(path):  # noqa: PTH112 - Windows opens none; Path.is_dir may raise
             raise FileError(f"{name} is a folder; expected a file.") from None
         kind = DeniedFileError if isinstance(e, PermissionError) else FileError
         raise kind(f"{name} cannot be opened: {e.strerror}.") from None
     except ValueError:  # a null character or half a surrogate pair
-        raise FileError(f"{name!r} is no name of a file; expected one.") from None
+        raise FileError(f"{name!r} is not a file name; expected one.") from None
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
@@ -76,7 +76,7 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) ->
             raise kind(f"{name} cannot be read: {e.strerror}.") from None
     if len(data) > max_bytes:
         raise FileError(
-            f"{name} is larger than {max_bytes / 1e6:,.3g} MB; expected a file of text. Remove or "
+            f"{name} is larger than {format_bytes(max_bytes)}; expected a file of text. Remove or "
             "replace it."
         )
     return data

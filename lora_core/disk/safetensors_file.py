@@ -233,13 +233,12 @@ def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
         found = path.stat()
     except FileNotFoundError:
         raise MissingFileError(
-            f"{name} is not there any more; expected {expected}. Put it back, or choose another "
-            "one."
+            f"{name} does not exist; expected {expected}. Put it back, or choose another one."
         ) from None
     except OSError as e:
         raise FileError(f"{name} cannot be opened: {e.strerror}.") from None
     except ValueError:  # a null character or half a surrogate pair
-        raise FileError(f"{name!r} is no name of a file; expected {expected}.") from None
+        raise FileError(f"{name!r} is not a file name; expected {expected}.") from None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
@@ -261,22 +260,22 @@ def open_checked(path: Path, expected: str = LORA_FILE):
     # The first 8 bytes of safetensors are a size, which may look like a pickle's; then comes "{".
     if start.startswith(PICKLE_STARTS) and start[8:9] != b"{":
         raise FileError(
-            f"{name} is a PyTorch pickle, whatever its name says; expected safetensors. "
-            "Pickles can run code when opened and are refused: convert it where you trust it."
+            f"{name} is a PyTorch pickle, despite its name; expected safetensors. Pickles can run "
+            "code when opened and are refused: if you trust it, convert it."
         )
     if start.startswith(b"GGUF"):
         raise FileError(f"{name} is a GGUF file; expected {expected} in safetensors format.")
     header_size = int.from_bytes(start[:8], "little")
     if size < 8 or 8 + header_size > size:
         raise FileError(
-            f"{name} ends early: {size:,} bytes, but its header alone claims "
-            f"{header_size:,}. It is truncated or no safetensors file: download or copy it again."
+            f"{name} ends early: {size:,} bytes, but its header alone claims {header_size:,}. It "
+            "is truncated or not a safetensors file: download or copy it again."
         )
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:  # bytes that are not UTF-8, which safetensors cannot open
         raise FileError(
-            f"{name}: this name or its folder's is not UTF-8 text; rename it."
+            f"{name}: this name, or that of its folder, is not UTF-8 text; rename it."
         ) from None
     try:
         return safe_open(path, framework="pt", device="cpu")

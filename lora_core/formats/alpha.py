@@ -107,7 +107,7 @@ class AlphaRules:
 
 
 def report_foreign_config(config: PeftConfig, why: str) -> Finding:
-    text = f"{config.source} beside the file is another adapter's ({why}), so it is not used"
+    text = f"{config.source} next to the file belongs to another adapter ({why}), so it is not used"
     return Finding("config_of_another", WARNING, text, 1)
 
 
@@ -146,7 +146,7 @@ def find_alpha_rules(
         except MissingFileError:
             pass
         except FileError as e:
-            text = f"{str(e).rstrip('.')}, so what it says of alpha is lost"
+            text = f"{str(e).rstrip('.')}, so its alpha is lost"
             findings.append(Finding("config_unreadable", WARNING, text, 1))
             unreadable = unreadable or what
     is_kohya = "kohya" in key_formats
@@ -186,6 +186,6 @@ def note_unused_field(metadata: Mapping[str, str]) -> list[Finding]:
         return []
     text = (
         f"the header's {KOHYA_ALPHA} ({shorten(metadata[KOHYA_ALPHA], 20)}) is not used: "
-        "converters that put alpha into the tensors leave it behind"
+        "converters that store alpha in the tensors leave it in the header"
     )
     return [Finding("alpha_field_unused", NOTE, text, 1)]

@@ -99,7 +99,7 @@ BOFT = "BOFT, which is not supported; use ComfyUI's LoraLoader"
 MAX_EXAMPLE = 130
 NO_USE = "has no use in a module of this kind"
 NO_BIAS = "changes a bias, and Qwen-Image's norms have none"
-FUSED = "fuses query, key and value in a way that cannot be taken apart"
+FUSED = "fuses query, key and value in a way that cannot be split"
 
 
 class ModuleBuilder:

@@ -128,7 +128,7 @@ def write_adapter(
         ConfigError: unknown format, one that cannot express the adapter's kinds, no modules, or
             metadata that no header can hold.
         KeyFormatError: a tensor without data, or another that no file can hold.
-        FileError: the path is no name of a file, or the folder or disk does not take the file;
+        FileError: the path is not a file name, or the folder or disk does not take the file;
             nothing is left behind.
     """
     path = check_name(path)
@@ -170,7 +170,7 @@ def check_name(path: str | os.PathLike[str]) -> Path:
         shown = f"a {type(path).__name__}"
     except UnicodeEncodeError:
         shown = repr(shorten(found.name))
-    raise FileError(f"{shown} is no name of a file; expected one.")
+    raise FileError(f"{shown} is not a file name; expected one.")
 
 
 def write_peft_config(lora_config: Mapping[str, object], path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from ..adapter.weights import ModuleWeights
 from ..findings import NOTE, WARNING, Finding
-from ..text import shorten_list
+from ..text import format_count, shorten_list
 from .alpha import AlphaRules
 from .building import ModuleBuilder
 from .sources import Sources
@@ -37,27 +37,27 @@ def find_more(
         yield Finding("extreme_scale", WARNING, text, len(extreme))
     if builder.empty:
         text = (
-            f"{len(builder.empty)} modules have rank 0 and add nothing: "
+            f"{format_count(len(builder.empty), 'module')} of rank 0, without effect: "
             f"{shorten_list(builder.empty, 2)}"
         )
         yield Finding("rank_zero", NOTE, text, len(builder.empty))
     if builder.repeated:
         text = (
-            f"{len(builder.repeated)} modules stand alone and in a fused one; those alone are "
-            f"used: {shorten_list(builder.repeated, 2)}"
+            f"{format_count(len(builder.repeated), 'module')} both alone and in a fused one; the "
+            f"single ones are used: {shorten_list(builder.repeated, 2)}"
         )
         yield Finding("fused_repeated", WARNING, text, len(builder.repeated))
     if builder.num_split:
         text = (
-            f"query, key and value are fused in {builder.num_split} modules, which are split into "
-            "three each"
+            f"query, key and value are fused in {format_count(builder.num_split, 'module')}; each "
+            "is split into three"
         )
         yield Finding("fused_split", NOTE, text, builder.num_split)
     if sources.borrowed:
         key = sources.borrowed[0]
         text = (
-            f"{len(sources.borrowed)} alphas or magnitudes stand under another prefix than their "
-            f"modules' weights and are used, such as {key.key}"
+            f"{len(sources.borrowed)} alphas or magnitudes have another prefix than their modules' "
+            f"weights and are used, such as {key.key}"
         )
         yield Finding("other_prefix", NOTE, text, len(sources.borrowed))
     yield from report_rules(builder.rules, rules)
@@ -67,10 +67,15 @@ def report_rules(counts: Mapping[str, int], rules: AlphaRules) -> Iterator[Findi
     """Where alpha is taken by a rule that no specification states."""
     guessed = counts.get(rules.fallback, 0)
     if guessed:
-        text = f"alpha of {guessed} modules is the {rules.fallback}, so their scale is 1"
+        text = (
+            f"alpha of {format_count(guessed, 'module')} is the {rules.fallback}, so their scale "
+            "is 1"
+        )
         yield Finding("alpha_from_rank", NOTE, text, guessed)
     config = rules.config
     if config is not None and config.is_plain_field and counts.get(config.rule):
         number = counts[config.rule]
-        text = f"alpha of {number} modules is {config.alpha:g}, from {config.source}"
+        text = (
+            f"alpha of {format_count(number, 'module')} is {config.alpha:g}, from {config.source}"
+        )
         yield Finding("alpha_from_field", NOTE, text, number)

@@ -103,7 +103,7 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
     )
 )
 
-UNKNOWN_ENDING = "its ending is of no known adapter type"
+UNKNOWN_ENDING = "its ending belongs to no known adapter type"
 TOO_LONG = f"it has more than {MAX_KEY} characters, which no adapter's key has"
 #: Suffixes that are recognised and not supported, with a message for the user, and whether the
 #: module's other keys mean something else without this one.
@@ -120,10 +120,10 @@ _UNSUPPORTED = tuple(
         (r"\.[ab][12]\.weight", "GLoRA, which is not supported; use ComfyUI's LoraLoader", False),
         (
             r"\.set_weight|\.reshape_weight",
-            "a replaced weight, which is no LoRA; not supported",
+            "a replaced weight, which is not a LoRA; not supported",
             True,
         ),
-        (r"\.on_input|\.ia3_l(?:\.[^.]+)?", "IA3, which is no LoRA; not supported", False),
+        (r"\.on_input|\.ia3_l(?:\.[^.]+)?", "IA3, which is not a LoRA; not supported", False),
         (
             r"\.(?:lora_down|lora_up|proj_down|proj_up|smooth|smooth_orig)",
             "nunchaku's own format, packed for its kernels; use the file it was converted from",

@@ -116,7 +116,7 @@ def build_config(source: str, fields: Mapping[str, Any]) -> PeftConfig:
     start = fields.get("init_lora_weights")
     if not is_known_start(start):
         reader.complain(
-            "init_lora_weights", f"{shorten(repr(start), 40)}, a start that is not known here"
+            "init_lora_weights", f"{shorten(repr(start), 40)}, an unknown initialisation"
         )
     return PeftConfig(
         source,
@@ -212,14 +212,14 @@ def explain_unusable(source: str, fields: Mapping[str, Any]) -> str | None:
     start = find_moving_start(fields.get("init_lora_weights"))
     if start is not None:
         return (
-            f"was trained from a {start} start ({source}: init_lora_weights), which moved a part "
-            "of the model into the LoRA; on the plain model that part would count twice. Save it "
+            f"was trained from a {start} start ({source}: init_lora_weights), which moved part of "
+            "the model into the LoRA; on the plain model that part would count twice. Save it "
             "converted: PEFT's save_pretrained with path_initial_model_for_weight_conversion."
         )
     found = next((field for field in _OTHER_MATH if fields.get(field)), None)
     if found is not None:
         return (
             f"was trained as {_OTHER_MATH[found]} ({source}: {found}), whose modules compute "
-            "something else than a LoRA; expected a plain LoRA, DoRA, LoHa or LoKr."
+            "something other than a LoRA; expected a plain LoRA, DoRA, LoHa or LoKr."
         )
     return None

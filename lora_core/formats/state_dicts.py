@@ -33,7 +33,7 @@ def check_state_dict(state_dict: Any, name: str) -> None:
     for key, tensor in state_dict.items():
         if not isinstance(key, str):
             raise KeyFormatError(
-                f"{shorten(name)} has a key that is a {type(key).__name__}; expected texts such "
+                f"{shorten(name)} has a key that is a {type(key).__name__}; expected strings such "
                 "as 'transformer_blocks.0.attn.to_q.lora_A.weight'."
             )
         if not is_unicode(key):
@@ -80,14 +80,14 @@ def check_metadata(metadata: Any, name: str) -> None:
     if not isinstance(metadata, Mapping):
         raise ConfigError(
             f"the metadata of {shorten(name)} is a {type(metadata).__name__}; expected a dict of "
-            "texts."
+            "strings."
         )
     for key, value in metadata.items():
         for text in (key, value):
             if not isinstance(text, str):
                 raise ConfigError(
                     f"the metadata of {shorten(name)} has a {type(text).__name__} at "
-                    f"{shorten(str(key))!r}; expected texts alone."
+                    f"{shorten(str(key))!r}; expected strings only."
                 )
             if not is_unicode(text):
                 raise ConfigError(

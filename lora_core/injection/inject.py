@@ -28,7 +28,7 @@ from ..adapter.weights import DoraWeights, LoraWeights, ModuleWeights
 from ..base_model.module_paths import split_path
 from ..errors import ConfigError, ShapeError, TargetError
 from ..progress import Progress, ShouldStop, track
-from ..text import shorten_list
+from ..text import format_count, shorten_list
 from .initialization import compute_principal_factors, draw_down, make_generator
 from .layers import DoraLinear, LoraLinear, SharedInput, get_base_weight
 from .plan import (
@@ -144,9 +144,10 @@ class Injection:
         ]
         if unknown:
             raise TargetError(
-                f"{adapter.name} has {len(unknown)} modules that would not be trained and whose "
-                f"effect would be lost ({shorten_list(unknown, 3)}); the targets are "
-                f"{list_patterns(self.plan.settings.targets)}. Choose targets that include them."
+                f"{adapter.name} has {format_count(len(unknown), 'module')} that would not be "
+                f"trained and whose effect would be lost ({shorten_list(unknown, 3)}); the targets "
+                f"are {list_patterns(self.plan.settings.targets)}. Choose targets that include "
+                "them."
             )
         for path, weights in adapter.modules.items():
             if path in self.layers:
@@ -336,8 +337,8 @@ def check_weights(layer: LoraLinear, path: str, weights: ModuleWeights, name: st
         )
     if kind == "DoRA" and weights.magnitude.numel() != layer.out_features:
         raise ConfigError(
-            f"{name} has a magnitude per input column at {path}; training knows those per output "
-            "row only. Choose another file."
+            f"{name} has a magnitude per input column at {path}; training supports only one per "
+            "output row. Choose another file."
         )
 
 

@@ -26,7 +26,7 @@ from ..algebra.subspaces import (
 )
 from ..findings import WARNING, Finding
 from ..progress import Progress, ShouldStop, track
-from ..text import shorten_list
+from ..text import format_count, format_percent, shorten_list
 
 ENERGY_90 = 0.9
 
@@ -162,9 +162,9 @@ class Comparison(Relation):
     def to_text(self) -> str:
         lines = [
             f"a: {self.name_a}; b: {self.name_b}",
-            f"{len(self.modules)} modules compared, {len(self.only_in_a)} only in a, "
-            f"{len(self.only_in_b)} only in b (zero in the other)",
-            f"cosine {show(self.cosine)}; norm {self.norm_a:.4g} and {self.norm_b:.4g}, "
+            f"{format_count(len(self.modules), 'module')} compared, {len(self.only_in_a)} only in "
+            f"a, {len(self.only_in_b)} only in b (zero in the other)",
+            f"cosine {show(self.cosine)}; norm {self.norm_a:.3g} and {self.norm_b:.3g}, "
             f"b / a {show(self.norm_ratio)}; drift |b - a| / |a| {show(self.drift)}",
         ]
         for overlap, of in ((self.overlap, "all directions"), (self.overlap_90, "90 % of energy")):
@@ -176,12 +176,13 @@ class Comparison(Relation):
                 )
         if self.conflict is not None:
             lines.append(
-                f"stacked at strength 1: norm {self.norm_sum:.4g}, {self.norm_if_independent:.4g} "
-                f"if independent; {self.conflict:.2%} of the weaker deltas' energy is cancelled"
+                f"stacked at strength 1: norm {self.norm_sum:.3g}, {self.norm_if_independent:.3g} "
+                f"if independent; {format_percent(self.conflict)} of the weaker deltas' energy is "
+                "cancelled"
             )
             worst = max(self.modules, key=lambda path: self.modules[path].conflict or 0.0)
             if (self.modules[worst].conflict or 0.0) > 1e-4:
-                lines[-1] += f", most in {worst} ({self.modules[worst].conflict:.2%})"
+                lines[-1] += f", most in {worst} ({format_percent(self.modules[worst].conflict)})"
         for label, paths in (("only in a", self.only_in_a), ("only in b", self.only_in_b)):
             if paths:
                 lines.append(f"{label}: {shorten_list(paths, 3)}")
@@ -195,7 +196,8 @@ class Comparison(Relation):
             return ()
         reasons = [f"{path}: {reason}" for path, reason in self.not_comparable.items()]
         text = (
-            f"{len(reasons)} modules are not compared and in no figure: {shorten_list(reasons, 3)}"
+            f"{format_count(len(reasons), 'module')} left out of the comparison: "
+            f"{shorten_list(reasons, 3)}"
         )
         return (Finding("modules_not_compared", WARNING, text, len(reasons)),)
 
@@ -288,4 +290,4 @@ def compare_modules(a: ModuleWeights, b: ModuleWeights) -> ModuleComparison:
 
 
 def show(value: float | None) -> str:
-    return "undefined (a delta is zero)" if value is None else f"{value:.4g}"
+    return "undefined (a delta is zero)" if value is None else f"{value:.3g}"

@@ -204,7 +204,7 @@ def inspect_adapter(
     Raises:
         InterruptedError: `should_stop` returned True.
         FileError: a file is damaged, or was removed or changed meanwhile.
-        KeyFormatError: the base is no Qwen-Image model.
+        KeyFormatError: the base is not a Qwen-Image model.
     """
     weights_of_base = None if base is None else open_base(base)
     sampled = choose_sample(list(adapter.modules))
@@ -300,7 +300,7 @@ def inspect_module(
     else:
         delta = inspected.delta(None if base is None else base.values)
         if not delta.isfinite().all():
-            raise NonFiniteWeightsError("the delta beside this base holds NaN or Inf")
+            raise NonFiniteWeightsError("the delta relative to this base holds NaN or Inf")
         measures = measure_dense(delta)
     if delta is None and factors is None and base is not None:
         delta = inspected.delta()

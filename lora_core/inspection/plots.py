@@ -27,6 +27,7 @@ from ..drawing.style import (
     style_ticks,
 )
 from ..errors import ConfigError
+from ..text import format_count, format_percent
 from .entries import THRESHOLD, TO_POWER_OF_TWO
 from .statistics import get_statistic
 
@@ -47,7 +48,7 @@ COLUMN_LABELS = {
     "img_mod.1": "img_mod",
     "txt_mod.1": "txt_mod",
 }
-NO_STATISTICS, DELTA_IS_ZERO, NON_FINITE = "no figures", "delta is 0", "NaN or Inf"
+NO_STATISTICS, DELTA_IS_ZERO, NON_FINITE = "no statistics", "delta is 0", "NaN or Inf"
 #: Why a cell has no colour -> what is drawn there instead.
 MARKS = {
     DELTA_IS_ZERO: ("cross", "x", ORANGE),
@@ -67,7 +68,7 @@ def draw_heat_map(inspection: Inspection, statistic: str = "std") -> np.ndarray:
     """
     chosen = get_statistic(statistic)
     if chosen.needs_exact and inspection.modules and not inspection.is_exact:
-        return draw_message(f"{chosen.label}\n\nneeds exact: switch it on to look at every entry")
+        return draw_message(f"{chosen.label}\n\nneeds exact: turn it on to examine every entry")
     zero = [path for path, module in inspection.modules.items() if module.frobenius == 0]
     values = {path: chosen.read(module) for path, module in inspection.modules.items()}
     return draw_map(
@@ -221,9 +222,9 @@ def draw_histogram(inspection: Inspection, module_path: str | None = None) -> np
     """
     modules = choose_modules(inspection, module_path)
     if not modules:
-        return draw_message("no module with figures")
+        return draw_message("no module with statistics")
     if any(module.histogram is None for module in modules.values()):
-        return draw_message("histogram of the entries\n\nneeds exact: switch it on to see it")
+        return draw_message("histogram of the entries\n\nneeds exact: turn it on to see it")
     bins: dict[float, int] = {}
     for module in modules.values():
         for edge, number in module.histogram or ():
@@ -245,8 +246,8 @@ def draw_histogram(inspection: Inspection, module_path: str | None = None) -> np
     axes.set_xlabel("size of an entry of the delta", color=FOREGROUND, fontsize=SMALL)
     axes.set_ylabel("entries per doubling of size", color=FOREGROUND, fontsize=SMALL)
     below = sum(number for edge, number in bins.items() if edge < floor)
-    note = f"{len(modules)} modules, {total:,} entries"
-    note += f"; {below / total:.2%} left of the picture" if below else ""
+    note = f"{format_count(len(modules), 'module')}, {total:,} entries"
+    note += f"; {format_percent(below / total)} left of the plot" if below else ""
     add_note(figure, note)
     style_ticks(axes)
     return render(figure)
@@ -267,7 +268,7 @@ def describe_entries(
     """(place, line style, colour, label) of each line in the histogram."""
     chosen = inspection if module_path is None else modules[module_path]
     return [
-        (THRESHOLD, ":", ORANGE, f"1e-6: {chosen.fraction_below_1e6:.2%} are below"),
+        (THRESHOLD, ":", ORANGE, f"1e-6: {format_percent(chosen.fraction_below_1e6)} are below"),
         (chosen.std, "--", YELLOW, f"std {chosen.std:.2e}"),
         (largest, "-", FOREGROUND, f"largest {largest:.2e}"),
     ]
@@ -306,7 +307,13 @@ def draw_spectrum(inspection: Inspection, module_path: str | None = None) -> np.
     if len(curves) > 1:
         low, middle, high = np.nanpercentile(table, (10, 50, 90), axis=0)
         axes.fill_between(x, low, high, color=BLUE, alpha=0.3, linewidth=0, label="10 to 90 %")
-        axes.plot(x, middle, color=BLUE, linewidth=4, label=f"median of {len(curves)} modules")
+        axes.plot(
+            x,
+            middle,
+            color=BLUE,
+            linewidth=4,
+            label=(f"median of {format_count(len(curves), 'module')}"),
+        )
         ordered = sorted(modules, key=lambda path: compute_flatness(modules[path]))
         extremes = [(path, "steepest", VERMILION) for path in ordered[:NUM_EXTREMES]]
         rest = ordered[NUM_EXTREMES:]
@@ -322,7 +329,7 @@ def draw_spectrum(inspection: Inspection, module_path: str | None = None) -> np.
     axes.set(yscale="log", ylim=(min(lowest, 0.05), 1.3), xlim=(1, max(longest, 2)))
     if longest > 512:
         axes.set_xscale("log")
-    axes.set_xlabel("number of the singular value", color=FOREGROUND, fontsize=SMALL)
+    axes.set_xlabel("index of the singular value", color=FOREGROUND, fontsize=SMALL)
     axes.set_ylabel("over the largest", color=FOREGROUND, fontsize=SMALL)
     ranks = np.array([module.effective_rank for module in modules.values()])
     ends = "" if len(ranks) == 1 else f" (from {ranks.min():.1f} to {ranks.max():.1f})"
@@ -350,7 +357,7 @@ def choose_modules(
         return inspection.modules
     if module_path not in inspection.modules:
         raise ConfigError(
-            f"{module_path!r} is no module of {inspection.name} with figures; expected a path "
-            "such as 'transformer_blocks.0.attn.to_q', or nothing for all of them"
+            f"{module_path!r} is not a module of {inspection.name} with statistics; expected a "
+            "path such as 'transformer_blocks.0.attn.to_q', or nothing for all of them"
         )
     return {module_path: inspection.modules[module_path]}

@@ -65,8 +65,8 @@ def sort_modules(inspection: Inspection, sort_by: str = "std") -> list[str]:
     statistic = get_statistic(sort_by)
     if statistic.needs_exact and inspection.modules and not inspection.is_exact:
         raise ConfigError(
-            f"sorting by {sort_by!r} needs every entry, but this inspection left them out; "
-            "switch exact on, or sort by another figure"
+            f"sorting by {sort_by!r} needs every entry, but this inspection left them out; turn "
+            "exact on, or sort by another statistic"
         )
     return sorted(inspection.modules, key=read_badness(inspection, statistic))
 

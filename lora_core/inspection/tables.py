@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..findings import NOTE, WARNING, Finding
-from ..text import align, shorten_list
+from ..text import align, format_count, format_percent, shorten_list
 from .statistics import BY_BLOCK, STATISTICS, sort_modules
 
 if TYPE_CHECKING:
@@ -20,7 +20,10 @@ def needs_attention(inspection: Inspection) -> bool:
 
 def describe_verdict(inspection: Inspection) -> str:
     """The verdict, one sentence per line, then what could not be inspected."""
-    lines = [f"{inspection.name}: {len(inspection.modules)} modules", *inspection.verdict]
+    lines = [
+        f"{inspection.name}: {format_count(len(inspection.modules), 'module')}",
+        *inspection.verdict,
+    ]
     lines += [f"Warning: {finding.text}" for finding in find_skipped(inspection)]
     return "\n".join(lines)
 
@@ -30,7 +33,7 @@ def find_skipped(inspection: Inspection) -> list[Finding]:
     if not inspection.skipped:
         return []
     found = [f"{path}: {reason}" for path, reason in inspection.skipped.items()]
-    text = f"{len(found)} modules have no figures: {shorten_list(found, 2)}"
+    text = f"{format_count(len(found), 'module')} without statistics: {shorten_list(found, 2)}"
     severity = WARNING if inspection.misfits else NOTE
     return [Finding("modules_without_figures", severity, text, len(found))]
 
@@ -53,7 +56,6 @@ FORMATS = {
     "stable rank": ".1f",
     "energy rank 99 %": "d",
     "abs max": ".2e",
-    "fraction below 1e-6": ".2%",
 }
 
 
@@ -73,12 +75,16 @@ def build_table(inspection: Inspection, sort_by: str = "std") -> str:
     if sort_by != BY_BLOCK:
         end = "largest" if STATISTICS[sort_by].worst_is_large else "smallest"
         order = f"{end} {sort_by} first"
-    return "\n".join([f"{len(rows)} modules, {order}", *align([header, *rows])])
+    return "\n".join([f"{format_count(len(rows), 'module')}, {order}", *align([header, *rows])])
 
 
 def build_row(module_path: str, module: ModuleInspection, names: list[str]) -> list[str]:
-    cells = [format(STATISTICS[name].read(module), FORMATS[name]) for name in names]
+    cells = [show(STATISTICS[name].read(module), name) for name in names]
     return [module_path.removeprefix("transformer_blocks."), str(module.rank), *cells]
+
+
+def show(value: float, name: str) -> str:
+    return format(value, FORMATS[name]) if name in FORMATS else format_percent(value)
 
 
 def build_comparison_table(comparison: Comparison) -> str:
@@ -86,7 +92,9 @@ def build_comparison_table(comparison: Comparison) -> str:
     paths = sorted(comparison.modules, key=lambda path: read_cosine(comparison.modules[path]))
     header = ["module", "cosine", "norm a", "norm b", "b / a", "drift", "overlap"]
     rows = [build_comparison_row(path, comparison.modules[path]) for path in paths]
-    return "\n".join([f"{len(rows)} modules, lowest cosine first", *align([header, *rows])])
+    return "\n".join(
+        [f"{format_count(len(rows), 'module')}, lowest cosine first", *align([header, *rows])]
+    )
 
 
 def read_cosine(module: ModuleComparison) -> float:

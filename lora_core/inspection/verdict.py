@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..base_model import module_paths
 from ..findings import ERROR, NOTE, WARNING, Finding
-from ..text import shorten_list
+from ..text import format_count, format_percent, shorten_list
 
 if TYPE_CHECKING:
     from .inspection import Inspection, ModuleInspection
@@ -62,7 +62,7 @@ def judge_defects(inspection: Inspection) -> list[Finding]:
     found = []
     if inspection.non_finite:
         text = (
-            f"non-finite: {len(inspection.non_finite)} modules hold NaN or Inf "
+            f"non-finite: NaN or Inf in {format_count(len(inspection.non_finite), 'module')} "
             f"({shorten_list(inspection.non_finite, 2)}), as stored or times their alpha; training "
             "diverged or the file is damaged"
         )
@@ -88,8 +88,8 @@ def judge_defects(inspection: Inspection) -> list[Finding]:
         found.append(Finding(kind, WARNING, text, len(dead)))
     if inert:
         text = (
-            f"inert, not broken: {len(inert)} modules of block {last} never get a gradient, since "
-            f"the model discards their output ({shorten_list(inert, 4)})"
+            f"inert, not broken: {format_count(len(inert), 'module')} of block {last} without a "
+            f"gradient, since the model discards their output ({shorten_list(inert, 4)})"
         )
         found.append(Finding("inert", NOTE, text, len(inert)))
     return found
@@ -121,8 +121,8 @@ def judge_scale(inspection: Inspection) -> list[Finding]:
         module = inspection.modules[collapsed[0]]
         text = (
             f"collapsed rank: in {len(collapsed)} of {len(inspection.modules)} modules the "
-            f"effective rank is below {COLLAPSED:.0%} of the rank (for example "
-            f"{module.effective_rank:.1f} of {module.rank}); a smaller rank would hold the same"
+            f"effective rank is below {format_percent(COLLAPSED)} of the rank (for example "
+            f"{module.effective_rank:.1f} of {module.rank}); a lower rank would be enough"
         )
         found.append(Finding("collapsed_rank", WARNING, text, len(collapsed)))
     return found
@@ -141,7 +141,7 @@ def judge_merge(inspection: Inspection) -> list[Finding]:
         squares = sum((m.base.merge_error_measured * m.frobenius) ** 2 for m in measured)
         total = sum(m.frobenius**2 for m in measured)
         real = (squares / total) ** 0.5 if total else 0.0
-        checked = f", {real:.2g} by real rounding in {len(measured)} modules"
+        checked = f", {real:.2g} by real rounding in {format_count(len(measured), 'module')}"
     noise = f"rounding noise is {error:.2g} times the adapter (predicted{checked}; up to "
     noise += f"{MERGE_ERROR:g} is fine)"
     if error > MERGE_ERROR:
@@ -165,8 +165,8 @@ def judge_size(inspection: Inspection) -> Finding:
     if largest is not None:
         parts.append(f"largest entry {largest:.1e} ({GOOD_MAX[0]:g} to {GOOD_MAX[1]:g})")
         parts.append(
-            f"{inspection.fraction_below_1e6:.2%} of the entries below 1e-6 (under "
-            f"{GOOD_FRACTION:.0%})"
+            f"{format_percent(inspection.fraction_below_1e6)} of the entries below 1e-6 (under "
+            f"{format_percent(GOOD_FRACTION)})"
         )
     numbers = ", ".join(parts)
     if size >= SATURATED_STD:
@@ -180,7 +180,7 @@ def judge_size(inspection: Inspection) -> Finding:
     if size < low:
         text = f"faint: {numbers}; a strength above 1 may be needed"
         return Finding("faint", WARNING, text)
-    small = f"{numbers}; small entries are what a LoRA is made of"
+    small = f"{numbers}; small entries are normal in a LoRA"
     if largest is None or inspection.fraction_below_1e6 < GOOD_FRACTION:
         return Finding("healthy", NOTE, f"dense, small, healthy: {small}")
     return Finding("sparse", WARNING, f"healthy in size, but sparse: {small}")

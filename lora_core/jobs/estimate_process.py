@@ -84,8 +84,8 @@ def explain(errors: str, exit_code: int) -> str:
         return own[-1]
     if names_out_of_memory(errors):
         return (
-            "not even three blocks fit into the device's free memory; close what else uses it, or "
-            "choose a smaller storage or dataset"
+            "not even three blocks fit into the device's free memory; close other programs that "
+            "use it, or choose a smaller storage or dataset"
         )
-    last = lines[-1] if lines else "it said nothing"
+    last = lines[-1] if lines else "it reported nothing"
     return f"the estimate ended with exit code {exit_code}: {last[:300]}"

@@ -20,9 +20,9 @@ LOG_TAIL_BYTES = 16384
 OWN_SIGNALS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP", "SIGSYS")
 
 LOWER = "lower what the run needs and clone the job"
-LOOK_AT_LOG = "look at the end of the log"
-USE_ONE_GPU = "set NCCL_DEBUG=WARN to see what the GPUs lack to reach each other, or use one GPU"
-RESUME = "resume the job: it goes on from its last checkpoint"
+LOOK_AT_LOG = "read the end of the log"
+USE_ONE_GPU = "set NCCL_DEBUG=WARN to see why the GPUs cannot reach each other, or use one GPU"
+RESUME = "resume the job: it continues from its last checkpoint"
 
 
 def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
@@ -63,19 +63,20 @@ def explain_death(exit_code: int | None, folder: JobFolder, restarts: int = 0) -
     advice: tuple[str, ...] = (RESUME, LOOK_AT_LOG)
     if exit_code is None:
         sentence = (
-            f"the worker vanished{again} without a word: it was killed or the computer went down"
+            f"the worker disappeared{again} without a message: it was killed or the computer shut "
+            "down"
         )
     elif exit_code < 0:
         name = name_signal(-exit_code)
-        sentence = f"the worker was ended{again} by {name}"
+        sentence = f"the worker was terminated{again} by {name}"
         if name in OWN_SIGNALS:
             sentence = f"the worker crashed with {name}"
             advice = ("update the GPU's driver and PyTorch", LOOK_AT_LOG)
         elif name == "SIGKILL":
-            sentence += ", by hand or because the computer ran out of memory"
+            sentence += ", manually or because the computer ran out of memory"
             advice = ("free main memory, or choose a smaller model.storage", *advice)
     else:
-        sentence = f"the worker ended with exit code {exit_code} before it could say why"
+        sentence = f"the worker ended with exit code {exit_code} before it could report why"
         advice = (LOOK_AT_LOG,)
     return JobFailure(sentence=sentence, advice=advice, exit_code=exit_code, log_tail=tail)
 
@@ -121,7 +122,7 @@ def restart_or_fail(
         checkpoint_step=reached,
         restarts=restarts + 1,
         restarted_at_step=reached,
-        notes=(*state.notes, f"{failure.sentence}; it goes on after step {reached}")[-20:],
+        notes=(*state.notes, f"{failure.sentence}; it continues after step {reached}")[-20:],
     )
 
 

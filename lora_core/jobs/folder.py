@@ -62,7 +62,7 @@ class JobFolder:
         with contextlib.suppress(OSError):  # mostly there is none yet
             if not stat.S_ISREG((self.path / LOCK_FILE).lstat().st_mode):
                 raise FileError(
-                    f"{LOCK_FILE} of job {self.id} is no regular file; delete the job's folder"
+                    f"{LOCK_FILE} of job {self.id} is not a regular file; delete the job's folder"
                 )
 
     def open_log(self) -> BinaryIO:
@@ -141,7 +141,9 @@ class JobFolder:
         except FileError as e:
             raise self._explain_damage(name, e) from None
         if values.pop("version", None) != VERSION:
-            raise FileError(f"{name} of job {self.id} is of another version; delete the job")
+            raise FileError(
+                f"{name} of job {self.id} was written by another version; delete the job"
+            )
         return values
 
     def _read_bytes(self, name: str) -> bytes:
@@ -222,7 +224,7 @@ def restore(kind: type, values: Any) -> Any:
         ValueError: a value is not of its field's kind, or one without a default is missing.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{describe_kind(values)} where an object was expected")
+        raise ValueError(f"{describe_kind(values)} instead of an object")
     hints = get_hints(kind)
     known = {name: convert(hints[name], values[name], name) for name in hints if name in values}
     try:
@@ -260,7 +262,7 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     return value
 
 
-NAMES = {str: "a text", int: "a whole number", float: "a finite number"}
+NAMES = {str: "text", int: "a whole number", float: "a finite number"}
 
 
 def is_plain(value: Any, kind: type) -> bool:

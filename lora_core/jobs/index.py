@@ -148,7 +148,7 @@ class JobIndex:
                         )
                         return otherwise
                     self._warn_once(
-                        f"the job index was broken ({e}) and is made anew from the folders"
+                        f"the job index was damaged ({e}) and is rebuilt from the folders"
                     )
                     self._put_aside()
             return otherwise

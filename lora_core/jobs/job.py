@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checks import check_number
 from ..errors import ConfigError, LoraError
-from ..text import shorten
+from ..text import format_duration, shorten
 from ..training.config.config import TrainConfig
 
 #: Seconds without a heartbeat after which a live worker is reported as not responding.
@@ -49,6 +49,10 @@ class JobStatus(str, Enum):  # StrEnum needs Python 3.11
     @property
     def is_finished(self) -> bool:
         return self in (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+#: As the panel names them; the others are named by their value.
+STATUS_WORDS = {JobStatus.PENDING: "waiting", JobStatus.IN_PROGRESS: "running"}
 
 
 class Phase(str, Enum):
@@ -223,7 +227,7 @@ class Job:
     def describe(self) -> str:
         """State and progress in a line."""
         state = self.state
-        words = self.status.value.replace("_", " ")
+        words = STATUS_WORDS.get(self.status, self.status.value)
         if self.status is JobStatus.IN_PROGRESS and state.phase is not None:
             words = state.phase.value
         asked = self.request if self.status is JobStatus.IN_PROGRESS else None
@@ -233,8 +237,7 @@ class Job:
             words += ", but its worker does not answer; cancel it twice to end it"
         text = f"{words}, step {state.step} of {state.num_steps}"
         if state.remaining_s is not None:
-            minutes = round(state.remaining_s / 60)
-            text += f", {minutes // 60}:{minutes % 60:02} h left"
+            text += f", {format_duration(state.remaining_s)} left"
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -263,6 +266,6 @@ def check_id(job_id: object) -> str:
     """
     if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
         raise ConfigError(
-            f"{str(job_id)[:40]!r} is no job id; expected one such as 20260131-120000-0123abcd"
+            f"{str(job_id)[:40]!r} is not a job id; expected one such as 20260131-120000-0123abcd"
         )
     return job_id

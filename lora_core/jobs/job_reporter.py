@@ -67,7 +67,7 @@ class JobReporter:
     def add_alert(self, sentence: str) -> None:
         """Writes to the log and adds to the job's alarms, once each."""
         if sentence not in self.state.alarms:
-            log_line(f"alarm: {sentence}")
+            log_line(f"warning: {sentence}")
             self.update(alarms=(*self.state.alarms, sentence)[-20:])
 
     def report(self, report: StepReport) -> None:
@@ -117,7 +117,7 @@ class JobReporter:
                 if self._is_over:
                     return
                 if is_deleted(self.folder.path / STATE_FILE):
-                    log_line("the job's folder is gone; the worker ends")
+                    log_line("the job's folder no longer exists; the worker exits")
                     sys.stdout.flush()
                     os._exit(0)
                 if self.state.phase is Phase.LOADING:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..text import format_bytes
+
 SHARED_MEMORY = Path("/dev/shm")
 #: Of shared memory, for each process: NCCL makes several segments of about 10 MB.
 BYTES_PER_PROCESS = 2**27
@@ -38,8 +40,8 @@ def explain_shared_memory(num_processes: int, environment: Mapping[str, str]) ->
     if free >= num_processes * BYTES_PER_PROCESS:
         return None
     return (
-        f"only {free >> 20} MB of shared memory are free, too little for several GPUs; start the "
-        f"container with --shm-size=1g, or ComfyUI with {WITHOUT_SHARED_MEMORY}=1 in its "
+        f"only {format_bytes(free, 1024)} of shared memory are free, too little for several GPUs; "
+        f"start the container with --shm-size=1g, or ComfyUI with {WITHOUT_SHARED_MEMORY}=1 in its "
         "environment, which is slower"
     )
 

@@ -85,7 +85,7 @@ def read_image(folder: Path, name: str) -> bytes:
         FileError: it cannot be read.
     """
     if name not in {image.name for image in list_images(folder)}:
-        raise UnknownImageError(f"there is no picture {str(name)[:80]!r}; ask for the list again")
+        raise UnknownImageError(f"there is no image {str(name)[:80]!r}; reload the list")
     try:
         with open_inside(folder / name) as file:
             return file.read()

@@ -105,9 +105,9 @@ def try_folder(loras: Path, job_id: str) -> None:
         trial.touch()
         trial.unlink()
     except (OSError, ValueError) as e:  # ValueError: no name of any folder
-        reason = "it is not there" if isinstance(e, FileNotFoundError) else explain(e)
+        reason = "it does not exist" if isinstance(e, FileNotFoundError) else explain(e)
         raise FileError(
-            f"the loras folder cannot take the adapter: {shorten(reason, 200)}"
+            f"the adapter cannot be written to the loras folder: {shorten(reason, 200)}"
         ) from None
 
 
@@ -148,7 +148,7 @@ def read_header(file: BinaryIO) -> dict[str, Any]:
     start = file.read(8)
     (size,) = struct.unpack("<Q", start) if len(start) == 8 else (MAX_HEADER_BYTES + 1,)
     if size > MAX_HEADER_BYTES:
-        raise FileError("the adapter is no safetensors file")
+        raise FileError("the adapter is not a safetensors file")
     return parse_object(file.read(size), "the adapter's header")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from .job import Job, JobState, JobStateError, JobStatus, Request
+from .job import STATUS_WORDS, Job, JobState, JobStateError, JobStatus, Request
 
 
 def check_allowed(job: Job, request: Request) -> None:
@@ -21,7 +21,7 @@ def check_allowed(job: Job, request: Request) -> None:
         refused = status in (JobStatus.COMPLETED, JobStatus.FAILED)
     if refused:
         raise JobStateError(
-            f"job {job.id} is {status.value.replace('_', ' ')} and cannot be {what}"
+            f"job {job.id} is {STATUS_WORDS.get(status, status.value)} and cannot be {what}"
         )
 
 

@@ -21,7 +21,7 @@ MAX_NAME = 300
 #: Characters of why settings cannot be read.
 MAX_REASON = 200
 DAMAGED = "the settings in this LoRA are damaged"
-SET_UP_AGAIN = "set the training up anew"
+SET_UP_AGAIN = "set up the training again"
 
 
 def build_again(
@@ -62,13 +62,13 @@ def build_again(
         if len(found) == 1:
             table[key] = str(found[0])
         elif found:
-            missing.append(f"{what} {shorten(name)} is there {len(found)} times")
+            missing.append(f"{what} {shorten(name)} was found {len(found)} times")
         else:
-            missing.append(f"{what} {shorten(str(name))} is not here")
+            missing.append(f"{what} {shorten(str(name))} is missing")
     if missing:
         raise ConfigError(
             f"this LoRA cannot be trained again: {'; '.join(missing)}. Put what is missing where "
-            "it was under the same name, or set the training up anew with Train Edit LoRA"
+            "it was under the same name, or set up the training again with Train Qwen Edit LoRA"
         )
     try:
         return replace(config_from_dict(values), output="again")
@@ -81,7 +81,7 @@ def read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     text = metadata.get(CONFIG_KEY)
     if text is None:
         raise ConfigError(
-            "this LoRA says nothing of how it was trained; only those that Train Edit LoRA or "
+            "this LoRA does not say how it was trained; only those that Train Qwen Edit LoRA or "
             "python -m lora_core train made can be trained again"
         )
     try:

@@ -14,7 +14,7 @@ from ..progress import ShouldStop, track
 from ..training.data.latents import normalize
 from ..training.run.run import Run
 from ..training.run.session import Session
-from ..training.sampling.pictures import write_latents
+from ..training.sampling.images import write_latents
 from ..training.sampling.sampling import sample
 from .job import SampleSettings
 from .picture_writer import ImageWriter

@@ -123,7 +123,7 @@ class JobStore:
         last = None
         while True:
             if should_stop is not None and should_stop():
-                raise InterruptedError(f"waiting for job {job_id} was stopped; the job goes on")
+                raise InterruptedError(f"waiting for job {job_id} was stopped; the job continues")
             try:
                 job = self.catalog.read(folder)
             except BusyFileError:
@@ -462,7 +462,7 @@ def check_files(settings: JobSettings) -> None:
     for what, place in places:
         if place and not os.path.exists(place):  # noqa: PTH110 - Path's may raise
             raise FileError(
-                f"{what}, {shorten(Path(place).name)}, is not there (any more); choose another one"
+                f"{what}, {shorten(Path(place).name)}, does not exist; choose another one"
             )
 
 

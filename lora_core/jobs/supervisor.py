@@ -123,7 +123,7 @@ class Supervisor:
                 # Whatever it is, running jobs must stay supervised for the rest of the session.
                 if repr(e) != self._problem:
                     self._problem = repr(e)
-                    logger.exception("Qwen Edit LoRA: the training jobs could not be looked after")
+                    logger.exception("Qwen Edit LoRA: the training jobs could not be managed")
             self._stop.wait(TICK_INTERVAL)
 
     def tick(self) -> None:
@@ -344,7 +344,7 @@ class Supervisor:
 
     def _log_failure(self, job: Job, error: Exception) -> None:
         """As `_warn_once`, with the traceback."""
-        sentence = f"job {job.id} could not be looked after ({type(error).__name__})"
+        sentence = f"job {job.id} could not be managed ({type(error).__name__})"
         if sentence not in self._warned | self._warned_before:
             logger.error("Qwen Edit LoRA: %s.", sentence, exc_info=error)
         self._warned.add(sentence)

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import ConfigError
 from ..progress import ShouldStop
+from ..text import format_count, format_duration
 from ..training.command_line import describe_report, quiet_libraries
 from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
@@ -117,7 +118,7 @@ def run_job(
         if run.is_still_to_stop(stop):
             reporter.log(f"stopped after step {run.step}")
             return False
-        reporter.log(f"asked to go on after all; goes on after step {run.step}")
+        reporter.log(f"the stop was withdrawn; continues after step {run.step}")
         reporter.update(phase=Phase.TRAINING)
     stop.reset()
     take_sample(sampler, run.step, reporter, stop)
@@ -164,7 +165,8 @@ def take_sample(
     with sampling(sampler, reporter):
         seconds = sampler.make(step, stop)
         reporter.log(
-            f"sampled {len(sampler.indices)} pictures after step {step} in {seconds:.1f} s"
+            f"sampled {format_count(len(sampler.indices), 'image')} after step {step} in "
+            f"{format_duration(seconds)}"
         )
 
 
@@ -180,7 +182,7 @@ def sampling(sampler: Sampler, reporter: JobReporter | NullReporter) -> Iterator
         if not is_out_of_memory(e):
             raise
         sampler.indices = []
-        reporter.add_note("samples did not fit into memory; training goes on without them")
+        reporter.add_note("samples did not fit into memory; training continues without them")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     finally:

@@ -28,6 +28,7 @@ from ..drawing.style import (
     style_ticks,
 )
 from ..inspection.verdict import GOOD_STD
+from ..text import format_duration, format_number
 
 #: Points drawn per curve: each is the mean of the steps around it.
 MAX_POINTS = 1000
@@ -46,7 +47,7 @@ def draw_training(name: str, metrics: Sequence[Mapping[str, Any]], num_steps: in
         uint8 (height, width, 3).
     """
     if not metrics:
-        return draw_message("No step was taken yet: the loss will stand here.")
+        return draw_message("No step yet. The loss appears here after the first one.")
     from matplotlib.figure import Figure
 
     width, height = SIZE_PX
@@ -110,8 +111,8 @@ def describe(metrics: Sequence[Mapping[str, Any]]) -> str:
     """The latest metrics in a sentence."""
     last = metrics[-1]
     parts = [
-        f"loss {last['smoothed_loss']:.4f} (smoothed), learning rate {last['learning_rate']:.2g}, "
-        f"{last['seconds']:.2f} s a step"
+        f"loss {format_number(last['smoothed_loss'])} (smoothed), learning rate "
+        f"{last['learning_rate']:.2g}, {format_duration(last['seconds'])} per step"
     ]
     stds = [line["health"]["std"] for line in metrics if line.get("health")]
     if stds and math.isfinite(stds[-1]):

@@ -199,7 +199,7 @@ def finish_after_death(
         if reported is None:
             failure = JobFailure(
                 sentence=(
-                    f"process {dead + 1} of {group.count} was ended from outside, by hand or "
+                    f"process {dead + 1} of {group.count} was terminated from outside, manually or "
                     "because the computer ran out of memory"
                 ),
                 advice=(RESUME, LOOK_AT_LOG),
@@ -230,7 +230,7 @@ def finish_stopped(settings: JobSettings, folder: JobFolder, reporter: JobReport
         reporter.finish(JobStatus.PAUSED)
     elif reporter.is_terminated():
         failure = JobFailure(
-            sentence="the worker was told to end, as at a shutdown, and saved first"
+            sentence="the worker was asked to exit, as on shutdown, and saved first"
         )
         state = restart_or_fail(reporter.state, settings, reporter.state.step, failure)
         reporter.finish_as(state)

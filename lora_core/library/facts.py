@@ -19,7 +19,7 @@ from .metadata import OWN_CONFIG, clean, find_title, find_trigger_words
 QWEN_IMAGE = "Qwen-Image"
 NOT_OPENED = (
     "not opened: only .safetensors and .sft files are, since a pickle can run code when it is "
-    "read; convert it where you trust it"
+    "read; if you trust it, convert it"
 )
 
 

@@ -19,7 +19,7 @@ LEVELS = ("broken", "warning", "unknown", "healthy")
 _LEVELS_BY_SEVERITY = {ERROR: "broken", WARNING: "warning", NOTE: "healthy"}
 
 #: Not kept: the next session tries again.
-UNEXPECTED = "it could not be inspected, for a reason that stands in ComfyUI's log"
+UNEXPECTED = "it could not be inspected; ComfyUI's log says why"
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def check_id(adapter_id: object) -> str:
     """
     if not isinstance(adapter_id, str) or not _ID.fullmatch(adapter_id):
         raise ConfigError(
-            f"{str(adapter_id)[:40]!r} is no adapter's id; expected 16 digits such as "
+            f"{str(adapter_id)[:40]!r} is not an adapter id; expected 16 digits such as "
             "0123456789abcdef, from the list of adapters"
         )
     return adapter_id
@@ -332,7 +332,7 @@ class AdapterLibrary:
             self._is_saved = True
         except FileError as e:
             self._can_save = False
-            logger.warning("Qwen Edit LoRA: adapters are looked at anew after a restart: %s", e)
+            logger.warning("Qwen Edit LoRA: adapters are read again after a restart: %s", e)
 
 
 def get_folders(files: Mapping[str, Path]) -> set[Path]:

@@ -23,7 +23,7 @@ from ..disk.safetensors_file import SafetensorsFile
 from ..disk.writing import explain, replace
 from ..errors import FileError, LoraError
 from ..progress import Progress, ShouldStop, track
-from ..text import shorten
+from ..text import format_bytes, format_count, shorten
 from ..training.data.dataset import (
     CACHED_ITEM,
     ITEMS_FOLDER,
@@ -216,9 +216,9 @@ def check_disk(
     needed = sum(estimate_bytes(one, text_width, reference_megapixels) for one in missing)
     if needed > free:
         raise FileError(
-            f"{len(missing)} pairs to encode need about {needed / 1e9:.1f} GB, but the disk of "
-            f"{show_store(store)} has {free / 1e9:.1f} GB free; free some space, or lower "
-            "megapixels."
+            f"encoding {format_count(len(missing), 'pair')} takes about {format_bytes(needed)}, "
+            f"but the disk of {show_store(store)} has {format_bytes(free)} free; free some space, "
+            "or lower megapixels."
         )
 
 

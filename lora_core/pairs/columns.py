@@ -121,7 +121,7 @@ def read_paths(value: object, place: str) -> list[str]:
     for path in values:
         if not isinstance(path, str):
             raise FileError(
-                f"{shorten(place)} is {describe_kind(path)}; expected the path of a picture."
+                f"{shorten(place)} is {describe_kind(path)}; expected the path of an image."
             )
     return [path for path in values if path.strip()]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import ConfigError
+from ..text import format_count
 from .images import ArrayImage
 from .pair import FoundPairs, Pair
 
@@ -28,14 +29,14 @@ def build_graph_pairs(
     number = len(targets)
     if not references:
         raise ConfigError(
-            "targets are connected but no references; connect the pictures they are made from to "
+            "targets are connected but no references; connect the images they are made from to "
             "reference_1"
         )
     for slot, images in enumerate(references, 1):
         if len(images) not in (1, number):
             raise ConfigError(
-                f"reference_{slot} holds {len(images)} pictures and targets {number}; expected "
-                "as many, or one for all"
+                f"reference_{slot} holds {format_count(len(images), 'image')} and targets "
+                f"{number}; expected as many, or one for all"
             )
     texts = split_captions(captions, number)
     shared = [
@@ -51,7 +52,7 @@ def build_graph_pairs(
         )
         for i, target in enumerate(targets)
     ]
-    return FoundPairs("pictures from the graph", tuple(pairs))
+    return FoundPairs("images from the graph", tuple(pairs))
 
 
 def split_captions(captions: Sequence[str], number: int) -> list[str | None]:
@@ -65,7 +66,7 @@ def split_captions(captions: Sequence[str], number: int) -> list[str | None]:
         return [None] * number
     if len(texts) not in (1, number):
         raise ConfigError(
-            f"captions holds {len(texts)} lines and targets {number} pictures; expected as many, "
-            "or one for all"
+            f"captions holds {format_count(len(texts), 'line')} and targets "
+            f"{format_count(number, 'image')}; expected as many, or one for all"
         )
     return [*texts] * (number if len(texts) == 1 else 1)

@@ -188,7 +188,7 @@ def open_image(path: Path, name: str) -> Iterator[Image.Image]:
                 f"{MAX_SIDE_PX:,} px a side. Scale it down: training uses about one million."
             ) from None
         except Image.UnidentifiedImageError:
-            what = "no picture that can be read" if file.seek(0, 2) else "an empty file"
+            what = "not a readable image" if file.seek(0, 2) else "an empty file"
             raise FileError(
                 f"{name} is {what}; expected a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF of 8 or 16 "
                 "bits. Save it again, or remove it."

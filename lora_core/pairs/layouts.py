@@ -61,8 +61,8 @@ def ignore_lists(listing: Listing) -> list[Problem]:
     if not listing.lists:
         return []
     text = (
-        f"files that may list pairs, not read beside reference_folders: {len(listing.lists)}, such "
-        f"as {list_some(listing.lists, listing.root, 1)}"
+        "files that may list pairs, not read together with reference_folders: "
+        f"{len(listing.lists)}, such as {list_some(listing.lists, listing.root, 1)}"
     )
     return [Problem(Level.NOTE, "list_unused", text, count=len(listing.lists))]
 
@@ -80,12 +80,12 @@ def find_layout(listing: Listing, others: Sequence[Listing], is_allowed: IsAllow
     name = shorten(listing.root.name)
     if not listing.num_images:
         raise FileError(
-            f"{name} holds no pictures; expected pairs of PNG, JPEG or WebP files "
+            f"{name} holds no images; expected pairs of PNG, JPEG or WebP files "
             "with captions. Put them there, or correct the folder."
         )
     if listing.num_images == 1 and not others:
         raise FileError(
-            f"{name} holds one picture; expected pairs: a target, one to {MAX_REFERENCES} "
+            f"{name} holds one image; expected pairs: a target, one to {MAX_REFERENCES} "
             "references and a caption. Add what it is made from."
         )
     for find in (collect_folders, collect_endings, collect_folder_per_pair, collect_starts):
@@ -96,6 +96,6 @@ def find_layout(listing: Listing, others: Sequence[Listing], is_allowed: IsAllow
     paths = [paths[0] for paths in list(listing.images.values())[:3]]
     names = ", ".join(shorten(path.name, 40) for path in paths)
     raise FileError(
-        f"{name} holds {listing.num_images} pictures ({names}, ...) whose names form no pairs; "
+        f"{name} holds {listing.num_images} images ({names}, ...) whose names form no pairs; "
         f"{suggest_names(listing)}"
     )

@@ -107,8 +107,8 @@ class Listing:
         if self.links:
             text = (
                 f"links to folders that are not followed: {len(self.links)}, such as "
-                f"{list_some(self.links, self.root, 1)}; they lead outside the allowed folders, "
-                "in a circle, or stand below another link"
+                f"{list_some(self.links, self.root, 1)}; they lead outside the allowed folders, in "
+                "a circle, or are below another link"
             )
             problems.append(Problem(Level.WARNING, "links_left_out", text, count=len(self.links)))
         return problems

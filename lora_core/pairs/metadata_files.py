@@ -62,7 +62,7 @@ def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, li
         elif not NAMES.fullmatch(path.name) and not any(
             map(ListReader(table, listing.root, is_allowed).has_files, pairs[:MAX_TRIED])
         ):
-            text = f"{table.name} is not used, since it names no pictures that are there"
+            text = f"{table.name} is not used, since it names no images that are there"
             problems.append(Problem(Level.WARNING, "list_unused", text))
         elif chosen is None:
             chosen = table
@@ -119,7 +119,7 @@ def report_unlisted(table: Table, listing: Listing, pairs: Sequence[Pair]) -> li
     if not unlisted:
         return []
     text = (
-        f"pictures that {table.name} does not list: {len(unlisted)}, such as "
+        f"images that {table.name} does not list: {len(unlisted)}, such as "
         f"{list_some(unlisted, listing.root, 1)}"
     )
     return [Problem(Level.NOTE, "pictures_unlisted", text, count=len(unlisted))]
@@ -180,7 +180,7 @@ class ListReader:
         columns = ", ".join(shorten(column, 30) for column in list(self._unused)[:4])
         count = max(self._unused.values())
         text = (
-            f"columns of {self.table.name} that name pictures and are not used: {columns}, in "
+            f"columns of {self.table.name} that name images and are not used: {columns}, in "
             f"{count} rows; references are read from control or edit_image, masks from mask"
         )
         return [Problem(Level.WARNING, "columns_unused", text, count=count)]
@@ -195,7 +195,7 @@ class ListReader:
     def _open_one(self, value: object, place: str) -> FileImage:
         paths = read_paths(value, place)
         if len(paths) != 1:
-            raise FileError(f"{place} is a list of {len(paths)}; expected the path of one picture.")
+            raise FileError(f"{place} is a list of {len(paths)}; expected the path of one image.")
         return self._open(paths[0])
 
     def _open(self, named: str) -> FileImage:

@@ -127,8 +127,8 @@ def choose_caption(row: Mapping[str, object], place: str) -> str | None:
     for value in found:
         if not isinstance(value, str):
             raise FileError(
-                f"the caption in {shorten(place)} is {describe_kind(value)}; expected a text. "
-                "Write one instruction there."
+                f"the caption in {shorten(place)} is {describe_kind(value)}; expected text. Write "
+                "one instruction there."
             )
         if value.strip():
             return value.strip()
@@ -139,7 +139,7 @@ def check_allowed(path: Path, is_allowed: IsAllowed) -> None:
     try:
         allowed = is_allowed(path)
     except (OSError, ValueError, RuntimeError):  # a name that no disk takes, links in a circle
-        raise FileError(f"{shorten(path.name)} is no path of a file; expected one.") from None
+        raise FileError(f"{shorten(path.name)} is not a file path; expected one.") from None
     if not allowed:
         raise FileError(
             f"{shorten(path.name)} leads outside the allowed folders; expected a file inside "

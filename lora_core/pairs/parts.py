@@ -110,16 +110,14 @@ class Builder:
         references = part.reference_paths
         if not part.targets:
             names = list_some(references + part.masks, root)
-            raise FileError(
-                f"{names} has no target; add the picture it shall become, or remove it."
-            )
+            raise FileError(f"{names} has no target; add the image it should become, or remove it.")
         if len(part.targets) > 1:
             names = list_some(part.targets, root, 2).replace(", ", " and ", 1)
             raise FileError(f"{names} are targets of the same name; remove or rename one.")
         name = shorten(describe_path(part.targets[0], root))
         if not references:
             raise FileError(
-                f"{name} has no reference; add the picture it is made from under the same name, "
+                f"{name} has no reference; add the image it is made from under the same name, "
                 "or remove it."
             )
         check_references(name, len(references))
@@ -151,11 +149,11 @@ class Builder:
             ]
         groups: list[tuple[Level, str, str, list[Path]]] = [
             (Level.WARNING, "captions_unused", "text files that belong to no pair", spare),
-            (Level.WARNING, "captions_second", "captions not used, for a .txt is there", second),
+            (Level.WARNING, "captions_second", "captions not used, since there is a .txt", second),
             (Level.NOTE, "json_unused", ".json files that are not read", plain_json),
             (Level.NOTE, "json_without_caption", ".json files without a caption", self._without),
             (Level.NOTE, "captions_from_json", "captions read from .json files", self._from_json),
-            (Level.NOTE, "captions_by_fallback", "captions by no known name", self._fallbacks),
+            (Level.NOTE, "captions_by_fallback", "captions with no known name", self._fallbacks),
         ]
         for level, kind, what, paths in groups:
             if paths:
@@ -199,7 +197,7 @@ def report_doubtful_references(parts: Sequence[Parts], root: Path) -> list[Probl
     if same:
         text = (
             f"references that differ only in the kind of file, all used: {len(same)}, such as "
-            f"{list_some(same, root, 2)}; remove what was left over"
+            f"{list_some(same, root, 2)}; remove leftover files"
         )
         problems.append(Problem(Level.WARNING, "references_same_name", text, count=len(same)))
     if masks:
@@ -237,8 +235,7 @@ def report_unused_images(parts: Sequence[Parts], listing: Listing) -> list[Probl
     if not spare:
         return []
     text = (
-        f"pictures that belong to no pair: {len(spare)}, such as "
-        f"{list_some(spare, listing.root, 1)}"
+        f"images that belong to no pair: {len(spare)}, such as {list_some(spare, listing.root, 1)}"
     )
     return [Problem(Level.WARNING, "pictures_unused", text, count=len(spare))]
 

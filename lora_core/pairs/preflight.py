@@ -98,7 +98,7 @@ class Preflight:
         first, *others = [problem.text for problem in stops]
         lines = [first]
         if others:
-            lines.append(f"More that stops the run: {len(others)}")
+            lines.append(f"More problems that stop the run: {len(others)}")
         for number, text in enumerate(others, 1):
             end = [] if number == len(others) else ["..."]
             if len("\n".join([*lines, text, *end])) > MAX_MESSAGE:
@@ -191,8 +191,8 @@ def complete_pair(pair: Pair, default_caption: str, max_references: int) -> Pair
         caption.encode()
     except UnicodeEncodeError:
         raise FileError(
-            f"the caption of {target} holds half of a surrogate pair, which is no character; write "
-            "it again."
+            f"the caption of {target} holds half of a surrogate pair, which is not a character; "
+            "write it again."
         ) from None
     return replace(pair, caption=caption)
 
@@ -200,8 +200,9 @@ def complete_pair(pair: Pair, default_caption: str, max_references: int) -> Pair
 def check_mask(pair: Pair) -> None:
     if pair.mask is not None and measure_brightness(pair.mask) < MIN_MASK_SHARE:
         raise FileError(
-            f"{shorten(pair.mask.name)} is black all over, so that nothing of "
-            f"{shorten(pair.target.name)} would count; paint white what shall, or remove the mask."
+            f"{shorten(pair.mask.name)} is entirely black, so that nothing of "
+            f"{shorten(pair.target.name)} would count; paint white what should count, or remove "
+            "the mask."
         )
 
 
@@ -242,7 +243,7 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
                 Level.WARNING,
                 "same_picture",
                 f"{shorten(pair.target.name)} and its reference {shorten(image.name)} are the "
-                "same picture; this pair teaches to change nothing",
+                "same image; this pair teaches the model to change nothing",
                 "target = reference",
             )
     target, first = facts.target, facts.references[0]
@@ -259,7 +260,7 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
             Level.WARNING,
             "enlarged",
             f"{shorten(pair.target.name)} is {target.width} x {target.height} px and "
-            f"would be enlarged to {size[0]} x {size[1]}; lower megapixels or use larger pictures",
+            f"would be enlarged to {size[0]} x {size[1]}; lower megapixels or use larger images",
             "small: enlarged",
         )
     found += inspect_caption(pair)
@@ -277,9 +278,9 @@ def inspect_caption(pair: Pair) -> list[Problem]:
         add(
             Level.WARNING,
             "caption_not_text",
-            f"the caption of {shorten(pair.target.name)} is {shorten(caption, 40)}, as a program "
-            "writes a list or nothing; write the instruction there",
-            "caption is no text",
+            f"the caption of {shorten(pair.target.name)} is {shorten(caption, 40)}, which looks "
+            "like the output of a program; write the instruction there",
+            "caption is not text",
         )
     token = TEMPLATE_TOKEN.search(caption)
     if token:
@@ -295,8 +296,8 @@ def inspect_caption(pair: Pair) -> list[Problem]:
         add(
             Level.WARNING,
             "placeholder",
-            f"the caption of {shorten(pair.target.name)} holds {placeholder[0]}, which is used as "
-            "it stands; put the trigger word there",
+            f"the caption of {shorten(pair.target.name)} holds {placeholder[0]}, which is used "
+            "unchanged; write the trigger word there",
             "placeholder in caption",
         )
     return found
@@ -351,7 +352,7 @@ def inspect_set(checked: Sequence[CheckedPair], name: str) -> list[Problem]:
             Level.STOP,
             "same_picture",
             f"in {len(same)} of {len(checked)} pairs of {shorten(name)} target and reference are "
-            "the same file; expected the edited picture as the target",
+            "the same file; expected the edited image as the target",
         )
     found += find_swaps([one.pair for one in checked], facts)
     for group in group_same_targets(checked):
@@ -363,7 +364,7 @@ def inspect_set(checked: Sequence[CheckedPair], name: str) -> list[Problem]:
             + (", ..." if len(group) > 3 else ""),
         )
     if len(checked) == 1:
-        add(Level.WARNING, "one_pair", "one pair only: a LoRA will learn it by heart")
+        add(Level.WARNING, "one_pair", "only one pair: a LoRA will memorise it")
     return found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..drawing.contact_sheet import Row, Tile, draw_sheet
-from ..text import align, shorten
+from ..text import align, format_count, shorten
 from .pair import Level, Problem
 from .preflight import CheckedPair, Preflight, count_sizes
 
@@ -113,7 +113,7 @@ def draw_pairs(preflight: Preflight) -> np.ndarray:
     rows = [Row("", tuple(tiles[i : i + per_row])) for i in range(0, len(tiles), per_row or 1)]
     rows = rows or [Row("no pair can be used", (Tile(None, ""),))]
     name = shorten(preflight.name)
-    title = f"{name}: {len(preflight.pairs)} pairs, references left, target right"
+    title = f"{name}: {format_count(len(preflight.pairs), 'pair')}, references left, target right"
     if len(pairs) > MAX_TILES:
         title += f"; {MAX_TILES} of them"
     whole = [p.text for p in preflight.problems if p.pair is None and p.level > Level.NOTE]
@@ -125,9 +125,9 @@ def build_tile(one: CheckedPair, problem: Problem | None, widest: int) -> Tile:
     images = [*one.pair.references, one.pair.target]
     blank = np.full((TILE_PX, TILE_PX, 3), GREY, np.uint8)
     frames = [blank] * (widest - len(images))
-    frames += [pad_to_square(picture.read_small(TILE_PX)) for picture in images]
+    frames += [pad_to_square(image.read_small(TILE_PX)) for image in images]
     gap = np.full((TILE_PX, GAP_PX, 3), BACKGROUND_GREY, np.uint8)
-    joined = [part for picture in frames for part in (gap, picture)][1:]
+    joined = [part for frame in frames for part in (gap, frame)][1:]
     target = one.facts.target
     size = f"{target.width} x {target.height}, trained at {one.size[0]} x {one.size[1]}"
     caption = cut_caption(one.pair.caption or "empty caption")
@@ -138,9 +138,9 @@ def build_tile(one: CheckedPair, problem: Problem | None, widest: int) -> Tile:
     return Tile(np.concatenate(joined, axis=1), one.pair.name, notes, is_marked=is_marked)
 
 
-def pad_to_square(picture: np.ndarray) -> np.ndarray:
+def pad_to_square(pixels: np.ndarray) -> np.ndarray:
     """The whole image in a square: tiles have one size, and nothing should be cropped."""
-    image = Image.fromarray(picture)
+    image = Image.fromarray(pixels)
     scale = TILE_PX / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)
     square = Image.new("RGB", (TILE_PX, TILE_PX), GREY)

@@ -83,8 +83,8 @@ def ask_about_sharing(facts: Sequence[PairFacts]) -> str | None:
         return None
     return (
         f"Are targets and references swapped? {len(facts)} pairs have only {len(targets)} "
-        f"different targets but {len(references)} different references, so different pictures "
-        "shall become the same one"
+        f"different targets but {len(references)} different references, so different images should "
+        "become the same one"
     )
 
 

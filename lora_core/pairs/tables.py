@@ -120,7 +120,7 @@ def read_cells(text: str, name: str, known_columns: Collection[str]) -> Iterator
         if any(cell.strip() for cell in spare):
             number_cells = len(values) + len(spare)
             fault = (
-                f"{shorten(name)}, row {number}, has {number_cells} cells where the header has "
+                f"{shorten(name)}, row {number}, has {number_cells} cells, but the header has "
                 f"{len(values)}; put texts with {delimiter!r} in quotes."
             )
             row = Row(row.values, fault)

@@ -42,7 +42,7 @@ def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tens
         weights: key and tensor, by ComfyUI's names.
 
     Raises:
-        ConfigError: it is no VAE of Qwen-Image or Wan 2.1, or its weights are not plain numbers.
+        ConfigError: it is not a VAE of Qwen-Image or Wan 2.1, or its weights are not plain numbers.
         FileError: the disk does not take it.
     """
     path = get_path(store, identity)
@@ -50,10 +50,10 @@ def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tens
         return path
     tensors = {key: tensor.detach() for key, tensor in weights if key.startswith(PARTS)}
     if find_fault(tensors) is not None:
-        raise ConfigError("it is no VAE of Qwen-Image or Wan 2.1")
+        raise ConfigError("it is not a VAE of Qwen-Image or Wan 2.1")
     for tensor in tensors.values():
         if hasattr(tensor, "_qdata") or tensor.is_meta or not tensor.is_floating_point():
-            raise ConfigError("its weights are not held in plain numbers")
+            raise ConfigError("its weights are not stored as plain numbers")
     # Copies: where a loader mapped a whole file, all share one storage, which cannot be saved.
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
     try:
@@ -77,7 +77,7 @@ def find_vae(dataset_folder: Path) -> Path | None:
 def get_path(store: Path, identity: object) -> Path:
     """Raises ConfigError for an invalid identity, so that no other path is ever built from it."""
     if not isinstance(identity, str) or not re.fullmatch(r"[0-9a-f]{8,128}", identity):
-        raise ConfigError(f"{str(identity)[:40]!r} does not tell a VAE")
+        raise ConfigError(f"{str(identity)[:40]!r} does not identify a VAE")
     return store / VAES_FOLDER / f"{identity}.safetensors"
 
 

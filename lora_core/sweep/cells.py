@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..disk.safetensors_file import shorten
 from ..errors import ConfigError
+from ..text import format_count
 
 MAX_CELLS = 64
 MAX_SEED_DIGITS = 20  # of 64 bits
@@ -54,8 +55,8 @@ def parse_label(text: str) -> Cell:
         strength = math.nan
     if not math.isfinite(strength):
         raise ConfigError(
-            f"{shorten(text)!r} is no label of a sweep; expected one such as "
-            "'strength=0.5 seed=7 lora=my_lora', or a bare number such as '0.5'"
+            f"{shorten(text)!r} is not a sweep label; expected one such as 'strength=0.5 seed=7 "
+            "lora=my_lora', or a bare number such as '0.5'"
         )
     if parts is None:
         return Cell(strength)
@@ -84,9 +85,9 @@ def build_cells(
     count = len(seeds) * (1 + len(adapters) * len(active))
     if count > MAX_CELLS:
         raise ConfigError(
-            f"this sweep has {count} pictures ({len(active)} strengths and 0, {len(seeds)} seeds, "
-            f"{len(adapters)} adapters); expected at most {MAX_CELLS}, so use fewer of them, such "
-            "as the strengths '0, 1, 2'"
+            f"this sweep has {count} images ({format_count(len(active), 'strength')} and 0, "
+            f"{format_count(len(seeds), 'seed')}, {format_count(len(adapters), 'adapter')}); "
+            f"expected at most {MAX_CELLS}, so use fewer of them, such as the strengths '0, 1, 2'"
         )
     names = adapters if len(adapters) > 1 else [""] * len(adapters)
     return [

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .picture_metrics import STEP
+from ..text import format_percent
+from .image_metrics import STEP
 
 if TYPE_CHECKING:
+    from .image_metrics import Appearance
     from .measures import CellMeasures
-    from .picture_metrics import Appearance
 
 NON_FINITE, BLACK, ONE_COLOUR, BURNT, NOISE = "NaN", "black", "one colour", "burnt colours", "noise"
 
@@ -65,19 +66,20 @@ def describe_damage(damage: str, measures: CellMeasures, reference: CellMeasures
     """The damage with its values and limits."""
     found, before = measures.appearance, reference and reference.appearance
     if damage == NON_FINITE:
-        return f"NaN or Inf in {found.non_finite:.0%} of the pixels, shown as black"
+        return f"NaN or Inf in {format_percent(found.non_finite)} of the pixels, shown as black"
     if damage in (BLACK, ONE_COLOUR):
         contrast = f"{damage} (contrast {found.contrast / STEP:.1f} of 255"
         if before is None:
             return f"{contrast}; below {FLAT_CONTRAST / STEP:g} there is nothing to see)"
         return (
-            f"{contrast}, {before.contrast / STEP:.1f} at strength 0; below {FLAT_RATIO:.0%} of "
-            "that nothing is left to see)"
+            f"{contrast}, {before.contrast / STEP:.1f} at strength 0; below "
+            f"{format_percent(FLAT_RATIO)} of that nothing is left to see)"
         )
     if damage == BURNT and before:
         return (
-            f"burnt colours ({found.burnt:.0%} of the pixels have one channel at 0 and another at "
-            f"255, {before.burnt:.0%} at strength 0; up to {BURNT_INCREASE:.0%} more is fine)"
+            f"burnt colours ({format_percent(found.burnt)} of the pixels have one channel at 0 and "
+            f"another at 255, {format_percent(before.burnt)} at strength 0; up to "
+            f"{format_percent(BURNT_INCREASE)} more is fine)"
         )
     if damage == NOISE and before:
         return (

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..text import format_percent
 from .strength_choice import TOP_CHANGE, choose_by_change, interpolate
 from .strength_grammar import parse_numbers
 
@@ -123,11 +124,14 @@ class Effect:
                 "it is untrained, or nothing of it was applied"
             )
         largest = max(active, key=lambda effect: effect.change)
-        parts = [f"changes the output by {largest.change:.1%} at strength {largest.strength:g}"]
+        parts = [
+            f"changes the output by {format_percent(largest.change)} at strength "
+            f"{largest.strength:g}"
+        ]
         for level in (VISIBLE, LARGE):
             strength = self.find_strength(level)
             if strength is not None:
-                parts.append(f"{level:.0%} at about {strength:.2g}")
+                parts.append(f"{format_percent(level)} at about {strength:.2g}")
         return "; ".join(parts)
 
 
@@ -168,4 +172,4 @@ def drop_nan(value: float) -> float | None:
 
 
 def format_change(value: float) -> str:
-    return f"{value:.3%}" if math.isfinite(value) else "NaN"
+    return format_percent(value) if math.isfinite(value) else "NaN"

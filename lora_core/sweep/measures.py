@@ -15,8 +15,9 @@ import torch
 
 from ..errors import ConfigError
 from ..progress import Progress, ShouldStop, track
+from ..text import format_count
 from .cells import MAX_CELLS, Cell, build_label, parse_label
-from .picture_metrics import (
+from .image_metrics import (
     SSIM_WINDOW,
     Appearance,
     Difference,
@@ -45,7 +46,7 @@ class CellMeasures:
     thumbnail: np.ndarray
     """uint8 (height, width, 3)."""
     change_thumbnail: np.ndarray | None
-    """float16 (height, width, 3): mean absolute difference to strength 0, 0 to 1."""
+    """float16 (height, width, 3): mean absolute difference from strength 0, 0 to 1."""
 
     @property
     def label(self) -> str:
@@ -153,11 +154,12 @@ def split_images(images: Sequence[torch.Tensor], labels: Sequence[str]) -> list[
         images = list(images[0].split(1))
     if len(images) != len(labels) or not labels:
         raise ConfigError(
-            f"there are {len(images)} pictures and {len(labels)} labels; expected one label per "
-            "picture, such as images and labels of Sweep Edit LoRA"
+            f"there are {format_count(len(images), 'image')} and "
+            f"{format_count(len(labels), 'label')}; expected one label per image, such as images "
+            "and labels of Sweep Qwen Edit LoRA"
         )
     if len(labels) > MAX_CELLS:
-        raise ConfigError(f"there are {len(labels)} pictures; expected at most {MAX_CELLS}")
+        raise ConfigError(f"there are {len(labels)} images; expected at most {MAX_CELLS}")
     return list(images)
 
 
@@ -169,12 +171,12 @@ def index_by_cell(
         cell = parse_label(label)
         if cell in by_cell:
             raise ConfigError(
-                f"two pictures have the label {build_label(cell)!r}; expected every label once"
+                f"two images have the label {build_label(cell)!r}; expected every label once"
             )
         by_cell[cell] = image
     if all(find_reference(cell, by_cell) is None for cell in by_cell):
         raise ConfigError(
-            "no picture is labelled 'strength=0', and a change can only be measured against it; "
+            "no image is labelled 'strength=0', and a change can only be measured against it; "
             "add strength 0 to the sweep"
         )
     return by_cell
@@ -185,13 +187,13 @@ def check_sizes(by_cell: Mapping[Cell, torch.Tensor]) -> None:
     for cell, image in by_cell.items():
         if image.shape[:3] != first.shape[:3]:
             raise ConfigError(
-                f"the pictures differ in size: {build_label(first_cell)!r} is "
+                f"the images differ in size: {build_label(first_cell)!r} is "
                 f"{describe_size(first)}, {build_label(cell)!r} is {describe_size(image)}; "
                 "expected the same size for all"
             )
     if min(first.shape[1:3]) < SSIM_WINDOW:
         raise ConfigError(
-            f"the pictures are {describe_size(first)}; expected at least {SSIM_WINDOW} pixels "
+            f"the images are {describe_size(first)}; expected at least {SSIM_WINDOW} pixels "
             "each way"
         )
 

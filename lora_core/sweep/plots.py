@@ -27,8 +27,8 @@ from ..drawing.style import (
     show_legend,
     style_ticks,
 )
+from .image_metrics import STEP
 from .measures import WHOLE, CellMeasures
-from .picture_metrics import STEP
 from .verdict import VISIBLE_RMS, find_main_side, show
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ MAX_FACTOR = 64
 UNCLIPPED = 0.99
 CURVE_COLOURS = (BLUE, ORANGE, YELLOW, "#009e73", "#cc79a7", FOREGROUND)
 CURVE_STYLES = ("-", "--", "-.", (0, (1, 1.5)))  # curves that coincide show both
-MISSING = "no picture"
+MISSING = "no image"
 
 
 def draw_contact_sheet(sweep: SweepMeasures, verdict: SweepVerdict) -> np.ndarray:
@@ -62,7 +62,7 @@ def draw_differences(sweep: SweepMeasures, verdict: SweepVerdict) -> np.ndarray:
         Row(heading, tuple(build_difference_tile(place, factor) for place in places))
         for heading, places in arrange(sweep)
     ]
-    title = f"difference to strength 0, x {factor}"
+    title = f"difference from strength 0, x {factor}"
     return draw_sheet(
         title, rows, [f"full brightness is a difference of {255 / factor:.3g} of 255 or more"]
     )
@@ -150,7 +150,7 @@ def draw_curve(verdict: SweepVerdict) -> np.ndarray:
         if any(point.rms is not None and point.strength != 0 for point in adapter.curve)
     }
     if not adapters:
-        return draw_message("change over strength\n\nno picture can be compared with strength 0")
+        return draw_message("change over strength\n\nno image can be compared with strength 0")
     width, height = SIZE_PX
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=BACKGROUND)
     figure.set_layout_engine("constrained", rect=(0.01, 0.01, 0.97, 0.98))
@@ -177,7 +177,7 @@ def draw_curve(verdict: SweepVerdict) -> np.ndarray:
         style_ticks(axes)
     seeds = max(point.num_seeds for a in adapters.values() for point in a.curve)
     spread = f"mean of {seeds} seeds, shaded from least to most; " if seeds > 1 else ""
-    add_note(figure, f"{spread}SSIM 1 is the structure of strength 0, 0 is none of it")
+    add_note(figure, f"{spread}SSIM 1: same structure as strength 0, 0: none in common")
     handles, _ = upper.get_legend_handles_labels()
     if len(handles) <= 8:
         show_legend(upper, "best")

@@ -16,7 +16,7 @@ from ..disk.safetensors_file import shorten
 from ..errors import ConfigError
 from .cells import MAX_CELLS
 
-#: What Apply Edit LoRA takes.
+#: What Apply Qwen Edit LoRA takes.
 MAX_STRENGTH = 100
 MAX_SEED = 2**64 - 1
 DEFAULT_POINTS = 5
@@ -128,6 +128,6 @@ def check_count(values: tuple, name: str, example: str) -> tuple:
 
 def describe_excess(count: int, name: str, example: str) -> str:
     return (
-        f"{name} asks for {count} values; a sweep has at most {MAX_CELLS} pictures, so expected "
+        f"{name} asks for {count} values; a sweep has at most {MAX_CELLS} images, so expected "
         f"fewer, such as {example}"
     )

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..text import align
+from ..text import align, format_count
 from .measures import INSIDE, OUTSIDE, WHOLE
 from .verdict import show
 
 if TYPE_CHECKING:
+    from .image_metrics import Difference
     from .measures import CellMeasures, SweepMeasures
-    from .picture_metrics import Difference
     from .verdict import SweepVerdict
 
 
 def build_sweep_table(sweep: SweepMeasures, verdict: SweepVerdict) -> str:
     """Change from strength 0, inside and outside the mask, and distance to the source."""
-    header = ["picture", "RMS", "PSNR", "SSIM"]
+    header = ["image", "RMS", "PSNR", "SSIM"]
     if sweep.has_mask:
         header += ["in RMS", "in SSIM", "out RMS", "out SSIM"]
     if sweep.has_source:
         header += ["source RMS", "source SSIM"]
     header.append("")
     rows = [build_row(measures, sweep, verdict) for measures in sweep.cells.values()]
-    about = f"{len(rows)} pictures; change from strength 0, RMS of 255, PSNR in dB"
+    about = f"{format_count(len(rows), 'image')}; change from strength 0, RMS of 255, PSNR in dB"
     return "\n".join([about, *(line.rstrip() for line in align([header, *rows]))])
 
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..findings import NOTE, WARNING, Finding
-from ..text import shorten_list
+from ..text import format_percent, shorten_list
 from .cells import Cell, build_label
 from .damage import describe_damage, find_damage
+from .image_metrics import STEP, VISIBLE_STEPS
 from .measures import INSIDE, OUTSIDE, WHOLE, CellMeasures, SweepMeasures
-from .picture_metrics import STEP, VISIBLE_STEPS
 
 NO_EFFECT, SMOOTH, UNEVEN, COLLAPSES, UNKNOWN = (
     *("no effect", "smooth", "uneven", "collapses"),
@@ -153,7 +153,7 @@ def judge_adapter(
     others = [m for m in cells if m.cell.strength != 0]
     if not any(m.change or m.cell in damages for m in others):
         return AdapterVerdict(
-            UNKNOWN, ("nothing to judge: no picture at another strength than 0",), curve
+            UNKNOWN, ("nothing to judge: no image at a strength other than 0",), curve
         )
     collapses_at = tuple(filter(None, (find_collapse(curve, side) for side in (-1, 1))))
     if collapses_at:
@@ -215,19 +215,19 @@ def is_without_effect(others: Sequence[CellMeasures]) -> bool:
 def describe_no_effect(others: Sequence[CellMeasures]) -> str:
     changes = {m.cell: m.change[WHOLE] for m in others if m.change}
     cell, worst = max(changes.items(), key=lambda item: item[1].rms)
-    images = "the picture" if len(changes) == 1 else f"all {len(changes)} pictures"
+    images = "the image" if len(changes) == 1 else f"all {len(changes)} images"
     if worst.largest == 0:
         return (
             f"no effect: {images} at other strengths equal strength 0 bit for bit; the LoRA was "
-            "not applied (look at the report of Load or Apply for its matched keys) or is "
-            "untrained (lora_B is 0; Inspect Edit LoRA tells)"
+            "not applied (see the report of Load or Apply for its matched keys) or is untrained "
+            "(lora_B is 0; Inspect Qwen Edit LoRA shows it)"
         )
     return (
         f"no effect: the largest change is RMS {show(worst.rms)} of 255 at strength "
         f"{cell.strength:g}, under {show(NO_EFFECT_RMS)}, and "
         f"{'no' if worst.visible == 0 else 'hardly any'} pixel changes by more than "
         f"{VISIBLE_STEPS} of 255: no display shows that; the LoRA is hardly trained, or reaches "
-        "few modules (Inspect Edit LoRA tells), or needs far higher strengths"
+        "few modules (Inspect Qwen Edit LoRA shows it), or needs far higher strengths"
     )
 
 
@@ -257,7 +257,8 @@ def judge_growth(curve: Sequence[CurvePoint]) -> tuple[str, str]:
             return UNEVEN, (
                 f"uneven: the change falls from RMS {show(low.rms)} of 255 at strength "
                 f"{low.strength:g} to {show(high.rms)} at {high.strength:g} (more than "
-                f"{DIP:.0%}); nothing collapses, but the picture takes another turn there"
+                f"{format_percent(DIP)}); nothing collapses, but the image turns into something "
+                "else there"
             )
     first = points[0]
     text = f"smooth: RMS {show(last.rms)} of 255 at strength {last.strength:g}, nothing collapses"
@@ -309,17 +310,17 @@ def describe_range(curve: Sequence[CurvePoint], suggested: tuple[float, float] |
     damaged = next((p for p in points if p.damage), None)
     if suggested is None:
         if damaged is points[0]:
-            return f"suggested range: between 0 and {damaged.strength:g}, where none was tried"
+            return f"suggested range: between 0 and {damaged.strength:g}, where none was tested"
         best = max(p.rms or 0 for p in points if not p.damage)
         return (
-            f"suggested range: none; the strengths that do not collapse change RMS {show(best)} "
-            f"of 255 at most, and {show(VISIBLE_RMS)} is where it is seen"
+            f"suggested range: none; the strengths that do not collapse change RMS {show(best)} of "
+            f"255 at most, and a change is visible from {show(VISIBLE_RMS)}"
         )
     low, high = suggested
-    end = "the last before the collapse" if damaged else "the highest that was tried"
+    end = "the last before the collapse" if damaged else "the highest tested"
     return (
-        f"suggested range: {low:g} (RMS {show(VISIBLE_RMS)} of 255, where a change is seen) to "
-        f"{high:g} ({end})"
+        f"suggested range: {low:g} (RMS {show(VISIBLE_RMS)} of 255, where a change becomes "
+        f"visible) to {high:g} ({end})"
     )
 
 

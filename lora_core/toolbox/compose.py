@@ -49,7 +49,7 @@ def resize_adapter(
     are those of the direction.
 
     Args:
-        rank: the highest rank of any module.
+        rank: the maximum rank of a module.
         energy: share of a module's squared Frobenius norm to keep, above 0 and up to 1; the
             smallest rank that does is taken. With both, `rank` is the limit.
 
@@ -73,7 +73,7 @@ def resize_adapter(
     notes = []
     kept = sum(parts[path].weights is weights for path, weights in adapter.modules.items())
     if kept:
-        notes.append(f"{kept} of {len(parts)} modules were small enough and stay as they are")
+        notes.append(f"modules small enough and unchanged: {kept} of {len(parts)}")
     if "DoRA" in adapter.kinds:
         notes.append("DoRA: energies are those of the direction; magnitudes are kept")
     adapter.release()

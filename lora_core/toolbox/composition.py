@@ -13,6 +13,7 @@ from ..algebra.truncation import Truncated
 from ..disk.json_reader import parse_json
 from ..errors import ConfigError, FileError
 from ..formats.files import build_state_dict, read_state_dict
+from ..text import format_percent
 
 HISTORY = "qwen_edit_lora.history"
 #: Metadata that would describe the original file.
@@ -41,10 +42,13 @@ class Composition:
         }
 
     def to_text(self) -> str:
-        lines = [self.adapter.report.to_text(), f"{self.total_retained:.4%} of the energy kept"]
+        lines = [
+            self.adapter.report.to_text(),
+            f"{format_percent(self.total_retained)} of the energy kept",
+        ]
         if self.retained:
             worst = min(self.retained, key=self.retained.__getitem__)
-            lines[-1] += f"; least in {worst} ({self.retained[worst]:.4%})"
+            lines[-1] += f"; least in {worst} ({format_percent(self.retained[worst])})"
         return "\n".join([*lines, *self.notes])
 
 

@@ -16,7 +16,7 @@ from ..base_model.base_weights import BaseWeights, open_base
 from ..disk.safetensors_file import AnyTensor
 from ..errors import ConfigError, KeyFormatError, NonFiniteWeightsError, ShapeError
 from ..progress import Progress, ShouldStop, track
-from ..text import shorten_list
+from ..text import format_count, shorten_list
 from .composition import Composition, build_composition, check_rank
 
 Source = BaseWeights | Mapping[str, AnyTensor] | str | os.PathLike[str]
@@ -90,7 +90,7 @@ def extract_adapter(
             "so there is nothing to extract; choose the model and its fine-tune."
         )
     if num_same:
-        notes.insert(0, f"{num_same} of {len(matrices)} Linears do not differ")
+        notes.insert(0, f"Linears that do not differ: {num_same} of {len(matrices)}")
     step = {"did": "extract", "rank": rank, "of": [tuned.name, base.name]}
     return build_composition(f"{tuned.name} - {base.name}", parts, {}, step, notes)
 
@@ -128,9 +128,12 @@ def compute_vectors(
     notes = []
     if found:
         num_biases = sum(name.endswith(".bias") for name in found)
-        notes.append(f"{num_biases} biases and {len(found) - num_biases} norms differ; included")
+        notes.append(
+            f"{format_count(num_biases, 'bias', 'biases')} and "
+            f"{format_count(len(found) - num_biases, 'norm')} included"
+        )
     if alone:
-        notes.append(f"{alone} biases and norms are in one model only and were left out")
+        notes.append(f"biases and norms in one model only, left out: {alone}")
     return found, notes
 
 
@@ -138,7 +141,7 @@ def check_finite(square: float, name: str) -> None:
     if not math.isfinite(square):
         raise NonFiniteWeightsError(
             f"{name} differs by NaN or Inf; expected finite weights. Check that both files are "
-            "whole."
+            "complete."
         )
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..text import format_bytes, format_duration
 
 #: They note on import which of their own optional parts are missing; nothing a user can use.
 NOISY_LOGGERS = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
@@ -22,12 +23,12 @@ def add_commands(commands) -> None:
     command.add_argument(
         "config", metavar="CONFIG.toml", help="such as lora_core/training/example.toml"
     )
-    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    command.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     command.add_argument("--json", action="store_true", help="one JSON object for each step")
     command.add_argument("--log-every", type=int, default=10, metavar="STEPS")
     command.set_defaults(run=run_train)
 
-    command = commands.add_parser("sample", help="pictures with a LoRA, of cached prompts")
+    command = commands.add_parser("sample", help="images with a LoRA, of cached prompts")
     command.add_argument("config", metavar="CONFIG.toml", help="as for train")
     command.add_argument("out", help="the folder to write to")
     command.add_argument("--adapter", metavar="FILE", help="without one: the base model alone")
@@ -43,10 +44,10 @@ def add_commands(commands) -> None:
     command.add_argument("config", metavar="CONFIG.toml", help="as for train")
     command.add_argument("--json", action="store_true")
     command.add_argument(
-        "--shared", action="store_true", help="ComfyUI computes on the same GPU meanwhile"
+        "--shared", action="store_true", help="ComfyUI uses the same GPU during the training"
     )
     command.add_argument(
-        "--samples", action="store_true", help="sample images are decoded meanwhile"
+        "--samples", action="store_true", help="sample images are decoded during the training"
     )
     command.set_defaults(run=run_estimate)
 
@@ -95,7 +96,7 @@ def run_train(options: argparse.Namespace) -> None:
         is_finished = step in (None, config.steps)
         path = f"{config.output}/{config.name}.safetensors"
         print_line(
-            f"wrote {path}" if is_finished else f"stopped after step {step}; --resume goes on"
+            f"wrote {path}" if is_finished else f"stopped after step {step}; --resume continues"
         )
 
 
@@ -105,9 +106,9 @@ def describe_report(report) -> str:
     return (
         f"step {report.step}/{report.num_steps}  loss {report.loss:.4f} "
         f"({report.smoothed_loss:.4f}){f' = {parts}' if parts else ''}  "
-        f"lr {report.learning_rate:.2e}  grad {report.grad_norm:.3g}  {report.seconds:.2f} s  "
-        f"{report.tokens_per_s:.0f} tokens/s  {report.memory_bytes / 2**30:.1f} GiB  "
-        f"{remaining_s // 3600}:{remaining_s // 60 % 60:02}:{remaining_s % 60:02} left"
+        f"lr {report.learning_rate:.2e}  grad {report.grad_norm:.3g}  "
+        f"{format_duration(report.seconds)}  {report.tokens_per_s:.0f} tokens/s  "
+        f"{format_bytes(report.memory_bytes, 1024)}  {format_duration(remaining_s)} left"
     )
 
 
@@ -160,7 +161,7 @@ def run_sample(options: argparse.Namespace) -> None:
     from .run.checkpoint import make_folder
     from .run.session import choose_device, load_model
     from .sampling.image_decoder import load_decoder
-    from .sampling.pictures import write_image, write_latents
+    from .sampling.images import write_image, write_latents
     from .sampling.sampling import applied, sample
 
     if options.steps < 1:
@@ -173,6 +174,8 @@ def run_sample(options: argparse.Namespace) -> None:
     adapter = read_adapter(options.adapter) if options.adapter else None
     model = load_model(config.model, device)
     decode = load_decoder(config.model.vae, device) if config.model.vae else None
+    if decode is None:
+        print("Only latents are written: set model.vae to also get images")
     make_folder(Path(options.out), "samples")
     with applied(model.transformer, adapter, options.strength):
         for index in indices:

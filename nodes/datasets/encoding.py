@@ -87,7 +87,7 @@ class PairEncoder:
                 raise ConfigError("it is patched")
             keep_vae(store, identity, host.list_weights(self.vae.patcher))
         except LoraError as e:
-            return f"trainings will show no pictures on the way, since the VAE is not kept: {e}"
+            return f"trainings will show no sample images, since the VAE cannot be kept: {e}"
         return ""
 
     @property

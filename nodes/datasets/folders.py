@@ -35,8 +35,8 @@ def find_dataset_folder(name: str) -> Path:
     found = next((path for path in map(find_composed, inside) if is_folder(path)), None)
     if not given or (found is None and len(inside) < len(tries)):
         raise FileError(
-            f"{shorten(given)!r} is outside the folders for training pictures; expected a folder "
-            f"inside ComfyUI's {', '.join(roots)}. Put the pictures there, or add their folder "
+            f"{shorten(given)!r} is outside the folders for training images; expected a folder "
+            f"inside ComfyUI's {', '.join(roots)}. Put the images there, or add their folder "
             "under 'datasets' in extra_model_paths.yaml."
         )
     if found is None:

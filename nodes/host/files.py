@@ -27,7 +27,7 @@ def find_lora(lora_name: str | None) -> Path:
     if not name or ".." in parts or Path(name).is_absolute() or ":" in name or "\0" in name:
         shown = shorten(name if isinstance(lora_name, str | None) else repr(lora_name))
         raise FileError(
-            f"{shown!r} is no name inside the loras folders; expected a file such as "
+            f"{shown!r} is not a name inside the loras folders; expected a file such as "
             "'my_lora.safetensors', chosen from the list."
         )
     try:
@@ -40,8 +40,8 @@ def find_lora(lora_name: str | None) -> Path:
         path = None
     if path is None:
         raise FileError(
-            f"{shorten(name)} is not in the loras folders (any more); expected one of the "
-            f"{len(list_loras())} files there. Put it into models/loras, press R, and choose it."
+            f"{shorten(name)} is not in the loras folders; expected one of the {len(list_loras())} "
+            "files there. Put it into models/loras, press R, and choose it."
         )
     return Path(path)
 
@@ -90,8 +90,8 @@ def find_training_base(model_name: str) -> Path:
         path = map_gguf_files().get(model_name)
         if path is None:
             raise FileError(
-                f"{shorten(model_name)!r} is not in the diffusion_models folders (any more); put "
-                "it into models/diffusion_models or models/unet, press R, and choose it."
+                f"{shorten(model_name)!r} is not in the diffusion_models folders; put it into "
+                "models/diffusion_models or models/unet, press R, and choose it."
             )
         return path
     return find_diffusion_model(model_name)
@@ -135,7 +135,7 @@ def choose_output_path(filename_prefix: str) -> Path:
         is_inside = folder_paths.is_within_directory(output, str(folder))
     except ValueError:  # a null character, or half a surrogate pair
         raise FileError(
-            f"{shorten(str(filename_prefix))!r} is no name of a file; expected one such as "
+            f"{shorten(str(filename_prefix))!r} is not a file name; expected one such as "
             "'loras/my_lora'."
         ) from None
     if not is_inside:

@@ -18,7 +18,7 @@ import torch
 from ...lora_core import ConfigError, FileError, ModuleWeights, compute_delta
 from ...lora_core.adapter.strengths import Strengths
 from ...lora_core.disk.safetensors_file import SafetensorsFile, StoredTensor, load, read_signature
-from ...lora_core.text import shorten
+from ...lora_core.text import format_count, shorten
 from .models import ModelPatcher
 
 
@@ -152,7 +152,7 @@ def add_merge(
         missing = [key for key in patches if key not in taken]
         if missing:
             raise ConfigError(
-                f"{len(missing)} modules of this MODEL, such as {missing[0]}, have no weight "
-                "or bias that a LoRA could be merged into. Use mode 'side path' or 'auto', without "
-                "torch.compile and other nodes that need merged weights."
+                f"{format_count(len(missing), 'module')} of this MODEL, such as {missing[0]}, "
+                "without a weight or bias that a LoRA could be merged into. Use mode 'side path' "
+                "or 'auto', without torch.compile and other nodes that need merged weights."
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ...lora_core import Adapter, ConfigError, TargetError
 from ...lora_core.adapter.strengths import Strengths
 from ...lora_core.findings import NOTE, WARNING, Finding, list_texts
-from ...lora_core.text import shorten_list
+from ...lora_core.text import format_count, shorten_list
 from .. import host
 from .layouts import PLAIN, check_layout
 from .matching import Match, match_adapter
@@ -96,8 +96,8 @@ def apply_one(
     if mode == SIDE_PATH and merged:
         path, why = next(iter(merged.items()))
         raise ConfigError(
-            f"mode 'side path' cannot serve {len(merged)} modules of {adapter.name}, such as "
-            f"{path}: {why}. Choose mode 'auto' or 'merge'."
+            f"mode 'side path' cannot serve {format_count(len(merged), 'module')} of "
+            f"{adapter.name}, such as {path}: {why}. Choose mode 'auto' or 'merge'."
         )
     if mode == MERGE:
         merged = dict.fromkeys(match.paths, "as chosen")
@@ -125,8 +125,8 @@ def apply_one(
         # The whole set, so that another selection reuses the same bank.
         add_to_side_path(model, Entry(adapter, beside, strengths, match.layout))
         application.lines.append(
-            f"side path: {len(selected)} modules, no weight is touched"
-            + (" (auto: nothing stands against it)" if mode == AUTO and not merged else "")
+            f"side path: {format_count(len(selected), 'module')}, no weight is touched"
+            + (" (auto: no reason to merge)" if mode == AUTO and not merged else "")
         )
         if readers:
             warn_of_readers(application, adapter, readers, len(selected))
@@ -150,7 +150,9 @@ def merge(
     whys = counts[0][0] if len(counts) == 1 else "; ".join(f"{n}: {why}" for why, n in counts)
     kind = "merged" if mode == MERGE else "merged_instead"
     application.note(
-        kind, f"merged into the weights: {len(reasons)} modules ({whys})", len(reasons)
+        kind,
+        f"merged into the weights: {format_count(len(reasons), 'module')} ({whys})",
+        len(reasons),
     )
     if match.is_low_precision:
         application.warn(
@@ -164,7 +166,7 @@ def merge(
 def find_merge_reason(model: host.ModelPatcher, readers: Sequence[str]) -> str | None:
     """Why no module may run on the side path; None if they may."""
     if readers:
-        return f"{', '.join(readers)} behind this node reads the weights"
+        return f"{', '.join(readers)} after this node reads the weights"
     return host.find_merge_reason(model)
 
 
@@ -172,8 +174,8 @@ def warn_of_readers(
     application: Application, adapter: Adapter, readers: Sequence[str], count: int
 ) -> None:
     text = (
-        f"{', '.join(readers)} behind this node reads the weights alone, so that {count} modules "
-        f"of {adapter.name} are missing from what it makes; choose mode 'auto' or 'merge'"
+        f"{', '.join(readers)} after this node reads the weights alone, so that {count} modules of "
+        f"{adapter.name} are missing from its output; choose mode 'auto' or 'merge'"
     )
     application.warn("not_in_weights", text, count)
     logger.warning("Qwen Edit LoRA: %s.", text)

@@ -81,7 +81,7 @@ def check_layout(diffusion_model: torch.nn.Module) -> None:
     """
     if find_layout(diffusion_model) is NUNCHAKU and getattr(diffusion_model, "offload", False):
         raise ConfigError(
-            "this MODEL is a nunchaku Qwen-Image with CPU offload, which runs copies of its blocks "
-            "that a LoRA cannot be put on. Set cpu_offload to 'disable' in its loader; where the "
+            "this MODEL is a nunchaku Qwen-Image with CPU offload, which runs copies of its "
+            "blocks that a LoRA cannot be put on. Set cpu_offload to 'disable' in its loader; if "
             "memory is too small for that, choose an fp8 or GGUF file, which ComfyUI offloads."
         )

@@ -180,7 +180,7 @@ def prepare_side_path(executor: Callable, model: host.ModelPatcher, *args, **kwa
     side_path.is_merged = reason is not None
     if reason is not None:
         logger.warning(
-            "Apply Edit LoRA: %s, so the LoRA is merged into the weights this time, as mode "
+            "Apply Qwen Edit LoRA: %s, so the LoRA is merged into the weights this time, as mode "
             "'merge' does",
             reason,
         )
@@ -267,8 +267,9 @@ def warning_if_unused(side_path: SidePath, swapped: list[tuple[dict, Callable | 
     side_path.has_run = bool(run)
     if swapped and not run:
         logger.warning(
-            "Apply Edit LoRA: the model ran none of the %d modules the LoRA acts on, so the image "
-            "is that of the base; another extension runs modules of its own. Use mode 'merge'",
+            "Apply Qwen Edit LoRA: the model ran none of the %d modules the LoRA acts on, so the "
+            "image is that of the base; another extension runs modules of its own. Use mode "
+            "'merge'",
             len(swapped),
         )
 

@@ -36,9 +36,10 @@ HOLD_ID = "QwenEditLoraHold"
 POLICIES = ("warn", "pause prompts", "share")
 WARN, PAUSE, _ = POLICIES
 POLICY_TOOLTIP = (
-    "What prompts do while the training has ComfyUI's device. warn: they run beside it, each with "
-    "a warning. pause prompts: they wait until it is over or paused, or until you interrupt the "
-    "waiting. share: they run beside it. ComfyUI's models are released before it starts."
+    "What prompts do while the training has ComfyUI's device. warn: they run alongside it, each "
+    "with a warning. pause prompts: they wait until it is over or paused, or until you interrupt "
+    "the waiting. share: they run alongside it without one. ComfyUI's models are released before "
+    "it starts."
 )
 #: Key in `JobSettings.origin`.
 POLICY_KEY = "prompts"
@@ -349,7 +350,7 @@ def find(job_id: str) -> Job:
         return get(job_id.strip())
     jobs = get_store().list()
     if not jobs:
-        raise UnknownJobError("there is no job yet; queue a Train Edit LoRA first")
+        raise UnknownJobError("there is no job yet; queue a Train Qwen Edit LoRA first")
     return jobs[-1]
 
 

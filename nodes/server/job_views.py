@@ -113,11 +113,13 @@ def clone(job_id: str, options: Options) -> dict[str, Any]:
     """A new job with changed settings; the files it reads and writes stay the same."""
     changes = options.get("changes", {})
     if not isinstance(changes, dict):
-        raise ConfigError('changes is no JSON object; expected e.g. {"steps": 500}')
+        raise ConfigError('changes is not a JSON object; expected e.g. {"steps": 500}')
     for name in changes:
         # a whole table ("model") could contain a path too
         if name in PATH_SETTINGS or any(place.startswith(f"{name}.") for place in PATH_SETTINGS):
-            raise ConfigError(f"{shorten(name)} cannot be changed here; queue a Train Edit LoRA")
+            raise ConfigError(
+                f"{shorten(name)} cannot be changed here; queue a Train Qwen Edit LoRA"
+            )
     store = job_host.get_store()
     return store.get(store.clone(job_id, changes)).to_dict()
 

@@ -195,7 +195,7 @@ async def send_image(request: web.Request) -> web.Response:
     job_id, name = check_id(request.match_info["id"]), request.match_info["name"]
     store = job_host.get_store()
     body = await run(lambda: for_job(job_id, lambda: store.read_image(job_id, name)))
-    # A picture never changes: its name has the step.
+    # An image never changes: its name has the step.
     headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
     return web.Response(body=body, content_type="image/png", headers=headers)
 
@@ -232,7 +232,7 @@ async def read_options(request: web.Request) -> dict[str, Any]:
             if len(body) > MAX_BODY_BYTES:
                 raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
     except (OSError, web.RequestPayloadError):  # the client disconnected, or sent invalid chunks
-        raise ConfigError("the body broke off; send it whole") from None
+        raise ConfigError("the body ended early; send it again") from None
     try:
         return parse_object(bytes(body), "the body")
     except FileError as e:
@@ -260,4 +260,6 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
 def refuse(error: LoraError) -> web.Response:
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
     message = shorten(" ".join(str(error).split()), MAX_MESSAGE)
-    return web.json_response({"error": message}, status=status)
+    # ComfyUI lets a browser keep any answer for a name that ends in .png, a refusal too.
+    headers = {"Cache-Control": "no-store"}
+    return web.json_response({"error": message}, status=status, headers=headers)

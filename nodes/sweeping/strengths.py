@@ -8,6 +8,7 @@ from ...lora_core import Adapter, ConfigError
 from ...lora_core.algebra.products import compute_square, explain_no_delta
 from ...lora_core.sweep.strength_choice import choose_strengths
 from ...lora_core.sweep.strength_grammar import AutoStrengths, parse_strengths
+from ...lora_core.text import format_percent
 from .. import host
 from ..patching.matching import match_adapter
 
@@ -34,7 +35,7 @@ def resolve_strengths(
     listed = ", ".join(f"{strength:g}" for strength in strengths)
     return (
         strengths,
-        f"auto: |delta| of {name} is {ratio:.2%} of |W|, so the strengths are {listed}",
+        f"auto: |delta| of {name} is {format_percent(ratio)} of |W|, so the strengths are {listed}",
     )
 
 
@@ -43,19 +44,19 @@ def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
     match = match_adapter(model, adapter)
     matched = sorted(match.side_path)
     paths = [path for path in matched if explain_no_delta(adapter.modules[path]) is None]
-    squares, weights, obstacle = 0.0, 0.0, ""
+    squares, weights, reason = 0.0, 0.0, ""
     for path in choose_evenly(paths, MAX_MODULES):
         norm = host.measure_weight(model, match.layout.find_place(path).module_path)
         if norm.value is None:
-            obstacle = f": {path} cannot be measured, as {norm.reason}"
+            reason = f": {path} cannot be measured, as {norm.reason}"
         else:
             squares += compute_square(adapter.modules[path])
             weights += norm.value**2
     adapter.release()
     if weights == 0:
         raise ConfigError(
-            f"strengths is 'auto', and no delta of {adapter.name} can be measured beside this "
-            f"MODEL's weights{obstacle}; write them yourself, such as '0, 0.5, 1, 2'"
+            f"strengths is 'auto', and no delta of {adapter.name} can be measured relative to this "
+            f"MODEL's weights{reason}; write them yourself, such as '0, 0.5, 1, 2'"
         )
     return (squares / weights) ** 0.5
 

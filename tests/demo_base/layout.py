@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from .pairs import write_pairs
 
@@ -14,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 EXTENSION_NAME = "qwen-edit-lora"
 SHIM_NAME = "zz_tiny_qwen"  # after ours in the alphabet: ours must not need the shim to import
 IMAGE_NAME = "example.png"
+LORA_NAME = "my_edit_lora.safetensors"  # as in generate.py, which needs ComfyUI to import
 PAIRS_NAME = "my_pairs"  # a folder to train on
 NOT_SHIPPED = ("tests", "benchmarks")
 FOLDERS = ("custom_nodes", "models", "input", "output", "temp", "user")
@@ -97,6 +99,18 @@ def make_models(models: Path | str, python: Path | str, comfyui_path: Path | str
     )
     stamp.write_text(sources)
     return models
+
+
+def write_public_lora(loras: Path, workflow: dict[str, Any]) -> None:
+    """Gives the demo LoRA the name of the public one that the workflow starts with.
+
+    As the tiny base has the name of the official one: the workflow runs as a user opens it.
+    """
+    for node in workflow["nodes"]:
+        if node["type"] == "QwenEditLoraLoad":
+            target = loras / node["widgets_values"][0]
+            if not target.exists():
+                shutil.copyfile(loras / LORA_NAME, target)
 
 
 def describe_sources() -> str:

@@ -25,7 +25,7 @@ from .thumbnails import QUALITY, find_ancestors, fit, override
 if TYPE_CHECKING:
     from PIL import Image
 
-WORKFLOW = ROOT / "workflows" / "04_strength_sweep.json"
+WORKFLOW = ROOT / "workflows" / "4 Find the strength.json"
 TARGET = ROOT / "docs" / "images" / "sweep.jpg"
 STRENGTHS = "0, 0.5, 1, 1.5"
 WIDTH_PX = 1000

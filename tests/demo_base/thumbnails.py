@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .demo import DEMO, PROMPT_TIMEOUT, ROOT, convert_workflow, set_strength
-from .layout import make_base_directory, make_models
+from .layout import make_base_directory, make_models, write_public_lora
 from .server import ComfyServer
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
         object_info = server.wait_ready().get("/object_info")
         for name in options.names or names:
             workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+            write_public_lora(DEMO / "models" / "loras", workflow)
             graph = convert_workflow(workflow, object_info)
             override(graph, overrides)
             thumbnail = DRAW.get(name, draw_first)(graph, lambda graph: run(server, graph))
@@ -136,13 +137,13 @@ def shorten_training(graph: Graph) -> None:
 
 #: workflow -> how its image is made; for any other it is the first output image.
 DRAW: dict[str, Callable[[Graph, Render], Image.Image]] = {
-    "01_apply_lora": draw_before_and_after,
-    "02_inspect_lora": draw_deep,
-    "03_compare_and_resize": draw_deep,
-    "04_strength_sweep": draw_strengths,
-    "05_checkpoint_sweep": draw_checkpoints,
-    "06_train_lora": draw_loss,
-    "07_train_then_sweep": draw_trained_strengths,
+    "1 Apply a LoRA": draw_before_and_after,
+    "2 Inspect a LoRA": draw_deep,
+    "3 Compare and resize LoRAs": draw_deep,
+    "4 Find the strength": draw_strengths,
+    "5 Compare checkpoints": draw_checkpoints,
+    "6 Train a LoRA": draw_loss,
+    "7 Train and sweep": draw_trained_strengths,
 }
 
 
@@ -168,7 +169,7 @@ def draw_bands(pictures: Sequence[Image.Image], labels: Sequence[str] = ()) -> I
     from PIL import Image, ImageDraw, ImageFont
 
     if labels and len(labels) != len(pictures):
-        raise ValueError(f"expected a label for each of {len(pictures)} pictures, got {labels}")
+        raise ValueError(f"expected a label for each of {len(pictures)} images, got {labels}")
     edges = [round(SIZE_PX * index / len(pictures)) for index in range(len(pictures) + 1)]
     thumbnail = Image.new("RGB", (SIZE_PX, SIZE_PX), "white")
     draw = ImageDraw.Draw(thumbnail, "RGBA")

@@ -72,7 +72,7 @@ def test_it_starts_as_a_module_and_an_error_is_one_line_with_status_2(folder):
     assert bad.returncode == 2
     assert bad.stdout == ""
     (line,) = bad.stderr.splitlines()
-    assert line.startswith("inspect: gone.safetensors is not there any more")
+    assert line.startswith("inspect: gone.safetensors does not exist")
 
 
 def test_inspect_prints_the_verdict_and_a_table(run):
@@ -121,7 +121,7 @@ def test_merge_takes_a_strength_behind_each_file(run, folder, name):
 
 def test_merge_says_what_is_wrong_with_a_strength(capsys):
     assert main(["merge", "sum.safetensors", "a.safetensors:strong"]) == 2
-    assert "ends in no strength; expected a file" in capsys.readouterr().err
+    assert "does not end in a strength; expected a file" in capsys.readouterr().err
     assert not Path("sum.safetensors").exists()
 
 

@@ -106,7 +106,7 @@ def test_resize_keeps_the_energy_its_report_states(compose, loras):
     whole = read_adapter(loras["a"])
     total = sum(get_delta(whole, path).square().sum().item() for path in whole)
     (said,) = [line for line in report.splitlines() if "of the energy kept" in line]
-    assert float(said.split("%")[0]) / 100 == pytest.approx(kept / total, abs=1e-5)
+    assert float(said.split("%")[0]) / 100 == pytest.approx(kept / total, abs=1e-3)
     assert 0.3 < kept / total < 0.9
 
 
@@ -116,7 +116,7 @@ def test_resize_by_energy_alone_and_the_rank_as_its_limit(compose, loras):
     assert {w.rank for w in free.modules.values()} <= set(range(5, RANK + 1))
     assert {w.rank for w in limited.modules.values()} == {4}
     lossless, report = compose("QwenEditLoraResize", adapter=["a", 0], rank=0, energy=1.0)
-    assert "100.0000% of the energy kept" in report
+    assert "100 % of the energy kept" in report
     assert measure_error(get_delta(lossless), get_delta(loras["a"])) < 1e-5
 
 
@@ -151,7 +151,7 @@ def test_extract_recovers_the_merged_lora_and_notices_a_changed_file(
         extracted, report = compose("QwenEditLoraExtract", rank=RANK, **names)
         assert set(extracted) == set(adapter)
         assert measure_error(get_delta(extracted), strength * get_delta(adapter)) < 1e-3
-        assert "Linears do not differ" in report
+        assert "Linears that do not differ" in report
     names["tuned_name"] = base.name
     with pytest.raises(PromptError, match="hold the same weights in all"):
         compose("QwenEditLoraExtract", rank=RANK, **names)

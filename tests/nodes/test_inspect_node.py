@@ -1,4 +1,4 @@
-"""Inspect Edit LoRA in a running server, and its caches, in this process."""
+"""Inspect Qwen Edit LoRA in a running server, and its caches, in this process."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_an_untrained_file_and_a_broken_one_are_distinguished(server, lora, cach
     key = next(key for key in tensors if "lora_B" in key)
     save_file({**tensors, key: torch.full_like(tensors[key], float("nan"))}, lora)
     shown = server.run_prompt(inspect_graph())["outputs"]["inspect"]
-    assert "non-finite: 1 modules hold NaN or Inf" in shown["qwen_edit_lora_report"][0]
+    assert "non-finite: NaN or Inf in 1 module" in shown["qwen_edit_lora_report"][0]
 
 
 def test_a_wrong_input_is_a_one_sentence_error(server):
@@ -215,7 +215,7 @@ def test_a_full_cache_drops_the_oldest_and_a_read_only_one_is_ignored(
     monkeypatch.setattr(inspections, "write_inspection", refuse)
     found = inspections.get_inspection(read_adapter(make_lora("a", delta_std=4e-4)), exact=False)
     assert len(found.modules) == 24
-    assert "is not kept for later: [Errno 13] Permission denied" in caplog.text
+    assert "could not be cached: [Errno 13] Permission denied" in caplog.text
 
 
 def test_a_base_models_file_adds_what_a_merge_would_leave(server):
@@ -293,7 +293,7 @@ def test_modules_missing_from_the_base_are_counted_in_the_report(server, lora, c
     save_file(tensors, lora)
     entry = server.run_prompt(inspect_beside_model(FP8_BASE, LORA))
     (report,) = entry["outputs"]["inspect"]["qwen_edit_lora_report"]
-    assert "Warning: 1 modules have no figures: transformer_blocks.55." in report
+    assert "Warning: 1 module without statistics: transformer_blocks.55." in report
     assert "has no such module" in report
     assert entry["outputs"]["inspect"]["qwen_edit_lora_warning"] == [True]
 
@@ -369,7 +369,7 @@ def test_a_model_of_another_kind_is_a_one_sentence_error(inspections, comfyui, m
     other = torch.nn.Module()
     other.diffusion_model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     model = comfyui.model_patcher.ModelPatcher(other, torch.device("cpu"), torch.device("cpu"))
-    sentence = r"the connected MODEL \(Module\) is no Qwen-Image model: none of its 2 keys"
+    sentence = r"the connected MODEL \(Module\) is not a Qwen-Image model: none of its 2 keys"
     with pytest.raises(KeyFormatError, match=sentence):
         read_model_base(model)
     with pytest.raises(KeyFormatError, match=sentence):

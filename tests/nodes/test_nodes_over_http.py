@@ -162,6 +162,21 @@ def test_files_and_adapters_of_a_stack_add_up(run, loras):
     assert reports["stack"].count("side path: 24 modules") == 2
 
 
+def test_a_row_of_a_stack_without_a_file_is_left_out(run):
+    files = ROWS_AS_THEY_START | {"files.lora_2": LORA}
+    stack = node("QwenEditLoraStack", model=["unet", 0], mode="auto", strengths="1", **files)
+    stacked, reports = run(build_graph(["stack", 0], stack=stack))
+    assert torch.equal(read_pixels(stacked), read_pixels(run(apply_graph())[0]))
+    assert reports["stack"].count("modules matched") == 1
+
+
+def test_a_new_stack_starts_with_no_file_in_its_rows(server):
+    schema = server.get("/object_info/QwenEditLoraStack")["QwenEditLoraStack"]["input"]
+    first = schema["optional"]["files"][1]["options"][0]
+    assert first["key"] == "2 files"
+    assert first["inputs"]["required"]["lora_1"][1]["options"][0] == "none"
+
+
 def test_a_script_needs_only_the_fixed_inputs(run, server):
     apply = node("QwenEditLoraApply", model=["unet", 0], adapter=["load", 0], strength=0.7)
     load = node("QwenEditLoraLoad", lora_name=LORA)
@@ -174,12 +189,16 @@ def test_a_script_needs_only_the_fixed_inputs(run, server):
     assert "Wrote loras/edit_lora_" in entry["outputs"]["save"]["qwen_edit_lora_report"][0]
 
 
-def test_an_empty_stack_is_reported(run):
-    stack = node(
-        "QwenEditLoraStack",
-        **{"model": ["unet", 0], "mode": "auto", "files": "0 files", "strengths": "1"},
-    )
-    with pytest.raises(PromptError, match="the stack is empty; choose a number of files"):
+ROWS_AS_THEY_START = {
+    **{"files": "2 files", "files.lora_1": "none", "files.lora_2": "none"},
+    **{"files.strength_1": 1.0, "files.strength_2": 1.0},
+}
+
+
+@pytest.mark.parametrize("files", [{"files": "0 files"}, ROWS_AS_THEY_START], ids=["0", "none"])
+def test_an_empty_stack_is_reported(run, files):
+    stack = node("QwenEditLoraStack", model=["unet", 0], mode="auto", strengths="1", **files)
+    with pytest.raises(PromptError, match="the stack is empty; choose a file"):
         run(build_graph(["stack", 0], stack=stack))
 
 
@@ -304,12 +323,12 @@ def test_a_bad_file_fails_its_node_with_one_sentence(name, server, run, loras):
 @pytest.mark.parametrize(
     ("lora_name", "sentence"),
     [
-        ("../../../etc/passwd.safetensors", "is no name inside the loras folders"),
-        ("/etc/passwd.safetensors", "is no name inside the loras folders"),
-        ("..\\..\\secret.safetensors", "is no name inside the loras folders"),
+        ("../../../etc/passwd.safetensors", "is not a name inside the loras folders"),
+        ("/etc/passwd.safetensors", "is not a name inside the loras folders"),
+        ("..\\..\\secret.safetensors", "is not a name inside the loras folders"),
         ("gone.safetensors", "is not in the loras folders"),
         ("x" * 300 + ".safetensors", "is not in the loras folders|File name too long"),
-        ("", "is no name inside the loras folders"),
+        ("", "is not a name inside the loras folders"),
     ],
 )
 def test_a_bad_name_is_refused_before_anything_runs(lora_name, sentence, run):
@@ -348,7 +367,7 @@ def test_a_lora_for_another_variant_warns(run, loras):
 def test_blocks_that_select_nothing_are_an_error(run):
     with pytest.raises(PromptError, match="selects none of the 24 modules"):
         run(apply_graph(blocks="40-50"))
-    with pytest.raises(PromptError, match="is no block range; expected numbers and ranges"):
+    with pytest.raises(PromptError, match="is not a block range; expected numbers and ranges"):
         run(apply_graph(blocks="first"))
 
 
@@ -357,8 +376,8 @@ def test_side_path_mode_refuses_what_it_cannot_serve_and_auto_merges_it(run, lor
     stem = "diffusion_model.transformer_blocks.0.attn.to_q"
     tensors[f"{stem}.dora_scale"] = torch.ones(len(tensors[f"{stem}.lora_B.weight"]), 1)
     save_file(tensors, loras / "dora.safetensors")
-    with pytest.raises(PromptError, match=r"cannot serve 1 modules .*DoRA depends on the base"):
+    with pytest.raises(PromptError, match=r"cannot serve 1 module .*DoRA depends on the base"):
         run(apply_graph("dora.safetensors", mode="side path"))
     _, reports = run(apply_graph("dora.safetensors"))
-    assert "merged into the weights: 1 modules (DoRA depends on the base" in reports["apply"]
+    assert "merged into the weights: 1 module (DoRA depends on the base" in reports["apply"]
     assert "side path: 23 modules" in reports["apply"]

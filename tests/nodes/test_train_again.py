@@ -98,13 +98,13 @@ def test_a_lora_of_another_trainer_or_a_lost_training_set_is_a_clear_error(
     job_host, lora, dataset, tmp_path
 ):
     save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors", {"ss_network_dim": "4"})
-    with pytest.raises(ConfigError, match="says nothing of how it was trained"):
+    with pytest.raises(ConfigError, match="does not say how it was trained"):
         job_host.train_again(tmp_path / "foreign.safetensors")
     (dataset.folder / "index.json").unlink()
     for path in dataset.folder.rglob("*.safetensors"):
         path.unlink()
     (dataset.folder / "items").rmdir()
     dataset.folder.rmdir()
-    with pytest.raises(ConfigError, match=f"the training set {dataset.folder.name} is not here"):
+    with pytest.raises(ConfigError, match=f"the training set {dataset.folder.name} is missing"):
         job_host.train_again(lora)
     assert job_host.get_store().list() == []

@@ -58,7 +58,7 @@ def trained(
 
 @pytest.fixture(scope="module")
 def held_out(encoders: tuple[Any, Any]) -> SimpleNamespace:
-    """Held-out photographs: pictures, wanted (their grades), wanted_latents, inputs."""
+    """Held-out photographs: images, wanted (their grades), wanted_latents, inputs."""
     vae, clip = encoders
     pictures = read_crops(HELD_OUT_CROPS[::2], SIDE)
     wanted = edit.grade(pictures)

@@ -204,7 +204,8 @@ def test_the_same_graph_does_not_train_twice(server, story):
     before = len(server.get("/qwen_edit_lora/jobs")["jobs"])
     outputs = server.run_prompt(training_graph(), TRAINING_TIMEOUT)["outputs"]
     assert outputs["id"]["text"] == story["id"]["text"]
-    assert "is this training already: completed" in outputs["train"]["qwen_edit_lora_report"][0]
+    known = f"this training is already job {story['id']['text'][0]}: completed"
+    assert known in outputs["train"]["qwen_edit_lora_report"][0]
     assert len(server.get("/qwen_edit_lora/jobs")["jobs"]) == before
 
 

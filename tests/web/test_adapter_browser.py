@@ -62,10 +62,10 @@ class Browser:
     def __init__(self, page: Any) -> None:
         self.page = page
         self.element = page.locator(".qel-adapters")
-        self.list = self.element.get_by_role("listbox")
+        self.list = self.element.get_by_role("grid")
 
     def find(self, text: str) -> Any:
-        return self.list.get_by_role("option").filter(has_text=text)
+        return self.list.get_by_role("row").filter(has_text=text)
 
     def search(self, text: str) -> None:
         self.element.get_by_role("searchbox").fill(text)
@@ -75,7 +75,7 @@ class Browser:
         """Names in display order."""
         return self.page.evaluate(
             """() => [...document.querySelectorAll(".qel-row")]
-                .sort((a, b) => a.ariaPosInSet - b.ariaPosInSet)
+                .sort((a, b) => a.ariaRowIndex - b.ariaRowIndex)
                 .map((row) => row.querySelector(".qel-row-stem").textContent)"""
         )
 
@@ -134,7 +134,8 @@ def test_files_are_found_filtered_and_sorted_and_stay_text(opened, workspace):
     details = page.locator(".qel-details")
     details.get_by_text(re.compile(r"\d fields")).wait_for()
     details.get_by_text("Metadata").click()
-    assert details.get_by_role("heading", level=3).inner_text() == HOSTILE
+    assert details.get_by_role("heading", level=3).inner_text() == hostile
+    assert HOSTILE in details.locator(".qel-facts").first.inner_text()  # its title
     assert HOSTILE in details.locator(".qel-metadata").inner_text()
     assert details.locator(".qel-verdict").inner_text().startswith("Healthy")
     assert page.locator(".qel-adapters img").count() == 0
@@ -181,7 +182,7 @@ def test_files_get_into_the_graph_by_mouse_and_keyboard_and_out_by_undo(
     page.keyboard.press("Home")
     page.keyboard.press("ArrowDown")
     chosen = opened.list.locator("[aria-selected=true]")
-    assert chosen.get_attribute("aria-posinset") == "2"
+    assert chosen.get_attribute("aria-rowindex") == "2"
     assert opened.list.get_attribute("aria-activedescendant") == chosen.get_attribute("id")
     opened.find("loud").click()
     page.keyboard.press("Enter")

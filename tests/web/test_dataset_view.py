@@ -1,4 +1,4 @@
-"""Edit Dataset in the real page: the report, the contact sheet, and an error in one sentence."""
+"""Image Pairs in the real page: the report, the contact sheet, and an error in one sentence."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_node_shows_its_report_and_the_pairs_or_what_stops_it(workspace, bas
         page.wait_for_timeout(1500)
         report = page.evaluate(READ)
         assert "4 of 4 pairs can be used" in report
-        assert "pairs encoded: 4, there already: 0" in report
+        assert "pairs encoded: 4, already cached: 0" in report
         workspace.shoot("dataset")
         (folder / "control" / "photo_1.png").write_bytes(b"")
         (folder / "target" / "photo_2.txt").unlink()

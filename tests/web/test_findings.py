@@ -20,8 +20,10 @@ READ = """type => {
         summary: view.querySelector('.qwen-edit-lora-summary')?.textContent ?? null,
         rows: [...view.querySelectorAll('[data-kind]')].map(row => ({
             kind: row.dataset.kind, severity: row.dataset.severity, text: row.textContent,
-            title: row.title, color: row.style.color})),
-        border: view.style.borderLeftColor,
+            title: row.title, color: getComputedStyle(row).color,
+            icon: getComputedStyle(row, '::before').content})),
+        color: getComputedStyle(view).color,
+        state: view.dataset.state,
         scripts: view.querySelectorAll('script, img').length,
         lines: view.innerText.split('\\n').length,
     };
@@ -62,10 +64,11 @@ def test_keys_skipped_by_load_are_a_colored_line_with_kind_and_count(workspace, 
     assert reported["severity"] == "warning"
     assert reported["title"] == "unmatched_keys: 2"
     assert "2 of " in reported["text"]
-    assert "amber" in reported["color"]
-    assert "amber" in shown["border"]
+    assert "\u26a0" in reported["icon"]
+    assert shown["state"] == "warning"
+    assert {row["color"] for row in shown["rows"]} == {shown["color"]}  # readable in every theme
     assert shown["scripts"] == 0
-    assert all("amber" not in row["color"] for row in shown["rows"] if row["severity"] == "note")
+    assert all(row["icon"] == "none" for row in shown["rows"] if row["severity"] == "note")
     workspace.shoot("findings_load")
     assert workspace.errors == []
 

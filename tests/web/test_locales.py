@@ -56,7 +56,7 @@ def test_the_page_in_chinese_shows_our_names_and_our_help(chinese):
             if key in inputs:  # or a socket of a growing list, the seed's control or the report
                 assert label == inputs[key]["name"], f"{node_id} {name}"
     chinese.set_vue_nodes(True)
-    workflow = json.loads((ROOT / "workflows" / "01_apply_lora.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "workflows" / "1 Apply a LoRA.json").read_text(encoding="utf-8"))
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
     texts = TEXTS["QwenEditLoraApply"]
     node = page.locator(".lg-node").filter(has_text=texts["display_name"])

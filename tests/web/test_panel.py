@@ -127,7 +127,7 @@ def press(page: Any, action: str) -> None:
 
 def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(workspace, host):
     page, name = workspace.page, "from the button"
-    workspace.open_template("06_train_lora")
+    workspace.open_template("6 Train a LoRA")
     workspace.set_widgets(QUICK)
     open_panel(page)
     assert "No training yet" in page.locator(".qel-panel").inner_text()
@@ -180,7 +180,10 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
     page.wait_for_timeout(1000)
     workspace.shoot("panel_job")
     press(page, "cancel")
-    page.locator("dialog .qel-button-primary").click()
+    page.get_by_role("button", name="Keep training").click()
+    assert page.evaluate("document.activeElement.dataset.action") == "cancel"
+    press(page, "cancel")
+    page.get_by_role("button", name="Stop and save").click()
     wait_for(lambda: chip.inner_text() == "cancelled", page)
     wait_for(lambda: read_status(other, name) == "cancelled", other)
     assert host.store.get(job_id).status is JobStatus.CANCELLED
@@ -190,7 +193,8 @@ def test_a_training_started_by_the_button_is_watched_and_steered_from_the_panel(
     page.get_by_role("button", name="Back", exact=True).click()
     assert host.store.get(job_id).status is JobStatus.CANCELLED
     press(page, "delete")
-    page.locator("dialog .qel-button-primary").click()
+    assert page.evaluate("document.activeElement.innerText") == "Back"  # not what deletes
+    page.locator("dialog .qel-button-danger").click()
     for one in (page, other):
         wait_for(lambda one=one: one.locator("button.qel-job").count() == 0, one)
     assert host.store.list() == []

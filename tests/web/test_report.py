@@ -16,7 +16,7 @@ READ_ALL = """() => {
 
 def test_reports_reach_nodes_inside_a_subgraph_and_come_back(workspace):
     page = workspace.page
-    workspace.open_template("03_compare_and_resize")
+    workspace.open_template("3 Compare and resize LoRAs")
     page.evaluate(
         """() => app.canvas.graph.convertToSubgraph(
             new Set(app.graph._nodes.filter(n => n.comfyClass === 'QwenEditLoraLoad')))"""
@@ -105,3 +105,33 @@ def test_an_error_is_shown_on_the_node_in_one_sentence(workspace, demo_models, v
     assert reports["QwenEditLoraLoad"].startswith("broken.safetensors is empty (0 bytes); expected")
     assert "The report appears here" in reports["QwenEditLoraSave"]
     workspace.shoot(f"error_{'vue' if vue_nodes else 'classic'}")
+
+
+def test_numbers_on_the_page_follow_the_rule_of_the_reports(workspace):
+    found = workspace.page.evaluate(
+        """async () => {
+            const page = await import('/extensions/qwen-edit-lora/format.js');
+            return [
+                [0, 0.000012345, 0.98765, 45.678].map(value => page.formatNumber(value)),
+                [999, 12345, 999999, 212345678, 1.18e9].map(value => page.formatSize(value)),
+                [0.2512, 59.96, 720, 12000].map(value => page.formatDuration(value)),
+            ];
+        }"""
+    )
+    assert found == [
+        ["0", "1.23e-5", "0.988", "45.7"],
+        ["999 B", "12.3 kB", "1 MB", "212 MB", "1.18 GB"],
+        ["0.251 s", "1 min", "12 min", "3 h 20 min"],
+    ]
+
+
+def test_labels_of_an_axis_differ(workspace):
+    labels = workspace.page.evaluate(
+        """async () => {
+            const { CurveChart } = await import('/extensions/qwen-edit-lora/panel/curve_chart.js');
+            const { formatSize } = await import('/extensions/qwen-edit-lora/format.js');
+            const ticks = [1.1801e9, 1.1802e9, 1.1803e9];
+            return CurveChart.prototype.labelTicks.call({ format: formatSize }, ticks);
+        }"""
+    )
+    assert labels == ["1.1801 GB", "1.1802 GB", "1.1803 GB"]

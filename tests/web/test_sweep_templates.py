@@ -64,13 +64,13 @@ def find_sheet(workspace: Any, entry: dict[str, Any], prefix: str) -> Image.Imag
 
 
 def test_the_strength_sweep_opens_from_templates_runs_and_takes_another_strength(workspace):
-    open_quickly(workspace, "04_strength_sweep")
+    open_quickly(workspace, "4 Find the strength")
     entry = run(workspace)
     for reports in workspace.read_in_both_renderers("04"):
         assert "matched 20 modules, 60 of 60 keys" in reports["QwenEditLoraLoad"]
         assert "changes the output by" in reports["QwenEditLoraEffect"]
         assert "for a sweep: 0, " in reports["QwenEditLoraEffect"]
-        assert reports["QwenEditLoraSweep"].startswith("4 pictures: strengths 0, 0.5, 1, 2")
+        assert reports["QwenEditLoraSweep"].startswith("4 images: strengths 0, 0.5, 1, 2")
         assert "20 of 20 modules matched" in reports["QwenEditLoraSweep"]
         assert "source as a whole: SSIM" in reports["QwenEditLoraSweepGrid"]
     shoot(workspace, "04_vue", "QwenEditLoraEffect", "QwenEditLoraSweep", "QwenEditLoraSweepGrid")
@@ -79,7 +79,7 @@ def test_the_strength_sweep_opens_from_templates_runs_and_takes_another_strength
     workspace.page.evaluate(SET_STRENGTHS, "0, 0.5, 1, 1.5, 2")
     entry = run(workspace)
     reports = workspace.wait_for_reports()
-    assert reports["QwenEditLoraSweep"].startswith("5 pictures: strengths 0, 0.5, 1, 1.5, 2")
+    assert reports["QwenEditLoraSweep"].startswith("5 images: strengths 0, 0.5, 1, 1.5, 2")
     second = find_sheet(workspace, entry, "sweep_")
     assert second.size[0] > first.size[0]
     assert workspace.errors == []
@@ -88,7 +88,7 @@ def test_the_strength_sweep_opens_from_templates_runs_and_takes_another_strength
 @RENDERERS
 def test_a_wrong_strength_is_shown_on_the_page_and_the_rest_goes_on(workspace, vue_nodes):
     workspace.set_vue_nodes(vue_nodes)
-    open_quickly(workspace, "04_strength_sweep")
+    open_quickly(workspace, "4 Find the strength")
     workspace.page.evaluate(SET_STRENGTHS, "0..2")
     workspace.page.get_by_test_id("queue-button").click()
     sentence = workspace.page.get_by_text("strengths is '0..2'; expected finite numbers")
@@ -100,7 +100,7 @@ def test_a_wrong_strength_is_shown_on_the_page_and_the_rest_goes_on(workspace, v
 
 
 def test_the_checkpoint_sweep_opens_from_templates_and_compares_a_run(workspace):
-    open_quickly(workspace, "05_checkpoint_sweep")
+    open_quickly(workspace, "5 Compare checkpoints")
     entry = run(workspace)
     names = [f"my_run-000{number}" for number in (100, 200, 300)]
     for reports in workspace.read_in_both_renderers("05"):

@@ -15,7 +15,8 @@ WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 
 
 def test_the_apply_workflow_opens_from_templates_and_runs(workspace, server):
-    workspace.open_template("01_apply_lora")
+    workspace.open_template("1 Apply a LoRA")
+    workspace.set_widgets({"lora_name": "my_edit_lora.safetensors"})
     workspace.set_widgets({"steps": 2, "cfg": 1})  # 20 of a megapixel take minutes on a CPU
     entry = workspace.run()
     assert entry["status"]["status_str"] == "success"
@@ -23,18 +24,18 @@ def test_the_apply_workflow_opens_from_templates_and_runs(workspace, server):
     pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), dtype=np.float32)
     assert min(pixels.shape[:2]) >= 512
     assert pixels.std() > 5  # not a single colour
-    for reports in workspace.read_in_both_renderers("01_apply_lora"):
+    for reports in workspace.read_in_both_renderers("1 Apply a LoRA"):
         assert "matched 20 modules, 60 of 60 keys" in reports["QwenEditLoraLoad"]
         assert "side path: 20 modules" in reports["QwenEditLoraApply"]
     assert workspace.errors == []
 
 
 WORKFLOWS_WITHOUT_A_MODEL = {
-    "02_inspect_lora": {
+    "2 Inspect a LoRA": {
         "QwenEditLoraLoad": "matched 20 modules, 60 of 60 keys",
         "QwenEditLoraInspect": "strong: std",  # so that its effect is seen
     },
-    "03_compare_and_resize": {
+    "3 Compare and resize LoRAs": {
         "QwenEditLoraResize": "of the energy kept; least in",
         "QwenEditLoraCompare": "20 modules compared, 0 only in a, 0 only in b",
         "QwenEditLoraSave": "Wrote loras/my_edit_lora_resized_",
@@ -59,10 +60,10 @@ def test_a_workflow_without_a_model_opens_from_templates_and_runs(workspace, ser
 
 def test_a_workflow_opened_in_the_newer_renderer_runs_and_reports(workspace):
     workspace.set_vue_nodes(True)
-    workspace.open_template("03_compare_and_resize")
+    workspace.open_template("3 Compare and resize LoRAs")
     assert workspace.run()["status"]["status_str"] == "success"
     reports = workspace.wait_for_reports()
-    for node_type, text in WORKFLOWS_WITHOUT_A_MODEL["03_compare_and_resize"].items():
+    for node_type, text in WORKFLOWS_WITHOUT_A_MODEL["3 Compare and resize LoRAs"].items():
         assert text in reports[node_type]
     assert workspace.errors == []
 

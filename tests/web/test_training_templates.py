@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from typing import Any
 
@@ -66,7 +67,7 @@ def wait_for_completion(server: Any, name: str) -> None:
 
 
 def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(workspace, server):
-    name = "06_train_lora"
+    name = "6 Train a LoRA"
     open_quickly(workspace, name)
     reports = run(workspace)
     assert "12 of 12 pairs can be used" in reports["QwenEditDataset"]
@@ -75,7 +76,8 @@ def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(workspac
     wait_for_completion(server, name)
     run(workspace)
     for reports in workspace.read_in_both_renderers(name):
-        assert "is this training already: completed" in reports["QwenEditLoraTrain"]
+        report = reports["QwenEditLoraTrain"]
+        assert re.search(r"this training is already job [\w-]+: completed", report)
         assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
         assert f"LoRA: {name}.safetensors in models/loras" in reports["QwenEditLoraJob"]
         workspace.page.wait_for_timeout(3500)  # the view requests its curve every 3 s
@@ -89,11 +91,11 @@ def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(workspac
 
 
 def test_one_graph_trains_waits_inspects_and_sweeps(workspace):
-    open_quickly(workspace, "07_train_then_sweep")
+    open_quickly(workspace, "7 Train and sweep")
     reports = run(workspace)
-    workspace.shoot("07_train_then_sweep")
+    workspace.shoot("7 Train and sweep")
     assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
     assert "20 modules" in reports["QwenEditLoraInspect"]
-    assert "3 pictures: strengths 0, 0.5, 1" in reports["QwenEditLoraSweep"]
+    assert "3 images: strengths 0, 0.5, 1" in reports["QwenEditLoraSweep"]
     assert "suggested range" in reports["QwenEditLoraSweepGrid"]
     assert workspace.errors == []

@@ -70,7 +70,7 @@ export function createDetails({ t, onload, ontrain, onclose }) {
         build(
           "div",
           { class: "qel-details-title" },
-          build("h3", {}, entry.title || file.replace(/\.safetensors$/i, "")),
+          build("h3", {}, file.replace(/\.safetensors$/i, "")),
           build("div", { class: "qel-note qel-path" }, folder + file),
         ),
         iconButton("times", t("adapters.back"), onclose),
@@ -120,6 +120,7 @@ export function createDetails({ t, onload, ontrain, onclose }) {
     return section(
       t("adapters.facts"),
       definitions([
+        [t("adapters.fact.title"), entry.title],
         [t("adapters.fact.model"), isOk ? "" : entry.model],
         [t("adapters.fact.base"), isOk ? base : ""],
         [t("adapters.fact.kinds"), entry.kinds.join(", ")],

@@ -1,4 +1,4 @@
-// A virtualized list box: only visible rows are in the page, so a thousand files scroll smoothly.
+// A virtualized grid of one file a row: only visible rows are in the page, so a thousand files scroll smoothly.
 
 import { build } from "../elements.js";
 import { createRow } from "./row.js";
@@ -7,10 +7,10 @@ export const ROW_HEIGHT = 56; // px; --qel-row-height in the style sheet
 const OVERSCAN = 6; // rows above and below the visible ones
 
 export function createList({ t, onselect, onload, ondragstart, ondragend }) {
-  const spacer = build("div", { class: "qel-list-spacer", role: "presentation" });
+  const spacer = build("div", { class: "qel-list-spacer", role: "rowgroup" });
   const element = build(
     "div",
-    { class: "qel-list", role: "listbox", tabindex: "0", "aria-label": t("adapters.label") },
+    { class: "qel-list", role: "grid", tabindex: "0", "aria-label": t("adapters.label") },
     spacer,
   );
   let entries = [];
@@ -30,8 +30,7 @@ export function createList({ t, onselect, onload, ondragstart, ondragend }) {
       const [known, row] = rows.get(entry.id) ?? [];
       const drawn = known === entry ? row : createRow(entry, t, onload);
       drawn.style.transform = `translateY(${(first + i) * ROW_HEIGHT}px)`;
-      drawn.setAttribute("aria-setsize", entries.length);
-      drawn.setAttribute("aria-posinset", first + i + 1);
+      drawn.setAttribute("aria-rowindex", first + i + 1);
       drawn.setAttribute("aria-selected", String(entry.id === activeId));
       shown.set(entry.id, [entry, drawn]);
     });
@@ -43,6 +42,7 @@ export function createList({ t, onselect, onload, ondragstart, ondragend }) {
     }
     for (const [, row] of shown.values()) if (row.parentNode !== spacer) spacer.append(row);
     rows = shown;
+    element.setAttribute("aria-rowcount", entries.length);
     spacer.style.height = `${entries.length * ROW_HEIGHT}px`;
     if (rows.has(activeId)) element.setAttribute("aria-activedescendant", `qel-adapter-${activeId}`);
     else element.removeAttribute("aria-activedescendant");

@@ -3,7 +3,7 @@
 import { getHealth } from "./choice.js";
 import { build, icon, iconButton } from "../elements.js";
 import { formatSize } from "../format.js";
-import { formatRank, formatVariants, splitName } from "./facts.js";
+import { formatRank, splitName } from "./facts.js";
 
 export const HEALTH_ICONS = {
   healthy: "check-circle",
@@ -35,7 +35,6 @@ export function createRow(entry, t, onload) {
   const [folder, file] = splitName(entry.name);
   const stem = file.replace(/\.safetensors$/i, "");
   const facts = listFacts(entry, t).filter(Boolean);
-  const variants = formatVariants(entry, t);
   const healthText = t(`adapters.health.${health}`);
   const badges = [
     ...entry.variants.map((variant) =>
@@ -48,21 +47,21 @@ export function createRow(entry, t, onload) {
     "div",
     {
       class: "qel-row",
-      role: "option",
+      role: "row",
       id: `qel-adapter-${entry.id}`,
       draggable: entry.state === "ok" ? "true" : "false",
       "data-id": entry.id,
-      "aria-label": t("adapters.row", {
-        name: entry.name,
-        health: healthText,
-        facts: [variants, ...facts].filter(Boolean).join(", "),
-      }),
       title: [entry.name, entry.health?.sentence ?? healthText].join("\n"),
     },
-    build("span", { class: `qel-health qel-health-${health}` }, icon(HEALTH_ICONS[health])),
     build(
       "span",
-      { class: "qel-row-text" },
+      { class: `qel-health qel-health-${health}`, role: "gridcell" },
+      icon(HEALTH_ICONS[health]),
+      build("span", { class: "qel-spoken" }, healthText),
+    ),
+    build(
+      "span",
+      { class: "qel-row-text", role: "gridcell" },
       build(
         "span",
         { class: "qel-row-name" },
@@ -84,7 +83,7 @@ export function createRow(entry, t, onload) {
     };
     const button = iconButton("sign-in", t("adapters.load"), load, "qel-row-load");
     button.tabIndex = -1; // Enter does the same; the list is a single tab stop
-    row.append(button);
+    row.append(build("span", { role: "gridcell", class: "qel-row-action" }, button));
   }
   return row;
 }

@@ -9,7 +9,7 @@ const MARGIN = { left: 52, right: 8, top: 8, bottom: 16 }; // px
 const LINE_HEIGHT = 14; // px
 
 export class CurveChart {
-  // series: [{ name, label, color (a CSS variable), alpha, width }]; format(value) -> text
+  // series: [{ name, label, color (a CSS variable), alpha, width }]; format(value, digits) -> text
   constructor({ label, series, height, format = formatNumber }) {
     this.label = label;
     this.series = series;
@@ -19,12 +19,17 @@ export class CurveChart {
     this.values = {};
     this.cursor = null; // index of a point
     this.canvas = build("canvas", { class: "qel-chart-canvas", tabindex: "0", role: "img" });
-    this.readout = build("div", { class: "qel-chart-readout", "aria-live": "polite" });
+    // Spoken only while the arrow keys move over the chart: it changes with every training step.
+    this.readout = build("div", { class: "qel-chart-readout", "aria-live": "off" });
     this.element = build("div", { class: "qel-chart" }, this.canvas, this.readout);
     this.element.style.height = `${height}px`;
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
     this.canvas.addEventListener("pointerleave", () => this.setCursor(null));
-    this.canvas.addEventListener("blur", () => this.setCursor(null));
+    this.canvas.addEventListener("focus", () => this.readout.setAttribute("aria-live", "polite"));
+    this.canvas.addEventListener("blur", () => {
+      this.readout.setAttribute("aria-live", "off");
+      this.setCursor(null);
+    });
     this.canvas.addEventListener("keydown", (event) => this.press(event));
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.element);
@@ -138,23 +143,32 @@ export class CurveChart {
     context.fillStyle = style.getPropertyValue("--qel-dim");
     context.lineWidth = 1;
     const count = Math.max(2, Math.floor(frame.height / (3 * LINE_HEIGHT)));
-    let last = "";
-    for (const tick of listTicks(range, this.isLog, count)) {
+    const ticks = listTicks(range, this.isLog, count);
+    const texts = this.labelTicks(ticks);
+    ticks.forEach((tick, i) => {
       const y = Math.round(toY(tick)) + 0.5;
-      const text = this.format(tick);
       context.beginPath();
       context.moveTo(frame.x, y);
       context.lineTo(frame.x + frame.width, y);
       context.stroke();
-      if (text !== last) context.fillText(text, frame.x - 5, y); // too close to be distinguished
-      last = text;
-    }
+      context.fillText(texts[i], frame.x - 5, y);
+    });
     const bottom = frame.y + frame.height + LINE_HEIGHT / 2 + 2;
     context.textAlign = "left";
     context.fillText(String(this.steps[0]), frame.x, bottom);
     context.textAlign = "right";
     context.fillText(String(this.steps.at(-1)), frame.x + frame.width, bottom);
     return toY;
+  }
+
+  // As many digits as tell them apart.
+  labelTicks(ticks) {
+    let texts = [];
+    for (let digits = 3; digits <= 6; digits++) {
+      texts = ticks.map((tick) => this.format(tick, digits));
+      if (new Set(texts).size === texts.length) break;
+    }
+    return texts;
   }
 
   drawLine(context, { color, alpha = 1, width = 1.5 }, values, toX, toY, style) {

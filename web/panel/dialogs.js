@@ -12,6 +12,8 @@ const CLONE_FIELDS = [
   ["seed", "number"],
 ];
 
+const USABLE_BUTTON = "button:not(:disabled):not([hidden])";
+
 // {with_adapter: boolean}, or null if cancelled.
 export function askToDelete(parent, job, t) {
   const withAdapter = build("input", { type: "checkbox", name: "with_adapter" });
@@ -22,14 +24,16 @@ export function askToDelete(parent, job, t) {
       ? build("label", { class: "qel-check" }, withAdapter, t("delete.withAdapter", { files: published.join(", ") }))
       : null,
   ];
-  return ask(parent, t("delete.title"), content, t("action.delete"), t, () => ({
+  const buttons = { keep: t("dialog.keep"), confirm: t("delete.confirm"), danger: true };
+  return ask(parent, t("delete.title"), content, buttons, () => ({
     with_adapter: withAdapter.checked,
   }));
 }
 
 export function askToCancel(parent, job, t) {
   const content = [build("p", {}, t("cancel.text", { name: job.name }))];
-  return ask(parent, t("cancel.title"), content, t("action.cancel"), t, () => ({}));
+  const buttons = { keep: t("cancel.keep"), confirm: t("cancel.confirm") };
+  return ask(parent, t("cancel.title"), content, buttons, () => ({}));
 }
 
 // {"optimizer.learning_rate": 1e-4, …}: the changes, possibly none; null if cancelled.
@@ -48,7 +52,8 @@ export function askToClone(parent, job, t) {
       build("label", { class: "qel-field" }, build("span", {}, t(`setting.${name}`)), input)
     ),
   ];
-  return ask(parent, t("clone.title", { name: job.name }), content, t("action.clone"), t, () =>
+  const buttons = { keep: t("dialog.keep"), confirm: t("clone.confirm") };
+  return ask(parent, t("clone.title", { name: job.name }), content, buttons, () =>
     Object.fromEntries(
       inputs
         .filter(({ input, value }) => input.value !== value)
@@ -60,9 +65,17 @@ export function askToClone(parent, job, t) {
   );
 }
 
-function ask(parent, title, content, confirm, t, read) {
+// Each button says what it does; `danger`: what it does cannot be taken back.
+function ask(parent, title, content, { keep, confirm, danger = false }, read) {
   return new Promise((resolve) => {
+    const opener = document.activeElement;
     const dialog = build("dialog", { class: "qel-dialog", "aria-label": title });
+    const keepButton = build(
+      "button",
+      { class: "qel-button", type: "button", onclick: () => dialog.close() },
+      keep
+    );
+    const kind = danger ? "qel-button-danger" : "qel-button-primary";
     const form = build(
       "form",
       { method: "dialog" },
@@ -71,8 +84,8 @@ function ask(parent, title, content, confirm, t, read) {
       build(
         "div",
         { class: "qel-bar qel-end" },
-        build("button", { class: "qel-button", type: "button", onclick: () => dialog.close() }, t("dialog.keep")),
-        build("button", { class: "qel-button qel-button-primary", type: "submit", value: "yes" }, confirm)
+        keepButton,
+        build("button", { class: `qel-button ${kind}`, type: "submit", value: "yes" }, confirm)
       )
     );
     dialog.append(form);
@@ -81,8 +94,14 @@ function ask(parent, title, content, confirm, t, read) {
       const answer = dialog.returnValue === "yes" ? read() : null;
       dialog.remove();
       resolve(answer);
+      // Later: the button that opened the dialog is disabled until its action has ended.
+      setTimeout(() => {
+        const isUsable = opener?.isConnected && !opener.disabled;
+        (isUsable ? opener : parent.querySelector(USABLE_BUTTON))?.focus();
+      }, 0);
     });
     parent.append(dialog);
     dialog.showModal();
+    if (danger) keepButton.focus(); // not the tick that also deletes files
   });
 }

@@ -33,7 +33,7 @@ export class JobCharts {
     this.small = [
       small("learning_rate", "metrics"),
       small("grad_norm", "metrics"),
-      small("seconds", "metrics", (value) => `${formatNumber(value)} s`),
+      small("seconds", "metrics", (value, digits) => `${formatNumber(value, digits)} s`),
       small("memory_bytes", "metrics", formatSize),
       small("std", "health", formatNumber, "--qel-green"),
       small("spectral", "health", formatNumber, "--qel-green"),
@@ -50,14 +50,21 @@ export class JobCharts {
       build("h3", {}, t("chart.loss")),
       build("label", { class: "qel-check" }, log, t("chart.log"))
     );
-    this.element = build("section", {}, this.head, this.none, this.loss.element, this.grid);
-    for (const element of [this.none, this.loss.element, this.grid]) setHidden(element, true);
+    this.element = build("section", {}, this.head, this.none, this.loss.element);
+    // Folded: the loss and the samples decide, and these push them out of sight.
+    this.more = build(
+      "details",
+      { class: "qel-unfold" },
+      build("summary", {}, t("chart.more")),
+      this.grid
+    );
+    for (const element of [this.none, this.loss.element, this.more]) setHidden(element, true);
   }
 
   update({ metrics, health }) {
     const hasSteps = metrics.step.length > 0;
     setHidden(this.none, hasSteps);
-    for (const element of [this.loss.element, this.grid]) setHidden(element, !hasSteps);
+    for (const element of [this.loss.element, this.more]) setHidden(element, !hasSteps);
     this.loss.show(metrics.step, metrics);
     for (const { name, source, chart, element } of this.small) {
       const table = source === "health" ? health : metrics;

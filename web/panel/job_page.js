@@ -22,7 +22,7 @@ export class JobPage {
     const fail = (text) => this.fail(text);
     this.actions = new JobActions({ jobs, t, fail, open, leave, loadIntoGraph });
     this.charts = new JobCharts(t);
-    this.samples = new SampleStrip({ t, getUrl: (name) => jobs.getPictureUrl(id, name) });
+    this.samples = new SampleStrip({ t, getUrl: (name) => jobs.getImageUrl(id, name) });
     this.log = new LogView({ t, fail, read: (offset) => jobs.readLog(id, offset) });
     this.buildHead();
     this.buildLists(loadIntoGraph);
@@ -37,6 +37,7 @@ export class JobPage {
       this.charts.element,
       this.samples.element,
       this.files,
+      this.charts.more,
       this.notes,
       this.log.element,
       this.settings
@@ -183,7 +184,7 @@ export class JobPage {
   updateDetail(detail) {
     const started = performance.now();
     this.charts.update(detail);
-    this.samples.update(detail.pictures);
+    this.samples.update(detail);
     setHidden(this.files, !detail.files.length);
     this.fileRows.show([...detail.files].reverse(), (name) => name);
     this.settingRows.show(Object.entries(detail.settings), ([name]) => name);
@@ -203,7 +204,7 @@ function describeFigures(job, t) {
     parts.push(t("job.left", { time: formatDuration(job.remaining_s) }));
   }
   if (job.seconds_per_step) {
-    parts.push(t("job.speed", { seconds: job.seconds_per_step.toPrecision(3) }));
+    parts.push(t("job.speed", { time: formatDuration(job.seconds_per_step) }));
   }
   if (job.device) parts.push(job.device);
   if (job.started_at) parts.push(t("job.started", { time: formatTime(job.started_at) }));

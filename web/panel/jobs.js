@@ -78,7 +78,7 @@ export class Jobs extends EventTarget {
     return this.ask(`${PATH}/${id}/log${offset === undefined ? "" : `?offset=${offset}`}`);
   }
 
-  getPictureUrl(id, name) {
+  getImageUrl(id, name) {
     return this.api.apiURL(`${PATH}/${id}/pictures/${encodeURIComponent(name)}`);
   }
 

@@ -10,7 +10,10 @@ export class LogView {
     this.fail = fail;
     this.offset = undefined;
     this.isReading = false;
-    this.text = build("pre", { class: "qel-log", tabindex: "0", "aria-label": t("log.title") });
+    this.text = build("pre", {
+      ...{ class: "qel-log", role: "log", "aria-live": "off" },
+      ...{ tabindex: "0", "aria-label": t("log.title") },
+    });
     this.element = build(
       "details",
       { class: "qel-unfold" },

@@ -1,33 +1,21 @@
 // Sample images: a row per item, with its source and target first, then one image per step.
 
-import { build, KeyedRows, setHidden } from "../elements.js";
+import { build, buildImage, KeyedRows, setHidden, setText } from "../elements.js";
+import { SampleViewer } from "./sample_viewer.js";
+
+const ORDER = { source: 0, target: 1, sample: 2 };
 
 export class SampleStrip {
   constructor({ t, getUrl }) {
     this.t = t;
     this.getUrl = getUrl; // name -> URL
-    this.pictures = [];
+    this.sorted = []; // a row of images per item, in the order shown
     this.list = build("div", { class: "qel-samples" });
     this.rows = new KeyedRows(this.list, () => this.buildRow());
-    this.none = build("p", { class: "qel-empty" }, t("samples.none"));
-    this.image = build("img", { class: "qel-large" });
-    this.caption = build("figcaption", {});
-    this.dialog = build(
-      "dialog",
-      { class: "qel-dialog qel-viewer", "aria-label": t("samples.title") },
-      build("figure", {}, this.image, this.caption),
-      build(
-        "div",
-        { class: "qel-bar" },
-        this.button("samples.previous", () => this.move(-1)),
-        this.button("samples.next", () => this.move(1)),
-        this.button("dialog.close", () => this.dialog.close())
-      )
-    );
-    this.dialog.addEventListener("keydown", (event) => {
-      event.stopPropagation();
-      if (event.key === "ArrowLeft") this.move(-1);
-      if (event.key === "ArrowRight") this.move(1);
+    this.none = build("p", { class: "qel-empty" });
+    this.viewer = new SampleViewer({
+      ...{ t, getUrl, getRows: () => this.sorted },
+      describe: (image) => this.describe(image),
     });
     this.element = build(
       "section",
@@ -35,39 +23,35 @@ export class SampleStrip {
       build("h3", {}, t("samples.title")),
       this.none,
       this.list,
-      this.dialog
+      this.viewer.element
     );
   }
 
-  button(key, onclick) {
-    return build("button", { type: "button", class: "qel-button", onclick }, this.t(key));
-  }
-
-  update(pictures = []) {
-    this.pictures = pictures;
-    setHidden(this.none, pictures.length > 0);
+  // A job's detail: its images, its files of latents, its settings.
+  update({ pictures: images = [], samples = [], settings = {} }) {
+    const isOff = settings["samples.every"] === 0;
+    setText(this.none, this.t(isOff ? "samples.off" : samples.length ? "samples.latents" : "samples.none"));
+    setHidden(this.none, images.length > 0);
     const items = new Map();
-    for (const picture of pictures) {
-      if (!items.has(picture.item)) items.set(picture.item, []);
-      items.get(picture.item).push(picture);
+    for (const image of images) {
+      if (!items.has(image.item)) items.set(image.item, []);
+      items.get(image.item).push(image);
     }
+    for (const row of items.values()) row.sort(compareImages);
+    this.sorted = [...items.values()];
     this.rows.show([...items], ([item]) => item);
   }
 
   buildRow() {
     const strip = build("div", { class: "qel-strip" });
     const title = build("div", { class: "qel-note" });
-    const tiles = new KeyedRows(strip, (picture) => this.buildTile(picture));
+    const tiles = new KeyedRows(strip, (image) => this.buildTile(image));
     return {
       element: build("div", { class: "qel-sample-row" }, title, strip),
-      update: ([item, pictures]) => {
+      update: ([item, images]) => {
         title.textContent = item;
         const before = strip.childElementCount;
-        const order = { source: 0, target: 1, sample: 2 };
-        const sorted = [...pictures].sort(
-          (a, b) => order[a.kind] - order[b.kind] || (a.step ?? a.index ?? 0) - (b.step ?? b.index ?? 0)
-        );
-        tiles.show(sorted, (picture) => picture.name);
+        tiles.show(images, (image) => image.name);
         if (strip.childElementCount > before) {
           requestAnimationFrame(() => (strip.scrollLeft = strip.scrollWidth)); // to the newest
         }
@@ -75,21 +59,22 @@ export class SampleStrip {
     };
   }
 
-  buildTile(picture) {
-    const text = this.describe(picture);
-    const image = build("img", { src: this.getUrl(picture.name), alt: text, loading: "lazy" });
-    const open = () => this.view(picture.name);
+  buildTile(image) {
+    const text = this.describe(image);
+    // The caption beside it says what it is.
+    const thumbnail = buildImage({ src: this.getUrl(image.name), alt: "", loading: "lazy" });
+    const open = () => this.viewer.view(image.name);
     return {
       element: build(
         "button",
         {
           type: "button",
           class: "qel-tile",
-          "data-name": picture.name,
-          "data-kind": picture.kind,
+          "data-name": image.name,
+          "data-kind": image.kind,
           onclick: open,
         },
-        image,
+        thumbnail,
         build("span", {}, text)
       ),
       update() {},
@@ -99,23 +84,8 @@ export class SampleStrip {
   describe({ kind, step }) {
     return kind === "sample" ? this.t("samples.step", { step }) : this.t(`samples.${kind}`);
   }
+}
 
-  view(name) {
-    const picture = this.pictures.find((one) => one.name === name);
-    if (!picture) return;
-    this.viewed = name;
-    this.image.src = this.getUrl(name);
-    this.image.alt = this.describe(picture);
-    this.caption.textContent = `${picture.item} · ${this.describe(picture)}`;
-    if (!this.dialog.open) this.dialog.showModal();
-  }
-
-  // Moves along the row of the image shown.
-  move(by) {
-    const names = [...this.list.querySelectorAll(".qel-strip")]
-      .map((strip) => [...strip.children].map((tile) => tile.dataset.name))
-      .find((row) => row.includes(this.viewed));
-    const next = names?.[names.indexOf(this.viewed) + by];
-    if (next) this.view(next);
-  }
+function compareImages(a, b) {
+  return ORDER[a.kind] - ORDER[b.kind] || (a.step ?? a.index ?? 0) - (b.step ?? b.index ?? 0);
 }

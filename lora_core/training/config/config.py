@@ -79,8 +79,8 @@ class TrainConfig:
         check_number(self, "seed", 0)
         if self.optimizer.warmup_steps > self.steps:
             raise ConfigError(
-                f"warmup_steps is {self.optimizer.warmup_steps} of {self.steps} steps; "
-                "expected no more than there are"
+                f"warmup_steps is {self.optimizer.warmup_steps}, more than the {self.steps} steps "
+                "of the run; expected at most as many"
             )
         check_file_name(self.name)
 
@@ -92,20 +92,22 @@ def check_file_name(name: str) -> None:
     is_plain = re.fullmatch(r"[^\\/:*?\"<>|\x00-\x1f\x7f]+", name) and name[0] != "."
     if not is_plain or name != name.strip() or name.endswith("."):
         raise ConfigError(
-            f"name is {shown}; expected characters that can stand in a file's name, without a dot "
-            'or blank at its ends, e.g. "my edit"'
+            f"name is {shown}; expected characters allowed in a file's name, without a dot "
+            'or space at either end, e.g. "my edit"'
         )
     if name.partition(".")[0].strip().upper() in DEVICE_NAMES:
-        raise ConfigError(f"name is {shown}, which Windows keeps for a device; choose another one")
+        raise ConfigError(
+            f"name is {shown}, which Windows reserves for a device; choose another one"
+        )
     try:
         size = len(f"{name}{LONGEST_ENDING}".encode())
     except UnicodeEncodeError:
         raise ConfigError(
-            f"name is {shown}, which holds half of a character; type it anew"
+            f"name is {shown}, which holds an incomplete character; type it again"
         ) from None
     if size > MAX_NAME_BYTES:
         raise ConfigError(
             f"name is {shown}, {len(name.encode())} bytes; expected at most "
-            f"{MAX_NAME_BYTES - len(LONGEST_ENDING)}, since file systems count bytes and the "
-            "files' names get longer"
+            f"{MAX_NAME_BYTES - len(LONGEST_ENDING)}, since file systems limit bytes and the "
+            "files' names are longer"
         )

@@ -196,16 +196,16 @@ def check_plain(value: Any, where: str, depth: int = 0) -> Any:
         if not is_table or all(isinstance(key, str) for key in value):
             return value
     raise ConfigError(
-        f"{where} is or holds {show(value)}; expected true, false, a text, a finite number, or up "
+        f"{where} is or holds {show(value)}; expected true, false, text, a finite number, or up "
         f"to {MAX_DEPTH} lists and tables of them inside each other"
     )
 
 
 def describe_type(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     origin = typing.get_origin(hint)
     if origin is tuple:
-        return "a list of texts"
+        return "a list of strings"
     return "a table" if origin is not None else names.get(hint, str(hint))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
+from ...text import format_bytes
 from ..model.offload import MAX_COPIED_BLOCKS
 
 GIB = 2**30
@@ -29,7 +30,7 @@ BYTES_PER_PARAMETER, BYTES_PER_AVERAGE = 16, 4
 RESERVE = 3 * GIB // 2
 #: Of the free main memory, what blocks that wait there cannot have: it is for the worker itself.
 HOST_RESERVE = 4 * GIB
-#: Storages for blocks that wait in main memory: bf16 would fill it, and double the copying.
+#: Storages for blocks offloaded to main memory: bf16 would fill it, and double the copying.
 OFFLOADED = ("fp8", "nf4")
 BLOCKS = "transformer_blocks."
 
@@ -58,7 +59,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "detailed": Preset(
-        "Rank 64, averaged weights beside the raw ones: a person, a product, fine texture.",
+        "Rank 64, averaged weights in addition to the raw ones: a person, a product, fine texture.",
         {
             "lora": {"rank": 64, "targets": ("full",)},
             "optimizer": {
@@ -150,7 +151,7 @@ class BaseChoice:
     compute_dtype: str
     offload_blocks: int = 0
     host_bytes: int = 0
-    """Of the blocks that wait in main memory."""
+    """Of the blocks offloaded to main memory."""
     problem: str = ""
     """What prevents training this way."""
 
@@ -158,8 +159,8 @@ class BaseChoice:
         text = f"storage auto is {self.storage}"
         if self.offload_blocks:
             text += (
-                f" with {self.offload_blocks} of {size.num_blocks} blocks waiting in main memory, "
-                f"{self.host_bytes / GIB:.1f} GiB"
+                f" with {self.offload_blocks} of {size.num_blocks} blocks offloaded to main "
+                f"memory, {format_bytes(self.host_bytes, 1024)}"
             )
         return f"{text}; {self.problem}" if self.problem else text
 
@@ -198,11 +199,11 @@ def choose_storage(
         waiting = round(num_offloaded * size.count_block_bytes(storage))
         problem = ""
         if size.count_resident(storage, num_offloaded) > room:
-            problem = f"{gpu_bytes / GIB:.1f} GiB of the GPU leave no room to train"
+            problem = f"{format_bytes(gpu_bytes, 1024)} of GPU memory leaves no room to train"
         elif waiting and host_bytes is not None and waiting + HOST_RESERVE > host_bytes:
             problem = (
-                f"of main memory {(waiting + HOST_RESERVE) / GIB:.1f} GiB are needed and "
-                f"{host_bytes / GIB:.1f} GiB free"
+                f"{format_bytes(waiting + HOST_RESERVE, 1024)} of main memory are needed, and "
+                f"{format_bytes(host_bytes, 1024)} are free"
             )
         choices.append(BaseChoice(storage, "bf16", num_offloaded, waiting, problem))
     return next((choice for choice in choices if not choice.problem), choices[-1])

@@ -52,18 +52,18 @@ OTHER_NAMES = {
 ELSEWHERE = {
     **dict.fromkeys(
         ("resolution", "max_resolution", "bucket_reso_steps", "enable_bucket", "target_area"),
-        "the size is chosen where the training set is made, by megapixels of Edit Dataset",
+        "the size is chosen where the training set is made, by megapixels of Image Pairs",
     ),
     **dict.fromkeys(
         ("max_train_epochs", "num_train_epochs", "epochs", "num_epochs"),
         "the length is given in steps",
     ),
     **dict.fromkeys(
-        ("network_module", "network_type"), "a LoRA is what is trained; nothing has to name it"
+        ("network_module", "network_type"), "a LoRA is always trained; no setting names it"
     ),
     **dict.fromkeys(
         ("trigger_word", "instance_prompt"),
-        "captions are part of the training set, see Edit Dataset",
+        "captions are part of the training set, see Image Pairs",
     ),
     **dict.fromkeys(
         ("num_repeats", "repeats"), "every item is shown once an epoch; leave the setting out"

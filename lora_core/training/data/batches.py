@@ -72,8 +72,9 @@ class DataOrder:
         if not sum(repeats):
             return None
         return (
-            f"{sum(map(bool, repeats))} of {len(repeats)} sizes have no multiple of "
-            f"{self.batch_size} items, so {sum(repeats)} samples are shown again in each epoch"
+            f"sizes whose items do not fill batches of {self.batch_size}: "
+            f"{sum(map(bool, repeats))} of {len(repeats)}; samples shown again in each epoch: "
+            f"{sum(repeats)}"
         )
 
 

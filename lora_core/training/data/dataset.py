@@ -139,7 +139,7 @@ class DatasetWriter:
         file.release()
         fault = find_fault(file.tensors)
         if fault is not None:
-            raise FileError(f"{shorten(key)}.safetensors is no item: {fault}.")
+            raise FileError(f"{shorten(key)}.safetensors is not a cached item: {fault}.")
         self._check_text(key, file.tensors["text"])
         return self._record(key, file.tensors, caption)
 
@@ -194,7 +194,7 @@ class DatasetWriter:
                 what = name if name == "target" else f"reference_{name}"
                 raise ShapeError(
                     f"{key}: {what} is {tuple(latents.shape)}; expected ({NUM_CHANNELS}, height, "
-                    "width), the VAE's latents of one picture"
+                    "width), the VAE's latents of one image"
                 )
         self._check_text(key, item.text)
         if item.text_empty is not None:
@@ -342,8 +342,8 @@ def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
         index = read_object(path, MAX_INDEX_BYTES)
     except MissingFileError:
         raise FileError(
-            f"{shorten(folder.name)} is no cached training set: it holds no {INDEX_FILE}. Make one "
-            "first, or correct the folder's name."
+            f"{shorten(folder.name)} is not a cached training set: it holds no {INDEX_FILE}. Make "
+            "one first, or correct the folder's name."
         ) from None
     except FileError as e:
         raise FileError(f"{e} Make the training set again.") from None

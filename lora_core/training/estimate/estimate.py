@@ -16,6 +16,7 @@ import torch
 
 from ...base_model.base_files import BaseFile, open_base_file
 from ...injection.plan import plan_injection
+from ...text import format_bytes, format_duration, format_number
 from ..config.advice import advise
 from ..config.config import TrainConfig
 from ..data.dataset import CachedDataset, ItemInfo, check_text_width, read_dataset
@@ -83,25 +84,27 @@ class Estimate:
 
     def to_text(self) -> str:
         def show(size: int | None) -> str:
-            return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
+            return "unknown" if size is None else format_bytes(size, 1024)
 
         lines = [
-            f"{self.num_parameters / 1e6:.1f} M trainable parameters, up to {self.num_tokens} "
-            "tokens a sample",
+            f"{format_number(self.num_parameters / 1e6)} M trainable parameters, up to "
+            f"{self.num_tokens} tokens per sample",
             f"memory: {show(self.memory_bytes)} of {show(self.available_bytes)} free on "
             f"{self.device}",
-            f"time: {self.seconds_per_step:.2f} s a step ({self.longest_step_s:.2f} s the "
-            f"longest), {self.total_s / 3600:.2f} h in all",
+            f"time: {format_duration(self.seconds_per_step)} per step (the longest "
+            f"{format_duration(self.longest_step_s)}), {format_duration(self.total_s)} in total",
         ]
         if self.gradient_checkpointing is not True:
             kept = json.dumps(self.gradient_checkpointing)
-            lines.append(f"gradient_checkpointing is {kept}, which is part of memory and time")
+            lines.append(f"measured with gradient_checkpointing = {kept}")
         if self.offloaded_bytes:
             free = self.host_available_bytes
             of = "" if free is None else f" of {show(free)} free"
-            lines.insert(2, f"waiting in host memory: {show(self.offloaded_bytes)}{of}")
+            lines.insert(2, f"offloaded to main memory: {show(self.offloaded_bytes)}{of}")
         if self.compile_s:
-            lines.append(f"compiling: {self.compile_s:.0f} s once, part of the time in all")
+            lines.append(
+                f"compiling: {format_duration(self.compile_s)} once, part of the total time"
+            )
         lines += [f"does not fit: {sentence}" for sentence in self.advice]
         return "\n".join(lines)
 

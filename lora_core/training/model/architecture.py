@@ -76,7 +76,8 @@ def read_architecture(
 
     def refuse(what: str) -> KeyFormatError:
         return KeyFormatError(
-            f"{name} is no Qwen-Image model: {what}. Choose a diffusion model of Qwen-Image-Edit."
+            f"{name} is not a Qwen-Image model: {what}. Choose a diffusion model of "
+            "Qwen-Image-Edit."
         )
 
     def get(key: str, ndim: int) -> Sequence[int]:
@@ -92,8 +93,8 @@ def read_architecture(
     patch_outputs = get("proj_out.weight", 2)[0]
     if (in_channels, patch_outputs) != (PATCH_NUMBERS, PATCH_NUMBERS):
         raise refuse(
-            f"it takes {in_channels} and gives {patch_outputs} numbers a token, expected "
-            f"{PATCH_NUMBERS} both ways"
+            f"it takes {in_channels} and returns {patch_outputs} numbers per token; expected "
+            f"{PATCH_NUMBERS} for both"
         )
     if width % head_width or head_width % 2:
         raise refuse(f"a width of {width} has no even heads of {head_width}")
@@ -126,8 +127,8 @@ def count_blocks(keys: Iterable[str], name: str) -> int:
     if len(numbers) != highest + 1:
         raise KeyFormatError(
             f"{name} holds {len(numbers)} blocks, but one of them has the number {highest}; "
-            "expected 0, 1, ... without a gap. The file is incomplete or changed: choose a whole "
-            "diffusion model of Qwen-Image-Edit."
+            "expected 0, 1, ... without a gap. The file is incomplete or changed: choose a "
+            "complete diffusion model of Qwen-Image-Edit."
         )
     return len(numbers)
 

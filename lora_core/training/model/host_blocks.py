@@ -14,6 +14,7 @@ from itertools import chain
 import torch
 from torch import nn
 
+from ...text import format_bytes
 from ..machine.memory import trim_heap
 from ..machine.page_locks import PageLocks, allocate_pages
 
@@ -109,10 +110,10 @@ class HostBlocks:
         if not self.locks.was_refused:
             return None
         return (
-            f"of the {len(self.blocks)} blocks that wait in host memory "
-            f"({self.num_bytes / 2**30:.1f} GiB) the system locks only {self.num_locked} "
-            f"({self.locked_bytes / 2**30:.1f} GiB) for the GPU; the others are copied more "
-            "slowly. Lower offload_blocks or take a smaller storage if steps take too long"
+            f"of the {len(self.blocks)} blocks offloaded to main memory "
+            f"({format_bytes(self.num_bytes, 1024)}) the system locks only {self.num_locked} "
+            f"({format_bytes(self.locked_bytes, 1024)}) for the GPU; the others are copied more "
+            "slowly. Lower offload_blocks or use a smaller storage if steps take too long"
         )
 
 

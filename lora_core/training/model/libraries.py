@@ -33,6 +33,6 @@ def import_from_diffusers(*names: str, module: str = "diffusers") -> tuple[Any, 
 def raise_broken(error: Exception) -> None:
     reason = " ".join(str(error).split()).rstrip(".")
     raise ConfigError(
-        f"training needs diffusers 0.35 or newer, and the one that is installed cannot be used "
-        f"({reason}); run {INSTALL}"
+        f"training needs diffusers 0.35 or newer, and the installed one cannot be used ({reason}); "
+        f"run {INSTALL}"
     ) from None

@@ -127,14 +127,14 @@ def check_keys(architecture: Architecture, base: BaseFile) -> None:
         raise KeyFormatError(
             f"{shorten(base.name)} lacks {len(missing)} of {len(expected)} tensors of a Qwen-Image "
             f"model ({shorten_list(missing, 2)}): it is another model or incomplete. Choose a "
-            "whole diffusion model of Qwen-Image-Edit."
+            "complete diffusion model of Qwen-Image-Edit."
         )
     unknown = [shorten(key) for key in base.shapes if key not in expected]
     if unknown:
         raise KeyFormatError(
-            f"{shorten(base.name)} holds {len(unknown)} tensors that a Qwen-Image-Edit model has "
-            f"not ({shorten_list(unknown, 1)}); it is another model, or already changed by one. "
-            "Choose a diffusion model of Qwen-Image-Edit."
+            f"{shorten(base.name)} holds {len(unknown)} tensors that a Qwen-Image-Edit model does "
+            f"not have ({shorten_list(unknown, 1)}); it is another model, or already changed by "
+            "one. Choose a diffusion model of Qwen-Image-Edit."
         )
     for key, shape in expected.items():
         found = tuple(base.shapes[key])

@@ -77,7 +77,7 @@ def choose_sharding(config: ModelConfig, accelerator: Accelerator | None) -> Sha
         return None
     if config.offload_blocks:
         raise ConfigError(
-            f"offload_blocks is {config.offload_blocks}, but FSDP already spreads the blocks over "
+            f"offload_blocks is {config.offload_blocks}, but FSDP already shards the blocks across "
             "the GPUs; set offload_blocks to 0, or launch with --multi_gpu instead of --use_fsdp"
         )
     # Not the plugin of Accelerate's state, which on CPUs has none.
@@ -102,19 +102,19 @@ def check_launch(environment: Mapping[str, str]) -> None:
     for name in OTHERS:
         if read_flag(environment, f"ACCELERATE_USE_{name}"):
             raise ConfigError(
-                f"{name} would spread the LoRAs, which checkpoints need whole; launch with "
-                "--use_fsdp --fsdp_version 2, which spreads the base alone, or with --multi_gpu"
+                f"{name} would shard the LoRAs, which checkpoints need complete; launch with "
+                "--use_fsdp --fsdp_version 2, which shards only the base, or with --multi_gpu"
             )
     if not is_asked_for(environment):
         return
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
         raise ConfigError(
-            f"FSDP version {version} would spread the LoRAs, which checkpoints need whole; launch "
-            "with --fsdp_version 2, which spreads the base alone"
+            f"FSDP version {version} would shard the LoRAs, which checkpoints need complete; "
+            "launch with --fsdp_version 2, which shards only the base"
         )
     if read_flag(environment, "FSDP_OFFLOAD_PARAMS"):
         raise ConfigError(
-            "fsdp_offload_params is true, which training does not know; launch with "
-            "--fsdp_offload_params false, and take a smaller model.storage or more GPUs"
+            "fsdp_offload_params is true, which training does not support; launch with "
+            "--fsdp_offload_params false, and use a smaller model.storage or more GPUs"
         )

@@ -45,8 +45,8 @@ class CleanPrediction:
         """
         if self.decode is None:
             raise ConfigError(
-                "an auxiliary loss wants the decoded image, but the run has no VAE; "
-                "set model.vae to the VAE's file"
+                "an auxiliary loss needs the decoded image, but the run has no VAE; set model.vae "
+                "to the VAE's file"
             )
         return self.decode(self.x_0_hat)
 

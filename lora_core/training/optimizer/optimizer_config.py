@@ -41,5 +41,5 @@ class OptimizerConfig:
         check_number(self, "ema_decay", 0, 1)
         if self.ema_decay == 1:
             raise ConfigError(
-                "ema_decay is 1, which would never take a step in; expected e.g. 0.999"
+                "ema_decay is 1, which would never change the average; expected e.g. 0.999"
             )

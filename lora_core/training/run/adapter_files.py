@@ -98,7 +98,7 @@ def write_adapters(
         FileError: they cannot be written, or `folder` is missing: it is never created again.
     """
     if not folder.is_dir():
-        raise FileError(f"{shorten(folder.name)} is not there any more; nothing is written to it.")
+        raise FileError(f"{shorten(folder.name)} was removed; nothing is written to it.")
     written = []
     for suffix, adapter in adapters.items():
         if step is None:

@@ -85,7 +85,7 @@ class CheckpointFolder:
             trial.unlink()
         except OSError as e:
             raise FileError(
-                f"{self.folder.parent.name} cannot take checkpoints: {explain(e)}."
+                f"{self.folder.parent.name} cannot be used for checkpoints: {explain(e)}."
             ) from None
         remove_leftovers(self.folder)
 
@@ -175,7 +175,7 @@ def make_folder(folder: Path, what: str = "checkpoints") -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as e:  # ValueError: no name of any folder
         name, reason = shorten(folder.name), shorten(explain(e), 200)
-        raise FileError(f"{name} cannot take {what}: {reason}.") from None
+        raise FileError(f"{name} cannot be used for {what}: {reason}.") from None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -195,7 +195,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if record["version"] != VERSION:
             raise FileError(
                 f"{path.name} was written by another version of this package (format "
-                f"{record['version']}, this is {VERSION}); start the run anew."
+                f"{record['version']}, this is {VERSION}); start the run again."
             )
         if record["digest"] != compute_state_digest(record):
             raise FileError(f"{path.name} is damaged: {STATE_FILE} is not what was written.")

@@ -149,7 +149,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         return None
     health = row.get("health", {})
     numbers = [row.get(name) for name in METRIC_NAMES]
-    numbers += health.values() if isinstance(health, dict) else ["no figure"]
+    numbers += health.values() if isinstance(health, dict) else ["no statistics"]
     is_whole = all(x is None or (type(x) in (int, float)) for x in numbers)
     return row if is_whole else None
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 BUCKET = 25 * 2**20
 #: Of this PyTorch; see `can_join_gpus`.
 NO_NCCL = (
-    "several GPUs need NCCL to exchange their gradients, which this PyTorch comes without, as "
-    "every PyTorch for Windows does; train on one GPU, or on Linux or WSL"
+    "several GPUs need NCCL to exchange their gradients, which this PyTorch does not include, "
+    "like every PyTorch for Windows; train on one GPU, or on Linux or WSL"
 )
 
 

@@ -14,7 +14,7 @@ import torch
 from ...errors import ConfigError, FileError, NonFiniteLossError, OutOfMemoryError
 from ...injection.inject import Injection
 from ...progress import ShouldStop
-from ...text import shorten_list
+from ...text import format_count, shorten_list
 from ..config.advice import advise
 from ..config.config import TrainConfig
 from ..data.dataset import CachedDataset
@@ -137,7 +137,7 @@ class Run:
         self.processes.wait()
         checkpoint = self.checkpoints.read_latest()
         for sentence in self.checkpoints.passed_over:
-            self.notify(f"passed over: {sentence}")
+            self.notify(f"skipped: {sentence}")
         if checkpoint is not None:
             for sentence in check_same_run(checkpoint.state["run"], describe_run(self)):
                 self.notify(sentence)
@@ -147,11 +147,11 @@ class Run:
             self.checkpointed_step = self.step
             self.notify(f"resumed after step {self.step} of {self.config.steps}")
         elif resume:
-            self.notify(f"{self.folder.name} holds no whole checkpoint; starting at step 1")
+            self.notify(f"{self.folder.name} holds no intact checkpoint; starting at step 1")
         if self.processes.is_main and (num_unread := self.metrics.cut(self.step)):
             self.notify(
-                f"{num_unread} lines of {self.metrics.path.name} could not be read and are left "
-                "out; the run itself lacks nothing"
+                f"{format_count(num_unread, 'line')} of {self.metrics.path.name} left out as "
+                "unreadable; the run itself is complete"
             )
 
     def take_steps(self, should_stop: ShouldStop) -> Iterator[StepReport]:

@@ -109,7 +109,7 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
     earlier = then.get("contents", {})
     for what, sample in now["contents"].items():
         if None not in (sample, earlier.get(what)) and sample != earlier[what]:
-            yield f"{what} has other contents than when the checkpoint was made, from now on"
+            yield f"{what} changed since the checkpoint was made; from now on the new one is used"
     if None not in (now["variant"], then.get("variant")) and now["variant"] != then["variant"]:
         yield f"the variant was {then['variant']} and is {now['variant']} from now on"
     old, new = (dict(flatten(values["config"])) for values in (then, now))

@@ -11,7 +11,7 @@ import torch
 from ...errors import ConfigError
 from ...formats.architectures import read_variant
 from ...injection.inject import Injection, inject
-from ...text import shorten_list
+from ...text import format_count, shorten_list
 from ..config.config import TrainConfig
 from ..data.batches import load_repeated
 from ..data.dataset import CachedDataset, check_text_width, read_dataset
@@ -89,13 +89,13 @@ def describe_session(session: Session, config: TrainConfig) -> list[str]:
         DTYPES[config.saving.dtype], metadata=metadata, title=config.name
     )
     messages = [
-        f"{len(plan.targets)} modules, {plan.num_parameters:,} parameters; the adapter's file will "
-        f"take {size_bytes:,} bytes"
+        f"{format_count(len(plan.targets), 'module')}, {plan.num_parameters:,} parameters; the "
+        f"adapter's file will take {size_bytes:,} bytes"
     ]
     if config.model.offload_blocks:
         messages.append(
             f"storage is {config.model.storage}; {config.model.offload_blocks} of "
-            f"{len(session.model.blocks)} blocks wait in main memory"
+            f"{len(session.model.blocks)} blocks are offloaded to main memory"
         )
     if session.model.is_adaptive:
         kind = json.dumps(session.model.gradient_checkpointing)
@@ -138,7 +138,7 @@ def choose_device(config: ModelConfig) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ConfigError(
-            f"the device {config.device!r} is not there; expected cpu, cuda or auto"
+            f"the device {config.device!r} does not exist; expected cpu, cuda or auto"
         ) from None
     return device
 

@@ -69,7 +69,7 @@ def load_decoder(
             vae = AutoencoderKLQwenImage.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as e:
             raise FileError(
-                f"{shorten(path.name)} is no folder of Qwen-Image's VAE ({shorten(str(e))})."
+                f"{shorten(path.name)} is not a folder of Qwen-Image's VAE ({shorten(str(e))})."
             ) from None
         return ImageDecoder(vae.to(device, dtype))
     file = SafetensorsFile(path, "a VAE")
@@ -87,7 +87,7 @@ def load_decoder(
         vae.load_state_dict(tensors, assign=True)
     except (KeyError, RuntimeError):
         raise FileError(
-            f"{path.name} is no VAE of Qwen-Image; expected qwen_image_vae.safetensors or "
+            f"{path.name} is not a VAE of Qwen-Image; expected qwen_image_vae.safetensors or "
             "diffusers' folder of it."
         ) from None
     return ImageDecoder(vae.to(device, dtype or next(iter(tensors.values())).dtype))

@@ -11,6 +11,7 @@ from ...adapter.adapter import Adapter
 from ...adapter.weights import LoraWeights
 from ...errors import ConfigError, TargetError
 from ...progress import ShouldStop, track
+from ...text import format_count
 from ..data.batches import make_generator
 from ..data.dataset import CachedDataset, collect_text
 from ..data.latents import count_target_tokens, normalize
@@ -89,8 +90,8 @@ def applied(
     unknown = [path for path in adapter.modules if path not in modules]
     if unknown:
         raise TargetError(
-            f"{adapter.name} has {len(unknown)} modules that the model has not, such as "
-            f"{unknown[0]}; choose an adapter of this model"
+            f"{adapter.name} has {format_count(len(unknown), 'module')} that the model does not "
+            f"have, such as {unknown[0]}; choose an adapter of this model"
         )
     handles = []
     try:

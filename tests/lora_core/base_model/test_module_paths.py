@@ -88,7 +88,7 @@ def test_no_block_range_means_every_block(text):
     "text", ["a", "1-", "-1", "3-1", "1,,2", ",", "1 2", "1.5", "0-99999", "٣x"]
 )
 def test_an_error_for_a_bad_block_range_has_an_example(text):
-    with pytest.raises(TargetError, match=r'is no block range; expected .* such as "0-19, 40"'):
+    with pytest.raises(TargetError, match=r'is not a block range; expected .* such as "0-19, 40"'):
         parse_block_ranges(text)
 
 
@@ -175,7 +175,7 @@ def test_shapes_are_out_by_in(name, shape):
 
 
 def test_a_norm_has_no_linear_shape():
-    with pytest.raises(TargetError, match=r"'attn.norm_q' is no Linear"):
+    with pytest.raises(TargetError, match=r"'attn.norm_q' is not a Linear"):
         module_paths.compute_shape("attn.norm_q")
 
 

@@ -46,8 +46,8 @@ REFUSED = {
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "UTF-16 text; save it again as UTF-8"),
     "UTF-32": ('{"a": 1}'.encode("utf-32"), "UTF-32 text; save it again as UTF-8"),
     "GBK": ('{"a": "中文"}'.encode("gbk"), "is not UTF-8 text"),
-    "NaN": (b'{"a": NaN}', "NaN, which is no JSON number"),
-    "Infinity": (b"[-Infinity]", "-Infinity, which is no JSON number"),
+    "NaN": (b'{"a": NaN}', "NaN, which is not a JSON number"),
+    "Infinity": (b"[-Infinity]", "-Infinity, which is not a JSON number"),
     "beyond float": (b"[1e999]", "a number that is too large"),
     "a whole number beyond float": (b"[1%s]" % (b"0" * 400), "a number that is too large"),
     "a whole number of 5000 digits": (b"1" * 5000, "a number that is too large"),
@@ -84,7 +84,7 @@ def test_a_value_that_is_not_an_object_is_named_in_the_error(text, tmp_path):
 
 def test_a_missing_file_is_distinguished_from_an_unreadable_one(tmp_path):
     for path in (tmp_path / "a.json", tmp_path / "no folder" / "a.json"):
-        with pytest.raises(MissingFileError, match="is not there"):
+        with pytest.raises(MissingFileError, match="does not exist"):
             read_json(path)
     (tmp_path / "file").touch()
     with pytest.raises(MissingFileError):

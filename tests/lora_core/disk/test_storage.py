@@ -113,7 +113,7 @@ def test_a_file_deleted_after_opening_is_a_clear_error(make_state_dict, write_fi
     path = write_file(make_state_dict())
     adapter = read_adapter(path)
     path.unlink()
-    with pytest.raises(FileError, match=r"my lora.safetensors is not there any more.*Put it back"):
+    with pytest.raises(FileError, match=r"my lora.safetensors does not exist.*Put it back"):
         adapter.modules[TO_Q].delta()
 
 

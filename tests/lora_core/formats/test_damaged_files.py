@@ -30,7 +30,7 @@ DAMAGED = {
     "five bytes": (b"\x10\x00\x00\x00\x00", "ends early: 5 bytes"),
     "eight bytes": (struct.pack("<Q", 8), "ends early: 8 bytes, but its header alone claims 8"),
     "header longer than the file": (build_file({}, claimed=10**9), "claims 1,000,000,000"),
-    "header of the largest size": (build_file({}, claimed=2**64 - 1), "truncated or no safetens"),
+    "header of the largest size": (build_file({}, claimed=2**64 - 1), "truncated or not a safe"),
     "header no JSON": (build_file(b"{not json  "), "is damaged: its header is not readable"),
     "header no UTF-8": (build_file(b'{"\xff\xfe":1}'), "is damaged: its header is not readable"),
     "header no object": (build_file(b"[1, 2]"), "is damaged: its header is not readable"),
@@ -60,9 +60,9 @@ DAMAGED = {
         build_file({KEY.format("A"): entry([2], [0, 8], "F99")}, b"\0" * 8),
         "is damaged: its header is not readable",
     ),
-    "text": (b"<!DOCTYPE html><html>404</html>", "truncated or no safetensors file: download"),
+    "text": (b"<!DOCTYPE html><html>404</html>", "truncated or not a safetensors file: download"),
     "GGUF": (b"GGUF\x03\x00\x00\x00" + b"\0" * 64, "is a GGUF file; expected a LoRA file in safet"),
-    "pickle": (pickle.dumps({"a": 1}), "is a PyTorch pickle, whatever its name says"),
+    "pickle": (pickle.dumps({"a": 1}), "is a PyTorch pickle, despite its name"),
 }
 
 
@@ -90,7 +90,7 @@ def test_a_truncated_download_is_recognised(keep, make_state_dict, write_file):
 def test_a_renamed_pickle_is_refused_without_being_opened(new_zipfile, tmp_path):
     path = tmp_path / "pickle.safetensors"
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=new_zipfile)
-    with pytest.raises(FileError, match="refused: convert it where you trust it"):
+    with pytest.raises(FileError, match="refused: if you trust it, convert it"):
         read_adapter(path)
 
 
@@ -123,7 +123,7 @@ def test_a_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none.safetensors", "is not there any more; expected a LoRA file"),
+        ("none.safetensors", "does not exist; expected a LoRA file"),
         ("n" * 300 + ".safetensors", "cannot be opened: File name too long"),
         ("file/inside.safetensors", "cannot be opened: Not a directory"),
     ],

@@ -190,7 +190,7 @@ def test_an_initialization_that_changed_the_base_is_refused_until_peft_converts_
         if "lora_" in name:
             parameter.data += torch.randn(parameter.shape) / 10
     model.save_pretrained(tmp_path / "raw")
-    with pytest.raises(KeyFormatError, match="which moved a part of the model into the LoRA"):
+    with pytest.raises(KeyFormatError, match="which moved part of the model into the LoRA"):
         read_adapter(tmp_path / "raw")
     model.save_pretrained(
         tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "start"

@@ -546,7 +546,7 @@ def make_adapter(path=TO_Q, rank=2, shape=(WIDTH, WIDTH), bias=None, value=0.1):
     [
         (make_adapter(rank=4), ConfigError, "has rank 4 at .*to_q, the settings ask for 2"),
         (make_adapter(shape=(8, 8)), ShapeError, r"of \(8, 8\), but the model's is \(16, 16\)"),
-        (make_adapter("img_in"), TargetError, r"1 modules that would not be trained.*\(img_in\)"),
+        (make_adapter("img_in"), TargetError, r"1 module that would not be trained.*\(img_in\)"),
         (make_adapter(bias=torch.ones(WIDTH)), ConfigError, "also changes the bias"),
         (make_adapter(value=float("inf")), NonFiniteWeightsError, "holds NaN or Inf"),
     ],

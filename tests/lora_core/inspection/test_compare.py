@@ -276,7 +276,7 @@ def test_what_cannot_be_compared_is_listed_with_its_reason_and_excluded_from_met
     assert list(found.modules) == [TO_K]
     assert found.not_comparable[TO_Q].startswith(reason)
     assert found.norm_b == pytest.approx(compute_dense(b.modules[TO_K]).norm().item(), rel=1e-9)
-    assert "Warning: 1 modules are not compared and in no figure" in found.to_text()
+    assert "Warning: 1 module left out of the comparison" in found.to_text()
 
 
 def test_an_untrained_adapter_gives_no_cosine_instead_of_a_wrong_one():
@@ -319,8 +319,8 @@ def test_the_text_states_the_same_metrics():
     found = compare_two()
     text = found.to_text()
     assert "a: first.safetensors; b: second.safetensors" in text
-    assert "1 modules compared, 1 only in a, 1 only in b" in text
-    assert f"cosine {found.cosine:.4g}" in text
+    assert "1 module compared, 1 only in a, 1 only in b" in text
+    assert f"cosine {found.cosine:.3g}" in text
     assert f"only in b: {TO_V}" in text
 
 

@@ -117,15 +117,15 @@ def test_histogram_and_spectrum_show_something(inspection):
         one = draw(inspection, TO_K)
         check_picture(one)
         assert (one != draw(inspection, LAST)).any()
-        with pytest.raises(ConfigError, match=r"is no module of my_edit_lora\.safetensors"):
+        with pytest.raises(ConfigError, match=r"is not a module of my_edit_lora\.safetensors"):
             draw(inspection, "transformer_blocks.1.attn.to_q")
 
 
 def test_without_exact_the_images_that_need_it_say_so():
     quick = inspect(make_modules((0,)), exact=False)
-    text = "histogram of the entries\n\nneeds exact: switch it on to see it"
+    text = "histogram of the entries\n\nneeds exact: turn it on to see it"
     assert (draw_histogram(quick) == draw_message(text)).all()
-    text = "largest entry of the delta\n\nneeds exact: switch it on to look at every entry"
+    text = "largest entry of the delta\n\nneeds exact: turn it on to examine every entry"
     assert (draw_heat_map(quick, "abs max") == draw_message(text)).all()
     with pytest.raises(ConfigError, match="unknown statistic 'colour'; expected one of std"):
         draw_heat_map(quick, "colour")

@@ -81,7 +81,7 @@ def test_a_base_is_found_under_every_prefix_and_scaled_as_stored(prefix, tmp_pat
 
 def test_another_models_file_is_refused_with_a_message(tmp_path):
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2)}, tmp_path / "f.safetensors")
-    with pytest.raises(KeyFormatError, match=r"is no Qwen-Image model: none of its 1"):
+    with pytest.raises(KeyFormatError, match=r"is not a Qwen-Image model: none of its 1"):
         open_base(tmp_path / "f.safetensors")
 
 

@@ -66,7 +66,7 @@ def test_the_worst_comes_first_and_block_is_the_models_order():
 
 def test_full_scan_statistics_are_refused_without_a_scan_and_not_in_the_table():
     inspection = inspect_adapter(make_adapter())
-    with pytest.raises(ConfigError, match=r"needs every entry, .*; switch exact on"):
+    with pytest.raises(ConfigError, match=r"needs every entry, .*; turn exact on"):
         build_table(inspection, "abs max")
     with pytest.raises(ConfigError, match="unknown statistic 'size'"):
         build_table(inspection, "size")
@@ -89,7 +89,7 @@ def test_an_adapter_without_statistics_has_a_table_too(sort_by):
     assert build_table(inspection, sort_by).startswith("0 modules")
     text = describe_verdict(inspection)
     assert "nothing to judge" in text
-    assert "Warning: 1 modules have no figures: txt_norm: a change of a norm or bias" in text
+    assert "Warning: 1 module without statistics: txt_norm: a change of a norm or bias" in text
 
 
 def test_only_good_news_needs_no_attention():

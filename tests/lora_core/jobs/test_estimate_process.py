@@ -29,7 +29,7 @@ def test_the_estimate_of_another_process_is_of_this_run(tmp_path):
 
 def test_what_is_wrong_with_the_run_is_reported_in_its_own_words(tmp_path):
     config = make_train(make_material(tmp_path), **{"model.source": str(tmp_path / "gone.gguf")})
-    with pytest.raises(ConfigError, match=r"^gone.gguf is not there; expected a diffusion model"):
+    with pytest.raises(ConfigError, match=r"^gone.gguf does not exist; expected a diffusion model"):
         estimate_in_process(config, DEVICE)
 
 
@@ -37,7 +37,7 @@ def test_a_process_that_sees_one_gpu_is_not_asked_for_the_second(tmp_path):
     config = make_train(make_material(tmp_path), **{"model.device": "cuda:1"})
     none_visible = Device("cuda:1", "test-gpu", "99")
     # It looks for the only GPU it can see, and not for a second one.
-    with pytest.raises(ConfigError, match="the device 'cuda' is not there"):
+    with pytest.raises(ConfigError, match="the device 'cuda' does not exist"):
         estimate_in_process(config, none_visible)
 
 
@@ -55,7 +55,7 @@ def test_a_stopped_estimate_leaves_no_process(tmp_path):
         ("noise\nestimate: rank is 0; expected 1\n", "rank is 0; expected 1"),
         ("Traceback\ntorch.OutOfMemoryError: CUDA out of memory.\n", "not even three blocks fit"),
         ("Traceback\nKeyError: 3\n", "the estimate ended with exit code 9: KeyError: 3"),
-        ("", "the estimate ended with exit code 9: it said nothing"),
+        ("", "the estimate ended with exit code 9: it reported nothing"),
     ],
 )
 def test_the_last_output_becomes_the_error_message(errors, sentence):

@@ -29,12 +29,12 @@ FIRST, SECOND = Device("cuda:0", "here-a", "2"), Device("cuda:1", "here-b", "GPU
 @pytest.mark.parametrize(
     ("code", "sentence", "again"),
     [
-        (-signal.SIGKILL, "ended by SIGKILL, by hand or because the computer ran out of", True),
-        (-signal.SIGTERM, "ended by SIGTERM", True),
-        (None, "vanished without a word", True),
+        (-signal.SIGKILL, "terminated by SIGKILL, manually or because the computer", True),
+        (-signal.SIGTERM, "terminated by SIGTERM", True),
+        (None, "disappeared without a message", True),
         (-signal.SIGSEGV, "crashed with SIGSEGV", False),
         (-signal.SIGABRT, "crashed with SIGABRT", False),
-        (3, "ended with exit code 3 before it could say why", False),
+        (3, "ended with exit code 3 before it could report why", False),
     ],
 )
 def test_a_crash_is_explained_and_only_external_ones_are_retried(code, sentence, again, tmp_path):
@@ -127,7 +127,7 @@ def test_other_errors_are_reported_in_one_sentence(material):
     assert explain_error(FileError("a\n b"), config) == JobFailure(sentence="a b")
     failure = explain_error(ZeroDivisionError("division by zero"), config)
     assert failure.sentence == "training stopped with ZeroDivisionError: division by zero"
-    assert failure.advice == ("look at the end of the log",)
+    assert failure.advice == ("read the end of the log",)
 
 
 def test_an_error_for_gpus_that_cannot_communicate_mentions_shared_memory(material, monkeypatch):

@@ -440,7 +440,7 @@ def test_damage_to_any_file_of_the_newest_checkpoint_costs_one_step_and_no_bit(
         path.write_bytes(data)
         run_here(store, job_id)
         assert_same_run(folder.path, whole)
-        assert any("passed over" in note for note in folder.read_state().notes), name
+        assert any("skipped" in note for note in folder.read_state().notes), name
         shutil.rmtree(folder.path)
 
 

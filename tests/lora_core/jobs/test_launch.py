@@ -91,7 +91,7 @@ def test_several_gpus_without_nccl_are_refused_with_a_message_from_any_source(
     job_id = store.submit(make_train(material), num_devices=2)
     folder = store.open_folder(job_id)
     reporter = JobReporter(folder, folder.read_state())
-    with pytest.raises(ConfigError, match="which this PyTorch comes without, as every"):
+    with pytest.raises(ConfigError, match="which this PyTorch does not include, like every"):
         run_job(folder.read_settings(), folder, ["cuda:0", "cuda:1"], reporter)
     for name, value in OF_TWO.items():
         monkeypatch.setenv(name, value)
@@ -131,14 +131,14 @@ def test_a_team_of_gpus_has_the_settings_before_accelerate_looks_for_them(monkey
     assert (seen["NCCL_P2P_DISABLE"], seen["NCCL_IB_DISABLE"]) == ("1", "1")
     said = capsys.readouterr().out
     assert "set for these cards and their driver: NCCL_P2P_DISABLE, NCCL_IB_DISABLE" in said
-    assert "MB of shared memory are free, too little for several GPUs" in said
+    assert "of shared memory are free, too little for several GPUs" in said
 
 
 @pytest.mark.skipif(not nccl.SHARED_MEMORY.is_dir(), reason="there is no /dev/shm")
 def test_shared_memory_is_requested_where_there_is_little(monkeypatch):
     status = SimpleNamespace(f_bavail=1 << 14, f_frsize=1 << 12)  # Docker's 64 MB
     monkeypatch.setattr(nccl.os, "statvfs", lambda path: status)
-    assert nccl.explain_shared_memory(2, {}).startswith("only 64 MB of shared memory are free")
+    assert nccl.explain_shared_memory(2, {}).startswith("only 64 MiB of shared memory are free")
     assert nccl.explain_shared_memory(2, {"NCCL_SHM_DISABLE": "1"}) is None
     status.f_bavail <<= 4
     assert nccl.explain_shared_memory(2, {}) is None

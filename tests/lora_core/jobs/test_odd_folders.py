@@ -279,7 +279,7 @@ def test_an_altered_row_is_never_a_job(harm, store, submit, caplog):
     store = JobStore(store.root)
     assert store.list() == before
     assert [job.id for job in before] == jobs
-    assert "was broken (a row is not what was written)" in caplog.text
+    assert "was damaged (a row is not what was written)" in caplog.text
     store.index.close()
 
 

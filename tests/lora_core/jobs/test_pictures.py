@@ -78,7 +78,7 @@ def test_images_are_listed_in_order_and_read_by_listed_names_only(store, materia
     ]
     assert store.read_image(job_id, "source_b_1.png") == b"source_b_1.png"
     for name in ("target_c.png", "notes.txt", "../state.json", "source_b_9.png", "/etc/passwd"):
-        with pytest.raises(UnknownImageError, match="there is no picture"):
+        with pytest.raises(UnknownImageError, match="there is no image"):
             store.read_image(job_id, name)
 
 
@@ -186,8 +186,8 @@ def test_a_missing_vae_costs_the_images_but_not_the_training(store, material, ke
     assert store.list_images(job_id) == []
     assert len(store.list_samples(job_id)) == 3  # latents
     (note,) = store.get(job_id).state.notes
-    assert "no pictures are made, latents only" in note
-    assert "is no VAE of Qwen-Image" in note
+    assert "no images are made, latents only" in note
+    assert "is not a VAE of Qwen-Image" in note
 
 
 def test_images_too_large_for_the_memory_are_left_out_with_a_note(kept, tmp_path):
@@ -199,7 +199,7 @@ def test_images_too_large_for_the_memory_are_left_out_with_a_note(kept, tmp_path
         writer.write(huge, tmp_path / "huge")
         assert not writer.is_able
         writer.write(torch.zeros(1, 16, 2, 2), tmp_path / "after")
-    assert notes == ["pictures do not fit into memory; latents only are kept"]
+    assert notes == ["images do not fit into memory; latents only are kept"]
     assert [path.name for path in tmp_path.glob("*.png")] == ["small.png"]
 
 

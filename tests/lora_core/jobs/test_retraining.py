@@ -62,9 +62,9 @@ def here(tmp_path: Path):
 @pytest.mark.parametrize(
     ("lacking", "sentence"),
     [
-        ((BASE,), f"the base model {BASE} is not here"),
-        (("set-1",), "the training set set-1 is not here"),
-        (("set-2", "v.safetensors"), "prior's training set set-2 is not here; the VAE v.safeten"),
+        ((BASE,), f"the base model {BASE} is missing"),
+        (("set-1",), "the training set set-1 is missing"),
+        (("set-2", "v.safetensors"), "prior's training set set-2 is missing; the VAE v.safeten"),
     ],
 )
 def test_what_is_missing_is_named(lacking, sentence, here):
@@ -79,7 +79,7 @@ def test_two_bases_of_one_name_are_not_guessed_between(here, tmp_path):
     def twice(name: str) -> list[Path]:
         return [tmp_path / "a" / name, tmp_path / "b" / name]
 
-    with pytest.raises(ConfigError, match=f"the base model {BASE} is there 2 times"):
+    with pytest.raises(ConfigError, match=f"the base model {BASE} was found 2 times"):
         build_again(describe(), twice, here(), here())
 
 
@@ -94,7 +94,7 @@ def test_metadata_from_elsewhere_never_becomes_a_path(evil, place, tmp_path):
         asked.append(name)
         return [tmp_path / name]
 
-    with pytest.raises(ConfigError, match="is not here"):
+    with pytest.raises(ConfigError, match="is missing"):
         build_again(describe(**{place: evil}), find, find, find)
     assert evil not in asked
 
@@ -102,7 +102,7 @@ def test_metadata_from_elsewhere_never_becomes_a_path(evil, place, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "sentence"),
     [
-        ({}, "says nothing of how it was trained"),
+        ({}, "does not say how it was trained"),
         ({CONFIG_KEY: "{"}, "are damaged"),
         ({CONFIG_KEY: "[]"}, "are damaged"),
         ({CONFIG_KEY: '{"model": 1, "data": {}}'}, "are damaged"),

@@ -73,7 +73,7 @@ def test_jobs_are_listed_in_the_order_they_came_from_several_threads(store, mate
 )
 def test_an_invalid_id_never_becomes_a_path(bad, store):
     for method in (store.get, store.pause, store.delete, store.read_log, store.clone):
-        with pytest.raises(ConfigError, match="is no job id; expected one such as"):
+        with pytest.raises(ConfigError, match="is not a job id; expected one such as"):
             method(bad)
 
 
@@ -216,7 +216,7 @@ def test_a_job_held_by_its_worker_gets_a_request_and_is_not_changed(store, submi
 def test_waiting_can_be_stopped_and_the_job_goes_on(store, submit):
     job_id = submit()
     reported, asked = [], []
-    with pytest.raises(InterruptedError, match="the job goes on"):
+    with pytest.raises(InterruptedError, match="the job continues"):
         store.wait(
             job_id, should_stop=lambda: len(asked) > 1 or asked.append(1), notify=reported.append
         )
@@ -282,7 +282,7 @@ def test_a_lost_or_broken_index_is_rebuilt(harm, is_open, store, submit, caplog)
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
     if harm is not delete and not is_open:  # SQLite itself repairs what it has in its log
-        assert "the job index was broken" in caplog.text
+        assert "the job index was damaged" in caplog.text
         assert len([r for r in caplog.records if "index" in r.message]) == 1
 
 
@@ -414,9 +414,9 @@ def test_only_a_state_that_is_not_there_says_that_the_job_was_deleted(tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model.source": "gone.safetensors"}, "the model, gone.safetensors, is not there"),
-        ({"data.folder": "no_set"}, "the training set, no_set, is not there"),
-        ({"model.vae": "no_vae"}, "the VAE, no_vae, is not there"),
+        ({"model.source": "gone.safetensors"}, "the model, gone.safetensors, does not exist"),
+        ({"data.folder": "no_set"}, "the training set, no_set, does not exist"),
+        ({"model.vae": "no_vae"}, "the VAE, no_vae, does not exist"),
     ],
 )
 def test_missing_files_are_reported_before_anything_is_queued(changes, sentence, store, material):
@@ -426,9 +426,11 @@ def test_missing_files_are_reported_before_anything_is_queued(changes, sentence,
 
 
 def test_an_unwritable_loras_folder_is_reported_before_anything_is_queued(store, submit):
-    with pytest.raises(FileError, match="the loras folder cannot take the adapter: it is not ther"):
+    with pytest.raises(
+        FileError, match="the adapter cannot be written to the loras folder: it does"
+    ):
         submit(loras="nowhere")
-    with pytest.raises(FileError, match="the loras folder cannot take the adapter"):
+    with pytest.raises(FileError, match="the adapter cannot be written to the loras folder"):
         submit(loras="/proc/self")
 
 

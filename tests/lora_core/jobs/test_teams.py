@@ -66,7 +66,7 @@ def test_a_team_survives_a_dead_member_and_a_pause_with_the_same_weights(store, 
     assert time.monotonic() - died < NOTICE_S
     state = store.get(job_id).state
     assert state.status is JobStatus.PENDING
-    assert "process 2 of 2 was ended from outside" in state.notes[-1]
+    assert "process 2 of 2 was terminated from outside" in state.notes[-1]
     wait_for_step(supervisor, job_id, state.checkpoint_step + 2, TIMEOUT)
     members = list_processes(store.root)
     store.pause(job_id)

@@ -55,5 +55,5 @@ def test_thinning_keeps_the_mean_and_the_order():
 
 def test_the_note_states_the_last_step():
     assert describe(make_metrics(50)) == (
-        "loss 0.4315 (smoothed), learning rate 0.0001, 1.50 s a step, std of the delta 5.0e-05"
+        "loss 0.432 (smoothed), learning rate 0.0001, 1.5 s per step, std of the delta 5.0e-05"
     )

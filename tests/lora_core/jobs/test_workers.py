@@ -206,7 +206,7 @@ def test_a_dead_worker_is_noticed_and_restarted_a_limited_number_of_times(
         state = store.get(job_id).state
         if attempt == 0:
             assert (state.status, state.restarts) == (JobStatus.PENDING, 1)
-            assert "ended by SIGKILL" in state.notes[-1]
+            assert "terminated by SIGKILL" in state.notes[-1]
     assert state.status is JobStatus.FAILED
     assert state.failure.exit_code == -signal.SIGKILL
     assert "ended 2 times in a row by SIGKILL" in state.failure.sentence

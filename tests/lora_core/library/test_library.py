@@ -267,7 +267,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_result(
     make_adapter(loras / "a.safetensors", MODULES)
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert examine(open_library())["a.safetensors"]["health"]["level"] == "healthy"
-    assert "looked at anew after a restart" in caplog.text
+    assert "read again after a restart" in caplog.text
 
 
 def test_results_come_as_events_one_file_at_a_time(loras, open_library):
@@ -404,7 +404,7 @@ def test_ids_are_checked(loras, open_library):
     adapters = open_library()
     assert adapters.find(build_id("a.safetensors")) == loras / "a.safetensors"
     for bad in ("../a.safetensors", "a.safetensors", "", "0123456789ABCDEF", 7):
-        with pytest.raises(ConfigError, match="no adapter's id"):
+        with pytest.raises(ConfigError, match="not an adapter id"):
             adapters.find(bad)
     with pytest.raises(UnknownAdapterError, match="reload the list"):
         adapters.show(build_id("b.safetensors"))

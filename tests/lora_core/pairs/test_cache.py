@@ -171,7 +171,7 @@ def test_too_little_space_is_reported_before_the_work(folder, tmp_path):
     check_disk(store, missing, 64, 1.0)
     assert list(store.iterdir()) == []
     too_wide = shutil.disk_usage(store).free
-    with pytest.raises(FileError, match=r"4 pairs to encode need about .* GB, but the disk of"):
+    with pytest.raises(FileError, match=r"encoding 4 pairs takes about .* [kMG]B, but the disk of"):
         check_disk(store, missing, too_wide, 1.0)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FileError, match=r"the cache folder .* cannot be written"):

@@ -40,7 +40,7 @@ def test_an_image_starts_no_program(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(EPS)
     for read in (FileImage(path).read, lambda: FileImage(path).read_small(64)):
-        with pytest.raises(FileError, match=r"^a.png is no picture that can be read"):
+        with pytest.raises(FileError, match=r"^a.png is not a readable image"):
             read()
     assert not started.exists()
 
@@ -52,7 +52,7 @@ def test_only_the_formats_named_in_messages_are_opened(tmp_path):
     for kind in ("PPM", "TGA", "ICO", "JPEG2000", "PCX", "DDS"):
         path = tmp_path / "a.png"
         image.save(path, format=kind)
-        with pytest.raises(FileError, match="is no picture that can be read"):
+        with pytest.raises(FileError, match="is not a readable image"):
             FileImage(path).read()
 
 

@@ -241,10 +241,10 @@ def test_a_link_that_leads_outside_is_refused_and_linked_folders_are_not_entered
 def test_folders_without_pairs_are_a_clear_error(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
-    with pytest.raises(FileError, match="set holds no pictures; expected pairs"):
+    with pytest.raises(FileError, match="set holds no images; expected pairs"):
         find(folder)
     write_picture(load_photograph(0), folder / "a.png")
-    with pytest.raises(FileError, match="set holds one picture; expected pairs"):
+    with pytest.raises(FileError, match="set holds one image; expected pairs"):
         find(folder)
     write_picture(load_photograph(1), folder / "b.png")
     with pytest.raises(FileError, match="whose names form no pairs; expected folders such as"):
@@ -296,9 +296,9 @@ def test_images_of_a_graph_are_paired_by_number():
     assert all(pair.references[1].read() is pictures[0] for pair in found.pairs)
     assert {p.caption for p in build_graph_pairs(pictures, [pictures], ["one"]).pairs} == {"one"}
     assert [p.caption for p in build_graph_pairs(pictures, [pictures], [""]).pairs] == [None] * 3
-    with pytest.raises(ConfigError, match="captions holds 2 lines and targets 3 pictures"):
+    with pytest.raises(ConfigError, match="captions holds 2 lines and targets 3 images"):
         build_graph_pairs(pictures, [pictures], ["a", "b"])
-    with pytest.raises(ConfigError, match="reference_1 holds 2 pictures and targets 3"):
+    with pytest.raises(ConfigError, match="reference_1 holds 2 images and targets 3"):
         build_graph_pairs(pictures, [pictures[:2]], ["a"])
     with pytest.raises(ConfigError, match="no references; connect"):
         build_graph_pairs(pictures, [], ["a"])

@@ -151,7 +151,7 @@ def test_images_of_kinds_that_are_not_read_are_named(suffix, tmp_path):
     assert f"(.{suffix.lower()})" in problem.text
     for path in folder.rglob("*.png"):
         path.unlink()
-    with pytest.raises(FileError, match=r"holds no pictures; expected .* Besides: files of kinds"):
+    with pytest.raises(FileError, match=r"holds no images; expected .* Besides: files of kinds"):
         find(folder)
 
 
@@ -285,7 +285,7 @@ def test_what_is_left_out_is_a_line_on_the_node_and_an_entry_in_the_json(tmp_pat
     found = find(folder)
     preflight = check_pairs(found, name="set", megapixels=0.01, max_references=3)
     lines = describe_preflight(preflight).splitlines()
-    assert sum(line.startswith("Warning: pictures that belong to no pair: 1,") for line in lines)
+    assert sum(line.startswith("Warning: images that belong to no pair: 1,") for line in lines)
     assert sum(line.startswith("Warning: files of kinds that are not read (.he") for line in lines)
     reported = json.loads(json.dumps(preflight.to_dict(), allow_nan=False))
     assert (reported["num_pairs"], reported["num_found"]) == (2, 3)
@@ -310,7 +310,7 @@ def test_an_error_of_many_pairs_is_short_and_a_pair_is_left_out_by_its_kind(tmp_
     with pytest.raises(ConfigError) as caught:
         check_pairs(found, **options).raise_stops()
     assert len(str(caught.value)) <= 400
-    assert "More that stops the run: 19" in str(caught.value)
+    assert "More problems that stop the run: 19" in str(caught.value)
     left = check_pairs(found, **options, on_problem=LEAVE_OUT)
     (finding,) = [f for f in left.findings if f.kind == "pair_left_out"]
     assert (finding.severity, finding.count, len(left.pairs)) == ("warning", 20, 10)

@@ -68,7 +68,7 @@ def test_a_caption_that_is_not_text_is_not_a_caption(caption, folder):
     assert [pair.caption for pair in found.pairs] == ["make it red"]
     (text,) = [problem.text for problem in found.problems if problem.level == Level.STOP]
     assert text.startswith("the caption in metadata.jsonl, row 2 is ")
-    assert "expected a text" in text
+    assert "expected text" in text
 
 
 def test_nan_as_a_caption_is_a_problem_and_words_for_none_are_warned_about(folder):
@@ -240,7 +240,7 @@ def test_an_unquoted_comma_and_an_open_quote_never_lose_text_silently(folder):
     found = find(folder)
     assert [pair.caption for pair in found.pairs] == ["blue"]
     (text,) = [problem.text for problem in found.problems if problem.level == Level.STOP]
-    assert "row 1, has 4 cells where the header has 3" in text
+    assert "row 1, has 4 cells, but the header has 3" in text
     write_text(
         folder / "metadata.csv",
         'image,edit_image,prompt\nx/photo_0.png,y/photo_0.png,"make it\n'

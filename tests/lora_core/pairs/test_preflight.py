@@ -36,7 +36,7 @@ def list_texts(preflight: Preflight, level: Level) -> list[str]:
     return [problem.text for problem in preflight.problems if problem.level == level]
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
 def test_ordinary_images_are_read_as_in_comfyui(tmp_path):
@@ -103,8 +103,8 @@ def test_transparency_becomes_white_whatever_colour_lies_behind_it(mode, tmp_pat
 
 BAD_FILES = {
     "empty": (b"", "is an empty file; expected a PNG"),
-    "text": (b"<html>not found</html>", "is no picture that can be read"),
-    "noise": (bytes(range(256)) * 9, "is no picture that can be read"),
+    "text": (b"<html>not found</html>", "is not a readable image"),
+    "noise": (bytes(range(256)) * 9, "is not a readable image"),
 }
 
 
@@ -192,7 +192,7 @@ def test_what_would_ruin_the_run_stops_it_with_one_message_first(tmp_path):
     assert lines[0].startswith(
         "target/photo_1.png has no caption; write the instruction into a .txt"
     )
-    assert lines[1] == "More that stops the run: 1"
+    assert lines[1] == "More problems that stop the run: 1"
     assert lines[2].startswith("control/photo_2.png is an empty file")
     assert "Stop: control/photo_2.png is an empty file" in describe_preflight(preflight)
     assert "control/photo_2.png is an empty file" in build_table(preflight)
@@ -223,7 +223,7 @@ def test_identical_target_and_reference_are_found_by_bytes_and_by_pixels(tmp_pat
     Image.fromarray(almost).save(folder / "target" / "photo_2.png")
     preflight = check(folder)
     preflight.raise_stops()  # two of five may be intended
-    same = [p.pair for p in preflight.problems if "are the same picture" in p.text]
+    same = [p.pair for p in preflight.problems if "are the same image" in p.text]
     assert same == ["photo_0", "photo_1"]
 
 
@@ -267,7 +267,7 @@ def test_other_proportions_and_small_images_are_warned_about(tmp_path):
 
 SWAPS = {
     "by colour": ("colorize this photo", lambda image: image.convert("L").convert("RGB")),
-    "by detail": ("deblur the picture", lambda image: image.resize((12, 8)).resize((96, 64))),
+    "by detail": ("deblur the image", lambda image: image.resize((12, 8)).resize((96, 64))),
     "by less colour": ("make it black and white", None),
 }
 
@@ -344,13 +344,13 @@ def test_a_black_mask_stops_and_a_strip_is_warned_about(tmp_path):
     write_picture(Image.new("L", (96, 64), 255), folder / "mask" / "photo_1.png")
     write_picture(Image.new("RGB", (960, 64)), folder / "target" / "photo_1.png")
     preflight = check(folder)
-    assert "photo_0.png is black all over" in list_texts(preflight, Level.STOP)[0]
+    assert "photo_0.png is entirely black" in list_texts(preflight, Level.STOP)[0]
     assert any("960 x 64 px, a strip" in text for text in list_texts(preflight, Level.WARNING))
 
 
 def test_one_pair_is_warned_about(tmp_path):
     preflight = check(write_pairs(tmp_path / "set", 1))
-    assert list_texts(preflight, Level.WARNING) == ["one pair only: a LoRA will learn it by heart"]
+    assert list_texts(preflight, Level.WARNING) == ["only one pair: a LoRA will memorise it"]
 
 
 def test_checking_can_be_stopped(tmp_path):

@@ -41,7 +41,7 @@ def test_a_bare_number_is_a_strength(text, strength):
     "text", ["", "strong", "strength=", "strength=x", "strength=nan", "inf", "seed=1", "1 2"]
 )
 def test_other_texts_are_not_labels(text):
-    with pytest.raises(ConfigError, match="is no label of a sweep; expected one such as 'strength"):
+    with pytest.raises(ConfigError, match="is not a sweep label; expected one such as 'strength"):
         parse_label(text)
 
 
@@ -68,7 +68,7 @@ def test_a_single_adapter_is_not_named():
 
 def test_64_images_are_the_limit_and_the_excess_is_counted():
     assert len(build_cells((0.0, 1.0, 2.0, 3.0), range(16), ["a"])) == 64
-    with pytest.raises(ConfigError, match=r"has 68 pictures \(3 strengths and 0, 17 seeds, 1 adap"):
+    with pytest.raises(ConfigError, match=r"has 68 images \(3 strengths and 0, 17 seeds, 1 adap"):
         build_cells((0.0, 1.0, 2.0, 3.0), range(17), ["a"])
 
 

@@ -66,7 +66,7 @@ DAMAGES = {
 }
 #: Strong edits that a user may intend.
 EDITS = {
-    "another picture": make_picture(55),
+    "another image": make_picture(55),
     "white background": torch.where(
         torch.arange(SIZE)[None, :, None, None] < 40, torch.ones(()), make_picture()
     ),
@@ -87,7 +87,7 @@ def test_an_edit_that_grows_with_the_strength_is_smooth_and_its_whole_range_is_s
     assert "in proportion to it, and nothing collapses" in verdict.sentences[0]
     low, high = verdict.suggested
     assert high == 2
-    assert "the highest that was tried" in verdict.sentences[1]
+    assert "the highest tested" in verdict.sentences[1]
     # Linear, so the strength at which RMS is 2 of 255 can be computed.
     rms = {point.strength: point.rms * 255 for point in verdict.curve}
     assert low == pytest.approx(2 / rms[1], rel=0.3)  # one digit
@@ -123,7 +123,7 @@ def test_damage_present_at_strength_0_is_not_attributed_to_the_lora():
     assert flat.sentences[0].startswith("strength 0 is broken: one colour (contrast 0.0 of 255")
     nan = judge({"0": DAMAGES["NaN"], "1": DAMAGES["NaN"]})
     assert nan.sentences == (
-        "strength 0 is broken: NaN or Inf in 100% of the pixels, shown as black; that is the base "
+        "strength 0 is broken: NaN or Inf in 100 % of the pixels, shown as black; that is the base "
         "model, not the LoRA",
     )
 
@@ -131,7 +131,7 @@ def test_damage_present_at_strength_0_is_not_attributed_to_the_lora():
 def test_an_unapplied_lora_is_bit_identical_to_no_effect():
     verdict = judge_one({str(s): make_picture() for s in (0, 1, 2, 4)})
     assert verdict.kind == "no effect"
-    assert "all 3 pictures at other strengths equal strength 0 bit for bit" in verdict.sentences[0]
+    assert "all 3 images at other strengths equal strength 0 bit for bit" in verdict.sentences[0]
     assert verdict.suggested is None
 
 
@@ -188,7 +188,7 @@ def test_a_sweep_of_negative_strengths_gets_a_negative_range():
 def test_a_collapse_at_the_first_strength_sends_the_user_below_it():
     verdict = judge_one({"0": edit(0), "1": damage(1)})
     assert verdict.suggested is None
-    assert "suggested range: between 0 and 1, where none was tried" in verdict.sentences
+    assert "suggested range: between 0 and 1, where none was tested" in verdict.sentences
 
 
 def test_each_adapter_and_seed_is_compared_with_strength_0_of_its_seed():
@@ -265,7 +265,7 @@ def test_the_table_has_a_column_for_each_metric():
     mask[:, :32] = 1.0
     sweep = measure({"0": edit(0), "1": edit(1)}, source=make_picture(), mask=mask)
     lines = build_sweep_table(sweep, judge_sweep(sweep)).splitlines()
-    assert lines[0] == "2 pictures; change from strength 0, RMS of 255, PSNR in dB"
+    assert lines[0] == "2 images; change from strength 0, RMS of 255, PSNR in dB"
     row = lines[3].split()
     assert row[0] == "strength=1"
     assert float(row[1]) == pytest.approx(
@@ -317,10 +317,10 @@ def test_a_sweep_stops_between_two_images():
     [
         ({"0": edit(0), "1": edit(1)[:, :32]}, "'strength=1' is 64 x 32; expected the same size"),
         ({"0": edit(0), "1": torch.cat([edit(1)] * 2)}, "is 2 of 64 x 64"),
-        ({"1": edit(1), "2": edit(2)}, "no picture is labelled 'strength=0'"),
-        ({"0": edit(0), "0.0": edit(1)}, "two pictures have the label 'strength=0'"),
-        ({"0": edit(0), "high": edit(1)}, "'high' is no label of a sweep"),
-        ({"0": torch.zeros(1, 8, 8, 3)}, "the pictures are 8 x 8; expected at least 11 pixels"),
+        ({"1": edit(1), "2": edit(2)}, "no image is labelled 'strength=0'"),
+        ({"0": edit(0), "0.0": edit(1)}, "two images have the label 'strength=0'"),
+        ({"0": edit(0), "high": edit(1)}, "'high' is not a sweep label"),
+        ({"0": torch.zeros(1, 8, 8, 3)}, "the images are 8 x 8; expected at least 11 pixels"),
     ],
 )
 def test_mismatched_inputs_are_a_one_sentence_error(pictures, message):
@@ -331,9 +331,9 @@ def test_mismatched_inputs_are_a_one_sentence_error(pictures, message):
 
 
 def test_the_number_of_labels_is_checked():
-    with pytest.raises(ConfigError, match="there are 2 pictures and 3 labels"):
+    with pytest.raises(ConfigError, match="there are 2 images and 3 labels"):
         measure_sweep([edit(0), edit(1)], ["0", "1", "2"])
-    with pytest.raises(ConfigError, match="there are 65 pictures; expected at most 64"):
+    with pytest.raises(ConfigError, match="there are 65 images; expected at most 64"):
         measure_sweep([edit(0)] * 65, [str(n) for n in range(65)])
 
 
@@ -346,5 +346,5 @@ def test_a_seed_without_strength_0_is_reported_and_the_others_are_judged():
 
 def test_strength_0_alone_is_nothing_to_judge():
     assert judge({"0": edit(0)}).sentences == (
-        "nothing to judge: no picture at another strength than 0",
+        "nothing to judge: no image at a strength other than 0",
     )

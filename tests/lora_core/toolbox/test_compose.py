@@ -59,7 +59,7 @@ def test_the_report_of_a_result_describes_the_result():
     assert (report.num_modules, report.num_keys, report.num_matched_keys) == (2, 6, 6)
     assert (report.ranks, report.scales, report.kinds) == ({3: 2}, {1.0: 2}, {"LoRA": 2})
     assert "matched 2 modules, 6 of 6 keys" in found.to_text()
-    assert f"{found.total_retained:.4%} of the energy kept" in found.to_text()
+    assert f"{100 * found.total_retained:.3g} % of the energy kept" in found.to_text()
     assert set(found.adapter.metadata) == {"qwen_edit_lora.history"}
     assert json.loads(json.dumps(found.to_dict()))["total_retained"] == found.total_retained
 

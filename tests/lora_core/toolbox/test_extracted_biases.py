@@ -31,7 +31,7 @@ def make_models() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 def test_biases_and_norms_are_kept_whole_and_survive_the_file(tmp_path):
     base, tuned = make_models()
     found = extract_adapter(base, tuned, rank=2)
-    assert found.notes == ("1 of 2 Linears do not differ", "2 biases and 1 norms differ; included")
+    assert found.notes == ("Linears that do not differ: 1 of 2", "2 biases and 1 norm included")
     assert found.total_retained == pytest.approx(1.0)
     adapter = read_adapter(write_adapter(found.adapter, tmp_path / "out.safetensors"))
     assert {path: weights.kind for path, weights in adapter.modules.items()} == {
@@ -55,7 +55,7 @@ def test_biases_can_be_left_out_and_equal_ones_are(tmp_path):
     same = tuned | {key: tensor for key, tensor in base.items() if tensor.ndim == 1}
     found = extract_adapter(base, same, rank=2)
     assert found.adapter.modules[TO_Q].bias_delta is None
-    assert found.notes == ("1 of 2 Linears do not differ",)
+    assert found.notes == ("Linears that do not differ: 1 of 2",)
 
 
 def test_a_bias_of_another_length_and_a_missing_one_are_reported():
@@ -65,7 +65,7 @@ def test_a_bias_of_another_length_and_a_missing_one_are_reported():
     del tuned[f"{TO_Q}.bias"]
     found = extract_adapter(base, tuned, rank=2)
     assert found.adapter.modules[TO_Q].bias_delta is None
-    assert "1 biases and norms are in one model only and were left out" in found.notes
+    assert "biases and norms in one model only, left out: 1" in found.notes
 
 
 def test_an_int8_model_is_read_by_its_true_values():

@@ -117,7 +117,7 @@ def test_linears_that_do_not_differ_are_left_out_and_counted():
     base[f"{TO_V}.bias"], tuned[f"{TO_V}.bias"] = torch.zeros(4), torch.ones(4)
     found = extract_adapter(base, tuned, rank=2)
     assert list(found.adapter.modules) == [TO_Q]
-    assert found.notes == ("1 of 2 Linears do not differ",)
+    assert found.notes == ("Linears that do not differ: 1 of 2",)
 
 
 def test_extract_is_deterministic_and_keeps_the_random_state():

@@ -92,7 +92,7 @@ def test_a_module_of_lower_rank_is_kept_bit_for_bit_and_never_padded():
     assert (kept.rank, kept.alpha, found.retained[TO_Q]) == (3, 7.0, 1.0)
     assert torch.equal(kept.lora_A, small.lora_A)
     assert found.adapter.modules[TO_K].rank == 8
-    assert "1 of 2 modules were small enough and stay as they are" in found.notes
+    assert "modules small enough and unchanged: 1 of 2" in found.notes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

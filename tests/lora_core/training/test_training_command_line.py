@@ -78,8 +78,8 @@ def test_train_again_is_refused_in_one_line_and_with_resume_goes_on(write_config
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"source": "nothing.safetensors"}, "nothing.safetensors is not there"),
-        ({"device": "cuda:77"}, "the device 'cuda:77' is not there"),
+        ({"source": "nothing.safetensors"}, "nothing.safetensors does not exist"),
+        ({"device": "cuda:77"}, "the device 'cuda:77' does not exist"),
         ({"storage": "fp4"}, "config.toml: [model] storage is 'fp4'; expected one of"),
     ],
 )
@@ -129,7 +129,7 @@ def test_sharding_by_accelerate_is_refused_in_one_line(write_config, capsys, mon
     monkeypatch.setenv("WORLD_SIZE", "2")  # set by `accelerate launch --use_fsdp`
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", write_config()]) == 2
-    assert "train: FSDP version 1 would spread the LoRAs" in capsys.readouterr().err
+    assert "train: FSDP version 1 would shard the LoRAs" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal")
@@ -150,7 +150,7 @@ def test_a_terminated_run_saves_its_step_and_says_how_to_go_on(write_config, tmp
         _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     last = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))[-1]["step"]
-    assert err.splitlines()[-1] == f"train: stopped after step {last}; --resume goes on"
+    assert err.splitlines()[-1] == f"train: stopped after step {last}; --resume continues"
     assert (tmp_path / "run" / "checkpoints" / f"step_{last:08d}").is_dir()
 
 

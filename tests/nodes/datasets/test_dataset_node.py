@@ -1,4 +1,4 @@
-"""Edit Dataset in a running ComfyUI: from photographs to a cached set ready for training."""
+"""Image Pairs in a running ComfyUI: from photographs to a cached set ready for training."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_photographs_become_a_set_that_trains_a_step(server, roots, demo_models)
     entry = server.run_prompt(build_graph(folder="test_pairs"), timeout=500)
     report = entry["outputs"]["set"]["qwen_edit_lora_report"][0]
     assert report.startswith("test_pairs: 4 of 4 pairs can be used\nlayout: targets in target/")
-    assert "pairs encoded: 4, there already: 0" in report
+    assert "pairs encoded: 4, already cached: 0" in report
     assert entry["outputs"]["set"]["qwen_edit_lora_warning"] == [False]
     assert "photo_3" in entry["outputs"]["table"]["text"][0]
     (sheet,) = server.images(entry)
@@ -147,7 +147,7 @@ def test_a_changed_caption_encodes_one_pair_and_the_old_set_stays(server, roots)
     assert len(items) == 4
     write_text(roots["input"] / "target" / "photo_2.txt", "something else")
     report = run(server, graph)
-    assert "pairs encoded: 1, there already: 3" in report
+    assert "pairs encoded: 1, already cached: 3" in report
     now = list_items(roots)
     assert len(now) == 5
     assert {name: now[name] for name in items} == items  # none was rewritten
@@ -155,7 +155,7 @@ def test_a_changed_caption_encodes_one_pair_and_the_old_set_stays(server, roots)
     assert [info.caption for info in second.items][2] == "something else"
     assert [info.caption for info in read_dataset(first.folder).items][2].endswith("number 2")
     assert [i for i in range(4) if second.items[i].key != first.items[i].key] == [2]
-    assert "pairs encoded: 0, there already: 4" in run_again_without(second.folder, server, graph)
+    assert "pairs encoded: 0, already cached: 4" in run_again_without(second.folder, server, graph)
     changed, before = second.load(2), first.load(2)
     assert torch.equal(changed.target, before.target)
     assert torch.equal(changed.text_empty, before.text_empty)
@@ -170,7 +170,7 @@ def test_everything_that_matters_is_part_of_the_key(server, roots):
         run(server, build_graph(folder=folder, **change))
         seen += 1
         assert len(list_items(roots)) == seen
-    assert "pairs encoded: 0, there already: 1" in run(
+    assert "pairs encoded: 0, already cached: 1" in run(
         server, build_graph(folder=folder, captions="unused")
     )
     image = Image.open(roots["input"] / "control" / "photo_0.png")
@@ -195,7 +195,7 @@ def test_images_of_the_graph_make_a_set(server, roots):
         "inverted": node("ImageInvert", image=["batch", 0]),
     }
     report = run(server, graph)
-    assert "layout: pictures from the graph" in report
+    assert "layout: images from the graph" in report
     dataset = read_set(roots, report)
     assert [info.caption for info in dataset.items] == ["first", "second"]
     assert not torch.equal(dataset.load(0).target, dataset.load(1).target)
@@ -208,9 +208,9 @@ def test_bad_input_is_a_clear_error_before_anything_is_encoded(server, roots, tm
     graph = build_graph(folder="datasets/test_pairs")
     assert "the folder 'datasets/test_pairs' does not exist" in fail(server, graph)
     folder.mkdir(parents=True)
-    assert "test_pairs holds no pictures; expected pairs" in fail(server, graph)
+    assert "test_pairs holds no images; expected pairs" in fail(server, graph)
     write_picture(load_photograph(0), folder / "a.png")
-    assert "test_pairs holds one picture" in fail(server, graph)
+    assert "test_pairs holds one image" in fail(server, graph)
     (folder / "a.png").unlink()
     write_pairs(folder, 2)
     write_picture(Image.new("1", (20_000, 64)), folder / "target" / "photo_0.png")
@@ -235,7 +235,7 @@ def test_folders_outside_the_roots_are_refused(server, roots, tmp_path):
     relative = os.path.relpath(outside, roots["base"] / "input")
     for name in (str(outside), relative, f"input/{relative}", "input/test_pairs/link", "a\0b"):
         message = fail(server, build_graph(folder=name))
-        assert "is outside the folders for training pictures" in message, name
+        assert "is outside the folders for training images" in message, name
         assert "expected a folder inside ComfyUI's datasets, input, output" in message
         assert str(roots["base"]) not in message.replace(str(outside), "")
     write_pairs(roots["output"], 1)
@@ -243,7 +243,7 @@ def test_folders_outside_the_roots_are_refused(server, roots, tmp_path):
     message = fail(
         server, build_graph(folder="output/test_pairs", reference_folders=str(outside / "control"))
     )
-    assert "is outside the folders for training pictures" in message
+    assert "is outside the folders for training images" in message
     assert list_items(roots) == {}
 
 
@@ -267,7 +267,7 @@ def test_what_is_left_out_is_reported_on_the_node_and_in_its_json(server, roots)
     entry = server.run_prompt(build_graph(folder="input/test_pairs"), timeout=500)
     shown = entry["outputs"]["set"]
     report = shown["qwen_edit_lora_report"][0]
-    assert "Warning: pictures that belong to no pair: 1, such as garment/photo_0.png" in report
+    assert "Warning: images that belong to no pair: 1, such as garment/photo_0.png" in report
     assert shown["qwen_edit_lora_warning"] == [True]
     (reported,) = shown["qwen_edit_lora_pairs"]
     (finding,) = reported["findings"]
@@ -332,5 +332,5 @@ def test_an_interrupted_run_keeps_the_pairs_it_finished(server, roots):
     assert len(kept) < 16
     assert not list((roots["cache"] / "items").glob(".*"))
     report = run(server, graph)
-    assert f"pairs encoded: {16 - len(kept)}, there already: {len(kept)}" in report
+    assert f"pairs encoded: {16 - len(kept)}, already cached: {len(kept)}" in report
     assert {name: list_items(roots)[name] for name in kept} == kept

@@ -73,5 +73,5 @@ def test_a_bias_is_never_merged_into_a_module_without_one(load_base, apply_ours)
     model = load_base("2509_fp32")
     model.model.diffusion_model.get_submodule(PATH).bias = None
     adapter = Adapter({PATH: DiffWeights(bias_delta=torch.ones(WIDTH))}, name="bias")
-    with pytest.raises(ConfigError, match=r"to_q\.bias, have no weight or bias"):
+    with pytest.raises(ConfigError, match=r"to_q\.bias, without a weight or bias"):
         apply_ours(model, adapter, 1.0, "merge")

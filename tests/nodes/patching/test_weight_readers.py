@@ -86,7 +86,7 @@ def test_a_saved_model_holds_the_lora_also_where_apply_ran_before(
     save = node("ModelSave", model=["apply", 0], filename_prefix=f"{folder}/model")
     entry = server.run_prompt(build_graph(applied=applied, watch=watch, save=save))
     report, findings = read_output(entry)
-    line = "merged into the weights: 24 modules (ModelSave behind this node reads the weights)"
+    line = "merged into the weights: 24 modules (ModelSave after this node reads the weights)"
     assert line in report.splitlines()
     merged = {"kind": "merged_instead", "severity": "note", "text": line, "count": 24}
     assert merged in findings
@@ -107,7 +107,7 @@ def test_a_saver_behind_nodes_that_pass_the_model_on_is_detected(server, output,
     }
     entry = server.run_prompt(build_graph(**more))
     for name in ("apply", "again"):
-        assert "ModelSave behind this node reads the weights" in read_output(entry, name)[0]
+        assert "ModelSave after this node reads the weights" in read_output(entry, name)[0]
     (file,) = (output / "saved_chain").glob("*.safetensors")
     base = load_file(demo_models.dit["2509_fp32"])
     check_saved(file, compute_patched(base, lora, STRENGTH + 1.0))
@@ -143,7 +143,7 @@ def test_a_requested_side_path_is_reported_as_missing_from_the_file(server, outp
     (reported,) = (one for one in findings if one["kind"] == "not_in_weights")
     assert (reported["severity"], reported["count"]) == ("warning", 24)
     assert reported["text"].startswith(
-        "ModelSave behind this node reads the weights alone, so that 24"
+        "ModelSave after this node reads the weights alone, so that 24"
     )
     assert f"Warning: {reported['text']}" in report.splitlines()
     assert entry["outputs"]["apply"]["qwen_edit_lora_warning"] == [True]

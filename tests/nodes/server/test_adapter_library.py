@@ -106,9 +106,9 @@ def test_the_routes_list_judge_and_describe_without_a_path(server, folder, base_
     ("adapter_id", "status", "sentence"),
     [
         ("0123456789abcdef", 404, "reload the list"),
-        ("my_lora.safetensors", 400, "is no adapter's id"),
-        ("..%2f..%2fuser", 400, "is no adapter's id"),
-        ("%2fetc%2fpasswd", 400, "is no adapter's id"),
+        ("my_lora.safetensors", 400, "is not an adapter id"),
+        ("..%2f..%2fuser", 400, "is not an adapter id"),
+        ("%2fetc%2fpasswd", 400, "is not an adapter id"),
     ],
 )
 def test_an_invalid_id_is_refused_with_a_message(server, adapter_id, status, sentence):

@@ -117,7 +117,7 @@ def test_auto_offloads_blocks_on_a_small_gpu_and_reports_it(choose):
     settings, lines, needed_bytes = choose([SMALL])
     assert (settings["storage"], settings["compute_dtype"]) == ("fp8", "bf16")
     assert 0 < settings["offload_blocks"] < 60
-    assert "blocks waiting in main memory" in lines[0]
+    assert "blocks offloaded to main memory" in lines[0]
     assert 11 * GIB < needed_bytes < 12 * GIB
     larger, _, _ = choose([LARGE])
     assert larger["offload_blocks"] < settings["offload_blocks"]
@@ -177,14 +177,14 @@ def test_the_same_graph_is_one_job_regardless_of_free_memory(
     first, report = queue().args
     settings = job_host.get(first).settings
     assert settings.train.model.storage == "fp8"
-    assert f"with {settings.train.model.offload_blocks} of 60 blocks waiting" in report
+    assert f"with {settings.train.model.offload_blocks} of 60 blocks offloaded" in report
     assert 11 * GIB < settings.gpu_memory_bytes < 12 * GIB
     monkeypatch.setattr(base_choice, "find_free_host_memory", lambda: 0)
     lock = job_host.get_store().get_device_lock(SMALL.key)
     with lock.held(1.0):
         again, report = queue().args
     assert again == first
-    assert "is this training already" in report
+    assert "this training is already job" in report
     job_host.get_store().cancel(first)
     with lock.held(1.0), job_host.get_store().get_device_lock(LARGE.key).held(1.0):
         _, report = queue(MEASURE).args

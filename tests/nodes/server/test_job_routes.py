@@ -299,7 +299,7 @@ def test_unknown_jobs_and_bad_requests_are_one_sentence_errors(comfy):
         for bad in ("x", "%2e%2e", "..%2F..%2Fuser", "%00", UNKNOWN.upper()):
             code, sentence = comfy.refuse(lambda action=action, bad=bad: comfy.post(bad, action))
             assert code == 400
-            assert "is no job id; expected one such as" in sentence
+            assert "is not a job id; expected one such as" in sentence
     code, sentence = comfy.refuse(lambda: comfy.post(UNKNOWN, "delete", {"with_adapter": "yes"}))
     assert (code, sentence) == (400, "with_adapter is 'yes'; expected true or false")
     assert comfy.refuse(lambda: comfy.post(UNKNOWN, "delete", [1]))[0] == 400
@@ -467,6 +467,6 @@ def test_a_restarted_comfyui_finds_running_and_killed_jobs_again(comfy):
     comfy.start()
     comfy.wait_for(lambda: "resumed after step" in comfy.store.read_log(job_id)["text"])
     comfy.wait_for(lambda: comfy.get(f"{JOBS}/{job_id}")["status"] == "in_progress")
-    assert "it goes on after step" in comfy.get(f"{JOBS}/{job_id}")["notes"][-2]
+    assert "it continues after step" in comfy.get(f"{JOBS}/{job_id}")["notes"][-2]
     comfy.post(job_id, "cancel")
     comfy.wait_for(lambda: comfy.get(f"{JOBS}/{waiting}")["status"] == "completed")

@@ -119,16 +119,16 @@ def test_the_source_and_the_mask_add_their_metrics(server, cells):
 def test_equal_images_are_reported_as_no_effect_with_a_warning(server, cells):
     outputs = server.run_prompt(grid_graph(load_names=(cells[0],) * 3))["outputs"]
     report = outputs["grid"]["qwen_edit_lora_report"][0]
-    assert report.startswith("no effect: all 2 pictures at other strengths equal strength 0 bit")
+    assert report.startswith("no effect: all 2 images at other strengths equal strength 0 bit")
     assert outputs["grid"]["qwen_edit_lora_warning"] == [True]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": "0\n1"}, "there are 3 pictures and 2 labels"),
-        ({"labels": "0\n0.5\nmuch"}, "'much' is no label of a sweep"),
-        ({"labels": "1\n2\n3"}, "no picture is labelled 'strength=0'"),
+        ({"labels": "0\n1"}, "there are 3 images and 2 labels"),
+        ({"labels": "0\n0.5\nmuch"}, "'much' is not a sweep label"),
+        ({"labels": "1\n2\n3"}, "no image is labelled 'strength=0'"),
         ({"labels": " \n "}, "labels is empty"),
         ({"filename_prefix": "../../outside"}, "points outside the output folder"),
     ],

@@ -374,7 +374,7 @@ def test_models_and_seeds_work_with_a_custom_sampler_graph(server, render):
         ({"latent_image": None, "positive": None}, "and positive, latent_image is not connected"),
         ({"sampler": ["euler", 0]}, "and sigmas is not connected"),
         ({"adapter": None}, "there is nothing to sweep; connect an adapter"),
-        ({"seeds": "1:40:1"}, r"has 120 pictures \(2 strengths and 0, 40 seeds, 1 adapters\)"),
+        ({"seeds": "1:40:1"}, r"has 120 images \(2 strengths and 0, 40 seeds, 1 adapter\)"),
     ],
 )
 def test_missing_or_superfluous_inputs_are_a_one_sentence_error(changes, sentence, server):
@@ -391,7 +391,7 @@ BAD_STRENGTHS = ["0..2", "a,b", "0:500:1", "nan", "", "0:2:0", "0:2:-1"]
         *(({"strengths": text}, "such as '0, 0.5, 1, 2', '0:2:0.25'") for text in BAD_STRENGTHS),
         ({"seeds": "a"}, "seeds is 'a'; expected finite numbers"),
         ({"seeds": "1.5"}, "seeds holds 1.5; expected whole numbers from 0 to"),
-        ({"seeds": "1:100:1"}, "seeds asks for 100 values; a sweep has at most 64 pictures"),
+        ({"seeds": "1:100:1"}, "seeds asks for 100 values; a sweep has at most 64 images"),
         ({"loras": "no_run/*"}, "'no_run/*' matches none of the"),
         ({"loras": "../*"}, "'../*' matches none of the"),
     ],
@@ -424,7 +424,7 @@ def test_auto_chooses_the_strengths_by_the_size_of_the_delta(server):
     # The demo weights have std 1 / sqrt(in): with a delta of std 0.3 the LoRA is far too strong.
     assert read_labels(entry) == ["strength=0 seed=1", "strength=0.05 seed=1", "strength=1 seed=1"]
     (report,) = entry["outputs"]["report"]["text"]
-    assert report.startswith("3 pictures: strengths 0, 0.05, 1\nauto: |delta| of sweep_a")
+    assert report.startswith("3 images: strengths 0, 0.05, 1\nauto: |delta| of sweep_a")
     assert "24 of 24 modules matched, strength 0.05" in report
     assert "side path: 24 modules" in report
 
@@ -508,7 +508,7 @@ def test_the_report_is_shown_on_the_sweep_itself(watcher):
     last = [m["data"] for m in watcher.messages if m["type"] == "executed"]
     last = [d for d in last if d["display_node"] == "sweep" and d["output"]][-1]
     (report,) = last["output"]["qwen_edit_lora_report"]
-    assert report.startswith("2 pictures: strengths 0, 0.9")
+    assert report.startswith("2 images: strengths 0, 0.9")
     assert "24 of 24 modules matched, strength 0.9" in report
 
 

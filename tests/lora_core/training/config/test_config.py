@@ -60,7 +60,7 @@ def test_a_configuration_survives_a_dictionary_and_json():
         ("lora.rank", 0, r"\[lora\] rank is 0; expected a whole number from 1"),
         ("lora.rank", 4.5, r"lora\.rank is 4\.5; expected a whole number"),
         ("lora.rank", True, r"lora\.rank is True; expected a whole number"),
-        ("lora.targets", 3, r"lora\.targets is 3; expected a list of texts"),
+        ("lora.targets", 3, r"lora\.targets is 3; expected a list of strings"),
         ("model.compile", 1, r"model\.compile is 1; expected true or false"),
         ("model.storage", "fp4", r"\[model\] storage is 'fp4'; expected one of bf16, "),
         ("model.source", " ", r"source is empty; expected a path"),
@@ -70,13 +70,13 @@ def test_a_configuration_survives_a_dictionary_and_json():
         ("optimizer.learning_rate", float("inf"), r"learning_rate is inf; expected a number above"),
         ("optimizer.ema_decay", 1, "ema_decay is 1, which would never"),
         ("optimizer.name", "adam", r"name is 'adam'; expected one of adamw, "),
-        ("optimizer.warmup_steps", 3000, "warmup_steps is 3000 of 2000 steps"),
+        ("optimizer.warmup_steps", 3000, "warmup_steps is 3000, more than the 2000 steps"),
         ("objective.sigma_min", 1, "sigma_min is 1 and sigma_max 1; expected the first"),
         ("objective.auxiliary", {"face": 1}, "unknown auxiliary loss 'face'; expected one of"),
         ("objective.auxiliary", {"contrastive": -1}, "weight of the auxiliary loss 'contrastive'"),
         ("steps", 0, "^steps is 0; expected 1 or more"),
-        ("name", "a/b", "name is 'a/b'; expected characters that can"),
-        ("name", "", "name is ''; expected characters that can"),
+        ("name", "a/b", "name is 'a/b'; expected characters allowed"),
+        ("name", "", "name is ''; expected characters allowed"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_a_one_sentence_error_with_its_location(path, value, message):
@@ -129,7 +129,7 @@ def test_a_file_that_is_not_a_configuration_is_an_error_with_its_name(tmp_path, 
 
 
 def test_a_missing_file_is_a_clear_error(tmp_path):
-    with pytest.raises(FileError, match=r"nothing\.toml is not there"):
+    with pytest.raises(FileError, match=r"nothing\.toml does not exist"):
         read_config(tmp_path / "nothing.toml")
 
 

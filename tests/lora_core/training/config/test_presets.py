@@ -78,8 +78,8 @@ def test_where_no_storage_leaves_room_as_few_blocks_as_possible_are_offloaded(gi
     room = gib * GIB - RESERVE - HEADROOM
     assert SIZE.count_resident("fp8", found.offload_blocks) <= room
     assert SIZE.count_resident("fp8", found.offload_blocks - 1) > room
-    text = f"storage auto is fp8 with {found.offload_blocks} of 60 blocks waiting in main memory"
-    assert found.describe(SIZE) == f"{text}, {found.host_bytes / GIB:.1f} GiB"
+    text = f"storage auto is fp8 with {found.offload_blocks} of 60 blocks offloaded to main memory"
+    assert found.describe(SIZE) == f"{text}, {found.host_bytes / GIB:.3g} GiB"
 
 
 def test_too_little_main_memory_for_offloaded_blocks_is_reported():
@@ -89,10 +89,10 @@ def test_too_little_main_memory_for_offloaded_blocks_is_reported():
     none = choose(11.7, host_bytes=8 * GIB)
     assert none.storage == "nf4"
     assert re.search(
-        r"of main memory 1\d\.\d GiB are needed and 8\.0 GiB free$", none.describe(SIZE)
+        r"; 1\d\.\d GiB of main memory are needed, and 8 GiB are free$", none.describe(SIZE)
     )
     tiny = choose(6)
-    assert tiny.describe(SIZE).endswith("6.0 GiB of the GPU leave no room to train")
+    assert tiny.describe(SIZE).endswith("6 GiB of GPU memory leaves no room to train")
 
 
 def test_a_storage_that_needs_a_missing_package_is_not_chosen():

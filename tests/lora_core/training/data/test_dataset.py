@@ -92,7 +92,7 @@ def test_two_text_widths_in_one_set_are_refused(tmp_path):
 
 def test_a_folder_without_an_index_is_not_a_training_set(tmp_path):
     DatasetWriter(tmp_path).add("a", make_item(0))
-    with pytest.raises(FileError, match="is no cached training set"):
+    with pytest.raises(FileError, match="is not a cached training set"):
         read_dataset(tmp_path)
 
 
@@ -150,7 +150,9 @@ def test_every_batch_is_full_and_of_one_size_and_an_epoch_shows_every_item():
         assert set(seen) == set(range(8))
         assert sum(seen.values()) == 10
         assert seen[7] == 2
-    assert order.describe_repeats().startswith("2 of 3 sizes have no multiple of 2 items, so 2 ")
+    assert order.describe_repeats().startswith(
+        "sizes whose items do not fill batches of 2: 2 of 3; samples shown again in each epoch: 2"
+    )
 
 
 def test_references_of_another_size_are_another_bucket():

@@ -139,7 +139,7 @@ SHAPES = {key: tuple(shape) for key, shape in dit.list_shapes()}
     ],
 )
 def test_impossible_model_sizes_are_a_clear_error(key, shape):
-    with pytest.raises(KeyFormatError, match="is no Qwen-Image model") as caught:
+    with pytest.raises(KeyFormatError, match="is not a Qwen-Image model") as caught:
         read_architecture({**SHAPES, key: shape}, "b" * 300)
     check_refusal(caught)
 
@@ -262,7 +262,7 @@ def test_weights_and_scales_without_numbers_are_refused(stored, scale):
     known = {"transformer_blocks.0.attn.to_k.weight": torch.ones(2, 2)}
     scales = {} if scale is None else {f"{PATH}.weight_scale": scale}
     base = open_base({**known, f"{PATH}.weight": stored, **scales})
-    with pytest.raises(FileError, match="which cannot be read here yet|as a single number"):
+    with pytest.raises(FileError, match=r"which cannot be read here yet|as a single number"):
         base.get(PATH)
 
 
@@ -276,7 +276,7 @@ def test_a_gguf_whose_array_claims_more_than_the_file_holds_is_refused(tmp_path)
     head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
     path = tmp_path / "b.gguf"
     path.write_bytes(head + struct.pack("<Q", len(name)) + name + value + b"\0" * 64)
-    with pytest.raises(FileError, match="too long a one"):
+    with pytest.raises(FileError, match="array that is too long"):
         open_base_file(path)
 
 
@@ -285,7 +285,7 @@ def test_a_gguf_whose_array_claims_more_than_the_file_holds_is_refused(tmp_path)
     [
         (struct.pack("<IQQIQ", 2, 1 << 32, 1 << 32, 0, 0), "a tensor is larger than the file"),
         (struct.pack("<I", 1 << 31), "a tensor has"),
-        (struct.pack("<IQIQ", 1, 1, 0, 2**64 - 1), "begins behind the file's end"),
+        (struct.pack("<IQIQ", 1, 1, 0, 2**64 - 1), "begins after the file's end"),
         (struct.pack("<IQIQ", 1, 1, 9999, 0), "is damaged"),
     ],
 )

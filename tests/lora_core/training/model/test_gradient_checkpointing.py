@@ -296,7 +296,7 @@ def test_the_estimate_chooses_as_the_run_will(tmp_path, base, monkeypatch):
     monkeypatch.setattr(MemoryMeter, "find_free", lambda self: free + 3 * size)
     found = estimate_run(config, opened.dataset)
     assert found.gradient_checkpointing == "selective"
-    assert 'gradient_checkpointing is "selective"' in found.to_text()
+    assert 'measured with gradient_checkpointing = "selective"' in found.to_text()
     monkeypatch.setattr(MemoryMeter, "find_free", lambda self: free)
     assert open_session(config).model.gradient_checkpointing == "selective"
     assert estimate_run(config, opened.dataset).gradient_checkpointing is True

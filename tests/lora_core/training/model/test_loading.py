@@ -266,7 +266,7 @@ def test_a_truncated_gguf_is_refused(share, tmp_path):
 
 
 def test_a_missing_source_and_an_empty_folder_are_refused(tmp_path):
-    expect(FileError, tmp_path / "none.safetensors", "none.safetensors is not there")
+    expect(FileError, tmp_path / "none.safetensors", "none.safetensors does not exist")
     expect(FileError, tmp_path, "no .safetensors file")
 
 

@@ -151,7 +151,7 @@ def test_buckets_hold_every_gradient_once_and_one_type_each():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED would spread the LoRAs"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED would shard the LoRAs"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "launch with --fsdp_version 2"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
@@ -167,7 +167,7 @@ def test_unsupported_sharding_is_refused_with_what_to_use(changes, said):
 def test_blocks_are_either_sharded_or_offloaded(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     config = ModelConfig(source="base.safetensors", offload_blocks=2)
-    with pytest.raises(ConfigError, match=r"FSDP already spreads the blocks.*offload_blocks to 0"):
+    with pytest.raises(ConfigError, match=r"FSDP already shards the blocks.*offload_blocks to 0"):
         choose_sharding(config, object())
     assert choose_sharding(config, None) is None
 

@@ -173,7 +173,7 @@ def test_a_resumed_run_reports_other_contents_under_the_same_names(tmp_path, wha
         assert found == []
     else:
         (sentence,) = found
-        assert sentence.startswith(f"{what} has other contents than when")
+        assert sentence.startswith(f"{what} changed since the checkpoint")
 
 
 def test_a_resumed_run_reports_another_variant(tmp_path):
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_skipped_and_reported(tmp_path):
     rest = run(tmp_path / "cut", resume=True, notify=said.append)
     assert [report.step for report in rest] == [3, 4, 5, 6]
     assert [report.loss for report in rest] == [report.loss for report in whole[2:]]
-    expected = "passed over: step_00000004 is damaged: optimizer.safetensors is missing or cut"
+    expected = "skipped: step_00000004 is damaged: optimizer.safetensors is missing or cut"
     assert any(sentence.startswith(expected) for sentence in said)
     assert_same(*(read_outcome(tmp_path / name / "run") for name in ("cut", "whole")))
 
@@ -252,7 +252,7 @@ def test_resuming_without_a_checkpoint_starts_a_new_run_and_reports_it(tmp_path)
     said = []
     reports = run(tmp_path, resume=True, notify=said.append)
     assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
-    assert said == ["run holds no whole checkpoint; starting at step 1"]
+    assert said == ["run holds no intact checkpoint; starting at step 1"]
 
 
 def test_only_the_newest_checkpoints_and_by_default_all_adapters_are_kept(tmp_path):

@@ -254,7 +254,9 @@ def test_a_read_only_output_folder_is_a_clear_error_before_the_first_step(
 ):
     config = make_config(tmp_path, output=str(read_only_folder / "run"))
     dataset = make_dataset(Path(tempfile.mkdtemp()) / "data")
-    with pytest.raises(FileError, match="run cannot take checkpoints: the folder is read-only; "):
+    with pytest.raises(
+        FileError, match="run cannot be used for checkpoints: the folder is read-only; "
+    ):
         train(config, *make_injected(config), dataset)
     assert list(read_only_folder.iterdir()) == []
 

@@ -98,7 +98,7 @@ def test_a_file_that_is_not_a_vae_is_a_clear_error(kind, tmp_path):
     path.mkdir()
     if kind == "a transformer's file":
         path = dit.write_dit(tmp_path / "dit.safetensors")
-    with pytest.raises(FileError, match=r"is no (VAE of Qwen-Image|folder of Qwen-Image's VAE)"):
+    with pytest.raises(FileError, match=r"is not a (VAE of Qwen-Image|folder of Qwen-Image's VAE)"):
         load_decoder(path)
 
 

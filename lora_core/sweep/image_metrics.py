@@ -91,7 +91,7 @@ def compare_images(
     a, b = clamp(take_colours(a)), clamp(take_colours(b))
     if a.shape != b.shape or min(a.shape[1:3]) < SSIM_WINDOW:
         raise ShapeError(
-            f"cannot compare pictures of {describe_size(a)} and {describe_size(b)}; expected the "
+            f"cannot compare images of {describe_size(a)} and {describe_size(b)}; expected the "
             f"same size, and at least {SSIM_WINDOW} pixels"
         )
     # (batch, height, width): each pixel's mean square, worst channel, and structural similarity

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from qwen_edit_lora.lora_core import ShapeError
-from qwen_edit_lora.lora_core.sweep.picture_metrics import (
+from qwen_edit_lora.lora_core.sweep.image_metrics import (
     compare_images,
     fit_image,
     fit_mask,
