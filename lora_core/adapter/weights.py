@@ -233,6 +233,7 @@ class LohaWeights(ModuleWeights):
 class LokrWeights(ModuleWeights):
     """delta = scale * kron(w1, w2); each factor is whole, or a product such as w1_a @ w1_b.
 
+    A whole factor takes precedence over its product, as in ComfyUI; the product is not kept.
     The scale is alpha over the inner dimension of the factorised factor, and 1 where both factors
     are whole: then LyCORIS and ai-toolkit write a meaningless alpha (1e10, or inf in fp16).
     """
@@ -252,6 +253,9 @@ class LokrWeights(ModuleWeights):
         bias_delta: AnyTensor | None = None,
     ):
         factors = {"w1": w1, "w1_a": w1_a, "w1_b": w1_b, "w2": w2, "w2_a": w2_a, "w2_b": w2_b}
+        for whole in ("w1", "w2"):
+            if factors[whole] is not None:
+                factors[f"{whole}_a"] = factors[f"{whole}_b"] = None
         parts = {f"lokr_{name}": tensor for name, tensor in factors.items()}
         super().__init__(parts, alpha, bias_delta)
 

@@ -1,40 +1,16 @@
-"""GGUF files, one tensor at a time; the gguf package knows the format and its codes."""
+"""GGUF files, one tensor at a time; the gguf package knows its codes."""
 
 from __future__ import annotations
 
-import math
-import struct
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
 
 import torch
 
-from ..disk.regular_files import open_regular
 from ..disk.safetensors_file import StoredTensor, read_bytes
 from ..errors import ConfigError, FileError
 from ..text import shorten
-
-#: Sizes of a header's numbers by their type; from the GGUF specification, as all below.
-NUMBER_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-TEXT, ARRAY = 8, 9
-MAX_DIMENSIONS = 4
-#: Numbers of a key's value; a language model's vocabulary has some hundred thousand.
-MAX_ARRAY = 1 << 24
-#: Entries that a byte of data may hold: no code takes fewer than 1.5 bits.
-MAX_ENTRIES_PER_BYTE = 6
-
-
-@dataclass(frozen=True, slots=True)
-class GgufEntry:
-    """Where one tensor's data is."""
-
-    offset: int
-    num_bytes: int
-    kind: int
-    """gguf.GGMLQuantizationType."""
-    shape: tuple[int, ...]
+from .gguf_header import read_header
 
 
 class GgufFile:
@@ -51,12 +27,8 @@ class GgufFile:
         gguf = import_gguf()
         self.path = path
         self.metadata: dict[str, str] = {}
-        size = check_header(path)
-        try:
-            reader = gguf.GGUFReader(path)
-            self.entries = {tensor.name: describe(tensor) for tensor in reader.tensors}
-        except (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError) as e:
-            raise refuse(path, shorten(str(e))) from None
+        header = read_header(path, gguf.GGML_QUANT_SIZES)
+        size, self.entries = header.size_bytes, header.entries
         #: Key -> how it is stored, of those that are not plain numbers.
         self.storages = {
             key: f"GGUF {gguf.GGMLQuantizationType(entry.kind).name}"
@@ -124,110 +96,12 @@ class GgufFile:
         """Nothing is held open."""
 
 
-def describe(tensor: Any) -> GgufEntry:
-    # GGUF lists the fastest dimension first.
-    shape = tuple(int(side) for side in reversed(tensor.shape.tolist()))
-    return GgufEntry(int(tensor.data_offset), int(tensor.n_bytes), int(tensor.tensor_type), shape)
-
-
 def plain_kinds(gguf: ModuleType) -> dict[int, torch.dtype]:
     """Types of half precision, whose bytes need no decoding."""
     return {
         int(gguf.GGMLQuantizationType.F16): torch.float16,
         int(gguf.GGMLQuantizationType.BF16): torch.bfloat16,
     }
-
-
-def refuse(path: Path, reason: str) -> FileError:
-    return FileError(
-        f"{shorten(path.name)} is damaged ({reason}): it is truncated or was written wrongly. "
-        "Download or copy it again."
-    )
-
-
-def check_header(path: Path) -> int:
-    """Walks over a GGUF's header, to check that what it declares fits into the file.
-
-    The package trusts every length: an array that claims 2^60 numbers keeps it busy forever.
-
-    Returns:
-        The file's size in bytes.
-
-    Raises:
-        FileError: it is damaged, or has the other byte order.
-    """
-    with open_regular(path) as file:
-        size = file.seek(0, 2)
-        file.seek(4)
-        walk = HeaderWalk(path, file, size)
-        version = walk.read("I")
-        if not version & 0xFFFF:
-            raise refuse(path, "its numbers are big-endian, which is not supported")
-        num_tensors, num_values = walk.read("Q"), walk.read("Q")
-        for _ in range(num_values):
-            walk.skip_text()
-            walk.skip_value(walk.read("I"))
-        for _ in range(num_tensors):
-            walk.skip_tensor()
-    return size
-
-
-class HeaderWalk:
-    """A place in a GGUF's header that only moves forward, and never past the end.
-
-    Raises:
-        FileError: from every method, where the file ends before.
-    """
-
-    def __init__(self, path: Path, file: BinaryIO, size: int):
-        self.path = path
-        self.file = file
-        self.size = size
-
-    def read(self, kind: str) -> int:
-        data = self.file.read(struct.calcsize(f"<{kind}"))
-        if len(data) < struct.calcsize(f"<{kind}"):
-            raise refuse(self.path, "its header ends early")
-        return struct.unpack(f"<{kind}", data)[0]
-
-    def skip(self, num_bytes: int) -> None:
-        if self.file.tell() + num_bytes > self.size:
-            raise refuse(self.path, "its header ends early")
-        self.file.seek(num_bytes, 1)
-
-    def skip_text(self) -> None:
-        self.skip(self.read("Q"))
-
-    def skip_value(self, kind: int) -> None:
-        if kind == TEXT:
-            self.skip_text()
-        elif kind == ARRAY:
-            inner, count = self.read("I"), self.read("Q")
-            if inner == ARRAY or count > MAX_ARRAY:
-                raise refuse(
-                    self.path, ("its header holds an array of arrays, or an array that is too long")
-                )
-            if inner in NUMBER_BYTES:
-                self.skip(count * NUMBER_BYTES[inner])
-            else:
-                for _ in range(count):
-                    self.skip_value(inner)
-        elif kind in NUMBER_BYTES:
-            self.skip(NUMBER_BYTES[kind])
-        else:
-            raise refuse(self.path, f"its header holds a value of the unknown type {kind}")
-
-    def skip_tensor(self) -> None:
-        self.skip_text()
-        num_dimensions = self.read("I")
-        if num_dimensions > MAX_DIMENSIONS:
-            raise refuse(self.path, f"a tensor has {num_dimensions} dimensions")
-        sides = [self.read("Q") for _ in range(num_dimensions)]
-        if math.prod(sides) > self.size * MAX_ENTRIES_PER_BYTE:
-            raise refuse(self.path, "a tensor is larger than the file")
-        self.skip(4)  # its type
-        if self.read("Q") > self.size:
-            raise refuse(self.path, "a tensor begins after the file's end")
 
 
 def import_gguf() -> ModuleType:

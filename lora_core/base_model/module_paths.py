@@ -76,7 +76,9 @@ _TEXT_NAMES = frozenset(
     + MODULATION_TEXT
     + ("attn.norm_added_q", "attn.norm_added_k", "txt_in", "txt_norm")
 )
-_BLOCK_PATH = re.compile(r"transformer_blocks\.([0-9]{1,4})\.(.+)")
+#: Without leading zeros, which name no module of the model: ComfyUI leaves such keys out.
+BLOCK_NUMBER = "(0|[1-9][0-9]{0,3})"
+_BLOCK_PATH = re.compile(rf"transformer_blocks\.{BLOCK_NUMBER}\.(.+)")
 _KNOWN_IN_BLOCK = frozenset(BLOCK_LINEARS + BLOCK_NORMS)
 _KNOWN_ON_TOP = frozenset((*TOP_LINEARS, *TOP_NORMS))
 
@@ -160,7 +162,7 @@ def _underscored() -> dict[str, str]:
     return {name.replace(".", "_"): name for name in names}
 
 
-_UNDERSCORED_BLOCK = re.compile(r"transformer_blocks_([0-9]{1,4})_(.+)")
+_UNDERSCORED_BLOCK = re.compile(rf"transformer_blocks_{BLOCK_NUMBER}_(.+)")
 
 
 def restore_dots(underscored: str) -> str | None:

@@ -36,7 +36,8 @@ class Kind:
 
     build: Callable[[Parts], ModuleWeights]
     needs: tuple[tuple[frozenset[str], ...], ...]
-    """Each entry must be met; it lists alternatives, each a set of parts."""
+    """Each entry must be met; it lists alternatives, each a set of parts, and the first that is
+    complete is used."""
     optional: frozenset[str] = frozenset()
 
     @cached_property
@@ -46,6 +47,11 @@ class Kind:
 
     def is_complete(self, present: frozenset[str]) -> bool:
         return all(any(parts <= present for parts in entry) for entry in self.needs)
+
+    def list_surplus(self, present: frozenset[str]) -> frozenset[str]:
+        """Parts of a complete module that are not used, since an earlier alternative is there."""
+        used = (next(parts for parts in entry if parts <= present) for entry in self.needs)
+        return (self.parts & present) - self.optional.union(*used)
 
 
 def needs_all(*parts: str) -> tuple[tuple[frozenset[str], ...], ...]:
@@ -95,7 +101,7 @@ KINDS = (
         _DIRECTION,
     ),
     Kind(build_oft, needs_all("oft_blocks"), frozenset({"oft_rescale", "alpha", "diff_b"})),
-    Kind(build_diff, ((frozenset({"diff"}), frozenset({"diff_b"})),)),
+    Kind(build_diff, ((frozenset({"diff"}), frozenset({"diff_b"})),), frozenset({"diff_b"})),
 )
 
 
@@ -106,6 +112,8 @@ BOFT = "BOFT, which is not supported; use ComfyUI's LoraLoader"
 #: Of an example in a message that has two.
 MAX_EXAMPLE = 130
 NO_USE = "has no use in a module of this kind"
+REPLACED = "is a part of a factor that is also there whole, which is used"
+NO_RANK = "depends on its module's LoRA, which has rank 0"
 NO_BIAS = "changes a bias, and Qwen-Image's norms have none"
 FUSED = "fuses query, key and value in a way that cannot be split"
 
@@ -122,7 +130,7 @@ class ModuleBuilder:
         """Keys without a use, each with the reason."""
         self.non_finite: list[str] = []
         self.empty: list[str] = []
-        """Modules of rank 0, which add nothing."""
+        """Modules whose LoRA has rank 0 and adds nothing."""
         self.num_split = 0
         """Fused modules that were split."""
         self.repeated: list[str] = []
@@ -188,16 +196,26 @@ class ModuleBuilder:
         if "oft_blocks" in tensors and tensors["oft_blocks"].ndim == 4:
             self._leave_out(parts, BOFT)
             return None
+        surplus = kind.list_surplus(present)
+        self.unused += [(key, REPLACED) for part, key in parts.keys.items() if part in surplus]
         self.unused += [(key, NO_USE) for part, key in parts.keys.items() if part not in used]
-        if is_empty(tensors.get("lora_A"), tensors.get("lora_B")):
-            self.empty.append(module_path)
-            return None
+        tensors = {part: tensor for part, tensor in tensors.items() if part not in surplus}
         try:
+            if is_empty(tensors.get("lora_A"), tensors.get("lora_B")):
+                return self._build_without_rank(module_path, parts)
             return self._scale(module_path, kind.build(tensors), tensors, parts.keys.get("alpha"))
         except EmptyPartError as e:
             raise EmptyPartError(f"{self._name}, {module_path}: {e}.") from None
         except ShapeError as e:
             raise ShapeError(f"{self._name}, {module_path}: {e}. The file is damaged.") from None
+
+    def _build_without_rank(self, module_path: str, parts: ModuleParts) -> DiffWeights | None:
+        """What is left where the LoRA has rank 0: the change of the bias, if there is one."""
+        self.empty.append(module_path)
+        dependent = ("magnitude", "lora_B_bias")
+        self.unused += [(key, NO_RANK) for part, key in parts.keys.items() if part in dependent]
+        bias = parts.get(self._tensors, "diff_b")
+        return None if bias is None else DiffWeights(None, bias)
 
     def _leave_out(self, parts: ModuleParts, reason: str) -> None:
         self.unused += [(key, reason) for key in parts.keys.values()]
@@ -260,7 +278,7 @@ class ModuleBuilder:
 
 
 def is_empty(lora_A: AnyTensor | None, lora_B: AnyTensor | None) -> bool:
-    """Whether it is a LoRA of rank 0, as pruning leaves it: whole, and without effect."""
+    """Whether the two are of rank 0, as pruning leaves them: whole, and without effect."""
     if lora_A is None or lora_B is None or lora_A.ndim != 2 or lora_B.ndim != 2:
         return False
     return lora_A.shape[0] == lora_B.shape[1] == 0 < min(lora_A.shape[1], lora_B.shape[0])

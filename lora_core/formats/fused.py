@@ -27,7 +27,7 @@ FUSED = {
     "attn.add_qkv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
 _UNDERSCORED = {name.replace(".", "_"): name for name in FUSED}
-_BLOCK = re.compile(r"transformer_blocks_([0-9]{1,4})_(.+)")
+_BLOCK = re.compile(rf"transformer_blocks_{module_paths.BLOCK_NUMBER}_(.+)")
 
 
 def is_fused(module_path: str) -> bool:

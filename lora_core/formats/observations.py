@@ -37,8 +37,8 @@ def find_more(
         yield Finding("extreme_scale", WARNING, text, len(extreme))
     if builder.empty:
         text = (
-            f"{format_count(len(builder.empty), 'module')} of rank 0, without effect: "
-            f"{shorten_list(builder.empty, 2)}"
+            f"{format_count(len(builder.empty), 'module')} with a LoRA of rank 0, which adds "
+            f"nothing: {shorten_list(builder.empty, 2)}"
         )
         yield Finding("rank_zero", NOTE, text, len(builder.empty))
     if builder.repeated:

@@ -28,6 +28,8 @@ class ParsedKey:
     """As found, e.g. "lora_unet_", with wrappers that stood further behind; empty for bare keys."""
     adapter_name: str | None = None
     """PEFT's name of the adapter where the key carries one."""
+    spelling: str = ""
+    """Of lora_A and lora_B the key of the lora_A in the same spelling; "" of other parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,11 @@ def parse_key(key: str) -> ParsedKey | UnknownKey:
         stem = key[: match.start()]
         prefix, module_path = split_prefix(stem)
         if is_known(module_path):
-            return ParsedKey(key, module_path, part, prefix, groups.get("name"))
+            spelling = ""
+            if "ab" in groups:
+                down = "A" if groups["ab"] in ("A", "B") else "down"
+                spelling = key[: match.start("ab")] + down + key[match.end("ab") :]
+            return ParsedKey(key, module_path, part, prefix, groups.get("name"), spelling)
         return UnknownKey(key, explain_stem(stem), module_path)
     for pattern, reason, spoils in _UNSUPPORTED:
         match = pattern.search(key)
@@ -228,7 +234,7 @@ def explain_stem(stem: str) -> str:
 @lru_cache(maxsize=256)
 def find_nearest(rest: str) -> str | None:
     """The known module path that is spelled most like `rest`, or None if nothing is near."""
-    block = re.search(r"transformer_blocks[._](\d+)[._](.+)", rest)
+    block = re.search(r"transformer_blocks[._]0*([0-9]+)[._](.+)", rest)
     known = (
         module_paths.BLOCK_LINEARS + module_paths.BLOCK_NORMS
         if block

@@ -130,7 +130,10 @@ def read_ranks(
     """Module path -> rank of its low-rank parts, or None where it has none of them."""
     ranks: dict[str, int | None] = {}
     for path, parts in chosen.items():
-        found = (parts.get(tensors, part) for part in _RANK_PARTS)
+        # A whole LoKr factor takes precedence over its product, whose rank then means nothing.
+        replaced = [f"{part}_b" for part in parts.keys]
+        used = (part for part in _RANK_PARTS if part not in replaced)
+        found = (parts.get(tensors, part) for part in used)
         tensor = next((tensor for tensor in found if tensor is not None and tensor.ndim), None)
         ranks[path] = None if tensor is None else tensor.shape[0]
     return ranks

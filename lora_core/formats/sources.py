@@ -41,8 +41,11 @@ def choose_sources(parsed: list[ParsedKey]) -> Sources:
     """
     grouped: dict[str, dict[tuple[str, str | None], ModuleParts]] = defaultdict(dict)
     companions: list[ParsedKey] = []
-    # Sorted, a module spelled both ways takes lora_A and lora_B, never one of them and lora_up.
-    for key in sorted(parsed, key=lambda key: key.key):
+    ordered = sorted(parsed, key=lambda key: key.key)
+    set_aside = find_other_spellings(ordered)
+    for key in ordered:
+        if key.key in set_aside:
+            continue
         if key.part in COMPANIONS:
             companions.append(key)
             continue
@@ -89,6 +92,24 @@ def choose_sources(parsed: list[ParsedKey]) -> Sources:
             kept_key = chosen[key.module_path].keys.get(key.part)
             duplicates.append((key, kept_key.key if kept_key else "another key"))
     return Sources(chosen, duplicates, borrowed)
+
+
+def find_other_spellings(ordered: list[ParsedKey]) -> set[str]:
+    """Keys of lora_A or lora_B that are no part of their module, which is spelled in another way.
+
+    Both factors of a module are of one spelling, as in ComfyUI: of a lora_A next to a whole pair of
+    lora_down and lora_up, the pair is the module. Of two pairs it is the first in `ordered`.
+    """
+    spelled: dict[tuple, dict[str, list[ParsedKey]]] = defaultdict(lambda: defaultdict(list))
+    for key in ordered:
+        if key.spelling:
+            spelled[key.module_path, key.prefix, key.adapter_name][key.spelling].append(key)
+    found: set[str] = set()
+    for spellings in spelled.values():
+        # Without a whole pair the first is kept, and reported as incomplete.
+        kept = next((s for s in spellings if len(spellings[s]) == 2), next(iter(spellings)))
+        found.update(key.key for s, keys in spellings.items() if s != kept for key in keys)
+    return found
 
 
 #: Parts that change nothing alone.

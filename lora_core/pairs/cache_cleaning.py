@@ -48,8 +48,8 @@ def plan_cleaning(store: Path, needed: Collection[str]) -> CachePlan:
         kept_files = [path for one in kept for path in list_items(one)]
         # Some disks have no links: there a set's items are copies, found by their names.
         kept_keys = {match[1] for p in kept_files if (match := _ITEM_OF_SET.fullmatch(p.name))}
-        items = [path for path in list_items(store) if _ITEM.fullmatch(path.name)]
-        spare = [path for path in items if _ITEM.fullmatch(path.name)[1] not in kept_keys]
+        items = [path for path in list_items(store) if get_key(path)]
+        spare = [path for path in items if get_key(path) not in kept_keys]
         removed_files = [*spare, *(path for one in removed for path in list_items(one))]
         kept_sizes = measure([*kept_files, *(path for path in items if path not in set(spare))])
         removed_sizes = measure(removed_files)
@@ -58,6 +58,12 @@ def plan_cleaning(store: Path, needed: Collection[str]) -> CachePlan:
     freed = sum(size for file, size in removed_sizes.items() if file not in kept_sizes)
     total = sum({**kept_sizes, **removed_sizes}.values())
     return CachePlan(tuple(removed), tuple(spare), total, freed)
+
+
+def get_key(path: Path) -> str:
+    """The key of a stored item; "" for another file."""
+    found = _ITEM.fullmatch(path.name)
+    return "" if found is None else found[1]
 
 
 def clean(plan: CachePlan) -> None:
@@ -83,8 +89,9 @@ def measure_sets(store: Path) -> dict[str, int]:
     sizes: dict[str, dict[tuple[int, int], int]] = {}
     try:
         for path in list_sets(store):
-            name = _SET.fullmatch(path.name)[1]
-            sizes.setdefault(name, {}).update(measure(list_items(path)))
+            found = _SET.fullmatch(path.name)
+            assert found is not None  # listed for it
+            sizes.setdefault(found[1], {}).update(measure(list_items(path)))
     except OSError:  # only a number beside the set's name
         return {}
     return {name: sum(files.values()) for name, files in sizes.items()}

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..text import format_count
 from .images import ArrayImage
-from .pair import FoundPairs, Pair
+from .pair import FoundPairs, Pair, clean_caption
 
 
 def build_graph_pairs(
@@ -57,10 +57,10 @@ def build_graph_pairs(
 
 def split_captions(captions: Sequence[str], number: int) -> list[str | None]:
     """A caption per target; None where there are none at all."""
-    texts = [text.strip() for text in captions]
-    # Only "\n" ends a line: a text pasted from elsewhere may hold U+2028 and its like.
+    texts = [clean_caption(text) for text in captions]
+    # Only a line end ends a line: a text pasted from elsewhere may hold U+2028 and its like.
     if len(texts) == 1 and number > 1:
-        lines = [line.strip() for line in texts[0].split("\n") if line.strip()]
+        lines = [caption for caption in map(clean_caption, texts[0].split("\n")) if caption]
         texts = lines or [""]
     if not any(texts):
         return [None] * number

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ..disk.regular_files import open_regular
 from ..errors import FileError
@@ -25,7 +26,7 @@ SUFFIXES = frozenset(
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 MAX_SIDE_PX = 16_384  # ComfyUI's own MAX_RESOLUTION
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
-ORIENTATION = 0x0112  # EXIF tag
+IMAGE_WIDTH, IMAGE_HEIGHT, ORIENTATION = 0x0100, 0x0101, 0x0112  # TIFF's tags, and EXIF's
 MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 MAX_16_BIT = 65_535
 #: EXIF orientation -> the transform that turns the image upright.
@@ -115,10 +116,8 @@ class FileImage:
             FileError: as `read`.
         """
         with self._decode() as image:
-            width, height = image.size
+            width, height = find_upright_size(image)
             orientation = image.getexif().get(ORIENTATION)
-            if orientation in (5, 6, 7, 8):
-                width, height = height, width
             frames = getattr(image, "n_frames", 1)
             pages = "pages" if image.format == "TIFF" else "frames"
             traits = {
@@ -192,6 +191,7 @@ def open_image(file: BinaryIO, name: str) -> Iterator[Image.Image]:
                 warnings.simplefilter("ignore")  # of odd metadata; too many pixels: see below
                 with Image.open(file, formats=list_formats()) as image:
                     check_size(name, *image.size)
+                    scale_transparent_value(image)
                     yield image
         except FileError:
             raise
@@ -232,9 +232,42 @@ def has_alpha(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
+def scale_transparent_value(image: Image.Image) -> None:
+    """Brings the one grey or colour that a PNG declares transparent to the units of its pixels.
+
+    Pillow widens 2 and 4 bits, and narrows colours of 16, but leaves that value as in the file.
+    """
+    value = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)  # of a file that is not decoded yet
+    if image.format != "PNG" or value is None or not tiles:
+        return
+    raw = tiles[0][3]
+    if raw in ("L;2", "L;4"):
+        most = 2 ** int(raw[-1]) - 1
+        image.info["transparency"] = (value & most) * 255 // most
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(part >> 8 for part in value)
+
+
 def turn_upright(image: Image.Image) -> Image.Image:
+    """Decodes the image and turns it as its EXIF says.
+
+    In this order, as ImageOps.exif_transpose does: Pillow turns a TIFF itself while it decodes, and
+    then no longer has an orientation.
+    """
+    image.load()
     turn = TURNS.get(image.getexif().get(ORIENTATION, 0))
     return image if turn is None else image.transpose(turn)
+
+
+def find_upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of `turn_upright(image)`, without decoding."""
+    width, height = image.size
+    if image.format == "TIFF":  # whose `size` is turned or not, depending on Pillow's version
+        tags = cast(TiffImageFile, image).tag_v2
+        width, height = tags[IMAGE_WIDTH], tags[IMAGE_HEIGHT]
+    is_on_its_side = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+    return (height, width) if is_on_its_side else (width, height)
 
 
 def slice_rows(height: int, width: int) -> Iterator[slice]:
@@ -260,6 +293,9 @@ def convert(image: Image.Image) -> np.ndarray:
         grey = np.asarray(image)
         if grey.min(initial=0) < 0 or grey.max(initial=0) > MAX_16_BIT:
             raise ValueError("pixels of 32-bit whole numbers, expected 8 or 16 bits")
+        transparent = image.info.get("transparency")
+        if transparent is not None:
+            grey = np.where(grey == transparent, MAX_16_BIT, grey)
         grey = grey.astype(np.float32) / MAX_16_BIT
         return np.repeat(grey[..., None], 3, axis=2)
     return np.asarray(convert_to_bytes(image)).astype(np.float32) / 255

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -22,6 +23,9 @@ CAPTION_COLUMNS = (
     *("edit_prompt", "instruction", "edit_instruction", "prompt", "caption", "text"),
 )
 MAX_CAPTION_BYTES = 1 << 16
+#: Unicode's controls, format characters and blanks, and what is as invisible in other categories.
+INVISIBLE_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
+INVISIBLE = frozenset("\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0")
 
 IsAllowed = Callable[[Path], bool]
 """Whether a path, links followed, may be opened."""
@@ -91,7 +95,7 @@ class FoundPairs:
 
 
 def read_caption(path: Path, is_allowed: IsAllowed) -> str | None:
-    """The whole text without a byte order mark and spaces around it; of a .json its caption.
+    """The whole text without a byte order mark, as `clean_caption`; of a .json its caption.
 
     None for a .json without one.
 
@@ -106,10 +110,10 @@ def read_caption(path: Path, is_allowed: IsAllowed) -> str | None:
             f"{MAX_CAPTION_BYTES:,}. Shorten it, or move the file elsewhere."
         )
     if path.suffix.lower() != ".json":
-        return decode_text(data, path.name).strip()
+        return clean_caption(decode_text(data, path.name))
     value = parse_json(data, path.name)
     if isinstance(value, str):
-        return value.strip()
+        return clean_caption(value)
     return choose_caption(value, path.name) if isinstance(value, dict) else None
 
 
@@ -129,9 +133,26 @@ def choose_caption(row: Mapping[str, object], place: str) -> str | None:
                 f"the caption in {shorten(place)} is {describe_kind(value)}; expected text. Write "
                 "one instruction there."
             )
-        if value.strip():
-            return value.strip()
+        caption = clean_caption(value)
+        if caption:
+            return caption
     return "" if found else None
+
+
+def clean_caption(text: str) -> str:
+    """The text as a prompt would have it: lines end with "\\n", no spaces around it.
+
+    ComfyUI's text field knows no other line end, so a "\\r" from Windows would be trained as tokens
+    that no prompt has. Empty where nothing can be seen: only NULs, zero-width spaces and the like.
+    Next to visible characters these stay, since emoji and some scripts need them.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    return text if any(map(is_visible, text)) else ""
+
+
+def is_visible(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category not in INVISIBLE_CATEGORIES and character not in INVISIBLE
 
 
 def check_allowed(path: Path, is_allowed: IsAllowed) -> Path:

@@ -16,7 +16,7 @@ from ..progress import Progress, ShouldStop, track
 from ..text import shorten
 from .facts import ImageFacts, PairFacts, have_same_pixels, measure_pair
 from .images import ImageSource
-from .pair import UNUSABLE, FoundPairs, Level, Pair, Problem
+from .pair import UNUSABLE, FoundPairs, Level, Pair, Problem, clean_caption
 from .sizes import Size, check_megapixels, choose_target_size
 from .swapping import find_swaps
 
@@ -196,7 +196,7 @@ def complete_pair(pair: Pair, default_caption: str, max_references: int) -> Pair
             f"{target} has {len(pair.references)} references, but the original Qwen-Image-Edit "
             "takes one; choose the variant 2509 / 2511, or remove the others."
         )
-    caption = default_caption.strip() if pair.caption is None else pair.caption
+    caption = clean_caption(default_caption) if pair.caption is None else pair.caption
     if pair.caption is None and not caption:
         raise FileError(
             f"{target} has no caption; write the instruction into a .txt file of that name, or one "

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..disk.file_names import check_file_name
+from ..disk.regular_files import open_regular
 from ..disk.writing import explain, replace
 from ..errors import ConfigError, FileError, LoraError
 from ..text import shorten
@@ -71,8 +72,8 @@ def check_image(path: Path, name: str) -> str:
     Raises:
         FileError: not an image of `images.FORMATS`, damaged, or too large.
     """
-    with open_image(path, name) as image:
-        suffix = SUFFIXES[image.format]
+    with open_image(open_regular(path, name), name) as image:
+        suffix = SUFFIXES[image.format or ""]
         for _, band in split_image(turn_upright(image)):
             convert_to_bytes(band)
     return suffix

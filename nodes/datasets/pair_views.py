@@ -66,8 +66,9 @@ def describe_set(
 def summarize(opened: PairSet) -> dict[str, Any]:
     complete = [pair for pair in opened.pairs if pair.target and pair.references]
     covers = [
-        {"pair": pair.id, **describe_image(opened, pair.target, 0)}
+        {"pair": pair.id, **describe_image(opened, target, 0)}
         for pair in complete[:NUM_COVERS]
+        if (target := pair.target) is not None
     ]
     return {
         "num_pairs": len(opened.pairs),
@@ -134,7 +135,9 @@ def show_findings(set_id: str, pair_id: str) -> dict[str, Any]:
         problems = [Problem(Level.STOP, UNUSABLE, str(e))]
     else:
         versions = {str(path): read_version(path) for path in files.parts.paths}
-        known = {path: fact for path, v in versions.items() if (fact := recall(path, v))}
+        known: dict[int | str, ImageFacts] = {
+            path: fact for path, v in versions.items() if (fact := recall(path, v))
+        }
         with decoding:
             _, problems = check_pair(pair, known, MEGAPIXELS, MAX_REFERENCES)
         remember(known, versions)
@@ -151,9 +154,10 @@ def recall(path: str, version: str) -> ImageFacts | None:
     return fact if version and known == version else None
 
 
-def remember(facts: Mapping[str, ImageFacts], versions: Mapping[str, str]) -> None:
-    for path, fact in facts.items():
-        _facts[path] = versions.get(path, ""), fact
+def remember(facts: Mapping[int | str, ImageFacts], versions: Mapping[str, str]) -> None:
+    for path, version in versions.items():
+        if path in facts:
+            _facts[path] = version, facts[path]
     while len(_facts) > MAX_FACTS:
         _facts.pop(next(iter(_facts)), None)
 

@@ -19,6 +19,7 @@ Ids stand for names below ComfyUI's datasets and input folders. Errors are as in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .. import host
 from ..datasets import pair_changes, pair_views
 from ..datasets.pair_sets import check_id
 from . import pair_cache
-from .answers import BodySizeError, answer, change, guard, read_options, respond, run
+from .answers import BodySizeError, Handler, answer, change, guard, read_options, respond, run
 from .job_views import parse_number
 from .origins import check_origin
 
@@ -97,7 +98,7 @@ async def send_thumbnail(request: web.Request) -> web.Response:
 # --- changing -------------------------------------------------------------------------------------
 
 
-def change_pair(work: Callable[[str, str, Options], dict[str, Any]]):
+def change_pair(work: Callable[[str, str, Options], dict[str, Any]]) -> Handler:
     """As `answers.change`, for a pair."""
 
     async def handle(request: web.Request) -> web.Response:
@@ -176,7 +177,7 @@ async def receive(request: web.Request, path: Path) -> None:
                 size += len(chunk)
                 if size > MAX_UPLOAD_BYTES:
                     raise too_large
-                await run(lambda chunk=chunk: file.write(chunk))
+                await run(partial(file.write, chunk))
     except web.RequestPayloadError:
         raise ConfigError("the body ended early; send it again") from None
     except ConnectionError:  # the client disconnected

@@ -72,9 +72,9 @@ def find_fault(
     if fault is None and "text_empty" in names:
         fault = find_text_fault(tensors, "text_empty", text_width)
     if fault is None and "mask" in names:
-        mask, size = tensors["mask"], tuple(tensors["target"].shape[1:])
-        if tuple(mask.shape) != size or mask.dtype.is_complex:
-            return f"mask is {describe(mask)}, expected {size}"
+        mask, expected = tensors["mask"], tuple(tensors["target"].shape[1:])
+        if tuple(mask.shape) != expected or mask.dtype.is_complex:
+            return f"mask is {describe(mask)}, expected {expected}"
     return fault
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from qwen_edit_lora.lora_core import read_state_dict
+from qwen_edit_lora.lora_core import KeyFormatError, compute_delta, read_state_dict
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 BLOCKS = [f"transformer_blocks.{block}.attn.to_q" for block in range(3)]
@@ -59,6 +59,60 @@ def test_two_spellings_under_one_prefix_are_never_combined(order, make_state_dic
     assert {key.key for key in adapter.report.duplicates} == {keys["up"], keys["down"]}
 
 
+PAIRS = {
+    "A, B": (".lora_A.weight", ".lora_B.weight"),
+    "A, B without .weight": (".lora_A", ".lora_B"),
+    "down, up": (".lora_down.weight", ".lora_up.weight"),
+    "lora.down, lora.up": (".lora.down.weight", ".lora.up.weight"),
+    "layer": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+}
+
+
+@pytest.mark.parametrize("stray", [(pair, end) for pair in PAIRS for end in (0, 1)], ids=str)
+@pytest.mark.parametrize("whole", PAIRS)
+def test_a_module_takes_both_factors_from_one_spelling(whole, stray):
+    """A lora_A next to a whole pair of lora_down and lora_up has no part in the module, as in
+    ComfyUI's loader (comfy/weight_adapter/lora.py)."""
+    down, up = torch.randn(2, 6), torch.randn(8, 2)
+    state_dict = {f"{TO_Q}{ending}": t for ending, t in zip(PAIRS[whole], (down, up), strict=True)}
+    key = TO_Q + PAIRS[stray[0]][stray[1]]
+    state_dict.setdefault(key, torch.ones_like((down, up)[stray[1]]))
+    adapter = read_state_dict(state_dict)
+    assert torch.allclose(compute_delta(adapter.modules[TO_Q]), up @ down)
+    assert [d.key for d in adapter.report.duplicates] == ([] if stray[0] == whole else [key])
+
+
+def test_factors_of_two_spellings_are_no_module():
+    """ComfyUI's loader raises a KeyError."""
+    state_dict = {
+        f"{TO_Q}.lora_A.weight": torch.ones(2, 6),
+        f"{TO_Q}.lora_up.weight": torch.ones(8, 2),
+    }
+    with pytest.raises(KeyFormatError, match=r"is incomplete: .* has only .*lora_A.weight"):
+        read_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("whole", ["lokr_w1", "lokr_w2"])
+@pytest.mark.parametrize("leftovers", ["ab", "a", "b"])
+def test_parts_of_a_lokr_factor_that_is_also_whole_are_left_out_and_reported(whole, leftovers):
+    """ComfyUI takes the whole one, so the rank is that of the other factor (lokr.py)."""
+    other = "lokr_w2" if whole == "lokr_w1" else "lokr_w1"
+    state_dict = {
+        f"{TO_Q}.{whole}": torch.randn(4, 2),
+        f"{TO_Q}.{other}_a": torch.randn(3, 3),
+        f"{TO_Q}.{other}_b": torch.randn(3, 3),
+        f"{TO_Q}.alpha": torch.tensor(3.0),
+    }
+    expected = compute_delta(read_state_dict(state_dict).modules[TO_Q])
+    parts = {"a": torch.randn(4, 1), "b": torch.randn(1, 2)}
+    unused = {f"{TO_Q}.{whole}_{end}": parts[end] for end in leftovers}
+    adapter = read_state_dict(state_dict | unused)
+    assert torch.equal(compute_delta(adapter.modules[TO_Q]), expected)
+    assert adapter.modules[TO_Q].scale == 1
+    assert [dropped.key for dropped in adapter.report.unmatched] == list(unused)
+    assert not set(adapter.modules[TO_Q].parts) & {f"{whole}_a", f"{whole}_b"}
+
+
 def test_one_alpha_serves_every_adapter_name(make_state_dict):
     state_dict = make_state_dict("diffsynth") | make_state_dict("peft-named")
     state_dict[f"{TO_Q}.alpha"] = torch.tensor(1.0)
@@ -70,6 +124,48 @@ def test_a_diff_beside_a_lora_is_left_out_and_reported(make_state_dict):
     adapter = read_state_dict(make_state_dict() | {key: torch.ones(4, 4)})
     assert adapter.modules[TO_Q].kind == "LoRA"
     assert [dropped.key for dropped in adapter.report.unmatched] == [key]
+
+
+def make_pruned_file(make_state_dict, **parts):
+    """A module of rank 0, and one that is whole."""
+    return (
+        make_state_dict("ai-toolkit", ["img_in"])
+        | {
+            f"diffusion_model.{TO_Q}.lora_A.weight": torch.zeros(0, 4),
+            f"diffusion_model.{TO_Q}.lora_B.weight": torch.zeros(4, 0),
+        }
+        | {f"diffusion_model.{TO_Q}.{part}": tensor for part, tensor in parts.items()}
+    )
+
+
+def test_a_module_of_rank_0_adds_nothing_and_is_noted(make_state_dict):
+    adapter = read_state_dict(make_pruned_file(make_state_dict, alpha=torch.tensor(1.0)))
+    assert list(adapter.modules) == ["img_in"]
+    (note,) = [f for f in adapter.report.findings if f.kind == "rank_zero"]
+    assert (note.severity, note.count, adapter.report.warnings) == ("note", 1, ())
+
+
+def test_a_module_of_rank_0_keeps_its_change_of_the_bias(make_state_dict):
+    """ComfyUI adds it whatever the LoRA is (comfy/lora.py, load_lora)."""
+    bias = torch.arange(4.0)
+    adapter = read_state_dict(make_pruned_file(make_state_dict, diff_b=bias))
+    weights = adapter.modules[TO_Q]
+    assert weights.kind == "diff"
+    assert torch.equal(weights.bias_delta, bias)
+    assert "diff" not in weights.parts
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("dora_scale", torch.ones(4, 1)), ("lora_B.bias", torch.ones(4))]
+)
+def test_what_depends_on_a_lora_of_rank_0_is_reported(part, value, make_state_dict):
+    adapter = read_state_dict(make_pruned_file(make_state_dict, **{part: value}))
+    assert list(adapter.modules) == ["img_in"]
+    (dropped,) = adapter.report.unmatched
+    assert (dropped.key, dropped.reason) == (
+        f"diffusion_model.{TO_Q}.{part}",
+        "depends on its module's LoRA, which has rank 0",
+    )
 
 
 def make_messy_files(make_state_dict):
@@ -86,6 +182,8 @@ def make_messy_files(make_state_dict):
         "useless": lora | {f"diffusion_model.{TO_Q}.hada_w1_a": torch.ones(4, 2)},
         "oft with magnitude": make_state_dict(kind="OFT", alpha=0.0)
         | {f"diffusion_model.{TO_Q}.dora_scale": torch.ones(4)},
+        "a stray factor": lora | {f"diffusion_model.{TO_Q}.lora_up.weight": torch.ones(4, 4)},
+        "rank 0 with magnitude": make_pruned_file(make_state_dict, dora_scale=torch.ones(4, 1)),
         "diff with alpha": make_state_dict(kind="diff", alpha=1.0),
     }
 

@@ -210,6 +210,21 @@ def test_a_wrapper_prefix_is_removed_at_any_position(wrapper, at, key_style, mak
     assert torch.equal(adapter.modules[TO_Q].delta(), expected)
 
 
+@pytest.mark.parametrize("number", ["00", "01", "0059", "٣"])
+@pytest.mark.parametrize("name", ["attn.to_q", "attn.to_qkv"])
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_"])
+def test_a_block_number_with_leading_zeros_names_no_module(prefix, name, number, make_state_dict):
+    """ComfyUI has no module transformer_blocks.00, and its loader leaves such keys out."""
+    path = f"transformer_blocks.{number}.{name}"
+    stem = prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
+    others = {f"{stem}.lora_A.weight": torch.ones(2, 4), f"{stem}.lora_B.weight": torch.ones(6, 2)}
+    adapter = read_state_dict(make_state_dict("ai-toolkit", [TO_Q]) | others)
+    assert list(adapter.modules) == [TO_Q]
+    assert {dropped.key for dropped in adapter.report.unmatched} == set(others)
+    if number == "0059" and name == "attn.to_q":
+        assert {d.nearest for d in adapter.report.unmatched} == {f"transformer_blocks.59.{name}"}
+
+
 FLAT_SPELLINGS = [
     "lora_unet_transformer_blocks_0.attn.to_q",
     "lora_unet_transformer_blocks.0.attn.to_q",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from demo_base.pair_folders import load_photograph, write_pairs, write_picture
-from PIL import Image
+from PIL import Image, ImageOps
 from qwen_edit_lora.lora_core import ConfigError, FileError
 from qwen_edit_lora.lora_core.pairs import images
 from qwen_edit_lora.lora_core.pairs.facts import have_same_pixels
@@ -174,3 +177,65 @@ def test_an_area_that_is_not_a_number_is_refused(value, tmp_path):
     found = find_pairs(write_pairs(tmp_path / "set", 2), lambda path: True)
     with pytest.raises(ConfigError, match=r"^megapixels is "):
         check_pairs(found, name="set", megapixels=value, max_references=3)
+
+
+SAVED = {
+    "tif": {},
+    "tif, compressed": {"compression": "tiff_lzw"},
+    "png": {},
+    "webp": {"lossless": True},
+    "jpg": {},
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_of_any_orientation_is_turned_upright_exactly_once(tmp_path, orientation, kind):
+    """Pillow turns a TIFF itself while decoding it. ComfyUI's LoadImage has the same sizes, and the
+    same pixels for what cameras write (1, 3, 6, 8); it does not mirror the others."""
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = orientation
+    path = tmp_path / f"a.{kind.split(',')[0]}"
+    load_photograph(0, 60, 40).save(path, exif=exif, **SAVED[kind])
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    picture = FileImage(path)
+    header = picture.read_header()
+    assert (header.height, header.width) == expected.shape[:2]
+    assert ("turned by EXIF" in header.traits) == (orientation > 1)
+    assert np.array_equal((picture.read() * 255).round().astype(np.uint8), expected)
+    assert np.array_equal(picture.read_small(60), expected)
+
+
+def build_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+GREY, RGB = 0, 2  # PNG's colour types
+#: Bits, colour type, two pixels as stored, and the value that is transparent: the second pixel's.
+TRANSPARENT = {
+    "grey of 1 bit": (1, GREY, bytes([0b01000000]), [1]),
+    "grey of 2 bits": (2, GREY, bytes([0b00010000]), [1]),
+    "grey of 4 bits": (4, GREY, bytes([0x0A]), [10]),
+    "grey of 8 bits": (8, GREY, bytes([0, 10]), [10]),
+    "grey of 16 bits": (16, GREY, struct.pack(">2H", 0, 10), [10]),
+    "colour of 8 bits": (8, RGB, bytes([0, 0, 0, 1, 2, 3]), [1, 2, 3]),
+    "colour of 16 bits": (16, RGB, struct.pack(">6H", 0, 0, 0, 258, 515, 772), [258, 515, 772]),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_the_value_that_a_png_declares_transparent_becomes_white(tmp_path, kind):
+    """PNG specification, tRNS: one grey or colour, in the file's own units."""
+    bits, colour, pixels, value = TRANSPARENT[kind]
+    file = io.BytesIO(b"\x89PNG\r\n\x1a\n")
+    file.seek(0, 2)
+    file.write(build_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, colour, 0, 0, 0)))
+    file.write(build_chunk(b"tRNS", struct.pack(f">{len(value)}H", *value)))
+    file.write(build_chunk(b"IDAT", zlib.compress(b"\0" + pixels)) + build_chunk(b"IEND", b""))
+    path = tmp_path / "a.png"
+    path.write_bytes(file.getvalue())
+    picture = FileImage(path)
+    assert "transparent" in picture.read_header().traits
+    assert picture.read().tolist() == [[[0.0] * 3, [1.0] * 3]]
+    assert picture.read_small(2).tolist() == [[[0] * 3, [255] * 3]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from demo_base.pair_folders import (
 )
 from PIL import Image
 from qwen_edit_lora.lora_core import ConfigError, FileError
+from qwen_edit_lora.lora_core.pairs.graph_pairs import split_captions
 from qwen_edit_lora.lora_core.pairs.images import FileImage
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
 from qwen_edit_lora.lora_core.pairs.pair import Level
@@ -329,6 +331,45 @@ def test_captions_that_would_break_the_template_stop_and_placeholders_warn(tmp_p
     assert "the caption of target/photo_2.png is empty" in warnings
     left = check(folder, on_problem=LEAVE_OUT)
     assert [one.pair.name for one in left.pairs] == ["photo_1", "photo_2"]
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\r"])
+def test_a_caption_of_two_lines_from_windows_or_an_old_mac_is_that_of_other_systems(tmp_path, end):
+    """ComfyUI's text field has no line end but \\n: a LoRA trained with \\r would be prompted with
+    other tokens."""
+    folder = write_pairs(tmp_path / "set", 1, caption=None)
+    lines = (b"make it red", b"and large")
+    rows = {
+        "photo_0.txt": end.join(lines),
+        "photo_0.json": json.dumps({"caption": end.join(lines).decode()}).encode(),
+    }
+    for name, data in rows.items():
+        path = folder / "target" / name
+        path.write_bytes(data)
+        (one,) = check(folder).pairs
+        assert one.pair.caption == "make it red\nand large"
+        path.unlink()
+    (one,) = check(folder, default_caption=end.join(lines).decode()).pairs
+    assert one.pair.caption == "make it red\nand large"
+    assert split_captions([end.join(lines).decode()], 1) == ["make it red\nand large"]
+    assert split_captions([end.join(lines).decode()], 2) == ["make it red", "and large"]
+
+
+@pytest.mark.parametrize("text", ["\0", "\u200b", "\ufeff\ufeff", "\x7f", " \u3164\n\u2800"])
+def test_a_caption_of_invisible_characters_is_reported_as_empty(tmp_path, text):
+    folder = write_pairs(tmp_path / "set")
+    (folder / "target" / "photo_0.txt").write_text(text, encoding="utf-8")
+    preflight = check(folder)
+    assert [p.pair for p in preflight.problems if p.kind == "caption_empty"] == ["photo_0"]
+    assert preflight.pairs[0].pair.caption == ""
+    assert split_captions([text], 1) == [None]
+
+
+@pytest.mark.parametrize("text", ["می‌خواهم", "👩‍🚀", "❤️", "a\u200bb"])
+def test_invisible_characters_within_a_caption_stay(tmp_path, text):
+    folder = write_pairs(tmp_path / "set")
+    (folder / "target" / "photo_0.txt").write_text(text, encoding="utf-8")
+    assert check(folder).pairs[0].pair.caption == text
 
 
 def test_the_original_model_takes_one_reference(tmp_path):

@@ -13,6 +13,8 @@ from qwen_edit_lora.lora_core import (
     LokrWeights,
     LoraWeights,
     ShapeError,
+    compute_delta,
+    read_state_dict,
 )
 
 from ..conftest import worst
@@ -75,3 +77,48 @@ def test_a_bias_is_never_merged_into_a_module_without_one(load_base, apply_ours)
     adapter = Adapter({PATH: DiffWeights(bias_delta=torch.ones(WIDTH))}, name="bias")
     with pytest.raises(ConfigError, match=r"to_q\.bias, without a weight or bias"):
         apply_ours(model, adapter, 1.0, "merge")
+
+
+def make_odd_files():
+    """Files with more than their modules need, as leftovers of conversions and merges."""
+    stem = f"diffusion_model.{PATH}"
+    second = stem.replace("s.0.", "s.00.")
+    quarter = WIDTH // 4
+    return {
+        "a whole LoKr factor and its product": {
+            f"{stem}.lokr_w1_a": draw(4, 3),
+            f"{stem}.lokr_w1_b": draw(3, 4),
+            f"{stem}.lokr_w2": draw(quarter, quarter),
+            f"{stem}.lokr_w2_a": draw(quarter, 1),
+            f"{stem}.lokr_w2_b": draw(1, quarter),
+            f"{stem}.alpha": torch.tensor(3.0),
+        },
+        "a factor next to a pair": {
+            f"{stem}.lora_A.weight": draw(2, WIDTH),
+            f"{stem}.lora_down.weight": draw(2, WIDTH) + 1,
+            f"{stem}.lora_up.weight": draw(WIDTH, 2),
+        },
+        "a block number with leading zeros": {
+            f"{stem}.lora_A.weight": draw(2, WIDTH),
+            f"{stem}.lora_B.weight": draw(WIDTH, 2),
+            f"{second}.lora_A.weight": draw(2, WIDTH) + 1,
+            f"{second}.lora_B.weight": draw(WIDTH, 2),
+        },
+    }
+
+
+@pytest.mark.parametrize("case", make_odd_files())
+def test_a_file_with_more_than_its_modules_need_acts_as_in_comfyui(case, comfyui, load_base):
+    import comfy.lora
+
+    state_dict = {key: tensor.float() for key, tensor in make_odd_files()[case].items()}
+    key_map = comfy.lora.model_lora_keys_unet(load_base("2509_fp32").model, {})
+    patches = comfy.lora.load_lora(state_dict, key_map)
+    key = f"diffusion_model.{PATH}.weight"
+    assert list(patches) == [key]
+    zeros = torch.zeros(WIDTH, WIDTH)
+    expected = comfy.lora.calculate_weight([(1.0, patches[key], 1.0, None, None)], zeros, key)
+    adapter = read_state_dict(state_dict)
+    assert list(adapter.modules) == [PATH]
+    assert worst(compute_delta(adapter.modules[PATH]), expected) < 1e-5
+    assert adapter.report.unmatched or adapter.report.duplicates

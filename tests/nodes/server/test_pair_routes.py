@@ -21,28 +21,6 @@ UNKNOWN = "0123456789abcdef"
 IMAGE = {"Content-Type": "application/octet-stream"}
 
 
-@pytest.fixture
-def roots(comfyui: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """ComfyUI's folders, empty."""
-    from qwen_edit_lora.nodes import host
-    from qwen_edit_lora.nodes.datasets import pair_sets, pair_views
-
-    roots = {name: tmp_path / "comfy" / name for name in ("datasets", "input", "output")}
-    for path in roots.values():
-        path.mkdir(parents=True)
-    monkeypatch.setattr(
-        host, "list_dataset_roots", lambda: {name: [str(path)] for name, path in roots.items()}
-    )
-    for known in (pair_sets._known, pair_views._opened, pair_views._facts):
-        known.clear()
-    return roots
-
-
-@pytest.fixture
-def folder(roots: dict[str, Path]) -> Path:
-    return write_pairs(roots["input"] / "animals", 3)
-
-
 class Page:
     """Requests about one set, as the panel sends them."""
 
@@ -450,53 +428,3 @@ def test_captions_of_different_pairs_are_saved_at_the_same_time(routes, page, fo
     assert [pair["caption"] for pair in page.show()["pairs"]] == [
         f"new {pair['name']}" for pair in pairs
     ]
-
-
-# --- the cache ------------------------------------------------------------------------------------
-
-
-def test_the_cache_is_cleaned_except_for_what_trainings_use(
-    routes, page, tmp_path, demo_models, monkeypatch
-):
-    from qwen_edit_lora.lora_core.jobs.store import JobStore
-    from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
-    from qwen_edit_lora.nodes import host
-
-    monkeypatch.setattr(host, "get_cache_folder", lambda: tmp_path / "user")
-    store = tmp_path / "user" / "datasets"
-    needed, spare = (store / "sets" / f"animals-{letter * 12}" for letter in "ab")
-    for number, folder in enumerate((needed, spare)):
-        write_text(folder / "items" / f"x-{str(number) * 12}.safetensors", "1234")
-        write_text(store / "items" / f"{str(number) * 32}.safetensors", "1234")
-    data = {"source": str(tmp_path / "base.safetensors"), "device": "cpu"}
-    train = {"name": "t", "output": "unused", "model": data, "data": {"folder": str(needed)}}
-    job = type("Job", (), {"name": "t"})()
-    job.settings = type("Settings", (), {"train": config_from_dict(train)})()
-    monkeypatch.setattr(JobStore, "list", lambda self: [job])
-    assert routes.ask("GET", CACHE).read() == {"size_bytes": 16, "freed_bytes": 8, "num_sets": 1}
-    (listed,) = routes.ask("GET", PAIRS).read()["sets"]
-    assert listed["cached_bytes"] == 8
-    assert routes.post(f"{CACHE}/clean").read() == {"freed_bytes": 8}
-    assert needed.is_dir()
-    assert not spare.exists()
-    assert [path.name for path in (store / "items").iterdir()] == [f"{'0' * 32}.safetensors"]
-    job.settings.train = config_from_dict({**train, "data": {"folder": "unknown"}})
-    answer = routes.post(f"{CACHE}/clean")
-    assert (answer.status, "damaged" in answer.sentence) == (409, True)
-    assert needed.is_dir()
-
-
-def test_the_cache_is_not_cleaned_while_a_prompt_may_be_encoding(routes, tmp_path, monkeypatch):
-    from qwen_edit_lora.nodes import host
-    from server import PromptServer
-
-    monkeypatch.setattr(host, "get_cache_folder", lambda: tmp_path)
-    spare = write_text(tmp_path / "datasets" / "items" / f"{'0' * 32}.safetensors", "1234")
-    queue = PromptServer.instance.prompt_queue
-    monkeypatch.setattr(queue, "currently_running", {0: (0, "id", {}, {}, [])})
-    answer = routes.post(f"{CACHE}/clean")
-    assert (answer.status, "a prompt is running" in answer.sentence) == (409, True)
-    assert spare.exists()
-    monkeypatch.setattr(queue, "currently_running", {})
-    assert routes.post(f"{CACHE}/clean").status == 200
-    assert not spare.exists()
