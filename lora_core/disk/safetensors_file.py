@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import FileError, MissingFileError
-from ..text import shorten
+from ..text import name_path, shorten
 from .regular_files import open_regular
 
 # Names of the safetensors format specification, section "Format".
@@ -228,7 +228,7 @@ def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
         MissingFileError: there is no such path.
         FileError: it cannot be examined.
     """
-    name = shorten(path.name)
+    name = name_path(path)
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -244,7 +244,7 @@ def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
 
 def open_checked(path: Path, expected: str = LORA_FILE):
     """Opens a safetensors file; the error says in one sentence why it is none."""
-    name = shorten(path.name)
+    name = name_path(path)
     if path.is_dir():
         raise FileError(f"{name} is a folder; expected a .safetensors file.")
     with open_regular(path) as file:

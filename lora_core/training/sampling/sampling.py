@@ -124,9 +124,9 @@ def check_fit(adapter: Adapter, modules: Mapping[str, torch.nn.Module]) -> None:
         shape = tuple(getattr(modules[path], side, 0) for side in ("out_features", "in_features"))
         if shape != tuple(weights.shape):
             made = " x ".join(map(str, weights.shape))
-            is_linear = f"is {shape[0]} x {shape[1]}" if all(shape) else "is no Linear"
+            there = f"is {shape[0]} x {shape[1]}" if all(shape) else "is no Linear"
             raise ShapeError(
-                f"{name} does not fit the model: {path} {is_linear} there, and the adapter was made "
+                f"{name} does not fit the model: {path} {there} there, and the adapter was made "
                 f"for {made}; choose an adapter trained for a model of this size"
             )
     adapter.check_finite()
