@@ -76,8 +76,8 @@ PACKAGES = {
         "training.run",
     ),
     "training": (
-        *("formats", "training.data", "training.model", "training.config", "training.sampling"),
-        *("training.run", "training.estimate"),
+        *("disk", "formats", "training.data", "training.model", "training.config"),
+        *("training.sampling", "training.run", "training.estimate"),
     ),
     "pairs": ("disk", "drawing", "training.data"),
     "jobs": (

@@ -23,6 +23,7 @@ from .job import (
     UnknownJobError,
     check_id,
 )
+from .publication import add_published, count_published_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,8 @@ class Catalog:
             folder.check_lock()
             if settings is None:
                 settings = self._settings[folder.id] = folder.read_settings()
-            return Job(folder.id, settings, folder.read_state(), folder.read_request())
+            state = add_published(folder.read_state(), folder)
+            return Job(folder.id, settings, state, folder.read_request())
 
 
 def explain_absence(job_id: str) -> UnknownJobError:
@@ -154,12 +156,13 @@ def explain_absence(job_id: str) -> UnknownJobError:
 
 
 def read_stamp(folder: JobFolder) -> str:
-    """Changes with state.json."""
+    """Changes with state.json, and with what was published on request."""
     try:
         found = (folder.path / STATE_FILE).stat()
     except OSError:
         return ""
-    return f"{found.st_mtime_ns} {found.st_ino} {found.st_size}"
+    published = count_published_bytes(folder)
+    return f"{found.st_mtime_ns} {found.st_ino} {found.st_size} {published}"
 
 
 def to_row(job: Job) -> dict[str, Any]:

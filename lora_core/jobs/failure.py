@@ -12,6 +12,7 @@ from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
 from .folder import JobFolder, open_inside
 from .job import JobFailure, JobSettings, JobState, JobStatus
+from .log_pieces import hide_paths
 from .nccl import explain_shared_memory, is_communication_error
 
 LOG_TAIL_LINES = 20
@@ -39,7 +40,7 @@ def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
         )
     if isinstance(error, LoraError):
         return JobFailure(sentence=" ".join(str(error).split()))
-    text = " ".join(str(error).split())
+    text = hide_paths(" ".join(str(error).split()))  # before a part of a path is left of it
     advice: tuple[str, ...] = (LOOK_AT_LOG,)
     if is_communication_error(error):
         count = int(os.environ.get("WORLD_SIZE", "1"))

@@ -15,6 +15,7 @@ from ..checks import check_number
 from ..errors import ConfigError, LoraError
 from ..text import format_duration, shorten
 from ..training.config.config import TrainConfig
+from .log_pieces import hide_paths
 
 #: Seconds without a heartbeat after which a live worker is reported as not responding.
 SILENCE_TIMEOUT = 60.0
@@ -23,7 +24,7 @@ MAX_DEVICES = 16
 #: Characters of a failure's message and of each advice.
 MAX_SENTENCE = 400
 
-_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
 
 class UnknownJobError(LoraError, LookupError):
@@ -243,6 +244,11 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """What is safe to show to anyone: no path of this machine."""
         state = {k: v for k, v in asdict(self.state).items() if k not in ("worker", "parent")}
+        for name in ("notes", "alarms"):
+            state[name] = [hide_paths(text) for text in state[name]]
+        if failure := state["failure"]:
+            for name in ("sentence", "log_tail"):
+                failure[name] = hide_paths(failure[name])
         return {
             "id": self.id,
             "name": self.name,
