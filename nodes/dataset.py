@@ -16,7 +16,8 @@ from ..lora_core.pairs.cache import (
     EditDataset,
     cache_pairs,
     check_disk,
-    count_missing,
+    compute_key,
+    list_missing,
     measure_store,
     show_store,
 )
@@ -27,7 +28,6 @@ from ..lora_core.pairs.pair import MAX_REFERENCES, FoundPairs
 from ..lora_core.pairs.preflight import ON_PROBLEM, STOP, Preflight, check_pairs
 from ..lora_core.pairs.preview import build_table, describe_preflight, draw_pairs
 from ..lora_core.text import format_bytes, format_count, shorten
-from ..lora_core.training.data.dataset import read_dataset
 from . import host
 from .datasets.encoding import STOCK_REFERENCE_MEGAPIXELS, VARIANTS, PairEncoder
 from .datasets.folders import find_dataset_folder, is_dataset_path
@@ -313,12 +313,18 @@ def encode(
 ) -> tuple[EditDataset, str, list[Finding]]:
     """The training set, what was done to build it, and findings for the user."""
     store, settings = host.get_cache_folder() / "datasets", encoder.settings
-    missing = count_missing(store, preflight.pairs, settings)
+    digests = [compute_key(one, settings) for one in preflight.pairs]
+    missing = list_missing(store, preflight.pairs, digests)
     check_disk(store, missing, encoder.text_width, encoder.reference_megapixels)
     cached = host.run_with_progress(
-        cache_pairs, store, preflight.name, preflight.pairs, encoder.encode, settings
+        cache_pairs,
+        store,
+        preflight.name,
+        preflight.pairs,
+        digests,
+        encoder.encode,
+        settings,
     )
-    keys = tuple(info.key for info in read_dataset(cached.folder).items)
     _made.add(cached.folder)
     done = f"pairs encoded: {cached.num_encoded}, already cached: {cached.num_reused}"
     num_items, size_bytes = measure_store(store)
@@ -332,8 +338,8 @@ def encode(
     if problem := encoder.keep_vae(store, str(settings["vae"])):
         lines.append(problem)
         findings.append(Finding("vae_not_kept", NOTE, problem))
-    summary = f"{preflight.name}: {format_count(len(keys), 'pair')} for {variant}"
-    dataset = EditDataset(cached.folder, preflight.name, keys, variant, summary)
+    summary = f"{preflight.name}: {format_count(len(cached.keys), 'pair')} for {variant}"
+    dataset = EditDataset(cached.folder, preflight.name, cached.keys, variant, summary)
     return dataset, "\n".join(lines), findings
 
 

@@ -28,7 +28,7 @@ class QwenEditLoraHold(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        job_host.get_jobs().hold_prompts()
+        job_host.get_jobs().policy.hold_prompts()
         return io.NodeOutput()
 
 

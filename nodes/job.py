@@ -102,8 +102,8 @@ class QwenEditLoraJob(io.ComfyNode):
 
     @classmethod
     def execute(cls, job_id: str = "", wait: bool = False, vae: Any = None) -> io.NodeOutput:
-        store = job_host.get_store()
-        job = job_host.find(job_id)
+        store = job_host.get_jobs().store
+        job = job_host.get_jobs().find(job_id)
         if wait:
             job = wait_for(job.id)
         metrics = store.read_metrics(job.id)
@@ -132,7 +132,9 @@ class QwenEditLoraJob(io.ComfyNode):
 def wait_for(job_id: str) -> Job:
     """Waits with a progress bar; interrupting the prompt ends only the wait."""
     progress = host.build_progress()
-    job = job_host.wait(job_id, lambda job: progress(job.state.step, max(job.state.num_steps, 1)))
+    job = job_host.get_jobs().wait(
+        job_id, lambda job: progress(job.state.step, max(job.state.num_steps, 1))
+    )
     if job.status is JobStatus.FAILED and job.state.failure is not None:
         advice = "".join(f"\n- {sentence}" for sentence in job.state.failure.advice)
         raise ConfigError(f"job {job.id} failed: {job.state.failure.sentence}{advice}")
@@ -141,7 +143,7 @@ def wait_for(job_id: str) -> Job:
 
 def take_adapter(job: Job) -> Any:
     """The newest adapter, or a value that stops the downstream nodes with a message."""
-    files = job_host.get_store().list_adapters(job.id)
+    files = job_host.get_jobs().store.list_adapters(job.id)
     if not files:
         return host.block_output(
             f"job {job.id} has no LoRA yet (step {job.state.step} of {job.state.num_steps}); turn "
@@ -154,7 +156,7 @@ def take_adapter(job: Job) -> Any:
 def describe(job: Job, lacks_vae: bool) -> list[str]:
     """The job as lines of text."""
     state = job.state
-    lines = [f"{job.name} ({job.id}): {job_host.describe(job)}"]
+    lines = [f"{job.name} ({job.id}): {job.describe()}"]
     if state.published:
         lines.append(f"LoRA: {', '.join(state.published)} in models/loras (press R to see it)")
     if state.smoothed_loss is not None:
@@ -172,7 +174,7 @@ def describe(job: Job, lacks_vae: bool) -> list[str]:
 
 def list_latents(job: Job) -> list[Path]:
     """Latents of samples that have no decoded image beside them."""
-    files = job_host.get_store().list_samples(job.id)
+    files = job_host.get_jobs().store.list_samples(job.id)
     names = {path.name for path in files}
     return [p for p in files if p.suffix == ".safetensors" and f"{p.stem}.png" not in names]
 
@@ -183,7 +185,7 @@ def needs_vae(job: Job) -> bool:
 
 def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
     """Sheet, uint8 (height, width, 3): per item its references, target and steps; and findings."""
-    store = job_host.get_store()
+    store = job_host.get_jobs().store
     latents = list_latents(job)
     named = [(path, parse_name(f"{path.stem}.png")) for path in latents if vae is not None]
     # Latents go by the name that their image would have.

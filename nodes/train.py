@@ -13,7 +13,7 @@ from ..lora_core.base_model.module_paths import TARGET_PRESETS
 from ..lora_core.findings import NOTE, WARNING, Finding
 from ..lora_core.jobs.devices import Device
 from ..lora_core.jobs.estimate_process import estimate_in_process
-from ..lora_core.jobs.job import MAX_DEVICES
+from ..lora_core.jobs.job import MAX_DEVICES, SampleSettings
 from ..lora_core.pairs.vae_copy import find_vae
 from ..lora_core.training.config.config import TrainConfig
 from ..lora_core.training.config.presets import PRESETS
@@ -24,6 +24,7 @@ from ..lora_core.training.optimizer.optimization import OPTIMIZERS
 from . import host
 from .base_choice import choose_base
 from .server import job_devices, job_host
+from .server.prompt_policy import POLICIES, POLICY_TOOLTIP
 from .sockets import CATEGORY, DatasetSocket, Report, report_output, show_job, show_report
 from .training_settings import (
     AS_PRESET,
@@ -138,7 +139,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         storage: str = AUTO,
         sample_every: int = 250,
         samples: int = 2,
-        while_training: str = job_host.POLICIES[0],
+        while_training: str = POLICIES[0],
         estimate: str = MEASURE,
         if_too_large: str = REFUSE,
         more_settings: str = "",
@@ -146,6 +147,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         job_devices.check_devices(gpus)
+        jobs = job_host.get_jobs()
         model = host.find_training_base(model_name)
         chosen = {SETTINGS[key]: value for key, value in settings.items()}
         if targets != AS_PRESET_CHOICE:
@@ -160,13 +162,11 @@ class QwenEditLoraTrain(io.ComfyNode):
         requested = build(base={} if storage == AUTO else {"storage": storage})
         # What auto resolves to depends on the memory free now, so it is not part of the key.
         key = f"{compute_key(requested)}, storage {storage}" + (f" on {gpus}" if gpus > 1 else "")
-        known = job_host.find_same(key)
+        known = jobs.store.find_same(key)
         if known is not None:
             text = f"this training is already job {known.id}: {known.describe()}"
             return io.NodeOutput(known.id, text, ui=show_report(text) | show_job(known.id))
-        devices, taken = job_devices.choose_for_job(
-            job_host.get_store(), requested.model.device, gpus
-        )
+        devices, taken = job_devices.choose_for_job(jobs.store, requested.model.device, gpus)
         own = read_more(more_settings).get("model", {})
         base, lines, needed_bytes = choose_base(requested, storage, own, devices)
         findings = [Finding("storage_chosen", NOTE, line) for line in lines]
@@ -197,17 +197,19 @@ class QwenEditLoraTrain(io.ComfyNode):
                 "Pairs again to keep it"
             )
             findings.append(Finding("samples_without_pictures", NOTE, lines[-1]))
-        job_id = job_host.submit(
+        job_id = jobs.submit(
             config,
             key=key,
-            sample_every=sample_every,
-            sample_items=choose_items(dataset, samples),
-            sample_vae=vae,
             policy=while_training,
+            samples=SampleSettings(
+                every=sample_every,
+                items=choose_items(dataset, samples),
+                vae="" if vae is None else str(vae),
+            ),
             num_devices=gpus,
             gpu_memory_bytes=needed_bytes,
         )
-        head = f"job {job_id}: {job_host.get(job_id).describe()}"
+        head = f"job {job_id}: {jobs.store.get(job_id).describe()}"
         text = Report("\n".join([head, *lines]), findings)
         return io.NodeOutput(job_id, text, ui=show_report(text) | show_job(job_id))
 
@@ -323,8 +325,8 @@ def list_advanced_inputs() -> list[Any]:
         ),
         io.Combo.Input(
             "while_training",
-            options=list(job_host.POLICIES),
-            tooltip=job_host.POLICY_TOOLTIP,
+            options=list(POLICIES),
+            tooltip=POLICY_TOOLTIP,
             **extra,
         ),
         io.Combo.Input(

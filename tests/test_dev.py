@@ -227,3 +227,12 @@ def test_a_taken_port_is_refused_with_a_message():
         taken.listen()
         with pytest.raises(ServerError, match=f"port {port} must be free"):
             check_port(port)
+
+
+def test_the_frontend_of_a_test_run_is_split_off_and_must_be_a_version(dev):
+    arguments = ["-x", "--frontend", "1.58.1", "tests/web"]
+    assert dev.split_frontend(arguments) == (["-x", "tests/web"], "1.58.1")
+    assert dev.split_frontend(["tests/web"]) == (["tests/web"], None)
+    for version in (["--frontend"], ["--frontend", "newest"], ["--frontend", "../1.0"]):
+        with pytest.raises(dev.DevError, match="needs a version such as"):
+            dev.split_frontend(version)

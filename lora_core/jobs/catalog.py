@@ -19,11 +19,12 @@ from .job import (
     JobFailure,
     JobSettings,
     JobState,
-    JobStatus,
     UnknownJobError,
     check_id,
 )
+from .outcomes import advance
 from .publication import add_published, count_published_bytes
+from .transitions import Event
 
 logger = logging.getLogger(__name__)
 
@@ -190,9 +191,6 @@ def build_broken(folder: JobFolder, sentence: str) -> Job:
             "data": {"folder": "unknown"},
         }
     )
-    state = JobState(
-        status=JobStatus.FAILED,
-        created_at=created,
-        failure=JobFailure(sentence=sentence, advice=("delete the job",)),
-    )
-    return Job(folder.id, JobSettings(train=train), state)
+    failure = JobFailure(sentence=sentence, advice=("delete the job",))
+    state = advance(JobState(created_at=created), Event.FAIL, failure=failure, at=created)
+    return Job(folder.id, JobSettings(train=train), state, is_damaged=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
-import time
 
 from ..errors import FileError, LoraError, OutOfMemoryError
 from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
 from .folder import JobFolder, open_inside
-from .job import JobFailure, JobSettings, JobState, JobStatus
+from .job import JobFailure
 from .log_pieces import hide_paths
 from .nccl import explain_shared_memory, is_communication_error
 
@@ -102,37 +100,3 @@ def read_log_tail(folder: JobFolder) -> str:
     except (FileError, OSError):
         return ""
     return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
-
-
-def restart_or_fail(
-    state: JobState, settings: JobSettings, reached: int, failure: JobFailure
-) -> JobState:
-    """The state of a job whose worker was ended from outside: queued again, or failed.
-
-    Args:
-        reached: step of the last checkpoint.
-    """
-    restarts = 0 if reached > state.restarted_at_step else state.restarts
-    if restarts >= settings.max_restarts:
-        return build_failed_state(state, failure)
-    return dataclasses.replace(
-        state,
-        status=JobStatus.PENDING,  # keeps its place in the queue
-        phase=None,
-        worker=None,
-        checkpoint_step=reached,
-        restarts=restarts + 1,
-        restarted_at_step=reached,
-        notes=(*state.notes, f"{failure.sentence}; it continues after step {reached}")[-20:],
-    )
-
-
-def build_failed_state(state: JobState, failure: JobFailure) -> JobState:
-    return dataclasses.replace(
-        state,
-        status=JobStatus.FAILED,
-        phase=None,
-        worker=None,
-        failure=failure,
-        ended_at=time.time(),
-    )

@@ -16,6 +16,16 @@ from ..errors import ConfigError, LoraError
 from ..text import format_duration, shorten
 from ..training.config.config import TrainConfig
 from .log_pieces import hide_paths
+from .transitions import (
+    STATUS_WORDS,
+    STOPS,
+    Event,
+    JobStatus,
+    Request,
+    Stage,
+    find_offers,
+    find_stage,
+)
 
 #: Seconds without a heartbeat after which a live worker is reported as not responding.
 SILENCE_TIMEOUT = 60.0
@@ -39,23 +49,6 @@ class JobStateError(LoraError):
     """A job's state does not allow what was asked."""
 
 
-class JobStatus(str, Enum):  # StrEnum needs Python 3.11
-    PENDING = "pending"  #: queued
-    IN_PROGRESS = "in_progress"  #: a worker runs it
-    PAUSED = "paused"  #: has a checkpoint and no process
-    COMPLETED = "completed"  #: the adapter is written
-    FAILED = "failed"  #: see `JobState.error`
-    CANCELLED = "cancelled"  #: stopped on request; checkpoint and adapter are kept
-
-    @property
-    def is_finished(self) -> bool:
-        return self in (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
-
-
-#: As the panel names them; the others are named by their value.
-STATUS_WORDS = {JobStatus.PENDING: "waiting", JobStatus.IN_PROGRESS: "running"}
-
-
 class Phase(str, Enum):
     """What a worker is doing."""
 
@@ -63,14 +56,6 @@ class Phase(str, Enum):
     TRAINING = "training"
     SAMPLING = "sampling"
     SAVING = "saving"
-
-
-class Request(str, Enum):
-    """A user's request to a running job."""
-
-    RUN = "run"
-    PAUSE = "pause"
-    CANCEL = "cancel"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +191,8 @@ class Job:
     state: JobState
     request: Request | None = None
     """What was requested and is not done yet."""
+    is_damaged: bool = False
+    """Whether its files cannot be read; see `state.failure`."""
 
     @property
     def name(self) -> str:
@@ -225,6 +212,22 @@ class Job:
             and time.time() - beat > SILENCE_TIMEOUT
         )
 
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """What a user may do with it now, by the names of the server's actions."""
+        if self.is_damaged:
+            return ("delete",)
+        stage = find_stage(self.status, self.request)
+        actions = [event.value for event in find_offers(stage)]
+        if stage is Stage.CANCELLING and self.is_silent:
+            actions.append(Event.CANCEL.value)  # the second one ends the process
+        actions.append("clone")
+        if self.settings.loras and self.state.adapters:
+            actions.append("publish")
+        if self.status is not JobStatus.IN_PROGRESS:
+            actions.append("delete")
+        return tuple(actions)
+
     def describe(self) -> str:
         """State and progress in a line."""
         state = self.state
@@ -232,7 +235,7 @@ class Job:
         if self.status is JobStatus.IN_PROGRESS and state.phase is not None:
             words = state.phase.value
         asked = self.request if self.status is JobStatus.IN_PROGRESS else None
-        if asked in (Request.PAUSE, Request.CANCEL):
+        if asked in STOPS:
             words += f", to be {'paused' if asked is Request.PAUSE else 'cancelled'}"
         if self.is_silent:
             words += ", but its worker does not answer; cancel it twice to end it"
@@ -256,6 +259,7 @@ class Job:
             "remaining_s": self.state.remaining_s,
             "request": self.request,
             "is_silent": self.is_silent,
+            "actions": self.actions,
         }
 
 

@@ -15,7 +15,9 @@ from typing import Any
 from ..errors import FileError
 from ..training.run.metrics import StepReport
 from .folder import STATE_FILE, JobFolder
-from .job import JobState, JobStatus, Phase, Request
+from .job import JobFailure, JobState, Phase
+from .outcomes import advance
+from .transitions import STOPS, Event, JobStatus, Request
 
 LISTEN_INTERVAL = 0.2  # seconds between checks for a request
 WRITE_INTERVAL = 1.0  # seconds between heartbeats
@@ -44,7 +46,7 @@ class JobReporter:
 
     def should_stop(self) -> bool:
         """Whether the training has been asked to stop."""
-        return self.is_terminated() or self.folder.read_request() in (Request.PAUSE, Request.CANCEL)
+        return self.is_terminated() or self.folder.read_request() in STOPS
 
     def update(self, **changes: Any) -> None:
         """Changes the state; it is written at once where more than metrics changed."""
@@ -90,25 +92,28 @@ class JobReporter:
             **changes,
         )
 
-    def finish(self, status: JobStatus, **changes: Any) -> None:
-        """Writes the last state of this process, in which no process works on the job.
+    def finish(
+        self, event: Event, request: Request | None = None, failure: JobFailure | None = None
+    ) -> None:
+        """Writes the state after the last thing that happens to this process.
+
+        Args:
+            request: what it stopped for.
 
         Raises:
+            JobStateError: it cannot happen to a job in this state.
             FileError: the disk does not take it.
         """
-        ended_at = time.time() if status.is_finished else None
-        self.finish_as(
-            dataclasses.replace(
-                self.state, status=status, phase=None, worker=None, ended_at=ended_at, **changes
-            )
-        )
+        self.finish_as(advance(self.state, event, request, failure=failure))
 
     def finish_as(self, state: JobState) -> None:
         """As `finish`, with a complete state."""
         with self._lock:
             self._is_over = True
-            self.state = state
             self.folder.write_state(state)
+            self.state = state
+            if state.status is JobStatus.FAILED and self.folder.read_request() is Request.RUN:
+                self.folder.clear_request()  # withdrew a pause, and must not restart the job now
 
     def _beat(self) -> None:
         while not self._is_over:
@@ -128,15 +133,14 @@ class JobReporter:
     def _stop_loading(self) -> None:
         """Ends the process while it has nothing that would have to be saved."""
         request = self.folder.read_request()
-        status = {Request.PAUSE: JobStatus.PAUSED, Request.CANCEL: JobStatus.CANCELLED}.get(request)
-        if status is None:
+        if request not in STOPS:
             return
         try:
-            self.finish(status)
+            self.finish(Event.STOP, request)
         except FileError as e:
             log_line(str(e))
             return
-        log_line(f"{status.value} while the model was loading")
+        log_line(f"{self.state.status.value} while the model was loading")
         sys.stdout.flush()
         os._exit(0)
 

@@ -30,12 +30,12 @@ from .job import (
     JobState,
     JobStateError,
     JobStatus,
-    Request,
     check_id,
     make_id,
 )
 from .locks import POLL_INTERVAL, FileLock
 from .log_pieces import read_piece
+from .outcomes import advance
 from .pictures import JobImage, list_images, read_image
 from .publication import (
     publish,
@@ -45,7 +45,7 @@ from .publication import (
     remove_unfinished,
     try_folder,
 )
-from .requests import apply, check_allowed
+from .transitions import EVENTS, REQUESTS, STATUS_WORDS, Event, Request, find_next, find_stage
 
 JOBS = "jobs"
 DEVICES = "devices"
@@ -56,6 +56,7 @@ LEFTOVER_AGE = 600.0  # seconds after which a submission is considered abandoned
 LOG_TAIL_BYTES = 65536
 LOG_MAX_BYTES = 1 << 20
 WAIT_INTERVAL = 0.2  # seconds
+PARTICIPLES = {Event.PAUSE: "paused", Event.RESUME: "resumed", Event.CANCEL: "cancelled"}
 
 
 class JobStore:
@@ -141,8 +142,7 @@ class JobStore:
             if job != last and notify is not None:
                 notify(job)
             last = job
-            is_over = job.status.is_finished or job.status is JobStatus.PAUSED
-            if is_over or (deadline is not None and time.monotonic() > deadline):
+            if job.status.is_settled or (deadline is not None and time.monotonic() > deadline):
                 return job
             time.sleep(WAIT_INTERVAL)
 
@@ -251,13 +251,36 @@ class JobStore:
             self._create(path, wanted, state)
         return job_id
 
+    def ask(self, job_id: str, event: Event) -> Job:
+        """`pause`, `cancel` or `resume`: done here, or requested of the job's worker.
+
+        Raises:
+            JobStateError: it cannot be done in the job's state.
+        """
+        folder = self.catalog.find(job_id)
+        with self.catalog.using(folder):
+            has_lock = self._acquire(folder)
+            try:
+                before = check_allowed(self.catalog.read(folder), event)
+                job = dataclasses.replace(before, request=REQUESTS[event])
+                # In progress and not locked: its worker has died, and a supervisor settles that
+                # before it applies the request.
+                if has_lock and job.status is not JobStatus.IN_PROGRESS:
+                    return self.apply_request(job, folder)
+                folder.write_request(REQUESTS[event])
+            finally:
+                folder.lock.release()
+        if before.request is job.request is Request.CANCEL and job.is_silent:
+            kill(job.state.worker)
+        return job
+
     def pause(self, job_id: str) -> Job:
         """Saves a checkpoint after the current step, then the process ends; at once if queued.
 
         Raises:
             JobStateError: the job is finished.
         """
-        return self._ask(job_id, Request.PAUSE)
+        return self.ask(job_id, Event.PAUSE)
 
     def cancel(self, job_id: str) -> Job:
         """Saves a checkpoint and an adapter after the current step, then the process ends.
@@ -268,11 +291,7 @@ class JobStore:
         Raises:
             JobStateError: the job is completed or failed.
         """
-        before = self.get(job_id)
-        job = self._ask(job_id, Request.CANCEL)
-        if before.request is Request.CANCEL and job.is_silent:
-            kill(job.state.worker)
-        return job
+        return self.ask(job_id, Event.CANCEL)
 
     def resume(self, job_id: str) -> Job:
         """Requeues paused, failed and cancelled jobs at the end; they resume where they stopped.
@@ -282,7 +301,7 @@ class JobStore:
         Raises:
             JobStateError: the job is completed, or runs or waits anyway.
         """
-        return self._ask(job_id, Request.RUN)
+        return self.ask(job_id, Event.RESUME)
 
     def clone(self, job_id: str, changes: Mapping[str, Any] | None = None) -> str:
         """A new job with the settings of this one but for `changes`, from the start.
@@ -378,12 +397,6 @@ class JobStore:
 
     # --- for the supervisor ---
 
-    def open_folder(self, job_id: str) -> JobFolder:
-        return self.catalog.find(job_id)
-
-    def get_device_lock(self, device_key: str) -> FileLock:
-        return get_device_lock(self.root, device_key)
-
     def remove_leftovers(self) -> None:
         """Deletes half-submitted and half-deleted jobs of processes that were killed."""
         for path in (self.root / JOBS).glob(".*"):
@@ -395,10 +408,11 @@ class JobStore:
                 remove_traces(path)
                 shutil.rmtree(path, ignore_errors=True)
 
-    def apply_request(self, job: Job) -> Job:
-        """Applies a request where there is no worker; the lock is held."""
-        folder = self.catalog.find(job.id)
-        state = apply(job.state, job.request)
+    def apply_request(self, job: Job, folder: JobFolder) -> Job:
+        """Applies a request where there is no worker, unless too late; the lock is held."""
+        event, state = EVENTS[job.request], job.state
+        if find_next(find_stage(job.status), event) is not None:
+            state = advance(state, event)
         with self.catalog.using(folder):
             if state != job.state:
                 folder.write_state(state)
@@ -433,21 +447,13 @@ class JobStore:
             time.sleep(POLL_INTERVAL)
         return True
 
-    def _ask(self, job_id: str, request: Request) -> Job:
-        folder = self.catalog.find(job_id)
-        job = self.catalog.read(folder)
-        check_allowed(job, request)
-        with self.catalog.using(folder):
-            if self._acquire(folder):
-                try:
-                    # this also settles an earlier request that no worker handled
-                    job = self.catalog.read(folder)
-                    check_allowed(job, request)
-                    return self.apply_request(dataclasses.replace(job, request=request))
-                finally:
-                    folder.lock.release()
-            folder.write_request(request)
-            return self.catalog.read(folder)
+
+def check_allowed(job: Job, event: Event) -> Job:
+    """The job itself; JobStateError if a user cannot do that to it now."""
+    if find_next(find_stage(job.status, job.request), event) is None:
+        status = STATUS_WORDS.get(job.status, job.status.value)
+        raise JobStateError(f"job {job.id} is {status} and cannot be {PARTICIPLES[event]}")
+    return job
 
 
 def get_device_lock(root: Path, device_key: str) -> FileLock:

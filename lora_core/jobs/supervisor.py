@@ -22,12 +22,14 @@ from ..errors import FileError, LoraError
 from ..training.run.checkpoint import CheckpointFolder
 from ..training.run.run import CHECKPOINTS
 from .devices import Device, choose_devices, list_devices
-from .failure import build_failed_state, explain_death, is_from_outside, restart_or_fail
+from .failure import explain_death, is_from_outside
 from .folder import JobFolder, restore
 from .identity import describe_host, identify, is_running
 from .job import Job, JobState, JobStatus, UnknownJobError, WorkerIdentity
 from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN, start_worker
-from .store import JobStore
+from .outcomes import advance, count_restarts, restart_or_fail
+from .store import JobStore, get_device_lock
+from .transitions import Event, Request
 
 TICK_INTERVAL = 0.5  # seconds
 CLAIM_TIMEOUT = 60.0  # seconds from the claim to the worker's first sign of life
@@ -187,7 +189,7 @@ class Supervisor:
             self._exit_codes.pop(job.id, None)
             return job
         try:
-            folder = self.store.open_folder(job.id)
+            folder = self.store.catalog.find(job.id)
             if job.status is JobStatus.IN_PROGRESS and folder.lock.is_held():
                 self._first_seen_dead.pop(job.id, None)
                 return job
@@ -225,37 +227,35 @@ class Supervisor:
         state = job.state
         if code == LAUNCHER_FAILED:
             code = None if state.status is JobStatus.IN_PROGRESS else EXIT_FAILED
-        did_nothing = code == DID_NOTHING
-        if did_nothing:
-            code = 0
+        has_failed = code not in (None, 0, EXIT_TAKEN, EXIT_NOTHING_TO_DO)
+        code = 0 if code == DID_NOTHING else code
         if state.status is JobStatus.IN_PROGRESS:
-            state = self._decide_after_death(job, folder, code)
-        elif state.status is JobStatus.PENDING and (
-            did_nothing or code not in (None, 0, EXIT_TAKEN, EXIT_NOTHING_TO_DO)
-        ):
-            failure = explain_death(code, folder, state.restarts)
-            if is_from_outside(code):
-                state = restart_or_fail(state, job.settings, state.checkpoint_step, failure)
-            else:
-                state = build_failed_state(state, failure)
+            steps = CheckpointFolder(folder.path / CHECKPOINTS).list_steps()
+            state = self._record_death(job, folder, code, steps[-1] if steps else 0)
+        elif state.status is JobStatus.PENDING and has_failed:
+            state = self._record_death(job, folder, code, state.checkpoint_step)
         if state != job.state:
             folder.write_state(state)
             job = dataclasses.replace(job, state=state)
+            if state.status is JobStatus.FAILED and job.request is Request.RUN:
+                folder.clear_request()  # withdrew a pause of the worker that died
+                job = dataclasses.replace(job, request=None)
         self._exit_codes.pop(job.id, None)  # not before it is recorded
-        return self.store.apply_request(job) if job.request else job
+        return self.store.apply_request(job, folder) if job.request else job
 
-    def _decide_after_death(self, job: Job, folder: JobFolder, code: int | None) -> JobState:
-        """The state of a job whose worker died: restarted, or failed."""
-        steps = CheckpointFolder(folder.path / CHECKPOINTS).list_steps()
-        reached = steps[-1] if steps else 0
-        restarts = 0 if reached > job.state.restarted_at_step else job.state.restarts
-        failure = explain_death(code, folder, restarts)
+    def _record_death(
+        self, job: Job, folder: JobFolder, code: int | None, reached: int
+    ) -> JobState:
+        """The state of a job whose worker died: queued again, or failed.
+
+        Args:
+            reached: step of the last checkpoint.
+        """
+        failure = explain_death(code, folder, count_restarts(job.state, reached))
         logger.warning("Qwen Edit LoRA: job %s: %s.", job.id, failure.sentence)
-        if not is_from_outside(code):
-            return build_failed_state(
-                dataclasses.replace(job.state, checkpoint_step=reached), failure
-            )
-        return restart_or_fail(job.state, job.settings, reached, failure)
+        if is_from_outside(code):
+            return restart_or_fail(job.state, reached, failure, job.settings.max_restarts)
+        return advance(job.state, Event.FAIL, failure=failure, checkpoint_step=reached)
 
     # --- starting workers ---
 
@@ -268,7 +268,7 @@ class Supervisor:
         if not waiting:
             return
         taken = {device for child in self._children.values() for device in child.devices}
-        taken |= {d for d in self.devices if self.store.get_device_lock(d.key).is_held()}
+        taken |= {d for d in self.devices if get_device_lock(self.store.root, d.key).is_held()}
         for job in waiting:
             # a failed one waits until that is recorded
             if job.id in self._children or job.id in self._exit_codes:
@@ -315,7 +315,7 @@ class Supervisor:
         if not self._claim(job.id, devices):
             return
         try:
-            folder = self.store.open_folder(job.id)
+            folder = self.store.catalog.find(job.id)
             process = self.launch(self.store.root, folder, devices)
         except LoraError as e:
             self._release(job.id, len(devices))

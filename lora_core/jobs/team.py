@@ -117,7 +117,7 @@ def join_process_group(on_cpu: bool) -> ProcessGroup:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count < 2:
         return ProcessGroup()
-    from ..training.command_line import find_accelerator
+    from ..training.run.processes import find_accelerator
 
     if not on_cpu:
         settings = choose_settings(os.environ)

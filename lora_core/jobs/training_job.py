@@ -13,14 +13,15 @@ import torch
 from ..errors import ConfigError
 from ..progress import ShouldStop
 from ..text import format_count, format_duration
-from ..training.command_line import describe_report, quiet_libraries
 from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
-from ..training.objective.objective import Objective
+from ..training.model.libraries import quiet_libraries
 from ..training.run.adapter_files import EMA_SUFFIX
+from ..training.run.loop import StepLog, open_run, run_steps
+from ..training.run.metrics import StepReport
 from ..training.run.processes import NO_NCCL, Processes
 from ..training.run.run import Run, open_checkpoints
-from ..training.run.session import Session, choose_device, describe_session, open_session
+from ..training.run.session import choose_device, describe_session, open_session
 from .alarms import Alerts
 from .devices import set_device
 from .folder import JobFolder
@@ -32,26 +33,38 @@ from .samples import Sampler
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LOG_EVERY = 10  # steps
 
+class JobObserver(StepLog):
+    """Tells the reporter about a run, and makes samples around its steps."""
 
-class Stop:
-    """Whether the training should stop: once requested, it stays requested until `reset`.
+    def __init__(self, reporter: JobReporter | NullReporter, config: TrainConfig, sampler: Sampler):
+        super().__init__(reporter.log)
+        self.reporter = reporter
+        self.alerts = Alerts(config)
+        self.sampler = sampler
 
-    Work skipped for a stop must not be missing if the stop is withdrawn a moment later; so every
-    caller gets the same answer, and `run_job` checks again when everything is saved.
-    """
+    def before_steps(self, run: Run, stop: ShouldStop) -> None:
+        self.reporter.update(phase=Phase.TRAINING, step=run.step, num_steps=run.config.steps)
+        if self.sampler.list_missing_examples():
+            with sampling(self.sampler, self.reporter):
+                self.sampler.make_examples(stop)
+        take_sample(self.sampler, run.step, self.reporter, stop)
 
-    def __init__(self, should_stop: ShouldStop):
-        self._should_stop = should_stop
-        self._is_requested = False
+    def after_step(self, run: Run, report: StepReport, stop: ShouldStop) -> None:
+        self.reporter.report(report)
+        for sentence in self.alerts.check(report):
+            self.reporter.add_alert(sentence)
+        super().after_step(run, report, stop)
+        take_sample(self.sampler, report.step, self.reporter, stop)
 
-    def __call__(self) -> bool:
-        self._is_requested = self._is_requested or self._should_stop()
-        return self._is_requested
+    def after_stop(self, run: Run) -> None:
+        """A stopped run leaves an adapter too."""
+        self.reporter.update(phase=Phase.SAVING)
+        adapters = run.save_adapters(run.step) if run.step else ()
+        self.reporter.update(adapters=adapters, checkpoint_step=run.step)
 
-    def reset(self) -> None:
-        self._is_requested = False
+    def after_withdrawal(self, run: Run) -> None:
+        self.reporter.log(f"the stop was withdrawn; continues after step {run.step}")
 
 
 def run_job(
@@ -76,13 +89,7 @@ def run_job(
         LoraError: what is wrong with the job.
     """
     quiet_libraries()
-    if len(devices) != settings.num_devices:
-        raise ConfigError(
-            f"the job is to train on {settings.num_devices} GPUs together, but there are "
-            f"{len(devices)} devices of one kind here; clone it with num_devices {len(devices)}"
-        )
-    if len(devices) > 1 and accelerator is None:
-        raise ConfigError(NO_NCCL)
+    check_devices(settings, devices, accelerator)
     processes = Processes(accelerator)
     config = set_device(dataclasses.replace(settings.train, output=str(folder.path)), devices[0])
     reporter.log(f"loading {Path(config.model.source).name}")
@@ -90,74 +97,48 @@ def run_job(
     session = open_session(config, device, is_shared=is_shared)
     for sentence in describe_session(session, config):
         reporter.log(sentence)
-    run = open_run(config, session, reporter, processes)
+    is_resumed = bool(open_checkpoints(config).list_steps())
+    run = open_run(config, session, processes, reporter.add_note, is_resumed)
     samples = settings.samples if processes.is_main else SampleSettings()
     sampler = Sampler(samples, session, run, folder.samples, reporter.add_note)
-    alerts = Alerts(config)
-    reporter.update(phase=Phase.TRAINING, step=run.step, num_steps=config.steps)
-    stop = Stop(reporter.should_stop)
-    while True:
-        stop.reset()
-        if sampler.list_missing_examples():
-            with sampling(sampler, reporter):
-                sampler.make_examples(stop)
-        take_sample(sampler, run.step, reporter, stop)
-        for report in run.take_steps(stop):
-            reporter.report(report)
-            for sentence in alerts.check(report):
-                reporter.add_alert(sentence)
-            if report.step == 1 or report.step % LOG_EVERY == 0 or report.step == config.steps:
-                reporter.log(describe_report(report))
-            take_sample(sampler, report.step, reporter, stop)
-        if run.step == config.steps:
-            break
-        reporter.update(phase=Phase.SAVING)
-        adapters = run.save_adapters(run.step) if run.step else ()
-        reporter.update(adapters=adapters, checkpoint_step=run.step)
-        stop.reset()
-        if run.is_still_to_stop(stop):
-            reporter.log(f"stopped after step {run.step}")
-            return False
-        reporter.log(f"the stop was withdrawn; continues after step {run.step}")
-        reporter.update(phase=Phase.TRAINING)
-    stop.reset()
-    take_sample(sampler, run.step, reporter, stop)
+    if not run_steps(run, JobObserver(reporter, config, sampler), reporter.should_stop):
+        reporter.log(f"stopped after step {run.step}")
+        return False
+    take_sample(sampler, run.step, reporter, reporter.should_stop)
     reporter.update(phase=Phase.SAVING)
-    suffixes = ("", EMA_SUFFIX) if run.ema is not None else ("",)
+    suffixes = ("", EMA_SUFFIX) if config.optimizer.ema_decay else ("",)
     adapters = tuple(f"{config.name}{suffix}.safetensors" for suffix in suffixes)
     reporter.update(adapters=adapters, checkpoint_step=run.step)
     if settings.loras and processes.is_main:
-        paths = [folder.path / name for name in adapters]
-        remove_unfinished(Path(settings.loras), folder.id)
-        published = publish(paths, Path(settings.loras), folder.id)
-        reporter.update(published=published)
-        reporter.log(f"the adapter is in the loras folder as {', '.join(published)}")
+        publish_adapters(adapters, Path(settings.loras), folder, reporter)
     return True
 
 
-def open_run(
-    config: TrainConfig,
-    session: Session,
-    reporter: JobReporter | NullReporter,
-    processes: Processes,
-) -> Run:
-    """What `train` opens, kept since a stopped run should also leave an adapter."""
-    return Run(
-        config,
-        session.model,
-        session.injection,
-        session.dataset,
-        session.prior,
-        Objective(config.objective, None, session.decode),
-        session.variant,
-        processes,
-        reporter.add_note,
-        resume=bool(open_checkpoints(config).list_steps()),
-    )
+def check_devices(
+    settings: JobSettings, devices: Sequence[str], accelerator: Accelerator | None
+) -> None:
+    """Raises ConfigError if the job is to train on devices together that cannot."""
+    if len(devices) != settings.num_devices:
+        raise ConfigError(
+            f"the job is to train on {settings.num_devices} GPUs together, but there are "
+            f"{len(devices)} devices of one kind here; clone it with num_devices {len(devices)}"
+        )
+    if len(devices) > 1 and accelerator is None:
+        raise ConfigError(NO_NCCL)
+
+
+def publish_adapters(
+    adapters: Sequence[str], loras: Path, folder: JobFolder, reporter: JobReporter | NullReporter
+) -> None:
+    """Copies the finished adapters into the loras folder."""
+    remove_unfinished(loras, folder.id)
+    published = publish([folder.path / name for name in adapters], loras, folder.id)
+    reporter.update(published=published)
+    reporter.log(f"the adapter is in the loras folder as {', '.join(published)}")
 
 
 def take_sample(
-    sampler: Sampler, step: int, reporter: JobReporter | NullReporter, stop: Stop
+    sampler: Sampler, step: int, reporter: JobReporter | NullReporter, stop: ShouldStop
 ) -> None:
     """Makes the step's samples where they are due."""
     if not sampler.is_due(step) or stop():

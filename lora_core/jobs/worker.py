@@ -25,13 +25,14 @@ from pathlib import Path
 
 from ..errors import FileError, LoraError
 from ..training.run.interruption import stop_on_signals
-from .failure import LOOK_AT_LOG, RESUME, explain_error, read_log_tail, restart_or_fail
+from .failure import LOOK_AT_LOG, RESUME, explain_error, read_log_tail
 from .folder import JobFolder
 from .identity import identify
-from .job import JobFailure, JobSettings, JobState, JobStatus, Phase, Request
+from .job import JobFailure, JobSettings, JobState, Phase
 from .job_reporter import JobReporter, NullReporter, log_line
 from .launch import EXIT_NOTHING_TO_DO, EXIT_TAKEN, SHARED
 from .locks import FileLock
+from .outcomes import advance, restart_or_fail
 from .store import JOBS, get_device_lock
 from .team import (
     DEATH_TIMEOUT,
@@ -41,6 +42,7 @@ from .team import (
     pop_failure,
     write_failure,
 )
+from .transitions import STOPS, Event, find_next, find_stage
 
 #: Seconds to wait for processes that only check whether a lock is free.
 LOCK_TIMEOUT = 2.0
@@ -91,7 +93,7 @@ def acquire_locks(folder: JobFolder, device_locks: Sequence[FileLock]) -> int | 
     except FileError as e:
         log_line(str(e))
         return EXIT_FAILED
-    if state.status is not JobStatus.PENDING or asked in (Request.PAUSE, Request.CANCEL):
+    if asked in STOPS or find_next(find_stage(state.status), Event.START) is None:
         return EXIT_NOTHING_TO_DO
     folder.clear_leftovers()
     clear_failures(folder)
@@ -99,14 +101,12 @@ def acquire_locks(folder: JobFolder, device_locks: Sequence[FileLock]) -> int | 
 
 
 def build_running_state(state: JobState, device_name: str) -> JobState:
-    return dataclasses.replace(
+    return advance(
         state,
-        status=JobStatus.IN_PROGRESS,
+        Event.START,
         phase=Phase.LOADING,
         started_at=state.started_at or time.time(),
         heartbeat_at=time.time(),
-        ended_at=None,
-        failure=None,
         device=device_name,
         worker=identify(),
         parent=identify(os.getppid()),
@@ -138,7 +138,7 @@ def run_main(
             is_done = run_job(settings, folder, devices, reporter, group.accelerator, is_shared)
             group.stop_watching()
             if is_done:
-                reporter.finish(JobStatus.COMPLETED, restarts=0)
+                reporter.finish(Event.COMPLETE)
             else:
                 finish_stopped(settings, folder, reporter)
             return 0
@@ -206,13 +206,11 @@ def finish_after_death(
                 log_tail=read_log_tail(folder),
             )
             log_line(failure.sentence)
-            reporter.finish_as(
-                restart_or_fail(reporter.state, settings, reporter.state.checkpoint_step, failure)
-            )
+            finish_ended(settings, reporter, reporter.state.checkpoint_step, failure)
         else:
             log_line(f"process {dead + 1} of {group.count} failed: {reported.sentence}")
             failure = dataclasses.replace(reported, log_tail=read_log_tail(folder))
-            reporter.finish(JobStatus.FAILED, failure=failure)
+            reporter.finish(Event.FAIL, failure=failure)
     except BaseException:  # noqa: BLE001 - the disk is full, most likely
         traceback.print_exc()
     if exit_now:
@@ -224,18 +222,20 @@ def finish_after_death(
 def finish_stopped(settings: JobSettings, folder: JobFolder, reporter: JobReporter) -> None:
     """Writes the state after a requested stop; a request withdrawn meanwhile counts."""
     request = folder.read_request()
-    if request is Request.CANCEL:
-        reporter.finish(JobStatus.CANCELLED)
-    elif request is Request.PAUSE:
-        reporter.finish(JobStatus.PAUSED)
-    elif reporter.is_terminated():
+    if request in STOPS or not reporter.is_terminated():
+        reporter.finish(Event.STOP, request)
+    else:
         failure = JobFailure(
             sentence="the worker was asked to exit, as on shutdown, and saved first"
         )
-        state = restart_or_fail(reporter.state, settings, reporter.state.step, failure)
-        reporter.finish_as(state)
-    else:  # withdrawn after the worker's last check: no failure of the job
-        reporter.finish(JobStatus.PENDING)
+        finish_ended(settings, reporter, reporter.state.step, failure)
+
+
+def finish_ended(
+    settings: JobSettings, reporter: JobReporter, reached: int, failure: JobFailure
+) -> None:
+    """Writes the state after processes were ended from outside; see `restart_or_fail`."""
+    reporter.finish_as(restart_or_fail(reporter.state, reached, failure, settings.max_restarts))
 
 
 def finish_failed(
@@ -247,7 +247,7 @@ def finish_failed(
         for sentence in failure.advice:
             log_line(f"what to do: {sentence}")
         failure = dataclasses.replace(failure, log_tail=read_log_tail(folder))
-        reporter.finish(JobStatus.FAILED, failure=failure)
+        reporter.finish(Event.FAIL, failure=failure)
         return EXIT_FAILED
     except BaseException:  # noqa: BLE001 - the disk is full, most likely
         traceback.print_exc()

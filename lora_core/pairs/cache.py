@@ -65,6 +65,8 @@ class CachedPairs:
     """What `cache_pairs` did."""
 
     folder: Path
+    keys: tuple[str, ...]
+    """Of its items, in their order."""
     num_encoded: int
     num_reused: int
 
@@ -93,6 +95,7 @@ def cache_pairs(
     store: Path,
     name: str,
     pairs: Sequence[CheckedPair],
+    digests: Sequence[str],
     encode: Encode,
     settings: Mapping[str, object],
     progress: Progress | None = None,
@@ -100,28 +103,32 @@ def cache_pairs(
 ) -> CachedPairs:
     """Encodes what is missing, one pair at a time; finished items survive an interruption.
 
+    Args:
+        digests: as `compute_key` gives one for each pair.
+        settings: those of the digests; stored with the set.
+
     Raises:
         FileError: the disk does not take it.
         InterruptedError: `should_stop` returned True.
     """
-    keys = [compute_key(one, settings) for one in pairs]
     items = DatasetWriter(store)
     encoded = 0
     for one, key in track(
-        list(zip(pairs, keys, strict=True)), progress, should_stop, "encoding of the pairs"
+        list(zip(pairs, digests, strict=True)), progress, should_stop, "encoding of the pairs"
     ):
         if not is_readable(get_path(store, key)):
             items.add(key, encode(one), one.pair.caption or "")
             encoded += 1
-    folder = write_set(store, name, pairs, keys, settings)
-    return CachedPairs(folder, encoded, len(pairs) - encoded)
+    folder, keys = write_set(store, name, pairs, digests, settings)
+    return CachedPairs(folder, keys, encoded, len(pairs) - encoded)
 
 
-def count_missing(
-    store: Path, pairs: Sequence[CheckedPair], settings: Mapping[str, object]
+def list_missing(
+    store: Path, pairs: Sequence[CheckedPair], digests: Sequence[str]
 ) -> list[CheckedPair]:
     """Those that would have to be encoded."""
-    return [one for one in pairs if not get_path(store, compute_key(one, settings)).is_file()]
+    keyed = zip(pairs, digests, strict=True)
+    return [one for one, digest in keyed if not get_path(store, digest).is_file()]
 
 
 def get_path(store: Path, key: str) -> Path:
@@ -142,20 +149,21 @@ def write_set(
     store: Path,
     name: str,
     pairs: Sequence[CheckedPair],
-    keys: Sequence[str],
+    digests: Sequence[str],
     settings: Mapping[str, object],
-) -> Path:
-    """The folder of exactly this set; an existing complete one is reused."""
-    named = [f"{slug(one.pair.name)}-{key[:12]}" for one, key in zip(pairs, keys, strict=True)]
-    digest = hashlib.blake2b("\n".join([*named, *keys]).encode(), digest_size=6).hexdigest()
+) -> tuple[Path, tuple[str, ...]]:
+    """The folder of exactly this set and its items' keys; an existing complete one is reused."""
+    named = [f"{slug(one.pair.name)}-{text[:12]}" for one, text in zip(pairs, digests, strict=True)]
+    digest = hashlib.blake2b("\n".join([*named, *digests]).encode(), digest_size=6).hexdigest()
     folder = store / SETS_FOLDER / f"{slug(name)}-{digest}"
+    keys = tuple(dict.fromkeys(named))  # two equal pairs of one name are one item
     if is_set(folder):
-        return folder
+        return folder, keys
     writer = DatasetWriter(folder)
-    for item_name, one, key in zip(named, pairs, keys, strict=True):
-        link(get_path(store, key), folder / ITEMS_FOLDER / f"{item_name}.safetensors")
+    for item_name, one, text in zip(named, pairs, digests, strict=True):
+        link(get_path(store, text), folder / ITEMS_FOLDER / f"{item_name}.safetensors")
         writer.add_file(item_name, one.pair.caption or "")
-    return writer.finish({"name": name, **settings})
+    return writer.finish({"name": name, **settings}), keys
 
 
 def is_set(folder: Path) -> bool:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checks import check_number
 from ..disk.output_files import check_outputs
 from ..errors import ConfigError
-from ..text import format_bytes, format_duration
 
-#: They note on import which of their own optional parts are missing; nothing a user can use.
-NOISY_LOGGERS = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
+if TYPE_CHECKING:
+    from .run.metrics import StepReport
 
 
 def add_commands(commands) -> None:
@@ -60,103 +57,35 @@ def add_commands(commands) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """Trains; Ctrl-C writes a checkpoint after the current step."""
     from .config.config_files import read_config
+    from .model.libraries import quiet_libraries
     from .run.interruption import stop_on_signals
+    from .run.loop import Observer, StepLog, open_run, run_steps
+    from .run.metrics import describe_report
+    from .run.processes import Processes, find_accelerator
     from .run.session import choose_device, describe_session, open_session
-    from .run.trainer import check_output, train
+    from .run.trainer import check_output
 
     check_number(options, "log_every", 1, shown="--log-every")
     quiet_libraries()
     config = read_config(options.config)
     accelerator = find_accelerator(on_cpu=config.model.device == "cpu")
-    is_main = accelerator is None or accelerator.is_main_process
+    processes = Processes(accelerator)
+    observer, notify = Observer(), lambda sentence: None
+    if processes.is_main:
+        every = 1 if options.json else options.log_every
+        describe = write_report if options.json else describe_report
+        observer, notify = StepLog(print_now, every, describe), print_line
     device = choose_device(config.model) if accelerator is None else accelerator.device
-    if is_main:
+    if processes.is_main:
         check_output(config, options.resume)
     session = open_session(config, device, accelerator)
-    for sentence in describe_session(session, config) if is_main else ():
-        print_line(sentence)
+    for sentence in describe_session(session, config):
+        notify(sentence)
     with stop_on_signals() as should_stop:
-        reports = train(
-            config,
-            session.model,
-            session.injection,
-            session.dataset,
-            prior=session.prior,
-            decode=session.decode,
-            variant=session.variant,
-            accelerator=accelerator,
-            resume=options.resume,
-            should_stop=should_stop,
-            notify=print_line if is_main else None,
-        )
-        step = None
-        for report in reports:
-            step = report.step
-            if not is_main:
-                continue
-            if options.json:
-                print(json.dumps(report.to_dict()), flush=True)
-            elif step == 1 or step % options.log_every == 0 or step == config.steps:
-                print(describe_report(report), flush=True)
-    if is_main:
-        is_finished = step in (None, config.steps)
-        path = f"{config.output}/{config.name}.safetensors"
-        print_line(
-            f"wrote {path}" if is_finished else f"stopped after step {step}; --resume continues"
-        )
-
-
-def describe_report(report) -> str:
-    parts = ", ".join(f"{name} {loss:.4f}" for name, loss in (report.parts or {}).items())
-    remaining_s = round(report.seconds * (report.num_steps - report.step))
-    return (
-        f"step {report.step}/{report.num_steps}  loss {report.loss:.4f} "
-        f"({report.smoothed_loss:.4f}){f' = {parts}' if parts else ''}  "
-        f"lr {report.learning_rate:.2e}  grad {report.grad_norm:.3g}  "
-        f"{format_duration(report.seconds)}  {report.tokens_per_s:.0f} tokens/s  "
-        f"{format_bytes(report.memory_bytes, 1024)}  {format_duration(remaining_s)} left"
-    )
-
-
-def quiet_libraries() -> None:
-    """Lets libraries log errors only, so that a terminal shows the run."""
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def find_accelerator(on_cpu: bool, patience_h: float | None = None):
-    """The Accelerator of `accelerate launch`; None for a single process.
-
-    Args:
-        patience_h: hours for which a process waits for another; PyTorch's default if None.
-
-    Raises:
-        ConfigError: it is not installed, or is configured to shard the model in a way that
-            training does not support.
-    """
-    import torch
-
-    from .model.sharding import check_launch
-    from .run.processes import NO_NCCL, can_join_gpus
-
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return None
-    check_launch(os.environ)
-    if not on_cpu and torch.cuda.is_available() and not can_join_gpus():
-        raise ConfigError(NO_NCCL)
-    try:
-        from accelerate import Accelerator, InitProcessGroupKwargs
-    except ImportError:
-        raise ConfigError(
-            "several processes need Hugging Face Accelerate; run pip install accelerate"
-        ) from None
-    # Types are the configuration's; a user's Accelerate settings must not cast on top of them.
-    handlers = []
-    if patience_h is not None:
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(hours=patience_h)))
-    return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        run = open_run(config, session, processes, notify, options.resume)
+        is_finished = run_steps(run, observer, should_stop)
+    path = f"{config.output}/{config.name}.safetensors"
+    notify(f"wrote {path}" if is_finished else f"stopped after step {run.step}; --resume continues")
 
 
 def run_sample(options: argparse.Namespace) -> None:
@@ -164,6 +93,7 @@ def run_sample(options: argparse.Namespace) -> None:
     from ..formats.files import read_adapter
     from .config.config_files import read_config
     from .data.dataset import read_dataset
+    from .model.libraries import quiet_libraries
     from .run.checkpoint import make_folder
     from .run.session import choose_device, load_model
     from .sampling.image_decoder import load_decoder
@@ -220,12 +150,21 @@ def run_estimate(options: argparse.Namespace) -> None:
     from .config.config_files import read_config
     from .data.dataset import read_dataset
     from .estimate.estimate import estimate_run
+    from .model.libraries import quiet_libraries
 
     quiet_libraries()
     config = read_config(options.config)
     dataset = read_dataset(config.data.folder)
     estimate = estimate_run(config, dataset, options.shared, options.samples)
     print(json.dumps(estimate.to_dict(), indent=1) if options.json else estimate.to_text())
+
+
+def write_report(report: StepReport) -> str:
+    return json.dumps(report.to_dict())
+
+
+def print_now(line: str) -> None:
+    print(line, flush=True)
 
 
 def print_line(sentence: str) -> None:

@@ -106,10 +106,10 @@ def apply_one(
     blocked = sorted(path for path in merged if path in match.unmergeable)
     if blocked and not strengths.is_zero:
         raise ConfigError(
-            f"{len(blocked)} modules of {adapter.name}, such as {blocked[0]}, would have to be "
-            f"merged into this MODEL ({merged[blocked[0]]}), and {match.unmergeable[blocked[0]]}. "
-            "Choose mode 'side path', without torch.compile and other nodes that need merged "
-            "weights, or a bf16, fp8 or GGUF file of the model."
+            f"{format_count(len(blocked), 'module')} of {adapter.name}, such as {blocked[0]}, "
+            f"would have to be merged into this MODEL ({merged[blocked[0]]}), and "
+            f"{match.unmergeable[blocked[0]]}. Choose mode 'side path', without torch.compile and "
+            "other nodes that need merged weights, or a bf16, fp8 or GGUF file of the model."
         )
     beside = match.paths - frozenset(merged)
     application.lines.append(

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from ...lora_core.errors import ConfigError
 from ...lora_core.jobs.devices import Device, choose_devices, list_devices
 from ...lora_core.jobs.job import MAX_DEVICES
-from ...lora_core.jobs.store import JobStore
+from ...lora_core.jobs.store import JobStore, get_device_lock
 from ...lora_core.training.run.processes import NO_NCCL, can_join_gpus
 from .. import host
 
@@ -33,7 +33,7 @@ def choose_for_job(
         wanted, count, needed_bytes: as for `devices.choose_devices`.
     """
     devices = order_devices()
-    taken = {one for one in devices if store.get_device_lock(one.key).is_held()}
+    taken = {one for one in devices if get_device_lock(store.root, one.key).is_held()}
     return choose_devices(devices, wanted, count, needed_bytes, taken), taken
 
 

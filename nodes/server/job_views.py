@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...lora_core.errors import ConfigError
 from ...lora_core.jobs.curves import MetricsReader, build_curves, build_health
 from ...lora_core.jobs.job import Job
+from ...lora_core.jobs.transitions import USER_EVENTS, Event
 from ...lora_core.text import shorten
 from ...lora_core.training.config.config_files import PATHS, config_to_dict
 from ...lora_core.training.run.adapter_files import strip_paths
 from . import job_host
+from .prompt_policy import get_policy
 
 #: Maximum number of points per curve of a job.
 MAX_POINTS = 1000
@@ -31,28 +34,30 @@ _metrics = MetricsReader()
 
 
 def list_jobs() -> dict[str, Any]:
-    return {"jobs": [job.to_dict() for job in job_host.get_store().list()]}
+    return {"jobs": [job.to_dict() for job in job_host.get_jobs().store.list()]}
 
 
 def show_job(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
     """The job with its curves, settings, image names and adapter names."""
-    store = job_host.get_store()
-    job = store.get(job_id)
-    rows = _metrics.read(store.open_folder(job_id).metrics)
-    return {
-        **job.to_dict(),
-        "metrics": build_curves(rows, MAX_POINTS),
-        "health": build_health(rows, MAX_POINTS),
-        "settings": flatten(describe_settings(job)),
-        "samples": [path.name for path in store.list_samples(job_id)],
-        "pictures": [dataclasses.asdict(picture) for picture in store.list_images(job_id)],
-        "files": [path.name for path in store.list_adapters(job_id)],
-    }
+    store = job_host.get_jobs().store
+    folder = store.catalog.find(job_id)
+    with store.catalog.using(folder):
+        job = store.get(job_id)
+        rows = _metrics.read(folder.metrics)
+        return {
+            **job.to_dict(),
+            "metrics": build_curves(rows, MAX_POINTS),
+            "health": build_health(rows, MAX_POINTS),
+            "settings": flatten(describe_settings(job)),
+            "samples": [path.name for path in store.list_samples(job_id)],
+            "pictures": [dataclasses.asdict(picture) for picture in store.list_images(job_id)],
+            "files": [path.name for path in store.list_adapters(job_id)],
+        }
 
 
 def show_log(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
     numbers = {name: parse_number(query, name) for name in ("offset", "limit") if name in query}
-    return job_host.get_store().read_log(job_id, **numbers)
+    return job_host.get_jobs().store.read_log(job_id, **numbers)
 
 
 def describe_settings(job: Job) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def describe_settings(job: Job) -> dict[str, Any]:
         **train,
         "samples": {**settings["samples"], "vae": Path(settings["samples"]["vae"]).name},
         "niceness": settings["niceness"],
-        "prompts": job_host.get_policy(job),
+        "prompts": get_policy(job),
     }
 
 
@@ -89,23 +94,15 @@ def parse_number(query: Mapping[str, str], name: str) -> int:
 # --- what is done ---
 
 
-def pause(job_id: str, options: Options) -> dict[str, Any]:
-    return job_host.get_store().pause(job_id).to_dict()
-
-
-def resume(job_id: str, options: Options) -> dict[str, Any]:
-    return job_host.get_store().resume(job_id).to_dict()
-
-
-def cancel(job_id: str, options: Options) -> dict[str, Any]:
-    return job_host.get_store().cancel(job_id).to_dict()
+def ask(event: Event, job_id: str, options: Options) -> dict[str, Any]:
+    return job_host.get_jobs().store.ask(job_id, event).to_dict()
 
 
 def delete(job_id: str, options: Options) -> dict[str, Any]:
     with_adapter = options.get("with_adapter", False)
     if not isinstance(with_adapter, bool):
         raise ConfigError(f"with_adapter is {shorten(repr(with_adapter))}; expected true or false")
-    job_host.get_store().delete(job_id, with_adapter)
+    job_host.get_jobs().store.delete(job_id, with_adapter)
     return {"id": job_id, "deleted": True}
 
 
@@ -120,7 +117,7 @@ def clone(job_id: str, options: Options) -> dict[str, Any]:
             raise ConfigError(
                 f"{shorten(name)} cannot be changed here; queue a Train Qwen Edit LoRA"
             )
-    store = job_host.get_store()
+    store = job_host.get_jobs().store
     return store.get(store.clone(job_id, changes)).to_dict()
 
 
@@ -134,13 +131,11 @@ def publish(job_id: str, options: Options) -> dict[str, Any]:
     adapter = options.get("adapter")
     if adapter is not None and not isinstance(adapter, str):
         raise ConfigError(f"adapter is {shorten(repr(adapter))}; expected a file of the job")
-    return {"id": job_id, "published": list(job_host.get_store().publish(job_id, adapter))}
+    return {"id": job_id, "published": list(job_host.get_jobs().store.publish(job_id, adapter))}
 
 
 ACTIONS: Mapping[str, Callable[[str, Options], dict[str, Any]]] = {
-    "pause": pause,
-    "resume": resume,
-    "cancel": cancel,
+    **{event.value: partial(ask, event) for event in USER_EVENTS},
     "delete": delete,
     "clone": clone,
     "publish": publish,

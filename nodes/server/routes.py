@@ -5,7 +5,8 @@
     GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536; without offset the end of it
     GET  /qwen_edit_lora/jobs/{id}/pictures/{name}                     a PNG, by its listed name
     POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete | clone | publish
-                                             with a JSON object, see job_views.ACTIONS
+                                             with a JSON object, see job_views.ACTIONS; a job's
+                                             "actions" are those that make sense now
     GET  /qwen_edit_lora/adapters            {"adapters": [...], "pending": without a verdict yet}
     GET  /qwen_edit_lora/adapters/{id}       one, with its metadata, modules and verdict
     POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
@@ -30,13 +31,13 @@ from server import PromptServer
 from ...lora_core.disk.json_reader import parse_object
 from ...lora_core.disk.plain_json import drop_non_finite, write_json
 from ...lora_core.errors import ConfigError, FileError, LoraError, MissingFileError
-from ...lora_core.jobs.job import JobStateError, UnknownImageError, UnknownJobError, check_id
+from ...lora_core.jobs.job import JobStateError, UnknownImageError, UnknownJobError
 from ...lora_core.library import library
 from ...lora_core.text import shorten
 from .. import host
-from . import adapter_library, job_host, job_views
-from .job_host import HOLD_ID
+from . import adapter_library, job_host, job_views, repeated_training
 from .origins import ForeignPageError, check_host, check_origin
+from .prompt_policy import HOLD_ID
 
 PREFIX = "/qwen_edit_lora/jobs"
 EVENT = "qwen_edit_lora.job"
@@ -60,7 +61,7 @@ class UnreadBodyError(ConfigError):
 
 
 class PromptQueue:
-    """ComfyUI's prompt queue, as `job_host.Prompts`."""
+    """ComfyUI's prompt queue, as `prompt_policy.Prompts`."""
 
     def __init__(self, server: PromptServer):
         self.server = server
@@ -93,12 +94,12 @@ def start() -> None:
     host.connect_queue(server.prompt_queue)
     job_host.start_jobs(PromptQueue(server), lambda data: send(server, EVENT, data))
     server.add_on_prompt_handler(warn_of_conflict)
-    server.routes.get(PREFIX)(answer(lambda request: job_views.list_jobs))
-    server.routes.get(PREFIX + "/{id}")(answer(with_id(job_views.show_job)))
-    server.routes.get(PREFIX + "/{id}/log")(answer(with_id(job_views.show_log)))
+    server.routes.get(PREFIX)(answer(lambda _, query: job_views.list_jobs()))
+    server.routes.get(PREFIX + "/{id}")(answer(job_views.show_job))
+    server.routes.get(PREFIX + "/{id}/log")(answer(job_views.show_log))
     server.routes.get(PREFIX + "/{id}/pictures/{name}")(guard(send_image))
     for action, work in job_views.ACTIONS.items():
-        server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(check_id, on_job(work)))
+        server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(work))
     start_adapters(server)
 
 
@@ -108,13 +109,9 @@ def start_adapters(server: PromptServer) -> None:
         is_busy=lambda: server.prompt_queue.get_current_queue_volatile()[0] != [],
     )
 
-    def prepare(request: web.Request) -> Callable[[], dict[str, Any]]:
-        adapter_id = library.check_id(request.match_info["id"])
-        return lambda: adapter_library.show_adapter(adapter_id)
-
-    server.routes.get(ADAPTERS)(answer(lambda request: adapter_library.list_adapters))
-    server.routes.get(ADAPTERS + "/{id}")(answer(prepare))
-    server.routes.post(ADAPTERS + "/{id}/train")(change(library.check_id, train_again))
+    server.routes.get(ADAPTERS)(answer(lambda _, query: adapter_library.list_adapters()))
+    server.routes.get(ADAPTERS + "/{id}")(answer(lambda one, _: adapter_library.show_adapter(one)))
+    server.routes.post(ADAPTERS + "/{id}/train")(change(train_again))
 
 
 def send(server: PromptServer, event: str, data: dict[str, Any]) -> None:
@@ -123,14 +120,14 @@ def send(server: PromptServer, event: str, data: dict[str, Any]) -> None:
 
 
 def train_again(adapter_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    job_id = job_host.train_again(adapter_library.find_adapter(adapter_id))
-    return job_host.get(job_id).to_dict()
+    path = adapter_library.find_adapter(adapter_id)
+    return job_host.get_jobs().store.get(repeated_training.train_again(path)).to_dict()
 
 
 def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
     """Called for every queued prompt; returns it unchanged."""
     try:
-        warning = job_host.get_jobs().describe_conflict()
+        warning = job_host.get_jobs().policy.describe_conflict()
     except LoraError:
         return prompt
     if warning:
@@ -159,33 +156,16 @@ def guard(handle: Handler) -> Handler:
     return guarded
 
 
-def with_id(show: Callable[[str, Mapping[str, str]], dict[str, Any]]):
-    def prepare(request: web.Request) -> Callable[[], dict[str, Any]]:
-        job_id, query = check_id(request.match_info["id"]), dict(request.query)
-        return lambda: for_job(job_id, lambda: show(job_id, query))
+def answer(show: Callable[[str, Mapping[str, str]], dict[str, Any]]) -> Handler:
+    """A handler that shows something.
 
-    return prepare
-
-
-def for_job(job_id: str, work: Callable[[], T]) -> T:
-    """Returns work's result; UnknownJobError if it fails because the job was deleted meanwhile.
-
-    All files of a job are deleted with it, so a race shows as an error about any one of them.
+    Args:
+        show: called with the path's id, "" if it has none, and the query.
     """
-    try:
-        return work()
-    except FileError:
-        job_host.get_store().open_folder(job_id)
-        raise
 
-
-def on_job(work: Callable[[str, Mapping[str, Any]], T]) -> Callable[[str, Mapping[str, Any]], T]:
-    return lambda job_id, options: for_job(job_id, lambda: work(job_id, options))
-
-
-def answer(prepare: Callable[[web.Request], Callable[[], dict[str, Any]]]) -> Handler:
     async def handle(request: web.Request) -> web.Response:
-        return respond(await run(prepare(request)))
+        one, query = request.match_info.get("id", ""), dict(request.query)
+        return respond(await run(lambda: show(one, query)))
 
     return guard(handle)
 
@@ -196,28 +176,23 @@ async def run(work: Callable[[], T]) -> T:
 
 
 async def send_image(request: web.Request) -> web.Response:
-    job_id, name = check_id(request.match_info["id"]), request.match_info["name"]
-    store = job_host.get_store()
-    body = await run(lambda: for_job(job_id, lambda: store.read_image(job_id, name)))
+    one, name = request.match_info["id"], request.match_info["name"]
+    body = await run(lambda: job_host.get_jobs().store.read_image(one, name))
     # An image never changes: its name has the step.
     headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
     return web.Response(body=body, content_type="image/png", headers=headers)
 
 
-def change(
-    check: Callable[[object], str], work: Callable[[str, Mapping[str, Any]], dict[str, Any]]
-):
+def change(work: Callable[[str, Mapping[str, Any]], dict[str, Any]]) -> Handler:
     """A handler for a change requested by ComfyUI's own page, or by a program.
 
     Args:
-        check: returns the id, or raises ConfigError if it is invalid.
-        work: the action, called with the id and the request's JSON object.
+        work: the action, called with the path's id and the request's JSON object.
     """
 
     async def handle(request: web.Request) -> web.Response:
         check_origin(request.headers, request.host, host.get_cors_origin())
-        one = check(request.match_info["id"])
-        options = await read_options(request)
+        one, options = request.match_info["id"], await read_options(request)
         return respond(await run(lambda: work(one, options)))
 
     return guard(handle)

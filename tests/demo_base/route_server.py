@@ -119,7 +119,7 @@ def serve_routes(folder: Path, loras: Path) -> Iterator[RouteServer]:
             return runner, runner.addresses[0][1]
 
         runner, port = asyncio.run_coroutine_threadsafe(start(), loop).result(TIMEOUT)
-        answers = RouteServer(port, job_host.get_store())
+        answers = RouteServer(port, job_host.get_jobs().store)
         try:
             yield answers
         finally:
@@ -127,7 +127,7 @@ def serve_routes(folder: Path, loras: Path) -> Iterator[RouteServer]:
             asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(TIMEOUT)
             if adapter_library._library is not None:
                 adapter_library._library.stop()
-            job_host.get_store().index.close()
+            job_host.get_jobs().store.index.close()
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()

@@ -144,7 +144,7 @@ def check_job(store: JobStore) -> None:
         try_to(lambda: store.read_log(BAD)),
         try_to(lambda: store.read_metrics(BAD)),
     ]
-    rows = try_to(lambda: MetricsReader().read(store.open_folder(BAD).metrics)) or []
+    rows = try_to(lambda: MetricsReader().read(store.catalog.find(BAD).metrics)) or []
     shown += [build_curves(rows, 4), build_health(rows, 4)]
     json.dumps(shown, allow_nan=False)
     for path in [*store.list_samples(BAD), *store.list_adapters(BAD)]:

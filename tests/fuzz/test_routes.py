@@ -71,7 +71,7 @@ class Place:
         from qwen_edit_lora.lora_core.jobs.job import JobStatus
         from safetensors.torch import save_file
 
-        folder = self.store.open_folder(job_id)
+        folder = self.store.catalog.find(job_id)
         save_file({"a": torch.zeros(1)}, folder.path / "fuzzed.safetensors")
         folder.samples.mkdir()
         Image.new("RGB", (8, 8)).save(folder.samples / "step_00000004_item.png")

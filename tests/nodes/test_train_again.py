@@ -30,6 +30,12 @@ def job_host(executor: Any, ours: Any, tmp_path: Path, monkeypatch: pytest.Monke
     return job_host
 
 
+def train_again(path: Path) -> str:
+    from qwen_edit_lora.nodes.server import repeated_training
+
+    return repeated_training.train_again(path)
+
+
 @pytest.fixture
 def dataset(ours: Any) -> Any:
     folder = ours.host.get_cache_folder() / "datasets" / "sets" / "pairs-0123456789ab"
@@ -62,7 +68,7 @@ def lora(dataset: Any, demo_models: Any) -> Path:
 def test_a_lora_is_trained_again_with_the_files_of_this_comfyui(
     job_host, lora, dataset, demo_models
 ):
-    job = job_host.get(job_host.train_again(lora))
+    job = job_host.get_jobs().store.get(train_again(lora))
     train = job.settings.train
     assert Path(train.model.source).samefile(demo_models.dit["2509_fp32"])
     assert Path(train.data.folder) == dataset.folder
@@ -70,15 +76,15 @@ def test_a_lora_is_trained_again_with_the_files_of_this_comfyui(
     assert Path(job.settings.loras).samefile(demo_models.root / "loras")
     assert (job.settings.samples.every, job.settings.samples.items) == (250, ("a", "b"))
     assert job.settings.origin == {"again": lora.name, "prompts": "warn"}
-    assert job_host.train_again(lora) != job.id  # every click is a training
+    assert train_again(lora) != job.id  # every click is a training
 
 
 def test_the_jobs_other_settings_are_kept(job_host, lora, dataset):
-    first = job_host.train_again(lora)
-    clone = job_host.get_store().clone(first, {"samples.every": 3, "niceness": 5})
+    first = train_again(lora)
+    clone = job_host.get_jobs().store.clone(first, {"samples.every": 3, "niceness": 5})
     (name,) = publish([lora], lora.parent, clone)
     try:
-        job = job_host.get(job_host.train_again(lora.parent / name))
+        job = job_host.get_jobs().store.get(train_again(lora.parent / name))
     finally:
         (lora.parent / name).unlink()
     assert (job.settings.samples.every, job.settings.niceness) == (3, 5)
@@ -99,12 +105,12 @@ def test_a_lora_of_another_trainer_or_a_lost_training_set_is_a_clear_error(
 ):
     save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors", {"ss_network_dim": "4"})
     with pytest.raises(ConfigError, match="does not say how it was trained"):
-        job_host.train_again(tmp_path / "foreign.safetensors")
+        train_again(tmp_path / "foreign.safetensors")
     (dataset.folder / "index.json").unlink()
     for path in dataset.folder.rglob("*.safetensors"):
         path.unlink()
     (dataset.folder / "items").rmdir()
     dataset.folder.rmdir()
     with pytest.raises(ConfigError, match=f"the training set {dataset.folder.name} is missing"):
-        job_host.train_again(lora)
-    assert job_host.get_store().list() == []
+        train_again(lora)
+    assert job_host.get_jobs().store.list() == []

@@ -68,7 +68,7 @@ class Host:
     def add_job(self, state: JobState, lines: list[dict[str, Any]] = (), log: str = "", **changes):
         """Adds a job as left by a worker; returns its id."""
         job_id = self.store.submit(make_train(self.material, **changes))
-        folder = self.store.open_folder(job_id)
+        folder = self.store.catalog.find(job_id)
         assert folder.lock.try_acquire()
         try:
             folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -289,7 +289,7 @@ def test_ten_thousand_steps_and_two_hundred_jobs_update_within_a_tenth_of_a_seco
     rows = make_rows(10_000)
     times = {"created_at": now + 1, "queued_at": now + 1, "ended_at": now + 2}
     large = host.add_job(JobState(**ended, **times), rows, name="ten thousand")
-    template = host.store.open_folder(large)
+    template = host.store.catalog.find(large)
     settings = template.read_settings()
     for i in range(199):
         folder = JobFolder(host.root / "jobs" / f"20260101-{i:06d}-{i:08x}")

@@ -1,19 +1,17 @@
-// The actions on a training; the server decides, and its message is shown if it refuses.
+// The actions on a training: the server lists those that a job allows, and its message is shown if
+// it refuses one after all.
 
 import { askToCancel, askToClone, askToDelete } from "./dialogs.js";
 import { build, setHidden } from "../elements.js";
 
-const IS_ALLOWED = {
-  pause: (job) => ["pending", "in_progress"].includes(job.status) && job.request !== "pause",
-  resume: (job) =>
-    ["paused", "failed", "cancelled"].includes(job.status) ||
-    (job.status === "in_progress" && ["pause", "cancel"].includes(job.request)),
-  cancel: (job) =>
-    ["pending", "in_progress", "paused"].includes(job.status) &&
-    (job.request !== "cancel" || job.is_silent),
-  load: (job) => (job.published ?? []).length > 0 || (job.adapters ?? []).length > 0,
-  clone: () => true,
-  delete: (job) => job.status !== "in_progress",
+// Button, in order -> the server's action that it needs.
+const NEEDS = {
+  pause: "pause",
+  resume: "resume",
+  cancel: "cancel",
+  load: "publish",
+  clone: "clone",
+  delete: "delete",
 };
 
 export class JobActions {
@@ -21,7 +19,7 @@ export class JobActions {
   constructor({ jobs, t, fail, open, leave, loadIntoGraph }) {
     Object.assign(this, { jobs, t, fail, open, leave, loadIntoGraph });
     this.buttons = {};
-    for (const name of Object.keys(IS_ALLOWED)) {
+    for (const name of Object.keys(NEEDS)) {
       this.buttons[name] = build(
         "button",
         {
@@ -44,7 +42,7 @@ export class JobActions {
   update(job) {
     this.job = job;
     for (const [name, button] of Object.entries(this.buttons)) {
-      setHidden(button, !IS_ALLOWED[name](job));
+      setHidden(button, !job.actions.includes(NEEDS[name]));
     }
   }
 
@@ -52,20 +50,13 @@ export class JobActions {
     const button = this.buttons[name];
     button.disabled = true;
     try {
-      await this[name](this.job);
+      if (this[name]) await this[name](this.job);
+      else await this.jobs.act(this.job.id, name);
     } catch (error) {
       this.fail(error.message);
     } finally {
       button.disabled = false;
     }
-  }
-
-  pause(job) {
-    return this.jobs.act(job.id, "pause");
-  }
-
-  resume(job) {
-    return this.jobs.act(job.id, "resume");
   }
 
   async cancel(job) {

@@ -202,7 +202,7 @@ export const EN = {
   "adapters.modules": "Modules",
   "adapters.modules_count": "{n} in total",
   "adapters.metadata": "Metadata",
-  "adapters.fields_count": "{n} in total",
+  "adapters.fields_count": "fields: {n}",
   "adapters.no_metadata": "The file has none.",
   "adapters.cut": "… {n} characters in total",
   "adapters.fact.title": "Title",

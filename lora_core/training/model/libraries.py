@@ -1,13 +1,18 @@
-"""Names from diffusers, or a clear error where it is missing or broken."""
+"""Other libraries: names from diffusers, or a clear error; and keeping all of them quiet."""
 
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 from typing import Any
 
 from ...errors import ConfigError
 
 INSTALL = 'pip install --upgrade "diffusers>=0.35"'
+
+#: They note on import which of their own optional parts are missing; nothing a user can use.
+NOISY_LOGGERS = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
 
 
 def import_from_diffusers(*names: str, module: str = "diffusers") -> tuple[Any, ...]:
@@ -36,3 +41,11 @@ def raise_broken(error: Exception) -> None:
         f"training needs diffusers 0.35 or newer, and the installed one cannot be used ({reason}); "
         f"run {INSTALL}"
     ) from None
+
+
+def quiet_libraries() -> None:
+    """Lets libraries log errors only, so that a terminal shows the run."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -15,6 +15,7 @@ from ...disk.json_reader import parse_json
 from ...disk.regular_files import open_regular
 from ...disk.writing import explain, write_then_rename
 from ...errors import FileError
+from ...text import format_bytes, format_duration
 
 METRICS_FILE = "metrics.jsonl"
 #: The numbers of a line that are drawn as curves.
@@ -73,6 +74,19 @@ class SmoothedLoss:
         self.total = SMOOTHING * self.total + (1 - SMOOTHING) * loss
         self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         return self.total / self.weight
+
+
+def describe_report(report: StepReport) -> str:
+    """A line for a terminal or a log."""
+    parts = ", ".join(f"{name} {loss:.4f}" for name, loss in (report.parts or {}).items())
+    remaining_s = round(report.seconds * (report.num_steps - report.step))
+    return (
+        f"step {report.step}/{report.num_steps}  loss {report.loss:.4f} "
+        f"({report.smoothed_loss:.4f}){f' = {parts}' if parts else ''}  "
+        f"lr {report.learning_rate:.2e}  grad {report.grad_norm:.3g}  "
+        f"{format_duration(report.seconds)}  {report.tokens_per_s:.0f} tokens/s  "
+        f"{format_bytes(report.memory_bytes, 1024)}  {format_duration(remaining_s)} left"
+    )
 
 
 class MetricsFile:

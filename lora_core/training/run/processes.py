@@ -6,12 +6,17 @@ communication. Without an Accelerator this is a single process and Accelerate ne
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+
+from ...errors import ConfigError
+from ..model.sharding import check_launch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,6 +33,34 @@ NO_NCCL = (
 def can_join_gpus() -> bool:
     """Whether processes of several GPUs can exchange gradients: by NCCL, or ROCm's RCCL."""
     return torch.distributed.is_available() and torch.distributed.is_nccl_available()
+
+
+def find_accelerator(on_cpu: bool, patience_h: float | None = None) -> Accelerator | None:
+    """The Accelerator of `accelerate launch`; None for a single process.
+
+    Args:
+        patience_h: hours for which a process waits for another; PyTorch's default if None.
+
+    Raises:
+        ConfigError: it is not installed, or is configured to shard the model in a way that
+            training does not support.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    check_launch(os.environ)
+    if not on_cpu and torch.cuda.is_available() and not can_join_gpus():
+        raise ConfigError(NO_NCCL)
+    try:
+        from accelerate import Accelerator, InitProcessGroupKwargs
+    except ImportError:
+        raise ConfigError(
+            "several processes need Hugging Face Accelerate; run pip install accelerate"
+        ) from None
+    # Types are the configuration's; a user's Accelerate settings must not cast on top of them.
+    handlers = []
+    if patience_h is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(hours=patience_h)))
+    return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
 
 
 class Processes:

@@ -22,9 +22,8 @@ from ..config.config import TrainConfig
 from ..data.dataset import CachedDataset
 from ..machine.memory import is_out_of_memory
 from ..objective.objective import Objective, VelocityModel
-from ..optimizer.ema import Ema
 from ..optimizer.gradients import are_finite, clip_gradients, compute_grad_norm
-from ..optimizer.optimization import averaged_weights, build_optimizer, set_learning_rate
+from ..optimizer.optimization import averaged_weights, set_learning_rate
 from ..optimizer.schedules import build_schedule
 from .adapter_files import (
     ADAPTERS,
@@ -36,11 +35,12 @@ from .adapter_files import (
 )
 from .checkpoint import CheckpointFolder, remove_leftovers
 from .health import measure_health
-from .metrics import MetricsFile, SmoothedLoss, StepReport, measure_memory
+from .metrics import MetricsFile, StepReport, measure_memory
 from .micro_steps import MicroSteps
 from .processes import Processes
 from .random_state import seed_everything
 from .run_state import (
+    build_training_state,
     check_same_run,
     collect_state,
     describe_run,
@@ -86,6 +86,7 @@ class Run:
 
     def __init__(
         self,
+        *,
         config: TrainConfig,
         model: VelocityModel,
         injection: Injection,
@@ -98,17 +99,22 @@ class Run:
         resume: bool,
     ):
         self.config = config
-        self.injection = injection
         self.dataset = dataset
         self.prior = prior if config.data.prior_weight else None
         self.variant = variant
-        self.contents = sample_run_contents(config, dataset, self.prior)
         self.processes = processes
         self.notify = notify
         self.folder = Path(config.output)
         self.checkpoints = open_checkpoints(config)
         self.metrics = MetricsFile(self.folder)
+        self.description = describe_run(
+            *(config, dataset, self.prior),
+            contents=sample_run_contents(config, dataset, self.prior),
+            variant=variant,
+            num_processes=processes.count,
+        )
         self.check_data()
+        self.injection = injection
         self.parameters = injection.parameters()
         self.device = self.parameters[0].device
         self.micro_steps = MicroSteps(
@@ -116,20 +122,13 @@ class Run:
         )
         if repeats := self.micro_steps.order.describe_repeats():
             notify(repeats)
-        options = config.optimizer
-        self.optimizer = build_optimizer(
-            options.name, self.parameters, options.learning_rate, **options.options
-        )
+        self.state = build_training_state(config.optimizer, injection)
         self.schedule = build_schedule(
-            options.schedule,
-            options.warmup_steps,
+            config.optimizer.schedule,
+            config.optimizer.warmup_steps,
             config.steps,
-            final_factor=options.final_factor,
+            final_factor=config.optimizer.final_factor,
         )
-        named = injection.named_parameters()
-        self.ema = Ema(named, options.ema_decay) if options.ema_decay else None
-        self.smoothed_loss = SmoothedLoss()
-        self.step = 0
         self.checkpointed_step: int | None = None
         #: Whether the last step's weights are finite, a bool on the device; None once that is read.
         self.is_finite: torch.Tensor | None = None
@@ -140,6 +139,11 @@ class Run:
         for layer in injection.layers.values():
             layer.train()
         self.micro_steps.model = processes.prepare(model, self.parameters)
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self.state.step
 
     def check_data(self) -> None:
         if self.config.data.caption_dropout:
@@ -163,9 +167,9 @@ class Run:
         for sentence in self.checkpoints.passed_over:
             self.notify(f"skipped: {sentence}")
         if checkpoint is not None:
-            for sentence in check_same_run(checkpoint.state["run"], describe_run(self)):
+            for sentence in check_same_run(checkpoint.state["run"], self.description):
                 self.notify(sentence)
-            restore_state(self, checkpoint)
+            restore_state(self.state, checkpoint, self.processes.index)
             if self.processes.is_main:  # a killed process may not have come to it
                 self.checkpoints.rotate(checkpoint.step)
             self.checkpointed_step = self.step
@@ -225,19 +229,19 @@ class Run:
             raise NonFiniteLossError(self.explain_non_finite(loss, grad_norm))
         clip_gradients(self.parameters, grad_norm, options.max_grad_norm)
         learning_rate = options.learning_rate * self.schedule(self.step)
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
+        set_learning_rate(self.state.optimizer, learning_rate)
+        self.state.optimizer.step()
         self.is_finite = are_finite(self.parameters)
-        self.step += 1
-        if self.ema is not None:
-            self.ema.update()
+        self.state.step += 1
+        if self.state.ema is not None:
+            self.state.ema.update()
         seconds = time.perf_counter() - started
         return StepReport(
             step=self.step,
             num_steps=self.config.steps,
             epoch=self.micro_steps.get_epoch(self.step - 1),
             loss=loss,
-            smoothed_loss=self.smoothed_loss.update(loss),
+            smoothed_loss=self.state.smoothed_loss.update(loss),
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             tokens_per_s=num_tokens / seconds,
@@ -353,7 +357,7 @@ class Run:
         if self.step in (0, self.checkpointed_step):
             return None
         self.check_weights()
-        tensors, state = collect_state(self)
+        tensors, state = collect_state(self.state, self.processes, self.description)
         path = None
         if self.processes.is_main:
             self.metrics.synchronize()
@@ -367,10 +371,10 @@ class Run:
         self.check_weights()
         if not self.processes.is_main:
             return ()
-        saving, name = self.config.saving, self.config.name
+        saving, name, ema = self.config.saving, self.config.name, self.state.ema
         adapters = {}
-        with averaged_weights(self.optimizer):
-            sources = {"": None, **({EMA_SUFFIX: self.ema.averages} if self.ema else {})}
+        with averaged_weights(self.state.optimizer):
+            sources = {"": None, **({EMA_SUFFIX: ema.averages} if ema else {})}
             for suffix, tensors in sources.items():
                 metadata = build_run_metadata(
                     self.config, self.dataset, self.step, self.variant, bool(suffix)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ...disk.content_samples import sample_contents
 from ...errors import ConfigError
+from ...injection.inject import Injection
+from ..config.config import TrainConfig
 from ..config.config_files import config_to_dict
-from ..optimizer.optimization import flatten_state, load_state, unflatten_state
+from ..data.dataset import CachedDataset
+from ..optimizer.ema import Ema
+from ..optimizer.optimization import build_optimizer, flatten_state, load_state, unflatten_state
+from ..optimizer.optimizer_config import OptimizerConfig
 from .checkpoint import Checkpoint, Tensors
+from .metrics import SmoothedLoss
+from .processes import Processes
 from .random_state import collect_random_state, restore_random_state
-
-if TYPE_CHECKING:
-    from ..config.config import TrainConfig
-    from ..data.dataset import CachedDataset
-    from .run import Run
 
 #: Settings that a resumed run may change without becoming another run.
 FREE = (
@@ -31,47 +36,101 @@ SOFT += ("data.prior_weight", "model.source", "model.storage", "model.compute_dt
 HARD = ("optimizer.name", "optimizer.accumulation", "optimizer.options")
 
 
-def collect_state(run: Run) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Everything `restore_state` needs; every process takes part, one writes it."""
-    tensors: dict[str, Tensors] = {"adapter": run.injection.state_dict()}
-    tensors["optimizer"], optimizer = flatten_state(run.optimizer.state_dict())
-    if run.ema is not None:
-        tensors["ema"] = run.ema.state_dict()
+@dataclass
+class TrainingState:
+    """All that training changes; nothing else has to be saved but the random numbers."""
+
+    injection: Injection
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    smoothed_loss: SmoothedLoss = field(default_factory=SmoothedLoss)
+    step: int = 0
+    """Steps taken."""
+
+    def state_dict(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
+        """Tensors by group, not copies, and what JSON can hold; both without `step`."""
+        tensors: dict[str, Tensors] = {"adapter": self.injection.state_dict()}
+        tensors["optimizer"], optimizer = flatten_state(self.optimizer.state_dict())
+        if self.ema is not None:
+            tensors["ema"] = self.ema.state_dict()
+        return tensors, {"optimizer": optimizer, "smoothed_loss": asdict(self.smoothed_loss)}
+
+    def load_state_dict(
+        self, tensors: Mapping[str, Tensors], values: Mapping[str, Any], step: int
+    ) -> None:
+        """The inverse of `state_dict`, in place.
+
+        Raises:
+            ConfigError: tensors are not those of the modules or of the optimizer.
+        """
+        self.injection.load_state_dict(tensors["adapter"])
+        load_state(self.optimizer, unflatten_state(tensors["optimizer"], values["optimizer"]))
+        if self.ema is not None:
+            self.ema.load_state_dict(tensors["ema"])
+        self.smoothed_loss = SmoothedLoss(**values["smoothed_loss"])
+        self.step = step
+
+
+def build_training_state(config: OptimizerConfig, injection: Injection) -> TrainingState:
+    """The state before the first step."""
+    optimizer = build_optimizer(
+        config.name, injection.parameters(), config.learning_rate, **config.options
+    )
+    named = injection.named_parameters()
+    return TrainingState(
+        injection, optimizer, Ema(named, config.ema_decay) if config.ema_decay else None
+    )
+
+
+def collect_state(
+    state: TrainingState, processes: Processes, description: Mapping[str, Any]
+) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """Everything `restore_state` needs; every process takes part, one writes it.
+
+    Args:
+        description: as `describe_run` gives it.
+    """
+    tensors, values = state.state_dict()
     random_numbers = []
-    for index, (generators, numbers) in enumerate(run.processes.gather(collect_random_state())):
+    for index, (generators, numbers) in enumerate(processes.gather(collect_random_state())):
         tensors[f"random_{index}"] = generators
         random_numbers.append(numbers)
-    return tensors, {
-        "run": describe_run(run),
-        "optimizer": optimizer,
-        "smoothed_loss": vars(run.smoothed_loss),
-        "random": random_numbers,
-    }
+    return tensors, {"run": description, **values, "random": random_numbers}
 
 
-def restore_state(run: Run, checkpoint: Checkpoint) -> None:
-    """Restores a run to where `collect_state` was called."""
-    tensors, state = checkpoint.tensors, checkpoint.state
-    run.injection.load_state_dict(tensors["adapter"])
-    load_state(run.optimizer, unflatten_state(tensors["optimizer"], state["optimizer"]))
-    if run.ema is not None:
-        run.ema.load_state_dict(tensors["ema"])
-    vars(run.smoothed_loss).update(state["smoothed_loss"])
-    index = run.processes.index
-    restore_random_state(tensors[f"random_{index}"], state["random"][index])
-    run.step = checkpoint.step
+def restore_state(state: TrainingState, checkpoint: Checkpoint, index: int) -> None:
+    """Restores the state and the random numbers to those that `collect_state` found.
+
+    Args:
+        index: this process's.
+    """
+    tensors, values = checkpoint.tensors, checkpoint.state
+    state.load_state_dict(tensors, values, checkpoint.step)
+    restore_random_state(tensors[f"random_{index}"], values["random"][index])
 
 
-def describe_run(run: Run) -> dict[str, Any]:
-    """What has to be the same for a checkpoint to fit."""
+def describe_run(
+    config: TrainConfig,
+    dataset: CachedDataset,
+    prior: CachedDataset | None,
+    *,
+    contents: Mapping[str, str | None],
+    variant: str | None,
+    num_processes: int,
+) -> dict[str, Any]:
+    """What has to be the same for a checkpoint to fit.
+
+    Args:
+        contents: as `sample_run_contents` gives it.
+    """
     return {
-        "config": config_to_dict(run.config),
-        "dataset": run.dataset.fingerprint,
-        "prior": None if run.prior is None else run.prior.fingerprint,
-        "processes": run.processes.count,
-        "has_ema": run.ema is not None,
-        "contents": run.contents,
-        "variant": run.variant,
+        "config": config_to_dict(config),
+        "dataset": dataset.fingerprint,
+        "prior": None if prior is None else prior.fingerprint,
+        "processes": num_processes,
+        "has_ema": bool(config.optimizer.ema_decay),
+        "contents": dict(contents),
+        "variant": variant,
     }
 
 

@@ -67,16 +67,16 @@ def train(
     """
     make_folder(Path(config.output))
     return Run(
-        config,
-        model,
-        injection,
-        dataset,
-        prior,
-        Objective(config.objective, auxiliary, decode),
-        variant,
-        Processes(accelerator),
-        notify or (lambda sentence: None),
-        resume,
+        config=config,
+        model=model,
+        injection=injection,
+        dataset=dataset,
+        prior=prior,
+        objective=Objective(config.objective, auxiliary, decode),
+        variant=variant,
+        processes=Processes(accelerator),
+        notify=notify or (lambda sentence: None),
+        resume=resume,
     ).take_steps(should_stop or (lambda: False))
 
 

@@ -15,11 +15,11 @@ from qwen_edit_lora.lora_core.jobs.failure import (
     explain_death,
     explain_error,
     is_from_outside,
-    restart_or_fail,
 )
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
-from qwen_edit_lora.lora_core.jobs.job import JobFailure, JobSettings, JobState, JobStatus
+from qwen_edit_lora.lora_core.jobs.job import JobFailure, JobState, JobStatus
 from qwen_edit_lora.lora_core.jobs.launch import build_command, build_environment
+from qwen_edit_lora.lora_core.jobs.outcomes import restart_or_fail
 from tiny_jobs import make_train
 
 CPU = Device("cpu", "here-cpu", "")
@@ -48,13 +48,12 @@ def test_a_crash_is_explained_and_only_external_ones_are_retried(code, sentence,
     assert is_from_outside(code) is again
 
 
-def test_restarts_are_counted_without_progress_only(material):
-    settings = JobSettings(train=make_train(material), max_restarts=2)
+def test_restarts_are_counted_without_progress_only():
     failure = JobFailure(sentence="killed")
     state = JobState(status=JobStatus.IN_PROGRESS)
     statuses, counts = [], []
     for reached in (0, 0, 5, 5, 5):
-        state = restart_or_fail(state, settings, reached, failure)
+        state = restart_or_fail(state, reached, failure, max_restarts=2)
         statuses.append(state.status)
         counts.append(state.restarts)
     assert counts == [1, 2, 1, 2, 2]

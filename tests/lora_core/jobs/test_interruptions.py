@@ -29,7 +29,7 @@ from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
 from qwen_edit_lora.lora_core.jobs.training_job import run_job
 from qwen_edit_lora.lora_core.jobs.worker import finish_stopped
-from tiny_jobs import assert_equal_weights, make_train, read_weights, run_here, train_here
+from tiny_jobs import assert_equal_weights, make_train, read_weights, run_here, take, train_here
 
 NAMES = ("tiny.safetensors", "tiny_ema.safetensors")
 SAMPLES = {"every": 3, "steps": 2}
@@ -42,7 +42,7 @@ def whole(material, tmp_path_factory):
     """The folder of a job that was not interrupted."""
     store = JobStore(tmp_path_factory.mktemp("whole"))
     job_id = train_here(store, make_train(material, steps=STEPS), SAMPLES)
-    yield store.open_folder(job_id)
+    yield store.catalog.find(job_id)
     store.index.close()
 
 
@@ -69,7 +69,7 @@ class Fickle(JobReporter):
     """
 
     def __init__(self, folder: JobFolder, at: int | None, looks: int = 1):
-        super().__init__(folder, folder.read_state())
+        super().__init__(folder, take(folder))
         self.at, self.looks, self.count = at, looks, 0
 
     def should_stop(self) -> bool:
@@ -85,13 +85,13 @@ class Fickle(JobReporter):
 
 def test_a_pause_withdrawn_before_it_took_effect_costs_nothing(store, submit, whole):
     """At every second point where a run checks for it: before and in a sample, before a step."""
-    first = store.open_folder(submit(samples=SAMPLES))
+    first = store.catalog.find(submit(samples=SAMPLES))
     calm = Fickle(first, None)
     assert run_job(first.read_settings(), first, ["cpu"], calm)
     assert_same_run(first.path, whole)
     met = set()
     for at in range(0, calm.count, 2):
-        folder = store.open_folder(submit(samples=SAMPLES, max_restarts=0))
+        folder = store.catalog.find(submit(samples=SAMPLES, max_restarts=0))
         reporter = Fickle(folder, at)
         assert run_job(folder.read_settings(), folder, ["cpu"], reporter), at
         assert_same_run(folder.path, whole)
@@ -103,7 +103,7 @@ def test_a_pause_withdrawn_before_it_took_effect_costs_nothing(store, submit, wh
 
 def test_a_pause_withdrawn_as_the_worker_ends_is_not_a_restart(store, submit, whole):
     job_id = submit(samples=SAMPLES, max_restarts=0)
-    folder = store.open_folder(job_id)
+    folder = store.catalog.find(job_id)
     settings, reporter = folder.read_settings(), Fickle(folder, 9, 10**6)
     assert not run_job(settings, folder, ["cpu"], reporter)
     assert 0 < reporter.state.step < STEPS
@@ -117,8 +117,8 @@ def test_a_pause_withdrawn_as_the_worker_ends_is_not_a_restart(store, submit, wh
 
 
 def test_a_shutdown_still_counts(store, submit):
-    folder = store.open_folder(submit(max_restarts=0))
-    reporter = JobReporter(folder, folder.read_state())
+    folder = store.catalog.find(submit(max_restarts=0))
+    reporter = JobReporter(folder, take(folder))
     reporter.is_terminated = lambda: True
     finish_stopped(folder.read_settings(), folder, reporter)
     assert folder.read_state().status is JobStatus.FAILED
@@ -131,7 +131,7 @@ class Mover(JobReporter):
     """Moves the job's folder away at a moment."""
 
     def __init__(self, folder: JobFolder, moment: str, target: Path):
-        super().__init__(folder, folder.read_state())
+        super().__init__(folder, take(folder))
         self.moment, self.target = moment, target
 
     def move(self, moment: str) -> None:
@@ -163,7 +163,7 @@ def test_a_moved_folder_is_not_recreated_and_continues_elsewhere(
 ):
     train = make_train(material, steps=STEPS, **{"saving.adapter_every": adapter_every})
     job_id = store.submit(train, samples=SAMPLES)
-    folder = store.open_folder(job_id)
+    folder = store.catalog.find(job_id)
     other = JobStore(tmp_path / "other")
     target = other.root / "jobs" / job_id
     reporter = Mover(folder, moment, target)
@@ -212,7 +212,7 @@ def test_a_concurrently_deleted_job_is_not_found(
     loras = tmp_path / "loras"
     loras.mkdir()
     job_id = submit(loras=str(loras))
-    folder = store.open_folder(job_id)
+    folder = store.catalog.find(job_id)
     (folder.path / "tiny.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
     state = folder.read_state()
     folder.write_state(type(state)(adapters=("tiny.safetensors",), created_at=1.0))
@@ -315,7 +315,7 @@ def test_publications_within_a_second_are_one_file_per_job(adapter, loras):
 
 def test_a_copy_that_cannot_be_deleted_is_reported(store, submit, adapter, loras, monkeypatch):
     job_id = submit(loras=str(loras))
-    folder = store.open_folder(job_id)
+    folder = store.catalog.find(job_id)
     (name,) = publication.publish([adapter], loras, job_id)
     state = folder.read_state()
     folder.write_state(type(state)(published=(name,), created_at=1.0))
@@ -334,7 +334,7 @@ def test_a_copy_that_cannot_be_deleted_is_reported(store, submit, adapter, loras
 
 def test_an_adapter_with_a_damaged_header_is_not_published(store, submit, loras):
     job_id = submit(loras=str(loras))
-    path = store.open_folder(job_id).path / "x.safetensors"
+    path = store.catalog.find(job_id).path / "x.safetensors"
     for header in (b"", b"[]", b'{"__metadata__": 7}', b"\xff\xff", b"[" * 10**5):
         path.write_bytes(len(header).to_bytes(8, "little") + header)
         with pytest.raises(FileError) as caught:
@@ -403,8 +403,8 @@ def kill_at_line(number: int) -> None:
 def test_a_file_name_the_disk_refuses_costs_no_step(store, submit, whole, monkeypatch):
     """As on eCryptfs, which allows 143 bytes; the check at submission allows 255."""
     job_id = submit(samples=SAMPLES)
-    folder = store.open_folder(job_id)
-    reporter = JobReporter(folder, folder.read_state())
+    folder = store.catalog.find(job_id)
+    reporter = JobReporter(folder, take(folder))
     replace = os.replace
 
     def refuse(source, target) -> None:
@@ -424,7 +424,7 @@ def test_a_file_name_the_disk_refuses_costs_no_step(store, submit, whole, monkey
 def test_damage_to_any_file_of_the_newest_checkpoint_costs_one_step_and_no_bit(
     store, submit, whole
 ):
-    first = store.open_folder(submit(samples=SAMPLES))
+    first = store.catalog.find(submit(samples=SAMPLES))
     settings = first.read_settings()
     assert not run_job(settings, first, ["cpu"], StopsAfter(first, 2))
     newest = Path("checkpoints") / "step_00000002"
@@ -432,7 +432,7 @@ def test_damage_to_any_file_of_the_newest_checkpoint_costs_one_step_and_no_bit(
     assert len(names) == 5
     for name in names:
         job_id = submit(samples=SAMPLES)
-        folder = store.open_folder(job_id)
+        folder = store.catalog.find(job_id)
         shutil.copytree(first.path, folder.path, dirs_exist_ok=True)
         path = folder.path / newest / name
         data = bytearray(path.read_bytes())
@@ -448,7 +448,7 @@ class StopsAfter(JobReporter):
     """Somebody asks for a pause after so many steps."""
 
     def __init__(self, folder: JobFolder, step: int):
-        super().__init__(folder, folder.read_state())
+        super().__init__(folder, take(folder))
         self.last = step
 
     def should_stop(self) -> bool:

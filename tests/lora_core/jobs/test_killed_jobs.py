@@ -54,7 +54,7 @@ def test_killed_jobs_end_with_weights_bit_identical_to_an_uninterrupted_run(kill
     for job in killed:
         for name in ("tiny.safetensors", "tiny_ema.safetensors"):
             assert_equal_weights(
-                store.open_folder(job).path / name, store.open_folder(whole).path / name
+                store.catalog.find(job).path / name, store.catalog.find(whole).path / name
             )
         assert [line["step"] for line in store.read_metrics(job)] == steps
         assert [line["loss"] for line in store.read_metrics(job)] == losses

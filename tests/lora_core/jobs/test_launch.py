@@ -13,7 +13,7 @@ from qwen_edit_lora.lora_core.jobs.devices import Device
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
 from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter
 from qwen_edit_lora.lora_core.jobs.training_job import run_job
-from qwen_edit_lora.lora_core.training.command_line import find_accelerator
+from qwen_edit_lora.lora_core.training.run.processes import find_accelerator
 from tiny_jobs import make_train
 
 GPU = Device("cuda:0", "here-a", "0")
@@ -89,7 +89,7 @@ def test_several_gpus_without_nccl_are_refused_with_a_message_from_any_source(
     two_cpus = [Device("cpu", "a", ""), Device("cpu", "b", "")]
     assert "torch.distributed.run" in launch.build_command(tmp_path, ID, two_cpus)
     job_id = store.submit(make_train(material), num_devices=2)
-    folder = store.open_folder(job_id)
+    folder = store.catalog.find(job_id)
     reporter = JobReporter(folder, folder.read_state())
     with pytest.raises(ConfigError, match="which this PyTorch does not include, like every"):
         run_job(folder.read_settings(), folder, ["cuda:0", "cuda:1"], reporter)
@@ -124,7 +124,7 @@ def test_a_team_of_gpus_has_the_settings_before_accelerate_looks_for_them(monkey
     monkeypatch.setattr(team, "os", SimpleNamespace(environ=environment))
     seen = {}
     monkeypatch.setattr(
-        "qwen_edit_lora.lora_core.training.command_line.find_accelerator",
+        "qwen_edit_lora.lora_core.training.run.processes.find_accelerator",
         lambda on_cpu, patience_h: seen.update(environment),
     )
     team.join_process_group(on_cpu=False)

@@ -142,7 +142,7 @@ def test_a_non_regular_file_is_one_failed_job(name, kind, store, submit, tmp_pat
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes under a file's name")
 def test_a_pipe_in_place_of_log_metrics_or_request_blocks_nothing(store, submit):
     job_id = submit()
-    folder = store.open_folder(job_id)
+    folder = store.catalog.find(job_id)
     for name in ("log.txt", "metrics.jsonl", "request.json"):
         os.mkfifo(folder.path / name)
     assert store.get(job_id).request is None
@@ -234,7 +234,7 @@ def test_numbers_of_a_state_stay_valid_json(store, submit):
 
 
 def test_a_state_with_a_number_json_lacks_is_not_written(store, submit):
-    folder = store.open_folder(submit())
+    folder = store.catalog.find(submit())
     before = folder.read_state()
     state = type(before)(loss=float("nan"))
     with pytest.raises(FileError, match=r"state\.json of job .* cannot be written"):
@@ -292,7 +292,7 @@ def test_a_claim_of_any_owner_is_read():
 
 @pytest.mark.parametrize("text", ["", DEEP, '{"sentence": NaN}', '{"advice": 3}', "[]", "\0"])
 def test_a_failure_that_cannot_be_read_is_none(text, store, submit):
-    folder = store.open_folder(submit())
+    folder = store.catalog.find(submit())
     get_failure_path(folder, 1).write_text(text)
     assert pop_failure(folder, 1) is None
     assert not get_failure_path(folder, 1).exists()
@@ -403,7 +403,7 @@ def secret(tmp_path: Path) -> Path:
 def test_links_in_a_jobs_folder_are_not_followed(is_whole, store, submit, secret, tmp_path):
     (tmp_path / "loras").mkdir()
     job_id = submit(loras=str(tmp_path / "loras"))
-    folder = store.open_folder(job_id)
+    folder = store.catalog.find(job_id)
     for name in ("samples", "adapters"):
         if is_whole:
             (folder.path / name).symlink_to(secret, target_is_directory=True)
@@ -433,7 +433,7 @@ def test_links_in_a_jobs_folder_are_not_followed(is_whole, store, submit, secret
 @pytest.mark.skipif(sys.platform == "win32", reason="opens links")
 def test_a_lock_that_is_a_link_creates_no_file_elsewhere(store, submit, tmp_path):
     job_id = submit()
-    (store.open_folder(job_id).path / "lock").symlink_to(tmp_path / "made")
+    (store.catalog.find(job_id).path / "lock").symlink_to(tmp_path / "made")
     with pytest.raises(FileError):
         store.pause(job_id)
     assert not (tmp_path / "made").exists()

@@ -58,7 +58,7 @@ def test_other_file_names_are_not_image_names(name):
 def test_images_are_listed_in_order_and_read_by_listed_names_only(store, material, tmp_path):
     job_id = store.submit(make_train(material))
     assert store.list_images(job_id) == []
-    folder = store.open_folder(job_id).samples
+    folder = store.catalog.find(job_id).samples
     folder.mkdir()
     names = (
         *("step_00000010_b.png", "step_00000002_b.png", "target_b.png", "source_b_1.png"),
@@ -130,8 +130,8 @@ def test_weights_that_share_the_memory_of_their_file_are_kept_too(tmp_path):
 def test_a_vae_of_another_kind_or_a_full_disk_is_a_clear_error(tmp_path):
     tensors = load_file(VAE)
     others = {
-        "is no VAE": {k: v for k, v in tensors.items() if k != "conv2.weight"},
-        "no VAE of Qwen-Image": {**tensors, "decoder.conv1.weight": torch.zeros(8, 48, 3, 3, 3)},
+        "is not a VAE": {k: v for k, v in tensors.items() if k != "conv2.weight"},
+        "not a VAE of Qwen-Image": {**tensors, "decoder.conv1.weight": torch.zeros(8, 48, 3, 3, 3)},
         "plain numbers": {**tensors, "conv2.weight": tensors["conv2.weight"].to("meta")},
     }
     for sentence, weights in others.items():
@@ -162,7 +162,7 @@ def test_making_images_leaves_a_jobs_weights_bit_identical(store, material, kept
         )
     ]
     assert store.list_images(without) == []
-    ours, theirs = (store.open_folder(job).path for job in (with_pictures, without))
+    ours, theirs = (store.catalog.find(job).path for job in (with_pictures, without))
     for name in ("tiny.safetensors", "tiny_ema.safetensors"):
         assert_equal_weights(ours / name, theirs / name)
     metrics = [store.read_metrics(job) for job in (with_pictures, without)]

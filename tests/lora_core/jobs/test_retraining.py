@@ -25,14 +25,14 @@ def test_a_lora_retrained_from_its_metadata_is_bit_identical(store, material):
         **{"data.caption_dropout": 0.0, "optimizer.warmup_steps": 2, "objective.shift": 3.0},
     )
     first = train_here(store, train)
-    file = store.open_folder(first).path / "tiny.safetensors"
+    file = store.catalog.find(first).path / "tiny.safetensors"
     with safe_open(file, "pt") as adapter:
         metadata = adapter.metadata()
     assert str(material) not in json.dumps(metadata)
     again = build_again(metadata, make_finder(material), make_finder(material))
     assert (again.model, again.data, again.lora) == (train.model, train.data, train.lora)
     second = train_here(store, again)
-    assert_equal_weights(store.open_folder(second).path / "tiny.safetensors", file)
+    assert_equal_weights(store.catalog.find(second).path / "tiny.safetensors", file)
 
 
 def describe(**changes) -> dict[str, str]:

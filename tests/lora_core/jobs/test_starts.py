@@ -47,7 +47,7 @@ def start_and_end(store, code: int, devices: list[Device], count: int = 6) -> li
 
 @pytest.mark.parametrize("shadowed", ["dataclasses", "runpy"])
 def test_no_file_of_a_jobs_folder_is_executed(shadowed, store, material, monkeypatch, tmp_path):
-    folder = store.open_folder(store.submit(make_train(material)))
+    folder = store.catalog.find(store.submit(make_train(material)))
     marker = tmp_path / "was_run"
     (folder.path / f"{shadowed}.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
     monkeypatch.chdir(folder.path)  # nor from the server's own folder
@@ -59,7 +59,7 @@ def test_no_file_of_a_jobs_folder_is_executed(shadowed, store, material, monkeyp
 def test_a_worker_and_a_launcher_work_outside_of_the_jobs_folder(store, material, monkeypatch):
     seen = []
     monkeypatch.setattr(launch.subprocess, "Popen", lambda *a, **o: seen.append((a[0], o["cwd"])))
-    folder = store.open_folder(store.submit(make_train(material)))
+    folder = store.catalog.find(store.submit(make_train(material)))
     for devices in ([CPU], TWO):
         start_worker(store.root, folder, devices)
     for command, place in seen:
@@ -100,7 +100,7 @@ def test_a_failed_start_is_not_repeated_while_it_cannot_be_recorded(
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="makes a link")
 def test_a_workers_log_is_not_a_link(store, material, tmp_path, monkeypatch):
-    folder = store.open_folder(store.submit(make_train(material)))
+    folder = store.catalog.find(store.submit(make_train(material)))
     outside = tmp_path / "precious"
     outside.write_text("mine")
     folder.log.symlink_to(outside)

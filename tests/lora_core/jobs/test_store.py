@@ -18,6 +18,7 @@ from qwen_edit_lora.lora_core.disk import writing
 from qwen_edit_lora.lora_core.jobs import folder
 from qwen_edit_lora.lora_core.jobs.folder import BusyFileError, JobFolder
 from qwen_edit_lora.lora_core.jobs.job import (
+    JobFailure,
     JobSettings,
     JobStateError,
     JobStatus,
@@ -28,7 +29,9 @@ from qwen_edit_lora.lora_core.jobs.job import (
 )
 from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter, is_deleted
 from qwen_edit_lora.lora_core.jobs.store import JobStore
-from tiny_jobs import make_train
+from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
+from qwen_edit_lora.lora_core.jobs.transitions import Event
+from tiny_jobs import make_train, take
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def test_a_waiting_job_is_paused_resumed_and_cancelled_at_once(store, submit):
     resumed = store.resume(first)
     assert resumed.status is JobStatus.PENDING
     assert resumed.state.queued_at > store.get(second).state.queued_at  # at the end of the queue
-    with pytest.raises(JobStateError, match="is pending and cannot be resumed"):
+    with pytest.raises(JobStateError, match="is waiting and cannot be resumed"):
         store.resume(first)
     assert store.cancel(first).status is JobStatus.CANCELLED
     with pytest.raises(JobStateError, match="is cancelled and cannot be paused"):
@@ -153,7 +156,7 @@ def test_deleting_removes_only_the_jobs_folder(store, submit, tmp_path):
     loras.mkdir()
     (loras / "tiny.safetensors").write_bytes(b"mine")
     keep, gone = submit(loras=str(loras)), submit(loras=str(loras))
-    folder = store.open_folder(gone)
+    folder = store.catalog.find(gone)
     state = dataclasses.replace(folder.read_state(), published=("tiny.safetensors",))
     folder.write_state(state)
     store.delete(gone, with_adapter=True)
@@ -200,7 +203,7 @@ def test_a_link_among_the_jobs_is_not_a_job(store, submit, tmp_path):
 
 def test_a_job_held_by_its_worker_gets_a_request_and_is_not_changed(store, submit):
     job_id = submit()
-    folder = store.open_folder(job_id)
+    folder = store.catalog.find(job_id)
     assert folder.lock.try_acquire()
     state = dataclasses.replace(
         folder.read_state(), status=JobStatus.IN_PROGRESS, phase=Phase.TRAINING
@@ -229,7 +232,7 @@ def test_waiting_can_be_stopped_and_the_job_goes_on(store, submit):
 def test_the_log_is_read_from_the_end_or_from_an_offset(store, submit):
     job_id = submit()
     assert store.read_log(job_id) == {"text": "", "offset": 0, "next_offset": 0, "size": 0}
-    store.open_folder(job_id).log.write_bytes("ä1234\n".encode() * 10)  # 7 bytes each
+    store.catalog.find(job_id).log.write_bytes("ä1234\n".encode() * 10)  # 7 bytes each
     tail = store.read_log(job_id, limit=7)
     assert tail == {"text": "ä1234\n", "offset": 63, "next_offset": 70, "size": 70}
     first = store.read_log(job_id, offset=0, limit=14)
@@ -342,7 +345,7 @@ def in_use(monkeypatch):
 @pytest.mark.parametrize("name", ["config.json", "state.json", "request.json"])
 def test_a_file_that_is_being_replaced_is_read_a_moment_later(name, store, submit, in_use):
     job_id = submit()
-    store.open_folder(job_id).write_request(Request.PAUSE)
+    store.catalog.find(job_id).write_request(Request.PAUSE)
     expected = store.get(job_id)
     in_use(name, 3)
     assert JobStore(store.root).get(job_id) == expected
@@ -352,7 +355,7 @@ def test_a_file_that_is_being_replaced_is_read_a_moment_later(name, store, submi
 @pytest.mark.parametrize("is_known", ["from memory", "from the index"])
 def test_a_running_job_whose_state_is_in_use_is_listed_as_it_was(is_known, store, submit, in_use):
     job_id = submit()
-    job_folder = store.open_folder(job_id)
+    job_folder = store.catalog.find(job_id)
     running = dataclasses.replace(job_folder.read_state(), status=JobStatus.IN_PROGRESS, step=1)
     job_folder.write_state(running)
     (before,) = store.list()
@@ -381,7 +384,7 @@ def test_waiting_goes_on_while_the_state_is_in_use(store, submit, in_use):
 
 
 def test_a_state_is_written_over_one_that_is_being_read(store, submit, monkeypatch):
-    folder_of_job = store.open_folder(submit())
+    folder_of_job = store.catalog.find(submit())
     replace, tries = os.replace, []
 
     def deny(source, target) -> None:
@@ -391,7 +394,7 @@ def test_a_state_is_written_over_one_that_is_being_read(store, submit, monkeypat
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", deny)
-    JobReporter(folder_of_job, folder_of_job.read_state()).finish(JobStatus.COMPLETED)
+    JobReporter(folder_of_job, take(folder_of_job)).finish(Event.COMPLETE)
     assert len(tries) == 5
     assert folder_of_job.read_state().status is JobStatus.COMPLETED
 
@@ -406,6 +409,37 @@ def test_only_a_state_that_is_not_there_says_that_the_job_was_deleted(tmp_path, 
 
     monkeypatch.setattr(Path, "stat", deny)
     assert not is_deleted(tmp_path / "state.json")
+
+
+@pytest.mark.parametrize(("ask", "status"), [("pause", "paused"), ("cancel", "cancelled")])
+def test_what_is_asked_of_a_job_whose_worker_just_died_is_not_lost(ask, status, store, submit):
+    """Nobody has its lock, and no supervisor has noticed yet."""
+    job_id = submit()
+    folder_of_job = store.catalog.find(job_id)
+    folder_of_job.write_state(take(folder_of_job))
+    assert getattr(store, ask)(job_id).request.value == ask
+    assert store.get(job_id).status is JobStatus.IN_PROGRESS
+    Supervisor(store, []).tick()
+    job = store.get(job_id)
+    assert (job.status.value, job.request) == (status, None)
+    assert job.state.restarts == 1
+
+
+@pytest.mark.parametrize("end", ["by an error", "by a kill"])
+def test_a_withdrawn_pause_does_not_restart_a_job_that_fails_later(end, store, submit):
+    job_id = submit(max_restarts=0)
+    folder_of_job = store.catalog.find(job_id)
+    reporter = JobReporter(folder_of_job, take(folder_of_job))
+    with folder_of_job.lock.held(1.0):
+        store.pause(job_id)
+        store.resume(job_id)
+        if end == "by an error":
+            reporter.finish(Event.FAIL, failure=JobFailure(sentence="the loss is NaN"))
+    Supervisor(store, []).tick()
+    Supervisor(store, []).tick()
+    job = store.get(job_id)
+    assert (job.status, job.request) == (JobStatus.FAILED, None)
+    assert store.resume(job_id).status is JobStatus.PENDING
 
 
 # --- missing files and disks that refuse writes ---
@@ -460,6 +494,8 @@ spec.loader.exec_module(module)
 from qwen_edit_lora.lora_core.errors import FileError
 from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter, is_deleted
 from qwen_edit_lora.lora_core.jobs.store import JobStore
+from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
+from qwen_edit_lora.lora_core.jobs.transitions import Event
 
 store = JobStore(folder)
 (job,) = store.list()

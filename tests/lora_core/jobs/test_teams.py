@@ -15,6 +15,7 @@ from qwen_edit_lora.lora_core.jobs.devices import Device
 from qwen_edit_lora.lora_core.jobs.job import JobFailure, JobStatus
 from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter
 from qwen_edit_lora.lora_core.jobs.launch import build_command, build_environment
+from qwen_edit_lora.lora_core.jobs.store import get_device_lock
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
 from qwen_edit_lora.lora_core.jobs.team import pop_failure, write_failure
 from qwen_edit_lora.lora_core.jobs.training_job import run_job
@@ -57,7 +58,7 @@ def test_a_team_survives_a_dead_member_and_a_pause_with_the_same_weights(store, 
     assert state.device == "cpu, cpu"
     assert state.worker.pid == find_process(store.root, 0)
     assert len(list_processes(store.root)) == 3  # a launcher and two
-    assert all(store.get_device_lock(device.key).is_held() for device in TWO)
+    assert all(get_device_lock(store.root, device.key).is_held() for device in TWO)
     assert store.get(whole).status is JobStatus.PENDING
 
     os.kill(find_process(store.root, 1), signal.SIGKILL)
@@ -81,7 +82,7 @@ def test_a_team_survives_a_dead_member_and_a_pause_with_the_same_weights(store, 
     assert job.status is JobStatus.COMPLETED, job.state
     run_until(supervisor, lambda: list_processes(store.root) == [])
 
-    ours, theirs = (store.open_folder(one).path for one in (job_id, whole))
+    ours, theirs = (store.catalog.find(one).path for one in (job_id, whole))
     for name in ("tiny.safetensors", "tiny_ema.safetensors"):
         assert_equal_weights(ours / name, theirs / name)
     assert len(store.list_samples(job_id)) == 3
@@ -131,7 +132,7 @@ def test_a_job_that_needs_more_devices_than_exist_is_started_to_report_it(store,
     job_id = store.submit(make_train(material), num_devices=3)
     Supervisor(store, TWO, launch=launch).tick()
     assert started == [2]
-    folder = store.open_folder(job_id)
+    folder = store.catalog.find(job_id)
     reporter = JobReporter(folder, folder.read_state())
     with pytest.raises(ConfigError, match="train on 3 GPUs together, but there are 2 devices"):
         run_job(folder.read_settings(), folder, ["cpu", "cpu"], reporter)
@@ -150,7 +151,7 @@ def test_the_launcher_is_this_interpreters_and_gets_ids_only(tmp_path):
 
 
 def test_a_members_last_message_is_taken_once(store, material):
-    folder = store.open_folder(store.submit(make_train(material)))
+    folder = store.catalog.find(store.submit(make_train(material)))
     failure = JobFailure(sentence="the device ran out of memory", advice=("lower lora.rank",))
     write_failure(folder, 1, failure)
     assert pop_failure(folder, 1) == failure

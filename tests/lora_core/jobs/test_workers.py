@@ -69,7 +69,7 @@ def test_a_paused_and_resumed_job_ends_as_one_that_ran_through(
     assert job.status is JobStatus.PAUSED
     assert at <= job.state.step < 60
     assert job.state.step <= asked_at + 1  # the step under way, and no other
-    folder = store.open_folder(paused).path
+    folder = store.catalog.find(paused).path
     assert CheckpointFolder(folder / "checkpoints").list_steps()[-1] == count_steps(store, paused)
     assert all((folder / name).is_file() for name in job.state.adapters)
     assert len(job.state.adapters) == 2  # raw and averaged
@@ -82,7 +82,7 @@ def test_a_paused_and_resumed_job_ends_as_one_that_ran_through(
     assert job.status is JobStatus.COMPLETED, job.state
     assert "resumed after step" in store.read_log(paused)["text"]
     for name in ("tiny.safetensors", "tiny_ema.safetensors"):
-        assert_equal_weights(folder / name, store.open_folder(whole).path / name)
+        assert_equal_weights(folder / name, store.catalog.find(whole).path / name)
     published = tmp_path / "loras" / "tiny.safetensors"
     assert_equal_weights(published, folder / "tiny.safetensors")
     with safe_open(published, "pt") as file:
@@ -112,7 +112,7 @@ def test_jobs_run_one_after_another_in_the_order_they_came_and_cancelling_saves(
     job = run_to_end(supervisor, first)
     assert job.status is JobStatus.CANCELLED
     assert job.state.step <= asked_at + 1
-    folder = store.open_folder(first).path
+    folder = store.catalog.find(first).path
     reached = CheckpointFolder(folder / "checkpoints").list_steps()[-1]
     assert reached == job.state.step == count_steps(store, first)
     assert [name for name in job.state.adapters if not (folder / name).is_file()] == []
@@ -238,7 +238,7 @@ def test_a_job_that_fails_by_itself_says_why_and_what_to_do_and_is_not_retried(
     too_large = make_train(material, **{"lora.rank": 10**9, "data.batch_size": 2})
     unstable = make_train(material, **{"steps": 50, "optimizer.learning_rate": 1e30})
     damaged = store.submit(make_train(material))
-    (store.open_folder(damaged).path / "config.json").write_text("{")
+    (store.catalog.find(damaged).path / "config.json").write_text("{")
     jobs = [store.submit(too_large), store.submit(unstable)]
     states = [run_to_end(supervisor, job).state for job in jobs]
     assert [state.status for state in states] == [JobStatus.FAILED] * 2

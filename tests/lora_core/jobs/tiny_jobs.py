@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -12,12 +13,15 @@ from typing import Any
 
 import torch
 from demo_base.dit import write_dit
-from qwen_edit_lora.lora_core.jobs.job import Job, JobStatus
+from qwen_edit_lora.lora_core.jobs.folder import JobFolder
+from qwen_edit_lora.lora_core.jobs.job import Job, JobState, JobStatus
 from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
 from qwen_edit_lora.lora_core.jobs.training_job import run_job
-from qwen_edit_lora.lora_core.training.command_line import NOISY_LOGGERS
+from qwen_edit_lora.lora_core.jobs.transitions import Event
+from qwen_edit_lora.lora_core.jobs.worker import build_running_state
+from qwen_edit_lora.lora_core.training.model.libraries import NOISY_LOGGERS
 from safetensors.torch import load_file
 from tiny import make_config, make_dataset, make_item
 
@@ -55,16 +59,27 @@ def train_here(store: JobStore, train: Any, samples: Any = None) -> str:
 
 def run_here(store: JobStore, job_id: str) -> str:
     """The same for a pending job."""
-    folder = store.open_folder(job_id)
-    reporter = JobReporter(folder, folder.read_state())
+    folder = store.catalog.find(job_id)
+    reporter = JobReporter(folder, take(folder))
     levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
     try:
         assert run_job(folder.read_settings(), folder, ["cpu"], reporter)
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-    reporter.finish(JobStatus.COMPLETED)
+    reporter.finish(Event.COMPLETE)
     return job_id
+
+
+def take(folder: JobFolder) -> JobState:
+    """The state of a job as its worker takes it, or as it is if one has.
+
+    Without a parent: no process will see its exit status.
+    """
+    state = folder.read_state()
+    if state.status is JobStatus.IN_PROGRESS:
+        return state
+    return dataclasses.replace(build_running_state(state, "cpu"), parent=None)
 
 
 def run_until(

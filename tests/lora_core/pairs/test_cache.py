@@ -16,7 +16,7 @@ from qwen_edit_lora.lora_core.pairs.cache import (
     cache_pairs,
     check_disk,
     compute_key,
-    count_missing,
+    list_missing,
     slug,
 )
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
@@ -52,8 +52,12 @@ def check(folder: Path) -> tuple[CheckedPair, ...]:
 
 
 def cache(folder: Path, encoder: Encoder, settings: dict | None = None, **options) -> CachedPairs:
+    pairs, settings = check(folder), settings or SETTINGS
+    digests = [compute_key(one, settings) for one in pairs]
     store = folder.parent / "store"
-    return cache_pairs(store, "set", check(folder), encoder, settings or SETTINGS, **options)
+    cached = cache_pairs(store, "set", pairs, digests, encoder, settings, **options)
+    assert cached.keys == tuple(info.key for info in read_dataset(cached.folder).items)
+    return cached
 
 
 def list_files(folder: Path) -> dict[str, int]:
@@ -65,7 +69,7 @@ def test_a_second_run_encodes_nothing_and_writes_nothing(folder):
     assert (first.num_encoded, first.num_reused) == (4, 0)
     files = list_files(folder.parent / "store")
     encoder = Encoder()
-    assert cache(folder, encoder) == CachedPairs(first.folder, 0, 4)
+    assert cache(folder, encoder) == CachedPairs(first.folder, first.keys, 0, 4)
     assert encoder.names == []
     assert list_files(folder.parent / "store") == files
 
@@ -142,7 +146,7 @@ def test_a_damaged_item_is_encoded_again_and_a_damaged_set_made_again(folder):
     assert encoder.names == ["photo_2"]
     next((first.folder / "items").iterdir()).unlink()
     encoder = Encoder()
-    assert cache(folder, encoder) == CachedPairs(first.folder, 0, 4)
+    assert cache(folder, encoder) == CachedPairs(first.folder, first.keys, 0, 4)
     assert len(read_dataset(first.folder)) == 4
 
 
@@ -166,12 +170,12 @@ def test_a_disk_without_links_gets_copies(folder, monkeypatch):
 def test_too_little_space_is_reported_before_the_work(folder, tmp_path):
     pairs = check(folder)
     store = tmp_path / "store"
-    missing = count_missing(store, pairs, SETTINGS)
+    missing = list_missing(store, pairs, [compute_key(one, SETTINGS) for one in pairs])
     assert len(missing) == 4
     check_disk(store, missing, 64, 1.0)
     assert list(store.iterdir()) == []
     too_wide = shutil.disk_usage(store).free
-    with pytest.raises(FileError, match=r"encoding 4 pairs takes about .* [kMG]B, but the disk of"):
+    with pytest.raises(FileError, match=r"encoding 4 pairs takes about .* TB, but the disk of"):
         check_disk(store, missing, too_wide, 1.0)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FileError, match=r"the cache folder .* cannot be written"):

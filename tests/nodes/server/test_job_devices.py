@@ -10,7 +10,7 @@ import pytest
 import torch
 from qwen_edit_lora.lora_core import ConfigError, KeyFormatError
 from qwen_edit_lora.lora_core.jobs.devices import Device
-from qwen_edit_lora.lora_core.jobs.store import JobStore
+from qwen_edit_lora.lora_core.jobs.store import JobStore, get_device_lock
 from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
 from qwen_edit_lora.lora_core.training.config.presets import BaseSize
 from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, DatasetWriter
@@ -57,7 +57,7 @@ def test_memory_is_that_of_the_gpu_which_the_job_gets(job_devices, store):
     assert find_memory(job_devices, store, "cuda:0") == 24 * GIB
     assert find_memory(job_devices, store, "auto", 2) == 12 * GIB
     assert find_memory(job_devices, store, "cpu") is None
-    lock = store.get_device_lock(SMALL.key)
+    lock = get_device_lock(store.root, SMALL.key)
     with lock.held(1.0):
         assert find_memory(job_devices, store, "auto") == 24 * GIB
         devices, taken = job_devices.choose_for_job(store, "cuda:1")
@@ -153,7 +153,7 @@ def test_a_storage_in_more_settings_disables_auto(choose):
 
 def test_a_model_of_another_kind_is_a_clear_error_before_anything_is_measured(choose, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(KeyFormatError, match="no Qwen-Image model"):
+    with pytest.raises(KeyFormatError, match="is not a Qwen-Image model"):
         choose([SMALL], source=tmp_path / "other.safetensors")
 
 
@@ -175,17 +175,17 @@ def test_the_same_graph_is_one_job_regardless_of_free_memory(
         return QwenEditLoraTrain.execute(model, dataset, "standard", 5, "a", estimate=estimate)
 
     first, report = queue().args
-    settings = job_host.get(first).settings
+    settings = jobs.store.get(first).settings
     assert settings.train.model.storage == "fp8"
     assert f"with {settings.train.model.offload_blocks} of 60 blocks offloaded" in report
     assert 11 * GIB < settings.gpu_memory_bytes < 12 * GIB
     monkeypatch.setattr(base_choice, "find_free_host_memory", lambda: 0)
-    lock = job_host.get_store().get_device_lock(SMALL.key)
+    lock = get_device_lock(jobs.store.root, SMALL.key)
     with lock.held(1.0):
         again, report = queue().args
     assert again == first
     assert "this training is already job" in report
-    job_host.get_store().cancel(first)
-    with lock.held(1.0), job_host.get_store().get_device_lock(LARGE.key).held(1.0):
+    jobs.store.cancel(first)
+    with lock.held(1.0), get_device_lock(jobs.store.root, LARGE.key).held(1.0):
         _, report = queue(MEASURE).args
     assert "not estimated: another training job runs on cuda:1" in report

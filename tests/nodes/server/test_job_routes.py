@@ -269,7 +269,7 @@ def test_pause_resume_cancel_and_delete(comfy):
     code, sentence = comfy.refuse(lambda: comfy.post(job_id, "delete"))
     assert (code, sentence) == (409, f"job {job_id} is running; pause or cancel it first")
     code, sentence = comfy.refuse(lambda: comfy.post(job_id, "resume"))
-    assert (code, sentence) == (409, f"job {job_id} is in progress and cannot be resumed")
+    assert (code, sentence) == (409, f"job {job_id} is running and cannot be resumed")
 
     assert comfy.post(job_id, "pause")["request"] == "pause"
     paused = comfy.wait_for(
@@ -397,7 +397,7 @@ def test_a_clone_is_a_new_job_with_the_changes_and_shows_no_paths(comfy, demo_mo
 def test_a_slow_response_blocks_no_other(comfy):
     job_id = comfy.submit(steps=MANY)
     comfy.store.pause(job_id)
-    lock = comfy.store.open_folder(job_id).lock
+    lock = comfy.store.catalog.find(job_id).lock
     # held and never released: the route waits some seconds for it
     comfy.wait_for(lock.try_acquire)
     answers: list[Any] = []

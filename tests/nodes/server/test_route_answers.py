@@ -186,7 +186,7 @@ def test_a_value_of_a_request_is_shortened_in_errors(routes, job_id, value):
 
 
 def test_non_finite_numbers_are_null_in_every_answer(routes, job_id, monkeypatch):
-    folder = routes.store.open_folder(job_id)
+    folder = routes.store.catalog.find(job_id)
     state = dataclasses.replace(
         folder.read_state(), loss=float("nan"), smoothed_loss=float("inf"), seconds_per_step=1.5
     )
@@ -203,7 +203,7 @@ def test_a_job_deleted_during_a_request_is_a_404_and_not_a_server_error(
 ):
     from qwen_edit_lora.lora_core.jobs.catalog import Catalog
 
-    find, folder = Catalog.find, routes.store.open_folder(job_id).path
+    find, folder = Catalog.find, routes.store.catalog.find(job_id).path
     kept = folder.with_name("kept")
     shutil.copytree(folder, kept)
 
@@ -221,6 +221,66 @@ def test_a_job_deleted_during_a_request_is_a_404_and_not_a_server_error(
         assert answer.sentence == f"there is no job {job_id}; it may have been deleted"
         shutil.copytree(kept, folder)
     shutil.rmtree(kept)
+
+
+@pytest.mark.parametrize("status", ["pending", "in_progress", "paused", "completed", "failed"])
+@pytest.mark.parametrize("request_", [None, "pause", "cancel"])
+def test_the_server_does_what_it_offers_and_refuses_what_the_state_forbids(
+    routes, job_id, status, request_
+):
+    """A worker is simulated by its lock."""
+    from qwen_edit_lora.lora_core.jobs.job import JobStatus, Request
+    from qwen_edit_lora.lora_core.jobs.transitions import REQUESTS, Event, find_next, find_stage
+
+    folder = routes.store.catalog.find(job_id)
+    state = dataclasses.replace(folder.read_state(), status=JobStatus(status))
+    is_running = status == "in_progress"
+    stage = find_stage(state.status, Request(request_) if request_ else None)
+
+    def reset() -> None:
+        folder.write_state(state)
+        folder.clear_request()
+        if request_ is not None and is_running:
+            folder.write_request(Request(request_))
+
+    if is_running:
+        assert folder.lock.try_acquire()
+    try:
+        reset()
+        (listed,) = routes.ask("GET", JOBS).read()["jobs"]
+        shown = routes.ask("GET", f"{JOBS}/{job_id}").read()
+        assert listed["actions"] == shown["actions"]
+        for event in (Event.PAUSE, Event.RESUME, Event.CANCEL):
+            reset()
+            answer = routes.post(f"{JOBS}/{job_id}/{event.value}")
+            after = find_next(stage, event)
+            assert answer.status == (409 if after is None else 200), event
+            assert (event.value in listed["actions"]) == (after not in (None, stage))
+            if after is not None and is_running:
+                assert folder.read_request() is REQUESTS[event]
+            elif after is not None:
+                assert answer.read()["status"] == after.status.value
+        is_deleted = routes.post(f"{JOBS}/{job_id}/delete").status == 200
+        assert is_deleted == ("delete" in listed["actions"])
+    finally:
+        folder.lock.release()
+        if folder.path.exists():
+            folder.write_state(dataclasses.replace(state, status=JobStatus.PAUSED))
+
+
+def test_a_copy_that_stays_is_reported_and_not_a_job_that_is_unknown(
+    routes, job_id, tmp_path, monkeypatch
+):
+    from qwen_edit_lora.lora_core.errors import FileError
+    from qwen_edit_lora.lora_core.jobs import store as store_module
+
+    def refuse(*_: Any) -> None:
+        raise FileError("the job is deleted, but a.safetensors stays in loras: no permission")
+
+    monkeypatch.setattr(store_module, "remove_published", refuse)
+    answer = routes.post(f"{JOBS}/{job_id}/delete", {"with_adapter": True})
+    assert answer.status == 500
+    assert answer.sentence.startswith("the job is deleted, but a.safetensors stays in loras")
 
 
 def test_clients_that_vanish_in_mid_body_leave_no_traceback(routes, job_id, caplog):

@@ -193,7 +193,7 @@ def test_another_architecture_is_refused(write):
     expect(
         KeyFormatError,
         write({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)}),
-        "no Qwen-Image model",
+        "is not a Qwen-Image model",
         "dit.safetensors",
     )
 
@@ -205,7 +205,7 @@ def test_flux_whose_blocks_have_the_same_names_is_refused(write):
         "transformer_blocks.0.attn.norm_q.weight": torch.zeros(4),
         "x_embedder.weight": torch.zeros(4, 4),
     }
-    expect(KeyFormatError, write(state_dict), "no Qwen-Image model", "img_in.weight")
+    expect(KeyFormatError, write(state_dict), "is not a Qwen-Image model", "img_in.weight")
 
 
 def test_missing_tensors_are_named(write):

@@ -259,8 +259,16 @@ def test_no_sample_is_made_of_infinite_weights(tmp_path):
     opened = open_session(config)
     objective, notes = Objective(config.objective), []
     started = run.Run(
-        *(config, opened.model, opened.injection, opened.dataset, None, objective, None),
-        *(Processes(), notes.append, False),
+        config=config,
+        model=opened.model,
+        injection=opened.injection,
+        dataset=opened.dataset,
+        prior=None,
+        objective=objective,
+        variant=None,
+        processes=Processes(),
+        notify=notes.append,
+        resume=False,
     )
     reports = started.take_steps(lambda: False)
     samples = SampleSettings(every=1, steps=1)

@@ -16,6 +16,7 @@ from qwen_edit_lora.lora_core.training.data.dataset import read_dataset
 from qwen_edit_lora.lora_core.training.optimizer.optimization import OPTIMIZERS
 from qwen_edit_lora.lora_core.training.run.checkpoint import CheckpointFolder
 from qwen_edit_lora.lora_core.training.run.metrics import StepReport, read_metrics
+from qwen_edit_lora.lora_core.training.run.run_state import TrainingState, build_training_state
 from qwen_edit_lora.lora_core.training.run.trainer import train
 from safetensors.torch import load_file, save_file
 from tiny import make_config, make_dataset, make_injected
@@ -315,3 +316,53 @@ def test_a_checkpoint_of_another_version_is_a_clear_error(tmp_path):
     state.write_text(state.read_text().replace('"version": 2', '"version": 7', 1))
     assert folder.read_latest() is None
     assert "format 7, this is 2" in folder.passed_over[0]
+
+
+def take_steps(state: TrainingState, count: int) -> None:
+    """Steps along random gradients, the same for the same count."""
+    generator = torch.Generator().manual_seed(count)
+    for _ in range(count):
+        for parameter in state.injection.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        state.optimizer.step()
+        state.ema.update()
+        state.smoothed_loss.update(torch.rand((), generator=generator).item())
+        state.step += 1
+
+
+def test_a_state_continues_bit_exactly_in_another_run(tmp_path):
+    config = make_config(tmp_path, **{"optimizer.ema_decay": 0.9})
+    ours, theirs = (
+        build_training_state(config.optimizer, make_injected(config)[1]) for _ in range(2)
+    )
+    take_steps(ours, 3)
+    tensors, values = ours.state_dict()
+    # as a checkpoint has them: copies, and numbers that were JSON
+    copies = {
+        group: {name: tensor.clone() for name, tensor in named.items()}
+        for group, named in tensors.items()
+    }
+    theirs.load_state_dict(copies, json.loads(json.dumps(values)), ours.step)
+    for state in (ours, theirs):
+        take_steps(state, 2)
+    (a, ours_values), (b, theirs_values) = ours.state_dict(), theirs.state_dict()
+    assert (ours_values, ours.step) == (theirs_values, theirs.step)
+    assert a.keys() == b.keys() == {"adapter", "optimizer", "ema"}
+    for group in a:
+        assert a[group].keys() == b[group].keys()
+        for name in a[group]:
+            assert torch.equal(a[group][name], b[group][name]), (group, name)
+
+
+def test_a_checkpoint_has_the_groups_and_entries_of_its_version(tmp_path):
+    """Whoever changes this has to read what earlier versions wrote, or raise the version."""
+    run(tmp_path, **{"optimizer.ema_decay": 0.9})
+    checkpoint = CheckpointFolder(tmp_path / "run" / "checkpoints").read_latest()
+    assert checkpoint.tensors.keys() == {"adapter", "optimizer", "ema", "random_0"}
+    state = checkpoint.state
+    assert state.keys() == {"run", "optimizer", "smoothed_loss", "random"}
+    assert state["smoothed_loss"].keys() == {"total", "weight"}
+    assert len(state["random"]) == 1
+    assert state["run"].keys() == {
+        *("config", "dataset", "prior", "processes", "has_ema", "contents", "variant"),
+    }
