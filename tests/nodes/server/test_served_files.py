@@ -44,7 +44,7 @@ def completed(routes: Any, job_id: str) -> Any:
     from qwen_edit_lora.lora_core.jobs.job import JobStatus
     from safetensors.torch import save_file
 
-    folder = routes.store.open_folder(job_id)
+    folder = routes.store.catalog.find(job_id)
     save_file({"a": torch.zeros(1)}, folder.path / "tiny.safetensors")
     folder.samples.mkdir()
     Image.new("RGB", (8, 8)).save(folder.samples / "step_00000004_item.png")
