@@ -10,7 +10,7 @@ from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
 from .folder import JobFolder, open_inside
 from .job import JobFailure
-from .log_pieces import hide_paths
+from .log_pieces import hide_paths, read_piece
 from .nccl import explain_shared_memory, is_communication_error
 
 LOG_TAIL_LINES = 20
@@ -95,8 +95,7 @@ def name_signal(number: int) -> str:
 def read_log_tail(folder: JobFolder) -> str:
     try:
         with open_inside(folder.log) as file:
-            file.seek(max(0, file.seek(0, 2) - LOG_TAIL_BYTES))
-            text = file.read(LOG_TAIL_BYTES).decode("utf-8", "replace")
+            text = read_piece(file, None, LOG_TAIL_BYTES)["text"]
     except (FileError, OSError):
         return ""
     return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])

@@ -68,7 +68,8 @@ def read_piece(file: BinaryIO, offset: int | None, limit: int) -> dict[str, Any]
 
 def find_start(data: bytes, start: int) -> int:
     """The first line's start from `start` on, or else the first character's."""
-    if start and (newline := data.find(b"\n", start - 1)) >= 0:
+    newline = data.find(b"\n", start - 1) if start else -1
+    if 0 <= newline < len(data) - 1:
         return newline + 1
     return skip_rest(data, start)
 

@@ -79,6 +79,7 @@ def test_the_end_of_a_log_begins_with_a_whole_line_or_character():
     piece = read_piece(io.BytesIO(lines.encode()), None, 14)
     assert (piece["text"], piece["offset"], piece["next_offset"]) == ("日本語\n", 20, 30)
     assert read_piece(io.BytesIO(lines.encode()), None, 20)["text"] == "日本語\n" * 2
+    assert read_piece(io.BytesIO(lines.encode()), None, 5)["text"] == "語\n"
     assert read_piece(io.BytesIO(("日本語" * 9).encode()), None, 10)["text"] == "日本語"
 
 
