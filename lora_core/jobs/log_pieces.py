@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 LINE_BYTES = 4096
 #: Folders of which a path is shown from the last one on: what follows is the same on all machines.
 KNOWN_FOLDERS = re.compile(r"(?:site-packages|dist-packages|lora_core|python3\.[0-9]+)")
-_ROOT = r"(?:[A-Za-z]:[\\/]+|\\\\|/)"
+_ROOT = r"(?:file:/+(?:[A-Za-z]:/+)?|[A-Za-z]:[\\/]+|\\\\|/)"
 _PATHS = (
     re.compile(rf"(?<=\")({_ROOT}[^\"\n]+)(?=\")"),  # with blanks, as in a traceback
     re.compile(rf"(?<=')({_ROOT}[^'\n]+)(?=')"),
-    # Of at least two parts: "tokens/s" and "step 1/6" are no paths, nor is what follows "https:".
-    re.compile(rf"(?<![\w.:/\\~…-])({_ROOT}[^\s\\/:\"'<>|]+(?:[\\/]+[^\s\\/:\"'<>|]+)+)"),
+    # Of at least two parts: "tokens/s" and "step 1/6" are no paths, nor is what follows "https:/".
+    re.compile(rf"(?<![\w./\\~…-])({_ROOT}[^\s\\/:\"'<>|]+(?:[\\/]+[^\s\\/:\"'<>|]+)+)"),
 )
 
 
