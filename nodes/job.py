@@ -110,7 +110,8 @@ class QwenEditLoraJob(io.ComfyNode):
         plot = build_image(draw_training(job.name, metrics, job.state.num_steps))
         samples, findings = draw_samples(job, vae)
         sheet = build_image(samples)
-        lines = describe(job, needs_vae(job) and vae is None)
+        aging = describe_state(job)
+        lines = [*aging, *describe_result(job, needs_vae(job) and vae is None)]
         lines += [f"Warning: {finding.text}" for finding in findings]
         text = Report("\n".join(lines), findings)
         figures = {
@@ -121,7 +122,7 @@ class QwenEditLoraJob(io.ComfyNode):
         warning = job.status in (JobStatus.FAILED, JobStatus.CANCELLED)
         shown = {
             **show_report(text, warning=warning),
-            **show_job(job.id),
+            **show_job(job, aging),
             "images": ui.PreviewImage(plot, cls=cls).values,
         }
         return io.NodeOutput(
@@ -153,14 +154,20 @@ def take_adapter(job: Job) -> Any:
     return read_adapter((raw or files)[-1])
 
 
-def describe(job: Job, lacks_vae: bool) -> list[str]:
-    """The job as lines of text."""
-    state = job.state
+def describe_state(job: Job) -> list[str]:
+    """Lines that hold until the job's next step or change of status."""
     lines = [f"{job.name} ({job.id}): {job.describe()}"]
+    if job.state.smoothed_loss is not None:
+        lines.append(f"loss {format_number(job.state.smoothed_loss)} (smoothed)")
+    return lines
+
+
+def describe_result(job: Job, lacks_vae: bool) -> list[str]:
+    """What there is, and what went wrong."""
+    state = job.state
+    lines = []
     if state.published:
         lines.append(f"LoRA: {', '.join(state.published)} in models/loras (press R to see it)")
-    if state.smoothed_loss is not None:
-        lines.append(f"loss {format_number(state.smoothed_loss)} (smoothed)")
     if state.failure is not None:
         lines.append(f"failed: {state.failure.sentence}")
         lines += [f"- {sentence}" for sentence in state.failure.advice]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from comfy_api.latest import io
 
 from ..lora_core import Adapter, ConfigError, read_state_dict
 from ..lora_core.findings import NOTE, Finding
+
+if TYPE_CHECKING:
+    from ..lora_core.jobs.job import Job
 
 CATEGORY = "Qwen Edit LoRA"
 
@@ -87,6 +90,15 @@ def show_report(report: str, node_id: str = "", *, warning: bool = False) -> dic
     return {**shown, "qwen_edit_lora_node": [node_id]} if node_id else shown
 
 
-def show_job(job_id: str) -> dict[str, list]:
-    """The `ui` part that makes web/job_view.js show a training live on the node."""
-    return {"qwen_edit_lora_job": [job_id]}
+def show_job(job: Job, aging: Sequence[str]) -> dict[str, list]:
+    """The `ui` part that makes web/job_view.js show a training live on the node.
+
+    Args:
+        aging: lines of the report that are true of the job's present status and step only; the page
+            hides them as soon as the live view shows another.
+    """
+    return {
+        "qwen_edit_lora_job": [job.id],
+        "qwen_edit_lora_reported": [job.status.value, job.state.step],
+        "qwen_edit_lora_aging": list(aging),
+    }

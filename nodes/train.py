@@ -165,7 +165,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         known = jobs.store.find_same(key)
         if known is not None:
             text = f"this training is already job {known.id}: {known.describe()}"
-            return io.NodeOutput(known.id, text, ui=show_report(text) | show_job(known.id))
+            return io.NodeOutput(known.id, text, ui=show_report(text) | show_job(known, [text]))
         devices, taken = job_devices.choose_for_job(jobs.store, requested.model.device, gpus)
         own = read_more(more_settings).get("model", {})
         base, lines, needed_bytes = choose_base(requested, storage, own, devices)
@@ -209,9 +209,10 @@ class QwenEditLoraTrain(io.ComfyNode):
             num_devices=gpus,
             gpu_memory_bytes=needed_bytes,
         )
-        head = f"job {job_id}: {jobs.store.get(job_id).describe()}"
+        job = jobs.store.get(job_id)
+        head = f"job {job_id}: {job.describe()}"
         text = Report("\n".join([head, *lines]), findings)
-        return io.NodeOutput(job_id, text, ui=show_report(text) | show_job(job_id))
+        return io.NodeOutput(job_id, text, ui=show_report(text) | show_job(job, [head]))
 
 
 def list_advanced_inputs() -> list[Any]:

@@ -60,6 +60,13 @@ export class JobView {
     this.update();
   }
 
+  // A report says what was so when the node ran; this view says what is so now.
+  markReport(job) {
+    if (!this.report || !this.reported) return;
+    const [status, step] = this.reported;
+    this.report.classList.toggle("qel-outdated", job.status !== status || job.step !== step);
+  }
+
   update() {
     const job = this.jobs.jobs.get(this.id);
     setHidden(this.element, this.id === null || (!job && this.isRecalled));
@@ -70,6 +77,7 @@ export class JobView {
     showStatus(this.chip, job, this.t);
     showProgress(this.bar, job);
     setText(this.text, this.t("job.steps", { step: job.step, steps: job.num_steps }));
+    this.markReport(job);
     if (job !== this.shown && this.timer === null) {
       const wait = Math.max(0, this.askedAt + MIN_INTERVAL - Date.now());
       this.timer = setTimeout(() => this.ask(), wait);
@@ -118,7 +126,10 @@ export function addJobWidget(node, context) {
   widget.serialize = false;
   node.showJob = (output) => {
     const id = output?.qwen_edit_lora_job?.[0];
-    if (!id || id === view.id) return;
+    if (!id) return;
+    view.report = node.widgets.find((one) => one.name === "report_view")?.element;
+    view.reported = output.qwen_edit_lora_reported;
+    if (id === view.id) return view.update();
     const isFirst = view.element.hidden;
     view.isRecalled = false;
     view.showJob(id);

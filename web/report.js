@@ -15,7 +15,8 @@ export function createReportView(t) {
   const view = {
     element,
     text: "",
-    show(text, state, found = NOTHING) {
+    // aging: lines that theme.css hides once the node's live view shows that they are outdated
+    show(text, state, found = NOTHING, aging = []) {
       view.text = text ?? "";
       const lines = (view.text || t("report.waiting")).split("\n");
       const matched = lines.map((line) => findFinding(line, found.findings));
@@ -23,7 +24,11 @@ export function createReportView(t) {
       const summary = buildSummary(found, t);
       element.replaceChildren(
         ...(summary ? [summary] : []),
-        ...lines.map((line, index) => buildLine(line, matched[index])),
+        ...lines.map((line, index) => {
+          const row = buildLine(line, matched[index]);
+          if (aging.includes(line)) row.dataset.ages = "";
+          return row;
+        }),
         ...unmatched.map((finding) => buildLine(finding.text, finding)),
       );
       element.dataset.state = view.text ? state : "waiting";
@@ -54,7 +59,7 @@ export function addReportWidget(node, t) {
     // A fully cached sweep sends only the first lines of its report.
     if (view.text !== text && view.text.startsWith(`${text}\n`)) return;
     const state = output.qwen_edit_lora_warning?.[0] ? "warning" : "fine";
-    view.show(text, state, readFindings(output));
+    view.show(text, state, readFindings(output), output.qwen_edit_lora_aging);
   };
   // ComfyUI's own message says only that the node failed, and hides the reason behind a button.
   node.showError = (message) => view.show(message, "error");
