@@ -31,7 +31,7 @@ def hide_paths(text: str) -> str:
 
 
 def shorten_path(path: str) -> str:
-    """ "/home/me/x/site-packages/torch/nn.py" -> "…/site-packages/torch/nn.py"; else the name."""
+    """ "/houses/me/x/site-packages/torch/nn.py" -> "…/site-packages/torch/nn.py"; else the name."""
     parts = [part for part in re.split(r"[\\/]+", path) if part]
     known = [i for i, part in enumerate(parts) if KNOWN_FOLDERS.fullmatch(part)]
     return "/".join(("…", *parts[known[-1] if known else -1 :]))

@@ -10,13 +10,13 @@ from qwen_edit_lora.lora_core.jobs.log_pieces import LINE_BYTES, hide_paths, rea
 from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
 
 TRACEBACK = """Traceback (most recent call last):
-  File "/home/my user/ComfyUI/custom_nodes/qwen/lora_core/jobs/worker.py", line 3, in work
+  File "/houses/my user/ComfyUI/custom_nodes/qwen/lora_core/jobs/worker.py", line 3, in work
     run()
-  File "/home/my user/venv/lib/python3.11/site-packages/torch/nn/linear.py", line 9, in forward
-  File "C:\\Users\\me\\AppData\\python3.12\\json\\decoder.py", line 1, in decode
+  File "/houses/my user/venv/lib/python3.11/site-packages/torch/nn/linear.py", line 9, in forward
+  File "C:\\People\\me\\AppData\\python3.12\\json\\decoder.py", line 1, in decode
 FileNotFoundError: [Errno 2] No such file or directory: '/mnt/secret disk/café/a.safetensors'
-cannot open /home/me/x/b.safetensors: it is a folder
-PATH=/home/me/bin:/home/me/x/bin file:///home/me/c.png file:///C:/Users/me/d.png
+cannot open /houses/me/x/b.safetensors: it is a folder
+PATH=/houses/me/bin:/houses/me/x/bin file:///houses/me/c.png file:///C:/People/me/d.png
 """
 SHOWN = """Traceback (most recent call last):
   File "…/lora_core/jobs/worker.py", line 3, in work
@@ -27,7 +27,7 @@ FileNotFoundError: [Errno 2] No such file or directory: '…/a.safetensors'
 cannot open …/b.safetensors: it is a folder
 PATH=…/bin:…/bin …/c.png …/d.png
 """
-SECRETS = ("home", "user", "Users", "me/", "secret", "mnt", "ComfyUI", "AppData")
+SECRETS = ("houses", "user", "People", "me/", "secret", "mnt", "ComfyUI", "AppData")
 
 
 def read_all(data: bytes, limit: int) -> str:
