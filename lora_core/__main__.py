@@ -6,12 +6,15 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 
-from .disk.safetensors_file import is_safetensors
-from .errors import ConfigError, LoraError
-from .formats.files import read_adapter, write_adapter
+from .checks import show
+from .disk.output_files import check_outputs
+from .disk.safetensors_file import SUFFIXES, is_safetensors
+from .errors import ConfigError, LoraError, NonFiniteWeightsError
+from .formats.files import PEFT_CONFIG, PEFT_FILE, read_adapter, write_adapter
 from .formats.schemes import SCHEMES
 from .inspection.compare import compare_adapters
 from .inspection.inspection import inspect_adapter
@@ -98,8 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "out",
-        help="the file to write, replaced if it exists; .safetensors is added if missing",
+        "out", help="the file to write, a new one; .safetensors is added if missing"
+    )
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the file to write if it exists"
     )
     command.add_argument("--format", choices=list(SCHEMES), default="comfyui", help="key format")
 
@@ -124,16 +129,19 @@ def run_compare(options: argparse.Namespace) -> None:
 
 
 def run_resize(options: argparse.Namespace) -> None:
-    write(resize_adapter(read_adapter(options.file), options.rank, options.energy), options)
+    out = choose_out(options, [options.file])
+    write(resize_adapter(read_adapter(options.file), options.rank, options.energy), out, options)
 
 
 def run_merge(options: argparse.Namespace) -> None:
     pairs = [split_strength(text) for text in options.files]
+    out = choose_out(options, [path for path, _ in pairs])
     adapters = [(read_adapter(path), strength) for path, strength in pairs]
-    write(merge_adapters(adapters, options.rank), options)
+    write(merge_adapters(adapters, options.rank), out, options)
 
 
 def run_extract(options: argparse.Namespace) -> None:
+    out = choose_out(options, [options.base, options.tuned])
     composition = extract_adapter(
         options.base,
         options.tuned,
@@ -141,7 +149,7 @@ def run_extract(options: argparse.Namespace) -> None:
         biases=not options.no_biases,
         device=choose_device(options.device),
     )
-    write(composition, options)
+    write(composition, out, options)
 
 
 def choose_device(name: str) -> str:
@@ -152,22 +160,51 @@ def choose_device(name: str) -> str:
 
 
 def run_convert(options: argparse.Namespace) -> None:
+    out = choose_out(options, [options.file])
     adapter = read_adapter(options.file)
     print(adapter.report.to_text())
-    written = write_adapter(adapter, choose_out(options), options.format)
+    try:
+        adapter.check_finite()
+    except NonFiniteWeightsError as e:  # converting changes no number, so the user decides
+        print(f"Warning: {e}")
+    written = write_adapter(adapter, out, options.format)
     print(f"Wrote {written}: {adapter.key_format} converted to {options.format}")
 
 
-def write(composition: Composition, options: argparse.Namespace) -> None:
+def write(composition: Composition, out: str, options: argparse.Namespace) -> None:
     print(composition.to_text())
-    print(f"Wrote {write_adapter(composition.adapter, choose_out(options), options.format)}")
+    print(f"Wrote {write_adapter(composition.adapter, out, options.format)}")
 
 
-def choose_out(options: argparse.Namespace) -> str:
-    """The file to write, with the suffix that loaders require; PEFT's is a folder."""
-    if options.format == "peft" or is_safetensors(options.out):
-        return options.out
-    return f"{options.out}.safetensors"
+def choose_out(options: argparse.Namespace, inputs: list[str]) -> str:
+    """The file to write, with the suffix that loaders require; PEFT's is a folder.
+
+    Args:
+        inputs: what the command reads, as given.
+
+    Raises:
+        ConfigError: it names no file, is an input, or exists and `--overwrite` is not given.
+    """
+    out = options.out
+    if options.format == "peft":
+        place = Path(out)
+        folder = place.parent if place.name == PEFT_FILE else place
+        files = [folder / PEFT_FILE, folder / PEFT_CONFIG]
+    else:
+        # Not pathlib's: to it "new/" and "new/." are the file "new".
+        stem = os.path.basename(out)  # noqa: PTH119
+        for suffix in SUFFIXES:
+            stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
+        if not stem.strip("."):
+            raise ConfigError(
+                f"OUT is {show(out)}, which names no file; expected one such as my_lora.safetensors"
+            )
+        out = out if is_safetensors(out) else f"{out}.safetensors"
+        files = [Path(out)]
+    # A LoRA may be named without its ending.
+    named = [name for given in inputs for name in (given, f"{given}.safetensors")]
+    check_outputs(files, named, options.overwrite)
+    return out
 
 
 def split_strength(text: str) -> tuple[str, float]:

@@ -33,8 +33,14 @@ def check_number(
     high: float = math.inf,
     *,
     exclusive: bool = False,
+    shown: str = "",
 ) -> None:
-    """ConfigError unless low <= value <= high, and finite; `exclusive` leaves out `low` itself."""
+    """ConfigError unless low <= value <= high, and finite.
+
+    Args:
+        exclusive: leave out `low` itself.
+        shown: what the message calls the value; its name if empty.
+    """
     value = getattr(section, name)
     if is_number(value) and math.isfinite(value) and low <= value <= high:
         if not (exclusive and value == low):
@@ -44,7 +50,7 @@ def check_number(
         expected = f"a number above {low:g}" if exclusive else f"{low:g} or more"
     if math.isfinite(high):
         expected = f"{low:g} to {high:g}"
-    raise ConfigError(f"{name} is {show(value)}; expected {expected}")
+    raise ConfigError(f"{shown or name} is {show(value)}; expected {expected}")
 
 
 def check_choice(section: object, name: str, choices: tuple[str, ...]) -> None:

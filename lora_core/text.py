@@ -6,8 +6,10 @@ One rule for all numbers: three significant digits, a space before the unit.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 #: Of a name, a key or a value that a message repeats.
@@ -20,6 +22,11 @@ def shorten(text: str, limit: int = MAX_SHOWN) -> str:
     if len(text) > limit:
         text = f"{text[: limit - _TAIL - 4]}...{text[-_TAIL:]}"
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def name_path(path: str | os.PathLike[str]) -> str:
+    """The last part of a path, as messages name it; of ".", "" or "/" the quoted path itself."""
+    return shorten(Path(path).name) or repr(os.fspath(path))
 
 
 def align(rows: list[list[str]]) -> list[str]:

@@ -22,6 +22,7 @@ from ..lora_core.drawing.contact_sheet import Row, Tile, draw_sheet
 from ..lora_core.drawing.style import draw_message
 from ..lora_core.findings import WARNING, Finding
 from ..lora_core.jobs.job import Job, JobStatus
+from ..lora_core.jobs.log_pieces import hide_paths
 from ..lora_core.jobs.pictures import JobImage, build_sort_key, parse_name
 from ..lora_core.jobs.store import JobStore
 from ..lora_core.jobs.training_plot import draw_training
@@ -170,7 +171,8 @@ def describe_result(job: Job, lacks_vae: bool) -> list[str]:
     if state.failure is not None:
         lines.append(f"failed: {state.failure.sentence}")
         lines += [f"- {sentence}" for sentence in state.failure.advice]
-        lines += ["end of the log:", state.failure.log_tail] if state.failure.log_tail else []
+        if state.failure.log_tail:
+            lines += ["end of the log:", hide_paths(state.failure.log_tail)]
     lines += state.notes
     if lacks_vae:
         lines.append("there are samples without images: connect the VAE to see them")

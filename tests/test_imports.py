@@ -77,8 +77,8 @@ PACKAGES = {
         "training.run",
     ),
     "training": (
-        *("formats", "training.data", "training.model", "training.config", "training.sampling"),
-        *("training.run", "training.estimate"),
+        *("disk", "formats", "training.data", "training.model", "training.config"),
+        *("training.sampling", "training.run", "training.estimate"),
     ),
     "pairs": ("disk", "drawing", "training.data"),
     "jobs": (

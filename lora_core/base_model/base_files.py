@@ -16,7 +16,7 @@ from ..disk.json_reader import describe_kind, read_object
 from ..disk.regular_files import open_regular
 from ..disk.safetensors_file import BASE_MODEL, AnyTensor, UnmappedFile
 from ..errors import FileError, KeyFormatError, MissingFileError
-from ..text import shorten
+from ..text import name_path, shorten
 from .base_weight import BaseWeight
 from .base_weights import SCALE_NAMES, BaseWeights
 from .gguf_file import GgufFile
@@ -160,7 +160,7 @@ def open_folder(folder: Path) -> BaseFile:
     folder = find_model_folder(folder)
     paths = list_shards(folder)
     config = read_downloaded(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    return BaseFile(Shards(paths, folder.name), config)
+    return BaseFile(Shards(paths, folder.absolute().name), config)
 
 
 def find_model_folder(folder: Path) -> Path:
@@ -192,7 +192,7 @@ def list_shards(folder: Path) -> list[Path]:
     paths = find_shards(folder)
     if not paths:
         raise FileError(
-            f"{shorten(folder.name)} holds no .safetensors file; expected a diffusers folder with "
+            f"{name_path(folder)} holds no .safetensors file; expected a diffusers folder with "
             f"{WEIGHTS} or its numbered parts."
         )
     return paths

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import DeniedFileError, FileError, MissingFileError
-from ..text import format_bytes, shorten
+from ..text import format_bytes, name_path, shorten
 from .literal_paths import open_literally
 
 #: No file that is read whole as text comes near it.
@@ -40,7 +40,7 @@ def open_regular(
         MissingFileError: there is no such path.
         FileError: it cannot be opened, or is a folder, pipe, socket or device.
     """
-    name = shorten(shown or Path(path).name)
+    name = shorten(shown) or name_path(path)
     # Without O_NONBLOCK, opening a pipe blocks until someone writes. Windows has no such files.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     open_it = os.open if follow_links else open_literally
@@ -81,7 +81,7 @@ def read_bytes(
     Raises:
         MissingFileError, FileError: as `open_regular`, or it holds more than `max_bytes`.
     """
-    name = shorten(shown or Path(path).name)
+    name = shorten(shown) or name_path(path)
     with open_regular(path, shown, follow_links) as file:
         try:
             data = file.read(max_bytes + 1)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import FileError, MissingFileError
-from ..text import shorten
+from ..text import name_path, shorten
 from .regular_files import open_regular
 
 # Names of the safetensors format specification, section "Format".
@@ -242,21 +242,19 @@ def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
         found = os.stat(path)  # noqa: PTH116 - called for every tensor; Path's is slower
     except FileNotFoundError:
         raise MissingFileError(
-            f"{shorten(path.name)} does not exist; expected {expected}. Put it back, or choose "
+            f"{name_path(path)} does not exist; expected {expected}. Put it back, or choose "
             "another one."
         ) from None
     except OSError as e:
-        raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None
+        raise FileError(f"{name_path(path)} cannot be opened: {e.strerror}.") from None
     except ValueError:  # a null character or half a surrogate pair
-        raise FileError(
-            f"{shorten(path.name)!r} is not a file name; expected {expected}."
-        ) from None
+        raise FileError(f"{name_path(path)!r} is not a file name; expected {expected}.") from None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def open_checked(path: Path, expected: str = LORA_FILE) -> Any:
     """Opens a safetensors file; the error says in one sentence why it is none."""
-    name = shorten(path.name)
+    name = name_path(path)
     if path.is_dir():
         raise FileError(f"{name} is a folder; expected a .safetensors file.")
     with open_regular(path) as file:

@@ -15,7 +15,7 @@ from ..adapter.adapter import Adapter
 from ..disk.safetensors_file import SafetensorsFile, read_signature
 from ..disk.writing import explain, separate, write_then_rename
 from ..errors import ConfigError, FileError, MissingFileError
-from ..text import shorten
+from ..text import name_path, shorten
 from .reading import read_modules
 from .schemes import build_lora_config, build_metadata, get_scheme
 from .state_dicts import check_metadata, check_numbers, check_state_dict
@@ -70,7 +70,7 @@ def find_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise FileError(
-        f"{shorten(path.name)} is a folder without {PEFT_FILE} and {HUB_FILE}; expected a LoRA "
+        f"{name_path(path)} is a folder without {PEFT_FILE} and {HUB_FILE}; expected a LoRA "
         "file, or a folder that holds one of these."
     )
 

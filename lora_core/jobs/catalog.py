@@ -24,6 +24,7 @@ from .job import (
     check_id,
 )
 from .outcomes import advance
+from .publication import add_published, count_published_bytes
 from .transitions import Event
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,8 @@ class Catalog:
             folder.check_lock()
             if settings is None:
                 settings = self._settings[folder.id] = folder.read_settings()
-            return Job(folder.id, settings, folder.read_state(), folder.read_request())
+            state = add_published(folder.read_state(), folder)
+            return Job(folder.id, settings, state, folder.read_request())
 
 
 def explain_absence(job_id: str) -> UnknownJobError:
@@ -172,12 +174,13 @@ def explain_absence(job_id: str) -> UnknownJobError:
 
 
 def read_stamp(folder: JobFolder) -> str:
-    """Changes with state.json and config.json; "" if one is missing."""
+    """Changes with state.json, config.json and what was published; "" if a file is missing."""
     try:
         found = [os.stat(folder.path / name) for name in (STATE_FILE, CONFIG_FILE)]  # noqa: PTH116
     except OSError:
         return ""
-    return " ".join(f"{one.st_mtime_ns} {one.st_ino} {one.st_size}" for one in found)
+    found_texts = [f"{one.st_mtime_ns} {one.st_ino} {one.st_size}" for one in found]
+    return " ".join([*found_texts, str(count_published_bytes(folder))])
 
 
 def to_row(job: Job) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
 from .folder import JobFolder, open_inside
 from .job import JobFailure
+from .log_pieces import hide_paths, read_piece
 from .nccl import explain_shared_memory, is_communication_error
 
 LOG_TAIL_LINES = 20
@@ -37,7 +38,7 @@ def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
         )
     if isinstance(error, LoraError):
         return JobFailure(sentence=" ".join(str(error).split()))
-    text = " ".join(str(error).split())
+    text = hide_paths(" ".join(str(error).split()))  # before a part of a path is left of it
     advice: tuple[str, ...] = (LOOK_AT_LOG,)
     if is_communication_error(error):
         count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -94,8 +95,7 @@ def name_signal(number: int) -> str:
 def read_log_tail(folder: JobFolder) -> str:
     try:
         with open_inside(folder.log) as file:
-            file.seek(max(0, file.seek(0, 2) - LOG_TAIL_BYTES))
-            text = file.read(LOG_TAIL_BYTES).decode("utf-8", "replace")
+            text = read_piece(file, None, LOG_TAIL_BYTES)["text"]
     except (FileError, OSError):
         return ""
     return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])

@@ -81,12 +81,7 @@ class JobFolder:
         Raises:
             OSError: it cannot be opened or removed.
         """
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(self.log.lstat().st_mode):
-                self.log.unlink()
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        return os.fdopen(os.open(self.log, flags, 0o666), "ab")
+        return open_to_append(self.log)
 
     def read_settings(self) -> JobSettings:
         """Raises FileError where config.json is missing or broken."""
@@ -202,6 +197,16 @@ class JobFolder:
         for name in (CONFIG_FILE, STATE_FILE):
             for path in self.path.glob(f".{name}.*.new"):
                 path.unlink(missing_ok=True)
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """A file of a job's folder; see `JobFolder.open_log`."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            path.unlink()
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "ab")
 
 
 def open_inside(path: Path) -> BinaryIO:

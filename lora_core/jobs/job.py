@@ -16,6 +16,7 @@ from ..disk.typed_json import Whole
 from ..errors import ConfigError, LoraError
 from ..text import format_duration, shorten
 from ..training.config.config import TrainConfig
+from .log_pieces import hide_paths
 from .transitions import (
     STATUS_WORDS,
     STOPS,
@@ -34,7 +35,7 @@ MAX_DEVICES = 16
 #: Characters of a failure's message and of each advice.
 MAX_SENTENCE = 400
 
-_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{8}")
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
 
 class UnknownJobError(LoraError, LookupError):
@@ -247,6 +248,11 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """What is safe to show to anyone: no path of this machine."""
         state = {k: v for k, v in asdict(self.state).items() if k not in ("worker", "parent")}
+        for name in ("notes", "alarms"):
+            state[name] = [hide_paths(text) for text in state[name]]
+        if failure := state["failure"]:
+            for name in ("sentence", "log_tail"):
+                failure[name] = hide_paths(failure[name])
         return {
             "id": self.id,
             "name": self.name,

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..disk.writing import explain
 from ..errors import FileError
+from ..text import format_bytes
 from .folder import list_inside, open_inside
 from .job import UnknownImageError
 
@@ -16,6 +17,9 @@ Kind = Literal["source", "target", "sample"]
 #: In the order of display.
 KINDS: tuple[Kind, ...] = ("source", "target", "sample")
 SUFFIX = ".png"
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+#: Of a PNG. One of 4096 x 4096 pixels has 50 MB before compression.
+MAX_BYTES = 64 << 20
 
 _ITEM = r"(?P<item>[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199})"
 _NAMES: dict[Kind, re.Pattern[str]] = {
@@ -81,13 +85,18 @@ def read_image(folder: Path, name: str) -> bytes:
     """A PNG's bytes.
 
     Raises:
-        UnknownImageError: none of the listed names.
+        UnknownImageError: none of the listed names, or its file is no PNG or too large for one.
         FileError: it cannot be read.
     """
     if name not in {image.name for image in list_images(folder)}:
         raise UnknownImageError(f"there is no image {str(name)[:80]!r}; reload the list")
     try:
         with open_inside(folder / name) as file:
-            return file.read()
+            data = file.read(MAX_BYTES + 1)
     except OSError as e:
         raise FileError(f"{name} cannot be read: {explain(e)}") from None
+    if not data.startswith(SIGNATURE) or len(data) > MAX_BYTES:
+        raise UnknownImageError(
+            f"{name} is not a PNG file of up to {format_bytes(MAX_BYTES)}; delete it"
+        )
+    return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,14 +20,18 @@ from ..disk.regular_files import open_regular
 from ..disk.writing import explain, rename
 from ..errors import FileError
 from ..text import shorten
-from .folder import open_inside
+from .folder import JobFolder, open_inside, open_to_append
 from .identity import identify
-from .job import WorkerIdentity
+from .job import JobState, WorkerIdentity
 
 #: In an adapter's metadata: the job that made it.
 JOB_KEY = "qwen_edit_lora.job"
 MAX_HEADER_BYTES = 100_000_000  # as safetensors allows
 SUFFIX = ".safetensors"
+#: In a job's folder: names of copies that were made on request, one a line. The state's belong to
+#: the worker, which may be running.
+PUBLISHED_FILE = "published.txt"
+MAX_PUBLISHED_BYTES = 1 << 20
 
 
 def publish(adapters: Sequence[Path], loras: Path, job_id: str) -> tuple[str, ...]:
@@ -64,6 +69,42 @@ def publish(adapters: Sequence[Path], loras: Path, job_id: str) -> tuple[str, ..
         for path in temporary:
             path.unlink(missing_ok=True)
     raise AssertionError("unreachable: names never end")
+
+
+def record_published(folder: JobFolder, names: Sequence[str]) -> None:
+    """Adds to the copies that were made on request.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    known = read_published(folder)
+    if lines := "".join(f"{name}\n" for name in names if name not in known):
+        with open_to_append(folder.path / PUBLISHED_FILE) as file:
+            file.write(lines.encode("utf-8", "surrogateescape"))
+
+
+def read_published(folder: JobFolder) -> tuple[str, ...]:
+    """Names of the copies that were made on request; none where the file cannot be read."""
+    try:
+        with open_inside(folder.path / PUBLISHED_FILE) as file:
+            text = file.read(MAX_PUBLISHED_BYTES).decode("utf-8", "surrogateescape")
+    except (OSError, FileError):
+        return ()
+    return tuple(dict.fromkeys(line for line in text.split("\n") if line))
+
+
+def count_published_bytes(folder: JobFolder) -> int:
+    """Size of their record, which only grows."""
+    try:
+        return os.stat(folder.path / PUBLISHED_FILE).st_size  # noqa: PTH116 - called all the time
+    except OSError:
+        return 0
+
+
+def add_published(state: JobState, folder: JobFolder) -> JobState:
+    """The state with the copies that were made on request."""
+    names = dict.fromkeys((*state.published, *read_published(folder)))
+    return dataclasses.replace(state, published=tuple(names))
 
 
 def name_temporary(loras: Path, job_id: str) -> Path:

@@ -34,9 +34,17 @@ from .job import (
     make_id,
 )
 from .locks import POLL_INTERVAL, FileLock
+from .log_pieces import read_piece
 from .outcomes import advance
 from .pictures import JobImage, list_images, read_image
-from .publication import publish, remove_published, remove_unfinished, try_folder
+from .publication import (
+    publish,
+    read_published,
+    record_published,
+    remove_published,
+    remove_unfinished,
+    try_folder,
+)
 from .transitions import EVENTS, REQUESTS, STATUS_WORDS, Event, Request, find_next, find_stage
 
 JOBS = "jobs"
@@ -145,7 +153,7 @@ class JobStore:
     def read_log(
         self, job_id: str, offset: int | None = None, limit: int = LOG_TAIL_BYTES
     ) -> dict[str, Any]:
-        """A piece of the worker's log.
+        """A piece of the worker's log: whole lines if they are short, without absolute paths.
 
         Args:
             offset: first byte; None gives the last `limit` bytes.
@@ -158,16 +166,11 @@ class JobStore:
         with self.catalog.using(folder):
             try:
                 with open_inside(folder.log) as file:
-                    size = file.seek(0, os.SEEK_END)
-                    start = max(0, size - limit) if offset is None else min(max(0, offset), size)
-                    file.seek(start)
-                    data = file.read(limit)
+                    return read_piece(file, offset, limit)
             except MissingFileError:
                 if not folder.path.is_dir():
                     raise
                 return {"text": "", "offset": 0, "next_offset": 0, "size": 0}
-        text = data.decode("utf-8", "replace")
-        return {"text": text, "offset": start, "next_offset": start + len(data), "size": size}
 
     def read_metrics(self, job_id: str) -> Sequence[dict[str, Any]]:
         """One dictionary per step; see `lora_core.training.run.metrics.StepReport`."""
@@ -356,7 +359,9 @@ class JobStore:
                 f"job {job_id} has no adapter {show(adapter or '')}; it has {shown or 'none yet'}"
             )
         with self.catalog.using(folder):
-            return publish([files[name] for name in names], Path(job.settings.loras), job_id)
+            published = publish([files[name] for name in names], Path(job.settings.loras), job_id)
+            record_published(folder, published)
+            return published
 
     def delete(self, job_id: str, with_adapter: bool = False) -> None:
         """Deletes the job's folder; a running job has to be paused or cancelled before.
@@ -372,12 +377,14 @@ class JobStore:
         condemned = folder.path.with_name(f".{job_id}.{secrets.token_hex(4)}.deleted")
         settings: JobSettings | None = None
         state: JobState | None = None
+        published: tuple[str, ...] = ()
         with self.catalog.using(folder):
             if not self._acquire(folder):
                 raise JobStateError(f"job {job_id} is running; pause or cancel it first")
             try:
                 with suppress(FileError):  # damaged: all the more reason to delete it
                     settings, state = folder.read_settings(), folder.read_state()
+                    published = (*state.published, *read_published(folder))
                 try:
                     rename(folder.path, condemned)
                 except OSError as e:
@@ -388,7 +395,7 @@ class JobStore:
             if settings is not None and state is not None and settings.loras:
                 remove_unfinished(Path(settings.loras), job_id)
                 if with_adapter:
-                    remove_published(state.published, Path(settings.loras), job_id)
+                    remove_published(published, Path(settings.loras), job_id)
         finally:
             shutil.rmtree(condemned, ignore_errors=True)
             self.index.update([], [job_id])

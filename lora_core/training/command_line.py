@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import check_number
+from ..disk.output_files import check_outputs
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     command = commands.add_parser("sample", help="images with a LoRA, of cached prompts")
     command.add_argument("config", metavar="CONFIG.toml", help="as for train")
     command.add_argument("out", help="the folder to write to")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace files of the items' names in it"
+    )
     command.add_argument("--adapter", metavar="FILE", help="without one: the base model alone")
     command.add_argument("--strength", type=float, default=1.0)
     command.add_argument("--items", metavar="KEY,...", help="all items if absent")
@@ -61,6 +66,7 @@ def run_train(options: argparse.Namespace) -> None:
     from .run.session import choose_device, describe_session, open_session
     from .run.trainer import check_output
 
+    check_number(options, "log_every", 1, shown="--log-every")
     quiet_libraries()
     config = read_config(options.config)
     accelerator = find_accelerator(on_cpu=config.model.device == "cpu")
@@ -95,13 +101,19 @@ def run_sample(options: argparse.Namespace) -> None:
     from .sampling.images import write_image, write_latents
     from .sampling.sampling import applied, sample
 
-    if options.steps < 1:
-        raise ConfigError(f"--steps is {options.steps}; expected 1 or more")
+    check_number(options, "steps", 1, shown="--steps")
+    check_number(options, "strength", shown="--strength")
+    check_number(options, "guidance", shown="--guidance")
     quiet_libraries()
     config = read_config(options.config)
     device = choose_device(config.model)
     dataset = read_dataset(config.data.folder)
     indices = choose_items(dataset, options.items)
+    stems = [Path(options.out) / dataset.items[index].key for index in indices]
+    inputs = [path for path in (config.model.source, config.model.vae, options.adapter) if path]
+    suffixes = (".safetensors", ".png") if config.model.vae else (".safetensors",)
+    files = [stem.with_name(f"{stem.name}{suffix}") for stem in stems for suffix in suffixes]
+    check_outputs(files, inputs, options.overwrite)
     adapter = read_adapter(options.adapter) if options.adapter else None
     model = load_model(config.model, device)
     decode = load_decoder(config.model.vae, device) if config.model.vae else None
@@ -109,7 +121,7 @@ def run_sample(options: argparse.Namespace) -> None:
         print("Only latents are written: set model.vae to also get images")
     make_folder(Path(options.out), "samples")
     with applied(model.transformer, adapter, options.strength):
-        for index in indices:
+        for index, stem in zip(indices, stems, strict=True):
             latents = sample(
                 *(model, dataset, index),
                 num_steps=options.steps,
@@ -118,7 +130,6 @@ def run_sample(options: argparse.Namespace) -> None:
                 seed=options.seed,
                 device=device,
             )
-            stem = Path(options.out) / dataset.items[index].key
             print(f"Wrote {write_latents(latents, stem)}")
             if decode is not None:
                 print(f"Wrote {write_image(decode(latents)[0], stem)}")

@@ -36,6 +36,10 @@ class BodySizeError(LoraError):
     """The request body is larger than any valid one."""
 
 
+class UnreadBodyError(ConfigError):
+    """The request body cannot be read; what follows it on the connection neither."""
+
+
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
@@ -93,14 +97,24 @@ async def read_options(request: web.Request) -> dict[str, Any]:
         raise ConfigError("expected a JSON object with Content-Type: application/json")
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
-    body = bytearray()
+    body, is_whole = bytearray(), True
     try:
         async for chunk in request.content.iter_any():  # Content-Length may be missing
             body += chunk
             if len(body) > MAX_BODY_BYTES:
                 raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
-    except (OSError, web.RequestPayloadError):  # the client disconnected, or sent invalid chunks
-        raise ConfigError("the body ended early; send it again") from None
+    except (OSError, web.RequestPayloadError):
+        # The client disconnected, or sent invalid chunks, or no gzip where it said so. aiohttp
+        # would read on after the answer, and log the same error with a traceback.
+        request.content.feed_eof()
+        is_whole = False
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise UnreadBodyError(
+            f"the body has Content-Encoding {shorten(encoding)}; expected JSON without one"
+        )
+    if not is_whole:
+        raise UnreadBodyError("the body ended early; send it again")
     try:
         return parse_object(bytes(body), "the body")
     except FileError as e:
@@ -133,4 +147,7 @@ def refuse(error: LoraError) -> web.Response:
     message = shorten(" ".join(str(error).split()), MAX_MESSAGE)
     # ComfyUI lets a browser keep any answer for a name that ends in .png, a refusal too.
     headers = {"Cache-Control": "no-store"}
-    return web.json_response({"error": message}, status=status, headers=headers)
+    response = web.json_response({"error": message}, status=status, headers=headers)
+    if isinstance(error, UnreadBodyError):
+        response.force_close()
+    return response

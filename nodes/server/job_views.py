@@ -106,13 +106,18 @@ def clone(job_id: str, options: Options) -> dict[str, Any]:
     if not isinstance(changes, dict):
         raise ConfigError('changes is not a JSON object; expected e.g. {"steps": 500}')
     for name in changes:
-        # a whole table ("model") could contain a path too
-        if name in PATH_SETTINGS or any(place.startswith(f"{name}.") for place in PATH_SETTINGS):
+        # A whole table ("model") could contain a path too, and of "origin" every part is kept.
+        if any(is_within(name, place) or is_within(place, name) for place in PATH_SETTINGS):
             raise ConfigError(
                 f"{shorten(name)} cannot be changed here; queue a Train Qwen Edit LoRA"
             )
     store = job_host.get_jobs().store
     return store.get(store.clone(job_id, changes)).to_dict()
+
+
+def is_within(name: str, table: str) -> bool:
+    """Whether a dotted name is that of a table or of something in it."""
+    return f"{name}.".startswith(f"{table}.")
 
 
 def publish(job_id: str, options: Options) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     GET  /qwen_edit_lora/jobs                {"jobs": [...]}
     GET  /qwen_edit_lora/jobs/{id}           the job, with its curves, settings, adapters
-    GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536; without offset the end of it
+    GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536: lines; without offset the end
     GET  /qwen_edit_lora/jobs/{id}/pictures/{name}                     a PNG, by its listed name
     POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete | clone | publish
                                              with a JSON object, see job_views.ACTIONS; a job's

@@ -115,7 +115,7 @@ def test_merge_takes_a_strength_behind_each_file(run, folder, name):
     run("merge", "sum.safetensors", "a.safetensors:-0.5", name)
     expected = get_delta(name) - 0.5 * get_delta("a.safetensors")
     torch.testing.assert_close(get_delta("sum.safetensors"), expected, rtol=1e-4, atol=1e-7)
-    run("merge", "sum.safetensors", f"{name}:0.25", "--rank", "2")
+    run("merge", "sum.safetensors", f"{name}:0.25", "--rank", "2", "--overwrite")
     assert {w.rank for w in read_adapter("sum.safetensors").modules.values()} == {2}
 
 
@@ -312,3 +312,116 @@ def test_a_base_with_nan_gives_valid_json_and_is_reported(value, run, folder):
 def test_an_impossible_name_of_a_file_to_merge_is_a_one_line_error(name, capsys):
     assert main(["merge", "out.safetensors", name, f"{name}:0.5"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# what a command writes to
+
+
+@pytest.fixture
+def models(folder):
+    """base.safetensors and tuned.safetensors."""
+    for name, tensors in write_models(folder).items():
+        save_file(tensors, folder / f"{name}.safetensors")
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["resize", "a.safetensors", "b.safetensors", "--rank", "2"],
+        ["merge", "b.safetensors", "a.safetensors"],
+        ["merge", "b", "a.safetensors"],  # OUT forgotten
+        ["convert", "a.safetensors", "b"],
+        ["extract", "base.safetensors", "tuned.safetensors", "b", "--rank", "2"],
+    ],
+)
+def test_a_file_is_replaced_only_with_overwrite(folder, models, capsys, argv):
+    before = read_all(folder)
+    assert main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "b.safetensors already exists; " in line
+    assert "--overwrite" in line
+    assert read_all(folder) == before
+    assert main([*argv, "--overwrite"]) == 0
+    after = read_all(folder)
+    assert {path for path in after if after[path] != before[path]} == {
+        str(folder / "b.safetensors")
+    }
+
+
+@pytest.mark.parametrize("out", ["base.safetensors", "tuned.safetensors", "./tuned", "alias"])
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_extract_never_replaces_one_of_its_models(folder, models, capsys, out, more):
+    """A LoRA is another kind of file than the model it was taken from, which may exist once."""
+    (folder / "alias.safetensors").symlink_to(folder / "base.safetensors")
+    kept = read_all(folder)
+    argv = ["extract", "base.safetensors", "tuned.safetensors", out, "--rank", "2", *more]
+    assert main(argv) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert read_all(folder) == kept
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["resize", "a", "a", "--rank", "2"],
+        ["merge", "./a.safetensors", "b.safetensors", "a:0.5"],
+        ["convert", "a", "a.safetensors"],
+        ["convert", "saved", "saved", "--format", "peft"],
+        ["convert", "saved/adapter_model.safetensors", "saved", "--format", "peft"],
+        ["extract", "parts", "a", "parts/transformer/diffusion_model", "--rank", "2"],
+    ],
+)
+def test_no_command_replaces_what_it_reads(folder, run, capsys, argv):
+    run("convert", "a.safetensors", "saved", "--format", "peft")
+    (folder / "parts" / "transformer").mkdir(parents=True)
+    save_file({"x": torch.zeros(1)}, folder / "parts/transformer/diffusion_model.safetensors")
+    before = read_all(folder)
+    assert main([*argv, "--overwrite"]) == 2
+    assert "is what is read, or a file in a folder that is" in capsys.readouterr().err
+    assert read_all(folder) == before
+
+
+def test_a_peft_folder_is_replaced_only_with_overwrite(folder, run, capsys):
+    run("convert", "a.safetensors", "saved", "--format", "peft")
+    assert main(["convert", "b.safetensors", "saved", "--format", "peft"]) == 2
+    assert (
+        "adapter_model.safetensors; adapter_config.json already exists" in capsys.readouterr().err
+    )
+    assert torch.equal(get_delta("saved"), get_delta("a.safetensors"))
+    run("convert", "b.safetensors", "saved", "--format", "peft", "--overwrite")
+    assert torch.equal(get_delta("saved"), get_delta("b.safetensors"))
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "new/", "sub/.", ".safetensors", "sub/.sft"])
+def test_an_output_that_names_no_file_is_refused(folder, capsys, out):
+    """Not a file .safetensors or ..safetensors, which `ls` and ComfyUI hide."""
+    (folder / "sub").mkdir()
+    before = {path.name for path in folder.rglob("*")}
+    assert main(["convert", "a.safetensors", out]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"OUT is {out!r}, which names no file" in line
+    assert {path.name for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("command", ["inspect", "train", "estimate"])
+@pytest.mark.parametrize("given", ["", "."])
+def test_a_message_about_the_working_folder_names_it(folder, capsys, command, given):
+    assert main([command, given]) == 2
+    assert capsys.readouterr().err.startswith(f"{command}: '.' is a folder")
+    assert main(["inspect", "a.safetensors", "--base", given]) == 2
+    assert capsys.readouterr().err.startswith(f"inspect: {folder.name} ")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_convert_warns_of_nan_and_copies_it(folder, run, bad):
+    """Every other command refuses such a file; a converted one must not look like a sound one."""
+    weights = LoraWeights(torch.full((4, 32), bad), torch.randn(32, 4))
+    write_adapter(Adapter({PATHS[0]: weights}, name="nan"), folder / "nan.safetensors")
+    out = run("convert", "nan.safetensors", "out")
+    assert "Warning: nan.safetensors holds NaN or Inf in transformer_blocks.0.attn.to_q" in out
+    assert torch.equal(read_adapter("out").modules[PATHS[0]].lora_B, weights.lora_B)
+    assert "NaN" not in run("convert", "a.safetensors", "sound")

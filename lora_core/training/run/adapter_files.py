@@ -116,12 +116,18 @@ def write_adapters(
     return tuple(written)
 
 
+def list_step_adapters(folder: Path, name: str) -> list[tuple[int, Path]]:
+    """Adapters of earlier steps with the step in their names; none if there is no such folder."""
+    pattern = re.compile(rf"{re.escape(name)}_([0-9]{{8,}})(?:{EMA_SUFFIX})?\.safetensors")
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    matches = [(pattern.fullmatch(path.name), path) for path in paths]
+    return [(int(match[1]), path) for match, path in matches if match]
+
+
 def remove_older(folder: Path, name: str, keep: int) -> None:
-    pattern = re.compile(rf"{re.escape(name)}_(\d{{8,}})(?:{EMA_SUFFIX})?\.safetensors")
     by_step: dict[int, list[Path]] = {}
-    for path in folder.iterdir():
-        if match := pattern.fullmatch(path.name):
-            by_step.setdefault(int(match[1]), []).append(path)
+    for step, path in list_step_adapters(folder, name):
+        by_step.setdefault(step, []).append(path)
     for step in sorted(by_step)[:-keep]:
         for path in by_step[step]:
             with contextlib.suppress(OSError):  # a leftover is no reason to end a run

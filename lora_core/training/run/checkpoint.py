@@ -36,11 +36,11 @@ VERSION = 2
 STATE_FILE = "state.json"
 #: In a run's folder.
 CHECKPOINTS = "checkpoints"
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_([0-9]{8,})")
 #: What a killed process may leave behind: half-written files (`write_then_rename`, and the names
 #: under which safetensors itself writes), half-filled and half-deleted checkpoints, and the trial
 #: of a folder.
-_LEFTOVER = re.compile(r"\.(step_\d{8,}\.)?[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")
+_LEFTOVER = re.compile(r"\.(step_[0-9]{8,}\.)?[0-9a-f]{16}\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 DIGEST_BYTES = 16
 READ_BYTES = 2**22

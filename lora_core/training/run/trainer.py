@@ -60,7 +60,7 @@ def train(
 
     Raises:
         ConfigError: settings that do not fit each other or the run to be resumed, or a folder that
-            already holds a run.
+            already holds a run, or a LoRA or the base model under the run's name.
         FileError: the output folder cannot be written.
         NonFiniteLossError: while reports are taken; the step was not applied, or not saved.
         OutOfMemoryError: while reports are taken; with what would lower the memory.
@@ -84,10 +84,11 @@ def check_output(config: TrainConfig, resume: bool) -> None:
     """Checks the output folder as `train` does, before a model is loaded.
 
     Raises:
-        ConfigError: it already holds a run that is not to be resumed.
+        ConfigError: it already holds a run that is not to be resumed, or a file that the run would
+            replace.
         FileError: it cannot be written.
     """
     checkpoints = open_checkpoints(config)
-    check_is_free(checkpoints, resume)
+    check_is_free(config, resume)
     make_folder(Path(config.output))
     checkpoints.prepare()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 
 from ...adapter.adapter import Adapter
 from ...adapter.weights import LoraWeights
-from ...errors import ConfigError, TargetError
+from ...errors import ConfigError, ShapeError, TargetError
 from ...progress import ShouldStop, track
-from ...text import format_count
+from ...text import format_count, shorten
 from ..data.batches import make_generator
 from ..data.dataset import CachedDataset, collect_text
 from ..data.latents import count_target_tokens, normalize
@@ -75,33 +77,28 @@ def sample(
 def applied(
     transformer: torch.nn.Module, adapter: Adapter | None, strength: float = 1.0
 ) -> Iterator[None]:
-    """Inside the block, every Linear also gives strength * scale * lora_B(lora_A x).
+    """Inside the block, every Linear also gives strength times the adapter's part of it.
 
-    Without an adapter nothing changes.
+    That is scale * lora_B(lora_A x), and the change of the bias if there is one. Without an adapter
+    nothing changes.
 
     Raises:
-        ConfigError: weights that are no plain LoRA.
+        ConfigError: weights that are no plain LoRA, or an infinite strength.
         TargetError: the model has none of the adapter's modules, or not all of them.
+        ShapeError: a module of the model has another shape.
+        NonFiniteWeightsError: the adapter holds NaN or Inf.
     """
     if adapter is None:
         yield
         return
+    if not math.isfinite(strength):
+        raise ConfigError(f"the strength is {strength}; expected a finite number such as 1.0")
     modules = dict(transformer.named_modules())
-    unknown = [path for path in adapter.modules if path not in modules]
-    if unknown:
-        raise TargetError(
-            f"{adapter.name} has {format_count(len(unknown), 'module')} that the model does not "
-            f"have, such as {unknown[0]}; choose an adapter of this model"
-        )
+    check_fit(adapter, modules)
     handles = []
     try:
         for path, weights in adapter.modules.items():
-            if not isinstance(weights, LoraWeights):
-                raise ConfigError(
-                    f"{adapter.name} holds {weights.kind} weights at {path}; sampling here takes "
-                    "plain LoRAs only"
-                )
-            hook = build_hook(weights, strength)
+            hook = build_hook(cast(LoraWeights, weights), strength)  # see check_fit
             handles.append(modules[path].register_forward_hook(hook))
         yield
     finally:
@@ -109,8 +106,35 @@ def applied(
             handle.remove()
 
 
+def check_fit(adapter: Adapter, modules: Mapping[str, torch.nn.Module]) -> None:
+    """Raises what `applied` does if not everything in the adapter can be applied to the modules."""
+    name = shorten(adapter.name)
+    unknown = [path for path in adapter.modules if path not in modules]
+    if unknown:
+        raise TargetError(
+            f"{name} has {format_count(len(unknown), 'module')} that the model does not "
+            f"have, such as {unknown[0]}; choose an adapter of this model"
+        )
+    for path, weights in adapter.modules.items():
+        if not isinstance(weights, LoraWeights):
+            raise ConfigError(
+                f"{name} holds {weights.kind} weights at {path}; sampling here takes plain LoRAs "
+                "only"
+            )
+        # By attributes: quantised Linears do not derive from torch.nn.Linear.
+        shape = tuple(getattr(modules[path], side, 0) for side in ("out_features", "in_features"))
+        if shape != tuple(weights.shape):
+            made = " x ".join(map(str, weights.shape))
+            there = f"is {shape[0]} x {shape[1]}" if all(shape) else "is no Linear"
+            raise ShapeError(
+                f"{name} does not fit the model: {path} {there} there, and the adapter was made "
+                f"for {made}; choose an adapter trained for a model of this size"
+            )
+    adapter.check_finite()
+
+
 def build_hook(weights: LoraWeights, strength: float) -> Callable[..., torch.Tensor]:
-    cached: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+    cached: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
 
     def add(
         module: torch.nn.Module, inputs: tuple[torch.Tensor], out: torch.Tensor
@@ -118,9 +142,11 @@ def build_hook(weights: LoraWeights, strength: float) -> Callable[..., torch.Ten
         (x,) = inputs
         place = (x.device, out.dtype)
         if place not in cached:
-            cached[place] = (weights.lora_A.to(*place), weights.lora_B.to(*place))
-        lora_A, lora_B = cached[place]
+            parts = (weights.lora_A, weights.lora_B, weights.bias_delta)
+            cached[place] = [part.to(*place) for part in parts if part is not None]
+        lora_A, lora_B, *bias_delta = cached[place]
         hidden = torch.nn.functional.linear(x.to(out.dtype), lora_A)
-        return out + strength * weights.scale * torch.nn.functional.linear(hidden, lora_B)
+        out = out + strength * weights.scale * torch.nn.functional.linear(hidden, lora_B)
+        return out + strength * bias_delta[0] if bias_delta else out
 
     return add

@@ -124,6 +124,8 @@ def test_other_library_errors_are_not_out_of_memory(error, material):
 def test_other_errors_are_reported_in_one_sentence(material):
     config = make_train(material)
     assert explain_error(FileError("a\n b"), config) == JobFailure(sentence="a b")
+    error = OSError(2, "No such file or directory", "/houses/my user/x/a.png")
+    assert "directory: '…/a.png'" in explain_error(error, config).sentence
     failure = explain_error(ZeroDivisionError("division by zero"), config)
     assert failure.sentence == "training stopped with ZeroDivisionError: division by zero"
     assert failure.advice == ("read the end of the log",)

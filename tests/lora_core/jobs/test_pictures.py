@@ -14,6 +14,7 @@ from qwen_edit_lora.lora_core.jobs import picture_writer
 from qwen_edit_lora.lora_core.jobs.job import SampleSettings, UnknownImageError
 from qwen_edit_lora.lora_core.jobs.picture_writer import IN_TILES, ON_CPU, ImageWriter
 from qwen_edit_lora.lora_core.jobs.pictures import (
+    SIGNATURE,
     name_sample,
     name_source,
     name_target,
@@ -65,7 +66,7 @@ def test_images_are_listed_in_order_and_read_by_listed_names_only(store, materia
         *("source_b_0.png", "target_a.png", "step_00000002_b.safetensors", "notes.txt"),
     )
     for name in names:
-        (folder / name).write_bytes(name.encode())
+        (folder / name).write_bytes(SIGNATURE + name.encode())
     (tmp_path / "secret").write_bytes(b"secret")
     (folder / "target_c.png").symlink_to(tmp_path / "secret")
     listed = store.list_images(job_id)
@@ -76,7 +77,7 @@ def test_images_are_listed_in_order_and_read_by_listed_names_only(store, materia
     assert [(p.kind, p.step, p.index) for p in listed[1::2]] == [
         *(("source", None, 0), ("target", None, None), ("sample", 10, None)),
     ]
-    assert store.read_image(job_id, "source_b_1.png") == b"source_b_1.png"
+    assert store.read_image(job_id, "source_b_1.png") == SIGNATURE + b"source_b_1.png"
     for name in ("target_c.png", "notes.txt", "../state.json", "source_b_9.png", "/etc/passwd"):
         with pytest.raises(UnknownImageError, match="there is no image"):
             store.read_image(job_id, name)

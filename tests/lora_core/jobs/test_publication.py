@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from pathlib import Path
@@ -119,3 +120,57 @@ def test_a_partial_copy_of_a_killed_worker_is_removed_by_its_next_attempt_or_wit
     ours.write_bytes(b"half")
     store.delete(job_id)
     assert list_names(loras) == [others.name, *names]
+
+
+# on request
+
+
+@pytest.fixture
+def with_adapter(store, material, loras):
+    """The folder of a job that has an adapter."""
+    folder = store.catalog.find(store.submit(make_train(material), loras=str(loras)))
+    write(folder.path / "tiny.safetensors", 1)
+    folder.write_state(dataclasses.replace(folder.read_state(), adapters=("tiny.safetensors",)))
+    return folder
+
+
+def test_a_copy_made_on_request_is_shown_and_survives_what_the_worker_writes(
+    store, with_adapter, loras
+):
+    """A worker knows only its own copies, and writes the whole state."""
+    assert store.list()[0].state.published == ()
+    held = with_adapter.read_state()
+    names = store.publish(with_adapter.id)
+    assert store.publish(with_adapter.id) == names == ("tiny.safetensors",)
+    assert store.list()[0].state.published == names
+    with_adapter.write_state(dataclasses.replace(held, published=("of_the_worker.safetensors",)))
+    expected = ("of_the_worker.safetensors", "tiny.safetensors")
+    assert store.get(with_adapter.id).state.published == expected
+    assert [job.state.published for job in store.list()] == [expected]
+    store.delete(with_adapter.id, with_adapter=True)
+    assert list_names(loras) == []
+
+
+def test_a_copy_made_on_request_stays_without_the_users_act(store, with_adapter, loras):
+    store.publish(with_adapter.id)
+    store.delete(with_adapter.id)
+    assert list_names(loras) == ["tiny.safetensors"]
+
+
+def test_no_record_of_copies_leads_out_of_the_loras_folder(store, with_adapter, loras, tmp_path):
+    names = ["../secret.safetensors", str(tmp_path / "a.safetensors"), "\udcff", "a\0b", ""]
+    text = "\n".join(names).encode("utf-8", "surrogateescape")
+    (with_adapter.path / publication.PUBLISHED_FILE).write_bytes(text)
+    write(tmp_path / "secret.safetensors", 1)
+    assert json.dumps(store.get(with_adapter.id).to_dict()["published"])
+    store.delete(with_adapter.id, with_adapter=True)
+    assert (tmp_path / "secret.safetensors").exists()
+
+
+def test_a_link_in_the_place_of_the_record_is_not_followed(store, with_adapter, loras, tmp_path):
+    (tmp_path / "outside").write_text("other.safetensors\n")
+    (with_adapter.path / publication.PUBLISHED_FILE).symlink_to(tmp_path / "outside")
+    assert store.get(with_adapter.id).state.published == ()
+    store.publish(with_adapter.id)
+    assert (tmp_path / "outside").read_text() == "other.safetensors\n"
+    assert store.get(with_adapter.id).state.published == ("tiny.safetensors",)

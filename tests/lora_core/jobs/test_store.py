@@ -62,7 +62,19 @@ def test_jobs_are_listed_in_the_order_they_came_from_several_threads(store, mate
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "..", "../jobs", "a/b", "20260131-120000-0123ABCD", "x" * 300, None, "\0", "jobs"]
+    "bad",
+    [
+        "",
+        "..",
+        "../jobs",
+        "a/b",
+        "20260131-120000-0123ABCD",
+        "٢٠260131-120000-0123abcd",
+        "x" * 300,
+        None,
+        "\0",
+        "jobs",
+    ],
 )
 def test_an_invalid_id_never_becomes_a_path(bad, store):
     for method in (store.get, store.pause, store.delete, store.read_log, store.clone):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from demo_base import dit
-from qwen_edit_lora.lora_core import read_adapter
+from qwen_edit_lora.lora_core import Adapter, LoraWeights, read_adapter, write_adapter
 from qwen_edit_lora.lora_core.__main__ import main
 from qwen_edit_lora.lora_core.training.run.metrics import read_metrics
 from safetensors.torch import load_file
@@ -212,3 +212,71 @@ def test_a_broken_training_set_is_a_one_line_error(write_config, tmp_path, capsy
     out, err = capsys.readouterr()
     assert out.count("\n") <= 1  # the other item may have come first
     assert "train: a.safetensors " in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("every", ["0", "-1"])
+def test_log_every_below_1_is_refused_before_the_first_step(write_config, tmp_path, capsys, every):
+    """0 would divide by zero at the second step, in the middle of the run."""
+    assert main(["train", write_config(), "--log-every", every]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--log-every is {every}; expected 1 or more" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--guidance", "nan"),
+        ("--guidance", "inf"),
+        ("--strength", "nan"),
+        ("--strength", "inf"),
+        ("--strength", "-inf"),
+        ("--steps", "0"),
+        ("--steps", "-3"),
+    ],
+)
+def test_an_option_of_sample_outside_its_range_is_refused_in_one_line(
+    write_config, tmp_path, capsys, option, value
+):
+    out = tmp_path / "out"
+    assert main(["sample", write_config(), str(out), f"{option}={value}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{option} is {value}; expected " in line
+    assert not out.exists()
+
+
+def test_sample_with_a_lora_of_another_width_is_refused_in_one_line(write_config, tmp_path, capsys):
+    weights = LoraWeights(torch.randn(4, 32), torch.randn(32, 4))
+    adapter = Adapter({"transformer_blocks.0.attn.to_q": weights}, name="wide")
+    write_adapter(adapter, tmp_path / "wide.safetensors")
+    more = ["--adapter", str(tmp_path / "wide.safetensors")]
+    assert main(["sample", write_config(), str(tmp_path / "out"), *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "wide.safetensors does not fit the model: transformer_blocks.0.attn.to_q is " in line
+
+
+def test_sample_replaces_files_only_with_overwrite(write_config, tmp_path, capsys):
+    """An item's key is its target's name: in the folder of the pairs, the target has it too."""
+    folder = tmp_path / "target"
+    folder.mkdir()
+    for name in ("a.png", "a.safetensors"):
+        (folder / name).write_bytes(b"a photograph")
+    command = ["sample", write_config(), str(folder), "--steps", "1"]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a.safetensors already exists; " in line
+    assert [path.read_bytes() for path in sorted(folder.iterdir())] == [b"a photograph"] * 2
+    assert main([*command, "--overwrite"]) == 0
+    assert (folder / "a.png").read_bytes() == b"a photograph"  # there is no VAE
+    assert load_file(folder / "a.safetensors")["samples"].shape == (1, 16, 1, 8, 8)
+
+
+def test_sample_never_replaces_the_adapter_it_applies(write_config, tmp_path, capsys):
+    config = write_config()
+    assert main(["train", config]) == 0
+    adapter = (tmp_path / "run" / "demo.safetensors").rename(tmp_path / "run" / "a.safetensors")
+    kept = adapter.read_bytes()
+    command = ["sample", config, str(tmp_path / "run"), "--adapter", str(adapter), "--steps", "1"]
+    assert main([*command, "--overwrite"]) == 2
+    assert "a.safetensors is what is read" in capsys.readouterr().err
+    assert adapter.read_bytes() == kept

@@ -211,9 +211,10 @@ def test_a_job_trains_while_prompts_run_and_its_adapter_is_listed_without_a_rest
     path, log = f"{JOBS}/{job_id}/log", comfy.store.read_log(job_id)
     assert comfy.get(path) == log
     assert log["text"].splitlines()[0].endswith(f"takes job {job_id} on cpu")
+    line = log["text"].splitlines(keepends=True)[0]
     first = comfy.get(path, offset="0", limit="10")
-    assert (first["text"], first["next_offset"]) == (log["text"][:10], 10)
-    assert comfy.get(path, offset="10")["text"] == log["text"][10:]
+    assert (first["text"], first["next_offset"]) == (line, len(line))
+    assert comfy.get(path, offset=str(len(line)))["text"] == log["text"][len(line) :]
     assert comfy.get(path, limit="10")["text"] == log["text"][-10:]
     code, sentence = comfy.refuse(lambda: comfy.get(path, offset="-1"))
     assert (code, sentence) == (400, "offset is '-1'; expected a whole number from 0")
