@@ -1,5 +1,6 @@
 // Questions about sets of pairs.
 
+import { ask } from "../dialog.js";
 import { build } from "../elements.js";
 
 /** The text that a user enters, or null if they cancel. */
@@ -8,42 +9,15 @@ export async function askForText(parent, title, label, t, isLong) {
     ? build("textarea", { class: "qel-input qel-caption", rows: "4" })
     : build("input", { class: "qel-input", spellcheck: "false" });
   const content = build("label", { class: "qel-question" }, label, field);
-  const isSure = await ask(parent, title, content, t("pairs.apply"), t, field);
-  return (isSure && field.value.trim()) || null;
+  const buttons = { keep: t("dialog.keep"), confirm: t("pairs.apply"), focus: field };
+  return (await ask(parent, title, content, buttons, () => field.value.trim())) || null;
 }
 
 /** Whether the user agrees to removing the encoded pairs that no training uses. */
 export function askToClean(parent, text, t) {
   const content = build("p", {}, text);
-  return ask(parent, t("pairs.clean_title"), content, t("pairs.clean_confirm"), t);
-}
-
-function ask(parent, title, content, confirm, t, field) {
-  return new Promise((resolve) => {
-    const dialog = build("dialog", { class: "qel-dialog", "aria-label": title });
-    const no = build(
-      "button",
-      { type: "button", class: "qel-button", onclick: () => dialog.close() },
-      t("dialog.keep"),
-    );
-    const yes = build(
-      "button",
-      { type: "submit", value: "yes", class: "qel-button qel-button-primary" },
-      confirm,
-    );
-    const buttons = build("div", { class: "qel-bar qel-end" }, no, yes);
-    dialog.append(build("form", { method: "dialog" }, build("h3", {}, title), content, buttons));
-    const opener = document.activeElement;
-    dialog.addEventListener("keydown", (event) => event.stopPropagation());
-    dialog.addEventListener("close", () => {
-      dialog.remove();
-      opener?.focus?.();
-      resolve(dialog.returnValue === "yes");
-    });
-    parent.append(dialog);
-    dialog.showModal();
-    (field ?? no).focus();
-  });
+  const buttons = { keep: t("dialog.keep"), confirm: t("pairs.clean_confirm"), danger: true };
+  return ask(parent, t("pairs.clean_title"), content, buttons);
 }
 
 /**

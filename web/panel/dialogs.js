@@ -1,5 +1,6 @@
 // Dialogs before deleting a job, and before cloning it with other settings.
 
+import { ask } from "../dialog.js";
 import { build } from "../elements.js";
 
 // Settings that a clone usually changes; everything else is copied.
@@ -11,8 +12,6 @@ const CLONE_FIELDS = [
   ["data.batch_size", "number"],
   ["seed", "number"],
 ];
-
-const USABLE_BUTTON = "button:not(:disabled):not([hidden])";
 
 // {with_adapter: boolean}, or null if cancelled.
 export function askToDelete(parent, job, t) {
@@ -61,45 +60,4 @@ export function askToClone(parent, job, t) {
         ])
     )
   );
-}
-
-// Each button says what it does; `danger`: what it does cannot be taken back.
-function ask(parent, title, content, { keep, confirm, danger = false }, read) {
-  return new Promise((resolve) => {
-    const opener = document.activeElement;
-    const dialog = build("dialog", { class: "qel-dialog", "aria-label": title });
-    const keepButton = build(
-      "button",
-      { class: "qel-button", type: "button", onclick: () => dialog.close() },
-      keep
-    );
-    const kind = danger ? "qel-button-danger" : "qel-button-primary";
-    const form = build(
-      "form",
-      { method: "dialog" },
-      build("h3", {}, title),
-      content,
-      build(
-        "div",
-        { class: "qel-bar qel-end" },
-        keepButton,
-        build("button", { class: `qel-button ${kind}`, type: "submit", value: "yes" }, confirm)
-      )
-    );
-    dialog.append(form);
-    dialog.addEventListener("keydown", (event) => event.stopPropagation()); // keeps keys from the graph
-    dialog.addEventListener("close", () => {
-      const answer = dialog.returnValue === "yes" ? read() : null;
-      dialog.remove();
-      resolve(answer);
-      // Later: the button that opened the dialog is disabled until its action has ended.
-      setTimeout(() => {
-        const isUsable = opener?.isConnected && !opener.disabled;
-        (isUsable ? opener : parent.querySelector(USABLE_BUTTON))?.focus();
-      }, 0);
-    });
-    parent.append(dialog);
-    dialog.showModal();
-    if (danger) keepButton.focus(); // not the tick that also deletes files
-  });
 }
