@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -42,8 +43,10 @@ def popen(monkeypatch):
 
 
 def pretend_windows(monkeypatch):
+    flags, executable = SimpleNamespace(no_user_site=1), sys.executable
+    windows = SimpleNamespace(platform="win32", flags=flags, executable=executable)
     for module in (launch, subprocesses):
-        monkeypatch.setattr(module, "os", SimpleNamespace(name="nt", environ={}))
+        monkeypatch.setattr(module, "sys", windows)
     monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
     monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
 
@@ -56,7 +59,6 @@ def test_no_process_opens_a_window_or_sees_the_users_own_packages(
     popen, material, tmp_path, monkeypatch
 ):
     pretend_windows(monkeypatch)
-    monkeypatch.setattr(subprocesses.sys, "flags", SimpleNamespace(no_user_site=1))
     with pytest.raises(Started):
         launch.start_worker(tmp_path, JobFolder(tmp_path), [GPU])
     assert popen["creationflags"] == 0x08000200

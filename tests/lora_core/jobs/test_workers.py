@@ -209,7 +209,7 @@ def test_a_dead_worker_is_noticed_and_restarted_a_limited_number_of_times(
             assert "terminated by SIGKILL" in state.notes[-1]
     assert state.status is JobStatus.FAILED
     assert state.failure.exit_code == -signal.SIGKILL
-    assert "ended 2 times in a row by SIGKILL" in state.failure.sentence
+    assert "terminated 2 times in a row by SIGKILL" in state.failure.sentence
     assert "takes job" in state.failure.log_tail
     assert any("resume the job" in sentence for sentence in state.failure.advice)
     supervisor.tick()
