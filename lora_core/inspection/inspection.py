@@ -13,7 +13,7 @@ from ..adapter.adapter import Adapter, is_computable
 from ..adapter.weights import DoraWeights, LokrWeights, LoraWeights, ModuleWeights, OftWeights
 from ..algebra.factors import compute_effective_rank, get_factors
 from ..base_model.base_weights import BaseWeight, BaseWeights, open_base
-from ..disk.safetensors_file import AnyTensor
+from ..disk.safetensors_file import AnyTensor, load
 from ..disk.typed_json import Whole
 from ..errors import NonFiniteWeightsError
 from ..findings import Finding
@@ -216,6 +216,8 @@ def inspect_adapter(
         not_inspected = explain_not_inspectable(weights, weights_of_base, weight)
         if not_inspected is not None:
             return not_inspected
+        # Once for the check and the statistics; mapped, not copied.
+        weights = weights.with_parts({part: load(t) for part, t in weights.parts.items()})
         if not is_computable(weights):
             return None
         try:
