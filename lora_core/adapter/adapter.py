@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
@@ -124,11 +125,12 @@ def is_computable(weights: ModuleWeights) -> bool:
 
 def has_finite_delta(weights: ModuleWeights, exponents: Mapping[str, int | None]) -> bool:
     """By an upper bound: |scale| times the largest entry of every factor times every rank."""
-    values = [e for e in exponents.values() if e is not None]
-    if len(values) < len(exponents) or max(values, default=0) > _MAX_EXPONENT:
+    if None in exponents.values():
         return False
-    own = ("bias_delta", "magnitude")
-    factors = [e for part, e in exponents.items() if e is not None and part not in own]
+    finite = cast("Mapping[str, int]", exponents)
+    if max(finite.values(), default=0) > _MAX_EXPONENT:
+        return False
+    factors = [e for part, e in finite.items() if part not in ("bias_delta", "magnitude")]
     scale = weights.scale
     if not scale or _ZERO_EXPONENT in factors:
         return True

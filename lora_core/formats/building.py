@@ -30,6 +30,9 @@ Parts = Mapping[str, AnyTensor]
 """A module's tensors by part, of those its kind has a use for."""
 
 
+NO_PARTS: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a kind of weights is made of."""
@@ -45,11 +48,17 @@ class Kind:
         """The parts by which the kind is recognised."""
         return frozenset().union(*(parts for entry in self.needs for parts in entry))
 
+    @cached_property
+    def has_alternatives(self) -> bool:
+        return any(len(entry) > 1 for entry in self.needs)
+
     def is_complete(self, present: frozenset[str]) -> bool:
         return all(any(parts <= present for parts in entry) for entry in self.needs)
 
     def list_surplus(self, present: frozenset[str]) -> frozenset[str]:
         """Parts of a complete module that are not used, since an earlier alternative is there."""
+        if not self.has_alternatives:
+            return NO_PARTS
         used = (next(parts for parts in entry if parts <= present) for entry in self.needs)
         return (self.parts & present) - self.optional.union(*used)
 

@@ -100,6 +100,8 @@ def find_other_spellings(ordered: list[ParsedKey]) -> set[str]:
     Both factors of a module are of one spelling, as in ComfyUI: of a lora_A next to a whole pair of
     lora_down and lora_up, the pair is the module. Of two pairs it is the first in `ordered`.
     """
+    if len({key.spelling for key in ordered if key.spelling}) < 2:  # as in nearly every file
+        return set()
     spelled: dict[tuple, dict[str, list[ParsedKey]]] = defaultdict(lambda: defaultdict(list))
     for key in ordered:
         if key.spelling:
