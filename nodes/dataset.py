@@ -332,8 +332,8 @@ def encode(
     lines = [
         f"{done}: {cached.folder.name}",
         f"the cache holds {format_count(num_items, 'pair')} of all sets, "
-        f"{format_bytes(size_bytes)}, in {show_store(store)} of the user folder; "
-        "deleted automatically: remove unused training sets by hand",
+        f"{format_bytes(size_bytes)}, in {show_store(store)} of the user folder; nothing is "
+        "deleted automatically: Clean in LoRA training > Image pairs removes what no training uses",
     ]
     findings = []
     if problem := encoder.keep_vae(store, str(settings["vae"])):

@@ -153,3 +153,40 @@ def test_a_set_is_chosen_on_the_node_and_any_text_stays_as_it_was_saved(workspac
     assert get_card(page, "photo_1").count() == 1
     assert page.evaluate("window.hacked") is None
     assert workspace.errors == []
+
+
+def test_no_caption_and_no_removed_pair_is_lost(workspace, input_folder):
+    """Closed while typing, changed elsewhere, two pairs removed in a row."""
+    page = workspace.page
+    folder = write_pairs(input_folder / "kept", 3)
+    open_set(page, "input/kept")
+    caption = folder / "target" / "photo_0.txt"
+    get_card(page, "photo_0").get_by_role("textbox").fill("typed, not left")
+    page.reload()  # as a closed tab
+    page.wait_for_function("window.app?.graph && window.app?.extensionManager")
+    page.wait_for_timeout(1000)
+    assert caption.read_text() == "typed, not left"
+
+    page.keyboard.press("Escape")
+    open_set(page, "input/kept")
+    field = get_card(page, "photo_0").get_by_role("textbox")
+    field.fill("mine")
+    caption.write_text("theirs")
+    page.get_by_role("heading", name="input/kept").click()
+    get_card(page, "photo_0").get_by_text("changed elsewhere, to “theirs”").wait_for()
+    assert (field.input_value(), caption.read_text()) == ("mine", "theirs")
+    field.focus()
+    page.get_by_role("heading", name="input/kept").click()
+    get_card(page, "photo_0").get_by_text("saved", exact=True).wait_for()
+    assert caption.read_text() == "mine"
+
+    for name in ("photo_1", "photo_2"):
+        get_card(page, name).get_by_role("button", name="Remove this pair").click()
+        page.get_by_text(f"{name} was removed").wait_for()
+    for name in ("photo_2", "photo_1"):
+        page.get_by_role("button", name="Undo").click()
+        get_card(page, name).wait_for()
+    assert {path.name for path in (folder / "target").glob("*.png")} == {
+        f"photo_{i}.png" for i in range(3)
+    }
+    assert workspace.errors == []

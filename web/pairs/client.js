@@ -64,7 +64,9 @@ export class PairClient {
   }
 
   post(path, body) {
-    const options = { method: "POST", headers: JSON_HEADERS, body: JSON.stringify(body) };
+    // keepalive: a caption that is saved as the page closes still arrives.
+    const options = { method: "POST", headers: JSON_HEADERS, keepalive: true };
+    options.body = JSON.stringify(body);
     return this.ask(path, options);
   }
 
@@ -76,7 +78,10 @@ export class PairClient {
       throw new Error("ComfyUI does not answer; is it still running?");
     }
     const answer = await response.json().catch(() => null);
-    if (!response.ok) throw new Error(answer?.error ?? `ComfyUI answers ${response.status}`);
+    if (!response.ok) {
+      const error = new Error(answer?.error ?? `ComfyUI answers ${response.status}`);
+      throw Object.assign(error, { status: response.status });
+    }
     return answer;
   }
 }

@@ -131,7 +131,10 @@ export class DropZone {
   async confirm() {
     const { draft } = this;
     const name = this.name?.value.trim() ?? "";
-    if (this.name && !name) return this.name.focus();
+    if (this.name && !name) {
+      setText(this.summary, this.t("pairs.name_missing"));
+      return this.name.focus();
+    }
     this.yes.disabled = this.clear.disabled = true;
     let refused;
     try {

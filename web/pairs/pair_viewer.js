@@ -41,9 +41,12 @@ export class PairViewer {
     this.title.textContent = pair.name;
     this.caption.textContent = pair.caption;
     const images = [pair.target, ...pair.references];
+    // A focused button that is replaced would leave the focus, and Escape, to the page behind.
+    const hadFocus = this.figures.contains(document.activeElement);
     this.figures.replaceChildren(
       ...images.map((image, slot) => image && this.buildFigure(pair, image, slot)).filter(Boolean),
     );
+    if (hadFocus) this.figures.querySelector("button")?.focus();
   }
 
   buildFigure(pair, image, slot) {

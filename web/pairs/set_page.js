@@ -17,6 +17,8 @@ export class SetPage {
     Object.assign(this, { app, api, client, t, id });
     this.pairs = [];
     this.isGone = false;
+    /** {token, name} of the pairs removed on this page, the last one last. */
+    this.removed = [];
     this.filter = "all";
     /** Pair id -> {draft, saved, failure}. */
     this.edits = new Map();
@@ -84,6 +86,8 @@ export class SetPage {
       this.undoBar,
       this.viewer.element,
     );
+    this.onhide = () => this.saveDrafts();
+    window.addEventListener("pagehide", this.onhide);
     this.load();
   }
 
@@ -92,12 +96,17 @@ export class SetPage {
     return build("button", properties, this.t(key));
   }
 
-  destroy() {
-    // A caption that is being typed is saved, as when it is left.
+  // A caption that is being typed is saved, as when it is left.
+  saveDrafts() {
     for (const [id, { draft }] of this.edits) {
       const pair = this.pairs.find((one) => one.id === id);
       if (pair && draft !== undefined) this.save(pair, draft);
     }
+  }
+
+  destroy() {
+    window.removeEventListener("pagehide", this.onhide);
+    this.saveDrafts();
     this.isGone = true;
     clearTimeout(this.undoTimer);
     this.findings.stop();
@@ -196,6 +205,11 @@ export class SetPage {
       after = { saved: "saved" };
     } catch (error) {
       after.failure = error.message;
+      const other = error.status === 409 && (await this.findOnDisk(id));
+      if (other) {
+        saved = other; // what the next save replaces, if the user keeps their text
+        after.failure = this.t("pairs.conflict", { caption: other.caption });
+      }
     }
     // Whatever was typed meanwhile is saved when that is left.
     const { draft } = this.edits.get(id) ?? {};
@@ -204,6 +218,11 @@ export class SetPage {
     if (this.isGone) return;
     this.draw();
     this.findings.again(saved);
+  }
+
+  async findOnDisk(id) {
+    const set = await this.client.show(this.id).catch(() => null);
+    return set?.pairs.find((pair) => pair.id === id);
   }
 
   next(pair) {
@@ -277,7 +296,7 @@ export class SetPage {
     const index = this.pairs.findIndex(({ id }) => id === pair.id);
     try {
       const { removed } = await this.client.remove(this.id, pair.id);
-      this.removed = { token: removed, name: pair.name };
+      this.removed.push({ token: removed, name: pair.name });
       this.edits.delete(pair.id);
       this.pairs = this.pairs.filter((_, i) => i !== index);
       this.draw();
@@ -288,7 +307,7 @@ export class SetPage {
   }
 
   showUndo() {
-    setText(this.undoText, this.t("pairs.removed", { name: this.removed.name }));
+    setText(this.undoText, this.t("pairs.removed", { name: this.removed.at(-1).name }));
     setHidden(this.undoBar, false);
     this.undoButton.focus();
     clearTimeout(this.undoTimer);
@@ -298,12 +317,16 @@ export class SetPage {
   async undo() {
     clearTimeout(this.undoTimer);
     setHidden(this.undoBar, true);
+    let problem = "";
     try {
-      await this.client.restore(this.id, this.removed.token);
+      await this.client.restore(this.id, this.removed.pop().token);
     } catch (error) {
-      this.report(error.message);
+      problem = error.message;
     }
     await this.load();
+    this.report(problem);
+    if (this.removed.length) this.showUndo(); // of the one removed before
+    else this.grid.element.querySelector("textarea")?.focus();
   }
 
   async openTraining() {

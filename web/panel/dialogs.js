@@ -36,15 +36,18 @@ export function askToCancel(parent, job, t) {
 }
 
 // {"optimizer.learning_rate": 1e-4, …}: the changes, possibly none; null if cancelled.
-export function askToClone(parent, job, t) {
+// entered, problem: asked again with these changes, since they were refused.
+export function askToClone(parent, job, t, entered = {}, problem = "") {
   const inputs = CLONE_FIELDS.map(([name, type]) => {
     const value = String(job.settings[name] ?? "");
     const step = type === "number" ? "any" : undefined;
-    const input = build("input", { type, name, value, class: "qel-input", required: true, step });
+    const shown = { type, name, value: String(entered[name] ?? value), step };
+    const input = build("input", { ...shown, class: "qel-input", required: true });
     return { name, type, value, input };
   });
   const content = [
     build("p", { class: "qel-note" }, t("clone.text")),
+    problem && build("p", { class: "qel-problem", role: "alert" }, problem),
     ...inputs.map(({ name, input }) =>
       build("label", { class: "qel-field" }, build("span", {}, t(`setting.${name}`)), input)
     ),

@@ -72,9 +72,16 @@ export class JobActions {
 
   async clone(job) {
     const detail = await this.jobs.show(job.id);
-    const changes = await askToClone(this.element, detail, this.t);
-    if (!changes) return;
-    const made = await this.jobs.act(job.id, "clone", { changes });
+    let [changes, problem, made] = [{}, "", null];
+    while (!made) {
+      changes = await askToClone(this.element, detail, this.t, changes, problem);
+      if (!changes) return;
+      try {
+        made = await this.jobs.act(job.id, "clone", { changes });
+      } catch (error) {
+        problem = error.message; // asked again, with what was entered
+      }
+    }
     this.open(made.id);
   }
 

@@ -244,6 +244,8 @@ export const EN = {
   "pairs.loading": "Reading the folders …",
   "pairs.none":
     "No set yet. Drop images below: targets on one side, the images before the edit on the other.",
+  "pairs.conflict": "It was changed elsewhere, to “{caption}”. Save again to replace that by yours.",
+  "pairs.name_missing": "Give the set a name first.",
   "pairs.count": "{n} pairs",
   "pairs.uncaptioned": "{n} without a caption",
   "pairs.incomplete": "{n} incomplete",

@@ -242,6 +242,8 @@ export const ZH = {
   "pairs.refresh": "检查更改",
   "pairs.loading": "正在读取文件夹……",
   "pairs.none": "还没有集合。把图像拖到下面：一侧放目标图像，另一侧放编辑前的图像。",
+  "pairs.conflict": "它已在别处改为“{caption}”。再次保存将用您的文本替换它。",
+  "pairs.name_missing": "请先为这个集合命名。",
   "pairs.count": "{n} 对",
   "pairs.uncaptioned": "{n} 对没有说明",
   "pairs.incomplete": "{n} 对不完整",
