@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from demo_base.prompts import node
+from demo_base.prompts import load_tiny_base, node
 from demo_base.server import PromptError
 from qwen_edit_lora.lora_core import read_adapter
 from safetensors.torch import load_file, save_file
@@ -22,14 +22,7 @@ LORA = "strong.safetensors"
 def build_graph(model: list, **more: Any) -> dict[str, Any]:
     """A small image from `model`: 64 x 64, two steps, no reference."""
     return {
-        "unet": node("UNETLoader", unet_name="tiny_fp32_2509.safetensors", weight_dtype="default"),
-        "clip": node(
-            "CLIPLoader",
-            clip_name="qwen_2.5_vl_7b_fp8_scaled.safetensors",
-            type="qwen_image",
-            device="default",
-        ),
-        "vae": node("VAELoader", vae_name="qwen_image_vae.safetensors"),
+        **load_tiny_base(),
         "prompt": node("TextEncodeQwenImageEditPlus", clip=["clip", 0], prompt="red"),
         "latent": node("EmptyLatentImage", width=64, height=64, batch_size=1),
         "sampler": node(

@@ -1,4 +1,4 @@
-"""ComfyUI's folders with a set of image pairs, for the tests of their routes."""
+"""A job, and ComfyUI's folders with a set of image pairs, for the tests of their routes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_base.dit import write_dit
 from demo_base.pair_folders import write_pairs
 
 
@@ -29,3 +30,25 @@ def roots(comfyui: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
 @pytest.fixture
 def folder(roots: dict[str, Path]) -> Path:
     return write_pairs(roots["input"] / "animals", 3)
+
+
+@pytest.fixture
+def job_id(routes: Any, tmp_path: Path) -> Any:
+    """A paused job; deleted after the test."""
+    from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
+
+    for name in ("data", "loras"):
+        (tmp_path / name).mkdir()
+    write_dit(tmp_path / "base.safetensors", "2509", "fp32")
+    train = {
+        "name": "tiny",
+        "output": "unused",
+        "steps": 6,
+        "model": {"source": str(tmp_path / "base.safetensors"), "device": "cpu"},
+        "data": {"folder": str(tmp_path / "data")},
+    }
+    job_id = routes.store.submit(config_from_dict(train), loras=str(tmp_path / "loras"))
+    routes.store.pause(job_id)
+    yield job_id
+    for job in routes.store.list():
+        routes.store.delete(job.id)

@@ -7,33 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_base.dit import write_dit
 
 pytestmark = pytest.mark.comfy
 
 JOBS = "/qwen_edit_lora/jobs"
-
-
-@pytest.fixture
-def job_id(routes: Any, tmp_path: Path) -> Any:
-    """A paused job; deleted after the test."""
-    from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
-
-    for name in ("data", "loras"):
-        (tmp_path / name).mkdir()
-    write_dit(tmp_path / "base.safetensors", "2509", "fp32")
-    train = {
-        "name": "tiny",
-        "output": "unused",
-        "steps": 6,
-        "model": {"source": str(tmp_path / "base.safetensors"), "device": "cpu"},
-        "data": {"folder": str(tmp_path / "data")},
-    }
-    job_id = routes.store.submit(config_from_dict(train), loras=str(tmp_path / "loras"))
-    routes.store.pause(job_id)
-    yield job_id
-    for job in routes.store.list():
-        routes.store.delete(job.id)
 
 
 @pytest.fixture

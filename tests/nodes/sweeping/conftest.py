@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from demo_base.prompts import node
+from demo_base.prompts import load_tiny_base, node
 
 LORA = "sweep_a.safetensors"
 RUN = ("sweep_run/step-9.safetensors", "sweep_run/step-10.safetensors")
@@ -33,14 +33,7 @@ def loras(demo_models: Any) -> Iterator[None]:
 
 def base_graph(size: int = 64) -> dict[str, Any]:
     return {
-        "unet": node("UNETLoader", unet_name="tiny_fp32_2509.safetensors", weight_dtype="default"),
-        "clip": node(
-            "CLIPLoader",
-            clip_name="qwen_2.5_vl_7b_fp8_scaled.safetensors",
-            type="qwen_image",
-            device="default",
-        ),
-        "vae": node("VAELoader", vae_name="qwen_image_vae.safetensors"),
+        **load_tiny_base(),
         "prompt": node("TextEncodeQwenImageEditPlus", clip=["clip", 0], prompt="red"),
         "latent": node("EmptyLatentImage", width=size, height=size, batch_size=1),
         "load": node("QwenEditLoraLoad", lora_name=LORA),

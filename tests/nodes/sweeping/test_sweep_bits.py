@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from demo_base.prompts import node
+from demo_base.prompts import load_tiny_base, node
 
 pytestmark = pytest.mark.comfy
 
@@ -36,14 +36,7 @@ def base_graph(strength: float | None = None) -> dict[str, Any]:
     """What sweeps and hand-wired graphs have in common; with a strength also Apply."""
     apply = node("QwenEditLoraApply", model=["unet", 0], adapter=["load", 0], strength=strength)
     return {
-        "unet": node("UNETLoader", unet_name="tiny_fp32_2509.safetensors", weight_dtype="default"),
-        "clip": node(
-            "CLIPLoader",
-            clip_name="qwen_2.5_vl_7b_fp8_scaled.safetensors",
-            type="qwen_image",
-            device="default",
-        ),
-        "vae": node("VAELoader", vae_name="qwen_image_vae.safetensors"),
+        **load_tiny_base(),
         "prompt": node("CLIPTextEncode", clip=["clip", 0], text="red"),
         "other": node("CLIPTextEncode", clip=["clip", 0], text="blue"),
         "latent": node("EmptyLatentImage", width=64, height=48, batch_size=1),

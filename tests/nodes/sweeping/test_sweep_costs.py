@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from demo_base.prompts import node
+from demo_base.prompts import load_tiny_base, node
 
 pytestmark = pytest.mark.comfy
 
@@ -59,14 +59,7 @@ def count(monkeypatch: pytest.MonkeyPatch, comfyui: SimpleNamespace) -> Counter:
 
 def build_graph(strengths: str, **more: Any) -> dict[str, Any]:
     return {
-        "unet": node("UNETLoader", unet_name="tiny_fp32_2509.safetensors", weight_dtype="default"),
-        "clip": node(
-            "CLIPLoader",
-            clip_name="qwen_2.5_vl_7b_fp8_scaled.safetensors",
-            type="qwen_image",
-            device="default",
-        ),
-        "vae": node("VAELoader", vae_name="qwen_image_vae.safetensors"),
+        **load_tiny_base(),
         "prompt": node("CLIPTextEncode", clip=["clip", 0], text="red"),
         "latent": node("EmptyLatentImage", width=64, height=64, batch_size=1),
         "load": node("QwenEditLoraLoad", lora_name=LORA),
