@@ -20,7 +20,6 @@ from qwen_edit_lora.lora_core.jobs.folder import JobFolder
 from qwen_edit_lora.lora_core.jobs.identity import describe_host, identify
 from qwen_edit_lora.lora_core.jobs.job import (
     JobStatus,
-    Request,
     UnknownJobError,
     WorkerIdentity,
 )
@@ -29,7 +28,15 @@ from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
 from qwen_edit_lora.lora_core.jobs.training_job import run_job
 from qwen_edit_lora.lora_core.jobs.worker import finish_stopped
-from tiny_jobs import assert_equal_weights, make_train, read_weights, run_here, take, train_here
+from tiny_jobs import (
+    Fickle,
+    assert_equal_weights,
+    make_train,
+    read_weights,
+    run_here,
+    take,
+    train_here,
+)
 
 NAMES = ("tiny.safetensors", "tiny_ema.safetensors")
 SAMPLES = {"every": 3, "steps": 2}
@@ -61,26 +68,6 @@ def assert_same_run(ours: Path, whole: JobFolder) -> None:
 
 
 # --- withdrawn pauses ---
-
-
-class Fickle(JobReporter):
-    """Somebody asks for a pause at the n-th time that the worker looks, and takes it back after
-    the look.
-    """
-
-    def __init__(self, folder: JobFolder, at: int | None, looks: int = 1):
-        super().__init__(folder, take(folder))
-        self.at, self.looks, self.count = at, looks, 0
-
-    def should_stop(self) -> bool:
-        is_asked = self.at is not None and self.at <= self.count < self.at + self.looks
-        self.count += 1
-        if is_asked:
-            self.folder.write_request(Request.PAUSE)
-        answer = super().should_stop()
-        if is_asked:
-            self.folder.write_request(Request.RUN)
-        return answer
 
 
 def test_a_pause_withdrawn_before_it_took_effect_costs_nothing(store, submit, whole):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from demo_base.dit import write_dit
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
-from qwen_edit_lora.lora_core.jobs.job import Job, JobState, JobStatus
+from qwen_edit_lora.lora_core.jobs.job import Job, JobState, JobStatus, Request
 from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor
@@ -153,3 +153,23 @@ def kill_workers(root: Path) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+class Fickle(JobReporter):
+    """Somebody asks for a pause at the n-th time that the worker looks, and takes it back after
+    the look.
+    """
+
+    def __init__(self, folder: JobFolder, at: int | None, looks: int = 1):
+        super().__init__(folder, take(folder))
+        self.at, self.looks, self.count = at, looks, 0
+
+    def should_stop(self) -> bool:
+        is_asked = self.at is not None and self.at <= self.count < self.at + self.looks
+        self.count += 1
+        if is_asked:
+            self.folder.write_request(Request.PAUSE)
+        answer = super().should_stop()
+        if is_asked:
+            self.folder.write_request(Request.RUN)
+        return answer

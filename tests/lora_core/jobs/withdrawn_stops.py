@@ -26,34 +26,14 @@ for name, path in (
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-from qwen_edit_lora.lora_core.jobs.folder import JobFolder  # noqa: E402
-from qwen_edit_lora.lora_core.jobs.job import Request  # noqa: E402
-from qwen_edit_lora.lora_core.jobs.job_reporter import JobReporter, NullReporter  # noqa: E402
+from qwen_edit_lora.lora_core.jobs.job_reporter import NullReporter  # noqa: E402
 from qwen_edit_lora.lora_core.jobs.store import JobStore  # noqa: E402
 from qwen_edit_lora.lora_core.jobs.team import join_process_group  # noqa: E402
 from qwen_edit_lora.lora_core.jobs.training_job import run_job  # noqa: E402
-from tiny_jobs import make_train, take  # noqa: E402
+from tiny_jobs import Fickle, make_train  # noqa: E402
 
 STEPS = 4
 SAMPLES = {"every": 2, "steps": 2}
-
-
-class Fickle(JobReporter):
-    """Sees a pause at the n-th look, which is withdrawn after the look."""
-
-    def __init__(self, folder: JobFolder, at: int | None):
-        super().__init__(folder, take(folder))
-        self.at, self.count = at, 0
-
-    def should_stop(self) -> bool:
-        is_asked = self.count == self.at
-        self.count += 1
-        if is_asked:
-            self.folder.write_request(Request.PAUSE)
-        answer = super().should_stop()
-        if is_asked:
-            self.folder.write_request(Request.RUN)
-        return answer
 
 
 def main(root: str, material: str) -> None:
