@@ -50,16 +50,26 @@ def check_number(
         expected = f"a number above {low:g}" if exclusive else f"{low:g} or more"
     if math.isfinite(high):
         expected = f"{low:g} to {high:g}"
-    raise ConfigError(f"{shown or name} is {show(value)}; expected {expected}")
+    raise ConfigError(
+        "{shown} is {value}; expected {expected}",
+        shown=shown or name,
+        value=show(value),
+        expected=expected,
+    )
 
 
 def check_choice(section: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(section, name)
     if value not in choices:
-        raise ConfigError(f"{name} is {show(value)}; expected one of {', '.join(choices)}")
+        raise ConfigError(
+            "{name} is {value}; expected one of {choices}",
+            name=name,
+            value=show(value),
+            choices=", ".join(choices),
+        )
 
 
 def check_text(section: object, name: str) -> None:
     value = getattr(section, name)
     if not value.strip():
-        raise ConfigError(f"{name} is empty; expected a path")
+        raise ConfigError("{name} is empty; expected a path", name=name)

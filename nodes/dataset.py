@@ -279,8 +279,9 @@ def collect_pairs(
     """(name of the set, its pairs) from the folder or from the connected images."""
     if targets and folder.strip():
         raise ConfigError(
-            f"both a folder ({shorten(folder.strip())}) and targets are given; empty the folder, "
-            "or disconnect the targets"
+            "both a folder ({strip}) and targets are given; empty the folder, or disconnect the "
+            "targets",
+            strip=shorten(folder.strip()),
         )
     if targets:
         connected = [split_batches(slot) for slot in references if slot]

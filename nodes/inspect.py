@@ -124,8 +124,10 @@ class QwenEditLoraInspect(io.ComfyNode):
     ) -> io.NodeOutput:
         if model is not None and base_model != NO_BASE:
             raise ConfigError(
-                f"both a model and base_model ({base_model}) are given, and only one can be the "
-                f"base; disconnect the model, or set base_model to {NO_BASE!r}"
+                "both a model and base_model ({base_model}) are given, and only one can be the "
+                "base; disconnect the model, or set base_model to {no_base!r}",
+                base_model=base_model,
+                no_base=NO_BASE,
             )
         base = model
         if base_model != NO_BASE:

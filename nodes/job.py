@@ -138,7 +138,12 @@ def wait_for(job_id: str) -> Job:
     )
     if job.status is JobStatus.FAILED and job.state.failure is not None:
         advice = "".join(f"\n- {sentence}" for sentence in job.state.failure.advice)
-        raise ConfigError(f"job {job.id} failed: {job.state.failure.sentence}{advice}")
+        raise ConfigError(
+            "job {job_id} failed: {sentence}{advice}",
+            job_id=job.id,
+            sentence=job.state.failure.sentence,
+            advice=advice,
+        )
     return job
 
 
@@ -252,16 +257,21 @@ def read_image(store: JobStore, job_id: str, name: str) -> np.ndarray:
         with Image.open(BytesIO(data), formats=("PNG",)) as image:
             if max(image.size) > MAX_SIDE_PX:
                 raise FileError(
-                    f"{name} is {image.width} x {image.height} px; expected at most "
-                    f"{MAX_SIDE_PX:,} a side. Remove it from the job's samples."
+                    "{name} is {width} x {height} px; expected at most {max_side_px:,} a side. "
+                    "Remove it from the job's samples.",
+                    name=name,
+                    width=image.width,
+                    height=image.height,
+                    max_side_px=MAX_SIDE_PX,
                 )
             small = image.convert("RGB")
     except FileError:
         raise
     except Exception as e:  # noqa: BLE001 - Pillow raises almost anything on damaged files
         raise FileError(
-            f"{name} is not a readable PNG ({shorten(str(e) or type(e).__name__)}); remove it from "
-            "the job's samples."
+            "{name} is not a readable PNG ({error}); remove it from the job's samples.",
+            name=name,
+            error=shorten(str(e) or type(e).__name__),
         ) from None
     small.thumbnail((TILE_SIDE, TILE_SIDE))
     return np.asarray(small)
@@ -271,7 +281,9 @@ def decode(path: Path, vae: Any) -> np.ndarray:
     """A sample's latents as a thumbnail, uint8 (height, width, 3)."""
     file = SafetensorsFile(path)
     if "samples" not in file.tensors:
-        raise FileError(f"{shorten(path.name)} holds no latents; remove it from the job's samples.")
+        raise FileError(
+            "{path} holds no latents; remove it from the job's samples.", path=shorten(path.name)
+        )
     latents = file.tensors["samples"].load().clone()
     file.release()
     images = host.decode_latents(vae, latents)

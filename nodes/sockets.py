@@ -47,8 +47,9 @@ def take_adapter(value: Any) -> Adapter:
     if isinstance(value, dict):
         return read_state_dict(value, name="the connected LORA_MODEL")
     raise ConfigError(
-        f"the adapter input got a {type(value).__name__}; expected the output of Load Qwen Edit "
-        "LoRA or a LORA_MODEL"
+        "the adapter input got a {name}; expected the output of Load Qwen Edit LoRA or a "
+        "LORA_MODEL",
+        name=type(value).__name__,
     )
 
 

@@ -266,8 +266,10 @@ def take_one(name: str, values: Any) -> Any:
         return values
     if len(values) != 1:
         raise ConfigError(
-            f"{name} got a list of {len(values)} values; expected a single one, as the sweep "
-            "makes the list itself"
+            "{name} got a list of {num_values} values; expected a single one, as the sweep "
+            "makes the list itself",
+            name=name,
+            num_values=len(values),
         )
     return values[0]
 
@@ -300,8 +302,10 @@ def choose_sampling(links: Mapping[str, host.Link], given: Mapping[str, Any]) ->
     missing = [name for name in needed if name not in found]
     if missing:
         raise ConfigError(
-            f"to sample, Sweep Qwen Edit LoRA needs {', '.join(needed)}, and {', '.join(missing)} "
-            "is not connected; connect it, or disconnect all of them to use the models alone"
+            "to sample, Sweep Qwen Edit LoRA needs {needed}, and {missing} is not connected; "
+            "connect it, or disconnect all of them to use the models alone",
+            needed=", ".join(needed),
+            missing=", ".join(missing),
         )
     return Sampling(found, {name: given[name] for name in SETTINGS})
 

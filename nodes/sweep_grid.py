@@ -145,7 +145,9 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
         try:
             return ui.ImageSaveHelper.get_save_images_ui(sheet, prefix, cls=cls).as_dict()
         except OSError as e:
-            raise FileError(f"the contact sheet cannot be saved: {e.strerror}.") from None
+            raise FileError(
+                "the contact sheet cannot be saved: {reason}.", reason=e.strerror
+            ) from None
 
 
 def split_labels(labels: list[str]) -> list[str]:
@@ -156,8 +158,9 @@ def split_labels(labels: list[str]) -> list[str]:
         labels = [line.strip() for line in text.splitlines() if line.strip()]
     if not labels:
         raise ConfigError(
-            "labels is empty; connect the labels of Sweep Qwen Edit LoRA, or write the strengths, "
-            f"such as '0, 0.5, 1', for up to {MAX_CELLS} images"
+            "labels is empty; connect the labels of Sweep Qwen Edit LoRA, or write the "
+            "strengths, such as '0, 0.5, 1', for up to {max_cells} images",
+            max_cells=MAX_CELLS,
         )
     return labels
 

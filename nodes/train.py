@@ -372,8 +372,10 @@ def report_estimate(
     if if_too_large == REFUSE:
         text = "\n".join(lines)
         raise ConfigError(
-            f"{too_large}.\n{text}\n"
-            "Lower what the list names, or set if_too_large to 'start anyway'."
+            "{too_large}.\n{text}\nLower what the list names, or set if_too_large to 'start "
+            "anyway'.",
+            too_large=too_large,
+            text=text,
         )
     sentence = f"{too_large}; started anyway, as if_too_large says"
     lines.append(f"Warning: {sentence}")

@@ -62,14 +62,20 @@ class Adapter:
         if bad:
             more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
             raise NonFiniteWeightsError(
-                f"{shorten(self.name)} holds NaN or Inf in {bad[0]}{more}; expected finite "
-                "numbers. Its training diverged or the file is damaged: use an earlier checkpoint."
+                "{name} holds NaN or Inf in {first}{more}; expected finite numbers. Its "
+                "training diverged or the file is damaged: use an earlier checkpoint.",
+                name=shorten(self.name),
+                first=bad[0],
+                more=more,
             )
         if beyond is not None:
             raise NonFiniteWeightsError(
-                f"{shorten(self.name)}: the delta of {beyond} exceeds the range of float32, at "
-                f"alpha {self.modules[beyond].alpha:g}; expected finite numbers. The file is "
-                "damaged or its alpha is wrong: use an earlier checkpoint."
+                "{name}: the delta of {beyond} exceeds the range of float32, at alpha "
+                "{alpha:g}; expected finite numbers. The file is damaged or its alpha is wrong: "
+                "use an earlier checkpoint.",
+                name=shorten(self.name),
+                beyond=beyond,
+                alpha=self.modules[beyond].alpha,
             )
         self.__dict__["_finite"] = True
 

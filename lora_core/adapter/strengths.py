@@ -26,7 +26,11 @@ class Strengths:
         for name in ("strength", "image_strength", "text_strength"):
             value = getattr(self, name)
             if not math.isfinite(value):
-                raise ConfigError(f"{name} is {value}; expected a finite number such as 1.0")
+                raise ConfigError(
+                    "{name} is {value}; expected a finite number such as 1.0",
+                    name=name,
+                    value=value,
+                )
 
     @property
     def is_zero(self) -> bool:

@@ -78,8 +78,10 @@ class BaseWeights:
             return None
         if not stored.ndim:
             raise FileError(
-                f"{shorten(self.name)} stores {module_path} as a single number; expected a matrix. "
-                "The file is damaged: download or copy it again."
+                "{name} stores {module_path} as a single number; expected a matrix. The file is "
+                "damaged: download or copy it again.",
+                name=shorten(self.name),
+                module_path=module_path,
             )
         scales = (self._tensors.get(f"{stem}.{name}") for name in SCALE_NAMES)
         scale = next((scale for scale in scales if scale is not None), None)
@@ -109,8 +111,11 @@ class BaseWeights:
         if not values.is_floating_point():
             kind = str(values.dtype).removeprefix("torch.")
             raise FileError(
-                f"{shorten(self.name)} stores {shorten(key)} as {kind}, which cannot be read here; "
-                "expected a bias or norm in floating point. Choose such a file of the same model."
+                "{name} stores {key} as {kind}, which cannot be read here; expected a bias or "
+                "norm in floating point. Choose such a file of the same model.",
+                name=shorten(self.name),
+                key=shorten(key),
+                kind=kind,
             )
         return values
 
@@ -253,7 +258,10 @@ def find_prefix(tensors: Mapping[str, AnyTensor], name: str) -> str:
                     return prefix
     example = shorten(next(iter(tensors), "none"))
     raise KeyFormatError(
-        f"{shorten(name)} is not a Qwen-Image model: none of its {len(tensors)} keys is like "
-        f"'transformer_blocks.0.attn.to_q.weight' (the first is {example!r}). Choose a diffusion "
-        "model of Qwen-Image or Qwen-Image-Edit."
+        "{name} is not a Qwen-Image model: none of its {num_tensors} keys is like "
+        "'transformer_blocks.0.attn.to_q.weight' (the first is {example!r}). Choose a diffusion "
+        "model of Qwen-Image or Qwen-Image-Edit.",
+        name=shorten(name),
+        num_tensors=len(tensors),
+        example=example,
     )

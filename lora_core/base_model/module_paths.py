@@ -115,7 +115,11 @@ def compute_shape(name: str, width: int = WIDTH) -> tuple[int, int]:
     if name in TOP_LINEARS:
         return TOP_LINEARS[name]
     if name not in BLOCK_LINEARS:
-        raise TargetError(f"{name!r} is not a Linear of a block; expected one of {BLOCK_LINEARS}")
+        raise TargetError(
+            "{name!r} is not a Linear of a block; expected one of {block_linears}",
+            name=name,
+            block_linears=BLOCK_LINEARS,
+        )
     out_multiple, in_multiple = _MULTIPLES.get(name, (1, 1))
     return out_multiple * width, in_multiple * width
 
@@ -132,7 +136,11 @@ def count_parameters(preset: str, rank: int, num_blocks: int = NUM_BLOCKS) -> in
 
 def get_preset(preset: str) -> tuple[str, ...]:
     if preset not in TARGET_PRESETS:
-        raise TargetError(f"unknown preset {preset!r}; expected one of {', '.join(TARGET_PRESETS)}")
+        raise TargetError(
+            "unknown preset {preset!r}; expected one of {target_presets}",
+            preset=preset,
+            target_presets=", ".join(TARGET_PRESETS),
+        )
     return TARGET_PRESETS[preset]
 
 
@@ -188,9 +196,9 @@ def parse_block_ranges(text: str) -> frozenset[int] | None:
         match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", item)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise TargetError(
-                f"{shorten(item.strip())!r} is not a block range; expected numbers and ranges such "
-                "as "
-                '"0-19, 40", or nothing for all blocks'
+                '{strip!r} is not a block range; expected numbers and ranges such as "0-19, '
+                '40", or nothing for all blocks',
+                strip=shorten(item.strip()),
             )
         blocks.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(blocks)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .regular_files import MAX_TEXT_BYTES, decode_text, read_bytes
 
@@ -51,13 +52,21 @@ def parse_json(text: str | bytes, name: str) -> Any:
         check_values(value)
     except json.JSONDecodeError as e:
         what = f"{e.msg}, line {e.lineno}, column {e.colno}"
-        raise FileError(f"{shorten(name)} cannot be read as JSON: {shorten(what)}.") from None
+        raise FileError(
+            "{name} cannot be read as JSON: {what}.", name=shorten(name), what=shorten(what)
+        ) from None
     except _Refused as e:
-        raise FileError(f"{shorten(name)} cannot be read as JSON: {e}.") from None
+        raise FileError(
+            "{name} cannot be read as JSON: {error}.", name=shorten(name), error=e
+        ) from None
     except RecursionError:
-        raise FileError(f"{shorten(name)} cannot be read as JSON: {_TOO_DEEP}.") from None
+        raise FileError(
+            "{name} cannot be read as JSON: {too_deep}.", name=shorten(name), too_deep=_TOO_DEEP
+        ) from None
     except ValueError:  # a whole number of more digits than Python converts
-        raise FileError(f"{shorten(name)} cannot be read as JSON: {_TOO_LARGE}.") from None
+        raise FileError(
+            "{name} cannot be read as JSON: {too_large}.", name=shorten(name), too_large=_TOO_LARGE
+        ) from None
     return value
 
 
@@ -74,8 +83,9 @@ def read_object(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -
 def check_object(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileError(
-            f"{shorten(name)} holds {describe_kind(value)}; expected a JSON object such as "
-            '{"name": 1}.'
+            '{name} holds {value}; expected a JSON object such as {{"name": 1}}.',
+            name=shorten(name),
+            value=describe_kind(value),
         )
     return value
 
@@ -95,7 +105,7 @@ _TOO_LARGE = "it holds a number that is too large"
 
 
 def refuse_constant(name: str) -> NoReturn:
-    raise _Refused(f"it holds {name}, which is not a JSON number")
+    raise _Refused(message("it holds {name}, which is not a JSON number", name=name))
 
 
 def check_values(value: Any) -> None:

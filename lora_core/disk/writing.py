@@ -44,8 +44,8 @@ def write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
     """
     if path.exists() and not path.is_file():
         raise FileError(
-            f"{shorten(path.name or str(path))} is a folder, pipe or device; expected the name of "
-            "a file."
+            "{path} is a folder, pipe or device; expected the name of a file.",
+            path=shorten(path.name or str(path)),
         )
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:

@@ -92,7 +92,11 @@ class AlphaRules:
                     fallback = f"rank ({config.source} is another adapter's)"
                 continue
             if config.unusable_reason:
-                raise KeyFormatError(f"{shorten(name)} {config.unusable_reason}")
+                raise KeyFormatError(
+                    "{name} {unusable_reason}",
+                    name=shorten(name),
+                    unusable_reason=config.unusable_reason,
+                )
             found += config.findings
             if contradiction and config.states_alpha:
                 text = (
@@ -163,7 +167,11 @@ def find_alpha_rules(
 def parse_header(text: str, what: str) -> dict[str, Any]:
     """A flat JSON of LoraConfig; diffusers puts "transformer." before each field."""
     if len(text) > MAX_CONFIG_BYTES:
-        raise FileError(f"{what} holds {len(text):,} characters; expected a config.")
+        raise FileError(
+            "{what} holds {num_text:,} characters; expected a config.",
+            what=what,
+            num_text=len(text),
+        )
     return {
         key.removeprefix("transformer."): value for key, value in parse_object(text, what).items()
     }

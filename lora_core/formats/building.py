@@ -158,8 +158,10 @@ class ModuleBuilder:
         if self._incomplete:
             shown = [shorten(text, MAX_EXAMPLE) for text in self._incomplete]
             raise KeyFormatError(
-                f"{self._name} is incomplete: {shorten_list(shown, 2)}, without the "
-                "partner keys. It was cut or saved wrongly: download or export it again."
+                "{name} is incomplete: {shown}, without the partner keys. It was cut or saved "
+                "wrongly: download or export it again.",
+                name=self._name,
+                shown=shorten_list(shown, 2),
             )
         modules = {path: weights for path, weights in built.items() if weights is not None}
         for path in [path for path in modules if is_fused(path)]:
@@ -214,9 +216,16 @@ class ModuleBuilder:
                 return self._build_without_rank(module_path, parts)
             return self._scale(module_path, kind.build(tensors), tensors, parts.keys.get("alpha"))
         except EmptyPartError as e:
-            raise EmptyPartError(f"{self._name}, {module_path}: {e}.") from None
+            raise EmptyPartError(
+                "{name}, {module_path}: {error}.", name=self._name, module_path=module_path, error=e
+            ) from None
         except ShapeError as e:
-            raise ShapeError(f"{self._name}, {module_path}: {e}. The file is damaged.") from None
+            raise ShapeError(
+                "{name}, {module_path}: {error}. The file is damaged.",
+                name=self._name,
+                module_path=module_path,
+                error=e,
+            ) from None
 
     def _build_without_rank(self, module_path: str, parts: ModuleParts) -> DiffWeights | None:
         """What is left where the LoRA has rank 0: the change of the bias, if there is one."""
@@ -255,7 +264,10 @@ class ModuleBuilder:
         if key is not None:
             tensor = self._tensors[key.key]
             if tensor.numel() != 1:
-                raise ShapeError(f"alpha is {tuple(tensor.shape)}; expected a single number")
+                raise ShapeError(
+                    "alpha is {tensor_shape}; expected a single number",
+                    tensor_shape=tuple(tensor.shape),
+                )
             stored = float(load(tensor).item())
         if isinstance(weights, OftWeights):
             if stored is None:

@@ -16,7 +16,7 @@ def check_any_known(parsed: list[ParsedKey], unknown: list[UnknownKey], name: st
     total = len(parsed) + len(unknown)
     if total == 0:
         raise KeyFormatError(
-            f"{shorten(name)} holds no tensors; expected a LoRA for Qwen-Image-Edit."
+            "{name} holds no tensors; expected a LoRA for Qwen-Image-Edit.", name=shorten(name)
         )
     foreign = detect_architecture(key.key for key in unknown)
     if any("_m" in key.module_path for key in parsed):
@@ -26,8 +26,12 @@ def check_any_known(parsed: list[ParsedKey], unknown: list[UnknownKey], name: st
     if foreign:
         matched = f"shares {len(parsed)} of {total} keys with" if parsed else "matches 0 modules of"
         raise KeyFormatError(
-            f"{shorten(name)} {matched} Qwen-Image: its keys are those of {foreign}, such as "
-            f"{shorten(unknown[0].key)!r}. Choose a LoRA trained for Qwen-Image or Qwen-Image-Edit."
+            "{name} {matched} Qwen-Image: its keys are those of {foreign}, such as {key!r}. "
+            "Choose a LoRA trained for Qwen-Image or Qwen-Image-Edit.",
+            name=shorten(name),
+            matched=matched,
+            foreign=foreign,
+            key=shorten(unknown[0].key),
         )
     raise_unrecognised(unknown, total, name)
 
@@ -43,8 +47,11 @@ def raise_unusable(
     if empty:
         others = f", and so do {len(empty) - 1} others" if len(empty) > 1 else ""
         raise ShapeError(
-            f"{shorten(name)}, {empty[0]}: it has rank 0 and adds nothing{others}; expected "
-            "factors with one rank of at least 1. They were pruned away: choose another file."
+            "{name}, {empty}: it has rank 0 and adds nothing{others}; expected factors with one "
+            "rank of at least 1. They were pruned away: choose another file.",
+            name=shorten(name),
+            empty=empty[0],
+            others=others,
         )
     telling = [(key, reason) for key, reason in left_out if key.part not in COMPANIONS]
     if unknown and not telling:
@@ -54,7 +61,10 @@ def raise_unusable(
         key, reason = telling[0]
         what = f"{shorten(key.key)!r}: {reason}."
     raise KeyFormatError(
-        f"{shorten(name)} matches 0 modules of Qwen-Image with its {total} keys. {what}"
+        "{name} matches 0 modules of Qwen-Image with its {total} keys. {what}",
+        name=shorten(name),
+        total=total,
+        what=what,
     )
 
 
@@ -70,6 +80,10 @@ def raise_unrecognised(unknown: list[UnknownKey], total: int, name: str) -> NoRe
     else:
         what = f"{shorten(telling.key)!r}: {telling.reason}."
     raise KeyFormatError(
-        f"{shorten(name)} matches 0 modules of Qwen-Image with its {total} keys. {what}{hint} "
-        "Expected keys such as 'transformer_blocks.0.attn.to_q.lora_A.weight'."
+        "{name} matches 0 modules of Qwen-Image with its {total} keys. {what}{hint} Expected "
+        "keys such as 'transformer_blocks.0.attn.to_q.lora_A.weight'.",
+        name=shorten(name),
+        total=total,
+        what=what,
+        hint=hint,
     )

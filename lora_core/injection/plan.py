@@ -60,17 +60,25 @@ class LoraSettings:
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ConfigError(f"{where} is {rank!r}; expected a whole number from 1, e.g. 16")
+                raise ConfigError(
+                    "{where} is {rank!r}; expected a whole number from 1, e.g. 16",
+                    where=where,
+                    rank=rank,
+                )
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(
-                f"alpha is {self.alpha!r}; expected a number above 0, or nothing for the rank"
+                "alpha is {alpha!r}; expected a number above 0, or nothing for the rank",
+                alpha=self.alpha,
             )
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout!r}; expected 0 to below 1, e.g. 0.05")
+            raise ConfigError(
+                "dropout is {dropout!r}; expected 0 to below 1, e.g. 0.05", dropout=self.dropout
+            )
         if self.init not in INITIALIZATIONS:
             raise ConfigError(
-                f"unknown initialisation {self.init!r}; expected one of "
-                f"{', '.join(INITIALIZATIONS)}"
+                "unknown initialisation {init!r}; expected one of {initializations}",
+                init=self.init,
+                initializations=", ".join(INITIALIZATIONS),
             )
         if not self.targets:
             raise ConfigError('no targets are given; expected at least one, e.g. "full"')
@@ -164,22 +172,26 @@ def plan_injection(model: torch.nn.Module, settings: LoraSettings) -> InjectionP
     if not linears:
         raise TargetError(
             "the model holds none of Qwen-Image's Linears; expected paths such as "
-            f"transformer_blocks.0.attn.to_q, found {list_examples(model)}. "
-            "Give the transformer itself, not a wrapper around it."
+            "transformer_blocks.0.attn.to_q, found {model}. Give the transformer itself, not a "
+            "wrapper around it.",
+            model=list_examples(model),
         )
     chosen = {path for pattern in settings.targets for path in select(pattern, linears, "target")}
     for pattern in settings.exclude:
         chosen -= select(pattern, linears, "exclude")
     if not chosen:
         raise TargetError(
-            f"nothing is left to train: {list_patterns(settings.targets)} without "
-            f"{list_patterns(settings.exclude)} is empty. Exclude less."
+            "nothing is left to train: {targets} without {exclude} is empty. Exclude less.",
+            targets=list_patterns(settings.targets),
+            exclude=list_patterns(settings.exclude),
         )
     skipped = {path: INERT for path in find_inert(linears) if path in chosen}
     if len(skipped) == len(chosen):
         raise TargetError(
-            f"{list_patterns(settings.targets)} selects only {', '.join(skipped)}, but {INERT}. "
-            "Choose further modules."
+            "{targets} selects only {skipped}, but {inert}. Choose further modules.",
+            targets=list_patterns(settings.targets),
+            skipped=", ".join(skipped),
+            inert=INERT,
         )
     ranks = choose_ranks(settings, linears)
     planned = tuple(
@@ -231,9 +243,12 @@ def select(pattern: str, linears: Mapping[str, torch.nn.Module], role: str) -> s
         known = [*module_paths.TARGET_PRESETS, *names, *linears]
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5) or known[:3]
         raise TargetError(
-            f"the {role} {pattern!r} matches no module of this model; expected a preset "
-            f"({', '.join(module_paths.TARGET_PRESETS)}), a module's name or a pattern with *. "
-            f"Did you mean {', '.join(near)}?"
+            "the {role} {pattern!r} matches no module of this model; expected a preset "
+            "({target_presets}), a module's name or a pattern with *. Did you mean {near}?",
+            role=role,
+            pattern=pattern,
+            target_presets=", ".join(module_paths.TARGET_PRESETS),
+            near=", ".join(near),
         )
     return matches
 
@@ -258,8 +273,11 @@ def check_ranks(settings: LoraSettings, planned: tuple[Target, ...]) -> None:
         limit = min(target.in_features, target.out_features)
         if settings.is_pissa and target.rank > limit:
             raise ConfigError(
-                f"{target.module_path} has {limit} singular values, but PiSSA is asked for rank "
-                f"{target.rank}; lower the rank or choose another initialisation."
+                "{module_path} has {limit} singular values, but PiSSA is asked for rank {rank}; "
+                "lower the rank or choose another initialisation.",
+                module_path=target.module_path,
+                limit=limit,
+                rank=target.rank,
             )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..base_model import module_paths
 from ..findings import ERROR, NOTE, WARNING, Finding
+from ..messages import message
 from ..text import format_count, format_percent, shorten_list
 
 if TYPE_CHECKING:
@@ -152,7 +153,15 @@ def judge_merge(inspection: Inspection) -> list[Finding]:
     if error > MERGE_ERROR:
         text = f"merged into this {storage} base, {noise}: use the side path"
         return [Finding("merge_noise", WARNING, text)]
-    return [Finding("merge_survives", NOTE, f"survives merging into this {storage} base: {noise}")]
+    return [
+        Finding(
+            "merge_survives",
+            NOTE,
+            message(
+                "survives merging into this {storage} base: {noise}", storage=storage, noise=noise
+            ),
+        )
+    ]
 
 
 def judge_size(inspection: Inspection) -> Finding:
@@ -182,14 +191,18 @@ def judge_size(inspection: Inspection) -> Finding:
         text = f"strong: {numbers}; strengths below 1 may look better"
         return Finding("strong", WARNING, text)
     if size < FAINT_STD:
-        return Finding("very_faint", WARNING, f"very faint: {numbers}; expect little at strength 1")
+        return Finding(
+            "very_faint",
+            WARNING,
+            message("very faint: {numbers}; expect little at strength 1", numbers=numbers),
+        )
     if size < low:
         text = f"faint: {numbers}; a strength above 1 may be needed"
         return Finding("faint", WARNING, text)
     small = f"{numbers}; small entries are normal in a LoRA"
     if below is None or below < GOOD_FRACTION:
-        return Finding("healthy", NOTE, f"dense, small, healthy: {small}")
-    return Finding("sparse", WARNING, f"healthy in size, but sparse: {small}")
+        return Finding("healthy", NOTE, message("dense, small, healthy: {small}", small=small))
+    return Finding("sparse", WARNING, message("healthy in size, but sparse: {small}", small=small))
 
 
 def find_last_block(modules: Iterable[str]) -> int:

@@ -122,14 +122,18 @@ class Catalog:
                 raise explain_absence(folder.id) from None
             if isinstance(e, FileError):
                 raise
-            raise FileError(f"job {folder.id} cannot be used: {explain(e)}") from None
+            raise FileError(
+                "job {folder_id} cannot be used: {reason}", folder_id=folder.id, reason=explain(e)
+            ) from None
 
     def _list_folders(self) -> Sequence[JobFolder]:
         folders = []
         try:
             names = [path.name for path in self.folder.iterdir()]
         except OSError as e:
-            raise FileError(f"the jobs' folder cannot be read: {explain(e)}") from None
+            raise FileError(
+                "the jobs' folder cannot be read: {reason}", reason=explain(e)
+            ) from None
         for name in names:
             try:
                 folders.append(self.find(name))
@@ -170,7 +174,7 @@ class Catalog:
 
 
 def explain_absence(job_id: str) -> UnknownJobError:
-    return UnknownJobError(f"there is no job {job_id}; it may have been deleted")
+    return UnknownJobError("there is no job {job_id}; it may have been deleted", job_id=job_id)
 
 
 def read_stamp(folder: JobFolder) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 
 from ..errors import FileError, LoraError, OutOfMemoryError
+from ..messages import message
 from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
 from .folder import JobFolder, open_inside
@@ -27,13 +28,16 @@ RESUME = "resume the job: it continues from its last checkpoint"
 def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
     """For an exception that a worker caught."""
     if isinstance(error, OutOfMemoryError):
-        return JobFailure(sentence=f"{error.sentence}; {LOWER}", advice=error.advice)
+        return JobFailure(
+            sentence=message("{sentence}; {lower}", sentence=error.sentence, lower=LOWER),
+            advice=error.advice,
+        )
     if is_out_of_memory(error):
         from ..training.config.advice import advise
 
         where = "the computer" if isinstance(error, MemoryError) else "the device"
         return JobFailure(
-            sentence=f"{where} ran out of memory; {LOWER}",
+            sentence=message("{where} ran out of memory; {lower}", where=where, lower=LOWER),
             advice=advise(config),
         )
     if isinstance(error, LoraError):
@@ -45,7 +49,11 @@ def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
         sentence = explain_shared_memory(count, os.environ)
         advice = (*([sentence] if sentence else []), USE_ONE_GPU, LOOK_AT_LOG)
     return JobFailure(
-        sentence=f"training stopped with {type(error).__name__}: {text or 'no further text'}",
+        sentence=message(
+            "training stopped with {name}: {text}",
+            name=type(error).__name__,
+            text=text or "no further text",
+        ),
         advice=advice,
     )
 

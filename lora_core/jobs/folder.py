@@ -67,7 +67,9 @@ class JobFolder:
         with contextlib.suppress(OSError):  # mostly there is none yet
             if not stat.S_ISREG((self.path / LOCK_FILE).lstat().st_mode):
                 raise DamagedJobError(
-                    f"{LOCK_FILE} of job {self.id} is not a regular file; delete the job's folder"
+                    "{lock_file} of job {id} is not a regular file; delete the job's folder",
+                    lock_file=LOCK_FILE,
+                    id=self.id,
                 )
 
     def check_folders(self) -> None:
@@ -143,14 +145,18 @@ class JobFolder:
         try:
             data = retry_while_denied(lambda: self._read_bytes(name), BRIEF_PATIENCE_S)
         except PermissionError as e:
-            raise BusyFileError(f"{name} of job {self.id} cannot be read: {e}") from None
+            raise BusyFileError(
+                "{name} of job {id} cannot be read: {error}", name=name, id=self.id, error=e
+            ) from None
         try:
             values = parse_object(data, name)
         except FileError as e:
             raise self._explain_damage(name, e) from None
         if values.pop("version", None) != VERSION:
             raise DamagedJobError(
-                f"{name} of job {self.id} was written by another version; delete the job"
+                "{name} of job {id} was written by another version; delete the job",
+                name=name,
+                id=self.id,
             )
         return values
 
@@ -164,7 +170,12 @@ class JobFolder:
 
     def _explain_damage(self, name: str, error: Exception) -> DamagedJobError:
         reason = shorten(str(error).rstrip("."), MAX_REASON)
-        return DamagedJobError(f"{name} of job {self.id} is damaged ({reason}); delete the job")
+        return DamagedJobError(
+            "{name} of job {id} is damaged ({reason}); delete the job",
+            name=name,
+            id=self.id,
+            reason=reason,
+        )
 
     def _write(self, name: str, values: dict[str, Any], durable: bool) -> None:
         self._check_place(name)
@@ -184,7 +195,12 @@ class JobFolder:
                 temporary.unlink(missing_ok=True)
             if not isinstance(e, OSError | ValueError):  # ValueError: NaN or an infinity
                 raise
-            raise FileError(f"{name} of job {self.id} cannot be written: {explain(e)}") from None
+            raise FileError(
+                "{name} of job {id} cannot be written: {reason}",
+                name=name,
+                id=self.id,
+                reason=explain(e),
+            ) from None
 
     def _check_place(self, name: str) -> None:
         """DamagedJobError for a folder, which no file can replace."""
@@ -222,16 +238,18 @@ def open_inside(path: Path) -> BinaryIO:
     except (MissingFileError, DeniedFileError):
         raise
     except FileError as e:
-        raise DamagedJobError(str(e)) from None
+        raise DamagedJobError(e) from None
     try:
         is_own = os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
         if not is_own or path.parent.is_symlink():
             raise DamagedJobError(
-                f"{shorten(path.name)} is a link; expected a file of the job's own."
+                "{path} is a link; expected a file of the job's own.", path=shorten(path.name)
             )
     except OSError as e:
         file.close()
-        raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None
+        raise FileError(
+            "{path} cannot be opened: {reason}.", path=shorten(path.name), reason=e.strerror
+        ) from None
     except BaseException:
         file.close()
         raise

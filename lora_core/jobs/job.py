@@ -14,6 +14,7 @@ from typing import Any
 from ..checks import check_number
 from ..disk.typed_json import Whole
 from ..errors import ConfigError, LoraError
+from ..messages import join_messages, message
 from ..text import format_duration, shorten
 from ..training.config.config import TrainConfig
 from .log_pieces import hide_paths
@@ -57,6 +58,14 @@ class Phase(str, Enum):
     TRAINING = "training"
     SAMPLING = "sampling"
     SAVING = "saving"
+
+
+PHASE_WORDS = {
+    Phase.LOADING: message("loading"),
+    Phase.TRAINING: message("training"),
+    Phase.SAMPLING: message("sampling"),
+    Phase.SAVING: message("saving"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,18 +241,21 @@ class Job:
     def describe(self) -> str:
         """State and progress in a line."""
         state = self.state
-        words = STATUS_WORDS.get(self.status, self.status.value)
+        parts = [STATUS_WORDS[self.status]]
         if self.status is JobStatus.IN_PROGRESS and state.phase is not None:
-            words = state.phase.value
+            parts = [PHASE_WORDS[state.phase]]
         asked = self.request if self.status is JobStatus.IN_PROGRESS else None
         if asked in STOPS:
-            words += f", to be {'paused' if asked is Request.PAUSE else 'cancelled'}"
+            to_pause = asked is Request.PAUSE
+            parts.append(message("to be paused") if to_pause else message("to be cancelled"))
         if self.is_silent:
-            words += ", but its worker does not answer; cancel it twice to end it"
-        text = f"{words}, step {state.step} of {state.num_steps}"
+            parts.append(message("but its worker does not answer; cancel it twice to end it"))
+        parts.append(
+            message("step {step} of {num_steps}", step=state.step, num_steps=state.num_steps)
+        )
         if state.remaining_s is not None:
-            text += f", {format_duration(state.remaining_s)} left"
-        return text
+            parts.append(message("{duration} left", duration=format_duration(state.remaining_s)))
+        return join_messages(", ", parts)
 
     def to_dict(self) -> dict[str, Any]:
         """What is safe to show to anyone: no path of this machine."""
@@ -277,6 +289,7 @@ def check_id(job_id: object) -> str:
     """
     if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
         raise ConfigError(
-            f"{str(job_id)[:40]!r} is not a job id; expected one such as 20260131-120000-0123abcd"
+            "{job_id!r} is not a job id; expected one such as 20260131-120000-0123abcd",
+            job_id=str(job_id)[:40],
         )
     return job_id

@@ -36,7 +36,9 @@ def advance(
     stage = find_stage(state.status, request)
     reached = find_next(stage, event)
     if reached is None:
-        raise JobStateError(f"a job that is {stage.value} cannot {event.value}")
+        raise JobStateError(
+            "a job that is {stage} cannot {event}", stage=stage.value, event=event.value
+        )
     if event in USER_EVENTS and (reached is stage or reached.status is JobStatus.IN_PROGRESS):
         return state  # nothing new, or for its worker to do
     at = time.time() if at is None else at

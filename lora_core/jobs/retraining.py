@@ -67,13 +67,16 @@ def build_again(
             missing.append(f"{what} {shorten(str(name))} is missing")
     if missing:
         raise ConfigError(
-            f"this LoRA cannot be trained again: {'; '.join(missing)}. Put what is missing where "
-            "it was under the same name, or set up the training again with Train Qwen Edit LoRA"
+            "this LoRA cannot be trained again: {missing}. Put what is missing where it was "
+            "under the same name, or set up the training again with Train Qwen Edit LoRA",
+            missing="; ".join(missing),
         )
     try:
         return replace(config_from_dict(values), output="again")
     except ConfigError as e:
-        raise ConfigError(f"the settings of the LoRA are of another version: {e}") from None
+        raise ConfigError(
+            "the settings of the LoRA are of another version: {error}", error=e
+        ) from None
 
 
 def read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -88,9 +91,14 @@ def read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
         values = parse_object(text, f"the header's {CONFIG_KEY}")
     except FileError as e:
         reason = shorten(str(e).rstrip("."), MAX_REASON)
-        raise ConfigError(f"{DAMAGED} ({reason}); {SET_UP_AGAIN}") from None
+        raise ConfigError(
+            "{damaged} ({reason}); {set_up_again}",
+            damaged=DAMAGED,
+            reason=reason,
+            set_up_again=SET_UP_AGAIN,
+        ) from None
     if not all(isinstance(values.get(table), dict) for table in ("model", "data")):
-        raise ConfigError(f"{DAMAGED}; {SET_UP_AGAIN}")
+        raise ConfigError("{damaged}; {set_up_again}", damaged=DAMAGED, set_up_again=SET_UP_AGAIN)
     return values
 
 

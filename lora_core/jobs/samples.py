@@ -132,14 +132,18 @@ class Sampler:
         for key in keys:
             if key not in known:
                 raise ConfigError(
-                    f"the training set has no item {key!r} to sample; it has {next(iter(known))}, …"
+                    "the training set has no item {key!r} to sample; it has {example}, …",
+                    key=key,
+                    example=next(iter(known)),
                 )
         indices = [known[key] for key in keys]
         if self.settings.guidance != 1 and not dataset.has_empty_text:
             without = [dataset.items[i].key for i in indices if not dataset.items[i].has_empty_text]
             if without:
                 raise ConfigError(
-                    f"sampling with guidance {self.settings.guidance:g} needs the embedding of an "
-                    f"empty caption, which {without[0]} lacks; set it to 1"
+                    "sampling with guidance {guidance:g} needs the embedding of an empty "
+                    "caption, which {without} lacks; set it to 1",
+                    guidance=self.settings.guidance,
+                    without=without[0],
                 )
         return indices

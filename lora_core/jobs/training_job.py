@@ -136,8 +136,10 @@ def check_devices(
     """Raises ConfigError if the job is to train on devices together that cannot."""
     if len(devices) != settings.num_devices:
         raise ConfigError(
-            f"the job is to train on {settings.num_devices} GPUs together, but there are "
-            f"{len(devices)} devices of one kind here; clone it with num_devices {len(devices)}"
+            "the job is to train on {num_devices} GPUs together, but there are {num_found} "
+            "devices of one kind here; clone it with num_devices {num_found}",
+            num_devices=settings.num_devices,
+            num_found=len(devices),
         )
     if len(devices) > 1 and accelerator is None:
         raise ConfigError(NO_NCCL)

@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FileError, LoraError
+from ..messages import message
 from ..training.run.interruption import stop_on_signals
 from .failure import LOOK_AT_LOG, RESUME, explain_error, read_log_tail
 from .folder import JobFolder
@@ -198,9 +199,11 @@ def finish_after_death(
         reported = pop_failure(folder, dead)
         if reported is None:
             failure = JobFailure(
-                sentence=(
-                    f"process {dead + 1} of {group.count} was terminated from outside, manually or "
-                    "because the computer ran out of memory"
+                sentence=message(
+                    "process {dead} of {count} was terminated from outside, manually or because "
+                    "the computer ran out of memory",
+                    dead=dead + 1,
+                    count=group.count,
                 ),
                 advice=(RESUME, LOOK_AT_LOG),
                 log_tail=read_log_tail(folder),

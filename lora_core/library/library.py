@@ -54,8 +54,9 @@ def check_id(adapter_id: object) -> str:
     """
     if not isinstance(adapter_id, str) or not _ID.fullmatch(adapter_id):
         raise ConfigError(
-            f"{str(adapter_id)[:40]!r} is not an adapter id; expected 16 digits such as "
-            "0123456789abcdef, from the list of adapters"
+            "{adapter_id!r} is not an adapter id; expected 16 digits such as 0123456789abcdef, "
+            "from the list of adapters",
+            adapter_id=str(adapter_id)[:40],
         )
     return adapter_id
 
@@ -173,7 +174,8 @@ class AdapterLibrary:
             entry = self._find_entry(adapter_id)
         if entry is None:
             raise UnknownAdapterError(
-                f"no adapter in the loras folders has the id {adapter_id}; reload the list"
+                "no adapter in the loras folders has the id {adapter_id}; reload the list",
+                adapter_id=adapter_id,
             )
         return entry
 

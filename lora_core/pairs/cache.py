@@ -206,7 +206,9 @@ def link(source: Path, target: Path) -> None:
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as e:
-        raise FileError(f"{shorten(target.name)} cannot be written: {explain(e)}.") from None
+        raise FileError(
+            "{target} cannot be written: {reason}.", target=shorten(target.name), reason=explain(e)
+        ) from None
 
 
 def slug(name: str) -> str:
@@ -236,14 +238,19 @@ def check_disk(
         free = shutil.disk_usage(store).free
     except OSError as e:
         raise FileError(
-            f"the cache folder {show_store(store)} cannot be written: {explain(e)}."
+            "the cache folder {store} cannot be written: {reason}.",
+            store=show_store(store),
+            reason=explain(e),
         ) from None
     needed = sum(estimate_bytes(one, text_width, reference_megapixels) for one in missing)
     if needed > free:
         raise FileError(
-            f"encoding {format_count(len(missing), 'pair')} takes about {format_bytes(needed)}, "
-            f"but the disk of {show_store(store)} has {format_bytes(free)} free; free some space, "
-            "or lower megapixels."
+            "encoding {num_pairs} takes about {needed}, but the disk of {store} has {free} "
+            "free; free some space, or lower megapixels.",
+            num_pairs=format_count(len(missing), "pair"),
+            needed=format_bytes(needed),
+            store=show_store(store),
+            free=format_bytes(free),
         )
 
 

@@ -47,8 +47,10 @@ def find_sides(listing: Listing) -> SideFolders:
     if len(targets) > 1:
         names = list_some([path for _, path in targets], root).replace(", ", " and ", 1)
         raise FileError(
-            f"{shorten(root.name)} holds several folders of targets ({names}); expected one. "
-            "Rename or remove the others."
+            "{root} holds several folders of targets ({names}); expected one. Rename or remove "
+            "the others.",
+            root=shorten(root.name),
+            names=names,
         )
     references = sorted(by_role[REFERENCE], key=lambda found: found[0].number)
     return SideFolders(
@@ -150,8 +152,10 @@ def find_role_folders(listing: Listing) -> tuple[Path, dict[str, list[tuple[Role
     if len(below) > 1:
         names = list_some(list(below), root)
         raise FileError(
-            f"{shorten(root.name)} holds several sets ({names}); expected one. Give the folder of "
-            "the one to train on."
+            "{root} holds several sets ({names}); expected one. Give the folder of the one to "
+            "train on.",
+            root=shorten(root.name),
+            names=names,
         )
     return next(iter(below.items()), (root, on_top))
 

@@ -35,8 +35,11 @@ def build_graph_pairs(
     for slot, images in enumerate(references, 1):
         if len(images) not in (1, number):
             raise ConfigError(
-                f"reference_{slot} holds {format_count(len(images), 'image')} and targets "
-                f"{number}; expected as many, or one for all"
+                "reference_{slot} holds {num_images} and targets {number}; expected as many, or "
+                "one for all",
+                slot=slot,
+                num_images=format_count(len(images), "image"),
+                number=number,
             )
     texts = split_captions(captions, number)
     shared = [
@@ -66,7 +69,8 @@ def split_captions(captions: Sequence[str], number: int) -> list[str | None]:
         return [None] * number
     if len(texts) not in (1, number):
         raise ConfigError(
-            f"captions holds {format_count(len(texts), 'line')} and targets "
-            f"{format_count(number, 'image')}; expected as many, or one for all"
+            "captions holds {num_lines} and targets {num_images}; expected as many, or one for all",
+            num_lines=format_count(len(texts), "line"),
+            num_images=format_count(number, "image"),
         )
     return [*texts] * (number if len(texts) == 1 else 1)

@@ -100,7 +100,9 @@ class FileImage:
                 while chunk := file.read(HASH_CHUNK_BYTES):
                     digest.update(chunk)
         except OSError as e:
-            raise FileError(f"{shorten(self.name)} cannot be read: {e.strerror}.") from None
+            raise FileError(
+                "{name} cannot be read: {reason}.", name=shorten(self.name), reason=e.strerror
+            ) from None
         return digest.hexdigest()
 
     def _open(self) -> BinaryIO:
@@ -197,19 +199,26 @@ def open_image(file: BinaryIO, name: str) -> Iterator[Image.Image]:
             raise
         except Image.DecompressionBombError:
             raise FileError(
-                f"{name} is larger than {MAX_PIXELS // 10**6} million pixels; expected at most "
-                f"{MAX_SIDE_PX:,} px a side. Scale it down: training uses about one million."
+                "{name} is larger than {max_pixels} million pixels; expected at most "
+                "{max_side_px:,} px a side. Scale it down: training uses about one million.",
+                name=name,
+                max_pixels=MAX_PIXELS // 10**6,
+                max_side_px=MAX_SIDE_PX,
             ) from None
         except Image.UnidentifiedImageError:
             what = "not a readable image" if file.seek(0, 2) else "an empty file"
             raise FileError(
-                f"{name} is {what}; expected a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF of 8 or 16 "
-                "bits. Save it again, or remove it."
+                "{name} is {what}; expected a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF of 8 or "
+                "16 bits. Save it again, or remove it.",
+                name=name,
+                what=what,
             ) from None
         except Exception as e:  # noqa: BLE001 - Pillow raises nearly anything on damaged files
             reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
             raise FileError(
-                f"{name} cannot be read ({shorten(reason)}); save it again, or remove it."
+                "{name} cannot be read ({reason}); save it again, or remove it.",
+                name=name,
+                reason=shorten(reason),
             ) from None
 
 
@@ -223,8 +232,13 @@ def list_formats() -> tuple[str, ...]:
 def check_size(name: str, width: int, height: int) -> None:
     if max(width, height) > MAX_SIDE_PX or width * height > MAX_PIXELS:
         raise FileError(
-            f"{name} is {width:,} x {height:,} px; expected at most {MAX_SIDE_PX:,} px a side and "
-            f"{MAX_PIXELS // 10**6} million in all. Scale it down: training uses about one million."
+            "{name} is {width:,} x {height:,} px; expected at most {max_side_px:,} px a side "
+            "and {max_pixels} million in all. Scale it down: training uses about one million.",
+            name=name,
+            width=width,
+            height=height,
+            max_side_px=MAX_SIDE_PX,
+            max_pixels=MAX_PIXELS // 10**6,
         )
 
 

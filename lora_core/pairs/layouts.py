@@ -80,13 +80,16 @@ def find_layout(listing: Listing, others: Sequence[Listing], is_allowed: IsAllow
     name = shorten(listing.root.name)
     if not listing.num_images:
         raise FileError(
-            f"{name} holds no images; expected pairs of PNG, JPEG or WebP files "
-            "with captions. Put them there, or correct the folder."
+            "{name} holds no images; expected pairs of PNG, JPEG or WebP files with captions. "
+            "Put them there, or correct the folder.",
+            name=name,
         )
     if listing.num_images == 1 and not others:
         raise FileError(
-            f"{name} holds one image; expected pairs: a target, one to {MAX_REFERENCES} "
-            "references and a caption. Add what it is made from."
+            "{name} holds one image; expected pairs: a target, one to {max_references} "
+            "references and a caption. Add what it is made from.",
+            name=name,
+            max_references=MAX_REFERENCES,
         )
     for find in (collect_folders, collect_endings, collect_folder_per_pair, collect_starts):
         found = find(listing, others)
@@ -96,6 +99,9 @@ def find_layout(listing: Listing, others: Sequence[Listing], is_allowed: IsAllow
     paths = [paths[0] for paths in list(listing.images.values())[:3]]
     names = ", ".join(shorten(path.name, 40) for path in paths)
     raise FileError(
-        f"{name} holds {listing.num_images} images ({names}, ...) whose names form no pairs; "
-        f"{suggest_names(listing)}"
+        "{name} holds {num_images} images ({names}, ...) whose names form no pairs; {listing}",
+        name=name,
+        num_images=listing.num_images,
+        names=names,
+        listing=suggest_names(listing),
     )

@@ -135,7 +135,7 @@ def list_files(root: Path, is_allowed: IsAllowed) -> Listing:
 
     def fail(error: OSError) -> None:
         name = shorten(Path(error.filename or root).name)
-        raise FileError(f"{name} cannot be opened: {explain(error)}.")
+        raise FileError("{name} cannot be opened: {reason}.", name=name, reason=explain(error))
 
     for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
         kept = []

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .columns import KNOWN_COLUMNS, RowFiles, read_columns, read_paths
 from .images import FileImage
@@ -50,7 +51,9 @@ def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, li
         except FileError as e:
             if NAMES.fullmatch(path.name):
                 raise
-            problems.append(Problem(Level.WARNING, "list_unreadable", f"not read: {e}"))
+            problems.append(
+                Problem(Level.WARNING, "list_unreadable", message("not read: {error}", error=e))
+            )
             continue
         pairs = [row for row in table.rows if read_columns(row.values).is_pair]
         if not pairs:
@@ -147,8 +150,9 @@ class ListReader:
         files = read_columns(row.values)
         if not files.is_pair:
             raise FileError(
-                f"{place} lacks a target or a reference; expected columns such as image, "
-                "edit_image and prompt."
+                "{place} lacks a target or a reference; expected columns such as image, "
+                "edit_image and prompt.",
+                place=place,
             )
         self._unused.update(files.unused)
         target = self._open_one(files.target, f"the target in {place[:-1]}")
@@ -195,14 +199,20 @@ class ListReader:
     def _open_one(self, value: object, place: str) -> FileImage:
         paths = read_paths(value, place)
         if len(paths) != 1:
-            raise FileError(f"{place} is a list of {len(paths)}; expected the path of one image.")
+            raise FileError(
+                "{place} is a list of {num_paths}; expected the path of one image.",
+                place=place,
+                num_paths=len(paths),
+            )
         return self._open(paths[0])
 
     def _open(self, named: str) -> FileImage:
         """A file that a row names, relative to the folder."""
         if "\0" in named:
             raise FileError(
-                f"{self.table.name} names a file that cannot exist ({shorten(named)!r})."
+                "{table} names a file that cannot exist ({named!r}).",
+                table=self.table.name,
+                named=shorten(named),
             )
         path = self.folder / named.replace("\\", "/")
         if not is_file(path):
@@ -210,8 +220,10 @@ class ListReader:
         check_allowed(path, self.is_allowed)
         if not is_file(path):
             raise FileError(
-                f"{self.table.name} names {shorten(named)}, which does not exist; expected a path "
-                "relative to the folder."
+                "{table} names {named}, which does not exist; expected a path relative to the "
+                "folder.",
+                table=self.table.name,
+                named=shorten(named),
             )
         return open_file(path, self.folder, self.is_allowed)
 

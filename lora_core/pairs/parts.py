@@ -110,15 +110,20 @@ class Builder:
         references = part.reference_paths
         if not part.targets:
             names = list_some(references + part.masks, root)
-            raise FileError(f"{names} has no target; add the image it should become, or remove it.")
+            raise FileError(
+                "{names} has no target; add the image it should become, or remove it.", names=names
+            )
         if len(part.targets) > 1:
             names = list_some(part.targets, root, 2).replace(", ", " and ", 1)
-            raise FileError(f"{names} are targets of the same name; remove or rename one.")
+            raise FileError(
+                "{names} are targets of the same name; remove or rename one.", names=names
+            )
         name = shorten(describe_path(part.targets[0], root))
         if not references:
             raise FileError(
-                f"{name} has no reference; add the image it is made from under the same name, "
-                "or remove it."
+                "{name} has no reference; add the image it is made from under the same name, or "
+                "remove it.",
+                name=name,
             )
         check_references(name, len(references))
         return Pair(

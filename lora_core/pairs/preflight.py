@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import ConfigError, FileError
 from ..findings import SEVERITIES, Finding
+from ..messages import message
 from ..progress import Progress, ShouldStop, track
 from ..text import shorten
 from .facts import ImageFacts, PairFacts, have_same_pixels, measure_pair
@@ -150,7 +151,9 @@ def check_pairs(
             text = f"no pair of {shorten(name)} can be used"
             problems.append(Problem(Level.STOP, "no_pairs", text))
     elif not checked and not any(problem.level == Level.STOP for problem in problems):
-        problems.append(Problem(Level.STOP, "no_pairs", f"{shorten(name)} holds no pairs"))
+        problems.append(
+            Problem(Level.STOP, "no_pairs", message("{name} holds no pairs", name=shorten(name)))
+        )
     problems.sort(key=lambda problem: -problem.level)
     return Preflight(name, found.layout, tuple(checked), tuple(problems), num_found)
 
@@ -193,21 +196,25 @@ def complete_pair(pair: Pair, default_caption: str, max_references: int) -> Pair
     target = shorten(pair.target.name)
     if len(pair.references) > max_references:
         raise FileError(
-            f"{target} has {len(pair.references)} references, but the original Qwen-Image-Edit "
-            "takes one; choose the variant 2509 / 2511, or remove the others."
+            "{target} has {num_references} references, but the original Qwen-Image-Edit takes "
+            "one; choose the variant 2509 / 2511, or remove the others.",
+            target=target,
+            num_references=len(pair.references),
         )
     caption = clean_caption(default_caption) if pair.caption is None else pair.caption
     if pair.caption is None and not caption:
         raise FileError(
-            f"{target} has no caption; write the instruction into a .txt file of that name, or one "
-            "for all into captions."
+            "{target} has no caption; write the instruction into a .txt file of that name, or "
+            "one for all into captions.",
+            target=target,
         )
     try:
         caption.encode()
     except UnicodeEncodeError:
         raise FileError(
-            f"the caption of {target} holds half of a surrogate pair, which is not a character; "
-            "write it again."
+            "the caption of {target} holds half of a surrogate pair, which is not a character; "
+            "write it again.",
+            target=target,
         ) from None
     return replace(pair, caption=caption)
 
@@ -215,9 +222,10 @@ def complete_pair(pair: Pair, default_caption: str, max_references: int) -> Pair
 def check_mask(pair: Pair) -> None:
     if pair.mask is not None and measure_brightness(pair.mask) < MIN_MASK_SHARE:
         raise FileError(
-            f"{shorten(pair.mask.name)} is entirely black, so that nothing of "
-            f"{shorten(pair.target.name)} would count; paint white what should count, or remove "
-            "the mask."
+            "{mask} is entirely black, so that nothing of {target} would count; paint white "
+            "what should count, or remove the mask.",
+            mask=shorten(pair.mask.name),
+            target=shorten(pair.target.name),
         )
 
 

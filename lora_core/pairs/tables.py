@@ -73,8 +73,9 @@ def read_table(
             rows = list(read_cells(text, path.name, known_columns))
         except csv.Error as e:
             raise FileError(
-                f"{shorten(path.name)} is damaged ({shorten(str(e))}); correct it or move it "
-                "elsewhere."
+                "{path} is damaged ({error}); correct it or move it elsewhere.",
+                path=shorten(path.name),
+                error=shorten(str(e)),
             ) from None
     if rows and all(row.fault for row in rows):
         raise FileError(rows[0].fault)

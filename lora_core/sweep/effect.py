@@ -35,8 +35,11 @@ def parse_sigmas(text: str) -> tuple[float, ...]:
     if wrong or len(sigmas) > MAX_SIGMAS:
         found = f"holds {wrong[0]:g}" if wrong else f"asks for {len(sigmas)} noise levels"
         raise ConfigError(
-            f"sigmas {found}; expected up to {MAX_SIGMAS} numbers above 0 and up to 1, such as "
-            f"{SIGMAS_EXAMPLE}"
+            "sigmas {found}; expected up to {max_sigmas} numbers above 0 and up to 1, such as "
+            "{sigmas_example}",
+            found=found,
+            max_sigmas=MAX_SIGMAS,
+            sigmas_example=SIGMAS_EXAMPLE,
         )
     return tuple(sigmas)
 

@@ -91,8 +91,11 @@ def compare_images(
     a, b = clamp(take_colours(a)), clamp(take_colours(b))
     if a.shape != b.shape or min(a.shape[1:3]) < SSIM_WINDOW:
         raise ShapeError(
-            f"cannot compare images of {describe_size(a)} and {describe_size(b)}; expected the "
-            f"same size, and at least {SSIM_WINDOW} pixels"
+            "cannot compare images of {a} and {b}; expected the same size, and at least "
+            "{ssim_window} pixels",
+            a=describe_size(a),
+            b=describe_size(b),
+            ssim_window=SSIM_WINDOW,
         )
     # (batch, height, width): each pixel's mean square, worst channel, and structural similarity
     error = (a - b).abs_()

@@ -155,12 +155,17 @@ def split_images(images: Sequence[torch.Tensor], labels: Sequence[str]) -> list[
         images = list(images[0].split(1))
     if len(images) != len(labels) or not labels:
         raise ConfigError(
-            f"there are {format_count(len(images), 'image')} and "
-            f"{format_count(len(labels), 'label')}; expected one label per image, such as images "
-            "and labels of Sweep Qwen Edit LoRA"
+            "there are {num_images} and {num_labels}; expected one label per image, such as "
+            "images and labels of Sweep Qwen Edit LoRA",
+            num_images=format_count(len(images), "image"),
+            num_labels=format_count(len(labels), "label"),
         )
     if len(labels) > MAX_CELLS:
-        raise ConfigError(f"there are {len(labels)} images; expected at most {MAX_CELLS}")
+        raise ConfigError(
+            "there are {num_labels} images; expected at most {max_cells}",
+            num_labels=len(labels),
+            max_cells=MAX_CELLS,
+        )
     return list(images)
 
 
@@ -172,7 +177,8 @@ def index_by_cell(
         cell = parse_label(label)
         if cell in by_cell:
             raise ConfigError(
-                f"two images have the label {build_label(cell)!r}; expected every label once"
+                "two images have the label {cell!r}; expected every label once",
+                cell=build_label(cell),
             )
         by_cell[cell] = image
     if all(find_reference(cell, by_cell) is None for cell in by_cell):
@@ -188,14 +194,18 @@ def check_sizes(by_cell: Mapping[Cell, torch.Tensor]) -> None:
     for cell, image in by_cell.items():
         if image.shape[:3] != first.shape[:3]:
             raise ConfigError(
-                f"the images differ in size: {build_label(first_cell)!r} is "
-                f"{describe_size(first)}, {build_label(cell)!r} is {describe_size(image)}; "
-                "expected the same size for all"
+                "the images differ in size: {first_cell!r} is {first}, {cell!r} is {image}; "
+                "expected the same size for all",
+                first_cell=build_label(first_cell),
+                first=describe_size(first),
+                cell=build_label(cell),
+                image=describe_size(image),
             )
     if min(first.shape[1:3]) < SSIM_WINDOW:
         raise ConfigError(
-            f"the images are {describe_size(first)}; expected at least {SSIM_WINDOW} pixels "
-            "each way"
+            "the images are {first}; expected at least {ssim_window} pixels each way",
+            first=describe_size(first),
+            ssim_window=SSIM_WINDOW,
         )
 
 

@@ -116,8 +116,11 @@ def merge_adapters(
     for adapter, strength in adapters:
         if not abs(strength) <= MAX_STRENGTH:
             raise ConfigError(
-                f"{shorten(adapter.name)} has strength {strength:g}; expected a finite number up "
-                f"to {MAX_STRENGTH:,g}"
+                "{adapter} has strength {strength:g}; expected a finite number up to "
+                "{max_strength:,g}",
+                adapter=shorten(adapter.name),
+                strength=strength,
+                max_strength=MAX_STRENGTH,
             )
         adapter.check_finite()
     used = [(adapter, float(strength)) for adapter, strength in adapters if strength]
@@ -170,8 +173,10 @@ def add_weights(
     if rank is None and not is_dense:  # raised before matrices of gigabytes are made
         whole = next(w for (w, _), f in zip(matrices, found, strict=True) if f is None)
         raise ConfigError(
-            f"{path} holds {whole.kind} weights without low-rank factors, so the sum has no exact "
-            "low rank; give a rank to cut it to."
+            "{path} holds {whole_kind} weights without low-rank factors, so the sum has no "
+            "exact low rank; give a rank to cut it to.",
+            path=path,
+            whole_kind=whole.kind,
         )
     dense = sum((strength * w.delta() for w, strength in matrices), torch.zeros(()))
     if is_dense:
@@ -281,8 +286,9 @@ def check_kinds(adapter: Adapter) -> None:
     for path, weights in adapter.modules.items():
         if weights.kind == "OFT":
             raise ConfigError(
-                f"{path} holds OFT weights, a rotation of the base weight, which has no rank to "
-                "lower; expected LoRA, LoHa, LoKr or DoRA."
+                "{path} holds OFT weights, a rotation of the base weight, which has no rank to "
+                "lower; expected LoRA, LoHa, LoKr or DoRA.",
+                path=path,
             )
 
 
@@ -293,5 +299,7 @@ def check_shapes(path: str, adapters: Sequence[Adapter]) -> None:
     if len(known) > 1 or len({weights.out_features for _, weights in modules}) > 1:
         found = ", ".join(f"{shape} in {name}" for name, shape in shapes.items())
         raise ShapeError(
-            f"{path} is {found}; expected one shape. Merge adapters made for the same model."
+            "{path} is {found}; expected one shape. Merge adapters made for the same model.",
+            path=path,
+            found=found,
         )

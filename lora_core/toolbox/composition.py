@@ -87,11 +87,12 @@ def read_history(metadata: Mapping[str, str]) -> list[Any]:
 
 def check_rank(rank: int | None) -> None:
     if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank is {rank!r}; expected a whole number of at least 1")
+        raise ConfigError("rank is {rank!r}; expected a whole number of at least 1", rank=rank)
 
 
 def check_energy(energy: float | None) -> None:
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(
-            f"energy is {energy!r}; expected a share above 0 and up to 1, such as 0.99"
+            "energy is {energy!r}; expected a share above 0 and up to 1, such as 0.99",
+            energy=energy,
         )

@@ -35,14 +35,18 @@ def find_dataset_folder(name: str) -> Path:
     found = next((path for path in map(find_composed, inside) if is_folder(path)), None)
     if not given or (found is None and len(inside) < len(tries)):
         raise FileError(
-            f"{shorten(given)!r} is outside the folders for training images; expected a folder "
-            f"inside ComfyUI's {', '.join(roots)}. Put the images there, or add their folder "
-            "under 'datasets' in extra_model_paths.yaml."
+            "{given!r} is outside the folders for training images; expected a folder inside "
+            "ComfyUI's {roots}. Put the images there, or add their folder under 'datasets' in "
+            "extra_model_paths.yaml.",
+            given=shorten(given),
+            roots=", ".join(roots),
         )
     if found is None:
         raise FileError(
-            f"the folder {shorten(given)!r} does not exist; expected one inside datasets, input or "
-            f"output, such as {list_some_folders(roots)}."
+            "the folder {given!r} does not exist; expected one inside datasets, input or "
+            "output, such as {roots}.",
+            given=shorten(given),
+            roots=list_some_folders(roots),
         )
     return found
 

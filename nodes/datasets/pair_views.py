@@ -180,7 +180,11 @@ def read_thumbnail(set_id: str, pair_id: str, slot: int, side_px: int) -> bytes:
         PairConflictError: the file is no image, is damaged, or leads outside.
     """
     if side_px not in THUMBNAIL_SIDES:
-        raise ConfigError(f"side is {side_px}; expected one of {THUMBNAIL_SIDES}")
+        raise ConfigError(
+            "side is {side_px}; expected one of {thumbnail_sides}",
+            side_px=side_px,
+            thumbnail_sides=THUMBNAIL_SIDES,
+        )
     return draw_thumbnail(open_known(set_id), pair_id, slot, side_px)
 
 
@@ -195,7 +199,7 @@ def draw_thumbnail(opened: PairSet, pair_id: str, slot: int, side_px: int) -> by
         with decoding:
             return encode_thumbnail(path, describe_path(path, opened.folder), side_px)
     except FileError as e:
-        raise PairConflictError(str(e)) from None
+        raise PairConflictError(e) from None
 
 
 def open_known(set_id: str) -> PairSet:

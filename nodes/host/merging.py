@@ -48,8 +48,9 @@ def check_not_overwritten(files: Iterable[SafetensorsFile]) -> None:
             continue
         if found != file.signature and found[2] == file.signature[2]:
             raise FileError(
-                f"{shorten(file.name)} was overwritten on disk while this MODEL held it merged; "
-                "queue the prompt again to read the new file."
+                "{file} was overwritten on disk while this MODEL held it merged; queue the "
+                "prompt again to read the new file.",
+                file=shorten(file.name),
             )
 
 
@@ -160,7 +161,9 @@ def add_merge(
         missing = [key for key in patches if key not in taken]
         if missing:
             raise ConfigError(
-                f"{format_count(len(missing), 'module')} of this MODEL, such as {missing[0]}, "
-                "without a weight or bias that a LoRA could be merged into. Use mode 'side path' "
-                "or 'auto', without torch.compile and other nodes that need merged weights."
+                "{num_modules} of this MODEL, such as {missing}, without a weight or bias that "
+                "a LoRA could be merged into. Use mode 'side path' or 'auto', without "
+                "torch.compile and other nodes that need merged weights.",
+                num_modules=format_count(len(missing), "module"),
+                missing=missing[0],
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ...lora_core import Adapter, ConfigError, TargetError
 from ...lora_core.adapter.strengths import Strengths
 from ...lora_core.findings import NOTE, WARNING, Finding, list_texts
+from ...lora_core.messages import message
 from ...lora_core.text import format_count, shorten_list
 from .. import host
 from .layouts import PLAIN, check_layout
@@ -60,7 +61,9 @@ def apply_adapters(
         LoraError: an adapter does not fit, or `mode` cannot serve it. The model is unchanged.
     """
     if mode not in MODES:
-        raise ConfigError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+        raise ConfigError(
+            "unknown mode {mode!r}; expected one of {modes}", mode=mode, modes=", ".join(MODES)
+        )
     layers = tuple(layers)
     check_layout(model.model.diffusion_model)
     matches = []
@@ -78,8 +81,11 @@ def apply_adapters(
 def check_selection(adapter: Adapter, strengths: Strengths, match: Match) -> None:
     if not strengths.is_zero and not strengths.select(match.paths):
         raise TargetError(
-            f"{strengths} selects none of the {len(match.paths)} modules of {adapter.name}; "
-            "expected block numbers it has, such as '0-19'."
+            "{strengths} selects none of the {num_paths} modules of {adapter}; expected block "
+            "numbers it has, such as '0-19'.",
+            strengths=strengths,
+            num_paths=len(match.paths),
+            adapter=adapter.name,
         )
 
 
@@ -96,8 +102,12 @@ def apply_one(
     if mode == SIDE_PATH and merged:
         path, why = next(iter(merged.items()))
         raise ConfigError(
-            f"mode 'side path' cannot serve {format_count(len(merged), 'module')} of "
-            f"{adapter.name}, such as {path}: {why}. Choose mode 'auto' or 'merge'."
+            "mode 'side path' cannot serve {num_modules} of {adapter}, such as {path}: {why}. "
+            "Choose mode 'auto' or 'merge'.",
+            num_modules=format_count(len(merged), "module"),
+            adapter=adapter.name,
+            path=path,
+            why=why,
         )
     if mode == MERGE:
         merged = dict.fromkeys(match.paths, "as chosen")
@@ -106,10 +116,15 @@ def apply_one(
     blocked = sorted(path for path in merged if path in match.unmergeable)
     if blocked and not strengths.is_zero:
         raise ConfigError(
-            f"{format_count(len(blocked), 'module')} of {adapter.name}, such as {blocked[0]}, "
-            f"would have to be merged into this MODEL ({merged[blocked[0]]}), and "
-            f"{match.unmergeable[blocked[0]]}. Choose mode 'side path', without torch.compile and "
-            "other nodes that need merged weights, or a bf16, fp8 or GGUF file of the model."
+            "{num_modules} of {adapter}, such as {blocked}, would have to be merged into this "
+            "MODEL ({merged}), and {unmergeable}. Choose mode 'side path', without "
+            "torch.compile and other nodes that need merged weights, or a bf16, fp8 or GGUF "
+            "file of the model.",
+            num_modules=format_count(len(blocked), "module"),
+            adapter=adapter.name,
+            blocked=blocked[0],
+            merged=merged[blocked[0]],
+            unmergeable=match.unmergeable[blocked[0]],
         )
     beside = match.paths - frozenset(merged)
     application.lines.append(
@@ -151,14 +166,21 @@ def merge(
     kind = "merged" if mode == MERGE else "merged_instead"
     application.note(
         kind,
-        f"merged into the weights: {format_count(len(reasons), 'module')} ({whys})",
+        message(
+            "merged into the weights: {num_modules} ({whys})",
+            num_modules=format_count(len(reasons), "module"),
+            whys=whys,
+        ),
         len(reasons),
     )
     if match.is_low_precision:
         application.warn(
             "merge_rounds",
-            f"the weights are stored as {match.storage}; merging rounds a small LoRA away there, "
-            "the side path does not",
+            message(
+                "the weights are stored as {storage}; merging rounds a small LoRA away there, the "
+                "side path does not",
+                storage=match.storage,
+            ),
             len(reasons),
         )
 

@@ -66,9 +66,12 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
     if not present and not out_of_reach:
         model_class, _ = host.describe_model(model)
         raise KeyFormatError(
-            f"{adapter.name} matches 0 modules of this MODEL, which ComfyUI knows as {model_class}"
-            f" with {len(modules)} modules; expected a Qwen-Image or Qwen-Image-Edit model. "
-            "Connect the MODEL of its UNETLoader."
+            "{adapter} matches 0 modules of this MODEL, which ComfyUI knows as {model_class} "
+            "with {num_modules} modules; expected a Qwen-Image or Qwen-Image-Edit model. "
+            "Connect the MODEL of its UNETLoader.",
+            adapter=adapter.name,
+            model_class=model_class,
+            num_modules=len(modules),
         )
     check_shapes(modules, adapter, present)
     unmergeable = {
@@ -90,9 +93,12 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
         out_of_reach[path] = f"{why}, so it would have to be merged, and {unmergeable[path]}"
     if not side_path and not merge_only:
         raise TargetError(
-            f"none of the {len(adapter)} modules of {adapter.name} can be applied to this MODEL, "
-            f"such as {next(iter(out_of_reach))}: {next(iter(out_of_reach.values()))}. Choose a "
-            "bf16, fp8 or GGUF file of the model."
+            "none of the {num_adapter} modules of {adapter} can be applied to this MODEL, such "
+            "as {path}: {reason}. Choose a bf16, fp8 or GGUF file of the model.",
+            num_adapter=len(adapter),
+            adapter=adapter.name,
+            path=next(iter(out_of_reach)),
+            reason=next(iter(out_of_reach.values())),
         )
     absent = tuple(p for p in adapter if p not in present and p not in out_of_reach)
     linears = [p.module_path for p in present.values() if is_linear(modules[p.module_path])]
@@ -129,9 +135,15 @@ def check_shapes(
     if wrong:
         path, expected, found = wrong[0]
         raise ShapeError(
-            f"{adapter.name} does not fit this MODEL in {len(wrong)} of {len(present)} modules: "
-            f"{path} is {expected} in the model, and the adapter was made for {found}. "
-            "Choose an adapter trained for this model's size."
+            "{adapter} does not fit this MODEL in {num_wrong} of {num_present} modules: {path} "
+            "is {expected} in the model, and the adapter was made for {found}. Choose an "
+            "adapter trained for this model's size.",
+            adapter=adapter.name,
+            num_wrong=len(wrong),
+            num_present=len(present),
+            path=path,
+            expected=expected,
+            found=found,
         )
 
 

@@ -96,13 +96,19 @@ async def read_options(request: web.Request) -> dict[str, Any]:
     if request.content_type != "application/json":
         raise ConfigError("expected a JSON object with Content-Type: application/json")
     if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
+        raise BodySizeError(
+            "the body is too large; expected up to {max_body_bytes} bytes",
+            max_body_bytes=MAX_BODY_BYTES,
+        )
     body, is_whole = bytearray(), True
     try:
         async for chunk in request.content.iter_any():  # Content-Length may be missing
             body += chunk
             if len(body) > MAX_BODY_BYTES:
-                raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
+                raise BodySizeError(
+                    "the body is too large; expected up to {max_body_bytes} bytes",
+                    max_body_bytes=MAX_BODY_BYTES,
+                )
     except (OSError, web.RequestPayloadError):
         # The client disconnected, or sent invalid chunks, or no gzip where it said so. aiohttp
         # would read on after the answer, and log the same error with a traceback.
@@ -111,14 +117,15 @@ async def read_options(request: web.Request) -> dict[str, Any]:
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding.strip().lower() != "identity":
         raise UnreadBodyError(
-            f"the body has Content-Encoding {shorten(encoding)}; expected JSON without one"
+            "the body has Content-Encoding {encoding}; expected JSON without one",
+            encoding=shorten(encoding),
         )
     if not is_whole:
         raise UnreadBodyError("the body ended early; send it again")
     try:
         return parse_object(bytes(body), "the body")
     except FileError as e:
-        raise ConfigError(str(e)) from None
+        raise ConfigError(e) from None
 
 
 def respond(result: dict[str, Any]) -> web.Response:

@@ -64,17 +64,21 @@ def check_devices(count: int) -> None:
         ConfigError: too few GPUs, or the backend that connects their processes is missing.
     """
     if not 1 <= count <= MAX_DEVICES:
-        raise ConfigError(f"gpus is {count}; expected 1 to {MAX_DEVICES}")
+        raise ConfigError(
+            "gpus is {count}; expected 1 to {max_devices}", count=count, max_devices=MAX_DEVICES
+        )
     if count == 1:
         return
     num_gpus = sum(device.is_gpu for device in list_devices())
     if num_gpus < count:
         raise ConfigError(
-            f"gpus is {count}, but there are {num_gpus} GPUs that ComfyUI sees; expected no more "
-            "than there are"
+            "gpus is {count}, but there are {num_gpus} GPUs that ComfyUI sees; expected no more "
+            "than there are",
+            count=count,
+            num_gpus=num_gpus,
         )
     if not can_join_gpus():
-        raise ConfigError(f"gpus is {count}: {NO_NCCL}")
+        raise ConfigError("gpus is {count}: {no_nccl}", count=count, no_nccl=NO_NCCL)
     if find_spec("accelerate") is None:
         raise ConfigError(
             "several GPUs need Hugging Face Accelerate; run pip install accelerate in ComfyUI's "

@@ -53,7 +53,11 @@ class JobHost:
             ConfigError, FileError: as `JobStore.submit`, before anything is queued.
         """
         if policy not in POLICIES:
-            raise ConfigError(f"policy is {policy!r}; expected one of {', '.join(POLICIES)}")
+            raise ConfigError(
+                "policy is {policy!r}; expected one of {policies}",
+                policy=policy,
+                policies=", ".join(POLICIES),
+            )
         settings.setdefault("loras", str(host.get_loras_folder()))
         origin = {**settings.pop("origin", {}), POLICY_KEY: policy}
         return self.store.submit(train, key=key, origin=origin, **settings)

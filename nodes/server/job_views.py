@@ -81,7 +81,9 @@ def describe_settings(job: Job) -> dict[str, Any]:
 def parse_number(query: Mapping[str, str], name: str) -> int:
     text = query[name]
     if not (text.isascii() and text.isdigit() and len(text) < 16):
-        raise ConfigError(f"{name} is {shorten(text)!r}; expected a whole number from 0")
+        raise ConfigError(
+            "{name} is {text!r}; expected a whole number from 0", name=name, text=shorten(text)
+        )
     return int(text)
 
 
@@ -95,7 +97,10 @@ def ask(event: Event, job_id: str, options: Options) -> dict[str, Any]:
 def delete(job_id: str, options: Options) -> dict[str, Any]:
     with_adapter = options.get("with_adapter", False)
     if not isinstance(with_adapter, bool):
-        raise ConfigError(f"with_adapter is {shorten(repr(with_adapter))}; expected true or false")
+        raise ConfigError(
+            "with_adapter is {with_adapter}; expected true or false",
+            with_adapter=shorten(repr(with_adapter)),
+        )
     job_host.get_jobs().store.delete(job_id, with_adapter)
     return {"id": job_id, "deleted": True}
 
@@ -109,7 +114,7 @@ def clone(job_id: str, options: Options) -> dict[str, Any]:
         # A whole table ("model") could contain a path too, and of "origin" every part is kept.
         if any(is_within(name, place) or is_within(place, name) for place in PATH_SETTINGS):
             raise ConfigError(
-                f"{shorten(name)} cannot be changed here; queue a Train Qwen Edit LoRA"
+                "{name} cannot be changed here; queue a Train Qwen Edit LoRA", name=shorten(name)
             )
     store = job_host.get_jobs().store
     return store.get(store.clone(job_id, changes)).to_dict()
@@ -124,7 +129,9 @@ def publish(job_id: str, options: Options) -> dict[str, Any]:
     """Copies an adapter of the job into the loras folder; returns its names there."""
     adapter = options.get("adapter")
     if adapter is not None and not isinstance(adapter, str):
-        raise ConfigError(f"adapter is {shorten(repr(adapter))}; expected a file of the job")
+        raise ConfigError(
+            "adapter is {adapter}; expected a file of the job", adapter=shorten(repr(adapter))
+        )
     return {"id": job_id, "published": list(job_host.get_jobs().store.publish(job_id, adapter))}
 
 

@@ -57,8 +57,10 @@ def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
     adapter.release()
     if weights == 0:
         raise ConfigError(
-            f"strengths is 'auto', and no delta of {adapter.name} can be measured relative to this "
-            f"MODEL's weights{reason}; write them yourself, such as '0, 0.5, 1, 2'"
+            "strengths is 'auto', and no delta of {adapter} can be measured relative to this "
+            "MODEL's weights{reason}; write them yourself, such as '0, 0.5, 1, 2'",
+            adapter=adapter.name,
+            reason=reason,
         )
     return (squares / weights) ** 0.5
 

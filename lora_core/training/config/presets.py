@@ -83,7 +83,11 @@ def apply_preset(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: an unknown preset.
     """
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+        raise ConfigError(
+            "unknown preset {name!r}; expected one of {presets}",
+            name=name,
+            presets=", ".join(PRESETS),
+        )
     return merge_tables(copy.deepcopy(dict(PRESETS[name].settings)), settings)
 
 

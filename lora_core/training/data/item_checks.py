@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...disk.safetensors_file import AnyTensor
+from ...errors import FileError, ShapeError
 from ...text import shorten
 from .latents import NUM_CHANNELS
 
 if TYPE_CHECKING:
-    from .dataset import ItemInfo
+    from .dataset import CachedItem, ItemInfo
 
 #: Of a key, which names a file.
 KEY = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,200}")
@@ -108,6 +109,41 @@ def find_text_fault(
 def describe(tensor: AnyTensor) -> str:
     shape = shorten(str(tuple(tensor.shape)), 40)
     return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def check_item(key: str, item: CachedItem) -> None:
+    """Raises ShapeError for latents or a mask of a wrong shape, FileError for NaN and Inf."""
+    for name, latents in (("target", item.target), *enumerate(item.references)):
+        if latents.ndim != 3 or latents.shape[0] != NUM_CHANNELS or not latents.numel():
+            what = name if name == "target" else f"reference_{name}"
+            raise ShapeError(
+                "{key}: {what} is {latents_shape}; expected ({num_channels}, height, "
+                "width), the VAE's latents of one image",
+                key=key,
+                what=what,
+                latents_shape=tuple(latents.shape),
+                num_channels=NUM_CHANNELS,
+            )
+    mask = item.mask
+    if mask is not None and (mask.shape != item.target.shape[1:] or not mask.sum() > 0):
+        raise ShapeError(
+            "{key}: the mask is {mask_shape} with a sum of {total:g}; expected "
+            "{target_shape} like the target, not all of it 0",
+            key=key,
+            mask_shape=tuple(mask.shape),
+            total=mask.sum().item(),
+            target_shape=tuple(item.target.shape[1:]),
+        )
+    if mask is not None and mask.min() < 0:
+        raise ShapeError("{key}: the mask holds negative weights; expected 0 or more", key=key)
+    for name, tensor in item.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FileError(
+                "{key}: {name} holds NaN or Inf; expected finite numbers. Encode it again, "
+                "in float32 if it was half precision.",
+                key=key,
+                name=name,
+            )
 
 
 def is_mask(mask: torch.Tensor) -> bool:

@@ -76,8 +76,10 @@ def read_architecture(
 
     def refuse(what: str) -> KeyFormatError:
         return KeyFormatError(
-            f"{name} is not a Qwen-Image model: {what}. Choose a diffusion model of "
-            "Qwen-Image-Edit."
+            "{name} is not a Qwen-Image model: {what}. Choose a diffusion model of "
+            "Qwen-Image-Edit.",
+            name=name,
+            what=what,
         )
 
     def get(key: str, ndim: int) -> Sequence[int]:
@@ -126,9 +128,12 @@ def count_blocks(keys: Iterable[str], name: str) -> int:
     highest = max(numbers, default=-1)
     if len(numbers) != highest + 1:
         raise KeyFormatError(
-            f"{name} holds {len(numbers)} blocks, but one of them has the number {highest}; "
+            "{name} holds {num_numbers} blocks, but one of them has the number {highest}; "
             "expected 0, 1, ... without a gap. The file is incomplete or changed: choose a "
-            "complete diffusion model of Qwen-Image-Edit."
+            "complete diffusion model of Qwen-Image-Edit.",
+            name=name,
+            num_numbers=len(numbers),
+            highest=highest,
         )
     return len(numbers)
 
@@ -144,8 +149,11 @@ def check_axes(axes: Any, head_width: int) -> tuple[int, ...]:
         if sum(axes) == head_width:
             return tuple(axes)
     raise KeyFormatError(
-        f"config.json's axes_dims_rope is {shorten(repr(axes))}; expected {NUM_AXES} even numbers "
-        f"whose sum is a head's width, {head_width}. Download or copy config.json again."
+        "config.json's axes_dims_rope is {axes}; expected {num_axes} even numbers whose sum is "
+        "a head's width, {head_width}. Download or copy config.json again.",
+        axes=shorten(repr(axes)),
+        num_axes=NUM_AXES,
+        head_width=head_width,
     )
 
 

@@ -149,24 +149,34 @@ def check_keys(architecture: Architecture, base: BaseFile) -> None:
     missing = [key for key in expected if key not in base.shapes]
     if missing:
         raise KeyFormatError(
-            f"{shorten(base.name)} lacks {len(missing)} of {len(expected)} tensors of a Qwen-Image "
-            f"model ({shorten_list(missing, 2)}): it is another model or incomplete. Choose a "
-            "complete diffusion model of Qwen-Image-Edit."
+            "{base} lacks {num_missing} of {num_expected} tensors of a Qwen-Image model "
+            "({missing}): it is another model or incomplete. Choose a complete diffusion model "
+            "of Qwen-Image-Edit.",
+            base=shorten(base.name),
+            num_missing=len(missing),
+            num_expected=len(expected),
+            missing=shorten_list(missing, 2),
         )
     unknown = [shorten(key) for key in base.shapes if key not in expected]
     if unknown:
         raise KeyFormatError(
-            f"{shorten(base.name)} holds {len(unknown)} tensors that a Qwen-Image-Edit model does "
-            f"not have ({shorten_list(unknown, 1)}); it is another model, or already changed by "
-            "one. Choose a diffusion model of Qwen-Image-Edit."
+            "{base} holds {num_unknown} tensors that a Qwen-Image-Edit model does not have "
+            "({unknown}); it is another model, or already changed by one. Choose a diffusion "
+            "model of Qwen-Image-Edit.",
+            base=shorten(base.name),
+            num_unknown=len(unknown),
+            unknown=shorten_list(unknown, 1),
         )
     for key, shape in expected.items():
         found = tuple(base.shapes[key])
         if found != shape and not base.is_packed(key):
             raise ShapeError(
-                f"{shorten(base.name)}: {key} is {shorten(str(found))}, but {shape} follows from "
-                "the other tensors. The file is damaged or of another model: choose a diffusion "
-                "model of Qwen-Image-Edit."
+                "{base}: {key} is {found}, but {shape} follows from the other tensors. The file "
+                "is damaged or of another model: choose a diffusion model of Qwen-Image-Edit.",
+                base=shorten(base.name),
+                key=key,
+                found=shorten(str(found)),
+                shape=shape,
             )
 
 

@@ -50,7 +50,11 @@ NF4_NESTED_BLOCK = 256
 def check_storage(storage: str) -> None:
     """Raises ConfigError for an unknown storage, or one whose library is missing."""
     if storage not in STORAGES:
-        raise ConfigError(f"unknown storage {storage!r}; expected one of {', '.join(STORAGES)}")
+        raise ConfigError(
+            "unknown storage {storage!r}; expected one of {storages}",
+            storage=storage,
+            storages=", ".join(STORAGES),
+        )
     if storage == "nf4":
         import_bitsandbytes()
 
@@ -238,8 +242,11 @@ def build_gguf_linear(
         return None
     if kind not in gguf_utils.dequantize_functions:
         raise FileError(
-            f"{base.name} stores {module_path} as {kind.name}, which diffusers cannot compute "
-            "with; choose bf16, fp8, int8 or nf4 as storage, or a file with another quantisation."
+            "{base} stores {module_path} as {kind}, which diffusers cannot compute with; choose "
+            "bf16, fp8, int8 or nf4 as storage, or a file with another quantisation.",
+            base=base.name,
+            module_path=module_path,
+            kind=kind.name,
         )
     codes = file.read_codes(key).to(reader.device)
     rows, columns = entry.shape

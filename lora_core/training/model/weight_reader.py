@@ -118,8 +118,9 @@ class WeightReader:
         for what, is_finite in zip(names, finite, strict=True):
             if not is_finite:
                 raise NonFiniteWeightsError(
-                    f"{what} holds NaN or Inf; expected finite numbers. Download or convert it "
-                    "again."
+                    "{what} holds NaN or Inf; expected finite numbers. Download or convert it "
+                    "again.",
+                    what=what,
                 )
 
 

@@ -111,7 +111,9 @@ class MetricsFile:
                 file.write(line)
         except OSError as e:
             reason = "it is a link; remove it" if is_link(self.path) else explain(e)
-            raise FileError(f"{self.path.name} cannot be written: {reason}.") from None
+            raise FileError(
+                "{path} cannot be written: {reason}.", path=self.path.name, reason=reason
+            ) from None
 
     def synchronize(self) -> None:
         """Flushes the lines to disk, so that no checkpoint is newer than they are.
@@ -124,7 +126,9 @@ class MetricsFile:
                 with self.path.open("rb+") as file:
                     os.fsync(file.fileno())
         except OSError as e:
-            raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
+            raise FileError(
+                "{path} cannot be written: {reason}.", path=self.path.name, reason=explain(e)
+            ) from None
 
     def cut(self, step: int) -> int:
         """Drops what a killed run wrote after its last checkpoint, of `step`, or half wrote.
@@ -146,7 +150,9 @@ class MetricsFile:
             kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
             write_then_rename(self.path, lambda new: new.write_text(kept, encoding="utf-8"))
         except OSError as e:
-            raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
+            raise FileError(
+                "{path} cannot be written: {reason}.", path=self.path.name, reason=explain(e)
+            ) from None
         return len(lines) - len(rows)
 
 

@@ -178,8 +178,9 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
     ):
         if then[name] != now[name]:
             raise ConfigError(
-                f"the {what} changed since the checkpoint was made, so its order of data and state "
-                "do not fit; resume with what it was made with, or start in another folder"
+                "the {what} changed since the checkpoint was made, so its order of data and "
+                "state do not fit; resume with what it was made with, or start in another folder",
+                what=what,
             )
     earlier = then.get("contents", {})
     for what, sample in now["contents"].items():
@@ -200,8 +201,11 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
             yield f"{name} was {before!r} and is {after!r} from now on"
             continue
         raise ConfigError(
-            f"{name} was {before!r} when the checkpoint was made and is {after!r} now; resume with "
-            "the settings it was made with, or start in another folder"
+            "{name} was {before!r} when the checkpoint was made and is {after!r} now; resume "
+            "with the settings it was made with, or start in another folder",
+            name=name,
+            before=before,
+            after=after,
         )
 
 

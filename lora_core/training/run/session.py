@@ -148,7 +148,7 @@ def choose_device(config: ModelConfig) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ConfigError(
-            f"the device {config.device!r} does not exist; expected cpu, cuda or auto"
+            "the device {device!r} does not exist; expected cpu, cuda or auto", device=config.device
         ) from None
     return device
 
