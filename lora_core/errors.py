@@ -79,10 +79,11 @@ class OutOfMemoryError(LoraError, MemoryError):
     """
 
     def __init__(self, sentence: str, advice: tuple[str, ...]):
-        super().__init__(
+        text = message(
             "{sentence}. What lowers it: {advice}.",
             sentence=sentence,
             advice=join_messages("; ", advice),
         )
+        super().__init__(text)
         self.sentence = sentence
         self.advice = advice

@@ -8,9 +8,17 @@ or an error that carries one. Put into an f-string, a message becomes plain Engl
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
-from collections.abc import Iterable, Mapping
+import re
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+#: In data written to disk, the packed messages among its texts, by their English.
+MESSAGES = "messages"
+#: Of a packed format string: what templates here use, and no width that fills memory.
+_SPEC = re.compile(r",?(\.\d)?[a-z]?")
 
 
 class Message(str):
@@ -28,6 +36,12 @@ class Message(str):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.template, self.values)
+
+    def __add__(self, other: str) -> Message:
+        return MessageList("", (self, other))
+
+    def __radd__(self, other: str) -> Message:
+        return MessageList("", (other, self))
 
     def __deepcopy__(self, memo: Any) -> Message:
         return self  # immutable; `dataclasses.asdict` copies every value
@@ -106,5 +120,66 @@ def unpack(packed: Any) -> str:
         return str(packed)
     if "parts" in packed:
         return MessageList(str(packed["separator"]), [unpack(part) for part in packed["parts"]])
+    template = packed["template"]
     values = {n: unpack(v) if isinstance(v, dict) else v for n, v in packed["values"].items()}
-    return Message(str(packed["template"]), values)
+    for _, name, spec, _ in string.Formatter().parse(template) if values else ():
+        if name is not None and not (name.isidentifier() and _SPEC.fullmatch(spec or "")):
+            raise ValueError("a format string that no message has")
+    return Message(template, values)
+
+
+def add_messages(data: dict[str, Any]) -> dict[str, Any]:
+    """Data as JSON can hold it, with what its texts need to become messages again.
+
+    The texts themselves stay plain English. `data` may hold dictionaries, lists and tuples.
+    """
+    packed = {str(text): pack(text) for text in find_messages(data)}
+    return {**data, MESSAGES: packed} if packed else data
+
+
+def find_messages(value: Any) -> Iterator[str]:
+    if isinstance(value, Message):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from find_messages(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from find_messages(one)
+
+
+def restore_messages(value: Any, packed: object) -> Any:
+    """Data that `add_messages` wrote, with its messages; a text that does not fit stays plain.
+
+    Args:
+        packed: what was found under MESSAGES, if anything.
+    """
+    if not isinstance(packed, Mapping) or not packed:
+        return value
+
+    def restore(text: str) -> str:
+        try:
+            found = unpack(packed[text]) if text in packed else text
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return text
+        return found if found == text else text
+
+    return map_texts(value, restore)
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same data with every text changed: in dictionaries, lists, tuples and dataclasses."""
+    if isinstance(value, str):
+        return change(value) if type(value) in (str, Message, MessageList) else value
+    if isinstance(value, Mapping):
+        return {name: map_texts(one, change) for name, one in value.items()}
+    if isinstance(value, list):
+        return [map_texts(one, change) for one in value]
+    if type(value) is tuple:
+        return tuple(map_texts(one, change) for one in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        new = {name: map_texts(one, change) for name, one in old.items()}
+        changed = {name: one for name, one in new.items() if one is not old[name]}
+        return dataclasses.replace(value, **changed) if changed else value
+    return value

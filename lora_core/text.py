@@ -26,6 +26,12 @@ def shorten(text: str, limit: int = MAX_SHOWN) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
+def flatten(text: str) -> str:
+    """On one line; still a message if it was on one."""
+    flat = " ".join(text.split())
+    return text if text == flat else flat
+
+
 def name_path(path: str | os.PathLike[str]) -> str:
     """The last part of a path, as messages name it; of ".", "" or "/" the quoted path itself."""
     return shorten(Path(path).name) or repr(os.fspath(path))
@@ -48,13 +54,15 @@ def join_counts(counts: Mapping[Any, int]) -> str:
     if len(counts) == 1:
         return show(next(iter(counts)))
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    shown = [f"{show(value)} ({count})" for value, count in ordered[:4]]
+    shown = [show(value) + f" ({count})" for value, count in ordered[:4]]
     if len(ordered) > 4:
         shown.append(message("{count} more", count=len(ordered) - 4))
     return join_messages(", ", shown)
 
 
 def show(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

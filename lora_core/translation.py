@@ -6,14 +6,13 @@ What has no entry stays English.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .messages import Message, MessageList
+from .messages import Message, MessageList, map_texts
 
 ENGLISH = "en"
 LOCALES = Path(__file__).resolve().parent.parent / "locales"
@@ -64,21 +63,8 @@ def translate(text: object, language: str) -> str:
     return template.format(**values)
 
 
-def translate_all(value: Any, language: str) -> Any:
-    """Data with all messages in it translated: dictionaries, lists, tuples and dataclasses."""
+def translate_all(data: Any, language: str) -> Any:
+    """Data with every message in it translated; see `messages.map_texts`."""
     if language == ENGLISH:
-        return value
-    if isinstance(value, str):
-        return translate(value, language)
-    if isinstance(value, Mapping):
-        return {name: translate_all(one, language) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [translate_all(one, language) for one in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {
-            field.name: translate_all(getattr(value, field.name), language)
-            for field in dataclasses.fields(value)
-            if isinstance(getattr(value, field.name), str)
-        }
-        return dataclasses.replace(value, **changed)
-    return value
+        return data
+    return map_texts(data, lambda text: translate(text, language))

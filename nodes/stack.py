@@ -10,6 +10,7 @@ from ..lora_core import Adapter, ConfigError, LoraError
 from ..lora_core.adapter.strengths import Strengths
 from ..lora_core.disk.safetensors_file import read_signature
 from ..lora_core.findings import NOTE
+from ..lora_core.messages import message
 from ..lora_core.text import shorten
 from . import host
 from .apply import mode_input
@@ -106,7 +107,11 @@ def report_file(applied: Application, adapter: Adapter) -> None:
     """Adds the findings from reading the file, as Load Qwen Edit LoRA would report them."""
     for finding in adapter.report.findings:
         add = applied.note if finding.severity == NOTE else applied.warn
-        add(finding.kind, f"{adapter.name}: {finding.text}", finding.count)
+        add(
+            finding.kind,
+            message("{adapter}: {text}", adapter=adapter.name, text=finding.text),
+            finding.count,
+        )
 
 
 class QwenEditLoraStack(io.ComfyNode):

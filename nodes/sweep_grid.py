@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..lora_core import ConfigError, FileError
 from ..lora_core.disk.plain_json import write_json
+from ..lora_core.messages import join_messages
 from ..lora_core.sweep.cells import MAX_CELLS
 from ..lora_core.sweep.measures import measure_sweep
 from ..lora_core.sweep.plots import draw_contact_sheet, draw_curve, draw_differences
@@ -130,7 +131,7 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
             ],
         }
         return io.NodeOutput(
-            Report(f"{report}\n\n{table}", verdict.findings),
+            Report(join_messages("\n\n", [report, table]), verdict.findings),
             sheet,
             build_image(draw_differences(sweep, verdict)),
             build_image(draw_curve(verdict)),

@@ -11,6 +11,7 @@ import torch
 
 from ..disk.safetensors_file import SafetensorsFile, load
 from ..errors import NonFiniteWeightsError
+from ..messages import message
 from ..text import shorten
 from .load_report import LoadReport
 from .weights import ModuleWeights
@@ -60,7 +61,9 @@ class Adapter:
             if beyond is None and not (bad or has_finite_delta(weights, exponents)):
                 beyond = path
         if bad:
-            more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+            more = (
+                message(" and {num_bad} more tensors", num_bad=len(bad) - 1) if len(bad) > 1 else ""
+            )
             raise NonFiniteWeightsError(
                 "{name} holds NaN or Inf in {first}{more}; expected finite numbers. Its "
                 "training diverged or the file is damaged: use an earlier checkpoint.",

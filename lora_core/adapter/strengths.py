@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..base_model import module_paths
 from ..errors import ConfigError
+from ..messages import join_messages, message
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,13 @@ class Strengths:
         return self.strength * factors.get(stream, both)
 
     def __str__(self) -> str:
-        parts = [f"strength {self.strength:g}"]
+        return str(self.describe())
+
+    def describe(self) -> str:
+        parts = [message("strength {strength:g}", strength=self.strength)]
         if self.image_strength != 1 or self.text_strength != 1:
-            parts.append(f"image {self.image_strength:g}, text {self.text_strength:g}")
+            streams = {"image": self.image_strength, "text": self.text_strength}
+            parts.append(message("image {image:g}, text {text:g}", **streams))
         if self.blocks is not None:
-            parts.append(f"blocks {module_paths.format_blocks(self.blocks)}")
-        return ", ".join(parts)
+            parts.append(message("blocks {blocks}", blocks=module_paths.format_blocks(self.blocks)))
+        return join_messages(", ", parts)

@@ -12,6 +12,7 @@ import torch
 from ..disk.json_reader import parse_object
 from ..disk.safetensors_file import AnyTensor, load
 from ..errors import FileError, KeyFormatError
+from ..messages import message
 from ..text import shorten
 from .base_weight import MX_BLOCK, BaseWeight, count_factors, untile_scales, widen_exponents
 from .module_paths import is_known
@@ -29,7 +30,7 @@ ROTATION_GROUP = 256  # ComfyUI's default
 #: Of one weight; ComfyUI writes fewer than a hundred.
 MAX_NOTE_BYTES = 1 << 16
 #: A note that is rejected only where it matters.
-UNREADABLE: Mapping[str, Any] = {"format": "an unreadable note"}
+UNREADABLE: Mapping[str, Any] = {"format": message("an unreadable note")}
 
 
 class TensorSource(Protocol):

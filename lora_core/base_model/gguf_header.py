@@ -78,8 +78,8 @@ def read_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> GgufH
             )
         num_tensors, num_keys = walk.read("Q"), walk.read("Q")
         for number, limit, what in (
-            (num_tensors, MAX_TENSORS, "tensors"),
-            (num_keys, MAX_KEYS, "keys"),
+            (num_tensors, MAX_TENSORS, message("tensors")),
+            (num_keys, MAX_KEYS, message("keys")),
         ):
             if number > limit:
                 raise refuse(

@@ -43,9 +43,9 @@ def check_file_name(name: str, longest_ending: str) -> None:
         ) from None
     if size > MAX_NAME_BYTES:
         raise ConfigError(
-            "name is {shown}, {num_encode} bytes; expected at most {max_name_bytes}, since file "
+            "name is {shown}, {size} bytes; expected at most {limit}, since file "
             "systems limit bytes and the files' names are longer",
             shown=shown,
-            num_encode=len(name.encode()),
-            max_name_bytes=MAX_NAME_BYTES - len(longest_ending),
+            size=len(name.encode()),
+            limit=MAX_NAME_BYTES - len(longest_ending),
         )

@@ -51,7 +51,9 @@ def parse_json(text: str | bytes, name: str) -> Any:
         value = json.loads(text.removeprefix("\ufeff"), parse_constant=refuse_constant)
         check_values(value)
     except json.JSONDecodeError as e:
-        what = f"{e.msg}, line {e.lineno}, column {e.colno}"
+        what = message(
+            "{msg}, line {lineno}, column {colno}", msg=e.msg, lineno=e.lineno, colno=e.colno
+        )
         raise FileError(
             "{name} cannot be read as JSON: {what}.", name=shorten(name), what=shorten(what)
         ) from None
@@ -92,16 +94,21 @@ def check_object(value: Any, name: str) -> dict[str, Any]:
 
 def describe_kind(value: Any) -> str:
     """What a JSON value is, for a message that expected another kind: "a list", "null", ..."""
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return "null" if value is None else kinds.get(type(value), "a number")
+    kinds = {
+        dict: message("an object"),
+        list: message("a list"),
+        str: message("text"),
+        bool: message("true or false"),
+    }
+    return "null" if value is None else kinds.get(type(value), message("a number"))
 
 
 class _Refused(ValueError):
     """Valid for the json module, not for us; the text gives the reason."""
 
 
-_TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
-_TOO_LARGE = "it holds a number that is too large"
+_TOO_DEEP = message("it is nested more than {max_depth} levels deep", max_depth=MAX_DEPTH)
+_TOO_LARGE = message("it holds a number that is too large")
 
 
 def refuse_constant(name: str) -> NoReturn:

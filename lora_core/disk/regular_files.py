@@ -52,7 +52,7 @@ def open_regular(
         if os.path.isdir(path):  # noqa: PTH112 - Windows opens none; Path.is_dir may raise
             raise FileError("{name} is a folder; expected a file.", name=name) from None
         kind = DeniedFileError if isinstance(e, PermissionError) else FileError
-        raise kind(f"{name} cannot be opened: {e.strerror}.") from None
+        raise kind("{name} cannot be opened: {reason}.", name=name, reason=e.strerror) from None
     except ValueError:  # a null character or half a surrogate pair
         raise FileError("{name!r} is not a file name; expected one.", name=name) from None
     try:
@@ -89,7 +89,7 @@ def read_bytes(
             data = file.read(max_bytes + 1)
         except OSError as e:
             kind = DeniedFileError if isinstance(e, PermissionError) else FileError
-            raise kind(f"{name} cannot be read: {e.strerror}.") from None
+            raise kind("{name} cannot be read: {reason}.", name=name, reason=e.strerror) from None
     if len(data) > max_bytes:
         raise FileError(
             "{name} is larger than {max_bytes}; expected a file of text. Remove or replace it.",

@@ -38,7 +38,7 @@ DTYPES = {
 #: Endings of a safetensors file's name, in any case; ComfyUI lists both.
 SUFFIXES = (".safetensors", ".sft")
 #: What messages say was expected at a path.
-LORA_FILE, BASE_MODEL = "a LoRA file", "a diffusion model"
+LORA_FILE, BASE_MODEL = message("a LoRA file"), message("a diffusion model")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -141,11 +141,11 @@ class SafetensorsFile:
             dtype = DTYPES.get(part.get_dtype())
             if dtype is None:
                 raise FileError(
-                    "{name}: {key} is stored as {get_dtype}; expected one of {dtypes}. Save it "
+                    "{name}: {key} is stored as {dtype}; expected one of {dtypes}. Save it "
                     "again as bf16, fp16 or fp32.",
                     name=shorten(self.name),
                     key=shorten(key),
-                    get_dtype=part.get_dtype(),
+                    dtype=part.get_dtype(),
                     dtypes=", ".join(DTYPES),
                 )
             yield key, StoredTensor(self, key, torch.Size(part.get_shape()), dtype)

@@ -60,7 +60,11 @@ def parse_typed(data: bytes, kind: type[T], allows_more: bool = False) -> T:
     except ValidationError as e:
         fault = e.errors(include_url=False, include_context=False)[0]
         place, value = ".".join(map(str, fault["loc"])), fault["input"]
-        found = f" is {show(value)}" if isinstance(value, str | int | float | None) else ""
+        found = (
+            message(" is {value}", value=show(value))
+            if isinstance(value, str | int | float | None)
+            else ""
+        )
         raise ValueError(
             message(
                 "{place}{found}: {fault}",

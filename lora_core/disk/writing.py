@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 
 #: For what must not fail; a virus scanner may take seconds over a checkpoint of gigabytes.
@@ -91,11 +92,11 @@ def explain(error: Exception) -> str:
     number = getattr(error, "errno", None)
     text = str(error)
     if number == errno.ENOSPC or "No space left" in text:
-        return "the disk is full; free some space and save again"
+        return message("the disk is full; free some space and save again")
     if getattr(error, "winerror", None) in SHARING_VIOLATIONS:
-        return "another program has it open; close that one and save again"
+        return message("another program has it open; close that one and save again")
     if number in (errno.EACCES, errno.EROFS, errno.EPERM) or "Permission denied" in text:
-        return "the folder is read-only; choose another one or change its permissions"
+        return message("the folder is read-only; choose another one or change its permissions")
     if number == errno.ENAMETOOLONG or "File name too long" in text:
-        return "the name is too long; choose a shorter one"
+        return message("the name is too long; choose a shorter one")
     return getattr(error, "strerror", None) or text

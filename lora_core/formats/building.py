@@ -20,6 +20,7 @@ from ..adapter.weights import (
 from ..base_model import module_paths
 from ..disk.safetensors_file import AnyTensor, load
 from ..errors import EmptyPartError, KeyFormatError, ShapeError
+from ..messages import message
 from ..text import shorten, shorten_list
 from .alpha import AlphaRules
 from .fused import is_fused, list_members, split_weights
@@ -117,14 +118,14 @@ KINDS = (
 #: Schemes whose OFT has alpha in units of out_features (LyCORIS' diag_oft.py, kohya's oft.py).
 #: Under the others alpha is the limit itself, as ComfyUI's own trainer saves it.
 RELATIVE_OFT = ("kohya", "lycoris", "onetrainer")
-BOFT = "BOFT, which is not supported; use ComfyUI's LoraLoader"
+BOFT = message("BOFT, which is not supported; use ComfyUI's LoraLoader")
 #: Of an example in a message that has two.
 MAX_EXAMPLE = 130
-NO_USE = "has no use in a module of this kind"
-REPLACED = "is a part of a factor that is also there whole, which is used"
-NO_RANK = "depends on its module's LoRA, which has rank 0"
-NO_BIAS = "changes a bias, and Qwen-Image's norms have none"
-FUSED = "fuses query, key and value in a way that cannot be split"
+NO_USE = message("has no use in a module of this kind")
+REPLACED = message("is a part of a factor that is also there whole, which is used")
+NO_RANK = message("depends on its module's LoRA, which has rank 0")
+NO_BIAS = message("changes a bias, and Qwen-Image's norms have none")
+FUSED = message("fuses query, key and value in a way that cannot be split")
 
 
 class ModuleBuilder:
@@ -196,11 +197,15 @@ class ModuleBuilder:
             self._leave_out(parts, NO_USE)
             return None
         if not kind.is_complete(present) and is_fused(module_path):
-            self._leave_out(parts, "fuses query, key and value, and its partner keys are missing")
+            self._leave_out(
+                parts, message("fuses query, key and value, and its partner keys are missing")
+            )
             return None
         if not kind.is_complete(present):
             found = ", ".join(shorten(key.key) for key in parts.keys.values())
-            self._incomplete.append(f"{module_path} has only {found}")
+            self._incomplete.append(
+                message("{module_path} has only {found}", module_path=module_path, found=found)
+            )
             return None
         used = kind.parts | kind.optional
         tensors = {part: self._tensors[key.key] for part, key in parts.keys.items() if part in used}
@@ -271,7 +276,7 @@ class ModuleBuilder:
             stored = float(load(tensor).item())
         if isinstance(weights, OftWeights):
             if stored is None:
-                self.rules["none (OFT without constraint)"] += 1
+                self.rules[message("none (OFT without constraint)")] += 1
                 return weights
             if key is not None and name_scheme(key.prefix) in RELATIVE_OFT:
                 stored *= weights.out_features
@@ -285,7 +290,7 @@ class ModuleBuilder:
         """LyCORIS ignores alpha here; PEFT scales by the config's alpha and rank all the same."""
         config = self._alpha_rules.config
         if config is None or not config.is_lycoris:
-            self.rules["fixed (both LoKr factors whole)"] += 1
+            self.rules[message("fixed (both LoKr factors whole)")] += 1
             return weights
         rank = config.resolve_rank(module_path)
         alpha, rule, replaced = self._alpha_rules.resolve(module_path, rank or 1, None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from ..adapter.weights import ModuleWeights
 from ..findings import NOTE, WARNING, Finding
+from ..messages import message
 from ..text import format_count, shorten_list
 from .alpha import AlphaRules
 from .building import ModuleBuilder
@@ -30,34 +31,43 @@ def find_more(
     }
     if extreme:
         path = next(iter(extreme))
-        text = (
-            f"alpha / rank is {extreme[path]:g} in {len(extreme)} modules such as {path}, far "
-            f"outside {low:g} to {high:g}; alpha is probably wrong in the file"
+        text = message(
+            "alpha / rank is {extreme:g} in {num_extreme} modules such as {path}, far "
+            "outside {low:g} to {high:g}; alpha is probably wrong in the file",
+            extreme=extreme[path],
+            num_extreme=len(extreme),
+            path=path,
+            low=low,
+            high=high,
         )
         yield Finding("extreme_scale", WARNING, text, len(extreme))
     if builder.empty:
-        text = (
-            f"{format_count(len(builder.empty), 'module')} with a LoRA of rank 0, which adds "
-            f"nothing: {shorten_list(builder.empty, 2)}"
+        text = message(
+            "{num_modules} with a LoRA of rank 0, which adds nothing: {empty}",
+            num_modules=format_count(len(builder.empty), "module"),
+            empty=shorten_list(builder.empty, 2),
         )
         yield Finding("rank_zero", NOTE, text, len(builder.empty))
     if builder.repeated:
-        text = (
-            f"{format_count(len(builder.repeated), 'module')} both alone and in a fused one; the "
-            f"single ones are used: {shorten_list(builder.repeated, 2)}"
+        text = message(
+            "{num_modules} both alone and in a fused one; the single ones are used: {repeated}",
+            num_modules=format_count(len(builder.repeated), "module"),
+            repeated=shorten_list(builder.repeated, 2),
         )
         yield Finding("fused_repeated", WARNING, text, len(builder.repeated))
     if builder.num_split:
-        text = (
-            f"query, key and value are fused in {format_count(builder.num_split, 'module')}; each "
-            "is split into three"
+        text = message(
+            "query, key and value are fused in {num_modules}; each is split into three",
+            num_modules=format_count(builder.num_split, "module"),
         )
         yield Finding("fused_split", NOTE, text, builder.num_split)
     if sources.borrowed:
         key = sources.borrowed[0]
-        text = (
-            f"{len(sources.borrowed)} alphas or magnitudes have another prefix than their modules' "
-            f"weights and are used, such as {key.key}"
+        text = message(
+            "{num_borrowed} alphas or magnitudes have another prefix than their modules' "
+            "weights and are used, such as {key}",
+            num_borrowed=len(sources.borrowed),
+            key=key.key,
         )
         yield Finding("other_prefix", NOTE, text, len(sources.borrowed))
     yield from report_rules(builder.rules, rules)
@@ -67,15 +77,19 @@ def report_rules(counts: Mapping[str, int], rules: AlphaRules) -> Iterator[Findi
     """Where alpha is taken by a rule that no specification states."""
     guessed = counts.get(rules.fallback, 0)
     if guessed:
-        text = (
-            f"alpha of {format_count(guessed, 'module')} is the {rules.fallback}, so their scale "
-            "is 1"
+        text = message(
+            "alpha of {num_modules} is the {fallback}, so their scale is 1",
+            num_modules=format_count(guessed, "module"),
+            fallback=rules.fallback,
         )
         yield Finding("alpha_from_rank", NOTE, text, guessed)
     config = rules.config
     if config is not None and config.is_plain_field and counts.get(config.rule):
         number = counts[config.rule]
-        text = (
-            f"alpha of {format_count(number, 'module')} is {config.alpha:g}, from {config.source}"
+        text = message(
+            "alpha of {num_modules} is {alpha:g}, from {source}",
+            num_modules=format_count(number, "module"),
+            alpha=config.alpha,
+            source=config.source,
         )
         yield Finding("alpha_from_field", NOTE, text, number)

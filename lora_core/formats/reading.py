@@ -11,6 +11,7 @@ from ..adapter.load_report import DroppedKey, LoadReport
 from ..adapter.weights import ModuleWeights
 from ..base_model import module_paths
 from ..disk.safetensors_file import AnyTensor
+from ..messages import message
 from .alpha import find_alpha_rules
 from .architectures import could_be_flux, detect_variants
 from .building import ModuleBuilder
@@ -72,7 +73,9 @@ def read_modules(
             *(DroppedKey(key.key, key.reason, key.nearest) for key in unknown),
             *(DroppedKey(k.key, reason, find_member(k.module_path)) for k, reason in left_out),
         ),
-        duplicates=tuple(DroppedKey(key.key, f"also in {by}") for key, by in sources.duplicates),
+        duplicates=tuple(
+            DroppedKey(key.key, message("also in {by}", by=by)) for key, by in sources.duplicates
+        ),
         non_finite=tuple(builder.non_finite),
         variants=tuple(model.variants),
         hints=tuple(model.hints),
@@ -99,8 +102,10 @@ def find_model(
     blocks = {block for block, _ in map(module_paths.split_path, modules) if block is not None}
     if not variants and could_be_flux(preset, blocks, width):
         hints.append(
-            "names and sizes would fit Flux as well (attention of the first 19 blocks only): check "
-            "what it was trained for"
+            message(
+                "names and sizes would fit Flux as well (attention of the first 19 blocks "
+                "only): check what it was trained for"
+            )
         )
     return AdaptedModel(preset, blocks, width, variants, hints)
 
@@ -116,7 +121,7 @@ def leave_out_spoiled(
         if reason is None:
             kept.append(key)
         else:
-            spoiled.append((key, f"its module has {reason}"))
+            spoiled.append((key, message("its module has {reason}", reason=reason)))
     return kept, spoiled
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ..disk.safetensors_file import AnyTensor, StoredTensor
 from ..errors import ConfigError, KeyFormatError
+from ..messages import message
 from ..text import shorten
 
 #: Dtypes with one real number in each entry. Some came with PyTorch 2.7; what else there is (of
@@ -63,13 +64,13 @@ def describe_unusual(tensor: Any) -> str | None:
     if isinstance(tensor, StoredTensor):
         return None
     if not isinstance(tensor, torch.Tensor):
-        return f"a {type(tensor).__name__}"
+        return message("a {name}", name=type(tensor).__name__)
     if tensor.is_meta:
-        return "a tensor without data (on the meta device)"
+        return message("a tensor without data (on the meta device)")
     if tensor.is_quantized:
-        return "a quantised tensor"
+        return message("a quantised tensor")
     if tensor.is_nested or tensor.layout != torch.strided:
-        return "a sparse or nested tensor"
+        return message("a sparse or nested tensor")
     return None
 
 

@@ -28,6 +28,7 @@ from ..adapter.delta import upcast
 from ..adapter.weights import DoraWeights, LoraWeights, ModuleWeights
 from ..base_model.module_paths import split_path
 from ..errors import ConfigError, ShapeError, TargetError
+from ..messages import message
 from ..progress import Progress, ShouldStop, track
 from ..text import format_count, shorten_list
 from .initialization import compute_principal_factors, draw_down, make_generator
@@ -243,7 +244,7 @@ def inject(
     if isinstance(plan, LoraSettings):
         plan = plan_injection(model, plan)
     layers = {}
-    for target in track(plan.targets, progress, should_stop, "injection"):
+    for target in track(plan.targets, progress, should_stop, message("injection")):
         layers[target.module_path] = build_layer(
             model.get_submodule(target.module_path), target, plan.settings, dtype, seed, device
         )

@@ -22,11 +22,12 @@ from ..disk.file_size import compute_file_size
 from ..errors import ConfigError, TargetError
 from ..formats.files import build_state_dict
 from ..formats.schemes import build_metadata, get_scheme
+from ..messages import message
 from .initialization import INITIALIZATIONS
 from .layers import AnyLinear
 
 #: Why a module of the last block is left out; shown to the user.
-INERT = "the model discards the last block's text output, so it would never get a gradient"
+INERT = message("the model discards the last block's text output, so it would never get a gradient")
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,9 @@ def plan_injection(model: torch.nn.Module, settings: LoraSettings) -> InjectionP
             "wrapper around it.",
             model=list_examples(model),
         )
-    chosen = {path for pattern in settings.targets for path in select(pattern, linears, "target")}
+    chosen = {
+        path for pattern in settings.targets for path in select(pattern, linears, message("target"))
+    }
     for pattern in settings.exclude:
         chosen -= select(pattern, linears, "exclude")
     if not chosen:
@@ -282,10 +285,10 @@ def check_ranks(settings: LoraSettings, planned: tuple[Target, ...]) -> None:
 
 
 def list_patterns(patterns: tuple[str, ...]) -> str:
-    return ", ".join(map(repr, patterns)) or "nothing"
+    return ", ".join(map(repr, patterns)) or message("nothing")
 
 
 def list_examples(model: torch.nn.Module) -> str:
     paths = [path for path, module in model.named_modules() if hasattr(module, "in_features")]
-    more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
-    return ", ".join(paths[:2]) + more if paths else "no Linear at all"
+    more = message(" and {num_paths} more", num_paths=len(paths) - 2) if len(paths) > 2 else ""
+    return ", ".join(paths[:2]) + more if paths else message("no Linear at all")

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..disk.writing import explain
 from ..errors import ConfigError, FileError
+from ..messages import add_messages, message
 from ..training.config.config_files import build, config_from_dict, config_to_dict
 from .folder import CONFIG_FILE, STATE_FILE, BusyFileError, JobFolder, restore
 from .index import JobIndex
@@ -87,12 +88,16 @@ class Catalog:
         except UnknownJobError:
             raise
         except BusyFileError as e:  # as it was when it could be read
-            return self._remember(folder, row) or build_broken(folder, str(e)), ""
+            return self._remember(folder, row) or build_broken(folder, e.message), ""
         except FileError as e:
-            return build_broken(folder, str(e)), ""
+            return build_broken(folder, e.message), ""
         except Exception as e:
             # A fault in one folder must not hide all the others.
-            sentence = f"job {folder.id} is damaged ({type(e).__name__}); delete the job"
+            sentence = message(
+                "job {job_id} is damaged ({name}); delete the job",
+                job_id=folder.id,
+                name=type(e).__name__,
+            )
             if folder.id not in self._logged_ids:
                 self._logged_ids.add(folder.id)
                 logger.exception("Qwen Edit LoRA: %s", sentence)
@@ -123,7 +128,7 @@ class Catalog:
             if isinstance(e, FileError):
                 raise
             raise FileError(
-                "job {folder_id} cannot be used: {reason}", folder_id=folder.id, reason=explain(e)
+                "job {job_id} cannot be used: {reason}", job_id=folder.id, reason=explain(e)
             ) from None
 
     def _list_folders(self) -> Sequence[JobFolder]:
@@ -189,7 +194,7 @@ def read_stamp(folder: JobFolder) -> str:
 
 def to_row(job: Job) -> dict[str, Any]:
     settings = config_to_dict(job.settings)
-    return {"settings": settings, "state": dataclasses.asdict(job.state)}
+    return {"settings": settings, "state": add_messages(dataclasses.asdict(job.state))}
 
 
 def from_row(folder: JobFolder, row: Mapping[str, Any]) -> Job:
@@ -212,6 +217,6 @@ def build_broken(folder: JobFolder, sentence: str) -> Job:
             "data": {"folder": "unknown"},
         }
     )
-    failure = JobFailure(sentence=sentence, advice=("delete the job",))
+    failure = JobFailure(sentence=sentence, advice=(message("delete the job"),))
     state = advance(JobState(created_at=created), Event.FAIL, failure=failure, at=created)
     return Job(folder.id, JobSettings(train=train), state, is_damaged=True)

@@ -9,7 +9,7 @@ import os
 import secrets
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from ..disk.json_reader import parse_object
 from ..disk.own_folders import check_own_folder
@@ -17,6 +17,7 @@ from ..disk.regular_files import open_regular, read_bytes
 from ..disk.typed_json import parse_typed
 from ..disk.writing import BRIEF_PATIENCE_S, PATIENCE_S, explain, replace, retry_while_denied
 from ..errors import ConfigError, DeniedFileError, FileError, MissingFileError
+from ..messages import MESSAGES, add_messages, restore_messages, take_clause
 from ..text import shorten
 from ..training.config.config_files import build, config_to_dict
 from ..training.run.adapter_files import ADAPTERS
@@ -119,7 +120,7 @@ class JobFolder:
         Args:
             durable: flush it to disk, so that it survives a power cut.
         """
-        self._write(STATE_FILE, dataclasses.asdict(state), durable)
+        self._write(STATE_FILE, add_messages(dataclasses.asdict(state)), durable)
 
     def read_request(self) -> Request | None:
         """None where there is no request, or an unreadable one."""
@@ -164,12 +165,12 @@ class JobFolder:
         try:
             return read_bytes(self.path / name, MAX_JSON_BYTES)
         except DeniedFileError as e:
-            raise PermissionError(str(e).rstrip(".")) from None  # what `retry_while_denied` retries
+            raise PermissionError(take_clause(e)) from None  # what `retry_while_denied` retries
         except FileError as e:
             raise self._explain_damage(name, e) from None
 
     def _explain_damage(self, name: str, error: Exception) -> DamagedJobError:
-        reason = shorten(str(error).rstrip("."), MAX_REASON)
+        reason = shorten(take_clause(error), MAX_REASON)
         return DamagedJobError(
             "{name} of job {id} is damaged ({reason}); delete the job",
             name=name,
@@ -269,10 +270,14 @@ def list_inside(folder: Path) -> list[Path]:
 
 
 def restore(kind: type[T], values: Any) -> T:
-    """A dataclass from what `dataclasses.asdict` and JSON made of it; unknown names are skipped.
+    """A dataclass from what `dataclasses.asdict`, perhaps `add_messages`, and JSON made of it.
+
+    Unknown names are skipped.
 
     Raises:
         ValueError: a value is not of its field's kind, or one without a default is missing.
     """
     text = json.dumps(values, ensure_ascii=False)  # half a surrogate pair becomes "?"
-    return parse_typed(text.encode(errors="replace"), kind, allows_more=True)
+    restored = parse_typed(text.encode(errors="replace"), kind, allows_more=True)
+    packed = values.get(MESSAGES) if isinstance(values, dict) else None
+    return cast(T, restore_messages(restored, packed))

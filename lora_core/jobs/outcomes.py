@@ -6,6 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
+from ..messages import message
 from .job import JobFailure, JobState, JobStateError
 from .transitions import USER_EVENTS, Event, JobStatus, Request, find_next, find_stage
 
@@ -71,7 +72,14 @@ def restart_or_fail(
     restarts = count_restarts(state, reached)
     if restarts >= max_restarts:
         return advance(state, Event.FAIL, failure=failure, checkpoint_step=reached)
-    notes = (*state.notes, f"{failure.sentence}; it continues after step {reached}")
+    notes = (
+        *state.notes,
+        message(
+            "{sentence}; it continues after step {reached}",
+            sentence=failure.sentence,
+            reached=reached,
+        ),
+    )
     return advance(
         state,
         Event.RESTART,  # keeps its place in the queue

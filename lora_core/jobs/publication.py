@@ -19,6 +19,7 @@ from ..disk.json_reader import parse_object
 from ..disk.regular_files import open_regular
 from ..disk.writing import explain, rename
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .folder import JobFolder, open_inside, open_to_append
 from .identity import identify
@@ -148,7 +149,7 @@ def try_folder(loras: Path, job_id: str) -> None:
         trial.touch()
         trial.unlink()
     except (OSError, ValueError) as e:  # ValueError: no name of any folder
-        reason = "it does not exist" if isinstance(e, FileNotFoundError) else explain(e)
+        reason = message("it does not exist") if isinstance(e, FileNotFoundError) else explain(e)
         raise FileError(
             "the adapter cannot be written to the loras folder: {reason}",
             reason=shorten(reason, 200),

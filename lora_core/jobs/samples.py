@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError
+from ..messages import message
 from ..progress import ShouldStop, track
 from ..training.data.latents import normalize
 from ..training.run.run import Run
@@ -90,7 +91,9 @@ class Sampler:
         """
         missing = self.list_missing_examples()
         with self._leaving_the_run_alone():
-            for index, tensor, stem in track(missing, None, should_stop, "decoding of the pairs"):
+            for index, tensor, stem in track(
+                missing, None, should_stop, message("decoding of the pairs")
+            ):
                 item = self.session.dataset.load(index)
                 self.writer.write(normalize(item.tensors[tensor])[None], stem)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import ConfigError
+from ..messages import message
 from ..progress import ShouldStop
 from ..text import format_count, format_duration
 from ..training.config.config import TrainConfig
@@ -152,7 +153,9 @@ def publish_adapters(
     remove_unfinished(loras, folder.id)
     published = publish([folder.path / name for name in adapters], loras, folder.id)
     reporter.update(published=published)
-    reporter.log(f"the adapter is in the loras folder as {', '.join(published)}")
+    reporter.log(
+        message("the adapter is in the loras folder as {published}", published=", ".join(published))
+    )
 
 
 def take_sample(
@@ -181,7 +184,9 @@ def sampling(sampler: Sampler, reporter: JobReporter | NullReporter) -> Iterator
         if not is_out_of_memory(e):
             raise
         sampler.indices = []
-        reporter.add_note("samples did not fit into memory; training continues without them")
+        reporter.add_note(
+            message("samples did not fit into memory; training continues without them")
+        )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     finally:

@@ -229,7 +229,7 @@ def finish_stopped(settings: JobSettings, folder: JobFolder, reporter: JobReport
         reporter.finish(Event.STOP, request)
     else:
         failure = JobFailure(
-            sentence="the worker was asked to exit, as on shutdown, and saved first"
+            sentence=message("the worker was asked to exit, as on shutdown, and saved first")
         )
         finish_ended(settings, reporter, reporter.state.step, failure)
 

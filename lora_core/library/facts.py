@@ -16,12 +16,13 @@ from ..formats.architectures import detect_architecture
 from ..formats.files import read_adapter
 from ..formats.reading import parse_keys
 from ..formats.schemes import CONFIG_KEY
+from ..messages import message
 from .metadata import clean, find_title, find_trigger_words
 
 QWEN_IMAGE = "Qwen-Image"
-NOT_OPENED = (
-    "not opened: only .safetensors and .sft files are, since a pickle can run code when it is "
-    "read; if you trust it, convert it"
+NOT_OPENED = message(
+    "not opened: only .safetensors and .sft files are, since a pickle can run code when it "
+    "is read; if you trust it, convert it"
 )
 
 

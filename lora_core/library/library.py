@@ -318,7 +318,7 @@ class AdapterLibrary:
             fingerprint = read_fingerprint(entry.path, read_config_fingerprint(entry.path.parent))
             if fingerprint != entry.fingerprint:
                 return replace(entry, fingerprint=fingerprint or DELETED, facts=None, health=None)
-            health = Health("broken", str(e), (str(e),))
+            health = Health("broken", e.message, (e.message,))
         return None if health is None else replace(entry, health=health)
 
     def _send_event(self, changed: Iterable[Entry], gone: Iterable[str]) -> None:

@@ -23,6 +23,7 @@ from ..disk.own_folders import check_own_folder, make_own_folder
 from ..disk.safetensors_file import SafetensorsFile
 from ..disk.writing import explain, replace
 from ..errors import FileError, LoraError
+from ..messages import message
 from ..progress import Progress, ShouldStop, track
 from ..text import format_bytes, format_count, shorten
 from ..training.data.dataset import (
@@ -119,7 +120,10 @@ def cache_pairs(
     items = DatasetWriter(store)
     encoded = 0
     for one, key in track(
-        list(zip(pairs, digests, strict=True)), progress, should_stop, "encoding of the pairs"
+        list(zip(pairs, digests, strict=True)),
+        progress,
+        should_stop,
+        message("encoding of the pairs"),
     ):
         if not is_encoded(get_path(store, key), one):
             item = encode(one)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .listing import Listing, fold_key, sort_naturally
 from .pair import list_some
@@ -75,10 +76,12 @@ def collect_folders(listing: Listing, others: Sequence[Listing]) -> Collected | 
         return None
     parts = pair_files(listing, sides, images, others)
     base, target_folder = sides.base, sides.target or root
-    where = "the folder itself" if target_folder == root else show_folder(target_folder)
+    where = message("the folder itself") if target_folder == root else show_folder(target_folder)
     names = ", ".join(show_folder(path) for path in folders[:4])
-    within = "" if base == root else f" in {show_folder(base)}"
-    return f"targets in {where}, references in {names}{within}", parts
+    within = "" if base == root else message(" in {base}", base=show_folder(base))
+    return message(
+        "targets in {where}, references in {names}{within}", where=where, names=names, within=within
+    ), parts
 
 
 def list_targets(

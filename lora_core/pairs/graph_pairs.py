@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import ConfigError
+from ..messages import message
 from ..text import format_count
 from .images import ArrayImage
 from .pair import FoundPairs, Pair, clean_caption
@@ -43,19 +44,22 @@ def build_graph_pairs(
             )
     texts = split_captions(captions, number)
     shared = [
-        [ArrayImage(f"reference {slot}.{i + 1}", image) for i, image in enumerate(images)]
+        [
+            ArrayImage(message("reference {slot}.{i}", slot=slot, i=i + 1), image)
+            for i, image in enumerate(images)
+        ]
         for slot, images in enumerate(references, 1)
     ]
     pairs = [
         Pair(
             name=f"pair_{i + 1:03}",
-            target=ArrayImage(f"target {i + 1}", target),
+            target=ArrayImage(message("target {i}", i=i + 1), target),
             references=tuple(p[i if len(p) == number else 0] for p in shared),
             caption=texts[i],
         )
         for i, target in enumerate(targets)
     ]
-    return FoundPairs("images from the graph", tuple(pairs))
+    return FoundPairs(message("images from the graph"), tuple(pairs))
 
 
 def split_captions(captions: Sequence[str], number: int) -> list[str | None]:

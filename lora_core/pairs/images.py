@@ -17,6 +17,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from ..disk.regular_files import open_regular
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 
 SUFFIXES = frozenset(
@@ -121,13 +122,14 @@ class FileImage:
             width, height = find_upright_size(image)
             orientation = image.getexif().get(ORIENTATION)
             frames = getattr(image, "n_frames", 1)
-            pages = "pages" if image.format == "TIFF" else "frames"
+            pages = message("pages") if image.format == "TIFF" else message("frames")
+            first_used = message("{frames} {pages}, the first is used", frames=frames, pages=pages)
             traits = {
                 "CMYK": image.mode == "CMYK",
-                "16-bit": image.mode in MODES_16_BIT,
-                f"{frames} {pages}, the first is used": frames > 1,
-                "turned by EXIF": orientation in TURNS,
-                "transparent": has_alpha(image),
+                message("16-bit"): image.mode in MODES_16_BIT,
+                first_used: frames > 1,
+                message("turned by EXIF"): orientation in TURNS,
+                message("transparent"): has_alpha(image),
             }
         return Header(width, height, tuple(name for name, holds in traits.items() if holds))
 
@@ -206,7 +208,7 @@ def open_image(file: BinaryIO, name: str) -> Iterator[Image.Image]:
                 max_side_px=MAX_SIDE_PX,
             ) from None
         except Image.UnidentifiedImageError:
-            what = "not a readable image" if file.seek(0, 2) else "an empty file"
+            what = message("not a readable image") if file.seek(0, 2) else message("an empty file")
             raise FileError(
                 "{name} is {what}; expected a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF of 8 or "
                 "16 bits. Save it again, or remove it.",

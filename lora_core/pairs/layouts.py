@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .folder_layouts import collect_folders
 from .layout_hints import suggest_names
@@ -53,16 +54,18 @@ def find_pairs(
         else:
             found = find_layout(listing, others, is_allowed)
     except FileError as e:
-        raise FileError(append_problems(str(e), problems)) from None
+        raise FileError(append_problems(e.message, problems)) from None
     return replace(found, problems=(*found.problems, *problems))
 
 
 def ignore_lists(listing: Listing) -> list[Problem]:
     if not listing.lists:
         return []
-    text = (
-        "files that may list pairs, not read together with reference_folders: "
-        f"{len(listing.lists)}, such as {list_some(listing.lists, listing.root, 1)}"
+    text = message(
+        "files that may list pairs, not read together with reference_folders: {num_lists}, "
+        "such as {lists}",
+        num_lists=len(listing.lists),
+        lists=list_some(listing.lists, listing.root, 1),
     )
     return [Problem(Level.NOTE, "list_unused", text, count=len(listing.lists))]
 
@@ -70,7 +73,7 @@ def ignore_lists(listing: Listing) -> list[Problem]:
 def append_problems(text: str, problems: Sequence[Problem]) -> str:
     """An error with the other problems, the worst first: there is no report to show them."""
     for problem in sorted(problems, key=lambda problem: -problem.level):
-        more = f"{text} Besides: {problem.text}."
+        more = message("{text} Besides: {more}.", text=text, more=problem.text)
         text = more if len(more) <= MAX_MESSAGE else text
     return text
 

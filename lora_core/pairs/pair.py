@@ -106,10 +106,10 @@ def read_caption(path: Path, is_allowed: IsAllowed) -> str | None:
     data = read_allowed(path, is_allowed)
     if len(data) > MAX_CAPTION_BYTES:
         raise FileError(
-            "{path} has {num_data:,} bytes; expected a caption of at most "
+            "{path} has {size:,} bytes; expected a caption of at most "
             "{max_caption_bytes:,}. Shorten it, or move the file elsewhere.",
             path=shorten(path.name),
-            num_data=len(data),
+            size=len(data),
             max_caption_bytes=MAX_CAPTION_BYTES,
         )
     if path.suffix.lower() != ".json":

@@ -113,8 +113,8 @@ def add_trigger(opened: PairSet, word: str) -> int:
     word = check_caption(word).rstrip(",").rstrip()
     if not word or len(word) > MAX_TRIGGER or "\n" in word:
         raise ConfigError(
-            "the trigger word has {num_word} characters; expected one line of 1 to {max_trigger}",
-            num_word=len(word),
+            "the trigger word has {length} characters; expected one line of 1 to {max_trigger}",
+            length=len(word),
             max_trigger=MAX_TRIGGER,
         )
     begins = re.compile(rf"{re.escape(word)}(?!\w)")

@@ -64,9 +64,9 @@ def parse_label(text: str) -> Cell:
     seed = parts["seed"]
     if seed is not None and len(seed) > MAX_SEED_DIGITS:
         raise ConfigError(
-            "{text!r} has a seed of {num_seed} digits; expected at most {max_seed_digits}",
+            "{text!r} has a seed of {length} digits; expected at most {max_seed_digits}",
             text=shorten(text),
-            num_seed=len(seed),
+            length=len(seed),
             max_seed_digits=MAX_SEED_DIGITS,
         )
     return Cell(strength, None if seed is None else int(seed), parts["adapter"] or "")

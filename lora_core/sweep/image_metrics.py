@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ShapeError
+from ..messages import message
 
 STEP = 1 / 255
 """One step of an 8-bit display."""
@@ -167,5 +168,10 @@ def compute_luma(image: torch.Tensor) -> torch.Tensor:
 
 def describe_size(image: torch.Tensor) -> str:
     """ "1024 x 768", width first as in ComfyUI."""
-    batch = f"{image.shape[0]} of " if image.shape[0] > 1 else ""
-    return f"{batch}{image.shape[2]} x {image.shape[1]}"
+    batch = message("{image_shape} of ", image_shape=image.shape[0]) if image.shape[0] > 1 else ""
+    return message(
+        "{batch}{image_shape} x {height}",
+        batch=batch,
+        image_shape=image.shape[2],
+        height=image.shape[1],
+    )

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError
+from ..messages import message
 from ..progress import Progress, ShouldStop, track
 from ..text import format_count
 from .cells import MAX_CELLS, Cell, build_label, parse_label
@@ -135,7 +136,7 @@ def measure_sweep(
         source, note = prepare_source(source, shape)
         notes += note
     measured: dict[Cell, CellMeasures] = {}
-    for cell, image in track(by_cell.items(), progress, should_stop, "sweep"):
+    for cell, image in track(by_cell.items(), progress, should_stop, message("sweep")):
         zero = find_reference(cell, by_cell)
         reference = None if zero is None else by_cell[zero]
         measured[cell] = measure_cell(cell, image, reference, source, regions, thumbnail_px)
@@ -224,8 +225,8 @@ def build_regions(
     inside = fit_mask(mask, height, width)
     if inside.all() or not inside.any():
         # LoadImage gives an empty mask for an image without transparency.
-        kind = "empty" if not inside.any() else "full"
-        return regions, [f"the mask is {kind} and was left out"]
+        kind = message("empty") if not inside.any() else message("full")
+        return regions, [message("the mask is {kind} and was left out", kind=kind)]
     return {**regions, INSIDE: inside, OUTSIDE: ~inside}, []
 
 
@@ -238,8 +239,13 @@ def prepare_source(source: torch.Tensor, shape: torch.Size) -> tuple[torch.Tenso
     ratio = (columns / rows) / (width / height)
     if abs(ratio - 1) > 0.1:
         notes.append(
-            f"the source is {describe_size(source[:1])} and was cut in the middle to the shape of "
-            f"{width} x {height}"
+            message(
+                "the source is {source} and was cut in the middle to the shape of {width} x "
+                "{height}",
+                source=describe_size(source[:1]),
+                width=width,
+                height=height,
+            )
         )
     return fitted.expand(batch, -1, -1, -1), notes
 

@@ -14,6 +14,7 @@ from decimal import Decimal, InvalidOperation
 
 from ..disk.safetensors_file import shorten
 from ..errors import ConfigError
+from ..messages import message
 from .cells import MAX_CELLS
 
 #: What Apply Qwen Edit LoRA takes.
@@ -96,7 +97,11 @@ def parse_numbers(text: str, *, name: str, example: str) -> list[Decimal]:
         parsed = [parse_number(part) for part in item.split(":")]
         bounds = [number for number in parsed if number is not None]
         if len(bounds) < len(parsed) or len(bounds) not in (1, 3):
-            problem = f"{name} is empty" if not text.strip() else f"{name} is {shorten(text)!r}"
+            problem = (
+                message("{name} is empty", name=name)
+                if not text.strip()
+                else message("{name} is {text!r}", name=name, text=shorten(text))
+            )
             raise ConfigError(
                 "{problem}; expected finite numbers separated by commas, or start:stop:step, "
                 "such as {example}",
@@ -124,7 +129,11 @@ def parse_number(text: str) -> Decimal | None:
 def expand_range(item: str, bounds: list[Decimal], *, name: str, example: str) -> list[Decimal]:
     start, stop, step = bounds
     if step == 0 or (stop - start) * step < 0:
-        why = "a step of 0 never arrives" if step == 0 else "its step leads away from its stop"
+        why = (
+            message("a step of 0 never arrives")
+            if step == 0
+            else message("its step leads away from its stop")
+        )
         raise ConfigError(
             "{name} holds the range {item!r}, and {why}; expected start:stop:step, such as "
             "{example}",
@@ -146,7 +155,11 @@ def check_count(values: tuple, name: str, example: str) -> tuple:
 
 
 def describe_excess(count: int, name: str, example: str) -> str:
-    return (
-        f"{name} asks for {count} values; a sweep has at most {MAX_CELLS} images, so expected "
-        f"fewer, such as {example}"
+    return message(
+        "{name} asks for {count} values; a sweep has at most {max_cells} images, so "
+        "expected fewer, such as {example}",
+        name=name,
+        count=count,
+        max_cells=MAX_CELLS,
+        example=example,
     )

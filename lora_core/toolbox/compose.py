@@ -22,6 +22,7 @@ from ..algebra.truncation import (
 )
 from ..disk.safetensors_file import load
 from ..errors import ConfigError, ShapeError
+from ..messages import join_messages, message
 from ..progress import Progress, ShouldStop, track
 from ..text import shorten
 from ..threads import map_in_threads
@@ -73,9 +74,15 @@ def resize_adapter(
     notes = []
     kept = sum(parts[path].weights is weights for path, weights in adapter.modules.items())
     if kept:
-        notes.append(f"modules small enough and unchanged: {kept} of {len(parts)}")
+        notes.append(
+            message(
+                "modules small enough and unchanged: {kept} of {num_parts}",
+                kept=kept,
+                num_parts=len(parts),
+            )
+        )
     if "DoRA" in adapter.kinds:
-        notes.append("DoRA: energies are those of the direction; magnitudes are kept")
+        notes.append(message("DoRA: energies are those of the direction; magnitudes are kept"))
     adapter.release()
     step = {"did": "resize", "rank": rank, "energy": energy, "of": adapter.name}
     return build_composition(f"{adapter.name}, resized", parts, adapter.metadata, step, notes)
@@ -128,7 +135,7 @@ def merge_adapters(
         raise ConfigError("there is nothing to merge; give at least one adapter with a strength")
     paths = dict.fromkeys(path for adapter, _ in used for path in adapter)
     parts = {}
-    for path in track(paths, progress, should_stop, "merge"):
+    for path in track(paths, progress, should_stop, message("merge")):
         shares = [(adapter, s) for adapter, s in used if path in adapter.modules]
         check_shapes(path, [adapter for adapter, _ in shares])
         parts[path] = add_weights(path, [(a.modules[path], s) for a, s in shares], rank)
@@ -156,7 +163,7 @@ def add_weights(
         return Truncated(weights, compute_square(weights) if has_delta(weights) else 0.0)
     for weights, _ in shares:
         if not weights.is_additive:
-            raise ConfigError(refuse_sum(path, weights, "cannot be summed"))
+            raise ConfigError(refuse_sum(path, weights, message("cannot be summed")))
     bias_delta = add_biases(shares)
     matrices = [(weights, strength) for weights, strength in shares if weights.shape is not None]
     if not matrices:
@@ -233,7 +240,8 @@ def scale_weights(path: str, weights: ModuleWeights, strength: float) -> ModuleW
     if strength == 1.0:
         return weights
     if not weights.is_additive:
-        raise ConfigError(refuse_sum(path, weights, f"cannot be taken at strength {strength:g}"))
+        what = message("cannot be taken at strength {strength:g}", strength=strength)
+        raise ConfigError(refuse_sum(path, weights, what))
     factors = {}
     if weights.parts.get("bias_delta") is not None:
         factors["bias_delta"] = strength
@@ -263,9 +271,12 @@ def choose_scaled_dtype(tensor: torch.Tensor, factor: float) -> torch.dtype:
 
 
 def refuse_sum(path: str, weights: ModuleWeights, what: str) -> str:
-    return (
-        f"{path} holds {weights.kind} weights, which {what}: their delta depends on the base "
-        "weight. Merge that file into the model instead, or leave it out."
+    return message(
+        "{path} holds {weights_kind} weights, which {what}: their delta depends on the base "
+        "weight. Merge that file into the model instead, or leave it out.",
+        path=path,
+        weights_kind=weights.kind,
+        what=what,
     )
 
 
@@ -297,7 +308,13 @@ def check_shapes(path: str, adapters: Sequence[Adapter]) -> None:
     shapes = {name: weights.shape or (weights.out_features,) for name, weights in modules}
     known = {weights.shape for _, weights in modules if weights.shape is not None}
     if len(known) > 1 or len({weights.out_features for _, weights in modules}) > 1:
-        found = ", ".join(f"{shape} in {name}" for name, shape in shapes.items())
+        found = join_messages(
+            ", ",
+            [
+                message("{shape} in {file}", shape=shape, file=name)
+                for name, shape in shapes.items()
+            ],
+        )
         raise ShapeError(
             "{path} is {found}; expected one shape. Merge adapters made for the same model.",
             path=path,

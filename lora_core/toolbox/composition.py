@@ -13,6 +13,7 @@ from ..algebra.truncation import Truncated
 from ..disk.json_reader import parse_json
 from ..errors import ConfigError, FileError
 from ..formats.files import build_state_dict, read_state_dict
+from ..messages import join_messages, message
 from ..text import format_percent
 
 HISTORY = "qwen_edit_lora.history"
@@ -44,12 +45,19 @@ class Composition:
     def to_text(self) -> str:
         lines = [
             self.adapter.report.to_text(),
-            f"{format_percent(self.total_retained)} of the energy kept",
+            message(
+                "{total_retained} of the energy kept",
+                total_retained=format_percent(self.total_retained),
+            ),
         ]
         if self.retained:
             worst = min(self.retained, key=self.retained.__getitem__)
-            lines[-1] += f"; least in {worst} ({format_percent(self.retained[worst])})"
-        return "\n".join([*lines, *self.notes])
+            lines[-1] += message(
+                "; least in {worst} ({retained})",
+                worst=worst,
+                retained=format_percent(self.retained[worst]),
+            )
+        return join_messages("\n", [*lines, *self.notes])
 
 
 def build_composition(

@@ -65,7 +65,7 @@ def extract_adapter(
     matrices = check_models(base, tuned)
     try:
         vectors, notes = compute_vectors(base, tuned) if biases else ({}, [])
-        paths = track(matrices, progress, should_stop, "extraction")
+        paths = track(matrices, progress, should_stop, message("extraction"))
         parts = extract_linears(base, tuned, matrices, paths, rank, vectors, device)
     finally:
         base.release()
@@ -171,11 +171,14 @@ def compute_vectors(
     if found:
         num_biases = sum(name.endswith(".bias") for name in found)
         notes.append(
-            f"{format_count(num_biases, 'bias', 'biases')} and "
-            f"{format_count(len(found) - num_biases, 'norm')} included"
+            message(
+                "{num_biases} and {num_norms} included",
+                num_biases=format_count(num_biases, "bias", "biases"),
+                num_norms=format_count(len(found) - num_biases, "norm"),
+            )
         )
     if alone:
-        notes.append(f"biases and norms in one model only, left out: {alone}")
+        notes.append(message("biases and norms in one model only, left out: {alone}", alone=alone))
     return found, notes
 
 
@@ -195,16 +198,21 @@ def check_models(base: BaseWeights, tuned: BaseWeights) -> dict[str, AnyTensor]:
         missing = [path for path in there if path not in here]
         if missing:
             raise KeyFormatError(
-                "{model} lacks {num_missing} of the {num_there} Linears of {other}: {missing}; "
+                "{model} lacks {num_missing} of the {total} Linears of {other}: {missing}; "
                 "expected two models of the same kind.",
                 model=model.name,
                 num_missing=len(missing),
-                num_there=len(there),
+                total=len(there),
                 other=other.name,
                 missing=shorten_list(missing, 3),
             )
     shapes = [
-        f"{path} {tuple(tensor.shape)} against {tuple(ours[path].shape)}"
+        message(
+            "{path} {shape} against {other_shape}",
+            path=path,
+            shape=tuple(tensor.shape),
+            other_shape=tuple(ours[path].shape),
+        )
         for path, tensor in theirs.items()
         if tensor.shape != ours[path].shape
     ]

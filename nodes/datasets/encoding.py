@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...lora_core import ConfigError, LoraError
+from ...lora_core.messages import message
 from ...lora_core.pairs.preflight import CheckedPair
 from ...lora_core.pairs.sizes import Size, check_megapixels, choose_reference_size
 from ...lora_core.pairs.vae_copy import keep_vae
@@ -87,7 +88,10 @@ class PairEncoder:
                 raise ConfigError("it is patched")
             keep_vae(store, identity, host.list_weights(self.vae.patcher))
         except LoraError as e:
-            return f"trainings will show no sample images, since the VAE cannot be kept: {e}"
+            return message(
+                "trainings will show no sample images, since the VAE cannot be kept: {error}",
+                error=e,
+            )
         return ""
 
     @property
@@ -137,9 +141,9 @@ class PairEncoder:
         conditioning = self._stock.execute(self.clip, prompt, vae=vae, **named).result[0]
         if len(conditioning) != 1:
             raise ConfigError(
-                "the CLIP gives {num_conditioning} embeddings for one prompt, as scheduled LoRA "
+                "the CLIP gives {count} embeddings for one prompt, as scheduled LoRA "
                 "hooks on it do; connect the CLIP without hooks",
-                num_conditioning=len(conditioning),
+                count=len(conditioning),
             )
         ((text, extra),) = conditioning
         text = text[0]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...lora_core import FileError
+from ...lora_core.messages import message
 from ...lora_core.text import shorten
 from .. import host
 
@@ -79,4 +80,4 @@ def list_some_folders(roots: Mapping[str, list[str]], limit: int = 4) -> str:
         for path in sorted(Path(root).iterdir())
         if is_folder(path) and not path.name.startswith(".")
     ]
-    return ", ".join(found[:limit]) or "'datasets/my_pairs' (none is there yet)"
+    return ", ".join(found[:limit]) or message("'datasets/my_pairs' (none is there yet)")

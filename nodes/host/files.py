@@ -43,10 +43,10 @@ def find_lora(lora_name: str | None) -> Path:
         path = None
     if path is None:
         raise FileError(
-            "{name} is not in the loras folders; expected one of the {num_list_loras} files "
+            "{name} is not in the loras folders; expected one of the {num_loras} files "
             "there. Put it into models/loras, press R, and choose it.",
             name=shorten(name),
-            num_list_loras=len(list_loras()),
+            num_loras=len(list_loras()),
         )
     return Path(path)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ...lora_core import ConfigError
+from ...lora_core.messages import message
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ def find_nunchaku_place(path: str) -> Place | None:
 NUNCHAKU = Layout(
     "nunchaku",
     find_nunchaku_place,
-    "nunchaku runs both Linears of an MLP in one 4-bit kernel, which a LoRA cannot enter",
-    "a nunchaku model keeps no weights that can be patched",
+    message("nunchaku runs both Linears of an MLP in one 4-bit kernel, which a LoRA cannot enter"),
+    message("a nunchaku model keeps no weights that can be patched"),
 )
 
 

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...lora_core import Adapter, KeyFormatError, ModuleWeights, ShapeError, TargetError
+from ...lora_core.messages import message
 from .. import host
 from .layouts import Layout, Place, find_layout
 
@@ -75,7 +76,7 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
         )
     check_shapes(modules, adapter, present)
     unmergeable = {
-        path: layout.no_merge_reason or "its Linear has no weight that ComfyUI can patch"
+        path: layout.no_merge_reason or message("its Linear has no weight that ComfyUI can patch")
         for path, place in present.items()
         if layout.no_merge_reason or not host.has_weight(modules[place.module_path])
     }
@@ -83,22 +84,22 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
     for path, place in present.items():
         weights = adapter.modules[path]
         if not weights.is_additive:
-            merge_only[path] = f"{weights.kind} depends on the base weight"
+            merge_only[path] = message("{kind} depends on the base weight", kind=weights.kind)
         elif not is_linear(modules[place.module_path]):
-            merge_only[path] = "it changes a norm"
+            merge_only[path] = message("it changes a norm")
         else:
             side_path.add(path)
     for path in [path for path in merge_only if path in unmergeable]:
-        why = merge_only.pop(path)
-        out_of_reach[path] = f"{why}, so it would have to be merged, and {unmergeable[path]}"
+        out_of_reach[path] = message(
+            "{why}, so it would have to be merged, and {no_merge}",
+            **{"why": merge_only.pop(path), "no_merge": unmergeable[path]},
+        )
     if not side_path and not merge_only:
+        path, why = next(iter(out_of_reach.items()))
         raise TargetError(
-            "none of the {num_adapter} modules of {adapter} can be applied to this MODEL, such "
-            "as {path}: {reason}. Choose a bf16, fp8 or GGUF file of the model.",
-            num_adapter=len(adapter),
-            adapter=adapter.name,
-            path=next(iter(out_of_reach)),
-            reason=next(iter(out_of_reach.values())),
+            "none of the {count} modules of {adapter} can be applied to this MODEL, such as "
+            "{path}: {why}. Choose a bf16, fp8 or GGUF file of the model.",
+            **{"count": len(adapter), "adapter": adapter.name, "path": path, "why": why},
         )
     absent = tuple(p for p in adapter if p not in present and p not in out_of_reach)
     linears = [p.module_path for p in present.values() if is_linear(modules[p.module_path])]

@@ -48,6 +48,7 @@ def guard(handle: Handler) -> Handler:
 
     async def guarded(request: web.Request) -> web.Response:
         try:
+            host.use_page_language(request.headers)
             given = request.headers.get("Host")
             check_host(given, host.get_listen_addresses(), host.get_cors_origin())
             return await handle(request)
@@ -129,7 +130,7 @@ async def read_options(request: web.Request) -> dict[str, Any]:
 
 
 def respond(result: dict[str, Any]) -> web.Response:
-    return web.json_response(result, dumps=write_json)
+    return web.json_response(host.translate(result), dumps=write_json)
 
 
 #: The first match counts; any other LoraError is a disk error.
@@ -151,7 +152,8 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
 
 def refuse(error: LoraError) -> web.Response:
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
-    message = shorten(" ".join(str(error).split()), MAX_MESSAGE)
+    text = host.translate(error.message)
+    message = shorten(" ".join(text.split()), MAX_MESSAGE)
     # ComfyUI lets a browser keep any answer for a name that ends in .png, a refusal too.
     headers = {"Cache-Control": "no-store"}
     response = web.json_response({"error": message}, status=status, headers=headers)

@@ -10,6 +10,7 @@ from ...lora_core.errors import ConfigError
 from ...lora_core.jobs.devices import Device, choose_devices, list_devices
 from ...lora_core.jobs.job import MAX_DEVICES
 from ...lora_core.jobs.store import JobStore, get_device_lock
+from ...lora_core.messages import message
 from ...lora_core.training.run.processes import NO_NCCL, can_join_gpus
 from .. import host
 
@@ -51,7 +52,7 @@ def prepare_measuring(devices: Sequence[Device], taken: set[Device]) -> str:
         Why it cannot be measured now, or "".
     """
     if devices[0] in taken:
-        return f"another training job runs on {devices[0].name}"
+        return message("another training job runs on {name}", name=devices[0].name)
     if devices[0].name == host.get_device_name():
         host.release_models()
     return ""

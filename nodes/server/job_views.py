@@ -12,6 +12,7 @@ from ...lora_core.errors import ConfigError, FileError
 from ...lora_core.jobs.curves import MetricsReader, build_curves, build_health
 from ...lora_core.jobs.job import Job
 from ...lora_core.jobs.transitions import USER_EVENTS, Event
+from ...lora_core.messages import message
 from ...lora_core.text import shorten
 from ...lora_core.training.config.config_files import PATHS, config_to_dict, flatten
 from ...lora_core.training.run.adapter_files import strip_paths
@@ -48,7 +49,7 @@ def show_job(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
             rows = _metrics.read(folder.metrics)
         except FileError as e:  # the rest of the page is as good without curves
             rows = []
-            shown["notes"] = [*shown["notes"], f"no curves: {e}"]
+            shown["notes"] = [*shown["notes"], message("no curves: {error}", error=e)]
         return {
             **shown,
             "metrics": build_curves(rows, MAX_POINTS),

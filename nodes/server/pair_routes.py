@@ -147,8 +147,8 @@ async def receive_image(request: web.Request) -> web.Response:
     name, pair_id = request.query.get("name", ""), request.query.get("pair", "")
     if not 0 < len(name) <= MAX_NAME:
         raise ConfigError(
-            "the name has {num_name} characters; expected a file name of 1 to {max_name}",
-            num_name=len(name),
+            "the name has {length} characters; expected a file name of 1 to {max_name}",
+            length=len(name),
             max_name=MAX_NAME,
         )
     slot = parse_number({"slot": "", **request.query}, "slot")

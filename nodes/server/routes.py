@@ -102,7 +102,7 @@ def start_adapters(server: PromptServer) -> None:
 
 def send(server: PromptServer, event: str, data: dict[str, Any]) -> None:
     """Sends an event to every open page."""
-    server.send_sync(event, drop_non_finite(data))
+    server.send_sync(event, drop_non_finite(host.translate(data)))
 
 
 def train_again(adapter_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
         return prompt
     if warning:
         logger.warning("Qwen Edit LoRA: %s.", warning)
-        PromptServer.instance.send_sync(EVENT, {"warning": warning})
+        PromptServer.instance.send_sync(EVENT, {"warning": host.translate(warning)})
     return prompt
 
 

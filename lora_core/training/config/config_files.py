@@ -18,6 +18,7 @@ from ...checks import MAX_WHOLE, show
 from ...disk.json_reader import parse_json
 from ...disk.regular_files import read_text
 from ...errors import ConfigError, FileError
+from ...messages import message
 from ...text import shorten
 from .config import TrainConfig
 from .setting_names import suggest
@@ -89,7 +90,7 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
             "{name} cannot be read as TOML: it is nested too deep.", name=name
         ) from None
     except ValueError as e:
-        hint = f" {BACKSLASHES}" if QUOTED_BACKSLASH.search(text) else ""
+        hint = " " + BACKSLASHES if QUOTED_BACKSLASH.search(text) else ""
         raise FileError(
             "{name} cannot be read as TOML: {error}.{hint}",
             name=name,
@@ -100,9 +101,9 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
 
 #: As in "C:\models"; the first backslash between double quotes on one line.
 QUOTED_BACKSLASH = re.compile(r'"[^"\\\n]{0,1000}\\')
-BACKSLASHES = (
-    "In double quotes a backslash begins a special character: write paths with / or in single "
-    "quotes."
+BACKSLASHES = message(
+    "In double quotes a backslash begins a special character: write paths with / or in "
+    "single quotes."
 )
 
 
@@ -120,7 +121,7 @@ def check_path(text: str, where: str) -> None:
 
 def build(section: Callable[..., T], values: Mapping[str, Any], where: str) -> T:
     """One dataclass of the tree from a dictionary of its fields."""
-    place = f"[{where}]" if where else "the configuration"
+    place = f"[{where}]" if where else message("the configuration")
     if not isinstance(values, Mapping):
         raise ConfigError(
             "{place} is {values}; expected a table of settings", place=place, values=show(values)
@@ -222,11 +223,16 @@ def check_plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def describe_type(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = {
+        int: message("a whole number"),
+        float: message("a number"),
+        bool: message("true or false"),
+        str: message("text"),
+    }
     origin = typing.get_origin(hint)
     if origin is tuple:
-        return "a list of strings"
-    return "a table" if origin is not None else names.get(hint, str(hint))
+        return message("a list of strings")
+    return message("a table") if origin is not None else names.get(hint, str(hint))
 
 
 def to_plain(value: Any) -> Any:

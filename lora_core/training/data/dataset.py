@@ -55,7 +55,7 @@ VERSION = 1
 INDEX_FILE = "index.json"
 EMPTY_FILE = "empty.safetensors"
 ITEMS_FOLDER = "items"
-CACHED_ITEM = "a cached item"
+CACHED_ITEM = message("a cached item")
 #: How all latents of a set are stored: as the VAE gives them.
 LATENTS = "raw"
 #: Of an index: a million items.
@@ -186,7 +186,7 @@ class DatasetWriter:
 
     def set_empty_text(self, text_empty: torch.Tensor) -> None:
         """(T, D): the embedding of an empty caption for every item that has none itself."""
-        self._check_text("the empty caption", text_empty)
+        self._check_text(message("the empty caption"), text_empty)
         tensors = {"text_empty": text_empty.detach().cpu().contiguous()}
         self._save(self.folder / EMPTY_FILE, tensors)
         self._has_empty_text = True
@@ -366,9 +366,8 @@ def open_item(path: Path) -> SafetensorsFile:
     try:
         return SafetensorsFile(path, CACHED_ITEM)
     except FileError as e:
-        raise type(e)(
-            "{error} If that does not help, make the training set again.", error=e
-        ) from None
+        kind = type(e)
+        raise kind("{error} If that does not help, make the training set again.", error=e) from None
 
 
 def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
@@ -453,11 +452,11 @@ def check_files(dataset: CachedDataset) -> None:
     lacking = [info.key for info in dataset.items if f"{info.key}.safetensors" not in there]
     if lacking or not dataset.items:
         raise FileError(
-            "{folder} lacks {num_lacking} of the {num_dataset} items its index.json names, "
+            "{folder} lacks {num_lacking} of the {total} items its index.json names, "
             "such as {lacking}; make the training set again.",
             folder=shorten(dataset.folder.name),
             num_lacking=len(lacking),
-            num_dataset=len(dataset),
+            total=len(dataset),
             lacking=shorten((lacking or ["any"])[0]),
         )
 

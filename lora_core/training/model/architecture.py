@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import KeyFormatError
+from ...messages import message
 from ...text import shorten
 from ..data.latents import NUM_CHANNELS
 from .libraries import import_from_diffusers
@@ -78,15 +79,16 @@ def read_architecture(
         return KeyFormatError(
             "{name} is not a Qwen-Image model: {what}. Choose a diffusion model of "
             "Qwen-Image-Edit.",
-            name=name,
-            what=what,
+            **{"name": name, "what": what},
         )
 
     def get(key: str, ndim: int) -> Sequence[int]:
         shape = shapes.get(key)
         if shape is None or len(shape) != ndim or not all(shape):
-            found = "is missing" if shape is None else f"has the shape {tuple(shape)}"
-            raise refuse(f"{key} {shorten(found)}")
+            if shape is None:
+                raise refuse(message("{key} is missing", key=key))
+            shown = shorten(str(tuple(shape)))
+            raise refuse(message("{key} has the shape {shape}", key=key, shape=shown))
         return shape
 
     width, in_channels = get("img_in.weight", 2)
@@ -94,12 +96,14 @@ def read_architecture(
     (head_width,) = get(NORM_Q, 1)
     patch_outputs = get("proj_out.weight", 2)[0]
     if (in_channels, patch_outputs) != (PATCH_NUMBERS, PATCH_NUMBERS):
-        raise refuse(
-            f"it takes {in_channels} and returns {patch_outputs} numbers per token; expected "
-            f"{PATCH_NUMBERS} for both"
+        what = message(
+            "it takes {taken} and returns {given} numbers per token; expected {number} for both",
+            **{"taken": in_channels, "given": patch_outputs, "number": PATCH_NUMBERS},
         )
+        raise refuse(what)
     if width % head_width or head_width % 2:
-        raise refuse(f"a width of {width} has no even heads of {head_width}")
+        what = "a width of {width} has no even heads of {head}"
+        raise refuse(message(what, width=width, head=head_width))
     return Architecture(
         num_layers=count_blocks(shapes, name),
         attention_head_dim=head_width,

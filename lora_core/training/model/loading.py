@@ -18,6 +18,7 @@ from torch import nn
 
 from ...base_model.base_files import BaseFile, open_base_file
 from ...errors import KeyFormatError, ShapeError
+from ...messages import message
 from ...progress import Progress, ShouldStop, track
 from ...text import shorten, shorten_list
 from .architecture import BLOCKS, FIRST_BLOCK, Architecture, read_architecture
@@ -78,7 +79,7 @@ def load_transformer(
         reader, host = WeightReader(base, device), HostBlocks(device)
         leaves = list_leaves(transformer)
         last_leaves = {find_block(path): path for path in leaves}
-        for path in track(leaves, progress, should_stop, "loading"):
+        for path in track(leaves, progress, should_stop, message("loading")):
             index = find_block(path)
             place = torch.device("cpu") if index in offloaded else device
             load_leaf(transformer, path, reader, storage, compute_dtype, place)

@@ -30,6 +30,7 @@ from ...disk.regular_files import open_regular, read_bytes
 from ...disk.safetensors_file import SafetensorsFile
 from ...disk.writing import explain, rename, separate
 from ...errors import FileError
+from ...messages import message
 from ...text import shorten
 
 VERSION = 2
@@ -130,7 +131,11 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as e:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = self.list_steps()
-            last = f"the last good one is of step {kept[-1]}" if kept else "there is none yet"
+            last = (
+                message("the last good one is of step {kept}", kept=kept[-1])
+                if kept
+                else message("there is none yet")
+            )
             raise FileError(
                 "the checkpoint of step {step} cannot be written: {reason}; {last}.",
                 step=step,
@@ -149,7 +154,7 @@ class CheckpointFolder:
                 self.damaged_steps.discard(step)
                 return found
             except FileError as e:
-                self.passed_over.append(str(e))
+                self.passed_over.append(e.message)
                 self.damaged_steps.add(step)
         return None
 
@@ -173,7 +178,7 @@ class CheckpointFolder:
             remove(condemned)
 
 
-def make_folder(folder: Path, what: str = "checkpoints") -> None:
+def make_folder(folder: Path, what: str = message("checkpoints")) -> None:
     """Creates a folder and its parents, before a run. During a run nothing creates one.
 
     Raises:
@@ -207,10 +212,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         record = json.loads(data)
         if record["version"] != VERSION:
             raise FileError(
-                "{path} was written by another version of this package (format {record}, this "
+                "{path} was written by another version of this package (format {found}, this "
                 "is {version}); start the run again.",
                 path=path.name,
-                record=record["version"],
+                found=record["version"],
                 version=VERSION,
             )
         if record["digest"] != compute_state_digest(record):

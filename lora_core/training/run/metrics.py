@@ -16,6 +16,7 @@ from ...disk.own_folders import is_link
 from ...disk.regular_files import open_regular
 from ...disk.writing import explain, write_then_rename
 from ...errors import FileError
+from ...messages import message
 from ...text import format_bytes, format_duration
 from ..machine.memory import read_resident_size
 
@@ -110,7 +111,7 @@ class MetricsFile:
             with os.fdopen(os.open(self.path, flags, 0o666), "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as e:
-            reason = "it is a link; remove it" if is_link(self.path) else explain(e)
+            reason = message("it is a link; remove it") if is_link(self.path) else explain(e)
             raise FileError(
                 "{path} cannot be written: {reason}.", path=self.path.name, reason=reason
             ) from None

@@ -12,6 +12,7 @@ import torch
 from ...adapter.adapter import Adapter
 from ...adapter.weights import LoraWeights
 from ...errors import ConfigError, ShapeError, TargetError
+from ...messages import message
 from ...progress import ShouldStop, track
 from ...text import format_count, shorten
 from ..data.batches import make_generator
@@ -64,7 +65,7 @@ def sample(
     ]
     x = torch.randn(1, *item.target.shape, generator=make_generator(seed, info.key)).to(device)
     sigmas = build_sigmas(num_steps, schedule, count_target_tokens(*info.target)).to(device)
-    for i in track(range(num_steps), None, should_stop, "sampling"):
+    for i in track(range(num_steps), None, should_stop, message("sampling")):
         batch = x.expand(len(texts), -1, -1, -1)
         velocity = model(batch, references, text, text_mask, sigmas[i].expand(len(texts))).float()
         if guidance != 1:
@@ -134,7 +135,11 @@ def check_fit(adapter: Adapter, modules: Mapping[str, torch.nn.Module]) -> None:
         shape = tuple(getattr(modules[path], side, 0) for side in ("out_features", "in_features"))
         if shape != tuple(weights.shape):
             made = " x ".join(map(str, weights.shape))
-            there = f"is {shape[0]} x {shape[1]}" if all(shape) else "is no Linear"
+            there = (
+                message("is {shape} x {columns}", shape=shape[0], columns=shape[1])
+                if all(shape)
+                else message("is no Linear")
+            )
             raise ShapeError(
                 "{name} does not fit the model: {path} {there} there, and the adapter was made "
                 "for {made}; choose an adapter trained for a model of this size",
