@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from ..disk.safetensors_file import AnyTensor
 from .parsed_key import ParsedKey
 
-
 #: Prefix and adapter name.
 Source = tuple[str, str | None]
 
