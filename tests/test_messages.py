@@ -146,9 +146,9 @@ def test_a_sentence_continued_as_a_clause_keeps_its_translation_without_the_full
 
 def test_a_pickled_error_keeps_its_message():
     error = core.TargetError(
-        "unknown preset {preset!r}; expected one of {target_presets}",
+        "unknown preset {preset!r}; expected one of {presets}",
         preset="x",
-        target_presets="full",
+        presets="full",
     )
     again = pickle.loads(pickle.dumps(error))
     assert to_chinese(again.message) == "未知的预设 'x'；应为 full 之一"

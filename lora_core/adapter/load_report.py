@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..base_model.families import FAMILIES, get_family
 from ..findings import NOTE, WARNING, Finding, list_texts, mark_warnings
 from ..messages import join_messages, message
 from ..text import format_bytes, format_count, join_counts, shorten, shorten_list
@@ -53,10 +54,12 @@ class LoadReport:
     alphas: Mapping[float, int] = field(default_factory=dict)
     alpha_rules: Mapping[str, int] = field(default_factory=dict)
     """Rule that gave alpha -> number of modules: "tensor", "metadata", "metadata (rsLoRA)", ..."""
+    family: str | None = None
+    """Name of the base models it was made for, e.g. "qwen-image"; None where nothing tells."""
     preset: str | None = None
     blocks: str = ""
     width: int | None = None
-    """Model width implied by the shapes; 3072 for a real Qwen-Image."""
+    """Model width implied by the shapes, e.g. 3072."""
     unmatched: tuple[DroppedKey, ...] = ()
     duplicates: tuple[DroppedKey, ...] = ()
     non_finite: tuple[str, ...] = ()
@@ -156,7 +159,8 @@ class LoadReport:
                 rules=join_counts(self.alpha_rules),
             ),
             message(
-                "targets {preset}; blocks {blocks}{width}",
+                "{family}, targets {preset}; blocks {blocks}{width}",
+                family=describe_family(self.family),
                 preset=self.preset or message("custom"),
                 blocks=self.blocks or message("none"),
                 width=message("; model width {width}", width=self.width) if self.width else "",
@@ -174,3 +178,11 @@ class LoadReport:
             values[name] = [{**key, "key": key["key"][:MAX_KEY]} for key in values[name]]
         findings = [asdict(finding) for finding in self.findings]
         return {**values, "findings": findings, "warnings": self.warnings}
+
+
+def describe_family(name: str | None) -> str:
+    """Its title, or those of all that it may be."""
+    family = get_family(name)
+    return (
+        join_messages(" or ", [one.title for one in FAMILIES]) if family is None else family.title
+    )

@@ -15,7 +15,7 @@ from ..errors import FileError, KeyFormatError
 from ..messages import message
 from ..text import shorten
 from .base_weight import MX_BLOCK, BaseWeight, count_factors, untile_scales, widen_exponents
-from .module_paths import is_known
+from .families import is_known
 
 #: What ComfyUI's and diffusers' single files put in front of the transformer's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
@@ -92,11 +92,17 @@ class BaseWeights:
             if weight is not None:
                 return replace(weight, decoded_from=self._storages.get(f"{stem}.weight", ""))
         kind = str(note.get("format") or stored.dtype).removeprefix("torch.")
+        scales_found = ""
+        if scale is not None:
+            scales_found = message(" with {number} scales", number=scale.numel())
         raise FileError(
-            f"{shorten(self.name)} stores {module_path} as {shorten(kind, 40)}"
-            + (f" with {scale.numel()} scales" if scale is not None else "")
-            + ", which cannot be read here yet; expected bf16, fp16, fp32, or fp8 and int8 with "
-            "one scale per weight or row, or mxfp8. Choose such a file of the same model."
+            "{name} stores {module_path} as {kind}{scales}, which cannot be read here yet; "
+            "expected bf16, fp16, fp32, or fp8 and int8 with one scale per weight or row, or "
+            "mxfp8. Choose such a file of the same model.",
+            name=shorten(self.name),
+            module_path=module_path,
+            kind=shorten(kind, 40),
+            scales=scales_found,
         )
 
     def get_tensor(self, key: str) -> torch.Tensor | None:

@@ -75,7 +75,8 @@ def judge_defects(inspection: Inspection) -> list[Finding]:
         found.append(Finding("non_finite", ERROR, text, len(inspection.non_finite)))
     last = find_last_block(modules)
     zero = [path for path, module in modules.items() if module.frobenius == 0]
-    inert = [path for path in zero if is_inert(path, last)]
+    family = inspection.base_family
+    inert = [path for path in zero if family is not None and family.is_inert(path, last)]
     dead = [path for path in zero if path not in inert]
     if zero and len(zero) == len(modules):
         text = message(
@@ -196,6 +197,16 @@ def judge_merge(inspection: Inspection) -> list[Finding]:
     ]
 
 
+def describe_value(name: str, size: float, good: tuple[float, float]) -> str:
+    return message(
+        "{name} {size:.2e} (known-good LoRAs: {low:g} to {high:g})",
+        name=name,
+        size=size,
+        low=good[0],
+        high=good[1],
+    )
+
+
 def judge_size(inspection: Inspection) -> Finding:
     """The answer to "my delta is tiny, is that normal?"."""
     largest, below = inspection.abs_max, inspection.fraction_below_1e6
@@ -210,15 +221,7 @@ def judge_size(inspection: Inspection) -> Finding:
         )
     else:
         name, size = message("std"), inspection.std
-    parts = [
-        message(
-            "{name} {size:.2e} (known-good LoRAs: {low:g} to {high:g})",
-            name=name,
-            size=size,
-            low=low,
-            high=high,
-        )
-    ]
+    parts = [describe_value(name, size, GOOD_STD)]
     if largest is not None:
         parts.append(
             message(
@@ -264,9 +267,3 @@ def judge_size(inspection: Inspection) -> Finding:
 def find_last_block(modules: Iterable[str]) -> int:
     blocks = [block for block, _ in map(module_paths.split_path, modules) if block is not None]
     return max(blocks, default=-1)
-
-
-def is_inert(module_path: str, last_block: int) -> bool:
-    """Modules of the model's last block whose output it discards."""
-    block, name = module_paths.split_path(module_path)
-    return block == last_block and name in module_paths.INERT_LAST_BLOCK

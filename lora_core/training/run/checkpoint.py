@@ -154,8 +154,16 @@ class CheckpointFolder:
                 self.damaged_steps.discard(step)
                 return found
             except FileError as e:
-                self.passed_over.append(e.message)
+                self.passed_over.append(str(e))
                 self.damaged_steps.add(step)
+        return None
+
+    def read_newest_state(self) -> Mapping[str, Any] | None:
+        """Of the newest checkpoint whose state.json is intact, whatever its tensors are."""
+        for step in reversed(self.list_steps()):
+            with contextlib.suppress(FileError):
+                state = read_record(self.get_path(step))["state"]
+                return state if isinstance(state, dict) else None
         return None
 
     def _name_temporary(self, step: int) -> Path:
@@ -197,33 +205,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint's folder into memory.
 
     Raises:
-        FileError: files are missing, cut short or changed, another version wrote it, or it is a
-            link.
+        FileError: as `read_record`, or files are missing, cut short or changed.
     """
-    if is_link(path):
-        raise FileError("{path} is a link; expected a folder of the run's own.", path=path.name)
-    try:
-        data = read_bytes(path / STATE_FILE, MAX_STATE_BYTES)
-    except FileError as e:
-        raise FileError("{path} is damaged: {error}", path=path.name, error=e) from None
-    try:
-        # Not by the reader of untrusted JSON: prodigy's state holds an infinity, and the digest
-        # verifies that it is what was written.
-        record = json.loads(data)
-        if record["version"] != VERSION:
-            raise FileError(
-                "{path} was written by another version of this package (format {found}, this "
-                "is {version}); start the run again.",
-                path=path.name,
-                found=record["version"],
-                version=VERSION,
-            )
-        if record["digest"] != compute_state_digest(record):
-            raise FileError(
-                "{path} is damaged: {state_file} is not what was written.",
-                path=path.name,
-                state_file=STATE_FILE,
-            )
+    with explaining_damage(path):
+        record = read_record(path)
         files = {path / name: described for name, described in record["files"].items()}
         for file, described in files.items():
             if not file.is_file() or file.stat().st_size != described["size"]:
@@ -240,6 +225,46 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 )
         tensors = {file.stem: dict(read_tensors(file)) for file in files}
         return Checkpoint(path, record["step"], tensors, record["state"])
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json, after checking its digest.
+
+    Raises:
+        FileError: it is missing or changed, another version wrote it, or the checkpoint is a link.
+    """
+    if is_link(path):
+        raise FileError("{path} is a link; expected a folder of the run's own.", path=path.name)
+    try:
+        data = read_bytes(path / STATE_FILE, MAX_STATE_BYTES)
+    except FileError as e:
+        raise FileError("{path} is damaged: {error}", path=path.name, error=e) from None
+    with explaining_damage(path):
+        # Not by the reader of untrusted JSON: prodigy's state holds an infinity, and the digest
+        # verifies that it is what was written.
+        record: dict[str, Any] = json.loads(data)
+        if record["version"] != VERSION:
+            raise FileError(
+                "{path} was written by another version of this package (format {found}, this "
+                "is {version}); start the run again.",
+                path=path.name,
+                found=record["version"],
+                version=VERSION,
+            )
+        if record["digest"] != compute_state_digest(record):
+            raise FileError(
+                "{path} is damaged: {state_file} is not what was written.",
+                path=path.name,
+                state_file=STATE_FILE,
+            )
+        return record
+
+
+@contextlib.contextmanager
+def explaining_damage(path: Path) -> Iterator[None]:
+    """Inside the block, errors of a checkpoint's reading say that it is damaged."""
+    try:
+        yield
     except OSError as e:
         raise FileError(
             "{path} cannot be read: {reason}.", path=path.name, reason=e.strerror
