@@ -117,3 +117,17 @@ def workspace(browser: Any, server: Any, tmp_path: Path) -> Iterator[Workspace]:
     workspace.set_vue_nodes(False)  # a server setting that an earlier test may have left
     yield workspace
     context.close()
+
+
+@pytest.fixture
+def chinese(workspace: Any) -> Iterator[Any]:
+    """The page in Chinese; the server stores the setting, so it is restored."""
+    set_setting = "([id, value]) => app.extensionManager.setting.set(id, value)"
+    workspace.page.evaluate(set_setting, ["Comfy.Locale", "zh"])
+    try:
+        workspace.page.reload()
+        workspace.page.wait_for_function(READY)
+        yield workspace
+    finally:
+        workspace.set_vue_nodes(False)
+        workspace.page.evaluate(set_setting, ["Comfy.Locale", "en"])
