@@ -13,7 +13,7 @@ from .pairs import write_pairs
 
 HERE = Path(__file__).resolve().parent
 EXTENSION_NAME = "qwen-edit-lora"
-#: Folder -> its name in custom_nodes: after ours in the alphabet, which must not need them to import.
+#: Folder -> its name in custom_nodes: after ours in the alphabet, as ours must import without them.
 SHIMS = {"shim": "zz_tiny_qwen", "shim_21": "zz_tiny_qwen_21"}
 IMAGE_NAME = "example.png"
 LORA_NAME = "my_edit_lora.safetensors"  # as in generate.py, which needs ComfyUI to import

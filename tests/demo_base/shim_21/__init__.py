@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.conds
 import comfy.latent_formats
@@ -33,7 +33,7 @@ HAS_ITS_OWN = importlib.util.find_spec("comfy.ldm.qwen_image21") is not None
 
 
 class FusedFeedForward(torch.nn.Module):
-    """gate_layer and proj in one Linear, and the SwiGLU folded into the next, as ComfyUI runs it."""
+    """gate_layer and proj in one Linear, and the SwiGLU folded into the next, as in ComfyUI."""
 
     def __init__(self, width: int, mlp_width: int, operations: Any, **options: Any):
         super().__init__()
@@ -186,14 +186,14 @@ class BaseModel(comfy.model_base.BaseModel):
 
 
 class SupportedModel(comfy.supported_models_base.BASE):
-    unet_config = {"image_model": IMAGE_MODEL}
-    unet_extra_config: dict[str, Any] = {}
-    sampling_settings = {"multiplier": 1.0, "shift": 0.69}
+    unet_config: ClassVar[dict[str, Any]] = {"image_model": IMAGE_MODEL}
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
+    sampling_settings: ClassVar[dict[str, Any]] = {"multiplier": 1.0, "shift": 0.69}
     latent_format = LatentFormat
     memory_usage_factor = 6.0
-    supported_inference_dtypes = [torch.bfloat16, torch.float32]
-    vae_key_prefix = ["vae."]
-    text_encoder_key_prefix = ["text_encoders."]
+    supported_inference_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float32]
+    vae_key_prefix: ClassVar[list[str]] = ["vae."]
+    text_encoder_key_prefix: ClassVar[list[str]] = ["text_encoders."]
 
     def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> BaseModel:
         return BaseModel(self, device=device)
