@@ -35,6 +35,7 @@ from .files import (
     map_gguf_files,
     name_below_output,
 )
+from .folding import adding_to_folded
 from .graphs import (
     Link,
     block_output,
@@ -63,6 +64,7 @@ from .models import (
     has_weight,
     measure_weight,
 )
+from .places import Place
 from .progress import (
     build_progress,
     is_interrupted,

@@ -12,7 +12,7 @@ from ...lora_core.adapter.strengths import Strengths
 from ...lora_core.findings import NOTE, WARNING, Finding, list_texts
 from ...lora_core.text import format_count, shorten_list
 from .. import host
-from .layouts import PLAIN, check_layout
+from .layouts import check_layout
 from .matching import Match, match_adapter
 from .side_path import Entry, add_to_side_path
 
@@ -115,7 +115,7 @@ def apply_one(
     application.lines.append(
         f"{adapter.name}: {len(match.paths)} of {len(adapter)} modules matched, {strengths}"
     )
-    if match.layout is not PLAIN:
+    if match.layout.reason:
         application.lines.append(f"this MODEL is a {match.layout.name} Qwen-Image, {match.storage}")
     application.findings += find_warnings(model, adapter, match)
     if strengths.is_zero:
@@ -145,7 +145,7 @@ def merge(
 ) -> None:
     """Adds native patches for the modules in `reasons`, module path -> why it is merged."""
     modules = {path: adapter.modules[path] for path in reasons}
-    host.add_merge(application.model, modules, strengths)
+    host.add_merge(application.model, modules, strengths, match.layout.find_place)
     counts = Counter(reasons.values()).most_common()
     whys = counts[0][0] if len(counts) == 1 else "; ".join(f"{n}: {why}" for why, n in counts)
     kind = "merged" if mode == MERGE else "merged_instead"

@@ -22,10 +22,16 @@ from torch.nn import functional as F
 
 from ...lora_core import Adapter, LoraWeights, ModuleWeights
 from .. import host
-from .layouts import Layout, Place
+from ..host import Place
+from .layouts import Layout
 from .terms import Inputs, LowRankTerm, Term, list_term_types
 
-_READERS = re.compile(r"(.*\.)(to|add)_([qkv])(?:_proj)?")
+#: Modules of one parent that read the same x: (parent, which group, which of it).
+_READERS = re.compile(
+    r"(?P<parent>.*\.)(?:(?P<stream>to|add)_(?P<qkv>[qkv])(?:_proj)?"
+    r"|img_mlp\.(?P<mlp>gate_layer|proj))"
+)
+_ORDER = ("q", "k", "v", "gate_layer", "proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +82,14 @@ class Bank(torch.nn.Module):
 
 
 def group_readers(by_path: dict[str, list[Member]]) -> list[list[str]]:
-    """Groups of module paths with the same x, in the order q, k, v; most have one member."""
+    """Groups of module paths with the same x, in the order they run; most have one member."""
     groups: dict[tuple, list[tuple[int, str]]] = defaultdict(list)
     for path, members in by_path.items():
         widths = {m.weights.shape[1] for m in members if isinstance(m.weights, LoraWeights)}
         match = _READERS.fullmatch(path)
         if match and len(widths) == 1:
-            parent, stream, letter = match.groups()
-            groups[(parent, stream, *widths)].append(("qkv".index(letter), path))
+            name = match["qkv"] or match["mlp"]
+            groups[(match["parent"], match["stream"], *widths)].append((_ORDER.index(name), path))
         else:
             groups[(path,)].append((0, path))
     return [[path for _, path in sorted(group)] for group in groups.values()]
@@ -91,7 +97,7 @@ def group_readers(by_path: dict[str, list[Member]]) -> list[list[str]]:
 
 def build_sites(group: list[list[Member]], dtype: torch.dtype) -> list[Site]:
     """The sites of modules with the same x; the first holds the down-factors of all."""
-    group = [sorted(members, key=lambda m: (m.place.part, m.entry)) for members in group]
+    group = [sorted(members, key=order_member) for members in group]
     downs = [
         member.weights.lora_A
         for members in group
@@ -106,6 +112,10 @@ def build_sites(group: list[list[Member]], dtype: torch.dtype) -> list[Site]:
         start = site.end
         sites.append(site)
     return sites
+
+
+def order_member(member: Member) -> tuple[int, int, int]:
+    return member.place.num_parts, member.place.part, member.entry
 
 
 class DownProduct:
@@ -185,7 +195,7 @@ class Site:
         self.terms: list[Term] = []
         tensors = [] if stack is None else [stack]
         numbered = list(enumerate(members))
-        for _, part in groupby(numbered, key=lambda pair: pair[1].place.part):
+        for _, part in groupby(numbered, key=lambda pair: pair[1].place):
             plain = [(i, m.place, m.weights) for i, m in part if isinstance(m.weights, LoraWeights)]
             if plain:
                 low_rank = LowRankTerm(self.end, [(i, w.rank, w.scale) for i, _, w in plain])

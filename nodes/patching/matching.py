@@ -11,7 +11,8 @@ import torch
 
 from ...lora_core import Adapter, KeyFormatError, ModuleWeights, ShapeError, TargetError
 from .. import host
-from .layouts import Layout, Place, find_layout
+from ..host import Place
+from .layouts import Layout, find_layout
 
 
 @dataclass(frozen=True)

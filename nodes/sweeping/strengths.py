@@ -48,7 +48,7 @@ def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
     for path in choose_evenly(paths, MAX_MODULES):
         place = match.layout.find_place(path)
         assert place is not None  # the model has it
-        norm = host.measure_weight(model, place.module_path)
+        norm = host.measure_weight(model, place)
         if norm.value is None:
             reason = f": {path} cannot be measured, as {norm.reason}"
         else:

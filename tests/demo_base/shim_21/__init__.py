@@ -151,7 +151,9 @@ def build_model(
 ) -> QwenImage21:
     with building_with(operations, fused_mlp, dtype=dtype, device=device):
         model = QwenImage21(**config)
-    return model.to(dtype)
+    # Not diffusers' own `to`, which warns.
+    torch.nn.Module.to(model, dtype)
+    return model
 
 
 class LatentFormat(comfy.latent_formats.LatentFormat):
