@@ -1,12 +1,11 @@
-"""Query, key and value in one module, as diffusers' fuse_qkv_projections joins them.
+"""Several modules in one, as diffusers' fuse_qkv_projections and ComfyUI's files join them.
 
-The fused weight stacks the three, so an adapter of it can be split exactly: rows of what is on the
-output side, the rest shared.
+The fused weight stacks its members, so an adapter of it can be split exactly: rows of what is on
+the output side, the rest shared.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from ..adapter.weights import (
@@ -18,33 +17,20 @@ from ..adapter.weights import (
     ModuleWeights,
 )
 from ..base_model import module_paths
+from ..base_model.families import FUSED, is_fused
+from ..base_model.family import Fusion
 from ..disk.safetensors_file import AnyTensor, StoredTensor
 
-#: Name inside a block -> the modules it holds, in the order of their rows.
-FUSED = {
-    "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "attn.add_qkv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-}
-_UNDERSCORED = {name.replace(".", "_"): name for name in FUSED}
-_BLOCK = re.compile(rf"transformer_blocks_{module_paths.BLOCK_NUMBER}_(.+)")
 
-
-def is_fused(module_path: str) -> bool:
-    block, name = module_paths.split_path(module_path)
-    return block is not None and name in FUSED
-
-
-def restore_fused_dots(flat: str) -> str | None:
-    match = _BLOCK.fullmatch(flat)
-    if match is None or match[2] not in _UNDERSCORED:
-        return None
-    return f"transformer_blocks.{int(match[1])}.{_UNDERSCORED[match[2]]}"
+def get_fusion(module_path: str) -> Fusion:
+    """What the module at this path, which is a fused one, joins."""
+    return FUSED[module_paths.split_path(module_path)[1]]
 
 
 def list_members(module_path: str) -> list[str]:
-    block, name = module_paths.split_path(module_path)
-    return [f"transformer_blocks.{block}.{member}" for member in FUSED[name]]
+    block, _ = module_paths.split_path(module_path)
+    members = get_fusion(module_path).members
+    return [f"transformer_blocks.{block}.{member}" for member in members]
 
 
 def find_member(module_path: str) -> str | None:

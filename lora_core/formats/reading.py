@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..adapter.adapter import detect_family_of
 from ..adapter.load_report import DroppedKey, LoadReport
 from ..adapter.weights import ModuleWeights
-from ..base_model import module_paths
+from ..base_model import families, module_paths
+from ..base_model.family import Family
 from ..disk.safetensors_file import AnyTensor
 from .alpha import find_alpha_rules
 from .architectures import could_be_flux, detect_variants
@@ -39,18 +41,19 @@ def read_modules(
     check_numbers(tensors, (key.key for key in parsed), name)
     parsed, spoiled = leave_out_spoiled(parsed, unknown)
     sources = choose_sources(parsed)
+    foreign = leave_out_other_families(sources.chosen)
     formats = Counter(name_scheme(key.prefix) for key in parsed)
     alpha_rules = find_alpha_rules(metadata, path, set(formats))
     alpha_rules = alpha_rules.settle(read_ranks(sources.chosen, tensors), name)
     builder = ModuleBuilder(tensors, alpha_rules, name)
     modules = builder.build_all(sources.chosen)
-    left_out = [*builder.unused, *spoiled]
+    left_out = [*builder.unused, *spoiled, *foreign]
     if not modules:
         raise_unusable(unknown, left_out, builder.empty, len(tensors), name)
     dropped_parts = {key.key for key, _ in builder.unused}
     key_format = formats.most_common(1)[0][0]
     model = find_model(modules, metadata, name)
-    num_kept = len(parsed) - len(sources.duplicates) - len(dropped_parts)
+    num_kept = len(parsed) - len(sources.duplicates) - len(dropped_parts) - len(foreign)
     report = LoadReport(
         name=name,
         num_keys=len(tensors),
@@ -65,6 +68,7 @@ def read_modules(
         scales=count(weights.scale for weights in modules.values() if weights.kind != "diff"),
         alphas=count(weights.alpha for weights in modules.values() if weights.kind != "diff"),
         alpha_rules=dict(builder.rules),
+        family=None if model.family is None else model.family.name,
         preset=model.preset,
         blocks=module_paths.format_blocks(model.blocks),
         width=model.width,
@@ -76,7 +80,7 @@ def read_modules(
         non_finite=tuple(builder.non_finite),
         variants=tuple(model.variants),
         hints=tuple(model.hints),
-        found=tuple(find_more(modules, builder, alpha_rules, sources)),
+        found=tuple(find_more(modules, builder, alpha_rules, sources, model.family)),
     )
     return modules, key_format, report
 
@@ -84,6 +88,7 @@ def read_modules(
 class AdaptedModel(NamedTuple):
     """The model an adapter was made for, as its modules and metadata tell."""
 
+    family: Family | None
     preset: str | None
     blocks: set[int]
     width: int | None
@@ -94,15 +99,35 @@ class AdaptedModel(NamedTuple):
 def find_model(
     modules: Mapping[str, ModuleWeights], metadata: Mapping[str, str], name: str
 ) -> AdaptedModel:
-    variants, hints = detect_variants(dict(metadata), name)
-    preset, width = module_paths.detect_preset(modules), find_width(modules)
+    family = detect_family_of(modules)
+    variants: list[str] = []
+    hints: list[str] = []
+    if family is None or family.variants:
+        variants, hints = detect_variants(dict(metadata), name)
+    preset, width = detect_preset(modules, family), find_width(modules, family)
     blocks = {block for block, _ in map(module_paths.split_path, modules) if block is not None}
     if not variants and could_be_flux(preset, blocks, width):
         hints.append(
             "names and sizes would fit Flux as well (attention of the first 19 blocks only): check "
             "what it was trained for"
         )
-    return AdaptedModel(preset, blocks, width, variants, hints)
+    return AdaptedModel(family, preset, blocks, width, variants, hints)
+
+
+def detect_preset(modules: Mapping[str, ModuleWeights], family: Family | None) -> str | None:
+    """The preset of the family; without one that of every family in which it is one."""
+    found = {one.detect_preset(modules) for one in ([family] if family else families.FAMILIES)}
+    return found.pop() if len(found) == 1 else None
+
+
+def leave_out_other_families(chosen: dict[str, ModuleParts]) -> list[tuple[ParsedKey, str]]:
+    """Takes modules out that the family of the others has not; a file is of one family."""
+    family = families.detect_by_names(chosen)
+    if family is None:
+        return []
+    foreign = [path for path in chosen if not (family.is_known(path) or family.is_fused(path))]
+    reason = f"is no module of {family.title}, to which most of the others belong"
+    return [(key, reason) for path in foreign for key in chosen.pop(path).keys.values()]
 
 
 def leave_out_spoiled(
@@ -156,10 +181,14 @@ def parse_keys(keys: Iterable[str]) -> tuple[list[ParsedKey], list[UnknownKey]]:
     return parsed, unknown
 
 
-def find_width(modules: Mapping[str, ModuleWeights]) -> int | None:
-    """Width of the model the adapter was made for, from the first module that implies it."""
+def find_width(modules: Mapping[str, ModuleWeights], family: Family | None) -> int | None:
+    """Width of the model the adapter was made for, from the first module that implies it.
+
+    Modules of a file that could be of several families have the same multiples in all of them.
+    """
+    table = family or families.FAMILIES[0]
     for module_path, weights in modules.items():
         block, name = module_paths.split_path(module_path)
-        if block is not None and name in module_paths.BLOCK_LINEARS and weights.shape is not None:
-            return weights.shape[0] // module_paths.compute_shape(name, 1)[0]
+        if block is not None and name in table.block_linears and weights.shape is not None:
+            return weights.shape[0] // table.compute_shape(name, 1)[0]
     return None
