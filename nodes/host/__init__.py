@@ -17,6 +17,7 @@ from .encoding import (
     list_weights,
     scale_area,
 )
+from .events import connect_events, send_event
 from .files import (
     choose_output_path,
     find_diffusion_model,
@@ -38,10 +39,12 @@ from .files import (
 from .folding import adding_to_folded
 from .graphs import (
     Link,
+    RunningNode,
     block_output,
     build_graph,
     connect_queue,
     find_queued_readers,
+    find_running_node,
     find_weight_readers,
     find_wired_outputs,
     get_links,

@@ -24,6 +24,7 @@ from ...lora_core import (
     compute_delta,
 )
 from ...lora_core.adapter.strengths import Strengths
+from ...lora_core.base_model.family import Family
 from ...lora_core.disk.safetensors_file import SafetensorsFile, StoredTensor, load, read_signature
 from ...lora_core.text import format_count, shorten
 from .models import ModelPatcher
@@ -145,18 +146,20 @@ def add_merge(
     modules: Mapping[str, ModuleWeights],
     strengths: Strengths,
     find_place: Callable[[str], Place | None] = Place,
+    family: Family | None = None,
 ) -> None:
     """Adds native patches to this clone: the weights and biases of `modules`.
 
     Args:
         find_place: module path -> where this model keeps the module.
+        family: that of the model, see `Strengths.resolve`.
 
     Raises:
         ConfigError: ComfyUI knows no such weight or bias, and would skip the patch silently.
     """
     by_strength: dict[float, dict[Any, Any]] = defaultdict(dict)
-    for path in strengths.select(modules):
-        weights, patches = modules[path], by_strength[strengths.resolve(path)]
+    for path in strengths.select(modules, family):
+        weights, patches = modules[path], by_strength[strengths.resolve(path, family)]
         place = find_place(path)
         assert place is not None  # modules that the model lacks were left out
         if weights.kind != "diff" or weights.shape is not None:

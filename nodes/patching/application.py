@@ -50,11 +50,13 @@ def apply_adapters(
     layers: Iterable[tuple[Adapter, Strengths]],
     mode: str = AUTO,
     readers: Sequence[str] = (),
+    node: host.RunningNode | None = None,
 ) -> Application:
     """Applies each adapter to a clone of `model`; all of them are checked before the first.
 
     Args:
         readers: downstream nodes that read the weights; see `host.find_weight_readers`.
+        node: the node that applies them, which is told if sampling does not run their modules.
 
     Raises:
         LoraError: an adapter does not fit, or `mode` cannot serve it. The model is unchanged.
@@ -71,12 +73,12 @@ def apply_adapters(
         matches.append(match)
     application = Application(model.clone())
     for (adapter, strengths), match in zip(layers, matches, strict=True):
-        apply_one(application, adapter, strengths, match, mode, readers)
+        apply_one(application, adapter, strengths, match, mode, readers, node)
     return application
 
 
 def check_selection(adapter: Adapter, strengths: Strengths, match: Match) -> None:
-    if not strengths.is_zero and not strengths.select(match.paths):
+    if not strengths.is_zero and not strengths.select(match.paths, match.family):
         raise TargetError(
             f"{strengths} selects none of the {len(match.paths)} modules of {adapter.name}; "
             "expected block numbers it has, such as '0-19'."
@@ -90,6 +92,7 @@ def apply_one(
     match: Match,
     mode: str,
     readers: Sequence[str],
+    node: host.RunningNode | None,
 ) -> None:
     model = application.model
     merged = dict(match.merge_only)
@@ -121,16 +124,17 @@ def apply_one(
     if strengths.is_zero:
         application.lines.append("strength is 0: nothing is applied")
         return
-    if selected := strengths.select(beside):
+    if selected := strengths.select(beside, match.family):
         # The whole set, so that another selection reuses the same bank.
-        add_to_side_path(model, Entry(adapter, beside, strengths, match.layout))
+        entry = Entry(adapter, beside, strengths, match.layout, match.family, node)
+        add_to_side_path(model, entry)
         application.lines.append(
             f"side path: {format_count(len(selected), 'module')}, no weight is touched"
             + (" (auto: no reason to merge)" if mode == AUTO and not merged else "")
         )
         if readers:
             warn_of_readers(application, adapter, readers, len(selected))
-    if selected := strengths.select(merged):
+    if selected := strengths.select(merged, match.family):
         reasons = {path: merged[path] for path in selected}
         merge(application, adapter, strengths, reasons, match, mode)
 
@@ -145,7 +149,8 @@ def merge(
 ) -> None:
     """Adds native patches for the modules in `reasons`, module path -> why it is merged."""
     modules = {path: adapter.modules[path] for path in reasons}
-    host.add_merge(application.model, modules, strengths, match.layout.find_place)
+    place, family = match.layout.find_place, match.family
+    host.add_merge(application.model, modules, strengths, place, family)
     counts = Counter(reasons.values()).most_common()
     whys = counts[0][0] if len(counts) == 1 else "; ".join(f"{n}: {why}" for why, n in counts)
     kind = "merged" if mode == MERGE else "merged_instead"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ...lora_core import ConfigError
+from ...lora_core.base_model.qwen_image_21 import GATE_UP, QWEN_IMAGE_21
 from ..host import Place
 
 
@@ -57,8 +58,7 @@ NUNCHAKU = Layout(
     "a nunchaku model keeps no weights that can be patched",
 )
 
-GATE_UP = "img_mlp.gate_up"
-_HALVES = (".img_mlp.gate_layer", ".img_mlp.proj")
+_HALVES = tuple(f".{name}" for name in QWEN_IMAGE_21.fused[GATE_UP].members)
 
 
 def find_fused_place(path: str) -> Place | None:

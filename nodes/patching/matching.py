@@ -10,6 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...lora_core import Adapter, KeyFormatError, ModuleWeights, ShapeError, TargetError
+from ...lora_core.base_model.families import FAMILIES, detect_by_names
+from ...lora_core.base_model.family import Family
+from ...lora_core.base_model.module_paths import split_path
 from .. import host
 from ..host import Place
 from .layouts import Layout, find_layout
@@ -29,6 +32,8 @@ class Match:
     """Module path -> why this model's module can be served in no way."""
     unmergeable: Mapping[str, str]
     """Module path -> why it can run beside the base and not be merged."""
+    family: Family | None
+    """That of the model."""
     layout: Layout
     storage: str
     """How the model stores its weights, e.g. "float8_e4m3fn"."""
@@ -48,7 +53,8 @@ def match_adapter(model: host.ModelPatcher, adapter: Adapter) -> Match:
     """Compares names and shapes; cached per model and adapter.
 
     Raises:
-        KeyFormatError: no module of the adapter exists in the model.
+        KeyFormatError: the adapter is for models of another family, or none of its modules exists
+            in the model.
         ShapeError: a module exists but has another shape. Nothing is applied then.
         TargetError: the modules exist, but this kind of model allows none of them to be patched.
     """
@@ -60,6 +66,9 @@ def match_adapter(model: host.ModelPatcher, adapter: Adapter) -> Match:
 
 def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
     modules = host.get_modules(model)
+    # By blocks alone: models of other kinds have an img_in and a txt_in too.
+    family = detect_by_names(path for path in modules if split_path(path)[0] is not None)
+    check_family(adapter, family)
     layout = find_layout(model.model.diffusion_model)
     places = {path: layout.find_place(path) for path in adapter}
     out_of_reach = {path: layout.reason for path, place in places.items() if place is None}
@@ -68,7 +77,7 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
         model_class, _ = host.describe_model(model)
         raise KeyFormatError(
             f"{adapter.name} matches 0 modules of this MODEL, which ComfyUI knows as {model_class}"
-            f" with {len(modules)} modules; expected a Qwen-Image or Qwen-Image-Edit model. "
+            f" with {len(modules)} modules; expected a {name_families(adapter)} model. "
             "Connect the MODEL of its UNETLoader."
         )
     check_shapes(modules, adapter, present)
@@ -105,10 +114,27 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
         absent,
         out_of_reach,
         unmergeable,
+        family,
         layout,
         storage,
         is_low_precision,
     )
+
+
+def check_family(adapter: Adapter, family: Family | None) -> None:
+    made_for = adapter.base_family
+    if family is None or made_for is None or made_for is family:
+        return
+    raise KeyFormatError(
+        f"{adapter.name} is a LoRA for {made_for.title}, and this MODEL is a {family.title}: their "
+        f"modules differ in names and sizes. Choose a LoRA for {family.title}, or connect a "
+        f"{made_for.title} model."
+    )
+
+
+def name_families(adapter: Adapter) -> str:
+    made_for = adapter.base_family
+    return made_for.title if made_for else " or ".join(family.title for family in FAMILIES)
 
 
 def is_linear(module: torch.nn.Module) -> bool:

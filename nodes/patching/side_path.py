@@ -15,7 +15,8 @@ and code after an exception in mid-sampling never see a stale forward.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,11 @@ import torch
 
 from ...lora_core import Adapter
 from ...lora_core.adapter.strengths import Strengths
+from ...lora_core.base_model.family import Family
+from ...lora_core.findings import Finding
 from .. import host
 from .bank import Bank, Site
+from .idle_modules import report_idle
 from .layouts import Layout
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,10 @@ class Entry:
     module_paths: frozenset[str]
     strengths: Strengths
     layout: Layout
+    family: Family | None = None
+    """That of the model."""
+    node: host.RunningNode | None = None
+    """The node that applied it."""
 
 
 class SidePath:
@@ -60,8 +68,8 @@ class SidePath:
         #: Whether the next call of the model checks that it runs all sites: the first of each
         #: sampling, as caches such as EasyCache may skip parts of later ones.
         self.is_unchecked = True
-        #: Module path of each site that the last checked call did not run.
-        self.idle: tuple[str, ...] = ()
+        #: Of modules that the last checked call did not run.
+        self.findings: tuple[Finding, ...] = ()
 
     def __copy__(self) -> SidePath:
         """Itself: extensions deep-copy options, and a copy would run modules nobody has loaded."""
@@ -102,7 +110,8 @@ class SidePath:
                 merged.parent = merged.parent.parent
             for entry in self.entries:
                 modules = {path: entry.adapter.modules[path] for path in entry.module_paths}
-                host.add_merge(merged, modules, entry.strengths, entry.layout.find_place)
+                place, family = entry.layout.find_place, entry.family
+                host.add_merge(merged, modules, entry.strengths, place, family)
             self._merged = (ref(model), merged)
         return self._merged[1]
 
@@ -120,7 +129,8 @@ class SidePath:
 
     def compute_gains(self, site: Site) -> tuple[float, ...]:
         """The strength of each member of a site."""
-        return tuple(self.entries[m.entry].strengths.resolve(m.path) for m in site.members)
+        members = [(self.entries[member.entry], member.path) for member in site.members]
+        return tuple(entry.strengths.resolve(path, entry.family) for entry, path in members)
 
 
 class PlacedBank:
@@ -280,25 +290,16 @@ def find_swapped(module: torch.nn.Module) -> SwappedForward | None:
 
 
 def check_all_ran(side_path: SidePath, swapped: list[SwappedForward]) -> None:
-    """Warns if a call of the model did not run every module whose forward was swapped."""
+    """Reports the modules whose forward was swapped and which the model did not run."""
     side_path.is_unchecked = False
-    idle = [one.site.members[0].place.module_path for one in swapped if not one.runs]
-    side_path.idle = tuple(idle)
-    if idle:
-        logger.warning("Apply Qwen Edit LoRA: %s", describe_idle(idle, len(swapped)))
-
-
-def describe_idle(idle: Sequence[str], count: int) -> str:
-    if len(idle) == count:
-        return (
-            f"the model ran none of the {count} modules the LoRA acts on, so the image is that of "
-            "the base; another extension runs modules of its own. Use mode 'merge'"
-        )
-    return (
-        f"the model did not run {len(idle)} of the {count} modules the LoRA acts on, such as "
-        f"{idle[0]}, so their part is missing from the image; ComfyUI or another extension "
-        "computes them in another way. Use mode 'merge'"
-    )
+    ran: dict[str, bool] = {}
+    paths: dict[host.RunningNode | None, list[str]] = defaultdict(list)
+    for one in swapped:
+        for member, gain in zip(one.site.members, one.gains, strict=True):
+            if gain:
+                ran[member.path] = bool(one.runs)
+                paths[side_path.entries[member.entry].node].append(member.path)
+    side_path.findings = report_idle(ran, paths.items())
 
 
 def run_site(

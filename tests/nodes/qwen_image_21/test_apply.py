@@ -161,7 +161,7 @@ def test_out_is_served_where_the_int8_kernel_takes_its_place(
     sample_21(model)  # loads the bank
     assert not forwards  # else this tests nothing
     side_path = ours.side_path.get_side_path(model)
-    assert side_path.idle == ()
+    assert side_path.findings == ()
     root, x = base.model.diffusion_model, draw(2, 5, dit_21.WIDTH, seed=1, size=1.0)
     with torch.inference_mode():
         for block in range(dit_21.NUM_BLOCKS):
