@@ -21,7 +21,7 @@ NUM_HEADS = 4
 HEAD_WIDTH = 64
 WIDTH = NUM_HEADS * HEAD_WIDTH  # ComfyUI's convrot rotates groups of 256 inputs
 MLP_WIDTH = 3 * WIDTH
-TEXT_WIDTH = 32
+TEXT_WIDTH = 64  # that of the other tiny base, whose text encoder serves here too
 CHANNELS = 64  # of the latents, which are 4-D; one latent pixel is one token
 TIME_CHANNELS = 256
 GROUP = 256
@@ -71,6 +71,9 @@ def make_dit(seed: int = 0) -> dict[str, torch.Tensor]:
     """The float32 state dict in the split layout; every layout has its weights."""
     state_dict = {key: make_tensor(key, shape, seed) for key, shape in list_shapes()}
     state_dict["txt_in.text_norm.weight"] -= 1  # stored as scale - 1
+    for key in state_dict:
+        if key.endswith("gate_layer.weight"):
+            state_dict[key] *= 1.25  # so that halves that were swapped are noticed
     return state_dict
 
 
