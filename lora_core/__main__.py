@@ -15,6 +15,7 @@ from .disk.output_files import check_outputs
 from .disk.safetensors_file import SUFFIXES, is_safetensors
 from .errors import ConfigError, LoraError, NonFiniteWeightsError
 from .formats.files import PEFT_CONFIG, PEFT_FILE, read_adapter, write_adapter
+from .formats.layouts import MLP_LAYOUTS
 from .formats.schemes import SCHEMES
 from .inspection.compare import compare_adapters
 from .inspection.inspection import inspect_adapter
@@ -107,6 +108,11 @@ def add_output(command: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace the file to write if it exists"
     )
     command.add_argument("--format", choices=list(SCHEMES), default="comfyui", help="key format")
+    command.add_argument(
+        "--mlp-layout",
+        choices=MLP_LAYOUTS,
+        help="of Qwen-Image-2.1; by default the one that ComfyUI loads onto every base",
+    )
 
 
 def run_inspect(options: argparse.Namespace) -> None:
@@ -167,13 +173,13 @@ def run_convert(options: argparse.Namespace) -> None:
         adapter.check_finite()
     except NonFiniteWeightsError as e:  # converting changes no number, so the user decides
         print(f"Warning: {e}")
-    written = write_adapter(adapter, out, options.format)
+    written = write_adapter(adapter, out, options.format, options.mlp_layout)
     print(f"Wrote {written}: {adapter.key_format} converted to {options.format}")
 
 
 def write(composition: Composition, out: str, options: argparse.Namespace) -> None:
     print(composition.to_text())
-    print(f"Wrote {write_adapter(composition.adapter, out, options.format)}")
+    print(f"Wrote {write_adapter(composition.adapter, out, options.format, options.mlp_layout)}")
 
 
 def choose_out(options: argparse.Namespace, inputs: list[str]) -> str:

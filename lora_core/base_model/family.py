@@ -59,6 +59,8 @@ class Family:
     """Models of the family for which a file may say that it was trained."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Name -> short form for plots."""
+    architecture: str = ""
+    """`modelspec.architecture` of its LoRAs, where it has no variants."""
     base_version: str = ""
     """`ss_base_model_version` in files of kohya's trainers."""
     network_module: str = ""

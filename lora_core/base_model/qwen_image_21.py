@@ -58,6 +58,7 @@ QWEN_IMAGE_21 = Family(
         "img_mlp.proj": "mlp up",
         "img_mlp.out": "mlp down",
     },
+    architecture="Qwen-Image-2.1/lora",
     base_version="qwen_image_21",
     network_module="networks.lora_qwen_image_21",
 )

@@ -15,6 +15,7 @@ from ..adapter.weights import (
     LokrWeights,
     LoraWeights,
     ModuleWeights,
+    OftWeights,
 )
 from ..base_model import module_paths
 from ..base_model.families import FUSED, is_fused
@@ -41,8 +42,8 @@ def find_member(module_path: str) -> str | None:
 def split_weights(weights: ModuleWeights, count: int) -> list[ModuleWeights] | None:
     """`count` modules whose deltas, below each other, are that of `weights`.
 
-    None where the kind has no exact parts: a rotation of all rows, a magnitude per column, whose
-    norms are those of whole columns, or Kronecker factors that do not fall into that many.
+    None where the kind has no exact parts: a rotation across its members, a magnitude per column,
+    whose norms are those of whole columns, or Kronecker factors that do not fall into that many.
     """
     direction = weights.direction if isinstance(weights, DoraWeights) else weights
     names = find_row_parts(direction, count)
@@ -77,6 +78,8 @@ def find_row_parts(weights: ModuleWeights, count: int) -> list[str] | None:
         if weights.parts[factor].shape[0] == 1:
             factor = next(n for n in ("lokr_w2", "lokr_w2_a") if n in weights.parts)
         names = [factor]
+    elif isinstance(weights, OftWeights) and not weights.alpha:  # which limits all blocks together
+        names = [name for name in ("blocks", "rescale") if name in weights.parts]
     else:
         return None
     return names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..adapter.weights import ModuleWeights
 from ..base_model.families import FAMILIES
@@ -11,6 +11,7 @@ from ..findings import NOTE, WARNING, Finding
 from ..text import format_count, shorten_list
 from .alpha import AlphaRules
 from .building import ModuleBuilder
+from .parsed_key import OF_TEXT_ENCODER, UnknownKey
 from .sources import Sources
 
 NUMBER_WORDS = {2: "two", 3: "three"}
@@ -24,6 +25,7 @@ def find_more(
     rules: AlphaRules,
     sources: Sources,
     family: Family | None,
+    unknown: Sequence[UnknownKey],
 ) -> Iterator[Finding]:
     yield from rules.findings
     low, high = SANE_SCALE
@@ -66,6 +68,7 @@ def find_more(
         yield Finding("other_prefix", NOTE, text, len(sources.borrowed))
     yield from report_rules(builder.rules, rules)
     yield from report_family(family, len(modules))
+    yield from report_text_encoder(unknown)
 
 
 def report_rules(counts: Mapping[str, int], rules: AlphaRules) -> Iterator[Finding]:
@@ -101,3 +104,13 @@ def report_family(family: Family | None, num_modules: int) -> Iterator[Finding]:
             "trained on it"
         )
         yield Finding("licence", NOTE, text)
+
+
+def report_text_encoder(unknown: Sequence[UnknownKey]) -> Iterator[Finding]:
+    found = [key for key in unknown if key.reason == OF_TEXT_ENCODER]
+    if found:
+        text = (
+            f"{format_count(len(found), 'key')} of a text encoder, which is left as it is; "
+            "ComfyUI's Load LoRA applies such keys to its CLIP"
+        )
+        yield Finding("text_encoder_keys", NOTE, text, len(found))

@@ -88,6 +88,8 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
         (r"\.lora_B\.bias", "lora_B_bias"),
         (r"\.lora_B\.(?P<name>[^.]+)\.bias", "lora_B_bias"),
         (r"\.lora_(?P<ab>down|up)\.weight", None),
+        # PAI's PDD files. nunchaku packs other numbers under these, see `find_packed`.
+        (r"\.lora_(?P<ab>down|up)", None),
         (r"\.lora\.(?P<ab>down|up)\.weight", None),
         (r"_lora\.(?P<ab>down|up)\.weight", None),
         (r"\.lora_linear_layer\.(?P<ab>down|up)\.weight", None),
@@ -104,6 +106,8 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
     )
 )
 
+PACKED = "nunchaku's own format, packed for its kernels; use the file it was converted from"
+OF_TEXT_ENCODER = "belongs to a text encoder, which an edit LoRA does not change"
 UNKNOWN_ENDING = "its ending belongs to no known adapter type"
 TOO_LONG = f"it has more than {MAX_KEY} characters, which no adapter's key has"
 #: Suffixes that are recognised and not supported, with a message for the user, and whether the
@@ -125,11 +129,7 @@ _UNSUPPORTED = tuple(
             True,
         ),
         (r"\.on_input|\.ia3_l(?:\.[^.]+)?", "IA3, which is not a LoRA; not supported", False),
-        (
-            r"\.(?:lora_down|lora_up|proj_down|proj_up|smooth|smooth_orig)",
-            "nunchaku's own format, packed for its kernels; use the file it was converted from",
-            False,
-        ),
+        (r"\.(?:proj_down|proj_up|smooth|smooth_orig)", PACKED, False),
         (r"\.(?:oft|boft|vera|hra)_\w.*", "a PEFT adapter type that is not supported", False),
         (r"\.lora_(?:embedding_[AB]|ga)\b.*", "an embedding adapter; Qwen-Image has none", False),
     )
@@ -226,7 +226,7 @@ def name_scheme(prefix: str) -> str:
 
 def explain_stem(stem: str) -> str:
     if re.search(r"(^|[._])(lora_te\d?|text_encoders?|text_model|clip_[lg])[._]", stem):
-        return "belongs to a text encoder, which an edit LoRA does not change"
+        return OF_TEXT_ENCODER
     return "names no module of a Qwen-Image transformer"
 
 

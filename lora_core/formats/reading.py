@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from .architectures import could_be_flux, detect_variants
 from .building import ModuleBuilder
 from .fused import find_member
 from .observations import find_more
-from .parsed_key import ParsedKey, UnknownKey, name_scheme, parse_key
+from .parsed_key import PACKED, ParsedKey, UnknownKey, name_scheme, parse_key
 from .recognition import check_any_known, raise_unusable
 from .sources import ModuleParts, choose_sources
 from .state_dicts import check_numbers
@@ -80,7 +80,7 @@ def read_modules(
         non_finite=tuple(builder.non_finite),
         variants=tuple(model.variants),
         hints=tuple(model.hints),
-        found=tuple(find_more(modules, builder, alpha_rules, sources, model.family)),
+        found=tuple(find_more(modules, builder, alpha_rules, sources, model.family, unknown)),
     )
     return modules, key_format, report
 
@@ -145,6 +145,7 @@ def leave_out_spoiled(
     return kept, spoiled
 
 
+BARE_DOWN = ".lora_down"
 #: Parts with the rank as their rows.
 _RANK_PARTS = ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 
@@ -169,16 +170,38 @@ def count(values: Iterable[Any]) -> dict[Any, int]:
     return dict(Counter(values))
 
 
-def parse_keys(keys: Iterable[str]) -> tuple[list[ParsedKey], list[UnknownKey]]:
+def parse_keys(
+    tensors: Mapping[str, AnyTensor],
+) -> tuple[list[ParsedKey], list[UnknownKey]]:
     parsed: list[ParsedKey] = []
     unknown: list[UnknownKey] = []
-    for key in keys:
+    for key in tensors:
         result = parse_key(key)
         if isinstance(result, ParsedKey):
             parsed.append(result)
         else:
             unknown.append(result)
+    packed = find_packed(parsed, tensors)
+    if packed:
+        unknown += [UnknownKey(k.key, PACKED, k.module_path) for k in parsed if k.key in packed]
+        parsed = [key for key in parsed if key.key not in packed]
     return parsed, unknown
+
+
+def find_packed(parsed: Iterable[ParsedKey], tensors: Mapping[str, AnyTensor]) -> set[str]:
+    """Keys of nunchaku's factors, which end as some LoRAs' do: there both have the rank last."""
+    pairs: dict[str, list[str]] = defaultdict(list)
+    for key in parsed:
+        if key.spelling.endswith(BARE_DOWN):
+            pairs[key.spelling].append(key.key)
+    packed: set[str] = set()
+    for keys in pairs.values():
+        shapes = [tensors[key].shape for key in sorted(keys)]
+        if len(shapes) == 2 and all(len(shape) == 2 for shape in shapes):
+            if shapes[1][1] == shapes[0][0] != shapes[0][1]:
+                continue
+        packed.update(keys)
+    return packed
 
 
 def find_width(modules: Mapping[str, ModuleWeights], family: Family | None) -> int | None:

@@ -291,7 +291,7 @@ def test_a_module_beside_the_fused_one_is_used_and_reported(make_state_dict):
 
 def test_a_fused_rotation_is_left_out_and_reported(make_state_dict):
     stem = "lora_unet_transformer_blocks_0_attn_to_qkv"
-    report = read_state_dict(make_state_dict() | {f"{stem}.oft_blocks": torch.ones(6, 2, 2)}).report
+    report = read_state_dict(make_state_dict() | {f"{stem}.oft_blocks": torch.ones(4, 3, 3)}).report
     assert "cannot be split" in report.unmatched[0].reason
 
 
