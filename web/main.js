@@ -31,6 +31,10 @@ const NODES_WITH_JOB = new Set(["QwenEditLoraTrain", "QwenEditLoraJob"]);
 
 // The browser of LoRA files listens to this while it is open.
 api.addEventListener("qwen_edit_lora.adapters", () => {});
+// What sampling found of a LoRA: its node ran before, and the finding is null once it is gone.
+api.addEventListener("qwen_edit_lora.finding", ({ detail }) => {
+  findExecutedNode(detail.node)?.showFinding?.(detail.source, detail.finding);
+});
 // Listens from the start: an event without a listener is an error in ComfyUI's console.
 const jobs = new Jobs(api);
 let sidebar = null;

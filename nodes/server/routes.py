@@ -13,7 +13,8 @@
 
 Errors are as in `answers`.
 The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"};
-`qwen_edit_lora.adapters` has new results: {"adapters": [...], "gone": ids, "pending": number}.
+`qwen_edit_lora.adapters` has new results: {"adapters": [...], "gone": ids, "pending": number};
+`qwen_edit_lora.finding` is for a node that ran before: {"node", "source", "finding" or null}.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def start() -> None:
     """Starts the jobs and adds the routes; called once, when ComfyUI loads the extension."""
     server = PromptServer.instance
     host.connect_queue(server.prompt_queue)
+    host.connect_events(lambda event, data: send(server, event, data))
     job_host.start_jobs(PromptQueue(server), lambda data: send(server, EVENT, data))
     server.add_on_prompt_handler(warn_of_conflict)
     server.routes.get(PREFIX)(answer(lambda _, query: job_views.list_jobs()))
