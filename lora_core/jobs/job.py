@@ -137,6 +137,11 @@ def is_said(text: str) -> bool:
     return any(char.isprintable() and not char.isspace() for char in text)
 
 
+def shorten_safely(text: str) -> str:
+    """To MAX_SENTENCE; paths are hidden before the cut leaves a part of one."""
+    return shorten(hide_paths(text) if len(text) > MAX_SENTENCE else text, MAX_SENTENCE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobFailure:
     """Why a job failed, and what to do."""
@@ -150,8 +155,8 @@ class JobFailure:
 
     def __post_init__(self) -> None:
         sentence = self.sentence if is_said(self.sentence) else UNEXPLAINED
-        advice = tuple(shorten(one, MAX_SENTENCE) for one in self.advice if is_said(one))
-        object.__setattr__(self, "sentence", shorten(sentence, MAX_SENTENCE))
+        advice = tuple(shorten_safely(one) for one in self.advice if is_said(one))
+        object.__setattr__(self, "sentence", shorten_safely(sentence))
         object.__setattr__(self, "advice", advice)
 
 
