@@ -24,7 +24,8 @@ from .inspection.tables import build_comparison_table, build_table, describe_ver
 from .toolbox.compose import merge_adapters, resize_adapter
 from .toolbox.composition import Composition
 from .toolbox.extraction import extract_adapter
-from .training.command_line import add_commands
+from .training.command_line import TRAINING_COMMANDS, add_commands
+from .training.model.libraries import import_diffusers_alone
 
 FAILED = 2  # argparse's exit status for a wrong command line
 INTERRUPTED = 130
@@ -34,6 +35,8 @@ INDENT = 1
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     options = build_parser().parse_args(argv)
+    if argv is None and options.command in TRAINING_COMMANDS:  # the process is this command's
+        import_diffusers_alone()
     try:
         options.run(options)
         sys.stdout.flush()
