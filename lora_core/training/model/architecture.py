@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...base_model.families import detect_by_names
+from ...base_model.qwen_image import QWEN_IMAGE
 from ...errors import KeyFormatError
 from ...messages import message
 from ...text import shorten
@@ -91,6 +93,12 @@ def read_architecture(
             raise refuse(message("{key} has the shape {shape}", key=key, shape=shown))
         return shape
 
+    family = detect_by_names(key.rpartition(".")[0] for key in shapes)
+    if family is not None and family is not QWEN_IMAGE:
+        raise KeyFormatError(
+            f"{name} is a {family.title} model, on which nothing can be trained here yet. Choose a "
+            "diffusion model of Qwen-Image-Edit."
+        )
     width, in_channels = get("img_in.weight", 2)
     (text_width,) = get("txt_norm.weight", 1)
     (head_width,) = get(NORM_Q, 1)
