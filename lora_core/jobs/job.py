@@ -269,13 +269,17 @@ def make_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
+def is_id(text: object) -> bool:
+    return isinstance(text, str) and _ID.fullmatch(text) is not None
+
+
 def check_id(job_id: object) -> str:
     """The id itself.
 
     Raises:
         ConfigError: it is none, so that no path is ever built from it.
     """
-    if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
+    if not isinstance(job_id, str) or not is_id(job_id):
         raise ConfigError(
             f"{str(job_id)[:40]!r} is not a job id; expected one such as 20260131-120000-0123abcd"
         )

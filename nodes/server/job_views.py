@@ -11,6 +11,7 @@ from typing import Any
 from ...lora_core.errors import ConfigError, FileError
 from ...lora_core.jobs.curves import MetricsReader, build_curves, build_health
 from ...lora_core.jobs.job import Job
+from ...lora_core.jobs.made_here import record_deleted
 from ...lora_core.jobs.transitions import USER_EVENTS, Event
 from ...lora_core.text import shorten
 from ...lora_core.training.config.config_files import PATHS, config_to_dict, flatten
@@ -96,7 +97,9 @@ def delete(job_id: str, options: Options) -> dict[str, Any]:
     with_adapter = options.get("with_adapter", False)
     if not isinstance(with_adapter, bool):
         raise ConfigError(f"with_adapter is {shorten(repr(with_adapter))}; expected true or false")
-    job_host.get_jobs().store.delete(job_id, with_adapter)
+    store = job_host.get_jobs().store
+    record_deleted(store.root, store.catalog.find(job_id).id)
+    store.delete(job_id, with_adapter)
     return {"id": job_id, "deleted": True}
 
 

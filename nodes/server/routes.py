@@ -9,6 +9,8 @@
                                              "actions" are those that make sense now
     GET  /qwen_edit_lora/adapters            {"adapters": [...], "pending": without a verdict yet}
     GET  /qwen_edit_lora/adapters/{id}       one, with its metadata, modules and verdict
+    GET  /qwen_edit_lora/adapters/{id}/preview         a JPEG, where its "preview" is not empty
+    POST /qwen_edit_lora/adapters/{id}/favourite       {"favourite": true or false}; the adapter
     POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
 
 Errors are as in `answers`.
@@ -97,7 +99,9 @@ def start_adapters(server: PromptServer) -> None:
 
     server.routes.get(ADAPTERS)(answer(lambda _, query: adapter_library.list_adapters()))
     server.routes.get(ADAPTERS + "/{id}")(answer(lambda one, _: adapter_library.show_adapter(one)))
+    server.routes.get(ADAPTERS + "/{id}/preview")(guard(send_preview))
     server.routes.post(ADAPTERS + "/{id}/train")(change(train_again))
+    server.routes.post(ADAPTERS + "/{id}/favourite")(change(adapter_library.set_favourite))
 
 
 def send(server: PromptServer, event: str, data: dict[str, Any]) -> None:
@@ -125,6 +129,10 @@ def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
 async def send_image(request: web.Request) -> web.Response:
     one, name = request.match_info["id"], request.match_info["name"]
     body = await run(lambda: job_host.get_jobs().store.read_image(one, name))
-    # An image never changes: its name has the step.
-    headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
-    return web.Response(body=body, content_type="image/png", headers=headers)
+    return web.Response(body=body, content_type="image/png", headers=pair_routes.IMAGE_HEADERS)
+
+
+async def send_preview(request: web.Request) -> web.Response:
+    one = request.match_info["id"]
+    body = await run(lambda: adapter_library.read_preview(one))
+    return web.Response(body=body, content_type="image/jpeg", headers=pair_routes.IMAGE_HEADERS)
