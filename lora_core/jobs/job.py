@@ -22,6 +22,7 @@ from .transitions import (
     STOPS,
     Event,
     JobStatus,
+    Order,
     Request,
     Stage,
     find_offers,
@@ -192,6 +193,8 @@ class Job:
     state: JobState
     request: Request | None = None
     """What was requested and is not done yet."""
+    orders: tuple[Order, ...] = ()
+    """What its worker was told to do after the next step, and has not done yet."""
     is_damaged: bool = False
     """Whether its files cannot be read; see `state.failure`."""
 
@@ -222,12 +225,19 @@ class Job:
         actions = [event.value for event in find_offers(stage)]
         if stage is Stage.CANCELLING and self.is_silent:
             actions.append(Event.CANCEL.value)  # the second one ends the process
+        if stage is Stage.RUNNING and not self.is_silent:
+            actions += [order.value for order in self.possible_orders if order not in self.orders]
         actions.append("clone")
         if self.settings.loras and self.state.adapters:
             actions.append("publish")
         if self.status is not JobStatus.IN_PROGRESS:
             actions.append("delete")
         return tuple(actions)
+
+    @property
+    def possible_orders(self) -> tuple[Order, ...]:
+        """Those that its settings allow; samples need what their schedule needs."""
+        return tuple(Order) if self.settings.samples.every else (Order.SAVE,)
 
     def describe(self) -> str:
         """State and progress in a line."""
@@ -259,6 +269,7 @@ class Job:
             **state,
             "remaining_s": self.state.remaining_s,
             "request": self.request,
+            "orders": self.orders,
             "is_silent": self.is_silent,
             "actions": self.actions,
         }

@@ -12,7 +12,8 @@ from ...lora_core.errors import ConfigError, FileError
 from ...lora_core.jobs.curves import MetricsReader, build_curves, build_health
 from ...lora_core.jobs.job import Job
 from ...lora_core.jobs.made_here import record_deleted
-from ...lora_core.jobs.transitions import USER_EVENTS, Event
+from ...lora_core.jobs.orders import give_order
+from ...lora_core.jobs.transitions import USER_EVENTS, Event, Order
 from ...lora_core.text import shorten
 from ...lora_core.training.config.config_files import PATHS, config_to_dict, flatten
 from ...lora_core.training.run.adapter_files import strip_paths
@@ -93,6 +94,10 @@ def ask(event: Event, job_id: str, options: Options) -> dict[str, Any]:
     return job_host.get_jobs().store.ask(job_id, event).to_dict()
 
 
+def order(wanted: Order, job_id: str, options: Options) -> dict[str, Any]:
+    return give_order(job_host.get_jobs().store, job_id, wanted).to_dict()
+
+
 def delete(job_id: str, options: Options) -> dict[str, Any]:
     with_adapter = options.get("with_adapter", False)
     if not isinstance(with_adapter, bool):
@@ -133,6 +138,7 @@ def publish(job_id: str, options: Options) -> dict[str, Any]:
 
 ACTIONS: Mapping[str, Callable[[str, Options], dict[str, Any]]] = {
     **{event.value: partial(ask, event) for event in USER_EVENTS},
+    **{wanted.value: partial(order, wanted) for wanted in Order},
     "delete": delete,
     "clone": clone,
     "publish": publish,

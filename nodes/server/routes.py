@@ -4,7 +4,8 @@
     GET  /qwen_edit_lora/jobs/{id}           the job, with its curves, settings, adapters
     GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536: lines; without offset the end
     GET  /qwen_edit_lora/jobs/{id}/pictures/{name}                     a PNG, by its listed name
-    POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete | clone | publish
+    POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | sample | save | delete | clone
+                                             | publish
                                              with a JSON object, see job_views.ACTIONS; a job's
                                              "actions" are those that make sense now
     GET  /qwen_edit_lora/adapters            {"adapters": [...], "pending": without a verdict yet}

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.comfy
 MAX_MESSAGE = 400
 SHARE = settings.default.max_examples
 JOBS, ADAPTERS = "/qwen_edit_lora/jobs", "/qwen_edit_lora/adapters"
-ACTIONS = ("pause", "resume", "cancel", "delete", "clone", "publish")
+ACTIONS = ("pause", "resume", "cancel", "sample", "save", "delete", "clone", "publish")
 UNKNOWN = "20260131-120000-0123abcd"
 #: All statuses of our routes; the rest of ComfyUI answers other paths in its own way.
 OURS = {200, 400, 403, 404, 405, 409, 413}
