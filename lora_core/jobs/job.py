@@ -43,7 +43,11 @@ class UnknownJobError(LoraError, LookupError):
     """There is no job of this id."""
 
 
-class UnknownImageError(LoraError, LookupError):
+class UnknownFileError(LoraError, LookupError):
+    """The job has no file of this name."""
+
+
+class UnknownImageError(UnknownFileError):
     """The job has no image of this name."""
 
 

@@ -111,10 +111,9 @@ class AdapterLibrary:
 
     Args:
         list_files: name of each file, as the user knows it -> its path.
-        cache: file in which results survive the process.
+        cache: file in which results survive the process; stars are kept beside it.
         notify: called with {"adapters": changed entries, "gone": ids, "pending": number}.
         is_busy: whether the machine is needed elsewhere; health waits until it is not.
-        favourites: where stars are kept; beside the cache if None.
     """
 
     def __init__(
@@ -123,13 +122,12 @@ class AdapterLibrary:
         cache: Path,
         notify: Callable[[Event], None] | None = None,
         is_busy: Callable[[], bool] | None = None,
-        favourites: Path | None = None,
     ):
         self.list_files = list_files
         self.cache = cache
         self.notify = notify or (lambda event: None)
         self.is_busy = is_busy or (lambda: False)
-        self.favourites = Favourites(favourites or cache.with_name(FAVOURITES_FILE))
+        self.favourites = Favourites(cache.with_name(FAVOURITES_FILE))
         self._favourites_problem = ""
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...lora_core.errors import ConfigError, FileError
+from ...lora_core.jobs.captions import read_captions
 from ...lora_core.jobs.curves import MetricsReader, build_curves, build_health
 from ...lora_core.jobs.job import Job
 from ...lora_core.jobs.made_here import record_deleted
@@ -17,7 +18,7 @@ from ...lora_core.jobs.transitions import USER_EVENTS, Event, Order
 from ...lora_core.text import shorten
 from ...lora_core.training.config.config_files import PATHS, config_to_dict, flatten
 from ...lora_core.training.run.adapter_files import strip_paths
-from . import job_host
+from . import job_host, measurements
 from .prompt_policy import get_policy
 
 #: Maximum number of points per curve of a job.
@@ -36,11 +37,13 @@ _metrics = MetricsReader()
 
 
 def list_jobs() -> dict[str, Any]:
-    return {"jobs": [job.to_dict() for job in job_host.get_jobs().store.list()]}
+    """The trainings, and what is being measured for one that does not exist yet."""
+    jobs = [job.to_dict() for job in job_host.get_jobs().store.list()]
+    return {"jobs": jobs, "measuring": measurements.list_measurements()}
 
 
 def show_job(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
-    """The job with its curves, settings, image names and adapter names."""
+    """The job with its curves, settings, images and their captions, adapter names."""
     store = job_host.get_jobs().store
     folder = store.catalog.find(job_id)
     with store.catalog.using(folder):
@@ -51,13 +54,16 @@ def show_job(job_id: str, query: Mapping[str, str]) -> dict[str, Any]:
         except FileError as e:  # the rest of the page is as good without curves
             rows = []
             shown["notes"] = [*shown["notes"], f"no curves: {e}"]
+        images = store.list_images(job_id)
+        items = {image.item for image in images}
         return {
             **shown,
             "metrics": build_curves(rows, MAX_POINTS),
             "health": build_health(rows, MAX_POINTS),
             "settings": flatten(describe_settings(job)),
             "samples": [path.name for path in store.list_samples(job_id)],
-            "pictures": [dataclasses.asdict(picture) for picture in store.list_images(job_id)],
+            "pictures": [dataclasses.asdict(image) for image in images],
+            "captions": read_captions(Path(job.settings.train.data.folder), items),
             "files": [path.name for path in store.list_adapters(job_id)],
         }
 

@@ -1,9 +1,10 @@
 """HTTP routes and events of trainings and adapters; those of pairs are in `pair_routes`.
 
-    GET  /qwen_edit_lora/jobs                {"jobs": [...]}
+    GET  /qwen_edit_lora/jobs                {"jobs": [...], "measuring": [...]}
     GET  /qwen_edit_lora/jobs/{id}           the job, with its curves, settings, adapters
     GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536: lines; without offset the end
     GET  /qwen_edit_lora/jobs/{id}/pictures/{name}                     a PNG, by its listed name
+    GET  /qwen_edit_lora/jobs/{id}/...       downloads, see job_downloads
     POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | sample | save | delete | clone
                                              | publish
                                              with a JSON object, see job_views.ACTIONS; a job's
@@ -15,7 +16,8 @@
     POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
 
 Errors are as in `answers`.
-The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"};
+The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"},
+or {"measuring": what is measured for a training that does not exist yet};
 `qwen_edit_lora.adapters` has new results: {"adapters": [...], "gone": ids, "pending": number}.
 """
 
@@ -31,7 +33,15 @@ from server import PromptServer
 from ...lora_core.disk.plain_json import drop_non_finite
 from ...lora_core.errors import LoraError
 from .. import host
-from . import adapter_library, job_host, job_views, pair_routes, repeated_training
+from . import (
+    adapter_library,
+    job_downloads,
+    job_host,
+    job_views,
+    measurements,
+    pair_routes,
+    repeated_training,
+)
 from .answers import answer, change, guard, run
 from .prompt_policy import HOLD_ID
 
@@ -83,6 +93,8 @@ def start() -> None:
     server.routes.get(PREFIX + "/{id}/pictures/{name}")(guard(send_image))
     for action, work in job_views.ACTIONS.items():
         server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(work))
+    job_downloads.start(server.routes, PREFIX)
+    measurements.connect(lambda data: send(server, EVENT, data))
     start_adapters(server)
     pair_routes.start(server.routes, lambda: is_busy(server))
 
