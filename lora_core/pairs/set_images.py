@@ -200,14 +200,17 @@ def move_image(opened: PairSet, source: Path, path: Path) -> Path:
     return path
 
 
-def encode_thumbnail(path: Path, name: str, side_px: int) -> bytes:
+def encode_thumbnail(path: Path, name: str, side_px: int, real: Path | None = None) -> bytes:
     """A JPEG whose longer side is at most `side_px`.
+
+    Args:
+        real: as of `FileImage`.
 
     Raises:
         FileError: not an image, damaged, or too large.
     """
     buffer = io.BytesIO()
-    Image.fromarray(FileImage(path, name).read_small(side_px)).save(
+    Image.fromarray(FileImage(path, name, real).read_small(side_px)).save(
         buffer, "JPEG", quality=THUMBNAIL_QUALITY
     )
     return buffer.getvalue()

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.comfy
 
 SHARE = settings.default.max_examples
 JOBS, ADAPTERS = "/qwen_edit_lora/jobs", "/qwen_edit_lora/adapters"
-ACTIONS = ("pause", "resume", "cancel", "delete", "clone", "publish")
+ACTIONS = ("pause", "resume", "cancel", "sample", "save", "delete", "clone", "publish")
 UNKNOWN = "20260131-120000-0123abcd"
 
 
