@@ -75,16 +75,7 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
     out_of_reach = {path: layout.reason for path, place in places.items() if place is None}
     present = {path: p for path, p in places.items() if p is not None and p.module_path in modules}
     if not present and not out_of_reach:
-        model_class, _ = host.describe_model(model)
-        raise KeyFormatError(
-            "{adapter} matches 0 modules of this MODEL, which ComfyUI knows as {model_class} "
-            "with {num_modules} modules; expected a {families} model. "
-            "Connect the MODEL of its UNETLoader.",
-            adapter=adapter.name,
-            model_class=model_class,
-            num_modules=len(modules),
-            families=name_families(adapter),
-        )
+        raise build_mismatch(model, adapter, len(modules))
     check_shapes(modules, adapter, present)
     unmergeable = {
         path: layout.no_merge_reason or message("its Linear has no weight that ComfyUI can patch")
@@ -137,6 +128,19 @@ def check_family(adapter: Adapter, family: Family | None) -> None:
         f"{adapter.name} is a LoRA for {made_for.title}, and this MODEL is a {family.title}: their "
         f"modules differ in names and sizes. Choose a LoRA for {family.title}, or connect a "
         f"{made_for.title} model."
+    )
+
+
+def build_mismatch(model: host.ModelPatcher, adapter: Adapter, num_modules: int) -> KeyFormatError:
+    model_class, _ = host.describe_model(model)
+    return KeyFormatError(
+        "{adapter} matches 0 modules of this MODEL, which ComfyUI knows as {model_class} "
+        "with {num_modules} modules; expected a {families} model. "
+        "Connect the MODEL of its UNETLoader.",
+        adapter=adapter.name,
+        model_class=model_class,
+        num_modules=num_modules,
+        families=name_families(adapter),
     )
 
 
