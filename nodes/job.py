@@ -27,6 +27,7 @@ from ..lora_core.jobs.pictures import JobImage, build_sort_key, parse_name
 from ..lora_core.jobs.store import JobStore
 from ..lora_core.jobs.training_plot import draw_training
 from ..lora_core.messages import join_messages, message
+from ..lora_core.sweep.image_metrics import take_colours
 from ..lora_core.text import format_count, format_number, shorten, shorten_list
 from . import host
 from .server import job_host
@@ -305,7 +306,7 @@ def decode(path: Path, vae: Any) -> np.ndarray:
         )
     latents = file.tensors["samples"].load().clone()
     file.release()
-    images = host.decode_latents(vae, latents)
+    images = take_colours(host.decode_latents(vae, latents)[:1])
     first = images[0].movedim(-1, 0)[None]
     factor = min(1.0, TILE_SIDE / max(first.shape[2:]))
     size = [max(1, math.floor(side * factor)) for side in first.shape[2:]]

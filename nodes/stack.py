@@ -199,7 +199,8 @@ class QwenEditLoraStack(io.ComfyNode):
                 "the stack is empty; choose a file in one of its rows, or connect an adapter"
             )
         readers = host.find_weight_readers(cls.hidden.dynprompt)
-        applied = apply_adapters(model, layers, mode, readers)
+        node = host.find_running_node(cls.hidden.dynprompt)
+        applied = apply_adapters(model, layers, mode, readers, node)
         # No Load node read these files, so nothing else reports on them.
         opened = {id(adapter): adapter for adapter, _ in layers[: len(rows)]}
         for adapter in opened.values():

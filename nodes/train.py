@@ -24,7 +24,7 @@ from ..lora_core.training.model.quantization import STORAGES
 from ..lora_core.training.optimizer.optimization import OPTIMIZERS
 from . import host
 from .base_choice import choose_base
-from .server import job_devices, job_host
+from .server import job_devices, job_host, measurements
 from .server.prompt_policy import POLICIES, POLICY_TOOLTIP
 from .sockets import CATEGORY, DatasetSocket, Report, report_output, show_job, show_report
 from .training_settings import (
@@ -356,9 +356,11 @@ def describe_job(job: Job, is_known: bool = False) -> str:
 
 
 def measure(config: TrainConfig, device: Device, with_samples: bool) -> Estimate:
-    return host.run_interruptible(
-        partial(estimate_in_process, with_samples=with_samples), config, device
-    )
+    """Seconds to minutes, in which every page says so."""
+    with measurements.measuring(config.name):
+        return host.run_interruptible(
+            partial(estimate_in_process, with_samples=with_samples), config, device
+        )
 
 
 def report_estimate(

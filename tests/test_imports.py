@@ -34,7 +34,9 @@ HOST = {
         BORDER,
     ),
     "server": ("nodes/server/routes.py",),
-    "aiohttp": tuple(f"nodes/server/{name}.py" for name in ("routes", "pair_routes", "answers")),
+    "aiohttp": tuple(
+        f"nodes/server/{name}.py" for name in ("routes", "pair_routes", "job_downloads", "answers")
+    ),
 }
 #: Modules of the core that every package may use; they import only each other.
 GROUND = (

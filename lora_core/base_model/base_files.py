@@ -18,7 +18,7 @@ from ..disk.safetensors_file import BASE_MODEL, AnyTensor, UnmappedFile
 from ..errors import FileError, KeyFormatError, MissingFileError
 from ..text import name_path, shorten
 from .base_weight import BaseWeight
-from .base_weights import SCALE_NAMES, BaseWeights
+from .base_weights import PACKED_PARTS, SCALE_NAMES, BaseWeights
 from .gguf_file import GgufFile
 
 #: ComfyUI's marker of 2511 (comfy/model_detection.py); a tensor without content.
@@ -27,7 +27,7 @@ MARKER = "__index_timestep_zero__"
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 #: What quantised files store next to weights that is no weight itself.
-SIDE_NAMES = (*SCALE_NAMES, "comfy_quant", "input_scale", "scale_input")
+SIDE_NAMES = (*SCALE_NAMES, *PACKED_PARTS, "comfy_quant", "input_scale", "scale_input")
 SIDE_KEYS = ("scaled_fp8", MARKER)
 
 
@@ -108,6 +108,14 @@ class BaseFile:
                 "{name} lacks {module_path}; choose a complete diffusion model of Qwen-Image-Edit.",
                 name=shorten(self.name),
                 module_path=module_path,
+            )
+        if weight.packed:
+            raise FileError(
+                "{name} stores {module_path} as {packed}, which training cannot read here yet; "
+                "choose a bf16, fp8, int8 or GGUF file of the same model.",
+                name=shorten(self.name),
+                module_path=module_path,
+                packed=weight.packed,
             )
         return weight
 

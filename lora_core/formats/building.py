@@ -24,7 +24,7 @@ from ..errors import EmptyPartError, KeyFormatError, ShapeError
 from ..messages import message
 from ..text import shorten, shorten_list
 from .alpha import AlphaRules
-from .fused import get_fusion, list_members, split_weights
+from .fused import get_fusion, split_weights
 from .parsed_key import ParsedKey, name_scheme
 from .sources import ModuleParts
 
@@ -171,7 +171,7 @@ class ModuleBuilder:
 
     def _split(self, path: str, modules: dict[str, ModuleWeights], parts: ModuleParts) -> None:
         """Replaces a fused module by the modules it holds."""
-        members = list_members(path)
+        members = families.list_members(path)
         split = split_weights(modules.pop(path), len(members))
         if split is None:
             title = get_fusion(path).title

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 from ..adapter.adapter import Adapter
 from ..adapter.weights import ModuleWeights
-from ..base_model.families import FAMILIES
+from ..base_model.families import FAMILIES, list_members
 from ..base_model.family import Family
 from ..base_model.module_paths import split_path
 from ..errors import ConfigError
 from ..text import shorten
-from .fused import list_members
 from .fusing import fuse_weights, separate_ranks
 
 SPLIT, FUSED = "split", "fused"

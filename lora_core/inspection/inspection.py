@@ -218,10 +218,13 @@ def inspect_adapter(
         KeyFormatError: the base is not a Qwen-Image model.
     """
     weights_of_base = None if base is None else open_base(base)
+    other = None if weights_of_base is None else explain_other_family(adapter, weights_of_base)
     sampled = choose_sample(list(adapter.modules))
 
     def inspect(path: str, stop: ShouldStop | None) -> ModuleInspection | NotInspected | None:
         """The statistics, or why there are none; None for NaN or Inf."""
+        if other is not None:
+            return other
         weights = adapter.modules[path]
         weight = None if weights_of_base is None else weights_of_base.get(path)
         not_inspected = explain_not_inspectable(weights, weights_of_base, weight)
@@ -268,6 +271,22 @@ def choose_sample(paths: list[str]) -> frozenset[str]:
     """Modules whose merge is actually rounded: a few, spread over the whole adapter."""
     step = max(1, len(paths) // NUM_SAMPLED)
     return frozenset(paths[::step])
+
+
+def explain_other_family(adapter: Adapter, base: BaseWeights) -> NotInspected | None:
+    """Why no module of the adapter has a place in the base; None where they may fit."""
+    ours, theirs = adapter.base_family, base.family
+    if ours is None or theirs is None or ours is theirs:
+        return None
+    return NotInspected(
+        message(
+            "{base} is a {title} model, the adapter was made for {other_title}",
+            base=base.name,
+            title=theirs.title,
+            other_title=ours.title,
+        ),
+        is_mismatch=True,
+    )
 
 
 def explain_not_inspectable(

@@ -29,6 +29,8 @@ FAINT_STD = 1e-5
 COLLAPSED = 0.05
 #: Noise of a merge, relative to the adapter, that still goes unnoticed.
 MERGE_ERROR = 0.25
+#: Storages of 4 bits whose rounding is not repeated here, see `survival.PACKED_GRIDS`.
+UNPREDICTED = ("nvfp4", "rotated w4a8")
 #: The kind of a finding that reports nothing to judge.
 NOTHING = "nothing_to_judge"
 #: Below this share of the root mean square a delta's mean does not count.
@@ -154,7 +156,7 @@ def judge_merge(inspection: Inspection) -> list[Finding]:
     """Whether the adapter survives being merged into its base as stored."""
     error = inspection.merge_error
     if error is None:
-        return []
+        return judge_unknown_merge(inspection)
     with_base = [(m.frobenius, m.base) for m in inspection.modules.values() if m.base is not None]
     storage = Counter(base.storage for _, base in with_base).most_common(1)[0][0]
     measured = [
@@ -205,6 +207,20 @@ def describe_value(name: str, size: float, good: tuple[float, float]) -> str:
         low=good[0],
         high=good[1],
     )
+
+
+def judge_unknown_merge(inspection: Inspection) -> list[Finding]:
+    """That merging into weights of 4 bits loses what nothing here predicts."""
+    bases = [module.base for module in inspection.modules.values() if module.base is not None]
+    storages = {base.storage for base in bases if base.storage in UNPREDICTED}
+    if not storages:
+        return []
+    text = message(
+        "what is left after merging into this {storages} base is not predicted here; the "
+        "side path adds without rounding",
+        storages=" and ".join(sorted(storages)),
+    )
+    return [Finding("merge_unknown", NOTE, text)]
 
 
 def judge_size(inspection: Inspection) -> Finding:

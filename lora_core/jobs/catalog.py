@@ -21,6 +21,8 @@ from .job import (
     JobFailure,
     JobSettings,
     JobState,
+    JobStatus,
+    Order,
     UnknownJobError,
     check_id,
 )
@@ -150,7 +152,8 @@ class Catalog:
         """A job from memory, the index or its folder: whatever is as new as its state.json."""
         read_at, job = self._read_jobs.get(folder.id, ("", None))
         if stamp and read_at == stamp and job is not None:
-            return dataclasses.replace(job, request=folder.read_request())
+            asked = folder.read_request(), read_orders(folder, job.state)
+            return dataclasses.replace(job, request=asked[0], orders=asked[1])
         if stamp and row is not None and row[0] == stamp:
             try:
                 return from_row(folder, row[1])
@@ -175,7 +178,13 @@ class Catalog:
             if settings is None:
                 settings = self._settings[folder.id] = folder.read_settings()
             state = add_published(folder.read_state(), folder)
-            return Job(folder.id, settings, state, folder.read_request())
+            orders = read_orders(folder, state)
+            return Job(folder.id, settings, state, folder.read_request(), orders)
+
+
+def read_orders(folder: JobFolder, state: JobState) -> tuple[Order, ...]:
+    """Only a running job has any; for the others, which may be hundreds, no file is looked for."""
+    return folder.read_orders() if state.status is JobStatus.IN_PROGRESS else ()
 
 
 def explain_absence(job_id: str) -> UnknownJobError:
@@ -200,7 +209,7 @@ def to_row(job: Job) -> dict[str, Any]:
 def from_row(folder: JobFolder, row: Mapping[str, Any]) -> Job:
     state = restore(JobState, row["state"])
     settings = build(JobSettings, row["settings"], "")
-    return Job(folder.id, settings, state, folder.read_request())
+    return Job(folder.id, settings, state, folder.read_request(), read_orders(folder, state))
 
 
 def build_broken(folder: JobFolder, sentence: str) -> Job:

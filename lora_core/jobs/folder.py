@@ -23,7 +23,7 @@ from ..training.config.config_files import build, config_to_dict
 from ..training.run.adapter_files import ADAPTERS
 from ..training.run.checkpoint import CHECKPOINTS
 from ..training.run.metrics import METRICS_FILE
-from .job import JobSettings, JobState, Request
+from .job import JobSettings, JobState, Order, Request
 from .locks import FileLock
 
 T = TypeVar("T")
@@ -32,6 +32,8 @@ VERSION = 1
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.json"
 REQUEST_FILE = "request.json"
+#: Endings of an order's file, which is empty.
+ORDER_SUFFIX = ".order"
 LOCK_FILE = "lock"
 LOG_FILE = "log.txt"
 SAMPLES = "samples"
@@ -141,6 +143,43 @@ class JobFolder:
     def clear_request(self) -> None:
         self._check_place(REQUEST_FILE)
         retry_while_denied(lambda: (self.path / REQUEST_FILE).unlink(missing_ok=True))
+
+    # Each order has a file of its own: a pause that is requested meanwhile replaces none, and the
+    # worker takes it by deleting the file, once however many gave it.
+
+    def read_orders(self) -> tuple[Order, ...]:
+        """Those that were given and not taken yet."""
+        return tuple(order for order in Order if self._has_order(order))
+
+    def write_order(self, order: Order) -> None:
+        """Raises FileError where the disk does not take it, or something else has its name."""
+        try:
+            open_to_append(self._get_order_path(order)).close()
+        except OSError as e:
+            raise FileError("the order cannot be written: {reason}", reason=explain(e)) from None
+
+    def take_order(self, order: Order) -> bool:
+        """Whether there was one; only one caller gets it."""
+        if not self._has_order(order):
+            return False
+        try:
+            retry_while_denied(lambda: self._get_order_path(order).unlink(), BRIEF_PATIENCE_S)
+        except OSError:  # another one took it, or the disk is read-only: then it would never end
+            return False
+        return True
+
+    def clear_orders(self) -> None:
+        for order in Order:
+            self.take_order(order)
+
+    def _has_order(self, order: Order) -> bool:
+        try:
+            return stat.S_ISREG(os.lstat(self._get_order_path(order)).st_mode)
+        except OSError:
+            return False
+
+    def _get_order_path(self, order: Order) -> Path:
+        return self.path / f"{order.value}{ORDER_SUFFIX}"
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

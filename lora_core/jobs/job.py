@@ -23,6 +23,7 @@ from .transitions import (
     STOPS,
     Event,
     JobStatus,
+    Order,
     Request,
     Stage,
     find_offers,
@@ -45,7 +46,11 @@ class UnknownJobError(LoraError, LookupError):
     """There is no job of this id."""
 
 
-class UnknownImageError(LoraError, LookupError):
+class UnknownFileError(LoraError, LookupError):
+    """The job has no file of this name."""
+
+
+class UnknownImageError(UnknownFileError):
     """The job has no image of this name."""
 
 
@@ -137,6 +142,11 @@ def is_said(text: str) -> bool:
     return any(char.isprintable() and not char.isspace() for char in text)
 
 
+def shorten_safely(text: str) -> str:
+    """To MAX_SENTENCE; paths are hidden before the cut leaves a part of one."""
+    return shorten(hide_paths(text) if len(text) > MAX_SENTENCE else text, MAX_SENTENCE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobFailure:
     """Why a job failed, and what to do."""
@@ -150,8 +160,8 @@ class JobFailure:
 
     def __post_init__(self) -> None:
         sentence = self.sentence if is_said(self.sentence) else UNEXPLAINED
-        advice = tuple(shorten(one, MAX_SENTENCE) for one in self.advice if is_said(one))
-        object.__setattr__(self, "sentence", shorten(sentence, MAX_SENTENCE))
+        advice = tuple(shorten_safely(one) for one in self.advice if is_said(one))
+        object.__setattr__(self, "sentence", shorten_safely(sentence))
         object.__setattr__(self, "advice", advice)
 
 
@@ -215,6 +225,8 @@ class Job:
     state: JobState
     request: Request | None = None
     """What was requested and is not done yet."""
+    orders: tuple[Order, ...] = ()
+    """What its worker was told to do after the next step, and has not done yet."""
     is_damaged: bool = False
     """Whether its files cannot be read; see `state.failure`."""
 
@@ -245,12 +257,19 @@ class Job:
         actions = [event.value for event in find_offers(stage)]
         if stage is Stage.CANCELLING and self.is_silent:
             actions.append(Event.CANCEL.value)  # the second one ends the process
+        if stage is Stage.RUNNING and not self.is_silent:
+            actions += [order.value for order in self.possible_orders if order not in self.orders]
         actions.append("clone")
         if self.settings.loras and self.state.adapters:
             actions.append("publish")
         if self.status is not JobStatus.IN_PROGRESS:
             actions.append("delete")
         return tuple(actions)
+
+    @property
+    def possible_orders(self) -> tuple[Order, ...]:
+        """Those that its settings allow; samples need what their schedule needs."""
+        return tuple(Order) if self.settings.samples.every else (Order.SAVE,)
 
     def describe(self) -> str:
         """State and progress in a line."""
@@ -285,6 +304,7 @@ class Job:
             **state,
             "remaining_s": self.state.remaining_s,
             "request": self.request,
+            "orders": self.orders,
             "is_silent": self.is_silent,
             "actions": self.actions,
         }
@@ -295,13 +315,17 @@ def make_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
+def is_id(text: object) -> bool:
+    return isinstance(text, str) and _ID.fullmatch(text) is not None
+
+
 def check_id(job_id: object) -> str:
     """The id itself.
 
     Raises:
         ConfigError: it is none, so that no path is ever built from it.
     """
-    if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
+    if not isinstance(job_id, str) or not is_id(job_id):
         raise ConfigError(
             "{job_id!r} is not a job id; expected one such as 20260131-120000-0123abcd",
             job_id=str(job_id)[:40],

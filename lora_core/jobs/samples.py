@@ -50,7 +50,11 @@ class Sampler:
     def is_due(self, step: int) -> bool:
         """Also before the first step, to compare with; no sample is made twice."""
         due = bool(self.indices) and step % self.settings.every == 0
-        return due and not all(self._get_stem(step, i, True).exists() for i in self.indices)
+        return due and not self.has_made(step)
+
+    def has_made(self, step: int) -> bool:
+        """Whether the samples of a step are complete."""
+        return all(self._get_stem(step, i, True).exists() for i in self.indices)
 
     def make(self, step: int, should_stop: ShouldStop) -> float:
         """Writes latents, and images where there is a VAE.

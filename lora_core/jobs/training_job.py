@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, FileError
 from ..messages import message
 from ..progress import ShouldStop
 from ..text import format_count, format_duration
@@ -30,6 +30,7 @@ from .job import JobSettings, Phase, SampleSettings
 from .job_reporter import JobReporter, NullReporter
 from .publication import publish, remove_unfinished
 from .samples import Sampler
+from .transitions import Order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,6 +71,24 @@ class JobObserver(StepLog):
         take_sample(self.sampler, report.step, self.reporter, stop)
         if self.sample_every and report.step % self.sample_every == 0:
             run.ask_again()  # a sample that was left out is made where the run stops
+        if self.reporter.has_orders():
+            self.do_orders(run, report.step, stop)
+
+    def do_orders(self, run: Run, step: int, stop: ShouldStop) -> None:
+        """What a user ordered after this step: the run's weights and random numbers stay as they
+        are. Before a stop nothing is done; the order waits for the next step.
+        """
+        if stop():
+            return
+        if self.reporter.take_order(Order.SAVE):
+            save_now(run, step, self.reporter)
+        if self.reporter.take_order(Order.SAMPLE):
+            if not self.sampler.indices:
+                self.reporter.log(message("no sample was made: this job makes none"))
+                return
+            take_sample(self.sampler, step, self.reporter, stop, is_ordered=True)
+            if not self.sampler.has_made(step) and stop():
+                self.reporter.give_back(Order.SAMPLE)
 
     def after_stop(self, run: Run) -> None:
         """A stopped run leaves an adapter too."""
@@ -158,11 +177,31 @@ def publish_adapters(
     )
 
 
+def save_now(run: Run, step: int, reporter: JobReporter | NullReporter) -> None:
+    """Writes the adapter files of this step; a disk that does not take them costs only them."""
+    reporter.update(phase=Phase.SAVING)
+    try:
+        adapters = run.save_adapters(step)
+        reporter.update(adapters=adapters)
+        reporter.log(
+            message("saved {adapters}", adapters=", ".join(Path(name).name for name in adapters))
+        )
+    except FileError as e:
+        reporter.add_note(message("step {step} was not saved: {error}", step=step, error=e))
+    finally:
+        reporter.update(phase=Phase.TRAINING)
+
+
 def take_sample(
-    sampler: Sampler, step: int, reporter: JobReporter | NullReporter, stop: ShouldStop
+    sampler: Sampler,
+    step: int,
+    reporter: JobReporter | NullReporter,
+    stop: ShouldStop,
+    is_ordered: bool = False,
 ) -> None:
-    """Makes the step's samples where they are due."""
-    if not sampler.is_due(step) or stop():
+    """Makes the step's samples where they are due or ordered."""
+    is_due = not sampler.has_made(step) if is_ordered else sampler.is_due(step)
+    if not is_due or stop():
         return
     with sampling(sampler, reporter):
         seconds = sampler.make(step, stop)

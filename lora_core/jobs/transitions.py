@@ -53,6 +53,13 @@ class Request(str, Enum):
 STOPS = (Request.PAUSE, Request.CANCEL)
 
 
+class Order(str, Enum):
+    """What a user wants of a running job once, beside its schedule; it changes no status."""
+
+    SAMPLE = "sample"  #: images after the next step
+    SAVE = "save"  #: an adapter file of the next step
+
+
 class Stage(str, Enum):
     """A status; of a job in progress also what its worker was asked to do."""
 

@@ -149,7 +149,9 @@ def find_relative_name(opened: PairSet, pair: SetPair) -> str:
     """A pair's name below the folder of each side, from the first of its files."""
     path = pair.parts.paths[0]
     folders = [opened.target_folder, *opened.sides.references, *opened.sides.masks]
-    folder = next((one for one in folders if path.is_relative_to(one)), path.parent)
+    # The innermost: targets may be in the set's own folder, around those of the references.
+    around = [one for one in folders if path.is_relative_to(one)]
+    folder = max(around, key=lambda one: len(one.parts), default=path.parent)
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
@@ -198,14 +200,17 @@ def move_image(opened: PairSet, source: Path, path: Path) -> Path:
     return path
 
 
-def encode_thumbnail(path: Path, name: str, side_px: int) -> bytes:
+def encode_thumbnail(path: Path, name: str, side_px: int, real: Path | None = None) -> bytes:
     """A JPEG whose longer side is at most `side_px`.
+
+    Args:
+        real: as of `FileImage`.
 
     Raises:
         FileError: not an image, damaged, or too large.
     """
     buffer = io.BytesIO()
-    Image.fromarray(FileImage(path, name).read_small(side_px)).save(
+    Image.fromarray(FileImage(path, name, real).read_small(side_px)).save(
         buffer, "JPEG", quality=THUMBNAIL_QUALITY
     )
     return buffer.getvalue()

@@ -1,7 +1,7 @@
 """The appearance of one image, and the difference between two.
 
-Images are ComfyUI's: (batch, height, width, 3 or more channels), 0 to 1, of which the first three
-channels are used. Everything is measured on the values a display gets: clamped to 0 to 1.
+Images are ComfyUI's: (batch, height, width, channels), 0 to 1. Everything is measured on the values
+a display gets: clamped to 0 to 1, three channels, on white where a fourth one is alpha.
 """
 
 from __future__ import annotations
@@ -152,8 +152,15 @@ def fit_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def take_colours(image: torch.Tensor) -> torch.Tensor:
-    """float32 on the CPU, three channels; a single one is repeated."""
-    image = image[..., :3].float().cpu()
+    """float32 on the CPU, three channels; a single one is repeated.
+
+    With a fourth channel, as Qwen-Image-2.1 gives it, the image is put on white by its alpha.
+    """
+    image = image.float().cpu()
+    if image.shape[-1] == 4:
+        alpha = image[..., 3:].clamp(0, 1)
+        image = image[..., :3] * alpha + (1 - alpha)
+    image = image[..., :3]
     return image if image.shape[-1] == 3 else image[..., :1].expand(*image.shape[:-1], 3)
 
 

@@ -13,7 +13,7 @@ from ...lora_core.findings import NOTE, WARNING, Finding, list_texts, mark_warni
 from ...lora_core.messages import join_messages, message
 from ...lora_core.text import format_count, shorten_list
 from .. import host
-from .layouts import PLAIN, check_layout
+from .layouts import check_layout
 from .matching import Match, match_adapter
 from .side_path import Entry, add_to_side_path
 
@@ -51,11 +51,13 @@ def apply_adapters(
     layers: Iterable[tuple[Adapter, Strengths]],
     mode: str = AUTO,
     readers: Sequence[str] = (),
+    node: host.RunningNode | None = None,
 ) -> Application:
     """Applies each adapter to a clone of `model`; all of them are checked before the first.
 
     Args:
         readers: downstream nodes that read the weights; see `host.find_weight_readers`.
+        node: the node that applies them, which is told if sampling does not run their modules.
 
     Raises:
         LoraError: an adapter does not fit, or `mode` cannot serve it. The model is unchanged.
@@ -74,12 +76,12 @@ def apply_adapters(
         matches.append(match)
     application = Application(model.clone())
     for (adapter, strengths), match in zip(layers, matches, strict=True):
-        apply_one(application, adapter, strengths, match, mode, readers)
+        apply_one(application, adapter, strengths, match, mode, readers, node)
     return application
 
 
 def check_selection(adapter: Adapter, strengths: Strengths, match: Match) -> None:
-    if not strengths.is_zero and not strengths.select(match.paths):
+    if not strengths.is_zero and not strengths.select(match.paths, match.family):
         raise TargetError(
             "{strengths} selects none of the {num_paths} modules of {adapter}; expected block "
             "numbers it has, such as '0-19'.",
@@ -96,6 +98,7 @@ def apply_one(
     match: Match,
     mode: str,
     readers: Sequence[str],
+    node: host.RunningNode | None,
 ) -> None:
     model = application.model
     merged = dict(match.merge_only)
@@ -121,9 +124,10 @@ def apply_one(
     if strengths.is_zero:
         application.lines.append(message("strength is 0: nothing is applied"))
         return
-    if selected := strengths.select(beside):
+    if selected := strengths.select(beside, match.family):
         # The whole set, so that another selection reuses the same bank.
-        add_to_side_path(model, Entry(adapter, beside, strengths, match.layout))
+        entry = Entry(adapter, beside, strengths, match.layout, match.family, node)
+        add_to_side_path(model, entry)
         is_auto = mode == AUTO and not merged
         application.lines.append(
             message(
@@ -134,7 +138,7 @@ def apply_one(
         )
         if readers:
             warn_of_readers(application, adapter, readers, len(selected))
-    if selected := strengths.select(merged):
+    if selected := strengths.select(merged, match.family):
         reasons = {path: merged[path] for path in selected}
         merge(application, adapter, strengths, reasons, match, mode)
 
@@ -164,7 +168,7 @@ def describe_match(adapter: Adapter, match: Match, strengths: Strengths) -> Iter
         num_adapter=len(adapter),
         strengths=strengths.describe(),
     )
-    if match.layout is not PLAIN:
+    if match.layout.reason:
         yield message(
             "this MODEL is a {layout} Qwen-Image, {storage}",
             layout=match.layout.name,
@@ -182,7 +186,8 @@ def merge(
 ) -> None:
     """Adds native patches for the modules in `reasons`, module path -> why it is merged."""
     modules = {path: adapter.modules[path] for path in reasons}
-    host.add_merge(application.model, modules, strengths)
+    place, family = match.layout.find_place, match.family
+    host.add_merge(application.model, modules, strengths, place, family)
     counts = Counter(reasons.values()).most_common()
     whys = (
         counts[0][0]

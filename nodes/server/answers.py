@@ -18,7 +18,7 @@ from ...lora_core.disk.json_reader import parse_object
 from ...lora_core.disk.plain_json import write_json
 from ...lora_core.errors import ConfigError, FileError, LoraError, MissingFileError
 from ...lora_core.jobs.folder import DamagedJobError
-from ...lora_core.jobs.job import JobStateError, UnknownImageError, UnknownJobError
+from ...lora_core.jobs.job import JobStateError, UnknownFileError, UnknownJobError
 from ...lora_core.library import library
 from ...lora_core.pairs.pair_set import PairConflictError, UnknownPairError
 from ...lora_core.text import shorten
@@ -40,13 +40,13 @@ class UnreadBodyError(ConfigError):
     """The request body cannot be read; what follows it on the connection neither."""
 
 
-Handler = Callable[[web.Request], Awaitable[web.Response]]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def guard(handle: Handler) -> Handler:
     """Wraps a handler to accept only requests by a name of this server; refuses with a message."""
 
-    async def guarded(request: web.Request) -> web.Response:
+    async def guarded(request: web.Request) -> web.StreamResponse:
         try:
             host.use_page_language(request.headers)
             given = request.headers.get("Host")
@@ -137,7 +137,7 @@ def respond(result: dict[str, Any]) -> web.Response:
 STATUSES: tuple[tuple[type[LoraError], int], ...] = (
     (ForeignPageError, 403),
     (UnknownJobError, 404),
-    (UnknownImageError, 404),
+    (UnknownFileError, 404),
     (library.UnknownAdapterError, 404),
     (UnknownPairError, 404),
     (MissingFileError, 404),

@@ -42,7 +42,7 @@ MAX_UPLOAD_BYTES = 100_000_000  # ComfyUI's own default
 MAX_NAME = 400  # characters of a file's name in a query
 #: Of an upload. A form of another site's page can send none of these without a preflight.
 UPLOAD_TYPE = "application/octet-stream"
-#: A thumbnail's URL has its file's version.
+#: An image's URL changes with it: by its file's version, or by the step in its name.
 IMAGE_HEADERS = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
 
 Options = Mapping[str, Any]

@@ -54,7 +54,7 @@ def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
     for path in choose_evenly(paths, MAX_MODULES):
         place = match.layout.find_place(path)
         assert place is not None  # the model has it
-        norm = host.measure_weight(model, place.module_path)
+        norm = host.measure_weight(model, place)
         if norm.value is None:
             reason = message(
                 ": {path} cannot be measured, as {reason}", path=path, reason=norm.reason

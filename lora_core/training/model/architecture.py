@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...base_model.families import detect_by_names
+from ...base_model.qwen_image import QWEN_IMAGE
 from ...errors import KeyFormatError
 from ...messages import message
 from ...text import shorten
@@ -91,6 +93,7 @@ def read_architecture(
             raise refuse(message("{key} has the shape {shape}", key=key, shape=shown))
         return shape
 
+    check_family(shapes, name)
     width, in_channels = get("img_in.weight", 2)
     (text_width,) = get("txt_norm.weight", 1)
     (head_width,) = get(NORM_Q, 1)
@@ -114,6 +117,17 @@ def read_architecture(
         axes_dims_rope=choose_axes(head_width) if axes is None else check_axes(axes, head_width),
         zero_cond_t=zero_cond_t,
     )
+
+
+def check_family(keys: Iterable[str], name: str) -> None:
+    family = detect_by_names(key.rpartition(".")[0] for key in keys)
+    if family is not None and family is not QWEN_IMAGE:
+        raise KeyFormatError(
+            "{name} is a {family} model, on which nothing can be trained here yet. Choose a "
+            "diffusion model of Qwen-Image-Edit.",
+            name=name,
+            family=family.title,
+        )
 
 
 def count_blocks(keys: Iterable[str], name: str) -> int:
