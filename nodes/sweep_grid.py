@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..lora_core import ConfigError, FileError
 from ..lora_core.disk.plain_json import write_json
+from ..lora_core.errors import get_reason
 from ..lora_core.messages import join_messages
 from ..lora_core.sweep.cells import MAX_CELLS
 from ..lora_core.sweep.measures import measure_sweep
@@ -147,7 +148,7 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
             return ui.ImageSaveHelper.get_save_images_ui(sheet, prefix, cls=cls).as_dict()
         except OSError as e:
             raise FileError(
-                "the contact sheet cannot be saved: {reason}.", reason=e.strerror
+                "the contact sheet cannot be saved: {reason}.", reason=get_reason(e)
             ) from None
 
 

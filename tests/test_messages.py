@@ -144,6 +144,17 @@ def test_a_sentence_continued_as_a_clause_keeps_its_translation_without_the_full
     assert to_chinese(longer) == "index.json 已损坏（no version），因此其 alpha 丢失"
 
 
+@pytest.mark.parametrize(
+    ("said", "chinese"),
+    [("Permission denied", "权限不足"), ("Odd fault", "Odd fault")],
+)
+def test_what_the_system_says_is_translated_if_it_is_usual(said, chinese):
+    reason = errors.get_reason(OSError(13, said))
+    error = core.FileError("{name} cannot be opened: {reason}.", name="a.json", reason=reason)
+    assert str(error) == f"a.json cannot be opened: {said}."
+    assert to_chinese(error.message) == f"无法打开 a.json：{chinese}。"
+
+
 def test_a_pickled_error_keeps_its_message():
     error = core.TargetError(
         "unknown preset {preset!r}; expected one of {presets}",

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import FileError, MissingFileError
+from ..errors import FileError, MissingFileError, get_reason
 from ..messages import message
 from ..text import name_path, shorten
 from .regular_files import open_regular
@@ -261,7 +261,7 @@ def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
         ) from None
     except OSError as e:
         raise FileError(
-            "{path} cannot be opened: {reason}.", path=name_path(path), reason=e.strerror
+            "{path} cannot be opened: {reason}.", path=name_path(path), reason=get_reason(e)
         ) from None
     except ValueError:  # a null character or half a surrogate pair
         raise FileError(
@@ -282,7 +282,7 @@ def open_checked(path: Path, expected: str = LORA_FILE) -> Any:
             start = file.read(16)
         except OSError as e:
             raise FileError(
-                "{name} cannot be read: {reason}.", name=name, reason=e.strerror
+                "{name} cannot be read: {reason}.", name=name, reason=get_reason(e)
             ) from None
         size = os.fstat(file.fileno()).st_size
     if size == 0:
@@ -338,5 +338,7 @@ def map_file(path: Path, name: str) -> Any:
         ) from None
     except OSError as e:
         raise FileError(
-            "{name} cannot be mapped: {reason}.", name=name, reason=e.strerror or shorten(str(e))
+            "{name} cannot be mapped: {reason}.",
+            name=name,
+            reason=get_reason(e) if e.strerror else shorten(str(e)),
         ) from None

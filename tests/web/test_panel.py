@@ -279,6 +279,9 @@ def test_a_failure_and_its_advice_are_chinese_in_a_chinese_page(chinese, host):
     page.locator("button.qel-job", has_text="too large").click()
     wait_for(lambda: "计算机内存不足；请降低此次训练的需求并克隆任务" in panel.inner_text(), page)
     assert "以更小的尺寸或更少的参考缓存训练集" in panel.inner_text()
+    format_js = "import('/extensions/qwen-edit-lora/format.js')"
+    assert page.evaluate(f"{format_js}.then(m => m.formatDuration(12000))") == "3 小时 20 分钟"
+    assert "年" in page.evaluate(f"{format_js}.then(m => m.formatDate(1e9))")
     chinese.shoot("chinese_failed_job")
     host.store.delete(job_id)
     assert chinese.errors == []

@@ -34,7 +34,7 @@ from ...disk.regular_files import read_bytes
 from ...disk.safetensors_file import AnyTensor, SafetensorsFile
 from ...disk.typed_json import parse_typed
 from ...disk.writing import explain, write_then_rename
-from ...errors import ConfigError, FileError, MissingFileError, ShapeError
+from ...errors import ConfigError, FileError, MissingFileError, ShapeError, get_reason
 from ...messages import message
 from ...text import shorten
 from .item_checks import (
@@ -447,7 +447,9 @@ def check_files(dataset: CachedDataset) -> None:
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     except OSError as e:
         raise FileError(
-            "{folder} cannot be listed: {reason}.", folder=shorten(folder.name), reason=e.strerror
+            "{folder} cannot be listed: {reason}.",
+            folder=shorten(folder.name),
+            reason=get_reason(e),
         ) from None
     lacking = [info.key for info in dataset.items if f"{info.key}.safetensors" not in there]
     if lacking or not dataset.items:
