@@ -62,12 +62,19 @@ def test_a_user_who_chose_none_sees_the_browsers_language(language):
     assert language.get_language() == "zh"
 
 
-def test_a_request_is_answered_in_the_language_of_its_own_user(language, tmp_path):
+def test_a_request_is_answered_in_the_language_of_its_own_user(language, tmp_path, monkeypatch):
+    monkeypatch.setattr(language.args, "multi_user", True)
     choose(tmp_path, "zh", user="mei_1")
     choose(tmp_path, "en", user="tom_2")
     for user, expected in (("mei_1", "zh"), ("tom_2", "en")):
         language.use_page_language({"Comfy-User": user})
         assert language.get_language() == expected
+
+
+def test_without_several_users_a_name_in_the_request_does_not_count(language, tmp_path):
+    choose(tmp_path, "zh")
+    language.use_page_language({"Comfy-User": ""})  # as ComfyUI's page sends it
+    assert language.get_language() == "zh"
 
 
 @pytest.mark.parametrize("user", ["../default", "..", "__system", "a/b", ""])
