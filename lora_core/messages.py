@@ -95,6 +95,19 @@ def take_clause(text: object) -> str:
     return text.rstrip(".")
 
 
+def change_values(text: str, change: Callable[[str], str]) -> str:
+    """A message with the same template and each text among its values changed; or a changed text.
+
+    `change` gets messages too.
+    """
+    if isinstance(text, MessageList):
+        return MessageList(text.separator, map(change, text.parts))
+    if isinstance(text, Message):
+        changed = {n: change(v) if isinstance(v, str) else v for n, v in text.values.items()}
+        return Message(text.template, changed)
+    return change(text)
+
+
 def simplify(value: object) -> Any:
     """As JSON can hold it, and as the same format string prints it."""
     if value is None or isinstance(value, bool | int | float | str):

@@ -9,7 +9,8 @@ import pytest
 from qwen_edit_lora.lora_core.jobs.catalog import from_row, to_row
 from qwen_edit_lora.lora_core.jobs.failure import explain_death
 from qwen_edit_lora.lora_core.jobs.folder import STATE_FILE, JobFolder
-from qwen_edit_lora.lora_core.jobs.job import Job, JobSettings, JobState, JobStatus
+from qwen_edit_lora.lora_core.jobs.job import Job, JobFailure, JobSettings, JobState, JobStatus
+from qwen_edit_lora.lora_core.jobs.log_pieces import hide_paths
 from qwen_edit_lora.lora_core.jobs.team import pop_failure, write_failure
 from qwen_edit_lora.lora_core.messages import message
 from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict
@@ -49,6 +50,26 @@ def test_a_stored_failure_is_english_on_disk_and_chinese_in_a_chinese_page(folde
     shown = translate_all(dataclasses.asdict(read), "zh")
     assert shown["notes"] == ("已从第 3 / 9 步之后继续", "an old note")
     assert shown["failure"]["advice"][0].startswith("请释放主内存")
+
+
+def test_a_page_sees_a_translatable_failure_without_paths(folder):
+    said = message("{path} cannot be read: {reason}.", path="/home/me/secret/a.png", reason="why")
+    train = {"name": "a", "output": "x", "model": {"source": "m"}, "data": {"folder": "d"}}
+    settings = JobSettings(train=config_from_dict(train))
+    for sentence, chinese in (
+        (said, "无法读取 …/a.png：why。"),
+        (message("failed: {sentence}", sentence=said), "失败：无法读取 …/a.png：why。"),
+        (message("the loss is {loss}", loss="nan"), "损失为 nan"),
+    ):
+        state = JobState(status=JobStatus.FAILED, failure=JobFailure(sentence=sentence))
+        shown = Job(folder.path.name, settings, state).to_dict()["failure"]["sentence"]
+        assert "secret" not in shown
+        assert translate(shown, "zh") == chinese
+
+
+def test_a_path_that_is_only_recognised_in_the_whole_text_is_hidden_all_the_same():
+    said = message("{name!r} is missing", name="/home/me/two words/a.png")
+    assert hide_paths(said) == "'…/a.png' is missing"
 
 
 def test_a_state_of_an_earlier_version_stays_english(folder):
