@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..lora_core import Adapter, write_adapter
 from ..lora_core.findings import WARNING, Finding
+from ..lora_core.formats.observations import report_family
 from ..lora_core.formats.schemes import SCHEMES
 from ..lora_core.text import format_bytes, format_count
 from . import host
@@ -97,9 +98,15 @@ class QwenEditLoraSave(io.ComfyNode):
             f"Wrote {name}: {format_count(len(adapter), 'module')}, "
             f"{format_bytes(written.stat().st_size)}, format {key_format}"
         ]
-        findings = find_warnings(adapter, key_format)
-        lines += [f"Warning: {finding.text}" for finding in findings]
-        report = Report("\n".join(lines), findings)
+        warnings = find_warnings(adapter, key_format)
+        licence = [
+            finding
+            for finding in report_family(adapter.base_family, len(adapter))
+            if finding.kind == "licence"
+        ]
+        lines += [finding.text for finding in licence]
+        lines += [f"Warning: {finding.text}" for finding in warnings]
+        report = Report("\n".join(lines), [*licence, *warnings])
         return io.NodeOutput(name, report, ui=show_report(report))
 
 
