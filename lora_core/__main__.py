@@ -24,7 +24,8 @@ from .inspection.tables import build_comparison_table, build_table, describe_ver
 from .toolbox.compose import merge_adapters, resize_adapter
 from .toolbox.composition import Composition
 from .toolbox.extraction import extract_adapter
-from .training.command_line import add_commands
+from .training.command_line import TRAINING_COMMANDS, add_commands
+from .training.model.libraries import import_diffusers_alone
 
 FAILED = 2  # argparse's exit status for a wrong command line
 INTERRUPTED = 130
@@ -34,6 +35,8 @@ INDENT = 1
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     options = build_parser().parse_args(argv)
+    if argv is None and options.command in TRAINING_COMMANDS:  # the process is this command's
+        import_diffusers_alone()
     try:
         options.run(options)
         sys.stdout.flush()
@@ -203,7 +206,8 @@ def choose_out(options: argparse.Namespace, inputs: list[str]) -> str:
             stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
         if not stem.strip("."):
             raise ConfigError(
-                f"OUT is {show(out)}, which names no file; expected one such as my_lora.safetensors"
+                "OUT is {out}, which names no file; expected one such as my_lora.safetensors",
+                out=show(out),
             )
         out = out if is_safetensors(out) else f"{out}.safetensors"
         files = [Path(out)]
@@ -226,8 +230,9 @@ def split_strength(text: str) -> tuple[str, float]:
         return path, float(number)
     except ValueError:
         raise ConfigError(
-            f"{text!r} does not end in a strength; expected a file, or a file and a number such as "
-            "'my_lora.safetensors:0.8'"
+            "{text!r} does not end in a strength; expected a file, or a file and a number such "
+            "as 'my_lora.safetensors:0.8'",
+            text=text,
         ) from None
 
 

@@ -3,6 +3,7 @@ import { api } from "../../scripts/api.js";
 import { addJobWidget } from "./job_view.js";
 import { Jobs } from "./panel/jobs.js";
 import { announce } from "./panel/notifications.js";
+import { ProgressTitle } from "./panel/progress_title.js";
 import { registerSidebar } from "./panel/sidebar.js";
 import { addPairsButton } from "./pairs/node_button.js";
 import { addReportWidget } from "./report.js";
@@ -91,6 +92,7 @@ app.registerExtension({
   setup() {
     sidebar = registerSidebar({ app, api, jobs });
     announce(app, jobs, createTranslator(app));
+    new ProgressTitle(jobs);
     jobs.refresh();
   },
 });

@@ -46,6 +46,12 @@ def is_fused(module_path: str) -> bool:
     return block is not None and name in FUSED
 
 
+def list_members(module_path: str) -> list[str]:
+    """The modules that the fused one at this path holds, in the order of their rows."""
+    block, name = split_path(module_path)
+    return [f"transformer_blocks.{block}.{member}" for member in FUSED[name].members]
+
+
 @lru_cache(maxsize=1)
 def _underscored() -> tuple[dict[str, str], dict[str, str]]:
     """Kohya and LyCORIS replace dots by underscores; only a table of known names undoes that."""

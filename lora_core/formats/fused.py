@@ -18,7 +18,7 @@ from ..adapter.weights import (
     OftWeights,
 )
 from ..base_model import module_paths
-from ..base_model.families import FUSED, is_fused
+from ..base_model.families import FUSED, is_fused, list_members
 from ..base_model.family import Fusion
 from ..disk.safetensors_file import AnyTensor, StoredTensor
 
@@ -26,12 +26,6 @@ from ..disk.safetensors_file import AnyTensor, StoredTensor
 def get_fusion(module_path: str) -> Fusion:
     """What the module at this path, which is a fused one, joins."""
     return FUSED[module_paths.split_path(module_path)[1]]
-
-
-def list_members(module_path: str) -> list[str]:
-    block, _ = module_paths.split_path(module_path)
-    members = get_fusion(module_path).members
-    return [f"transformer_blocks.{block}.{member}" for member in members]
 
 
 def find_member(module_path: str) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ShapeError
+from ..messages import message
 
 STEP = 1 / 255
 """One step of an 8-bit display."""
@@ -91,8 +92,11 @@ def compare_images(
     a, b = clamp(take_colours(a)), clamp(take_colours(b))
     if a.shape != b.shape or min(a.shape[1:3]) < SSIM_WINDOW:
         raise ShapeError(
-            f"cannot compare images of {describe_size(a)} and {describe_size(b)}; expected the "
-            f"same size, and at least {SSIM_WINDOW} pixels"
+            "cannot compare images of {a} and {b}; expected the same size, and at least "
+            "{ssim_window} pixels",
+            a=describe_size(a),
+            b=describe_size(b),
+            ssim_window=SSIM_WINDOW,
         )
     # (batch, height, width): each pixel's mean square, worst channel, and structural similarity
     error = (a - b).abs_()
@@ -171,5 +175,10 @@ def compute_luma(image: torch.Tensor) -> torch.Tensor:
 
 def describe_size(image: torch.Tensor) -> str:
     """ "1024 x 768", width first as in ComfyUI."""
-    batch = f"{image.shape[0]} of " if image.shape[0] > 1 else ""
-    return f"{batch}{image.shape[2]} x {image.shape[1]}"
+    batch = message("{image_shape} of ", image_shape=image.shape[0]) if image.shape[0] > 1 else ""
+    return message(
+        "{batch}{image_shape} x {height}",
+        batch=batch,
+        image_shape=image.shape[2],
+        height=image.shape[1],
+    )

@@ -49,6 +49,7 @@ from .graphs import (
     find_wired_outputs,
     get_links,
 )
+from .language import get_language, translate, use_page_language
 from .merging import (
     MergedWeights,
     add_merge,

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from comfy_execution.graph_utils import ExecutionBlocker, GraphBuilder, is_link
 from comfy_execution.utils import get_executing_context
 
+from .language import translate
+
 Link = list
 """[node id, output index], as in a graph of the API."""
 
@@ -116,5 +118,5 @@ def reads_weights(class_type: str) -> bool:
 
 
 def block_output(message: str) -> ExecutionBlocker:
-    """A value that stops every node it reaches, with this message."""
-    return ExecutionBlocker(message)
+    """A value that stops every node it reaches, with this message in the user's language."""
+    return ExecutionBlocker(translate(message))

@@ -50,8 +50,9 @@ def check_not_overwritten(files: Iterable[SafetensorsFile]) -> None:
             continue
         if found != file.signature and found[2] == file.signature[2]:
             raise FileError(
-                f"{shorten(file.name)} was overwritten on disk while this MODEL held it merged; "
-                "queue the prompt again to read the new file."
+                "{file} was overwritten on disk while this MODEL held it merged; queue the "
+                "prompt again to read the new file.",
+                file=shorten(file.name),
             )
 
 
@@ -173,7 +174,9 @@ def add_merge(
         if missing:
             first = missing[0] if isinstance(missing[0], str) else missing[0][0]
             raise ConfigError(
-                f"{format_count(len(missing), 'module')} of this MODEL, such as {first}, "
-                "without a weight or bias that a LoRA could be merged into. Use mode 'side path' "
-                "or 'auto', without torch.compile and other nodes that need merged weights."
+                "{num_modules} of this MODEL, such as {missing}, without a weight or bias that "
+                "a LoRA could be merged into. Use mode 'side path' or 'auto', without "
+                "torch.compile and other nodes that need merged weights.",
+                num_modules=format_count(len(missing), "module"),
+                missing=first,
             )

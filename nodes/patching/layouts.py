@@ -13,6 +13,7 @@ import torch
 
 from ...lora_core import ConfigError
 from ...lora_core.base_model.qwen_image_21 import GATE_UP, QWEN_IMAGE_21
+from ...lora_core.messages import message
 from ..host import Place
 
 
@@ -54,8 +55,8 @@ def find_nunchaku_place(path: str) -> Place | None:
 NUNCHAKU = Layout(
     "nunchaku",
     find_nunchaku_place,
-    "nunchaku runs both Linears of an MLP in one 4-bit kernel, which a LoRA cannot enter",
-    "a nunchaku model keeps no weights that can be patched",
+    message("nunchaku runs both Linears of an MLP in one 4-bit kernel, which a LoRA cannot enter"),
+    message("a nunchaku model keeps no weights that can be patched"),
 )
 
 _HALVES = tuple(f".{name}" for name in QWEN_IMAGE_21.fused[GATE_UP].members)

@@ -206,3 +206,8 @@ def read_only_folder():
     folder.chmod(0o755)
     with suppress(OSError):
         folder.rmdir()
+
+
+@pytest.fixture(scope="session")
+def shape_module() -> Callable[[str], tuple[int, int]]:
+    return get_shape
