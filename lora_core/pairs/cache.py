@@ -33,7 +33,7 @@ from ..training.data.dataset import (
     DatasetWriter,
     read_dataset,
 )
-from ..training.data.item_checks import count_references, find_fault
+from ..training.data.item_checks import count_references, find_fault, find_owner_fault
 from .facts import check_unchanged
 from .preflight import CheckedPair
 
@@ -158,7 +158,8 @@ def is_encoded(path: Path, checked: CheckedPair) -> bool:
     file.release()
     pair = checked.pair
     return (
-        find_fault(file.tensors) is None
+        find_owner_fault(file.metadata, path.stem) is None
+        and find_fault(file.tensors) is None
         and count_references(file.tensors) == len(pair.references)
         and ("mask" in file.tensors) == (pair.mask is not None)
     )
