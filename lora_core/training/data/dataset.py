@@ -153,26 +153,18 @@ class DatasetWriter:
             name: tensor.detach().cpu().contiguous() for name, tensor in item.tensors.items()
         }
         self._save(self.folder / ITEMS_FOLDER / f"{key}.safetensors", tensors, {ITEM_KEY: key})
-        return self._record(key, tensors, caption)
+        return self.add_entry(key, tensors, caption)
 
-    def add_file(self, key: str, caption: str = "") -> ItemInfo:
-        """Records an item that is in `items/` already, from `add` of another writer.
+    def add_entry(self, key: str, tensors: Mapping[str, AnyTensor], caption: str = "") -> ItemInfo:
+        """Records an item whose file is in `items/` already.
+
+        Args:
+            tensors: the file's; only their shapes are used.
 
         Raises:
-            FileError: no such file, or no item.
             ShapeError: its text embedding's width differs from the others'.
         """
-        file = open_item(self.folder / ITEMS_FOLDER / f"{key}.safetensors")
-        file.release()
-        fault = find_owner_fault(file.metadata, key) or find_fault(file.tensors)
-        if fault is not None:
-            raise FileError(
-                "{key}.safetensors is not a cached item: {fault}.", key=shorten(key), fault=fault
-            )
-        self._check_text(key, file.tensors["text"])
-        return self._record(key, file.tensors, caption)
-
-    def _record(self, key: str, tensors: Mapping[str, AnyTensor], caption: str) -> ItemInfo:
+        self._check_text(key, tensors["text"])
         num_references = count_references(tensors)
         info = ItemInfo(
             key=key,
