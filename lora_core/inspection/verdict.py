@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..base_model import module_paths
+from ..base_model.qwen_image import QWEN_IMAGE
 from ..findings import ERROR, NOTE, WARNING, Finding
 from ..text import format_count, format_percent, shorten_list
 
@@ -182,7 +183,10 @@ def judge_size(inspection: Inspection) -> Finding:
         name = f"mean {inspection.mean:.2e}, std {inspection.std:.2e}, root mean square"
     else:
         size = inspection.std
-    parts = [f"{name} {size:.2e} (known-good LoRAs: {low:g} to {high:g})"]
+    known = "known-good LoRAs"
+    if inspection.base_family not in (None, QWEN_IMAGE):  # nobody has measured those of others
+        known += f" of {QWEN_IMAGE.title}-Edit"
+    parts = [f"{name} {size:.2e} ({known}: {low:g} to {high:g})"]
     if largest is not None:
         parts.append(f"largest entry {largest:.1e} ({GOOD_MAX[0]:g} to {GOOD_MAX[1]:g})")
     if below is not None:
