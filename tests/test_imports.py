@@ -34,7 +34,10 @@ HOST = {
         BORDER,
     ),
     "server": ("nodes/server/routes.py",),
-    "aiohttp": tuple(f"nodes/server/{name}.py" for name in ("routes", "pair_routes", "answers")),
+    "aiohttp": tuple(
+        f"nodes/server/{name}.py"
+        for name in ("routes", "pair_routes", "download_routes", "answers")
+    ),
 }
 #: Modules of the core that every package may use; they import only each other.
 GROUND = ("checks", "errors", "findings", "progress", "subprocesses", "text", "threads")
