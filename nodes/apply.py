@@ -78,8 +78,8 @@ class QwenEditLoraApply(io.ComfyNode):
                     advanced=True,
                     placeholder="0-19, 40",
                     tooltip=(
-                        "Only these of the 60 blocks, for example '0-19, 40'. Empty: everything, "
-                        "including layers outside the blocks."
+                        "Only these of the model's blocks, for example '0-19, 40'. Empty: "
+                        "everything, including layers outside the blocks."
                     ),
                 ),
             ],

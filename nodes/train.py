@@ -9,8 +9,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..lora_core import ConfigError
-from ..lora_core.base_model.module_paths import TARGET_PRESETS
+from ..lora_core import TARGET_PRESETS, ConfigError
 from ..lora_core.findings import NOTE, WARNING, Finding
 from ..lora_core.jobs.devices import Device
 from ..lora_core.jobs.estimate_process import estimate_in_process

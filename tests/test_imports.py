@@ -177,7 +177,7 @@ FORBIDDEN = [
     ("lora_core/__init__.py", "from ..nodes import host"),
     ("lora_core/__main__.py", "import comfy"),
     ("lora_core/adapter/delta.py", "from qwen_edit_lora.nodes import host"),
-    ("lora_core/errors.py", "from .base_model.module_paths import NUM_BLOCKS"),
+    ("lora_core/errors.py", "from .base_model.module_paths import split_path"),
     ("lora_core/base_model/module_paths.py", "from ..formats import reading"),
     ("lora_core/base_model/module_paths.py", "from .. import formats"),
     ("lora_core/adapter/adapter.py", "from ..formats.files import read_adapter"),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import cast
 
 import torch
 
+from ..base_model.families import detect_family
+from ..base_model.family import Family
 from ..disk.safetensors_file import SafetensorsFile, load
 from ..errors import NonFiniteWeightsError
 from ..text import shorten
@@ -39,6 +42,15 @@ class Adapter:
     @property
     def kinds(self) -> frozenset[str]:
         return frozenset(weights.kind for weights in self.modules.values())
+
+    @property
+    def family(self) -> str | None:
+        """Name of the base models it fits, e.g. "qwen-image-2.1"; None where nothing tells."""
+        return None if self.base_family is None else self.base_family.name
+
+    @cached_property
+    def base_family(self) -> Family | None:
+        return detect_family_of(self.modules)
 
     def release(self) -> None:
         """Releases the mapping of the file; it is mapped again when needed."""
@@ -72,6 +84,12 @@ class Adapter:
                 "damaged or its alpha is wrong: use an earlier checkpoint."
             )
         self.__dict__["_finite"] = True
+
+
+def detect_family_of(modules: Mapping[str, ModuleWeights]) -> Family | None:
+    """The family whose modules these are; see `families.detect_family`."""
+    shapes = {path: weights.shape or (weights.out_features,) for path, weights in modules.items()}
+    return detect_family(shapes)
 
 
 #: dtype -> integer of its size, bits that are all set exactly in Inf and NaN (in NaN alone for

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..base_model.families import FAMILIES, get_family
 from ..findings import NOTE, WARNING, Finding, list_texts
 from ..text import format_bytes, format_count, join_counts, shorten, shorten_list
 
@@ -47,10 +48,12 @@ class LoadReport:
     alphas: Mapping[float, int] = field(default_factory=dict)
     alpha_rules: Mapping[str, int] = field(default_factory=dict)
     """Rule that gave alpha -> number of modules: "tensor", "metadata", "metadata (rsLoRA)", ..."""
+    family: str | None = None
+    """Name of the base models it was made for, e.g. "qwen-image"; None where nothing tells."""
     preset: str | None = None
     blocks: str = ""
     width: int | None = None
-    """Model width implied by the shapes; 3072 for a real Qwen-Image."""
+    """Model width implied by the shapes, e.g. 3072."""
     unmatched: tuple[DroppedKey, ...] = ()
     duplicates: tuple[DroppedKey, ...] = ()
     non_finite: tuple[str, ...] = ()
@@ -121,7 +124,8 @@ class LoadReport:
             f"{format_bytes(self.size_bytes)}",
             f"rank {join_counts(self.ranks)}; scale {join_counts(self.scales)}; "
             f"alpha {join_counts(self.alphas)} from {join_counts(self.alpha_rules)}",
-            f"targets {self.preset or 'custom'}; blocks {self.blocks or 'none'}"
+            f"{describe_family(self.family)}, targets {self.preset or 'custom'}; "
+            f"blocks {self.blocks or 'none'}"
             + (f"; model width {self.width}" if self.width else ""),
             *self.hints,
             *(f"Warning: {text}" for text in self.warnings),
@@ -136,3 +140,9 @@ class LoadReport:
             values[name] = [{**key, "key": key["key"][:MAX_KEY]} for key in values[name]]
         findings = [asdict(finding) for finding in self.findings]
         return {**values, "findings": findings, "warnings": self.warnings}
+
+
+def describe_family(name: str | None) -> str:
+    """Its title, or those of all that it may be."""
+    family = get_family(name)
+    return " or ".join(one.title for one in FAMILIES) if family is None else family.title

@@ -14,7 +14,7 @@ from ..disk.safetensors_file import AnyTensor, load
 from ..errors import FileError, KeyFormatError
 from ..text import shorten
 from .base_weight import MX_BLOCK, BaseWeight, count_factors, untile_scales, widen_exponents
-from .module_paths import is_known
+from .families import is_known
 
 #: What ComfyUI's and diffusers' single files put in front of the transformer's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")

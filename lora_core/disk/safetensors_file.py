@@ -74,10 +74,14 @@ class StoredTensor:
         Raises:
             FileError: the file was deleted or replaced since its header was read.
         """
-        whole = self.file.read(self.key)
         if self.first_row is None:
-            return whole
-        return whole[self.first_row : self.first_row + self.shape[0]]
+            return self.file.read(self.key)
+        return self.file.read_rows(self.key, self._find_rows(slice(None)))
+
+    def _find_rows(self, rows: slice) -> slice:
+        """Rows of this part as rows of the whole tensor."""
+        first, (start, stop, _) = self.first_row or 0, rows.indices(self.shape[0])
+        return slice(first + start, first + stop)
 
     def take_rows(self, first: int, count: int) -> StoredTensor:
         """Some of the rows, read together with the others and not copied."""
@@ -91,6 +95,8 @@ class StoredTensor:
             buffer: bytes to read them into, where the file is read and not mapped; what is
                 returned is then a view of them.
         """
+        if self.first_row is not None:
+            rows = self._find_rows(rows)
         return self.file.read_rows(self.key, rows, buffer)
 
 

@@ -17,12 +17,13 @@ from ..adapter.weights import (
     ModuleWeights,
     OftWeights,
 )
-from ..base_model import module_paths
+from ..base_model import families
+from ..base_model.family import Fusion
 from ..disk.safetensors_file import AnyTensor, load
 from ..errors import EmptyPartError, KeyFormatError, ShapeError
 from ..text import shorten, shorten_list
 from .alpha import AlphaRules
-from .fused import is_fused, list_members, split_weights
+from .fused import get_fusion, list_members, split_weights
 from .parsed_key import ParsedKey, name_scheme
 from .sources import ModuleParts
 
@@ -124,7 +125,6 @@ NO_USE = "has no use in a module of this kind"
 REPLACED = "is a part of a factor that is also there whole, which is used"
 NO_RANK = "depends on its module's LoRA, which has rank 0"
 NO_BIAS = "changes a bias, and Qwen-Image's norms have none"
-FUSED = "fuses query, key and value in a way that cannot be split"
 
 
 class ModuleBuilder:
@@ -140,8 +140,8 @@ class ModuleBuilder:
         self.non_finite: list[str] = []
         self.empty: list[str] = []
         """Modules whose LoRA has rank 0 and adds nothing."""
-        self.num_split = 0
-        """Fused modules that were split."""
+        self.num_split: Counter[Fusion] = Counter()
+        """How many fused modules of each kind were split."""
         self.repeated: list[str] = []
         """Modules that a fused one holds and that are also present on their own."""
         self._incomplete: list[str] = []
@@ -162,7 +162,7 @@ class ModuleBuilder:
                 "partner keys. It was cut or saved wrongly: download or export it again."
             )
         modules = {path: weights for path, weights in built.items() if weights is not None}
-        for path in [path for path in modules if is_fused(path)]:
+        for path in [path for path in modules if families.is_fused(path)]:
             self._split(path, modules, chosen[path])
         return modules
 
@@ -171,9 +171,10 @@ class ModuleBuilder:
         members = list_members(path)
         split = split_weights(modules.pop(path), len(members))
         if split is None:
-            self._leave_out(parts, FUSED)
+            title = get_fusion(path).title
+            self._leave_out(parts, f"fuses {title} in a way that cannot be split")
             return
-        self.num_split += 1
+        self.num_split[get_fusion(path)] += 1
         for member, weights in zip(members, split, strict=True):
             if member in modules:
                 self.repeated.append(member)
@@ -182,7 +183,7 @@ class ModuleBuilder:
 
     def _build(self, module_path: str, parts: ModuleParts) -> ModuleWeights | None:
         """The module's weights; None where parts are missing, which is recorded."""
-        if "diff_b" in parts.keys and module_paths.is_norm(module_path):
+        if "diff_b" in parts.keys and families.is_norm(module_path):
             self.unused.append((parts.keys["diff_b"], NO_BIAS))
             kept = {part: key for part, key in parts.keys.items() if part != "diff_b"}
             if not kept:
@@ -193,8 +194,9 @@ class ModuleBuilder:
         if kind is None:  # an alpha or a magnitude alone changes nothing
             self._leave_out(parts, NO_USE)
             return None
-        if not kind.is_complete(present) and is_fused(module_path):
-            self._leave_out(parts, "fuses query, key and value, and its partner keys are missing")
+        if not kind.is_complete(present) and families.is_fused(module_path):
+            title = get_fusion(module_path).title
+            self._leave_out(parts, f"fuses {title}, and its partner keys are missing")
             return None
         if not kind.is_complete(present):
             found = ", ".join(shorten(key.key) for key in parts.keys.values())

@@ -16,8 +16,9 @@ from ..disk.safetensors_file import SafetensorsFile, read_signature
 from ..disk.writing import explain, separate, write_then_rename
 from ..errors import ConfigError, FileError, MissingFileError
 from ..text import name_path, shorten
+from .layouts import arrange_mlp
 from .reading import read_modules
-from .schemes import build_lora_config, build_metadata, get_scheme
+from .schemes import KeyScheme, build_lora_config, build_metadata, choose_scheme
 from .state_dicts import check_metadata, check_numbers, check_state_dict
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -95,13 +96,23 @@ def read_state_dict(
     return Adapter(modules, metadata, key_format, report, name)
 
 
-def build_state_dict(adapter: Adapter, key_format: str = "comfyui") -> dict[str, torch.Tensor]:
+def build_state_dict(
+    adapter: Adapter, key_format: str = "comfyui", mlp_layout: str | None = None
+) -> dict[str, torch.Tensor]:
     """Every tensor of the adapter under the keys of `key_format`, bits unchanged.
 
+    Args:
+        mlp_layout: as in `write_adapter`.
+
     Raises:
-        ConfigError: unknown format, one that cannot express the adapter's kinds, or no modules.
+        ConfigError: unknown format or layout, one that cannot express the adapter's kinds, or no
+            modules.
     """
-    scheme = get_scheme(key_format)
+    scheme = choose_scheme(key_format, adapter, mlp_layout)
+    return spell_modules(arrange_mlp(adapter, mlp_layout), scheme)
+
+
+def spell_modules(adapter: Adapter, scheme: KeyScheme) -> dict[str, torch.Tensor]:
     if not adapter.modules:
         raise ConfigError(f"{shorten(adapter.name)} holds no modules, so there is nothing to write")
     state_dict: dict[str, torch.Tensor] = {}
@@ -111,7 +122,10 @@ def build_state_dict(adapter: Adapter, key_format: str = "comfyui") -> dict[str,
 
 
 def write_adapter(
-    adapter: Adapter, path: str | os.PathLike[str], key_format: str = "comfyui"
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    key_format: str = "comfyui",
+    mlp_layout: str | None = None,
 ) -> Path:
     """Writes an adapter as safetensors, to a temporary name first, then renamed.
 
@@ -120,19 +134,22 @@ def write_adapter(
             write it to; PEFT's `adapter_config.json` is written next to it.
         key_format: "comfyui" and "kohya" carry alpha as tensors, "diffusers" in the header and
             "peft" in the config file.
+        mlp_layout: "split", the default, or "fused" for families whose base models store the MLP
+            in both ways, such as Qwen-Image-2.1. ComfyUI's own loader takes the default whole on
+            both.
 
     Returns:
         The file that was written.
 
     Raises:
-        ConfigError: unknown format, one that cannot express the adapter's kinds, no modules, or
-            metadata that no header can hold.
+        ConfigError: unknown format or layout, one that cannot express the adapter's kinds, no
+            modules, or metadata that no header can hold.
         KeyFormatError: a tensor without data, or another that no file can hold.
         FileError: the path is not a file name, or the folder or disk does not take the file;
             nothing is left behind.
     """
     path = check_name(path)
-    scheme = get_scheme(key_format)
+    scheme = choose_scheme(key_format, adapter, mlp_layout)
     if scheme.name == "peft" and path.name != PEFT_FILE:
         if path.suffix == ".safetensors":
             raise ConfigError(
@@ -141,7 +158,8 @@ def write_adapter(
             )
         path = path / PEFT_FILE
     check_metadata(adapter.metadata, adapter.name)
-    state_dict = build_state_dict(adapter, key_format)
+    adapter = arrange_mlp(adapter, mlp_layout)
+    state_dict = spell_modules(adapter, scheme)
     check_state_dict(state_dict, adapter.name)
     check_numbers(state_dict, state_dict, adapter.name)
     title = path.parent.name if scheme.name == "peft" else path.stem

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..adapter.weights import ModuleWeights
+from ..base_model.families import FAMILIES
+from ..base_model.family import Family
 from ..findings import NOTE, WARNING, Finding
 from ..text import format_count, shorten_list
 from .alpha import AlphaRules
 from .building import ModuleBuilder
+from .parsed_key import OF_TEXT_ENCODER, UnknownKey
 from .sources import Sources
 
+NUMBER_WORDS = {2: "two", 3: "three"}
 #: |alpha / rank| outside is no choice of a trainer: 1e38 makes every image black.
 SANE_SCALE = (1e-6, 1e3)
 
@@ -20,6 +24,8 @@ def find_more(
     builder: ModuleBuilder,
     rules: AlphaRules,
     sources: Sources,
+    family: Family | None,
+    unknown: Sequence[UnknownKey],
 ) -> Iterator[Finding]:
     yield from rules.findings
     low, high = SANE_SCALE
@@ -47,12 +53,12 @@ def find_more(
             f"single ones are used: {shorten_list(builder.repeated, 2)}"
         )
         yield Finding("fused_repeated", WARNING, text, len(builder.repeated))
-    if builder.num_split:
+    for fusion, number in builder.num_split.items():
         text = (
-            f"query, key and value are fused in {format_count(builder.num_split, 'module')}; each "
-            "is split into three"
+            f"{fusion.title} are fused in {format_count(number, 'module')}; each is split into "
+            f"{NUMBER_WORDS[len(fusion.members)]}"
         )
-        yield Finding("fused_split", NOTE, text, builder.num_split)
+        yield Finding("fused_split", NOTE, text, number)
     if sources.borrowed:
         key = sources.borrowed[0]
         text = (
@@ -61,6 +67,8 @@ def find_more(
         )
         yield Finding("other_prefix", NOTE, text, len(sources.borrowed))
     yield from report_rules(builder.rules, rules)
+    yield from report_family(family, len(modules))
+    yield from report_text_encoder(unknown)
 
 
 def report_rules(counts: Mapping[str, int], rules: AlphaRules) -> Iterator[Finding]:
@@ -79,3 +87,30 @@ def report_rules(counts: Mapping[str, int], rules: AlphaRules) -> Iterator[Findi
             f"alpha of {format_count(number, 'module')} is {config.alpha:g}, from {config.source}"
         )
         yield Finding("alpha_from_field", NOTE, text, number)
+
+
+def report_family(family: Family | None, num_modules: int) -> Iterator[Finding]:
+    """Whether the family is unknown, or its licence passes to the adapter."""
+    if family is None:
+        titles = " or ".join(one.title for one in FAMILIES)
+        text = (
+            f"names, sizes and number of blocks fit {titles}, and nothing else tells which it was "
+            "made for"
+        )
+        yield Finding("family_unknown", NOTE, text, num_modules)
+    elif not family.is_commercial:
+        text = (
+            f"{family.title} is for non-commercial use only ({family.licence}), and so are LoRAs "
+            "trained on it"
+        )
+        yield Finding("licence", NOTE, text)
+
+
+def report_text_encoder(unknown: Sequence[UnknownKey]) -> Iterator[Finding]:
+    found = [key for key in unknown if key.reason == OF_TEXT_ENCODER]
+    if found:
+        text = (
+            f"{format_count(len(found), 'key')} of a text encoder, which is left as it is; "
+            "ComfyUI's Load LoRA applies such keys to its CLIP"
+        )
+        yield Finding("text_encoder_keys", NOTE, text, len(found))

@@ -1,6 +1,6 @@
 """Which modules of a model will get a trainable LoRA, and how large that is, before anything runs.
 
-A target is chosen by a preset of `TARGET_PRESETS` ("full"), by a name inside the blocks
+A target is chosen by a preset of the model's family ("full"), by a name inside the blocks
 ("attn.to_q", in every block) or by a pattern over the whole module path, in which `*` stands for
 anything, `?` for one character and `[0-9]` for one of a set ("transformer_blocks.1?.attn.*").
 """
@@ -17,7 +17,9 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.weights import DoraWeights, LoraWeights, ModuleWeights
-from ..base_model import module_paths
+from ..base_model import families, module_paths
+from ..base_model.family import Family
+from ..base_model.qwen_image import QWEN_IMAGE
 from ..disk.file_size import compute_file_size
 from ..errors import ConfigError, TargetError
 from ..formats.files import build_state_dict
@@ -101,7 +103,7 @@ class InjectionPlan:
 
     settings: LoraSettings
     targets: tuple[Target, ...]
-    """In the order of the blocks, and inside a block of `module_paths.BLOCK_LINEARS`."""
+    """In the order of the blocks, and inside a block of the family's table."""
     skipped: Mapping[str, str]
     """Modules that were chosen but are left out -> why."""
 
@@ -167,21 +169,24 @@ def plan_injection(model: torch.nn.Module, settings: LoraSettings) -> InjectionP
             f"transformer_blocks.0.attn.to_q, found {list_examples(model)}. "
             "Give the transformer itself, not a wrapper around it."
         )
-    chosen = {path for pattern in settings.targets for path in select(pattern, linears, "target")}
+    family = find_family(linears)
+    chosen = {
+        path for pattern in settings.targets for path in select(pattern, linears, "target", family)
+    }
     for pattern in settings.exclude:
-        chosen -= select(pattern, linears, "exclude")
+        chosen -= select(pattern, linears, "exclude", family)
     if not chosen:
         raise TargetError(
             f"nothing is left to train: {list_patterns(settings.targets)} without "
             f"{list_patterns(settings.exclude)} is empty. Exclude less."
         )
-    skipped = {path: INERT for path in find_inert(linears) if path in chosen}
+    skipped = {path: INERT for path in find_inert(linears, family) if path in chosen}
     if len(skipped) == len(chosen):
         raise TargetError(
             f"{list_patterns(settings.targets)} selects only {', '.join(skipped)}, but {INERT}. "
             "Choose further modules."
         )
-    ranks = choose_ranks(settings, linears)
+    ranks = choose_ranks(settings, linears, family)
     planned = tuple(
         Target(path, linears[path].in_features, linears[path].out_features, ranks[path])
         for path in linears
@@ -196,13 +201,12 @@ def find_linears(model: torch.nn.Module) -> dict[str, AnyLinear]:
     found = {
         path: module
         for path, module in model.named_modules()
-        if module_paths.is_known(path)
+        if families.is_known(path)
         and isinstance(getattr(module, "in_features", None), int)
         and isinstance(getattr(module, "out_features", None), int)
     }
-    order = {
-        name: i for i, name in enumerate((*module_paths.BLOCK_LINEARS, *module_paths.TOP_LINEARS))
-    }
+    names = dict.fromkeys(n for f in families.FAMILIES for n in (*f.block_linears, *f.top_linears))
+    order = {name: i for i, name in enumerate(names)}
 
     def get_place(path: str) -> tuple[float, int]:
         block, name = module_paths.split_path(path)
@@ -211,45 +215,55 @@ def find_linears(model: torch.nn.Module) -> dict[str, AnyLinear]:
     return {path: found[path] for path in sorted(found, key=get_place)}
 
 
-def find_inert(linears: Mapping[str, torch.nn.Module]) -> list[str]:
+def find_family(linears: Mapping[str, AnyLinear]) -> Family:
+    """The family of a model's Linears; where nothing tells, the one that training is for."""
+    shapes = {path: (linear.out_features, linear.in_features) for path, linear in linears.items()}
+    return families.detect_family(shapes) or QWEN_IMAGE
+
+
+def find_inert(linears: Mapping[str, torch.nn.Module], family: Family) -> list[str]:
     """The last block's modules whose output the model discards (survey/trainers.md section 1.7)."""
     blocks = [block for block, _ in map(module_paths.split_path, linears) if block is not None]
     last = max(blocks, default=None)
-    paths = (f"transformer_blocks.{last}.{name}" for name in module_paths.INERT_LAST_BLOCK)
+    paths = (f"transformer_blocks.{last}.{name}" for name in family.inert_last_block)
     return [path for path in paths if path in linears]
 
 
-def select(pattern: str, linears: Mapping[str, torch.nn.Module], role: str) -> set[str]:
+def select(
+    pattern: str, linears: Mapping[str, torch.nn.Module], role: str, family: Family
+) -> set[str]:
     """The module paths that a preset, a name or a pattern matches.
 
     Raises:
         TargetError: it matches none; the text names the closest matches.
     """
-    matches = {path for path in linears if matches_pattern(pattern, path)}
+    matches = {path for path in linears if matches_pattern(pattern, path, family)}
     if not matches:
         names = dict.fromkeys(module_paths.split_path(path)[1] for path in linears)
-        known = [*module_paths.TARGET_PRESETS, *names, *linears]
+        known = [*family.presets, *names, *linears]
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5) or known[:3]
         raise TargetError(
             f"the {role} {pattern!r} matches no module of this model; expected a preset "
-            f"({', '.join(module_paths.TARGET_PRESETS)}), a module's name or a pattern with *. "
+            f"({', '.join(family.presets)}), a module's name or a pattern with *. "
             f"Did you mean {', '.join(near)}?"
         )
     return matches
 
 
-def matches_pattern(pattern: str, module_path: str) -> bool:
+def matches_pattern(pattern: str, module_path: str, family: Family) -> bool:
     """True where a preset, a name inside a block, or a pattern over the path names the module."""
     block, name = module_paths.split_path(module_path)
-    if pattern in module_paths.TARGET_PRESETS:
-        return block is not None and name in module_paths.TARGET_PRESETS[pattern]
+    if pattern in family.presets:
+        return block is not None and name in family.presets[pattern]
     return fnmatchcase(module_path, pattern) or fnmatchcase(name, pattern)
 
 
-def choose_ranks(settings: LoraSettings, linears: Mapping[str, AnyLinear]) -> dict[str, int]:
+def choose_ranks(
+    settings: LoraSettings, linears: Mapping[str, AnyLinear], family: Family
+) -> dict[str, int]:
     ranks = dict.fromkeys(linears, settings.rank)
     for pattern, rank in settings.rank_pattern.items():
-        ranks.update(dict.fromkeys(select(pattern, linears, "rank_pattern"), rank))
+        ranks.update(dict.fromkeys(select(pattern, linears, "rank_pattern", family), rank))
     return ranks
 
 

@@ -24,6 +24,8 @@ from ..algebra.subspaces import (
     compute_svd,
     count_directions,
 )
+from ..base_model.families import get_family
+from ..base_model.family import Family
 from ..findings import WARNING, Finding
 from ..progress import Progress, ShouldStop, track
 from ..text import format_count, format_percent, shorten_list
@@ -128,6 +130,13 @@ class Comparison(Relation):
     only_in_b: tuple[str, ...] = ()
     not_comparable: Mapping[str, str] = field(default_factory=dict)
     """Module path -> why; these are in no statistic."""
+    family_a: str | None = None
+    family_b: str | None = None
+
+    @property
+    def base_family(self) -> Family | None:
+        """That of a, or of b where nothing tells which a is of."""
+        return get_family(self.family_a) or get_family(self.family_b)
 
     @property
     def conflict(self) -> float | None:
@@ -152,6 +161,8 @@ class Comparison(Relation):
         return {
             "name_a": self.name_a,
             "name_b": self.name_b,
+            "family_a": self.family_a,
+            "family_b": self.family_b,
             **self.get_statistics(),
             **{name: asdict(overlap) if overlap else None for name, overlap in overlaps.items()},
             "only_in_a": list(self.only_in_a),
@@ -195,14 +206,20 @@ class Comparison(Relation):
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What no statistic includes."""
+        found = []
+        families = [get_family(name) for name in (self.family_a, self.family_b)]
+        if None not in families and families[0] is not families[1]:
+            titles = [family.title for family in families if family is not None]
+            text = f"a was made for {titles[0]}, b for {titles[1]}: no model takes both"
+            found.append(Finding("other_family", WARNING, text))
         if not self.not_comparable:
-            return ()
+            return tuple(found)
         reasons = [f"{path}: {reason}" for path, reason in self.not_comparable.items()]
         text = (
             f"{format_count(len(reasons), 'module')} left out of the comparison: "
             f"{shorten_list(reasons, 3)}"
         )
-        return (Finding("modules_not_compared", WARNING, text, len(reasons)),)
+        return (*found, Finding("modules_not_compared", WARNING, text, len(reasons)))
 
 
 def compare_adapters(
@@ -253,6 +270,8 @@ def compare_adapters(
         only_in_a=tuple(path for path in a if path not in b.modules),
         only_in_b=tuple(path for path in b if path not in a.modules),
         not_comparable=not_comparable,
+        family_a=a.family,
+        family_b=b.family,
     )
 
 

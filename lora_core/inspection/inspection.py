@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from ..adapter.adapter import Adapter, is_computable
 from ..adapter.weights import DoraWeights, LokrWeights, LoraWeights, ModuleWeights, OftWeights
 from ..algebra.factors import compute_effective_rank, get_factors
 from ..base_model.base_weights import BaseWeight, BaseWeights, open_base
+from ..base_model.families import detect_family
+from ..base_model.family import Family
 from ..disk.safetensors_file import AnyTensor, load
 from ..disk.typed_json import Whole
 from ..errors import NonFiniteWeightsError
@@ -90,6 +93,12 @@ class Inspection:
     misfits: tuple[str, ...] = ()
     """Those of the skipped that the base lacks, or has in another shape."""
 
+    @cached_property
+    def base_family(self) -> Family | None:
+        """That of the models the adapter fits; None where nothing tells."""
+        absent = dict.fromkeys((*self.skipped, *self.non_finite))
+        return detect_family({**absent, **{path: m.shape for path, m in self.modules.items()}})
+
     @property
     def mean(self) -> float:
         return sum(m.mean * count(m) for m in self.modules.values()) / max(self.num_entries, 1)
@@ -157,6 +166,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "family": None if self.base_family is None else self.base_family.name,
             "verdict": list(self.verdict),
             "findings": [asdict(finding) for finding in self.findings],
             "mean": self.mean,

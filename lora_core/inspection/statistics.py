@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..base_model import module_paths
+from ..base_model.families import BLOCK_ORDER
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,5 +82,4 @@ def find_position(module_path: str) -> tuple[int, int, str]:
     block, name = module_paths.split_path(module_path)
     if block is None:
         return (1 << 30, 0, name)
-    known = name in module_paths.BLOCK_LINEARS
-    return (block, module_paths.BLOCK_LINEARS.index(name) if known else 99, name)
+    return (block, BLOCK_ORDER.get(name, len(BLOCK_ORDER)), name)

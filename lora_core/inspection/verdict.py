@@ -70,7 +70,8 @@ def judge_defects(inspection: Inspection) -> list[Finding]:
         found.append(Finding("non_finite", ERROR, text, len(inspection.non_finite)))
     last = find_last_block(modules)
     zero = [path for path, module in modules.items() if module.frobenius == 0]
-    inert = [path for path in zero if is_inert(path, last)]
+    family = inspection.base_family
+    inert = [path for path in zero if family is not None and family.is_inert(path, last)]
     dead = [path for path in zero if path not in inert]
     if zero and len(zero) == len(modules):
         text = (
@@ -195,9 +196,3 @@ def judge_size(inspection: Inspection) -> Finding:
 def find_last_block(modules: Iterable[str]) -> int:
     blocks = [block for block, _ in map(module_paths.split_path, modules) if block is not None]
     return max(blocks, default=-1)
-
-
-def is_inert(module_path: str, last_block: int) -> bool:
-    """Modules of the model's last block whose output it discards."""
-    block, name = module_paths.split_path(module_path)
-    return block == last_block and name in module_paths.INERT_LAST_BLOCK

@@ -35,6 +35,8 @@ SILENCE_TIMEOUT = 60.0
 MAX_DEVICES = 16
 #: Characters of a failure's message and of each advice.
 MAX_SENTENCE = 400
+#: In place of a failure's message that says nothing: a user never sees a failed job without one.
+UNEXPLAINED = "the training failed without a message; read the end of the log"
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
@@ -126,6 +128,11 @@ class WorkerIdentity:
     """When the process started, as the system counts; pids are reused, this is not."""
 
 
+def is_said(text: str) -> bool:
+    """Whether a text has anything that can be seen: blanks and control characters are nothing."""
+    return any(char.isprintable() and not char.isspace() for char in text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobFailure:
     """Why a job failed, and what to do."""
@@ -138,8 +145,9 @@ class JobFailure:
     log_tail: str = ""
 
     def __post_init__(self) -> None:
-        advice = tuple(shorten(one, MAX_SENTENCE) for one in self.advice)
-        object.__setattr__(self, "sentence", shorten(self.sentence, MAX_SENTENCE))
+        sentence = self.sentence if is_said(self.sentence) else UNEXPLAINED
+        advice = tuple(shorten(one, MAX_SENTENCE) for one in self.advice if is_said(one))
+        object.__setattr__(self, "sentence", shorten(sentence, MAX_SENTENCE))
         object.__setattr__(self, "advice", advice)
 
 
@@ -179,6 +187,12 @@ class JobState:
     """What happened to it, one sentence each."""
     alarms: tuple[str, ...] = ()
     """What a user should look at before the training is over; see `alarms.Alerts`."""
+
+    def __post_init__(self) -> None:
+        for name in ("notes", "alarms"):
+            object.__setattr__(self, name, tuple(filter(is_said, getattr(self, name))))
+        if self.status is JobStatus.FAILED and self.failure is None:
+            object.__setattr__(self, "failure", JobFailure(sentence=UNEXPLAINED))
 
     @property
     def remaining_s(self) -> float | None:

@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FileError, LoraError
+from ..training.model.libraries import import_diffusers_alone
 from ..training.run.interruption import stop_on_signals
 from .failure import LOOK_AT_LOG, RESUME, explain_error, read_log_tail
 from .folder import JobFolder
@@ -133,6 +134,7 @@ def run_main(
         try:
             group.watch(lambda dead: finish_after_death(dead, settings, folder, reporter, group))
             # expensive, and a broken installation fails here
+            import_diffusers_alone()
             from .training_job import run_job
 
             is_done = run_job(settings, folder, devices, reporter, group.accelerator, is_shared)

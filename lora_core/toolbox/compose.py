@@ -108,7 +108,7 @@ def merge_adapters(
 
     Raises:
         ConfigError: nothing to merge, a wrong setting, or a module whose kind cannot be summed.
-        ShapeError: two adapters disagree about the shape of a module.
+        ShapeError: two adapters disagree about the shape of a module, or are of two families.
         NonFiniteWeightsError: an adapter holds NaN or Inf.
         InterruptedError: `should_stop` returned True.
     """
@@ -123,6 +123,7 @@ def merge_adapters(
     used = [(adapter, float(strength)) for adapter, strength in adapters if strength]
     if not used:
         raise ConfigError("there is nothing to merge; give at least one adapter with a strength")
+    check_families([adapter for adapter, _ in used])
     paths = dict.fromkeys(path for adapter, _ in used for path in adapter)
     parts = {}
     for path in track(paths, progress, should_stop, "merge"):
@@ -284,6 +285,16 @@ def check_kinds(adapter: Adapter) -> None:
                 f"{path} holds OFT weights, a rotation of the base weight, which has no rank to "
                 "lower; expected LoRA, LoHa, LoKr or DoRA."
             )
+
+
+def check_families(adapters: Sequence[Adapter]) -> None:
+    known = {a.base_family: a for a in reversed(adapters) if a.base_family is not None}
+    if len(known) > 1:
+        found = ", ".join(f"{shorten(a.name)} for {f.title}" for f, a in reversed(known.items()))
+        raise ShapeError(
+            f"the adapters were made for different models: {found}. Merge adapters made for the "
+            "same model."
+        )
 
 
 def check_shapes(path: str, adapters: Sequence[Adapter]) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .data.dataset import CachedDataset
     from .run.metrics import StepReport
 
+TRAINING_COMMANDS = ("train", "sample", "estimate")
+
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     """Adds the training commands to an argparse sub-parsers object."""

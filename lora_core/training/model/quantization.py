@@ -27,7 +27,8 @@ from torch import nn
 
 from ...base_model.base_weight import BaseWeight
 from ...base_model.gguf_file import GgufFile
-from ...base_model.module_paths import MODULATION_IMAGE, MODULATION_TEXT, split_path
+from ...base_model.module_paths import split_path
+from ...base_model.qwen_image import MODULATION_IMAGE, MODULATION_TEXT
 from ...errors import ConfigError, FileError
 from .frozen_linear import FrozenLinear, build_scaled_linear
 from .weight_reader import WeightReader

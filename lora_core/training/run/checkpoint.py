@@ -148,6 +148,14 @@ class CheckpointFolder:
                 self.damaged_steps.add(step)
         return None
 
+    def read_newest_state(self) -> Mapping[str, Any] | None:
+        """Of the newest checkpoint whose state.json is intact, whatever its tensors are."""
+        for step in reversed(self.list_steps()):
+            with contextlib.suppress(FileError):
+                state = read_record(self.get_path(step))["state"]
+                return state if isinstance(state, dict) else None
+        return None
+
     def _name_temporary(self, step: int) -> Path:
         return self.folder / f".step_{step:08d}.{secrets.token_hex(8)}.tmp"
 
@@ -185,26 +193,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint's folder into memory.
 
     Raises:
-        FileError: files are missing, cut short or changed, another version wrote it, or it is a
-            link.
+        FileError: as `read_record`, or files are missing, cut short or changed.
     """
-    if is_link(path):
-        raise FileError(f"{path.name} is a link; expected a folder of the run's own.")
-    try:
-        data = read_bytes(path / STATE_FILE, MAX_STATE_BYTES)
-    except FileError as e:
-        raise FileError(f"{path.name} is damaged: {e}") from None
-    try:
-        # Not by the reader of untrusted JSON: prodigy's state holds an infinity, and the digest
-        # verifies that it is what was written.
-        record = json.loads(data)
-        if record["version"] != VERSION:
-            raise FileError(
-                f"{path.name} was written by another version of this package (format "
-                f"{record['version']}, this is {VERSION}); start the run again."
-            )
-        if record["digest"] != compute_state_digest(record):
-            raise FileError(f"{path.name} is damaged: {STATE_FILE} is not what was written.")
+    with explaining_damage(path):
+        record = read_record(path)
         files = {path / name: described for name, described in record["files"].items()}
         for file, described in files.items():
             if not file.is_file() or file.stat().st_size != described["size"]:
@@ -213,6 +205,39 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 raise FileError(f"{path.name} is damaged: {file.name} is not what was written.")
         tensors = {file.stem: dict(read_tensors(file)) for file in files}
         return Checkpoint(path, record["step"], tensors, record["state"])
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json, after checking its digest.
+
+    Raises:
+        FileError: it is missing or changed, another version wrote it, or the checkpoint is a link.
+    """
+    if is_link(path):
+        raise FileError(f"{path.name} is a link; expected a folder of the run's own.")
+    try:
+        data = read_bytes(path / STATE_FILE, MAX_STATE_BYTES)
+    except FileError as e:
+        raise FileError(f"{path.name} is damaged: {e}") from None
+    with explaining_damage(path):
+        # Not by the reader of untrusted JSON: prodigy's state holds an infinity, and the digest
+        # verifies that it is what was written.
+        record: dict[str, Any] = json.loads(data)
+        if record["version"] != VERSION:
+            raise FileError(
+                f"{path.name} was written by another version of this package (format "
+                f"{record['version']}, this is {VERSION}); start the run again."
+            )
+        if record["digest"] != compute_state_digest(record):
+            raise FileError(f"{path.name} is damaged: {STATE_FILE} is not what was written.")
+        return record
+
+
+@contextlib.contextmanager
+def explaining_damage(path: Path) -> Iterator[None]:
+    """Inside the block, errors of a checkpoint's reading say that it is damaged."""
+    try:
+        yield
     except OSError as e:
         raise FileError(f"{path.name} cannot be read: {e.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from ...disk.output_files import is_same
 from ...errors import ConfigError, FileError, NonFiniteLossError, OutOfMemoryError
 from ...injection.inject import Injection
 from ...progress import ShouldStop
-from ...text import format_count, name_path, shorten_list
+from ...text import format_count, shorten_list
 from ..config.advice import advise
 from ..config.config import TrainConfig
 from ..data.dataset import CachedDataset
@@ -30,13 +28,13 @@ from .adapter_files import (
     DTYPES,
     EMA_SUFFIX,
     build_run_metadata,
-    list_step_adapters,
     write_adapters,
 )
-from .checkpoint import CHECKPOINTS, CheckpointFolder, remove_leftovers
+from .checkpoint import remove_leftovers
 from .health import measure_health
 from .metrics import MetricsFile, StepReport, measure_memory
 from .micro_steps import MicroSteps
+from .output_names import check_is_free, open_checkpoints
 from .processes import Processes
 from .random_state import seed_everything
 from .run_state import (
@@ -49,34 +47,6 @@ from .run_state import (
 )
 
 Notify = Callable[[str], None]
-
-
-def open_checkpoints(config: TrainConfig) -> CheckpointFolder:
-    return CheckpointFolder(Path(config.output) / CHECKPOINTS, config.saving.keep_checkpoints)
-
-
-def check_is_free(config: TrainConfig, resume: bool) -> None:
-    """Raises ConfigError if the run would replace another one, its own model, or anyone's LoRA."""
-    checkpoints = open_checkpoints(config)
-    steps = checkpoints.list_steps()
-    if steps and not resume:
-        raise ConfigError(
-            f"{checkpoints.folder.parent.name} already holds a run up to step {steps[-1]}; resume "
-            "it, or choose another output folder"
-        )
-    folder, name = checkpoints.folder.parent, config.name
-    was_started = checkpoints.folder.is_dir()  # every run makes it before its first step
-    finished = [folder / f"{name}{suffix}.safetensors" for suffix in ("", EMA_SUFFIX)]
-    found = [] if resume and was_started else [file for file in finished if os.path.lexists(file)]
-    if not was_started:  # of a killed run they may be older than the first checkpoint
-        found += [path for _, path in list_step_adapters(folder / ADAPTERS, name)]
-    sources = [source for source in (config.model.source, config.model.vae) if source]
-    found += [file for file in finished if any(is_same(file, source) for source in sources)]
-    if found:
-        raise ConfigError(
-            f"{name_path(found[0])} is already in {name_path(found[0].parent)} and would be "
-            "replaced by this run; choose another name or output folder"
-        )
 
 
 class Run:
