@@ -37,6 +37,7 @@ CORE_NODES = frozenset(
         *("ModelSamplingAuraFlow", "CFGNorm", "TextEncodeQwenImageEditPlus", "VAEEncode"),
         *("FluxKontextMultiReferenceLatentMethod", "KSampler", "VAEDecode", "SaveImage"),
         *("PreviewImage", "PreviewAny", "MarkdownNote"),
+        *("TextEncodeQwenImage21", "QwenImage21Cache"),  # since ComfyUI 0.37
     }
 )
 

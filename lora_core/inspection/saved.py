@@ -19,7 +19,7 @@ from .against_base import BaseStatistics
 from .inspection import Inspection, ModuleInspection
 
 #: Goes up when the same file would get other statistics; the fields are compared anyway.
-VERSION = 5
+VERSION = 6
 HASH_CHUNK_BYTES = 1 << 24
 #: Of an inspection on disk; one of 840 modules of rank 128 has 3 MB.
 MAX_BYTES = 256 << 20

@@ -133,8 +133,7 @@ export const EN = {
   "samples.next": "Next",
 
   "files.title": "LoRA files",
-  "files.download": "Download",
-  "files.downloadOne": "Download {name}",
+  "files.download": "Download {name}",
   "log.title": "Log",
   "log.download": "Download the log",
   "settings.title": "Settings",

@@ -131,8 +131,7 @@ export const ZH = {
   "samples.next": "下一张",
 
   "files.title": "LoRA 文件",
-  "files.download": "下载",
-  "files.downloadOne": "下载 {name}",
+  "files.download": "下载 {name}",
   "log.title": "日志",
   "log.download": "下载日志",
   "settings.title": "设置",
