@@ -1,10 +1,11 @@
 """Time of an inspection, compared with materialising every delta.
 
 usage: .venv/bin/python benchmarks/inspect_adapter.py [--rank 64] [--rounds 3] [--full]
+           [--family qwen-image-2.1]
 
-One real block (12 attention and MLP modules, width 3072, bf16 factors), measured alternately in one
-run: default and exact inspection against materialise + svdvals + moments. With --full, a whole file
-(720 modules, 849 MB at rank 64) generated on the fly. Ratios of medians.
+One real block (all attention and MLP modules at full width, bf16 factors), measured alternately in
+one run: default and exact inspection against materialise + svdvals + moments. With --full, a whole
+file (at rank 64 720 modules and 849 MB, of 2.1 224 and 335 MB) made on the fly. Ratios of medians.
 """
 
 from __future__ import annotations
@@ -24,17 +25,16 @@ sys.path[0] = str(ROOT)  # for lora_core; our own folder would shadow the standa
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from lora_core import Adapter, LoraWeights, compute_delta, read_adapter  # noqa: E402
-from lora_core.base_model.module_paths import TARGET_PRESETS, compute_shape  # noqa: E402
+from lora_core import FAMILIES, Adapter, Family, LoraWeights, compute_delta, read_adapter  # noqa: E402  # noqa: E402
 from lora_core.inspection.inspection import inspect_adapter  # noqa: E402
 
 
-def make_state_dict(num_blocks: int, rank: int) -> dict[str, torch.Tensor]:
+def make_state_dict(family: Family, num_blocks: int, rank: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     state_dict = {}
     for block in range(num_blocks):
-        for name in TARGET_PRESETS["full"]:
-            out, in_ = compute_shape(name)
+        for name in family.presets["full"]:
+            out, in_ = family.compute_shape(name)
             stem = f"diffusion_model.transformer_blocks.{block}.{name}"
             lora_A = torch.randn(rank, in_, generator=generator) * 0.02
             lora_B = torch.randn(out, rank, generator=generator) * 0.002
@@ -63,10 +63,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--full", action="store_true")
+    names = [family.name for family in FAMILIES]
+    parser.add_argument("--family", choices=names, default=names[0])
     options = parser.parse_args()
+    family = FAMILIES[names.index(options.family)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "block.safetensors")
-        save_file(make_state_dict(1, options.rank), path)
+        save_file(make_state_dict(family, 1, options.rank), path)
         adapter = read_adapter(path)
         inspect_adapter(adapter)
         times = {"default": [], "exact": [], "materialised": []}
@@ -88,7 +91,7 @@ def main() -> None:
         if not options.full:
             return
         path = Path(folder, "full.safetensors")
-        save_file(make_state_dict(60, options.rank), path)
+        save_file(make_state_dict(family, family.num_blocks, options.rank), path)
         adapter = read_adapter(path)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         full = {

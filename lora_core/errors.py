@@ -13,9 +13,21 @@ LoraError
 +-- OutOfMemoryError       memory ran out in a training step
 """
 
+from __future__ import annotations
+
+from .messages import join_messages, message
+
 
 class LoraError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Args:
+        text: its message, or the template of one if there are values; see `messages.message`.
+    """
+
+    def __init__(self, text: object = "", /, **values: object):
+        self.message = message(text, **values)
+        super().__init__(self.message)
 
 
 class FileError(LoraError, ValueError):
@@ -67,6 +79,38 @@ class OutOfMemoryError(LoraError, MemoryError):
     """
 
     def __init__(self, sentence: str, advice: tuple[str, ...]):
-        super().__init__(f"{sentence}. What lowers it: {'; '.join(advice)}.")
+        text = message(
+            "{sentence}. What lowers it: {advice}.",
+            sentence=sentence,
+            advice=join_messages("; ", advice),
+        )
+        super().__init__(text)
         self.sentence = sentence
         self.advice = advice
+
+
+#: What systems say of files most often; the rest stays in the system's own words.
+REASONS = (
+    message("No such file or directory"),
+    message("Permission denied"),
+    message("Operation not permitted"),
+    message("Is a directory"),
+    message("Not a directory"),
+    message("File exists"),
+    message("File name too long"),
+    message("Too many levels of symbolic links"),
+    message("Too many open files"),
+    message("Invalid argument"),
+    message("Input/output error"),
+    message("Device or resource busy"),
+    message("Read-only file system"),
+    message("Disk quota exceeded"),
+    message("Stale file handle"),
+    message("Access is denied"),
+    message("The system cannot find the path specified"),
+)
+
+
+def get_reason(error: OSError) -> str:
+    """What the system says of it, as a message if it is one of REASONS."""
+    return next((one for one in REASONS if one == error.strerror), str(error.strerror))

@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .messages import join_messages, message
 
 #: Of a name, a key or a value that a message repeats.
 MAX_SHOWN = 80
@@ -24,6 +27,12 @@ def shorten(text: str, limit: int = MAX_SHOWN) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
+def flatten(text: str) -> str:
+    """On one line; still a message if it was on one."""
+    flat = " ".join(text.split())
+    return text if text == flat else flat
+
+
 def name_path(path: str | os.PathLike[str]) -> str:
     """The last part of a path, as messages name it; of ".", "" or "/" the quoted path itself."""
     return shorten(Path(path).name) or repr(os.fspath(path))
@@ -31,14 +40,26 @@ def name_path(path: str | os.PathLike[str]) -> str:
 
 def align(rows: list[list[str]]) -> list[str]:
     """Columns under each other, the first to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(count_columns, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            pad(cell, width, to_the_right=i > 0)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
+
+
+def pad(cell: str, width: int, to_the_right: bool = False) -> str:
+    blank = " " * (width - count_columns(cell))
+    return f"{blank}{cell}" if to_the_right else f"{cell}{blank}"
+
+
+def count_columns(text: str) -> int:
+    """As a terminal or a monospaced font shows it: a Chinese character takes two."""
+    if text.isascii():
+        return len(text)
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def join_counts(counts: Mapping[Any, int]) -> str:
@@ -46,17 +67,21 @@ def join_counts(counts: Mapping[Any, int]) -> str:
     if len(counts) == 1:
         return show(next(iter(counts)))
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    shown = [f"{show(value)} ({count})" for value, count in ordered[:4]]
-    return ", ".join([*shown, f"{len(ordered) - 4} more"] if len(ordered) > 4 else shown)
+    shown = [show(value) + f" ({count})" for value, count in ordered[:4]]
+    if len(ordered) > 4:
+        shown.append(message("{count} more", count=len(ordered) - 4))
+    return join_messages(", ", shown)
 
 
 def show(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def format_count(number: int, noun: str, plural: str = "") -> str:
     """ "1 module", "2 modules"; `plural` if it is not the noun with an s."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+    return message(f"{{n:,}} {noun if number == 1 else plural or f'{noun}s'}", n=number)
 
 
 def format_number(value: float) -> str:
@@ -90,16 +115,21 @@ def format_bytes(size: float, base: int = 1000) -> str:
 def format_duration(seconds: float) -> str:
     """ "0.251 s", "12.3 s", "12 min", "3 h 20 min"."""
     if float(f"{seconds:.3g}") < 60:
-        return f"{format_number(seconds)} s"
+        return message("{seconds} s", seconds=format_number(seconds))
     minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60:,} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60:,} h"
+    hours, minutes = divmod(minutes, 60)
+    if not hours:
+        return message("{minutes} min", minutes=minutes)
+    if not minutes:
+        return message("{hours:,} h", hours=hours)
+    return message("{hours:,} h {minutes} min", hours=hours, minutes=minutes)
 
 
 def shorten_list(items: list[str] | tuple[str, ...], limit: int) -> str:
-    rest = len(items) - limit
-    return "; ".join(items[:limit]) + (f"; and {rest} more" if rest > 0 else "")
+    shown = list(items[:limit])
+    if len(items) > limit:
+        shown.append(message("and {count} more", count=len(items) - limit))
+    return join_messages("; ", shown)
 
 
 def build_natural_key(name: str) -> list[tuple[int, int, str]]:

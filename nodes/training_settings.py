@@ -10,6 +10,7 @@ from typing import Any
 
 from ..lora_core import ConfigError
 from ..lora_core.disk.safetensors_file import read_signature
+from ..lora_core.errors import get_reason
 from ..lora_core.training.config.config import TrainConfig
 from ..lora_core.training.config.config_files import config_from_dict, config_to_dict, parse
 from ..lora_core.training.config.presets import apply_preset, merge_tables
@@ -74,14 +75,16 @@ def read_more(text: str) -> dict[str, Any]:
         raise
     except ValueError as e:
         raise ConfigError(
-            f"more_settings cannot be read ({e}); expected TOML such as '[objective]' and in the "
-            "next line 'sampling = \"uniform\"'"
+            "more_settings cannot be read ({error}); expected TOML such as '[objective]' and in "
+            "the next line 'sampling = \"uniform\"'",
+            error=e,
         ) from None
     for table, setting in ((None, "output"), ("model", "source"), ("data", "folder")):
         found = values if table is None else values.get(table)
         if isinstance(found, Mapping) and setting in found:
             raise ConfigError(
-                f"more_settings names {setting}, which the node's own inputs decide; remove it"
+                "more_settings names {setting}, which the node's own inputs decide; remove it",
+                setting=setting,
             )
     return values
 
@@ -96,6 +99,7 @@ def compute_key(config: TrainConfig) -> str:
         digest.update((Path(config.data.folder) / INDEX_FILE).read_bytes())
     except OSError as e:
         raise ConfigError(
-            f"the training set cannot be opened ({e.strerror}); run the dataset node again"
+            "the training set cannot be opened ({reason}); run the dataset node again",
+            reason=get_reason(e),
         ) from None
     return digest.hexdigest()

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.adapter import Adapter
-from ..disk.safetensors_file import SafetensorsFile, is_safetensors
+from ..adapter.load_report import describe_family
+from ..base_model.families import detect_by_names
+from ..disk.safetensors_file import AnyTensor, SafetensorsFile, is_safetensors
 from ..disk.typed_json import Whole
 from ..errors import FileError, KeyFormatError, LoraError
 from ..formats.architectures import detect_architecture
 from ..formats.files import read_adapter
 from ..formats.reading import parse_keys
 from ..formats.schemes import CONFIG_KEY
-from .metadata import clean, find_title, find_trigger_words
+from ..messages import get_message, message
+from .metadata import HISTORY_FIELD, JOB_FIELD, clean, find_title, find_trigger_words
 
-QWEN_IMAGE = "Qwen-Image"
-NOT_OPENED = (
-    "not opened: only .safetensors and .sft files are, since a pickle can run code when it is "
-    "read; if you trust it, convert it"
+NOT_OPENED = message(
+    "not opened: only .safetensors and .sft files are, since a pickle can run code when it "
+    "is read; if you trust it, convert it"
 )
 
 
@@ -36,7 +38,7 @@ class AdapterFacts:
 
     state: str = OK
     model: str = ""
-    """QWEN_IMAGE, the name of another model, or "" where neither is known."""
+    """Title of the family, of all that fit, or of another model; "" where none is known."""
     error: str = ""
     """Why the file cannot be used, in one sentence."""
     key_format: str = ""
@@ -54,7 +56,10 @@ class AdapterFacts:
     title: str = ""
     trigger_words: tuple[str, ...] = ()
     is_ours: bool = False
-    """Trained by this extension."""
+    """Trained by this extension, on whatever machine, or derived from such a file."""
+    job_id: str = ""
+    """The training that the file names as its own, on whatever machine; "" for a file that was
+    derived from a trained one."""
     warnings: tuple[str, ...] = ()
     findings: tuple[dict[str, str | Whole | None], ...] = ()
     """Those and the notes, as `Finding`s for programs."""
@@ -77,7 +82,7 @@ def describe(adapter: Adapter) -> AdapterFacts:
     adapter.release()
     return AdapterFacts(
         OK,
-        QWEN_IMAGE,
+        describe_family(report.family),
         key_format=report.key_format,
         kinds=sort_by_count(report.kinds),
         num_modules=report.num_modules,
@@ -101,7 +106,7 @@ def describe_refused(path: Path, error: LoraError) -> AdapterFacts:
     except FileError as e:
         return AdapterFacts(DAMAGED, error=shorten_message(e))
     file.release()
-    state, model = DAMAGED, QWEN_IMAGE
+    state, model = DAMAGED, find_family_title(file.tensors)
     if isinstance(error, KeyFormatError):
         foreign = detect_architecture(file.tensors)
         if foreign:
@@ -111,11 +116,18 @@ def describe_refused(path: Path, error: LoraError) -> AdapterFacts:
     return AdapterFacts(state, model, shorten_message(error), **describe_metadata(file.metadata))
 
 
+def find_family_title(tensors: Mapping[str, AnyTensor]) -> str:
+    """Of a file that is damaged: by the names of its modules alone."""
+    family = detect_by_names(key.module_path for key in parse_keys(tensors)[0])
+    return describe_family(None if family is None else family.name)
+
+
 def describe_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {
         "title": find_title(metadata),
         "trigger_words": find_trigger_words(metadata),
         "is_ours": CONFIG_KEY in metadata,
+        "job_id": "" if HISTORY_FIELD in metadata else clean(metadata.get(JOB_FIELD, ""), 40),
     }
 
 
@@ -125,4 +137,5 @@ def sort_by_count(counts: Mapping[Any, int]) -> tuple[Any, ...]:
 
 
 def shorten_message(error: Exception) -> str:
-    return clean(error, 600)
+    text, cleaned = get_message(error), clean(error, 600)
+    return text if text == cleaned else cleaned

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from ..drawing.contact_sheet import Row, Tile, draw_sheet
-from ..text import align, format_count, shorten
+from ..messages import join_messages, message
+from ..text import align, count_columns, format_count, pad, shorten
 from .pair import Level, Problem
 from .preflight import CheckedPair, Preflight, count_sizes
 
@@ -22,10 +24,18 @@ CAPTION_LETTERS = 60
 GREY = (38, 40, 46)
 BACKGROUND_GREY = (90, 94, 102)
 
+TITLES = (
+    message("pair"),
+    message("target"),
+    message("trained at"),
+    message("references"),
+    message("caption"),
+    message("found"),
+)
 PREFIXES = {
-    Level.STOP: "Stop: ",
-    Level.QUESTION: "Warning: ",
-    Level.WARNING: "Warning: ",
+    Level.STOP: message("Stop: "),
+    Level.QUESTION: message("Warning: "),
+    Level.WARNING: message("Warning: "),
     Level.NOTE: "",
 }
 
@@ -33,35 +43,45 @@ PREFIXES = {
 def describe_preflight(preflight: Preflight) -> str:
     """What was found, sizes, and the problems, the worst first."""
     lines = [
-        f"{shorten(preflight.name)}: {len(preflight.pairs)} of {preflight.num_found} pairs can be "
-        "used",
-        f"layout: {preflight.layout}",
+        message(
+            "{preflight}: {num_pairs} of {num_found} pairs can be used",
+            preflight=shorten(preflight.name),
+            num_pairs=len(preflight.pairs),
+            num_found=preflight.num_found,
+        ),
+        message("layout: {layout}", layout=preflight.layout),
     ]
     sizes = count_sizes(preflight.pairs).most_common()
     if sizes:
         shown = [f"{w} x {h} ({count})" for (w, h), count in sizes[:MAX_SIZES]]
-        shown += [f"{len(sizes) - MAX_SIZES} more"] if len(sizes) > MAX_SIZES else []
-        lines.append(f"sizes: {', '.join(shown)}")
+        if len(sizes) > MAX_SIZES:
+            shown.append(message("{count} more", count=len(sizes) - MAX_SIZES))
+        lines.append(message("sizes: {shown}", shown=join_messages(", ", shown)))
         numbers = sorted({len(one.pair.references) for one in preflight.pairs})
         masks = sum(one.pair.mask is not None for one in preflight.pairs)
         lines.append(
-            f"references per pair: {', '.join(map(str, numbers))}"
-            + (f"; {masks} masks" if masks else "")
+            message("references per pair: {numbers}", numbers=", ".join(map(str, numbers)))
+            + (message("; {count} masks", count=masks) if masks else "")
         )
     for level in sorted(PREFIXES, reverse=True):
         texts = [p.text for p in preflight.problems if p.level == level]
-        lines += [f"{PREFIXES[level]}{text}" for text in texts[:MAX_PROBLEMS]]
+        lines += [PREFIXES[level] + text for text in texts[:MAX_PROBLEMS]]
         if len(texts) > MAX_PROBLEMS:
-            lines.append(f"{PREFIXES[level]}{len(texts) - MAX_PROBLEMS} more like these")
-    return "\n".join(lines)
+            more = message("{count} more like these", count=len(texts) - MAX_PROBLEMS)
+            lines.append(PREFIXES[level] + more)
+    return join_messages("\n", lines)
 
 
-def build_table(preflight: Preflight) -> str:
-    """A line per pair: sizes, caption, and what was found."""
+def build_table(preflight: Preflight, show: Callable[[str], str] = str) -> str:
+    """A line per pair: sizes, caption, and what was found.
+
+    Args:
+        show: makes each text what the reader reads; columns are aligned by its result.
+    """
     by_pair: dict[str | None, list[str]] = defaultdict(list)
     for problem in preflight.problems:
-        by_pair[problem.pair].append(problem.text)
-    rows = [["pair", "target", "trained at", "references", "caption", "found"]]
+        by_pair[problem.pair].append(show(problem.text))
+    rows = [[show(title) for title in TITLES]]
     for one in preflight.pairs:
         target = one.facts.target
         rows.append(
@@ -79,13 +99,13 @@ def build_table(preflight: Preflight) -> str:
         for pair, texts in by_pair.items()
         if pair is not None
     ]
-    return "\n".join(["\n".join(align_left(rows)), *by_pair.get(None, [])])
+    return "\n".join([*align_left(rows), *by_pair.get(None, [])])
 
 
 def align_left(rows: list[list[str]]) -> list[str]:
     """`tables.align` puts numbers to the right; here everything but the sizes is text."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
+    widths = [max(map(count_columns, column)) for column in zip(*rows, strict=True)]
+    padded = [[pad(cell, w) for cell, w in zip(row, widths, strict=True)] for row in rows]
     return [line.rstrip() for line in align(padded)]
 
 

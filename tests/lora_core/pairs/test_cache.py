@@ -11,16 +11,19 @@ import pytest
 import torch
 from demo_base.pair_folders import write_pairs, write_text
 from qwen_edit_lora.lora_core import FileError
+from qwen_edit_lora.lora_core.disk.safetensors_file import SafetensorsFile
+from qwen_edit_lora.lora_core.pairs import cache as cache_module
 from qwen_edit_lora.lora_core.pairs.cache import (
     CachedPairs,
     cache_pairs,
     check_disk,
     compute_key,
-    list_missing,
+    find_items,
     slug,
 )
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
 from qwen_edit_lora.lora_core.pairs.preflight import CheckedPair, check_pairs
+from qwen_edit_lora.lora_core.training.data import dataset as dataset_module
 from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, read_dataset
 from safetensors.torch import load_file, save_file
 
@@ -53,10 +56,9 @@ def check(folder: Path) -> tuple[CheckedPair, ...]:
 
 
 def cache(folder: Path, encoder: Encoder, settings: dict | None = None, **options) -> CachedPairs:
-    pairs, settings = check(folder), settings or SETTINGS
-    digests = [compute_key(one, settings) for one in pairs]
-    store = folder.parent / "store"
-    cached = cache_pairs(store, "set", pairs, digests, encoder, settings, **options)
+    settings, store = settings or SETTINGS, folder.parent / "store"
+    keyed = find_items(store, check(folder), settings)
+    cached = cache_pairs(store, "set", keyed, encoder, settings, **options)
     assert cached.keys == tuple(info.key for info in read_dataset(cached.folder).items)
     return cached
 
@@ -169,15 +171,32 @@ def test_a_set_whose_item_holds_another_reference_is_made_again(folder):
 
 def test_an_item_with_more_references_than_its_pair_is_encoded_again(folder):
     first = cache(folder, Encoder())
-    pairs = check(folder)
-    keys = [compute_key(pair, SETTINGS) for pair in pairs]
-    add_reference(folder.parent / "store" / "items" / f"{keys[2]}.safetensors")
+    store, pairs = folder.parent / "store", check(folder)
+    add_reference(find_items(store, pairs, SETTINGS)[2].path)
     shutil.rmtree(first.folder)
-    assert list_missing(folder.parent / "store", pairs, keys) == [pairs[2]]
+    missing = [one.tensors is None for one in find_items(store, pairs, SETTINGS)]
+    assert missing == [False, False, True, False]
     encoder = Encoder()
     assert cache(folder, encoder).num_encoded == 1
     assert encoder.names == ["photo_2"]
     assert [len(info.references) for info in read_dataset(first.folder).items] == [1] * 4
+
+
+def test_an_item_is_opened_once_for_another_set_of_it(folder, monkeypatch):
+    store, pairs = folder.parent / "store", check(folder)
+    shutil.rmtree(cache(folder, Encoder()).folder)
+    opened = []
+
+    class Counting(SafetensorsFile):
+        def __init__(self, path, *options):
+            opened.append(Path(path).parent)
+            super().__init__(path, *options)
+
+    for module in (cache_module, dataset_module):
+        monkeypatch.setattr(module, "SafetensorsFile", Counting)
+    keyed = find_items(store, pairs, SETTINGS)
+    assert cache_pairs(store, "set", keyed, Encoder(), SETTINGS).num_reused == 4
+    assert opened == [store / "items"] * 4
 
 
 def test_sets_take_no_extra_space_where_the_disk_has_links(folder):
@@ -200,7 +219,7 @@ def test_a_disk_without_links_gets_copies(folder, monkeypatch):
 def test_too_little_space_is_reported_before_the_work(folder, tmp_path):
     pairs = check(folder)
     store = tmp_path / "store"
-    missing = list_missing(store, pairs, [compute_key(one, SETTINGS) for one in pairs])
+    missing = [one.checked for one in find_items(store, pairs, SETTINGS) if one.tensors is None]
     assert len(missing) == 4
     check_disk(store, missing, 64, 1.0)
     assert list(store.iterdir()) == []

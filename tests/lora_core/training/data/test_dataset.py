@@ -138,9 +138,6 @@ def test_an_item_in_place_of_another_of_the_same_sizes_is_refused(tmp_path):
         with pytest.raises(FileError, match=r"b.safetensors .* it holds the item a; make the"):
             read()
     dataset.load(0)
-    writer = DatasetWriter(dataset.folder)
-    with pytest.raises(FileError, match="is not a cached item: it holds the item a"):
-        writer.add_file("b")
 
 
 def test_the_fingerprint_follows_items_and_sizes_but_not_the_folder(tmp_path):
