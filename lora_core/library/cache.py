@@ -15,7 +15,7 @@ from .facts import AdapterFacts
 from .health import Health
 
 #: Goes up when the same file would get different facts or a different verdict.
-VERSION = 4
+VERSION = 5
 #: A thousand files take 2 MB.
 MAX_BYTES = 256 << 20
 
