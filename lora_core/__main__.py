@@ -206,7 +206,8 @@ def choose_out(options: argparse.Namespace, inputs: list[str]) -> str:
             stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
         if not stem.strip("."):
             raise ConfigError(
-                f"OUT is {show(out)}, which names no file; expected one such as my_lora.safetensors"
+                "OUT is {out}, which names no file; expected one such as my_lora.safetensors",
+                out=show(out),
             )
         out = out if is_safetensors(out) else f"{out}.safetensors"
         files = [Path(out)]
@@ -229,8 +230,9 @@ def split_strength(text: str) -> tuple[str, float]:
         return path, float(number)
     except ValueError:
         raise ConfigError(
-            f"{text!r} does not end in a strength; expected a file, or a file and a number such as "
-            "'my_lora.safetensors:0.8'"
+            "{text!r} does not end in a strength; expected a file, or a file and a number such "
+            "as 'my_lora.safetensors:0.8'",
+            text=text,
         ) from None
 
 

@@ -34,10 +34,15 @@ HOST = {
         BORDER,
     ),
     "server": ("nodes/server/routes.py",),
-    "aiohttp": tuple(f"nodes/server/{name}.py" for name in ("routes", "pair_routes", "answers")),
+    "aiohttp": tuple(
+        f"nodes/server/{name}.py" for name in ("routes", "pair_routes", "job_downloads", "answers")
+    ),
 }
 #: Modules of the core that every package may use; they import only each other.
-GROUND = ("checks", "errors", "findings", "progress", "subprocesses", "text", "threads")
+GROUND = (
+    *("checks", "errors", "findings", "messages", "progress", "subprocesses", "text", "threads"),
+    "translation",
+)
 #: Files that may import all of the core.
 ABOVE = ("__init__.py", "lora_core/__init__.py", "lora_core/__main__.py")
 #: Package -> packages it may import beside itself and GROUND; those of `nodes` also all of the

@@ -14,6 +14,7 @@ from ..base_model.families import detect_family
 from ..base_model.family import Family
 from ..disk.safetensors_file import SafetensorsFile, load
 from ..errors import NonFiniteWeightsError
+from ..messages import message
 from ..text import shorten
 from .load_report import LoadReport
 from .weights import ModuleWeights
@@ -72,16 +73,24 @@ class Adapter:
             if beyond is None and not (bad or has_finite_delta(weights, exponents)):
                 beyond = path
         if bad:
-            more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+            more = (
+                message(" and {num_bad} more tensors", num_bad=len(bad) - 1) if len(bad) > 1 else ""
+            )
             raise NonFiniteWeightsError(
-                f"{shorten(self.name)} holds NaN or Inf in {bad[0]}{more}; expected finite "
-                "numbers. Its training diverged or the file is damaged: use an earlier checkpoint."
+                "{name} holds NaN or Inf in {first}{more}; expected finite numbers. Its "
+                "training diverged or the file is damaged: use an earlier checkpoint.",
+                name=shorten(self.name),
+                first=bad[0],
+                more=more,
             )
         if beyond is not None:
             raise NonFiniteWeightsError(
-                f"{shorten(self.name)}: the delta of {beyond} exceeds the range of float32, at "
-                f"alpha {self.modules[beyond].alpha:g}; expected finite numbers. The file is "
-                "damaged or its alpha is wrong: use an earlier checkpoint."
+                "{name}: the delta of {beyond} exceeds the range of float32, at alpha "
+                "{alpha:g}; expected finite numbers. The file is damaged or its alpha is wrong: "
+                "use an earlier checkpoint.",
+                name=shorten(self.name),
+                beyond=beyond,
+                alpha=self.modules[beyond].alpha,
             )
         self.__dict__["_finite"] = True
 

@@ -10,6 +10,7 @@ from ..base_model import module_paths
 from ..base_model.family import Family
 from ..base_model.qwen_image import QWEN_IMAGE
 from ..errors import ConfigError
+from ..messages import join_messages, message
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,11 @@ class Strengths:
         for name in ("strength", "image_strength", "text_strength"):
             value = getattr(self, name)
             if not math.isfinite(value):
-                raise ConfigError(f"{name} is {value}; expected a finite number such as 1.0")
+                raise ConfigError(
+                    "{name} is {value}; expected a finite number such as 1.0",
+                    name=name,
+                    value=value,
+                )
 
     @property
     def is_zero(self) -> bool:
@@ -64,9 +69,13 @@ class Strengths:
         return self.strength * factors.get(stream, both)
 
     def __str__(self) -> str:
-        parts = [f"strength {self.strength:g}"]
+        return str(self.describe())
+
+    def describe(self) -> str:
+        parts = [message("strength {strength:g}", strength=self.strength)]
         if self.image_strength != 1 or self.text_strength != 1:
-            parts.append(f"image {self.image_strength:g}, text {self.text_strength:g}")
+            streams = {"image": self.image_strength, "text": self.text_strength}
+            parts.append(message("image {image:g}, text {text:g}", **streams))
         if self.blocks is not None:
-            parts.append(f"blocks {module_paths.format_blocks(self.blocks)}")
-        return ", ".join(parts)
+            parts.append(message("blocks {blocks}", blocks=module_paths.format_blocks(self.blocks)))
+        return join_messages(", ", parts)

@@ -13,6 +13,7 @@ import torch
 from ..disk.json_reader import parse_object
 from ..disk.safetensors_file import AnyTensor, load
 from ..errors import FileError, KeyFormatError
+from ..messages import message
 from ..text import shorten
 from .base_weight import MX_BLOCK, BaseWeight, count_factors, untile_scales, widen_exponents
 from .families import FUSED, detect_family, is_fused, is_known, list_members
@@ -35,7 +36,7 @@ ROTATION_GROUP = 256  # ComfyUI's default
 #: Of one weight; ComfyUI writes fewer than a hundred.
 MAX_NOTE_BYTES = 1 << 16
 #: A note that is rejected only where it matters.
-UNREADABLE: Mapping[str, Any] = {"format": "an unreadable note"}
+UNREADABLE: Mapping[str, Any] = {"format": message("an unreadable note")}
 
 
 class TensorSource(Protocol):
@@ -84,8 +85,10 @@ class BaseWeights:
             return self._find_in_fused(module_path)
         if not stored.ndim:
             raise FileError(
-                f"{shorten(self.name)} stores {module_path} as a single number; expected a matrix. "
-                "The file is damaged: download or copy it again."
+                "{name} stores {module_path} as a single number; expected a matrix. The file is "
+                "damaged: download or copy it again.",
+                name=shorten(self.name),
+                module_path=module_path,
             )
         scales = (self._tensors.get(f"{stem}.{name}") for name in SCALE_NAMES)
         scale = next((scale for scale in scales if scale is not None), None)
@@ -100,12 +103,17 @@ class BaseWeights:
             if weight is not None:
                 return replace(weight, decoded_from=self._storages.get(f"{stem}.weight", ""))
         kind = str(note.get("format") or stored.dtype).removeprefix("torch.")
+        scales_found = ""
+        if scale is not None:
+            scales_found = message(" with {number} scales", number=scale.numel())
         raise FileError(
-            f"{shorten(self.name)} stores {module_path} as {shorten(kind, 40)}"
-            + (f" with {scale.numel()} scales" if scale is not None else "")
-            + ", which cannot be read here yet; expected bf16, fp16, fp32, or fp8 and int8 with "
-            "one scale per weight or row, mxfp8, or ComfyUI's nvfp4, int4 and w4a8. Choose such a "
-            "file of the same model."
+            "{name} stores {module_path} as {kind}{scales}, which cannot be read here yet; "
+            "expected bf16, fp16, fp32, or fp8 and int8 with one scale per weight or row, "
+            "mxfp8, or ComfyUI's nvfp4, int4 and w4a8. Choose such a file of the same model.",
+            name=shorten(self.name),
+            module_path=module_path,
+            kind=shorten(kind, 40),
+            scales=scales_found,
         )
 
     def _get_part(self, stem: str, name: str) -> AnyTensor | None:
@@ -123,9 +131,12 @@ class BaseWeights:
             parts = len(fusion.members)
             if weight.stored.ndim != 2 or weight.stored.shape[0] % parts:
                 raise FileError(
-                    f"{shorten(self.name)} stores {path} in {tuple(weight.stored.shape)}; expected "
-                    f"a matrix of {parts} equal parts. The file is damaged: download or copy it "
-                    "again."
+                    "{name} stores {path} in {shape}; expected a matrix of {parts} equal parts. "
+                    "The file is damaged: download or copy it again.",
+                    name=shorten(self.name),
+                    path=path,
+                    shape=str(tuple(weight.stored.shape)),
+                    parts=parts,
                 )
             rows = weight.stored.shape[0] // parts
             return weight.take_range(fusion.members.index(name) * rows, rows)
@@ -157,8 +168,11 @@ class BaseWeights:
         if not values.is_floating_point():
             kind = str(values.dtype).removeprefix("torch.")
             raise FileError(
-                f"{shorten(self.name)} stores {shorten(key)} as {kind}, which cannot be read here; "
-                "expected a bias or norm in floating point. Choose such a file of the same model."
+                "{name} stores {key} as {kind}, which cannot be read here; expected a bias or "
+                "norm in floating point. Choose such a file of the same model.",
+                name=shorten(self.name),
+                key=shorten(key),
+                kind=kind,
             )
         return values
 
@@ -323,7 +337,10 @@ def find_prefix(tensors: Mapping[str, AnyTensor], name: str) -> str:
                     return prefix
     example = shorten(next(iter(tensors), "none"))
     raise KeyFormatError(
-        f"{shorten(name)} is not a Qwen-Image model: none of its {len(tensors)} keys is like "
-        f"'transformer_blocks.0.attn.to_q.weight' (the first is {example!r}). Choose a diffusion "
-        "model of Qwen-Image or Qwen-Image-Edit."
+        "{name} is not a Qwen-Image model: none of its {num_tensors} keys is like "
+        "'transformer_blocks.0.attn.to_q.weight' (the first is {example!r}). Choose a diffusion "
+        "model of Qwen-Image or Qwen-Image-Edit.",
+        name=shorten(name),
+        num_tensors=len(tensors),
+        example=example,
     )

@@ -115,7 +115,9 @@ class Family:
             return self.top_linears[name]
         if name not in self.block_linears:
             raise TargetError(
-                f"{name!r} is not a Linear of a block; expected one of {tuple(self.block_linears)}"
+                "{name!r} is not a Linear of a block; expected one of {block_linears}",
+                name=name,
+                block_linears=tuple(self.block_linears),
             )
         out, in_ = self.block_linears[name]
         if width is None:
@@ -139,7 +141,9 @@ class Family:
         """
         if preset not in self.presets:
             raise TargetError(
-                f"unknown preset {preset!r}; expected one of {', '.join(self.presets)}"
+                "unknown preset {preset!r}; expected one of {presets}",
+                preset=preset,
+                presets=", ".join(self.presets),
             )
         return self.presets[preset]
 

@@ -38,9 +38,9 @@ def parse_block_ranges(text: str) -> frozenset[int] | None:
         match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", item)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise TargetError(
-                f"{shorten(item.strip())!r} is not a block range; expected numbers and ranges such "
-                "as "
-                '"0-19, 40", or nothing for all blocks'
+                '{item!r} is not a block range; expected numbers and ranges such as "0-19, '
+                '40", or nothing for all blocks',
+                item=shorten(item.strip()),
             )
         blocks.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(blocks)

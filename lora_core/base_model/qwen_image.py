@@ -6,6 +6,7 @@ Names and shapes are those of diffusers' QwenImageTransformer2DModel, which Comf
 
 from __future__ import annotations
 
+from ..messages import message
 from .family import Family, Fusion
 
 WIDTH = 3072
@@ -28,7 +29,7 @@ _MULTIPLES = {
     **dict.fromkeys(MODULATION_IMAGE + MODULATION_TEXT, (6, 1)),
 }
 _ADDED_QKV = Fusion(
-    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "query, key and value"
+    ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), message("query, key and value")
 )
 
 QWEN_IMAGE = Family(
@@ -92,7 +93,9 @@ QWEN_IMAGE = Family(
     },
     # As diffusers' fuse_qkv_projections joins them.
     fused={
-        "attn.to_qkv": Fusion(("attn.to_q", "attn.to_k", "attn.to_v"), "query, key and value"),
+        "attn.to_qkv": Fusion(
+            ("attn.to_q", "attn.to_k", "attn.to_v"), message("query, key and value")
+        ),
         "attn.to_added_qkv": _ADDED_QKV,
         "attn.add_qkv_proj": _ADDED_QKV,
     },

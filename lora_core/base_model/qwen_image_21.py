@@ -6,6 +6,7 @@ first two Linears of the MLP to `img_mlp.gate_up`, rows of the gate first.
 
 from __future__ import annotations
 
+from ..messages import message
 from .family import Family, Fusion
 
 WIDTH = 4096
@@ -48,8 +49,10 @@ QWEN_IMAGE_21 = Family(
     },
     presets={"full": ATTENTION + MLP, "attention": ATTENTION, "mlp": MLP},
     fused={
-        "attn.to_qkv": Fusion(("attn.to_q", "attn.to_k", "attn.to_v"), "query, key and value"),
-        GATE_UP: Fusion(("img_mlp.gate_layer", "img_mlp.proj"), "gate_layer and proj"),
+        "attn.to_qkv": Fusion(
+            ("attn.to_q", "attn.to_k", "attn.to_v"), message("query, key and value")
+        ),
+        GATE_UP: Fusion(("img_mlp.gate_layer", "img_mlp.proj"), message("gate_layer and proj")),
     },
     mlp_fusion=GATE_UP,
     labels={

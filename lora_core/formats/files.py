@@ -71,8 +71,11 @@ def find_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise FileError(
-        f"{name_path(path)} is a folder without {PEFT_FILE} and {HUB_FILE}; expected a LoRA "
-        "file, or a folder that holds one of these."
+        "{path} is a folder without {peft_file} and {hub_file}; expected a LoRA file, or a "
+        "folder that holds one of these.",
+        path=name_path(path),
+        peft_file=PEFT_FILE,
+        hub_file=HUB_FILE,
     )
 
 
@@ -114,7 +117,10 @@ def build_state_dict(
 
 def spell_modules(adapter: Adapter, scheme: KeyScheme) -> dict[str, torch.Tensor]:
     if not adapter.modules:
-        raise ConfigError(f"{shorten(adapter.name)} holds no modules, so there is nothing to write")
+        raise ConfigError(
+            "{adapter} holds no modules, so there is nothing to write",
+            adapter=shorten(adapter.name),
+        )
     state_dict: dict[str, torch.Tensor] = {}
     for module_path, weights in adapter.modules.items():
         state_dict.update(scheme.spell(module_path, weights))
@@ -153,8 +159,11 @@ def write_adapter(
     if scheme.name == "peft" and path.name != PEFT_FILE:
         if path.suffix == ".safetensors":
             raise ConfigError(
-                f"PEFT reads a folder with {PEFT_FILE} and {PEFT_CONFIG}, not "
-                f"{shorten(path.name)}; give the folder's name."
+                "PEFT reads a folder with {peft_file} and {peft_config}, not {path}; give the "
+                "folder's name.",
+                peft_file=PEFT_FILE,
+                peft_config=PEFT_CONFIG,
+                path=shorten(path.name),
             )
         path = path / PEFT_FILE
     check_metadata(adapter.metadata, adapter.name)
@@ -173,7 +182,9 @@ def write_adapter(
         if lora_config is not None:
             write_peft_config(lora_config, path.with_name(PEFT_CONFIG))
     except (OSError, SafetensorError) as e:
-        raise FileError(f"{shorten(path.name)} cannot be written: {explain(e)}.") from None
+        raise FileError(
+            "{path} cannot be written: {reason}.", path=shorten(path.name), reason=explain(e)
+        ) from None
     return path
 
 
@@ -188,7 +199,7 @@ def check_name(path: str | os.PathLike[str]) -> Path:
         shown = f"a {type(path).__name__}"
     except UnicodeEncodeError:
         shown = repr(shorten(found.name))
-    raise FileError(f"{shown} is not a file name; expected one.")
+    raise FileError("{shown} is not a file name; expected one.", shown=shown)
 
 
 def write_peft_config(lora_config: Mapping[str, object], path: Path) -> None:

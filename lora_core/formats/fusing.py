@@ -45,7 +45,7 @@ def fuse_weights(members: Sequence[Member]) -> ModuleWeights:
     present = [weights for weights in members if weights is not None]
     kinds = sorted({weights.kind for weights in present})
     if len(kinds) > 1:
-        raise ConfigError(f"its parts hold {' and '.join(kinds)} weights")
+        raise ConfigError("its parts hold {kinds} weights", kinds=" and ".join(kinds))
     first = present[0]
     if isinstance(first, DoraWeights):
         return fuse_doras(members)

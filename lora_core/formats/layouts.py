@@ -26,15 +26,20 @@ def arrange_mlp(adapter: Adapter, mlp_layout: str | None) -> Adapter:
     """
     if mlp_layout not in (None, *MLP_LAYOUTS):
         raise ConfigError(
-            f"unknown mlp_layout {mlp_layout!r}; expected one of {', '.join(MLP_LAYOUTS)}"
+            "unknown mlp_layout {mlp_layout!r}; expected one of {mlp_layouts}",
+            mlp_layout=mlp_layout,
+            mlp_layouts=", ".join(MLP_LAYOUTS),
         )
     family = adapter.base_family
     if family is None or family.mlp_fusion is None:
         if mlp_layout == FUSED and family is not None:
             both = " and ".join(one.title for one in FAMILIES if one.mlp_fusion)
             raise ConfigError(
-                f"{shorten(adapter.name)} is for {family.title}, whose MLP has one layout only; "
-                f"mlp_layout fused is for {both}"
+                "{adapter} is for {title}, whose MLP has one layout only; mlp_layout fused is "
+                "for {both}",
+                adapter=shorten(adapter.name),
+                title=family.title,
+                both=both,
             )
         return adapter
     groups = group_members(adapter.modules, family, family.mlp_fusion)
@@ -69,7 +74,9 @@ def fuse_groups(adapter: Adapter, groups: Groups) -> dict[str, ModuleWeights]:
                 modules[fused] = fuse_weights(groups[fused])
             except ConfigError as e:
                 raise ConfigError(
-                    f"{fused} has no exact fused form: {e}. Write it with mlp_layout split."
+                    "{fused} has no exact fused form: {error}. Write it with mlp_layout split.",
+                    fused=fused,
+                    error=e,
                 ) from None
     return modules
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..base_model import families
+from ..messages import message
 from .architectures import MAX_KEY
 
 
@@ -106,10 +107,14 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
     )
 )
 
-PACKED = "nunchaku's own format, packed for its kernels; use the file it was converted from"
-OF_TEXT_ENCODER = "belongs to a text encoder, which an edit LoRA does not change"
-UNKNOWN_ENDING = "its ending belongs to no known adapter type"
-TOO_LONG = f"it has more than {MAX_KEY} characters, which no adapter's key has"
+PACKED = message(
+    "nunchaku's own format, packed for its kernels; use the file it was converted from"
+)
+OF_TEXT_ENCODER = message("belongs to a text encoder, which an edit LoRA does not change")
+UNKNOWN_ENDING = message("its ending belongs to no known adapter type")
+TOO_LONG = message(
+    "it has more than {max_key} characters, which no adapter's key has", max_key=MAX_KEY
+)
 #: Suffixes that are recognised and not supported, with a message for the user, and whether the
 #: module's other keys mean something else without this one.
 _UNSUPPORTED = tuple(
@@ -117,21 +122,45 @@ _UNSUPPORTED = tuple(
     for pattern, reason, spoils in (
         (
             r"\.lora_mid\.weight|\.hada_t[12]|\.lokr_t2",
-            "a Tucker core, which only convolutions use",
+            message("a Tucker core, which only convolutions use"),
             True,
         ),
-        (r"\.lora_E(?:\.[^.]+)?", "AdaLoRA's singular values, which are not supported", True),
-        (r"\.lora_diag(?:\.[^.]+)?", "KaSA's singular values, which are not supported", True),
-        (r"\.[ab][12]\.weight", "GLoRA, which is not supported; use ComfyUI's LoraLoader", False),
+        (
+            r"\.lora_E(?:\.[^.]+)?",
+            message("AdaLoRA's singular values, which are not supported"),
+            True,
+        ),
+        (
+            r"\.lora_diag(?:\.[^.]+)?",
+            message("KaSA's singular values, which are not supported"),
+            True,
+        ),
+        (
+            r"\.[ab][12]\.weight",
+            message("GLoRA, which is not supported; use ComfyUI's LoraLoader"),
+            False,
+        ),
         (
             r"\.set_weight|\.reshape_weight",
-            "a replaced weight, which is not a LoRA; not supported",
+            message("a replaced weight, which is not a LoRA; not supported"),
             True,
         ),
-        (r"\.on_input|\.ia3_l(?:\.[^.]+)?", "IA3, which is not a LoRA; not supported", False),
+        (
+            r"\.on_input|\.ia3_l(?:\.[^.]+)?",
+            message("IA3, which is not a LoRA; not supported"),
+            False,
+        ),
         (r"\.(?:proj_down|proj_up|smooth|smooth_orig)", PACKED, False),
-        (r"\.(?:oft|boft|vera|hra)_\w.*", "a PEFT adapter type that is not supported", False),
-        (r"\.lora_(?:embedding_[AB]|ga)\b.*", "an embedding adapter; Qwen-Image has none", False),
+        (
+            r"\.(?:oft|boft|vera|hra)_\w.*",
+            message("a PEFT adapter type that is not supported"),
+            False,
+        ),
+        (
+            r"\.lora_(?:embedding_[AB]|ga)\b.*",
+            message("an embedding adapter; Qwen-Image has none"),
+            False,
+        ),
     )
 )
 
@@ -227,7 +256,7 @@ def name_scheme(prefix: str) -> str:
 def explain_stem(stem: str) -> str:
     if re.search(r"(^|[._])(lora_te\d?|text_encoders?|text_model|clip_[lg])[._]", stem):
         return OF_TEXT_ENCODER
-    return "names no module of a Qwen-Image transformer"
+    return message("names no module of a Qwen-Image transformer")
 
 
 @lru_cache(maxsize=256)

@@ -13,6 +13,7 @@ from ..adapter.weights import ModuleWeights
 from ..base_model import families, module_paths
 from ..base_model.family import Family
 from ..disk.safetensors_file import AnyTensor
+from ..messages import message
 from .alpha import find_alpha_rules
 from .architectures import could_be_flux, detect_variants
 from .building import ModuleBuilder
@@ -76,7 +77,7 @@ def read_modules(
             *(DroppedKey(key.key, key.reason, key.nearest) for key in unknown),
             *(DroppedKey(k.key, reason, find_member(k.module_path)) for k, reason in left_out),
         ),
-        duplicates=tuple(DroppedKey(key.key, f"also in {by}") for key, by in sources.duplicates),
+        duplicates=tuple(DroppedKey(key.key, also_in(by)) for key, by in sources.duplicates),
         non_finite=tuple(builder.non_finite),
         variants=tuple(model.variants),
         hints=tuple(model.hints),
@@ -108,8 +109,10 @@ def find_model(
     blocks = {block for block, _ in map(module_paths.split_path, modules) if block is not None}
     if not variants and could_be_flux(preset, blocks, width):
         hints.append(
-            "names and sizes would fit Flux as well (attention of the first 19 blocks only): check "
-            "what it was trained for"
+            message(
+                "names and sizes would fit Flux as well (attention of the first 19 blocks "
+                "only): check what it was trained for"
+            )
         )
     return AdaptedModel(family, preset, blocks, width, variants, hints)
 
@@ -120,13 +123,19 @@ def detect_preset(modules: Mapping[str, ModuleWeights], family: Family | None) -
     return found.pop() if len(found) == 1 else None
 
 
+def also_in(place: str) -> str:
+    return message("also in {place}", place=place)
+
+
 def leave_out_other_families(chosen: dict[str, ModuleParts]) -> list[tuple[ParsedKey, str]]:
     """Takes modules out that the family of the others has not; a file is of one family."""
     family = families.detect_by_names(chosen)
     if family is None:
         return []
     foreign = [path for path in chosen if not (family.is_known(path) or family.is_fused(path))]
-    reason = f"is no module of {family.title}, to which most of the others belong"
+    reason = message(
+        "is no module of {title}, to which most of the others belong", title=family.title
+    )
     return [(key, reason) for path in foreign for key in chosen.pop(path).keys.values()]
 
 
@@ -141,7 +150,7 @@ def leave_out_spoiled(
         if reason is None:
             kept.append(key)
         else:
-            spoiled.append((key, f"its module has {reason}"))
+            spoiled.append((key, message("its module has {reason}", reason=reason)))
     return kept, spoiled
 
 

@@ -42,8 +42,12 @@ class KeyScheme:
         for part in weights.parts:
             if part not in self.suffixes:
                 raise ConfigError(
-                    f"{module_path} holds {weights.kind} weights ({part}), which the {self.name} "
-                    "format cannot express; expected plain LoRA. Write it as comfyui instead."
+                    "{module_path} holds {weights_kind} weights ({part}), which the {name} "
+                    "format cannot express; expected plain LoRA. Write it as comfyui instead.",
+                    module_path=module_path,
+                    weights_kind=weights.kind,
+                    part=part,
+                    name=self.name,
                 )
             tensor = weights.need_part(part)
             if part == "magnitude":
@@ -65,8 +69,10 @@ class KeyScheme:
         if is_lycoris:
             return magnitude
         raise ConfigError(
-            f"{module_path} holds DoRA magnitudes per input column, which the {self.name} format "
-            "cannot express; write it as comfyui instead."
+            "{module_path} holds DoRA magnitudes per input column, which the {name} format "
+            "cannot express; write it as comfyui instead.",
+            module_path=module_path,
+            name=self.name,
         )
 
 
@@ -119,8 +125,9 @@ def choose_scheme(name: str, adapter: Adapter, mlp_layout: str | None) -> KeySch
     if mlp_layout == FUSED:
         if name in SPLIT_ONLY:
             raise ConfigError(
-                f"the {name} format is for diffusers' model, whose MLP is split; write mlp_layout "
-                "fused as comfyui or kohya"
+                "the {name} format is for diffusers' model, whose MLP is split; write "
+                "mlp_layout fused as comfyui or kohya",
+                name=name,
             )
         return scheme
     family = adapter.base_family
@@ -130,7 +137,11 @@ def choose_scheme(name: str, adapter: Adapter, mlp_layout: str | None) -> KeySch
 
 def get_scheme(name: str) -> KeyScheme:
     if name not in SCHEMES:
-        raise ConfigError(f"unknown key_format {name!r}; expected one of {', '.join(SCHEMES)}")
+        raise ConfigError(
+            "unknown key_format {name!r}; expected one of {schemes}",
+            name=name,
+            schemes=", ".join(SCHEMES),
+        )
     return SCHEMES[name]
 
 
@@ -142,8 +153,10 @@ def build_lora_config(adapter: Adapter) -> dict[str, object]:
     """
     if len(adapter.kinds) > 1:
         raise ConfigError(
-            f"{adapter.name} mixes {' and '.join(sorted(adapter.kinds))} modules, but PEFT's "
-            "config has one kind for all of them; write it as comfyui instead."
+            "{adapter} mixes {kinds} modules, but PEFT's config has one kind for all of them; "
+            "write it as comfyui instead.",
+            adapter=adapter.name,
+            kinds=" and ".join(sorted(adapter.kinds)),
         )
     modules = adapter.modules
     rank = Counter(weights.rank for weights in modules.values()).most_common(1)[0][0]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..disk.safetensors_file import AnyTensor
+from ..messages import message
 from .parsed_key import ParsedKey
 
 #: Prefix and adapter name.
@@ -82,7 +83,7 @@ def choose_sources(parsed: list[ParsedKey]) -> Sources:
         if len(order) == 1:
             continue
         used = {key.key for key in kept.keys.values()}
-        where = f"{kept.prefix}{module_path}" + ("" if kept.prefix else ", without prefix")
+        where = f"{kept.prefix}{module_path}" + ("" if kept.prefix else message(", without prefix"))
         where += f" ({kept.adapter_name})" if kept.adapter_name else ""
         for source in order[1:]:
             for key in sources[source].keys.values():

@@ -24,11 +24,12 @@ from ..disk.file_size import compute_file_size
 from ..errors import ConfigError, TargetError
 from ..formats.files import build_state_dict
 from ..formats.schemes import build_metadata, get_scheme
+from ..messages import message
 from .initialization import INITIALIZATIONS
 from .layers import AnyLinear
 
 #: Why a module of the last block is left out; shown to the user.
-INERT = "the model discards the last block's text output, so it would never get a gradient"
+INERT = message("the model discards the last block's text output, so it would never get a gradient")
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,25 @@ class LoraSettings:
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ConfigError(f"{where} is {rank!r}; expected a whole number from 1, e.g. 16")
+                raise ConfigError(
+                    "{where} is {rank!r}; expected a whole number from 1, e.g. 16",
+                    where=where,
+                    rank=rank,
+                )
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(
-                f"alpha is {self.alpha!r}; expected a number above 0, or nothing for the rank"
+                "alpha is {alpha!r}; expected a number above 0, or nothing for the rank",
+                alpha=self.alpha,
             )
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout!r}; expected 0 to below 1, e.g. 0.05")
+            raise ConfigError(
+                "dropout is {dropout!r}; expected 0 to below 1, e.g. 0.05", dropout=self.dropout
+            )
         if self.init not in INITIALIZATIONS:
             raise ConfigError(
-                f"unknown initialisation {self.init!r}; expected one of "
-                f"{', '.join(INITIALIZATIONS)}"
+                "unknown initialisation {init!r}; expected one of {initializations}",
+                init=self.init,
+                initializations=", ".join(INITIALIZATIONS),
             )
         if not self.targets:
             raise ConfigError('no targets are given; expected at least one, e.g. "full"')
@@ -166,25 +175,31 @@ def plan_injection(model: torch.nn.Module, settings: LoraSettings) -> InjectionP
     if not linears:
         raise TargetError(
             "the model holds none of Qwen-Image's Linears; expected paths such as "
-            f"transformer_blocks.0.attn.to_q, found {list_examples(model)}. "
-            "Give the transformer itself, not a wrapper around it."
+            "transformer_blocks.0.attn.to_q, found {model}. Give the transformer itself, not a "
+            "wrapper around it.",
+            model=list_examples(model),
         )
     family = find_family(linears)
     chosen = {
-        path for pattern in settings.targets for path in select(pattern, linears, "target", family)
+        path
+        for pattern in settings.targets
+        for path in select(pattern, linears, message("target"), family)
     }
     for pattern in settings.exclude:
         chosen -= select(pattern, linears, "exclude", family)
     if not chosen:
         raise TargetError(
-            f"nothing is left to train: {list_patterns(settings.targets)} without "
-            f"{list_patterns(settings.exclude)} is empty. Exclude less."
+            "nothing is left to train: {targets} without {exclude} is empty. Exclude less.",
+            targets=list_patterns(settings.targets),
+            exclude=list_patterns(settings.exclude),
         )
     skipped = {path: INERT for path in find_inert(linears, family) if path in chosen}
     if len(skipped) == len(chosen):
         raise TargetError(
-            f"{list_patterns(settings.targets)} selects only {', '.join(skipped)}, but {INERT}. "
-            "Choose further modules."
+            "{targets} selects only {skipped}, but {inert}. Choose further modules.",
+            targets=list_patterns(settings.targets),
+            skipped=", ".join(skipped),
+            inert=INERT,
         )
     ranks = choose_ranks(settings, linears, family)
     planned = tuple(
@@ -243,9 +258,12 @@ def select(
         known = [*family.presets, *names, *linears]
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5) or known[:3]
         raise TargetError(
-            f"the {role} {pattern!r} matches no module of this model; expected a preset "
-            f"({', '.join(family.presets)}), a module's name or a pattern with *. "
-            f"Did you mean {', '.join(near)}?"
+            "the {role} {pattern!r} matches no module of this model; expected a preset "
+            "({presets}), a module's name or a pattern with *. Did you mean {near}?",
+            role=role,
+            pattern=pattern,
+            presets=", ".join(family.presets),
+            near=", ".join(near),
         )
     return matches
 
@@ -272,16 +290,19 @@ def check_ranks(settings: LoraSettings, planned: tuple[Target, ...]) -> None:
         limit = min(target.in_features, target.out_features)
         if settings.is_pissa and target.rank > limit:
             raise ConfigError(
-                f"{target.module_path} has {limit} singular values, but PiSSA is asked for rank "
-                f"{target.rank}; lower the rank or choose another initialisation."
+                "{module_path} has {limit} singular values, but PiSSA is asked for rank {rank}; "
+                "lower the rank or choose another initialisation.",
+                module_path=target.module_path,
+                limit=limit,
+                rank=target.rank,
             )
 
 
 def list_patterns(patterns: tuple[str, ...]) -> str:
-    return ", ".join(map(repr, patterns)) or "nothing"
+    return ", ".join(map(repr, patterns)) or message("nothing")
 
 
 def list_examples(model: torch.nn.Module) -> str:
     paths = [path for path, module in model.named_modules() if hasattr(module, "in_features")]
-    more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
-    return ", ".join(paths[:2]) + more if paths else "no Linear at all"
+    more = message(" and {num_paths} more", num_paths=len(paths) - 2) if len(paths) > 2 else ""
+    return ", ".join(paths[:2]) + more if paths else message("no Linear at all")

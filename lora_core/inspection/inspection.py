@@ -20,6 +20,7 @@ from ..disk.safetensors_file import AnyTensor, load
 from ..disk.typed_json import Whole
 from ..errors import NonFiniteWeightsError
 from ..findings import Finding
+from ..messages import message
 from ..progress import Progress, ShouldStop, track
 from ..threads import map_in_threads
 from .against_base import BaseStatistics, compare_with_base
@@ -238,13 +239,13 @@ def inspect_adapter(
                 weights, exact=exact, base=weight, is_sampled=path in sampled, should_stop=stop
             )
         except NonFiniteWeightsError as e:
-            return NotInspected(str(e))
+            return NotInspected(e.message)
 
     paths = list(adapter.modules)
     if weights_of_base is None:
-        found = map_in_threads(inspect, paths, progress, should_stop, "inspection")
+        found = map_in_threads(inspect, paths, progress, should_stop, message("inspection"))
     else:  # one by one, so that only one of the base's weights is in memory at a time
-        tracked = track(paths, progress, should_stop, "inspection")
+        tracked = track(paths, progress, should_stop, message("inspection"))
         found = [inspect(path, should_stop) for path in tracked]
     adapter.release()
     if weights_of_base is not None:
@@ -289,16 +290,19 @@ def explain_not_inspectable(
     """Why a module has no statistics, or None."""
     if weight is not None and not has_shape(weights, tuple(weight.stored.shape)):
         return NotInspected(
-            f"the base's weight is {tuple(weight.stored.shape)}, the adapter was made for "
-            f"{weights.shape}",
+            message(
+                "the base's weight is {stored_shape}, the adapter was made for {weights_shape}",
+                stored_shape=tuple(weight.stored.shape),
+                weights_shape=weights.shape,
+            ),
             is_mismatch=True,
         )
     if weights.kind == "OFT" and base is None:
-        return NotInspected("an OFT rotates the base weight and has no delta without it")
+        return NotInspected(message("an OFT rotates the base weight and has no delta without it"))
     if weights.kind != "OFT" and (weights.shape is None or len(weights.shape) != 2):
-        return NotInspected("a change of a norm or bias, which has no matrix")
+        return NotInspected(message("a change of a norm or bias, which has no matrix"))
     if base is not None and weight is None:
-        return NotInspected(f"{base.name} has no such module", is_mismatch=True)
+        return NotInspected(message("{base} has no such module", base=base.name), is_mismatch=True)
     return None
 
 

@@ -358,7 +358,9 @@ def choose_modules(
         return inspection.modules
     if module_path not in inspection.modules:
         raise ConfigError(
-            f"{module_path!r} is not a module of {inspection.name} with statistics; expected a "
-            "path such as 'transformer_blocks.0.attn.to_q', or nothing for all of them"
+            "{module_path!r} is not a module of {inspection} with statistics; expected a path "
+            "such as 'transformer_blocks.0.attn.to_q', or nothing for all of them",
+            module_path=module_path,
+            inspection=inspection.name,
         )
     return {module_path: inspection.modules[module_path]}

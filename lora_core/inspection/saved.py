@@ -69,7 +69,9 @@ def compute_file_identity(path: Path) -> str:
             for sample in read_samples(file, size):
                 digest.update(sample)
     except OSError as e:
-        raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None
+        raise FileError(
+            "{path} cannot be opened: {reason}.", path=shorten(path.name), reason=e.strerror
+        ) from None
     return digest.hexdigest()
 
 

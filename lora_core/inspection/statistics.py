@@ -51,7 +51,11 @@ def get_statistic(name: str) -> Statistic:
         ConfigError: no such statistic.
     """
     if name not in STATISTICS:
-        raise ConfigError(f"unknown statistic {name!r}; expected one of {', '.join(STATISTICS)}")
+        raise ConfigError(
+            "unknown statistic {name!r}; expected one of {statistics}",
+            name=name,
+            statistics=", ".join(STATISTICS),
+        )
     return STATISTICS[name]
 
 
@@ -66,8 +70,9 @@ def sort_modules(inspection: Inspection, sort_by: str = "std") -> list[str]:
     statistic = get_statistic(sort_by)
     if statistic.needs_exact and inspection.modules and not inspection.is_exact:
         raise ConfigError(
-            f"sorting by {sort_by!r} needs every entry, but this inspection left them out; turn "
-            "exact on, or sort by another statistic"
+            "sorting by {sort_by!r} needs every entry, but this inspection left them out; turn "
+            "exact on, or sort by another statistic",
+            sort_by=sort_by,
         )
     return sorted(inspection.modules, key=read_badness(inspection, statistic))
 

@@ -105,7 +105,9 @@ def write_adapters(
             missing: it is never created again.
     """
     if not folder.is_dir():
-        raise FileError(f"{shorten(folder.name)} was removed; nothing is written to it.")
+        raise FileError(
+            "{folder} was removed; nothing is written to it.", folder=shorten(folder.name)
+        )
     if step is not None:
         check_own_folder(folder / ADAPTERS)
     written = []

@@ -24,8 +24,10 @@ def check_is_free(config: TrainConfig, resume: bool) -> None:
     steps = checkpoints.list_steps()
     if steps and not resume:
         raise ConfigError(
-            f"{checkpoints.folder.parent.name} already holds a run up to step {steps[-1]}; resume "
-            "it, or choose another output folder"
+            "{folder_parent} already holds a run up to step {steps}; resume it, or choose "
+            "another output folder",
+            folder_parent=checkpoints.folder.parent.name,
+            steps=steps[-1],
         )
     folder, name = checkpoints.folder.parent, config.name
     was_started = checkpoints.folder.is_dir()  # every run makes it before its first step
@@ -39,8 +41,10 @@ def check_is_free(config: TrainConfig, resume: bool) -> None:
     found += [file for file in finished if any(is_same(file, source) for source in sources)]
     if found:
         raise ConfigError(
-            f"{name_path(found[0])} is already in {name_path(found[0].parent)} and would be "
-            "replaced by this run; choose another name or output folder"
+            "{found} is already in {parent} and would be replaced by this run; choose another "
+            "name or output folder",
+            found=name_path(found[0]),
+            parent=name_path(found[0].parent),
         )
 
 
