@@ -15,6 +15,7 @@ from .disk.output_files import check_outputs
 from .disk.safetensors_file import SUFFIXES, is_safetensors
 from .errors import ConfigError, LoraError, NonFiniteWeightsError
 from .formats.files import PEFT_CONFIG, PEFT_FILE, read_adapter, write_adapter
+from .formats.layouts import MLP_LAYOUTS
 from .formats.schemes import SCHEMES
 from .inspection.compare import compare_adapters
 from .inspection.inspection import inspect_adapter
@@ -110,6 +111,11 @@ def add_output(command: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace the file to write if it exists"
     )
     command.add_argument("--format", choices=list(SCHEMES), default="comfyui", help="key format")
+    command.add_argument(
+        "--mlp-layout",
+        choices=MLP_LAYOUTS,
+        help="of Qwen-Image-2.1; by default the one that ComfyUI loads onto every base",
+    )
 
 
 def run_inspect(options: argparse.Namespace) -> None:
@@ -170,13 +176,13 @@ def run_convert(options: argparse.Namespace) -> None:
         adapter.check_finite()
     except NonFiniteWeightsError as e:  # converting changes no number, so the user decides
         print(f"Warning: {e}")
-    written = write_adapter(adapter, out, options.format)
+    written = write_adapter(adapter, out, options.format, options.mlp_layout)
     print(f"Wrote {written}: {adapter.key_format} converted to {options.format}")
 
 
 def write(composition: Composition, out: str, options: argparse.Namespace) -> None:
     print(composition.to_text())
-    print(f"Wrote {write_adapter(composition.adapter, out, options.format)}")
+    print(f"Wrote {write_adapter(composition.adapter, out, options.format, options.mlp_layout)}")
 
 
 def choose_out(options: argparse.Namespace, inputs: list[str]) -> str:
@@ -200,7 +206,8 @@ def choose_out(options: argparse.Namespace, inputs: list[str]) -> str:
             stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
         if not stem.strip("."):
             raise ConfigError(
-                f"OUT is {show(out)}, which names no file; expected one such as my_lora.safetensors"
+                "OUT is {out}, which names no file; expected one such as my_lora.safetensors",
+                out=show(out),
             )
         out = out if is_safetensors(out) else f"{out}.safetensors"
         files = [Path(out)]
@@ -223,8 +230,9 @@ def split_strength(text: str) -> tuple[str, float]:
         return path, float(number)
     except ValueError:
         raise ConfigError(
-            f"{text!r} does not end in a strength; expected a file, or a file and a number such as "
-            "'my_lora.safetensors:0.8'"
+            "{text!r} does not end in a strength; expected a file, or a file and a number such "
+            "as 'my_lora.safetensors:0.8'",
+            text=text,
         ) from None
 
 

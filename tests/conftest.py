@@ -184,7 +184,8 @@ def comfyui(comfyui_path: Path, base_directory: Path) -> SimpleNamespace:
 
         import nodes
 
-        import_package("demo_base.shim", ROOT / "tests" / "demo_base" / "shim")
+        for name in ("shim", "shim_21"):
+            import_package(f"demo_base.{name}", ROOT / "tests" / "demo_base" / name)
         if USE_GPU:
             multiply_in_full_precision(comfy.model_management)
     return SimpleNamespace(

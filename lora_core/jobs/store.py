@@ -15,6 +15,7 @@ from typing import Any
 from ..checks import show
 from ..disk.writing import explain, rename
 from ..errors import ConfigError, FileError, MissingFileError
+from ..messages import message
 from ..text import shorten, shorten_list
 from ..training.config.config import TrainConfig
 from ..training.config.config_files import config_from_dict
@@ -43,14 +44,14 @@ from .publication import (
     remove_published,
     remove_unfinished,
 )
+from .request_checks import check_allowed, check_files
 from .submission import (
     build_settings,
     change_settings,
-    check_files,
     remove_traces,
     write_job,
 )
-from .transitions import EVENTS, REQUESTS, STATUS_WORDS, Event, Request, find_next, find_stage
+from .transitions import EVENTS, REQUESTS, Event, Request, find_next, find_stage
 
 JOBS = "jobs"
 DEVICES = "devices"
@@ -61,7 +62,6 @@ LEFTOVER_AGE = 600.0  # seconds after which a submission is considered abandoned
 LOG_TAIL_BYTES = 65536
 LOG_MAX_BYTES = 1 << 20
 WAIT_INTERVAL = 0.2  # seconds
-PARTICIPLES = {Event.PAUSE: "paused", Event.RESUME: "resumed", Event.CANCEL: "cancelled"}
 
 
 class JobStore:
@@ -83,7 +83,9 @@ class JobStore:
             (self.root / JOBS).mkdir(parents=True, exist_ok=True)
             (self.root / DEVICES).mkdir(exist_ok=True)
         except OSError as e:
-            raise FileError(f"the jobs' folder cannot be made: {explain(e)}") from None
+            raise FileError(
+                "the jobs' folder cannot be made: {reason}", reason=explain(e)
+            ) from None
         self._submissions = FileLock(self.root / "submissions.lock")
         self._submissions.is_held()  # raises where there are no locks
         self.index = JobIndex(self.root / INDEX_FILE)
@@ -141,7 +143,11 @@ class JobStore:
         last = None
         while True:
             if should_stop is not None and should_stop():
-                raise InterruptedError(f"waiting for job {job_id} was stopped; the job continues")
+                raise InterruptedError(
+                    message(
+                        "waiting for job {job_id} was stopped; the job continues", job_id=job_id
+                    )
+                )
             try:
                 job = self.catalog.read(folder)
             except BusyFileError:
@@ -348,11 +354,14 @@ class JobStore:
         files = {path.name: path for path in self.list_adapters(job_id)}
         names = [Path(name).name for name in job.state.adapters] if adapter is None else [adapter]
         if not job.settings.loras:
-            raise ConfigError(f"job {job_id} has no loras folder; submit it with one")
+            raise ConfigError("job {job_id} has no loras folder; submit it with one", job_id=job_id)
         if not names or any(name not in files for name in names):
             shown = shorten_list([shorten(name) for name in files], 2)
             raise ConfigError(
-                f"job {job_id} has no adapter {show(adapter or '')}; it has {shown or 'none yet'}"
+                "job {job_id} has no adapter {adapter}; it has {shown}",
+                job_id=job_id,
+                adapter=show(adapter or ""),
+                shown=shown or "none yet",
             )
         with self.catalog.using(folder):
             published = publish([files[name] for name in names], Path(job.settings.loras), job_id)
@@ -376,7 +385,9 @@ class JobStore:
         published: tuple[str, ...] = ()
         with self.catalog.using(folder):
             if not self._acquire(folder):
-                raise JobStateError(f"job {job_id} is running; pause or cancel it first")
+                raise JobStateError(
+                    "job {job_id} is running; pause or cancel it first", job_id=job_id
+                )
             try:
                 with suppress(FileError):  # damaged: all the more reason to delete it
                     settings, state = folder.read_settings(), folder.read_state()
@@ -384,7 +395,9 @@ class JobStore:
                 try:
                     rename(folder.path, condemned)
                 except OSError as e:
-                    raise FileError(f"job {job_id} cannot be deleted: {explain(e)}") from None
+                    raise FileError(
+                        "job {job_id} cannot be deleted: {reason}", job_id=job_id, reason=explain(e)
+                    ) from None
             finally:
                 folder.lock.release()
         try:
@@ -433,14 +446,6 @@ class JobStore:
                 return False
             time.sleep(POLL_INTERVAL)
         return True
-
-
-def check_allowed(job: Job, event: Event) -> Job:
-    """The job itself; JobStateError if a user cannot do that to it now."""
-    if find_next(find_stage(job.status, job.request), event) is None:
-        status = STATUS_WORDS.get(job.status, job.status.value)
-        raise JobStateError(f"job {job.id} is {status} and cannot be {PARTICIPLES[event]}")
-    return job
 
 
 def get_device_lock(root: Path, device_key: str) -> FileLock:

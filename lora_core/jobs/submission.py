@@ -1,9 +1,8 @@
-"""A job before it is one: its settings built, changed and checked, its folder made whole."""
+"""A job before it is one: its settings built and changed, its folder made whole."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 from ..checks import show
 from ..disk.writing import explain, rename
 from ..errors import ConfigError, FileError
-from ..text import shorten
 from ..training.config.config import TrainConfig
 from ..training.config.config_files import build, config_to_dict
 from .folder import JobFolder
@@ -48,26 +46,10 @@ def change_settings(settings: JobSettings, changes: Mapping[str, Any]) -> dict[s
         table = values if (sections or [last])[0] in own else values["train"]
         for section in sections:
             if not isinstance(table.get(section), dict):
-                raise ConfigError(f"there is no setting {show(name)}")
+                raise ConfigError("there is no setting {name}", name=show(name))
             table = table[section]
         table[last] = value
     return values
-
-
-def check_files(settings: JobSettings) -> None:
-    """Raises FileError for what would fail in a worker minutes later."""
-    train = settings.train
-    places = (
-        ("the model", train.model.source),
-        ("the training set", train.data.folder),
-        ("the prior's training set", train.data.prior),
-        ("the VAE", train.model.vae),
-    )
-    for what, place in places:
-        if place and not os.path.exists(place):  # noqa: PTH110 - Path's may raise
-            raise FileError(
-                f"{what}, {shorten(Path(place).name)}, does not exist; choose another one"
-            )
 
 
 def write_job(path: Path, settings: JobSettings, state: JobState) -> None:
@@ -89,7 +71,7 @@ def write_job(path: Path, settings: JobSettings, state: JobState) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(e, OSError):
             raise
-        raise FileError(f"the job cannot be written: {explain(e)}") from None
+        raise FileError("the job cannot be written: {reason}", reason=explain(e)) from None
 
 
 def remove_traces(leftover: Path) -> None:

@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FileError, LoraError
+from ..messages import message
 from ..training.model.libraries import import_diffusers_alone
 from ..training.run.interruption import stop_on_signals
 from .failure import LOOK_AT_LOG, RESUME, explain_error, read_log_tail
@@ -200,9 +201,11 @@ def finish_after_death(
         reported = pop_failure(folder, dead)
         if reported is None:
             failure = JobFailure(
-                sentence=(
-                    f"process {dead + 1} of {group.count} was terminated from outside, manually or "
-                    "because the computer ran out of memory"
+                sentence=message(
+                    "process {dead} of {count} was terminated from outside, manually or because "
+                    "the computer ran out of memory",
+                    dead=dead + 1,
+                    count=group.count,
                 ),
                 advice=(RESUME, LOOK_AT_LOG),
                 log_tail=read_log_tail(folder),
@@ -228,7 +231,7 @@ def finish_stopped(settings: JobSettings, folder: JobFolder, reporter: JobReport
         reporter.finish(Event.STOP, request)
     else:
         failure = JobFailure(
-            sentence="the worker was asked to exit, as on shutdown, and saved first"
+            sentence=message("the worker was asked to exit, as on shutdown, and saved first")
         )
         finish_ended(settings, reporter, reporter.state.step, failure)
 

@@ -59,7 +59,8 @@ def import_from_diffusers(*names: str, module: str = "diffusers") -> tuple[Any, 
         if e.name != "diffusers":
             raise_broken(e)
         raise ConfigError(
-            f"training needs diffusers 0.35 or newer, which is not installed; run {INSTALL}"
+            "training needs diffusers 0.35 or newer, which is not installed; run {install}",
+            install=INSTALL,
         ) from None
     except (ImportError, AttributeError, RuntimeError) as e:
         raise_broken(e)
@@ -68,8 +69,10 @@ def import_from_diffusers(*names: str, module: str = "diffusers") -> tuple[Any, 
 def raise_broken(error: Exception) -> NoReturn:
     reason = " ".join(str(error).split()).rstrip(".")
     raise ConfigError(
-        f"training needs diffusers 0.35 or newer, and the installed one cannot be used ({reason}); "
-        f"run {INSTALL}"
+        "training needs diffusers 0.35 or newer, and the installed one cannot be used "
+        "({reason}); run {install}",
+        reason=reason,
+        install=INSTALL,
     ) from None
 
 
