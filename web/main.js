@@ -62,7 +62,7 @@ app.registerExtension({
       const openPairs = (id) => sidebar?.showPairs(id);
       addPairsButton(node, { app, api, t: createTranslator(app), openPairs });
     }
-    if (NODES_WITH_REPORT.has(node.comfyClass)) addReportWidget(node, createTranslator(app));
+    if (NODES_WITH_REPORT.has(node.comfyClass)) addReportWidget(node, { api, t: createTranslator(app) });
     if (NODES_WITH_JOB.has(node.comfyClass)) {
       addJobWidget(node, { app, jobs, showJob: (id) => sidebar?.showJob(id) });
     }
@@ -70,6 +70,7 @@ app.registerExtension({
 
   loadedGraphNode(node) {
     node.recallJob?.();
+    node.measureReport?.(); // its saved size may be of a time with a shorter report
   },
 
   // Outputs restored with a reloaded page or from the history.

@@ -43,7 +43,8 @@ def read_job_view(workspace: Any, node_type: str) -> dict[str, Any]:
     return workspace.page.evaluate(
         """type => {
             const node = app.graph._nodes.find(n => n.comfyClass === type);
-            const element = node.widgets.find(w => w.name === 'job_view').element;
+            const element = node.widgets.find(w => w.name === 'report_view').element
+                .querySelector('.qel-job-view');
             const image = element.querySelector('img');
             return {
                 text: element.innerText,

@@ -18,6 +18,10 @@ export class SampleViewer {
       ...{ type: "range", min: 0, max: 100, value: MIDDLE, class: "qel-slider" },
       ...{ "aria-label": t("samples.slider"), oninput: () => this.slide() },
     });
+    this.neighbors = [
+      this.button("samples.previous", () => this.move(0, -1)),
+      this.button("samples.next", () => this.move(0, 1)),
+    ];
     this.save = build("a", { class: "qel-button" }, t("samples.save"));
     this.element = build(
       "dialog",
@@ -26,8 +30,7 @@ export class SampleViewer {
       build(
         "div",
         { class: "qel-bar" },
-        this.button("samples.previous", () => this.move(0, -1)),
-        this.button("samples.next", () => this.move(0, 1)),
+        this.neighbors,
         this.choiceField,
         this.save,
         this.button("dialog.close", () => this.element.close())
@@ -50,6 +53,7 @@ export class SampleViewer {
     this.save.download = name;
     this.caption.textContent = `${image.item} · ${this.describe(image)}`;
     this.offer(image);
+    for (const button of this.neighbors) setHidden(button, this.getRows().flat().length < 2);
     if (!this.element.open) this.element.showModal();
   }
 

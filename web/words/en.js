@@ -3,6 +3,8 @@
 export const EN = {
   "report.label": "Report of this node",
   "report.waiting": "The report appears here after the node has run.",
+  "report.figures": "Figures",
+  "report.large": "Open large",
   "report.pairs": "{n} of {all} pairs",
   "report.error": "errors: {n}",
   "report.warning": "warnings: {n}",

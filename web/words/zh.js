@@ -3,6 +3,8 @@
 export const ZH = {
   "report.label": "此节点的报告",
   "report.waiting": "节点运行后，报告显示在这里。",
+  "report.figures": "数据",
+  "report.large": "放大查看",
   "report.pairs": "{all} 对中可用 {n} 对",
   "report.error": "错误：{n}",
   "report.warning": "警告：{n}",
