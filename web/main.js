@@ -6,6 +6,7 @@ import { announce } from "./panel/notifications.js";
 import { registerSidebar } from "./panel/sidebar.js";
 import { addPairsButton } from "./pairs/node_button.js";
 import { addReportWidget } from "./report.js";
+import { addSwitches } from "./stack_switches.js";
 import { createTranslator } from "./translation.js";
 
 // ComfyUI imports every .js file of this folder by itself; only this one registers anything.
@@ -62,6 +63,7 @@ app.registerExtension({
       const openPairs = (id) => sidebar?.showPairs(id);
       addPairsButton(node, { app, api, t: createTranslator(app), openPairs });
     }
+    if (node.comfyClass === "QwenEditLoraStack") addSwitches(node, { t: createTranslator(app) });
     if (NODES_WITH_REPORT.has(node.comfyClass)) addReportWidget(node, { api, t: createTranslator(app) });
     if (NODES_WITH_JOB.has(node.comfyClass)) {
       addJobWidget(node, { app, jobs, showJob: (id) => sidebar?.showJob(id) });

@@ -5,6 +5,8 @@ export const EN = {
   "report.waiting": "The report appears here after the node has run.",
   "report.figures": "Figures",
   "report.large": "Open large",
+  "stack.row": "File {n}",
+  "stack.switch": "Off leaves this row out; its file is not read. Saved with the workflow.",
   "report.pairs": "{n} of {all} pairs",
   "report.error": "errors: {n}",
   "report.warning": "warnings: {n}",

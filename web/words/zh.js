@@ -5,6 +5,8 @@ export const ZH = {
   "report.waiting": "节点运行后，报告显示在这里。",
   "report.figures": "数据",
   "report.large": "放大查看",
+  "stack.row": "文件 {n}",
+  "stack.switch": "关闭后不用这一行，也不读取其文件。随工作流保存。",
   "report.pairs": "{all} 对中可用 {n} 对",
   "report.error": "错误：{n}",
   "report.warning": "警告：{n}",
