@@ -6,7 +6,7 @@ import { build, buildImage, setAttribute, setHidden, setText } from "./elements.
 import { showProgress, showStatus } from "./panel/job_list.js";
 import { createTranslator } from "./translation.js";
 
-const HEIGHT = 132; // px
+const HEIGHT = 136; // px, with the gap to the report
 const CHART_HEIGHT = 84; // px
 const PROPERTY = "qwen_edit_lora_job"; // of the node
 const MIN_INTERVAL = 3000; // ms between requests for the curve

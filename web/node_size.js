@@ -4,6 +4,7 @@ const grown = new WeakMap(); // node -> { before, after }: heights around the gr
 
 /** Makes the node high enough for its widgets; takes back only what it added itself. */
 export function fitNode(node) {
+  if (window.LiteGraph.vueNodesMode) return; // Vue nodes are as high as their elements
   const [width, needed] = node.computeSize();
   const height = node.size[1];
   const { before, after } = grown.get(node) ?? { before: height, after: height };

@@ -73,8 +73,7 @@ export function addReportWidget(node, { api, t }) {
   let height = view.measureText();
   let hasImages = false;
   const measure = () => {
-    if (!view.content.scrollHeight) return;
-    height = view.measureText();
+    if (view.content.scrollHeight) height = view.measureText();
     fitNode(node);
   };
   const getMinHeight = () => height + (node.jobView?.getHeight() ?? 0) + MARGIN;

@@ -136,6 +136,7 @@ export const EN = {
   "toast.failedMeanwhile": "Failed since you were last here",
   "toast.more": "{names} and {n} more",
   "toast.loaded": "{name} is in the graph",
+  "toast.filledDetail": "It takes the place of the missing file; press Run.",
   "toast.loadedDetail": "Connect your MODEL to Apply Qwen Edit LoRA, and its output to the sampler.",
 
   "adapters.label": "LoRA files",

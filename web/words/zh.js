@@ -135,6 +135,7 @@ export const ZH = {
   "toast.failedMeanwhile": "您离开期间失败的训练",
   "toast.more": "{names} 等，另有 {n} 个",
   "toast.loaded": "{name} 已放入工作流",
+  "toast.filledDetail": "它替换了缺少的文件，按“运行”即可。",
   "toast.loadedDetail": "请把 MODEL 连到“应用 Qwen 图像编辑 LoRA”，再把其输出连到采样器。",
 
   "adapters.label": "LoRA 文件",
