@@ -36,7 +36,7 @@ CORE_NODES = frozenset(
         "ImageScaleToTotalPixels",
         *("ModelSamplingAuraFlow", "CFGNorm", "TextEncodeQwenImageEditPlus", "VAEEncode"),
         *("FluxKontextMultiReferenceLatentMethod", "KSampler", "VAEDecode", "SaveImage"),
-        *("PreviewImage", "PreviewAny", "MarkdownNote"),
+        *("PreviewImage", "PreviewAny", "MarkdownNote", "ImageCompare"),
     }
 )
 

@@ -120,6 +120,7 @@ def test_a_stranger_gets_from_an_empty_page_to_a_compared_image(workspace, input
     page.evaluate("app.graph.clear()")
     workspace.open_template("6 Train a LoRA")
     make_set(page)
+    workspace.shoot("stranger_set")
     train(workspace)
     workspace.shoot("stranger_trained")
     edit_an_image(workspace)
