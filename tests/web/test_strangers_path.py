@@ -103,6 +103,7 @@ def edit_an_image(workspace: Any) -> None:
     """The LoRA takes the place of the file that the template names and the stranger lacks."""
     page = workspace.page
     workspace.open_template("1 Apply a LoRA")
+    page.wait_for_function("app.graph._nodes.some(n => n.type === 'ImageCompare')")
     page.locator(".qel-panel").get_by_role("button", name="Load into graph").first.click()
     page.get_by_text("It takes the place of the missing file; press Run.").wait_for()
     loaders = page.evaluate(

@@ -20,6 +20,13 @@ RENDER_STEPS = 1
 TRAINING_TIMEOUT = 240.0  # seconds
 
 
+#: The images that Training Job shows.
+COUNT_PLOTS = """() => {
+    const node = app.graph._nodes.find(n => n.comfyClass === 'QwenEditLoraJob');
+    return app.nodeOutputs[node.id]?.images?.length ?? 0;
+}"""
+
+
 def open_quickly(workspace: Any, name: str) -> None:
     workspace.open_template(name)
     workspace.set_widgets({**QUICK, "name": name, "steps": RENDER_STEPS, "cfg": 1})
@@ -73,6 +80,7 @@ def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(workspac
     reports = run(workspace)
     assert "12 of 12 pairs can be used" in reports["QwenEditDataset"]
     assert "trainable parameters" in reports["QwenEditLoraTrain"]
+    assert workspace.page.evaluate(COUNT_PLOTS) == 0  # one before the first step would stay there
     wait_for_completion(server, name)
     workspace.page.wait_for_timeout(2000)
     outdated = workspace.read_reports()  # from before the first step
@@ -85,6 +93,7 @@ def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(workspac
         assert re.search(r"this training is already job [\w-]+: completed", report)
         assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
         assert f"LoRA: {name}.safetensors in models/loras" in reports["QwenEditLoraJob"]
+        assert workspace.page.evaluate(COUNT_PLOTS) == 1
         workspace.page.wait_for_timeout(3500)  # the view requests its curve every 3 s
         for node_type in ("QwenEditLoraTrain", "QwenEditLoraJob"):
             view = read_job_view(workspace, node_type)
