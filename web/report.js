@@ -133,16 +133,17 @@ function addImageViewer(node, { api, t }) {
   let images = []; // as ComfyUI names them
   let row = []; // the same for the viewer
   let viewer = null;
+  const getUrl = (name) => {
+    const { filename, subfolder, type } = images[Number(name)];
+    return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+  };
+  const describe = ({ name }) => images[Number(name)].filename;
   const open = () => {
-    viewer ??= new SampleViewer({
-      t,
-      getUrl: (name) => {
-        const { filename, subfolder, type } = images[Number(name)];
-        return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
-      },
-      getRows: () => [row],
-      describe: ({ name }) => images[Number(name)].filename,
-    });
+    if (!viewer) {
+      viewer = new SampleViewer({ t, getUrl, getRows: () => [row], describe });
+      viewer.element.setAttribute("aria-label", t("report.large"));
+      viewer.element.addEventListener("close", () => viewer.element.remove());
+    }
     document.body.append(viewer.element);
     viewer.view("0");
   };

@@ -190,7 +190,7 @@ def test_the_image_of_a_node_opens_large(workspace, vue_nodes):
     assert workspace.run()["status"]["status_str"] == "success"
     page.wait_for_timeout(1500)
     page.get_by_role("button", name="Open large").click()
-    dialog = page.get_by_role("dialog", name="Samples")
+    dialog = page.get_by_role("dialog", name="Open large")
     image = dialog.get_by_role("img")
     image.wait_for()
     page.wait_for_function("document.querySelector('.qel-viewer img').naturalWidth >= 1024")
@@ -198,7 +198,7 @@ def test_the_image_of_a_node_opens_large(workspace, vue_nodes):
     assert not dialog.get_by_text("Compare with").is_visible()  # there is nothing to compare with
     assert not dialog.get_by_role("button", name="Next").is_visible()
     page.keyboard.press("Escape")
-    dialog.wait_for(state="hidden")
+    dialog.wait_for(state="detached")
     assert workspace.errors == []
 
 
