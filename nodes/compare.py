@@ -11,6 +11,7 @@ from ..lora_core.disk.plain_json import write_json
 from ..lora_core.inspection.advice import advise_comparison
 from ..lora_core.inspection.plots import draw_comparison
 from ..lora_core.inspection.tables import build_comparison_table
+from ..lora_core.messages import join_messages
 from . import host
 from .sockets import (
     CATEGORY,
@@ -59,14 +60,17 @@ class QwenEditLoraCompare(io.ComfyNode):
         first, second = take_adapter(adapter_a), take_adapter(adapter_b)
         comparison = host.run_with_progress(compare_adapters, first, second)
         advice = advise_comparison(comparison)
-        report = Report(f"{advice}\n{comparison.to_text()}", comparison.findings)
+        report = Report(join_messages("\n", [advice, comparison.to_text()]), comparison.findings)
         heat_map = build_image(draw_comparison(comparison))
         shown = {
             **show_report(report, num_shown=2),
             "images": ui.PreviewImage(heat_map, cls=cls).values,
         }
         return io.NodeOutput(
-            Report(f"{report}\n\n{build_comparison_table(comparison)}", comparison.findings),
+            Report(
+                join_messages("\n\n", [report, build_comparison_table(comparison)]),
+                comparison.findings,
+            ),
             write_json({"advice": advice, **comparison.to_dict()}, indent=1),
             heat_map,
             ui=shown,

@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..lora_core.disk.plain_json import write_json
+from ..lora_core.messages import join_messages, message
 from ..lora_core.sweep.advice import advise_effect
 from ..lora_core.sweep.cells import MAX_CELLS
 from ..lora_core.sweep.effect import DEFAULT_POINTS, Effect, parse_sigmas
@@ -130,8 +131,8 @@ class QwenEditLoraEffect(io.ComfyNode):
         effect = measure_effect(model, adapter, positive, latent_image, numbers, levels, seed)
         chosen = ", ".join(f"{strength:g}" for strength in effect.choose_strengths(points))
         advice = advise_effect(effect)
-        parts = [advice, effect.to_text(), note, f"\nfor a sweep: {chosen}"]
-        text = "\n".join(filter(None, parts))
+        sweep = message("\nfor a sweep: {chosen}", chosen=chosen)
+        text = join_messages("\n", filter(None, [advice, effect.to_text(), note, sweep]))
         plot = build_image(draw_effect(effect))
         shown = {
             **show_report(text, warning=needs_attention(effect), num_shown=2),

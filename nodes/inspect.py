@@ -14,6 +14,7 @@ from ..lora_core.inspection.advice import advise_inspection
 from ..lora_core.inspection.plots import draw_heat_map, draw_histogram, draw_spectrum
 from ..lora_core.inspection.statistics import SORT_KEYS, STATISTICS
 from ..lora_core.inspection.tables import build_table, describe_verdict, find_skipped
+from ..lora_core.messages import join_messages
 from . import host
 from .inspections import get_inspection
 from .sockets import (
@@ -125,8 +126,10 @@ class QwenEditLoraInspect(io.ComfyNode):
     ) -> io.NodeOutput:
         if model is not None and base_model != NO_BASE:
             raise ConfigError(
-                f"both a model and base_model ({base_model}) are given, and only one can be the "
-                f"base; disconnect the model, or set base_model to {NO_BASE!r}"
+                "both a model and base_model ({base_model}) are given, and only one can be the "
+                "base; disconnect the model, or set base_model to {no_base!r}",
+                base_model=base_model,
+                no_base=NO_BASE,
             )
         base = model
         if base_model != NO_BASE:
@@ -134,7 +137,7 @@ class QwenEditLoraInspect(io.ComfyNode):
         inspection = get_inspection(take_adapter(adapter), exact, base)
         findings = [*inspection.findings, *find_skipped(inspection)]
         advice = advise_inspection(inspection)
-        verdict = Report(f"{advice}\n{describe_verdict(inspection)}", findings)
+        verdict = Report(join_messages("\n", [advice, describe_verdict(inspection)]), findings)
         table = build_table(inspection, sort_by)
         heat_map = build_image(draw_heat_map(inspection, statistic))
         shown = {
@@ -142,7 +145,7 @@ class QwenEditLoraInspect(io.ComfyNode):
             "images": ui.PreviewImage(heat_map, cls=cls).values,
         }
         return io.NodeOutput(
-            Report(f"{verdict}\n\n{table}", findings),
+            Report(join_messages("\n\n", [verdict, table]), findings),
             write_json(
                 {
                     "advice": advice,

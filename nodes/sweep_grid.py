@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..lora_core import ConfigError, FileError
 from ..lora_core.disk.plain_json import write_json
+from ..lora_core.messages import join_messages
 from ..lora_core.sweep.advice import advise_sweep
 from ..lora_core.sweep.cells import MAX_CELLS
 from ..lora_core.sweep.measures import measure_sweep
@@ -120,7 +121,7 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
         )
         verdict = judge_sweep(sweep)
         advice = advise_sweep(verdict)
-        report = Report(f"{advice}\n{verdict.to_text()}", verdict.findings)
+        report = Report(join_messages("\n", [advice, verdict.to_text()]), verdict.findings)
         table = build_sweep_table(sweep, verdict)
         sheet = build_image(draw_contact_sheet(sweep, verdict))
         figures = {
@@ -133,7 +134,7 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
             ],
         }
         return io.NodeOutput(
-            Report(f"{report}\n\n{table}", verdict.findings),
+            Report(join_messages("\n\n", [report, table]), verdict.findings),
             sheet,
             build_image(draw_differences(sweep, verdict)),
             build_image(draw_curve(verdict)),
@@ -148,7 +149,9 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
         try:
             return ui.ImageSaveHelper.get_save_images_ui(sheet, prefix, cls=cls).as_dict()
         except OSError as e:
-            raise FileError(f"the contact sheet cannot be saved: {e.strerror}.") from None
+            raise FileError(
+                "the contact sheet cannot be saved: {reason}.", reason=e.strerror
+            ) from None
 
 
 def count_shown(verdict: SweepVerdict) -> int:
@@ -164,8 +167,9 @@ def split_labels(labels: list[str]) -> list[str]:
         labels = [line.strip() for line in text.splitlines() if line.strip()]
     if not labels:
         raise ConfigError(
-            "labels is empty; connect the labels of Sweep Qwen Edit LoRA, or write the strengths, "
-            f"such as '0, 0.5, 1', for up to {MAX_CELLS} images"
+            "labels is empty; connect the labels of Sweep Qwen Edit LoRA, or write the "
+            "strengths, such as '0, 0.5, 1', for up to {max_cells} images",
+            max_cells=MAX_CELLS,
         )
     return labels
 

@@ -11,6 +11,7 @@ const MARGIN = 20; // px, of both sides of a DOM widget in the classic renderer
 const PADDING = 12; // px, of both sides of the box; see theme.css
 const LINE = 17; // px
 const MAX_TEXT = 300; // px; a longer report scrolls
+const SEVERE = new Set(["warning", "error"]);
 const COLUMNS = /\S {2,}\S/; // a row of a table, aligned by spaces
 
 export function createReportView(t) {
@@ -28,13 +29,18 @@ export function createReportView(t) {
     content,
     figures,
     text: "",
+    late: new Map(), // findings of later samplings, by the node that applied the LoRA
+    shown: [],
     // aging: lines that theme.css hides once the node's live view shows that they are outdated
     // numShown: lines before the figures, which are folded; what needs attention never is
     show(text, state, found = NOTHING, { aging = [], numShown = null, extras = [] } = {}) {
       view.text = text ?? "";
+      view.shown = [text, state, found, { aging, numShown, extras }];
+      const late = new Map([...view.late.values()].map((finding) => [finding.text, finding]));
+      const findings = [...found.findings, ...late.values()];
       const lines = (view.text || t("report.waiting")).split("\n");
-      const matched = lines.map((line) => findFinding(line, found.findings));
-      const unmatched = found.findings.filter((finding) => !matched.includes(finding));
+      const matched = lines.map((line) => findFinding(line, findings));
+      const unmatched = findings.filter((finding) => !matched.includes(finding));
       const rows = lines.map((line, index) => {
         const row = buildLine(line, matched[index]);
         if (aging.includes(line)) row.dataset.ages = "";
@@ -42,11 +48,11 @@ export function createReportView(t) {
         return row;
       });
       const isFolded = (index) =>
-        numShown !== null && index >= numShown && !["warning", "error"].includes(matched[index]?.severity);
+        numShown !== null && index >= numShown && !SEVERE.has(matched[index]?.severity);
       const shown = rows.filter((_, index) => !isFolded(index));
       const folded = rows.filter((row, index) => isFolded(index) && row.textContent.trim());
       if (numShown !== null) shown[0].className = "qel-advice";
-      const summary = buildSummary(found, t);
+      const summary = buildSummary({ ...found, findings }, t);
       if (summary) shown.splice(numShown === null ? 0 : 1, 0, summary);
       figures.replaceChildren(figures.firstChild, ...folded);
       content.replaceChildren(
@@ -55,7 +61,8 @@ export function createReportView(t) {
         ...extras,
         ...(folded.length ? [figures] : []),
       );
-      element.dataset.state = view.text ? state : "waiting";
+      const color = late.size && state === "fine" ? "warning" : state;
+      element.dataset.state = view.text ? color : "waiting";
     },
     /** In px of the graph; a view that is out of sight has none. */
     measureText() {
@@ -103,11 +110,19 @@ export function addReportWidget(node, { api, t }) {
     const button = openLarge(output.images);
     hasImages = button !== null;
     element.classList.toggle("qel-fits", hasImages);
+    // The same text again is a cached one, for which nothing was sampled anew.
+    if (view.text !== text) view.late.clear();
     view.show(text, state, readFindings(output), {
       aging: output.qwen_edit_lora_aging,
       numShown: output.qwen_edit_lora_num_shown?.[0] ?? null,
       extras: button ? [button] : [],
     });
+    measure();
+  };
+  node.showFinding = (source, finding) => {
+    if (finding) view.late.set(source, finding);
+    else view.late.delete(source);
+    view.show(...view.shown);
     measure();
   };
   // ComfyUI's own message says only that the node failed, and hides the reason behind a button.

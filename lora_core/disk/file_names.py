@@ -27,22 +27,25 @@ def check_file_name(name: str, longest_ending: str) -> None:
     is_plain = re.fullmatch(r"[^\\/:*?\"<>|\x00-\x1f\x7f]+", name) and name[0] != "."
     if not is_plain or name != name.strip() or name.endswith("."):
         raise ConfigError(
-            f"name is {shown}; expected characters allowed in a file's name, without a dot "
-            'or space at either end, e.g. "my edit"'
+            "name is {shown}; expected characters allowed in a file's name, without a dot or "
+            'space at either end, e.g. "my edit"',
+            shown=shown,
         )
     if name.partition(".")[0].strip().upper() in DEVICE_NAMES:
         raise ConfigError(
-            f"name is {shown}, which Windows reserves for a device; choose another one"
+            "name is {shown}, which Windows reserves for a device; choose another one", shown=shown
         )
     try:
         size = len(f"{name}{longest_ending}".encode())
     except UnicodeEncodeError:
         raise ConfigError(
-            f"name is {shown}, which holds an incomplete character; type it again"
+            "name is {shown}, which holds an incomplete character; type it again", shown=shown
         ) from None
     if size > MAX_NAME_BYTES:
         raise ConfigError(
-            f"name is {shown}, {len(name.encode())} bytes; expected at most "
-            f"{MAX_NAME_BYTES - len(longest_ending)}, since file systems limit bytes and the "
-            "files' names are longer"
+            "name is {shown}, {size} bytes; expected at most {limit}, since file "
+            "systems limit bytes and the files' names are longer",
+            shown=shown,
+            size=len(name.encode()),
+            limit=MAX_NAME_BYTES - len(longest_ending),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..messages import join_messages, message
 from ..text import format_number, format_percent
 from .verdict import GOOD_STD
 
@@ -23,32 +24,42 @@ def advise_inspection(inspection: Inspection) -> str:
     """The strength to start with; or why not to use the adapter at all."""
     kinds = {finding.kind for finding in inspection.findings}
     if "untrained" in kinds:
-        return "Do not use this file: it changes nothing at any strength."
+        return message("Do not use this file: it changes nothing at any strength.")
     if "non_finite" in kinds:
-        return "Do not use this file: it holds NaN or Inf."
+        return message("Do not use this file: it holds NaN or Inf.")
     if not inspection.modules:
-        return "Choose another file or base: there is nothing here to judge."
-    size = (inspection.std**2 + inspection.mean**2) ** 0.5
+        return message("Choose another file or base: there is nothing here to judge.")
+    parts = [advise_strength((inspection.std**2 + inspection.mean**2) ** 0.5)]
+    if "merge_noise" in kinds:
+        parts.append(message("Do not merge it: rounding would drown it; use the side path."))
+    if kinds & {"partly_trained", "dead_modules"}:
+        parts.append(message("Check the training: parts of it never learned."))
+    return join_messages(" ", parts)
+
+
+def advise_strength(size: float) -> str:
+    """The strength at which a delta of this size is as large as that of known-good LoRAs."""
     low, high = GOOD_STD
     strength = 1.0
     if size > high:
         strength = float(f"{high / size:.1g}")
     elif 0 < size < low:
         strength = float(f"{low / size:.1g}")
-    known_good = f"known-good LoRAs (std {low:g} to {high:g})"
     if strength == 1:
-        advice = f"Use strength 1: the delta is as large as that of {known_good}"
-    else:
-        than = "larger" if size > high else "smaller"
-        advice = (
-            f"Start with strength {format_number(strength)}: the delta is {than} than that of "
-            f"{known_good}"
+        return message(
+            "Use strength 1: the delta is as large as that of known-good LoRAs (std {low:g} to "
+            "{high:g}).",
+            low=low,
+            high=high,
         )
-    if "merge_noise" in kinds:
-        advice += "; apply it as a side path, since a merge would drown it in rounding"
-    if kinds & {"partly_trained", "dead_modules"}:
-        advice += "; check the training, parts of it never learned"
-    return f"{advice}."
+    return message(
+        "Start with strength {strength}: the delta is {than} than that of known-good LoRAs (std "
+        "{low:g} to {high:g}).",
+        strength=format_number(strength),
+        than=message("larger") if size > high else message("smaller"),
+        low=low,
+        high=high,
+    )
 
 
 def advise_comparison(comparison: Comparison) -> str:
@@ -56,26 +67,42 @@ def advise_comparison(comparison: Comparison) -> str:
     cosine, ratio, conflict = comparison.cosine, comparison.norm_ratio, comparison.conflict
     if cosine is None or ratio is None:
         empty = [n for n, norm in (("a", comparison.norm_a), ("b", comparison.norm_b)) if not norm]
-        return f"Leave {' and '.join(empty)} out: its delta is zero, it changes nothing."
-    if cosine >= SAME:
-        if abs(ratio - 1) <= SAME_SIZE:
-            return f"Use either: both make the same edit (cosine {cosine:.3f}), equally strong."
-        weaker = "a" if ratio > 1 else "b"
-        factor = format_number(max(ratio, 1 / ratio))
-        return (
-            f"Use either: both make the same edit (cosine {cosine:.3f}); {weaker} needs "
-            f"{factor} times the strength."
+        return message(
+            "Leave {names} out: its delta is zero, it changes nothing.", names=", ".join(empty)
         )
+    if cosine >= SAME:
+        return advise_equals(cosine, ratio)
     if conflict is not None and conflict >= CONFLICT:
-        return (
-            f"Do not stack them at full strength: {format_percent(conflict)} of the weaker one is "
-            "cancelled."
+        return message(
+            "Do not stack them at full strength: {share} of the weaker one is cancelled.",
+            share=format_percent(conflict),
         )
     if abs(cosine) < INDEPENDENT:
-        return f"Stack them if you like: they change different things (cosine {cosine:.2g})."
+        return message(
+            "Stack them if you like: they change different things (cosine {cosine:.2g}).",
+            cosine=cosine,
+        )
     if cosine < 0:
-        return f"Stack them with care: they pull apart (cosine {cosine:.2g})."
-    return (
-        f"Use one of them, or stack both at lower strengths: they share part of their direction "
-        f"(cosine {cosine:.2g}), which adds up."
+        return message(
+            "Stack them with care: they pull apart (cosine {cosine:.2g}).", cosine=cosine
+        )
+    return message(
+        "Use one of them, or stack both at lower strengths: they share part of their direction "
+        "(cosine {cosine:.2g}), which adds up.",
+        cosine=cosine,
+    )
+
+
+def advise_equals(cosine: float, ratio: float) -> str:
+    if abs(ratio - 1) <= SAME_SIZE:
+        return message(
+            "Use either: both make the same edit (cosine {cosine:.3f}), equally strong.",
+            cosine=cosine,
+        )
+    return message(
+        "Use either: both make the same edit (cosine {cosine:.3f}); {weaker} needs {factor} times "
+        "the strength.",
+        cosine=cosine,
+        weaker="a" if ratio > 1 else "b",
+        factor=format_number(max(ratio, 1 / ratio)),
     )

@@ -54,7 +54,9 @@ def remove_files(opened: PairSet, paths: Sequence[Path]) -> str:
             with contextlib.suppress(OSError):
                 rename(place, path)
         shown = describe_path(paths[len(moved)], opened.folder)
-        raise FileError(f"{shorten(shown)} cannot be moved: {explain(e)}.") from None
+        raise FileError(
+            "{shown} cannot be moved: {reason}.", shown=shorten(shown), reason=explain(e)
+        ) from None
     return token
 
 
@@ -68,7 +70,9 @@ def restore_files(opened: PairSet, token: str) -> int:
         FileError: the files cannot be moved.
     """
     if not re.fullmatch(r"[0-9a-f]{16}", token):
-        raise ConfigError(f"{shorten(token)!r} is no token; expected 16 hexadecimal digits")
+        raise ConfigError(
+            "{token!r} is no token; expected 16 hexadecimal digits", token=shorten(token)
+        )
     kept = opened.folder / REMOVED_FOLDER / token
     check_inside(kept, opened.is_allowed)
     if kept.is_symlink() or not kept.is_dir():
@@ -79,15 +83,18 @@ def restore_files(opened: PairSet, token: str) -> int:
         if place.is_symlink() or place.exists():
             shown = describe_path(place, opened.folder)
             raise PairConflictError(
-                f"{shorten(shown)} is there again, so that the removed one cannot come back; move "
-                "it elsewhere first"
+                "{shown} is there again, so that the removed one cannot come back; move it "
+                "elsewhere first",
+                shown=shorten(shown),
             )
     try:
         for path, place in zip(found, places, strict=True):
             prepare_folder(opened, place.parent)
             rename(path, place)
     except OSError as e:
-        raise FileError(f"the removed files cannot be moved back: {explain(e)}.") from None
+        raise FileError(
+            "the removed files cannot be moved back: {reason}.", reason=explain(e)
+        ) from None
     for folder, _, _ in os.walk(kept, topdown=False):
         with contextlib.suppress(OSError):  # not empty
             Path(folder).rmdir()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..messages import message
 from ..text import format_percent
 from .effect import LARGE, VISIBLE
 from .verdict import (
@@ -58,24 +60,44 @@ def advise_sweep(verdict: SweepVerdict) -> str:
         if (point := choose_point(one)) is not None
     ]
     count = len(verdict.adapters)
-    if not choices:
-        if count > 1:
-            return f"Check the LoRAs first: none of the {count} changes the image without damage."
+    if not choices and count == 1:
         return advise_test(next(iter(verdict.adapters.values())))
+    if not choices:
+        return message(
+            "Check the LoRAs first: none of the {count} changes the image without damage.",
+            count=count,
+        )
     best = min(choices, key=lambda choice: (choice.distance, choice.collapses, -choice.rms))
-    use = f"Use strength {best.point.strength:g}"
-    reason = f"the change is visible (RMS {show(best.rms)} of 255)"
-    if count > 1:
-        use = f"Use {best.name} at strength {best.point.strength:g}"
-        reason = f"it changes the image most (RMS {show(best.rms)} of 255)"
-        rivals = [choice for choice in choices if choice.rms > best.rms]
-        if rivals:
-            # As in the order above: a rival is farther from strength 1, or collapses somewhere.
-            farther = any(choice.distance > best.distance for choice in rivals)
-            near = any(choice.distance == best.distance for choice in rivals)
-            others = ["usable there"] * farther + ["that do not collapse"] * near
-            reason = f"of those {' '.join(others)}, {reason}"
-    return f"{use}: {reason}, and {describe_limit(best.verdict)}."
+    limit = describe_limit(best.verdict)
+    if count == 1:
+        return message(
+            "Use strength {strength:g}: the change is visible (RMS {rms} of 255), and {limit}.",
+            strength=best.point.strength,
+            rms=show(best.rms),
+            limit=limit,
+        )
+    return message(
+        "Use {name} at strength {strength:g}: {reason} (RMS {rms} of 255), and {limit}.",
+        name=best.name,
+        strength=best.point.strength,
+        reason=describe_reason(best, choices),
+        rms=show(best.rms),
+        limit=limit,
+    )
+
+
+def describe_reason(best: Choice, choices: Sequence[Choice]) -> str:
+    """Of whom `best` changes the image most; the others are farther from 1, or collapse."""
+    rivals = [choice for choice in choices if choice.rms > best.rms]
+    farther = any(choice.distance > best.distance for choice in rivals)
+    near = any(choice.distance == best.distance for choice in rivals)
+    if farther and near:
+        return message("of those usable there that do not collapse, it changes the image most")
+    if farther:
+        return message("of those usable there, it changes the image most")
+    if near:
+        return message("of those that do not collapse, it changes the image most")
+    return message("it changes the image most")
 
 
 def choose_point(verdict: AdapterVerdict) -> CurvePoint | None:
@@ -100,57 +122,91 @@ def list_even(verdict: AdapterVerdict) -> list[CurvePoint]:
 def describe_limit(verdict: AdapterVerdict) -> str:
     even, points = list_even(verdict), find_main_side(verdict.curve)
     if len(even) == len(points):
-        return f"nothing collapses up to {even[-1].strength:g}, the highest tested"
+        return message(
+            "nothing collapses up to {strength:g}, the highest tested", strength=even[-1].strength
+        )
     limit = points[len(even)]
     if limit.damage:
-        return f"at {limit.strength:g} it collapses ({limit.damage})"
-    return f"above {even[-1].strength:g} the image turns into something else"
+        return message(
+            "at {strength:g} it collapses ({damage})",
+            strength=limit.strength,
+            damage=limit.damage,
+        )
+    return message(
+        "above {strength:g} the image turns into something else", strength=even[-1].strength
+    )
 
 
 def advise_test(verdict: AdapterVerdict) -> str:
     """For an adapter of which no tested strength can be used."""
     if verdict.kind == NO_EFFECT:
-        return "Check the LoRA first: no tested strength changes the image."
+        return message("Check the LoRA first: no tested strength changes the image.")
     points = find_main_side(verdict.curve)
     if not points or not any(p.rms is not None or p.damage for p in points):
-        return "Sweep more strengths, 0 and others, such as '0, 0.5, 1'."
+        return message("Sweep more strengths, 0 and others, such as '0, 0.5, 1'.")
     if any(p.strength == 0 and p.damage for p in verdict.curve):
-        return "Check the model first: its image is broken even without the LoRA."
+        return message("Check the model first: its image is broken even without the LoRA.")
     even = list_even(verdict)
     if not even:
-        return f"Test strengths nearer to 0 than {points[0].strength:g}: there it collapses."
-    if len(even) < len(points):
-        return (
-            f"Test strengths between {even[-1].strength:g} and {points[len(even)].strength:g}: "
-            "below, no change is visible; above, it collapses."
+        return message(
+            "Test strengths nearer to 0 than {strength:g}: there it collapses.",
+            strength=points[0].strength,
         )
-    return f"Test strengths beyond {even[-1].strength:g}: up to there no change is visible."
+    if len(even) < len(points):
+        return message(
+            "Test strengths between {low:g} and {high:g}: below, no change is visible; above, it "
+            "collapses.",
+            low=even[-1].strength,
+            high=points[len(even)].strength,
+        )
+    return message(
+        "Test strengths beyond {strength:g}: up to there no change is visible.",
+        strength=even[-1].strength,
+    )
 
 
 def advise_effect(effect: Effect) -> str:
     """Which strengths to render, from how far each moves the model's output."""
     active = [one for one in effect.strengths if one.strength != 0]
     if not active:
-        return "Measure a strength other than 0, such as '0, 0.5, 1'."
+        return message("Measure a strength other than 0, such as '0, 0.5, 1'.")
     broken = [one.strength for one in active if not math.isfinite(one.change)]
     if broken:
-        nearest = min(broken, key=abs)
-        return f"Use a strength nearer to 0 than {nearest:g}: there the output is NaN or Inf."
+        return message(
+            "Use a strength nearer to 0 than {strength:g}: there the output is NaN or Inf.",
+            strength=min(broken, key=abs),
+        )
     largest = max(active, key=lambda one: one.change)
     if largest.change == 0:
-        return "Check the LoRA first: it changes the output at no strength."
+        return message("Check the LoRA first: it changes the output at no strength.")
+    strength, change = largest.strength, format_percent(largest.change)
     low, high = effect.find_strength(VISIBLE), effect.find_strength(LARGE)
-    changes = f"the output changes by {format_percent(largest.change)}"
     if largest.change < VISIBLE:
-        return f"Measure higher strengths: even at {largest.strength:g} {changes} only."
-    if low is None:  # only negative strengths were measured
-        return f"Use strength {largest.strength:g}: {changes} there."
-    if high is None:
-        return (
-            f"Use a strength from {low:.2g} up: a change of {format_percent(VISIBLE)} is seen; at "
-            f"{largest.strength:g}, the highest measured, {changes}."
+        return message(
+            "Measure higher strengths: even at {strength:g} the output changes by {change} only.",
+            strength=strength,
+            change=change,
         )
-    return (
-        f"Use a strength from {low:.2g} to {high:.2g}: a change of {format_percent(VISIBLE)} is "
-        f"seen, one of {format_percent(LARGE)} is another image."
+    if low is None:  # only negative strengths were measured
+        return message(
+            "Use strength {strength:g}: the output changes by {change} there.",
+            strength=strength,
+            change=change,
+        )
+    if high is None:
+        return message(
+            "Use a strength from {low:.2g} up: a change of {visible} is seen; at {strength:g}, the "
+            "highest measured, the output changes by {change}.",
+            low=low,
+            visible=format_percent(VISIBLE),
+            strength=strength,
+            change=change,
+        )
+    return message(
+        "Use a strength from {low:.2g} to {high:.2g}: a change of {visible} is seen, one of "
+        "{large} is another image.",
+        low=low,
+        high=high,
+        visible=format_percent(VISIBLE),
+        large=format_percent(LARGE),
     )

@@ -111,7 +111,7 @@ def take_upload(set_id: str, path: Path, name: str, slot: int, pair_id: str) -> 
         with decoding:
             suffix = check_image(path, name)
     except FileError as e:
-        raise ConfigError(str(e)) from None
+        raise ConfigError(e) from None
     with changing(set_id) as opened:
         if pair_id:
             placed, token = put_image(opened, path, opened.find(pair_id), suffix, slot)

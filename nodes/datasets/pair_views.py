@@ -58,7 +58,7 @@ def describe_set(
     try:
         opened = open_known(set_id)
     except (PairConflictError, UnknownPairError) as e:
-        return {"id": set_id, "name": name, "problem": str(e)}
+        return {"id": set_id, "name": name, "problem": e.message}
     cached_bytes = find_size(sizes or {}, folder.name)
     return {"id": set_id, "name": name, **summarize(opened), "cached_bytes": cached_bytes}
 
@@ -122,7 +122,7 @@ def read_caption(opened: PairSet, pair: SetPair) -> tuple[str, str]:
     try:
         return opened.read_caption(pair), ""
     except FileError as e:
-        return "", str(e)
+        return "", e.message
 
 
 def show_findings(set_id: str, pair_id: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def show_findings(set_id: str, pair_id: str) -> dict[str, Any]:
     try:
         pair = opened.build_pair(files)
     except FileError as e:
-        problems = [Problem(Level.STOP, UNUSABLE, str(e))]
+        problems = [Problem(Level.STOP, UNUSABLE, e.message)]
     else:
         versions = {str(path): read_version(path) for path in files.parts.paths}
         known: dict[int | str, ImageFacts] = {
@@ -180,7 +180,11 @@ def read_thumbnail(set_id: str, pair_id: str, slot: int, side_px: int) -> bytes:
         PairConflictError: the file is no image, is damaged, or leads outside.
     """
     if side_px not in THUMBNAIL_SIDES:
-        raise ConfigError(f"side is {side_px}; expected one of {THUMBNAIL_SIDES}")
+        raise ConfigError(
+            "side is {side_px}; expected one of {thumbnail_sides}",
+            side_px=side_px,
+            thumbnail_sides=THUMBNAIL_SIDES,
+        )
     return draw_thumbnail(open_known(set_id), pair_id, slot, side_px)
 
 
@@ -195,7 +199,7 @@ def draw_thumbnail(opened: PairSet, pair_id: str, slot: int, side_px: int) -> by
         with decoding:
             return encode_thumbnail(path, describe_path(path, opened.folder), side_px)
     except FileError as e:
-        raise PairConflictError(str(e)) from None
+        raise PairConflictError(e) from None
 
 
 def open_known(set_id: str) -> PairSet:

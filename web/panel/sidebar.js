@@ -14,6 +14,7 @@ const STYLES = [
   "./panel.css",
   "./job_page.css",
   "../adapters/adapters.css",
+  "../adapters/cards.css",
   "../adapters/details.css",
   "../pairs/pairs.css",
 ];
