@@ -127,6 +127,7 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike[str], expected: str = LORA_FILE):
         self.path = Path(path)
         self._expected = expected
+        self._location = os.fspath(self.path)  # for a check at every tensor; a Path is slower
         self._signature = read_signature(self.path, expected)
         self._handle = open_checked(self.path, expected)
         self.metadata: dict[str, str] = dict(self._handle.metadata() or {})
@@ -170,7 +171,7 @@ class SafetensorsFile:
 
         A mapped file that was cut short would otherwise end the whole process with SIGBUS.
         """
-        if read_signature(self.path, self._expected) != self._signature:
+        if read_signature(self._location, self._expected) != self._signature:
             raise FileError(
                 "{name} was changed on disk since it was opened. Queue the prompt again to read "
                 "the new file.",
@@ -244,7 +245,7 @@ def read_bytes(
     return data if file.readinto(data.numpy()) == num_bytes else None
 
 
-def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
+def read_signature(path: Path | str, expected: str = LORA_FILE) -> tuple[int, ...]:
     """Size in bytes, modification time in ns, and inode.
 
     Raises:

@@ -90,12 +90,16 @@ class Workspace:
         return history[prompt_id]
 
     def read_reports(self) -> dict[str, str]:
-        """Node type -> report as shown on the node."""
+        """Node type -> report as shown on the node, with its figures unfolded."""
         return self.page.evaluate(
             """() => Object.fromEntries(app.graph._nodes
                 .filter(n => n.showReport)
-                .map(n => [n.comfyClass, n.widgets.find(w => w.name === 'report_view')
-                    .element.innerText]))"""
+                .map(n => {
+                    const { element } = n.widgets.find(w => w.name === 'report_view');
+                    element.querySelectorAll('details').forEach(d => { d.open = true; });
+                    return [n.comfyClass,
+                        element.querySelector('.qwen-edit-lora-report').innerText];
+                }))"""
         )
 
     def wait_for_reports(self) -> dict[str, str]:

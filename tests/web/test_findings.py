@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
 READ = """type => {
     const view = app.graph._nodes.find(n => n.comfyClass === type)
-        .widgets.find(w => w.name === 'report_view').element;
+        .widgets.find(w => w.name === 'report_view').element
+        .querySelector('.qwen-edit-lora-report');
     return {
         summary: view.querySelector('.qwen-edit-lora-summary')?.textContent ?? null,
         rows: [...view.querySelectorAll('[data-kind]')].map(row => ({

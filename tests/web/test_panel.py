@@ -131,7 +131,8 @@ def read_job_view(page: Any, node: str) -> str:
     """The text of the job shown on a node."""
     return page.evaluate(
         """type => app.graph._nodes.find(n => n.comfyClass === type).widgets
-            .find(w => w.name === 'job_view').element.innerText""",
+            .find(w => w.name === 'report_view').element
+            .querySelector('.qel-job-view').innerText""",
         node,
     )
 
