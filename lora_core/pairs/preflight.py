@@ -257,8 +257,8 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
             add(
                 Level.WARNING,
                 "same_picture",
-                f"{shorten(pair.target.name)} and its reference {shorten(image.name)} are the "
-                "same image; this pair teaches the model to change nothing",
+                f"{shorten(pair.target.name)} and {shorten(image.name)} are the same image; this "
+                "pair teaches the model to change nothing",
                 "target = reference",
             )
     target, first = facts.target, facts.references[0]
