@@ -3,6 +3,7 @@
 import { build, buildImage, KeyedRows, setHidden, setText } from "../elements.js";
 import { SampleViewer } from "./sample_viewer.js";
 
+const NEAR = 8; // px from the end of a strip
 const ORDER = { source: 0, target: 1, sample: 2 };
 
 export class SampleStrip {
@@ -51,9 +52,11 @@ export class SampleStrip {
       update: ([item, images]) => {
         title.textContent = item;
         const before = strip.childElementCount;
+        // Follows the newest image only from the end: whoever looks at the source stays there.
+        const isAtEnd = strip.scrollLeft + strip.clientWidth >= strip.scrollWidth - NEAR;
         tiles.show(images, (image) => image.name);
-        if (strip.childElementCount > before) {
-          requestAnimationFrame(() => (strip.scrollLeft = strip.scrollWidth)); // to the newest
+        if (before && isAtEnd && strip.childElementCount > before) {
+          requestAnimationFrame(() => (strip.scrollLeft = strip.scrollWidth));
         }
       },
     };
