@@ -176,13 +176,17 @@ export class MaskCanvas {
 /** Draws a stroke from one of its points on; a point alone is a dot. */
 function drawStroke(context, { points, size, isErasing }, from) {
   context.globalCompositeOperation = isErasing ? "destination-out" : "source-over";
-  context.strokeStyle = COLOR;
+  context.strokeStyle = context.fillStyle = COLOR;
   context.lineWidth = size;
   context.lineCap = context.lineJoin = "round";
   context.beginPath();
-  context.moveTo(...points[from]);
-  const rest = points.slice(from + 1);
-  for (const point of rest.length ? rest : [points[from]]) context.lineTo(...point);
-  context.stroke();
+  if (points.length === 1) {
+    context.arc(...points[0], size / 2, 0, 2 * Math.PI);
+    context.fill();
+  } else {
+    context.moveTo(...points[from]);
+    for (const point of points.slice(from + 1)) context.lineTo(...point);
+    context.stroke();
+  }
   context.globalCompositeOperation = "source-over";
 }

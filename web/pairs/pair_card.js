@@ -45,15 +45,21 @@ export function createPairCard({ client, setId, t, actions }) {
   caption.addEventListener("input", () => actions.edit(pair, caption.value));
   caption.addEventListener("blur", () => actions.save(pair, caption.value));
 
+  // The card may show another pair by the time that the files were read or chosen.
   async function drop(data, slot) {
+    const own = pair;
     const image = (await readDrop(data)).find(({ file }) => isImage(file));
-    if (image) actions.put(pair, slot, image.file);
+    if (image) actions.put(own, slot, image.file);
     else actions.refuse(t("pairs.no_image"));
+  }
+
+  function choose(slot) {
+    const own = pair;
+    chooseFiles((files) => actions.put(own, slot, files[0]), { accept: "image/*" });
   }
 
   function buildTile(image, slot) {
     const label = slot ? t("pairs.reference", { n: slot }) : t("pairs.target");
-    const choose = () => chooseFiles((files) => actions.put(pair, slot, files[0]), { accept: "image/*" });
     const tile = build("button", {
       type: "button",
       class: "qel-pair-image",
@@ -61,7 +67,7 @@ export function createPairCard({ client, setId, t, actions }) {
       "data-missing": !image,
       title: image ? image.file : undefined,
       "aria-label": t(image ? "pairs.view" : "pairs.add_image", { side: label, name: pair.name }),
-      onclick: () => (image ? actions.view(pair, slot) : choose()),
+      onclick: () => (image ? actions.view(pair, slot) : choose(slot)),
     });
     if (image) tile.append(buildImage(client.getImageUrl(setId, pair.id, image, TILE_SIDE), t));
     else tile.append(build("span", { class: "qel-note" }, t("pairs.missing")));
@@ -92,8 +98,7 @@ export function createPairCard({ client, setId, t, actions }) {
   function buildMore(slot) {
     const side = t("pairs.reference", { n: slot });
     const label = t("pairs.add_image", { side, name: pair.name });
-    const choose = () => chooseFiles((files) => actions.put(pair, slot, files[0]), { accept: "image/*" });
-    const button = iconButton("plus", label, choose, "qel-pair-more");
+    const button = iconButton("plus", label, () => choose(slot), "qel-pair-more");
     acceptDrops(button, (data) => drop(data, slot));
     return button;
   }
@@ -103,6 +108,7 @@ export function createPairCard({ client, setId, t, actions }) {
     element,
     update(next, { draft, saved, failure, found }) {
       pair = next;
+      if (drawn?.id !== pair.id) findings.open(false);
       if (drawn !== pair) {
         drawn = pair;
         setText(name, pair.name);

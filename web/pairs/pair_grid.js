@@ -7,7 +7,7 @@ const MIN_CARD_WIDTH = 290; // px
 const OVERSCAN = 1; // rows above and below the visible ones
 
 /**
- * @param createCard () => {element, update(pair, state)}.
+ * @param createCard () => {element, update(pair, state)}, which shows one pair after another.
  * @param getState (pair) => what a card shows besides the pair.
  * @param onshow called with the visible pairs when they change.
  */
@@ -30,19 +30,21 @@ export function createPairGrid({ label, createCard, getState, onshow }) {
     const rows = Math.ceil(height / CARD_HEIGHT) + 1 + 2 * OVERSCAN;
     const visible = pairs.slice(first, first + rows * columns);
     const shown = new Map();
+    const visibleIds = new Set(visible.map(({ id }) => id));
+    const spare = [];
+    for (const [id, card] of cards) {
+      if (visibleIds.has(id)) continue;
+      // A caption in which someone types stays, wherever the list is scrolled to.
+      if (card.element.contains(document.activeElement) && places.has(id)) shown.set(id, card);
+      else spare.push(card);
+    }
     visible.forEach((pair, i) => {
-      const card = cards.get(pair.id) ?? createCard();
+      const card = cards.get(pair.id) ?? spare.pop() ?? createCard();
       shown.set(pair.id, card);
       place(card.element, first + i, columns);
       card.update(pair, getState(pair));
     });
-    for (const [id, card] of cards) {
-      if (shown.has(id)) continue;
-      // A caption in which someone types stays, wherever the list is scrolled to.
-      if (card.element.contains(document.activeElement) && places.has(id)) {
-        shown.set(id, card);
-      } else card.element.remove();
-    }
+    for (const card of spare) card.element.remove();
     // In the order of the list, which is that of the tab key.
     let next = spacer.firstElementChild;
     const ordered = [...shown].sort(([a], [b]) => places.get(a) - places.get(b));

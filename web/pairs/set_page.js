@@ -176,6 +176,12 @@ export class SetPage {
   }
 
   draw() {
+    const start = performance.now();
+    this.drawPairs();
+    performance.measure("qwen_edit_lora.pairs", { start });
+  }
+
+  drawPairs() {
     const { t, pairs } = this;
     const tests = {
       all: () => true,
