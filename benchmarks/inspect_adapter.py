@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from lora_core import Adapter, LoraWeights, compute_delta, read_adapter  # noqa: E402
-from lora_core.base_model.module_paths import TARGET_PRESETS, compute_shape  # noqa: E402
+from lora_core.base_model.qwen_image import QWEN_IMAGE  # noqa: E402
 from lora_core.inspection.inspection import inspect_adapter  # noqa: E402
 
 
@@ -33,8 +33,8 @@ def make_state_dict(num_blocks: int, rank: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     state_dict = {}
     for block in range(num_blocks):
-        for name in TARGET_PRESETS["full"]:
-            out, in_ = compute_shape(name)
+        for name in QWEN_IMAGE.presets["full"]:
+            out, in_ = QWEN_IMAGE.compute_shape(name)
             stem = f"diffusion_model.transformer_blocks.{block}.{name}"
             lora_A = torch.randn(rank, in_, generator=generator) * 0.02
             lora_B = torch.randn(out, rank, generator=generator) * 0.002

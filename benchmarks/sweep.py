@@ -254,12 +254,12 @@ def build_small_adapter(options: argparse.Namespace) -> Any:
     """For a quick test at another width."""
     import torch
     from qwen_edit_lora.lora_core import Adapter, LoraWeights
-    from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS
+    from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 
     shapes = list_shapes(options.blocks, options.width)
     modules = {}
     for block in range(options.blocks):
-        for name in BLOCK_LINEARS:
+        for name in QWEN_IMAGE.block_linears:
             path = f"transformer_blocks.{block}.{name}"
             out, in_ = shapes[f"{path}.weight"]
             down, up = torch.randn(options.rank, in_), torch.randn(out, options.rank)

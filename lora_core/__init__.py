@@ -12,7 +12,9 @@ from .adapter.weights import (
     OftWeights,
     compute_delta,
 )
-from .base_model.module_paths import TARGET_PRESETS, count_parameters, parse_block_ranges
+from .base_model.families import FAMILIES, TARGET_PRESETS, count_parameters
+from .base_model.family import Family
+from .base_model.module_paths import parse_block_ranges
 from .errors import (
     ConfigError,
     FileError,
@@ -33,6 +35,7 @@ from .toolbox.composition import Composition
 from .toolbox.extraction import extract_adapter
 
 __all__ = [
+    "FAMILIES",
     "TARGET_PRESETS",
     "Adapter",
     "Comparison",
@@ -41,6 +44,7 @@ __all__ = [
     "DiffWeights",
     "DoraWeights",
     "DroppedKey",
+    "Family",
     "FileError",
     "Finding",
     "Inspection",

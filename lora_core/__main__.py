@@ -15,6 +15,7 @@ from .disk.output_files import check_outputs
 from .disk.safetensors_file import SUFFIXES, is_safetensors
 from .errors import ConfigError, LoraError, NonFiniteWeightsError
 from .formats.files import PEFT_CONFIG, PEFT_FILE, read_adapter, write_adapter
+from .formats.layouts import MLP_LAYOUTS
 from .formats.schemes import SCHEMES
 from .inspection.compare import compare_adapters
 from .inspection.inspection import inspect_adapter
@@ -23,7 +24,8 @@ from .inspection.tables import build_comparison_table, build_table, describe_ver
 from .toolbox.compose import merge_adapters, resize_adapter
 from .toolbox.composition import Composition
 from .toolbox.extraction import extract_adapter
-from .training.command_line import add_commands
+from .training.command_line import TRAINING_COMMANDS, add_commands
+from .training.model.libraries import import_diffusers_alone
 
 FAILED = 2  # argparse's exit status for a wrong command line
 INTERRUPTED = 130
@@ -33,6 +35,8 @@ INDENT = 1
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     options = build_parser().parse_args(argv)
+    if argv is None and options.command in TRAINING_COMMANDS:  # the process is this command's
+        import_diffusers_alone()
     try:
         options.run(options)
         sys.stdout.flush()
@@ -107,6 +111,11 @@ def add_output(command: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace the file to write if it exists"
     )
     command.add_argument("--format", choices=list(SCHEMES), default="comfyui", help="key format")
+    command.add_argument(
+        "--mlp-layout",
+        choices=MLP_LAYOUTS,
+        help="of Qwen-Image-2.1; by default the one that ComfyUI loads onto every base",
+    )
 
 
 def run_inspect(options: argparse.Namespace) -> None:
@@ -167,13 +176,13 @@ def run_convert(options: argparse.Namespace) -> None:
         adapter.check_finite()
     except NonFiniteWeightsError as e:  # converting changes no number, so the user decides
         print(f"Warning: {e}")
-    written = write_adapter(adapter, out, options.format)
+    written = write_adapter(adapter, out, options.format, options.mlp_layout)
     print(f"Wrote {written}: {adapter.key_format} converted to {options.format}")
 
 
 def write(composition: Composition, out: str, options: argparse.Namespace) -> None:
     print(composition.to_text())
-    print(f"Wrote {write_adapter(composition.adapter, out, options.format)}")
+    print(f"Wrote {write_adapter(composition.adapter, out, options.format, options.mlp_layout)}")
 
 
 def choose_out(options: argparse.Namespace, inputs: list[str]) -> str:
@@ -197,7 +206,8 @@ def choose_out(options: argparse.Namespace, inputs: list[str]) -> str:
             stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
         if not stem.strip("."):
             raise ConfigError(
-                f"OUT is {show(out)}, which names no file; expected one such as my_lora.safetensors"
+                "OUT is {out}, which names no file; expected one such as my_lora.safetensors",
+                out=show(out),
             )
         out = out if is_safetensors(out) else f"{out}.safetensors"
         files = [Path(out)]
@@ -220,8 +230,9 @@ def split_strength(text: str) -> tuple[str, float]:
         return path, float(number)
     except ValueError:
         raise ConfigError(
-            f"{text!r} does not end in a strength; expected a file, or a file and a number such as "
-            "'my_lora.safetensors:0.8'"
+            "{text!r} does not end in a strength; expected a file, or a file and a number such "
+            "as 'my_lora.safetensors:0.8'",
+            text=text,
         ) from None
 
 

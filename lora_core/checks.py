@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .errors import ConfigError
+from .messages import message
 from .text import shorten
 
 #: Of an integer: the largest seed that PyTorch's generators and ComfyUI's fields take.
@@ -16,7 +17,7 @@ def show(value: object) -> str:
     try:
         return shorten(repr(value))
     except (ValueError, RecursionError):  # a number of thousands of digits, endless nesting
-        return f"a {type(value).__name__} too large to be shown"
+        return message("a {name} too large to be shown", name=type(value).__name__)
 
 
 def is_number(value: object) -> bool:
@@ -47,19 +48,33 @@ def check_number(
             return
     expected = "a number"
     if math.isfinite(low):
-        expected = f"a number above {low:g}" if exclusive else f"{low:g} or more"
+        expected = (
+            message("a number above {low:g}", low=low)
+            if exclusive
+            else message("{low:g} or more", low=low)
+        )
     if math.isfinite(high):
-        expected = f"{low:g} to {high:g}"
-    raise ConfigError(f"{shown or name} is {show(value)}; expected {expected}")
+        expected = message("{low:g} to {high:g}", low=low, high=high)
+    raise ConfigError(
+        "{shown} is {value}; expected {expected}",
+        shown=shown or name,
+        value=show(value),
+        expected=expected,
+    )
 
 
 def check_choice(section: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(section, name)
     if value not in choices:
-        raise ConfigError(f"{name} is {show(value)}; expected one of {', '.join(choices)}")
+        raise ConfigError(
+            "{name} is {value}; expected one of {choices}",
+            name=name,
+            value=show(value),
+            choices=", ".join(choices),
+        )
 
 
 def check_text(section: object, name: str) -> None:
     value = getattr(section, name)
     if not value.strip():
-        raise ConfigError(f"{name} is empty; expected a path")
+        raise ConfigError("{name} is empty; expected a path", name=name)

@@ -13,9 +13,21 @@ LoraError
 +-- OutOfMemoryError       memory ran out in a training step
 """
 
+from __future__ import annotations
+
+from .messages import join_messages, message
+
 
 class LoraError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Args:
+        text: its message, or the template of one if there are values; see `messages.message`.
+    """
+
+    def __init__(self, text: object = "", /, **values: object):
+        self.message = message(text, **values)
+        super().__init__(self.message)
 
 
 class FileError(LoraError, ValueError):
@@ -67,6 +79,11 @@ class OutOfMemoryError(LoraError, MemoryError):
     """
 
     def __init__(self, sentence: str, advice: tuple[str, ...]):
-        super().__init__(f"{sentence}. What lowers it: {'; '.join(advice)}.")
+        text = message(
+            "{sentence}. What lowers it: {advice}.",
+            sentence=sentence,
+            advice=join_messages("; ", advice),
+        )
+        super().__init__(text)
         self.sentence = sentence
         self.advice = advice

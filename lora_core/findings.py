@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .messages import message
+
 #: Worth knowing, asks for nothing.
 NOTE = "note"
 #: The result may not be what was meant.
@@ -28,6 +30,11 @@ class Finding:
     text: str
     count: int | None = None
     """How many keys, modules or files it is about."""
+
+
+def mark_warnings(texts: Iterable[str]) -> list[str]:
+    """As lines of a report."""
+    return [message("Warning: {text}", text=text) for text in texts]
 
 
 def list_texts(findings: Iterable[Finding], severity: str) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from .messages import message
+
 Progress = Callable[[int, int], None]
 """Called with (modules done, modules in all)."""
 ShouldStop = Callable[[], bool]
@@ -23,7 +25,14 @@ def track(
     items = list(items)
     for done, item in enumerate(items):
         if should_stop is not None and should_stop():
-            raise InterruptedError(f"the {what} was stopped after {done} of {len(items)} modules")
+            raise InterruptedError(
+                message(
+                    "the {what} was stopped after {done} of {num_items} modules",
+                    what=what,
+                    done=done,
+                    num_items=len(items),
+                )
+            )
         if progress is not None:
             progress(done, len(items))
         yield item

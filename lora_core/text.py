@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .messages import join_messages, message
+
 #: Of a name, a key or a value that a message repeats.
 MAX_SHOWN = 80
 _TAIL = 16
@@ -22,6 +24,12 @@ def shorten(text: str, limit: int = MAX_SHOWN) -> str:
     if len(text) > limit:
         text = f"{text[: limit - _TAIL - 4]}...{text[-_TAIL:]}"
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def flatten(text: str) -> str:
+    """On one line; still a message if it was on one."""
+    flat = " ".join(text.split())
+    return text if text == flat else flat
 
 
 def name_path(path: str | os.PathLike[str]) -> str:
@@ -46,17 +54,21 @@ def join_counts(counts: Mapping[Any, int]) -> str:
     if len(counts) == 1:
         return show(next(iter(counts)))
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    shown = [f"{show(value)} ({count})" for value, count in ordered[:4]]
-    return ", ".join([*shown, f"{len(ordered) - 4} more"] if len(ordered) > 4 else shown)
+    shown = [show(value) + f" ({count})" for value, count in ordered[:4]]
+    if len(ordered) > 4:
+        shown.append(message("{count} more", count=len(ordered) - 4))
+    return join_messages(", ", shown)
 
 
 def show(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def format_count(number: int, noun: str, plural: str = "") -> str:
     """ "1 module", "2 modules"; `plural` if it is not the noun with an s."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+    return message(f"{{n:,}} {noun if number == 1 else plural or f'{noun}s'}", n=number)
 
 
 def format_number(value: float) -> str:
@@ -90,16 +102,21 @@ def format_bytes(size: float, base: int = 1000) -> str:
 def format_duration(seconds: float) -> str:
     """ "0.251 s", "12.3 s", "12 min", "3 h 20 min"."""
     if float(f"{seconds:.3g}") < 60:
-        return f"{format_number(seconds)} s"
+        return message("{seconds} s", seconds=format_number(seconds))
     minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60:,} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60:,} h"
+    hours, minutes = divmod(minutes, 60)
+    if not hours:
+        return message("{minutes} min", minutes=minutes)
+    if not minutes:
+        return message("{hours:,} h", hours=hours)
+    return message("{hours:,} h {minutes} min", hours=hours, minutes=minutes)
 
 
 def shorten_list(items: list[str] | tuple[str, ...], limit: int) -> str:
-    rest = len(items) - limit
-    return "; ".join(items[:limit]) + (f"; and {rest} more" if rest > 0 else "")
+    shown = list(items[:limit])
+    if len(items) > limit:
+        shown.append(message("and {count} more", count=len(items) - limit))
+    return join_messages("; ", shown)
 
 
 def build_natural_key(name: str) -> list[tuple[int, int, str]]:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from .messages import message
 from .progress import Progress, ShouldStop, track
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ def map_in_threads(
 
     def call(item: T) -> R:
         if stopped.is_set():  # nobody takes the result
-            raise InterruptedError(f"the {what} was stopped")
+            raise InterruptedError(message("the {what} was stopped", what=what))
         # these modes belong to a thread, so the caller's are set here again
         with torch.inference_mode(is_inference), torch.no_grad():
             return function(item, ask)

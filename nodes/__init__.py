@@ -18,6 +18,7 @@ from . import (
     toolbox,
     train,
 )
+from .translated_errors import translate_errors
 
 
 class QwenEditLoraExtension(ComfyExtension):
@@ -28,4 +29,5 @@ class QwenEditLoraExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         files = (load, apply, stack, save, inspect, compare, toolbox, sweep, sweep_grid, effect)
-        return [node for file in (*files, dataset, train, job, hold) for node in file.NODES]
+        nodes = [node for file in (*files, dataset, train, job, hold) for node in file.NODES]
+        return [translate_errors(node) for node in nodes]

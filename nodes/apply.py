@@ -78,8 +78,8 @@ class QwenEditLoraApply(io.ComfyNode):
                     advanced=True,
                     placeholder="0-19, 40",
                     tooltip=(
-                        "Only these of the 60 blocks, for example '0-19, 40'. Empty: everything, "
-                        "including layers outside the blocks."
+                        "Only these of the model's blocks, for example '0-19, 40'. Empty: "
+                        "everything, including layers outside the blocks."
                     ),
                 ),
             ],
@@ -106,7 +106,8 @@ class QwenEditLoraApply(io.ComfyNode):
     ) -> io.NodeOutput:
         strengths = Strengths(strength, image_strength, text_strength, parse_block_ranges(blocks))
         readers = host.find_weight_readers(cls.hidden.dynprompt)
-        applied = apply_adapters(model, [(take_adapter(adapter), strengths)], mode, readers)
+        node = host.find_running_node(cls.hidden.dynprompt)
+        applied = apply_adapters(model, [(take_adapter(adapter), strengths)], mode, readers, node)
         report = Report(applied.to_text(), applied.findings)
         ui = show_report(report, "QwenEditLoraApply")
         return io.NodeOutput(applied.model, report, ui=ui)

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from ..lora_core import count_parameters
+from ..lora_core import TARGET_PRESETS, count_parameters
 from ..lora_core.base_model.base_files import open_base_file
-from ..lora_core.base_model.module_paths import TARGET_PRESETS
 from ..lora_core.jobs.devices import Device
 from ..lora_core.training.config.config import TrainConfig
 from ..lora_core.training.config.presets import choose_storage, measure_base

@@ -10,6 +10,7 @@ from ..lora_core import compare_adapters
 from ..lora_core.disk.plain_json import write_json
 from ..lora_core.inspection.plots import draw_comparison
 from ..lora_core.inspection.tables import build_comparison_table
+from ..lora_core.messages import join_messages
 from . import host
 from .sockets import (
     CATEGORY,
@@ -64,7 +65,10 @@ class QwenEditLoraCompare(io.ComfyNode):
             "images": ui.PreviewImage(heat_map, cls=cls).values,
         }
         return io.NodeOutput(
-            Report(f"{report}\n\n{build_comparison_table(comparison)}", comparison.findings),
+            Report(
+                join_messages("\n\n", [report, build_comparison_table(comparison)]),
+                comparison.findings,
+            ),
             write_json(comparison.to_dict(), indent=1),
             heat_map,
             ui=shown,

@@ -13,6 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..lora_core import ConfigError, LoraError
 from ..lora_core.findings import NOTE, Finding
+from ..lora_core.messages import join_messages, message
 from ..lora_core.pairs.cache import (
     EditDataset,
     cache_pairs,
@@ -229,11 +230,13 @@ class QwenEditDataset(io.ComfyNode):
         sheet = build_image(draw_pairs(preflight))
         findings = list(preflight.findings)
         if is_check:
-            report += "\nchecked only: nothing was encoded"
-            dataset = host.block_output("check_only is on: turn it off to make the training set")
+            report += "\n" + message("checked only: nothing was encoded")
+            dataset = host.block_output(
+                message("check_only is on: turn it off to make the training set")
+            )
         else:
             dataset, done, notes = encode(preflight, encoder, take_one(variant))
-            report += f"\n{done}"
+            report += "\n" + done
             findings += notes
         report = Report(report, findings)
         shown = {
@@ -279,8 +282,9 @@ def collect_pairs(
     """(name of the set, its pairs) from the folder or from the connected images."""
     if targets and folder.strip():
         raise ConfigError(
-            f"both a folder ({shorten(folder.strip())}) and targets are given; empty the folder, "
-            "or disconnect the targets"
+            "both a folder ({folder}) and targets are given; empty the folder, or disconnect the "
+            "targets",
+            folder=shorten(folder.strip()),
         )
     if targets:
         connected = [split_batches(slot) for slot in references if slot]
@@ -327,21 +331,35 @@ def encode(
         settings,
     )
     _made.add(cached.folder)
-    done = f"pairs encoded: {cached.num_encoded}, already cached: {cached.num_reused}"
+    done = message(
+        "pairs encoded: {num_encoded}, already cached: {num_reused}",
+        num_encoded=cached.num_encoded,
+        num_reused=cached.num_reused,
+    )
     num_items, size_bytes = measure_store(store)
     lines = [
-        f"{done}: {cached.folder.name}",
-        f"the cache holds {format_count(num_items, 'pair')} of all sets, "
-        f"{format_bytes(size_bytes)}, in {show_store(store)} of the user folder; nothing is "
-        "deleted automatically: Clean in LoRA training > Image pairs removes what no training uses",
+        join_messages(": ", [done, cached.folder.name]),
+        message(
+            "the cache holds {num_pairs} of all sets, {size_bytes}, in {store} of the user "
+            "folder; nothing is deleted automatically: Clean in LoRA training > Image pairs "
+            "removes what no training uses",
+            num_pairs=format_count(num_items, "pair"),
+            size_bytes=format_bytes(size_bytes),
+            store=show_store(store),
+        ),
     ]
     findings = []
     if problem := encoder.keep_vae(store, str(settings["vae"])):
         lines.append(problem)
         findings.append(Finding("vae_not_kept", NOTE, problem))
-    summary = f"{preflight.name}: {format_count(len(cached.keys), 'pair')} for {variant}"
+    summary = message(
+        "{preflight}: {num_pairs} for {variant}",
+        preflight=preflight.name,
+        num_pairs=format_count(len(cached.keys), "pair"),
+        variant=variant,
+    )
     dataset = EditDataset(cached.folder, preflight.name, cached.keys, variant, summary)
-    return dataset, "\n".join(lines), findings
+    return dataset, join_messages("\n", lines), findings
 
 
 NODES = [QwenEditDataset]

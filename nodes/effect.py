@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..lora_core.disk.plain_json import write_json
+from ..lora_core.messages import join_messages, message
 from ..lora_core.sweep.cells import MAX_CELLS
 from ..lora_core.sweep.effect import DEFAULT_POINTS, Effect, parse_sigmas
 from ..lora_core.sweep.effect_plot import draw_effect
@@ -128,7 +129,12 @@ class QwenEditLoraEffect(io.ComfyNode):
         numbers, note = resolve_strengths(strengths, model, [adapter])
         effect = measure_effect(model, adapter, positive, latent_image, numbers, levels, seed)
         chosen = ", ".join(f"{strength:g}" for strength in effect.choose_strengths(points))
-        text = "\n".join(filter(None, [note, effect.to_text(), f"\nfor a sweep: {chosen}"]))
+        text = join_messages(
+            "\n",
+            filter(
+                None, [note, effect.to_text(), message("\nfor a sweep: {chosen}", chosen=chosen)]
+            ),
+        )
         plot = build_image(draw_effect(effect))
         shown = {
             **show_report(text, warning=needs_attention(effect)),

@@ -13,6 +13,7 @@ from ..lora_core.disk.safetensors_file import read_signature
 from ..lora_core.inspection.plots import draw_heat_map, draw_histogram, draw_spectrum
 from ..lora_core.inspection.statistics import SORT_KEYS, STATISTICS
 from ..lora_core.inspection.tables import build_table, describe_verdict, find_skipped
+from ..lora_core.messages import join_messages
 from . import host
 from .inspections import get_inspection
 from .sockets import (
@@ -124,8 +125,10 @@ class QwenEditLoraInspect(io.ComfyNode):
     ) -> io.NodeOutput:
         if model is not None and base_model != NO_BASE:
             raise ConfigError(
-                f"both a model and base_model ({base_model}) are given, and only one can be the "
-                f"base; disconnect the model, or set base_model to {NO_BASE!r}"
+                "both a model and base_model ({base_model}) are given, and only one can be the "
+                "base; disconnect the model, or set base_model to {no_base!r}",
+                base_model=base_model,
+                no_base=NO_BASE,
             )
         base = model
         if base_model != NO_BASE:
@@ -140,7 +143,7 @@ class QwenEditLoraInspect(io.ComfyNode):
             "images": ui.PreviewImage(heat_map, cls=cls).values,
         }
         return io.NodeOutput(
-            Report(f"{verdict}\n\n{table}", findings),
+            Report(join_messages("\n\n", [verdict, table]), findings),
             write_json(
                 {**inspection.to_dict(), "findings": [asdict(one) for one in findings]}, indent=1
             ),

@@ -20,12 +20,14 @@ from ..lora_core.disk.plain_json import write_json
 from ..lora_core.disk.safetensors_file import SafetensorsFile
 from ..lora_core.drawing.contact_sheet import Row, Tile, draw_sheet
 from ..lora_core.drawing.style import draw_message
-from ..lora_core.findings import WARNING, Finding
+from ..lora_core.findings import WARNING, Finding, mark_warnings
 from ..lora_core.jobs.job import Job, JobStatus
 from ..lora_core.jobs.log_pieces import hide_paths
 from ..lora_core.jobs.pictures import JobImage, build_sort_key, parse_name
 from ..lora_core.jobs.store import JobStore
 from ..lora_core.jobs.training_plot import draw_training
+from ..lora_core.messages import join_messages, message
+from ..lora_core.sweep.image_metrics import take_colours
 from ..lora_core.text import format_count, format_number, shorten, shorten_list
 from . import host
 from .server import job_host
@@ -112,8 +114,8 @@ class QwenEditLoraJob(io.ComfyNode):
         sheet = build_image(samples)
         aging = describe_state(job)
         lines = [*aging, *describe_result(job, needs_vae(job) and vae is None)]
-        lines += [f"Warning: {finding.text}" for finding in findings]
-        text = Report("\n".join(lines), findings)
+        lines += mark_warnings(finding.text for finding in findings)
+        text = Report(join_messages("\n", lines), findings)
         figures = {
             **job.to_dict(),
             "last_step": metrics[-1] if metrics else None,
@@ -137,8 +139,12 @@ def wait_for(job_id: str) -> Job:
         job_id, lambda job: progress(job.state.step, max(job.state.num_steps, 1))
     )
     if job.status is JobStatus.FAILED and job.state.failure is not None:
-        advice = "".join(f"\n- {sentence}" for sentence in job.state.failure.advice)
-        raise ConfigError(f"job {job.id} failed: {job.state.failure.sentence}{advice}")
+        failure = job.state.failure
+        raise ConfigError(
+            "job {job_id} failed: {sentences}",
+            job_id=job.id,
+            sentences=join_messages("\n- ", [failure.sentence, *failure.advice]),
+        )
     return job
 
 
@@ -147,8 +153,13 @@ def take_adapter(job: Job) -> Any:
     files = job_host.get_jobs().store.list_adapters(job.id)
     if not files:
         return host.block_output(
-            f"job {job.id} has no LoRA yet (step {job.state.step} of {job.state.num_steps}); turn "
-            "on wait, or run this again later"
+            message(
+                "job {job_id} has no LoRA yet (step {step} of {num_steps}); turn on wait, or "
+                "run this again later",
+                job_id=job.id,
+                step=job.state.step,
+                num_steps=job.state.num_steps,
+            )
         )
     raw = [path for path in files if not path.stem.endswith("_ema")]
     return read_adapter((raw or files)[-1])
@@ -156,9 +167,14 @@ def take_adapter(job: Job) -> Any:
 
 def describe_state(job: Job) -> list[str]:
     """Lines that hold until the job's next step or change of status."""
-    lines = [f"{job.name} ({job.id}): {job.describe()}"]
+    lines = [message("{name} ({job}): {state}", name=job.name, job=job.id, state=job.describe())]
     if job.state.smoothed_loss is not None:
-        lines.append(f"loss {format_number(job.state.smoothed_loss)} (smoothed)")
+        lines.append(
+            message(
+                "loss {smoothed_loss} (smoothed)",
+                smoothed_loss=format_number(job.state.smoothed_loss),
+            )
+        )
     return lines
 
 
@@ -167,15 +183,20 @@ def describe_result(job: Job, lacks_vae: bool) -> list[str]:
     state = job.state
     lines = []
     if state.published:
-        lines.append(f"LoRA: {', '.join(state.published)} in models/loras (press R to see it)")
+        lines.append(
+            message(
+                "LoRA: {published} in models/loras (press R to see it)",
+                published=", ".join(state.published),
+            )
+        )
     if state.failure is not None:
-        lines.append(f"failed: {state.failure.sentence}")
-        lines += [f"- {sentence}" for sentence in state.failure.advice]
+        lines.append(message("failed: {sentence}", sentence=state.failure.sentence))
+        lines += ["- " + sentence for sentence in state.failure.advice]
         if state.failure.log_tail:
-            lines += ["end of the log:", hide_paths(state.failure.log_tail)]
+            lines += [message("end of the log:"), hide_paths(state.failure.log_tail)]
     lines += state.notes
     if lacks_vae:
-        lines.append("there are samples without images: connect the VAE to see them")
+        lines.append(message("there are samples without images: connect the VAE to see them"))
     return lines
 
 
@@ -208,10 +229,14 @@ def draw_samples(job: Job, vae: Any) -> tuple[np.ndarray, list[Finding]]:
         try:
             found.append((image, read()))
         except FileError as e:  # no reason to withhold the LoRA
-            broken.append(str(e))
+            broken.append(e.message)
     findings = []
     if broken:
-        text = f"{format_count(len(broken), 'sample')} not shown: {shorten_list(broken, 2)}"
+        text = message(
+            "{num_samples} not shown: {broken}",
+            num_samples=format_count(len(broken), "sample"),
+            broken=shorten_list(broken, 2),
+        )
         findings.append(Finding("samples_unreadable", WARNING, text, len(broken)))
     return lay_out(job, found, bool(latents)), findings
 
@@ -252,16 +277,21 @@ def read_image(store: JobStore, job_id: str, name: str) -> np.ndarray:
         with Image.open(BytesIO(data), formats=("PNG",)) as image:
             if max(image.size) > MAX_SIDE_PX:
                 raise FileError(
-                    f"{name} is {image.width} x {image.height} px; expected at most "
-                    f"{MAX_SIDE_PX:,} a side. Remove it from the job's samples."
+                    "{name} is {width} x {height} px; expected at most {max_side_px:,} a side. "
+                    "Remove it from the job's samples.",
+                    name=name,
+                    width=image.width,
+                    height=image.height,
+                    max_side_px=MAX_SIDE_PX,
                 )
             small = image.convert("RGB")
     except FileError:
         raise
     except Exception as e:  # noqa: BLE001 - Pillow raises almost anything on damaged files
         raise FileError(
-            f"{name} is not a readable PNG ({shorten(str(e) or type(e).__name__)}); remove it from "
-            "the job's samples."
+            "{name} is not a readable PNG ({error}); remove it from the job's samples.",
+            name=name,
+            error=shorten(str(e) or type(e).__name__),
         ) from None
     small.thumbnail((TILE_SIDE, TILE_SIDE))
     return np.asarray(small)
@@ -271,10 +301,12 @@ def decode(path: Path, vae: Any) -> np.ndarray:
     """A sample's latents as a thumbnail, uint8 (height, width, 3)."""
     file = SafetensorsFile(path)
     if "samples" not in file.tensors:
-        raise FileError(f"{shorten(path.name)} holds no latents; remove it from the job's samples.")
+        raise FileError(
+            "{path} holds no latents; remove it from the job's samples.", path=shorten(path.name)
+        )
     latents = file.tensors["samples"].load().clone()
     file.release()
-    images = host.decode_latents(vae, latents)
+    images = take_colours(host.decode_latents(vae, latents)[:1])
     first = images[0].movedim(-1, 0)[None]
     factor = min(1.0, TILE_SIDE / max(first.shape[2:]))
     size = [max(1, math.floor(side * factor)) for side in first.shape[2:]]

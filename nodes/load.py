@@ -90,7 +90,7 @@ class QwenEditLoraLoad(io.ComfyNode):
         try:
             host.find_lora(lora_name)
         except LoraError as e:
-            return str(e)
+            return e.message
         return True
 
     @classmethod

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..lora_core.base_model.base_weights import BaseWeights
+from ..lora_core.messages import message
 from .host import ModelPatcher
 
-NAME = "the connected MODEL"
+NAME = message("the connected MODEL")
 PREFIX = "diffusion_model."
 
 

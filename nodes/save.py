@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..lora_core import Adapter, write_adapter
 from ..lora_core.findings import WARNING, Finding
 from ..lora_core.formats.schemes import SCHEMES
+from ..lora_core.messages import join_messages, message
 from ..lora_core.text import format_bytes, format_count
 from . import host
 from .sockets import CATEGORY, Report, adapter_input, report_output, show_report, take_adapter
@@ -17,24 +18,24 @@ from .sockets import CATEGORY, Report, adapter_input, report_output, show_report
 def find_warnings(adapter: Adapter, key_format: str) -> list[Finding]:
     """How ComfyUI's own LoraLoader (0.30) will read the file."""
     if key_format == "peft":
-        text = (
-            "ComfyUI's own LoraLoader matches none of PEFT's keys and applies nothing; Load Qwen "
-            "Edit LoRA reads them"
+        text = message(
+            "ComfyUI's own LoraLoader matches none of PEFT's keys and applies nothing; Load "
+            "Qwen Edit LoRA reads them"
         )
         return [Finding("native_loads_nothing", WARNING, text, len(adapter))]
     found = []
     scaled = sum(weights.scale != 1 for weights in adapter.modules.values())
     if key_format == "diffusers" and scaled:
-        text = (
-            "alpha is in the header, which ComfyUI's own LoraLoader does not read: it would apply "
-            "scale 1; Load Qwen Edit LoRA reads it"
+        text = message(
+            "alpha is in the header, which ComfyUI's own LoraLoader does not read: it would "
+            "apply scale 1; Load Qwen Edit LoRA reads it"
         )
         found.append(Finding("native_ignores_alpha", WARNING, text, scaled))
     if "DoRA" in adapter.kinds:
-        text = (
-            "ComfyUI's own LoraLoader gives another result with a DoRA: it drops magnitudes in "
-            "diffusers' keys, and normalises others by the base weight alone; Apply Qwen Edit LoRA "
-            "follows PEFT and LyCORIS"
+        text = message(
+            "ComfyUI's own LoraLoader gives another result with a DoRA: it drops magnitudes "
+            "in diffusers' keys, and normalises others by the base weight alone; Apply Qwen "
+            "Edit LoRA follows PEFT and LyCORIS"
         )
         found.append(Finding("native_differs", WARNING, text))
     return found
@@ -94,12 +95,17 @@ class QwenEditLoraSave(io.ComfyNode):
         written = write_adapter(adapter, target, key_format)
         name = host.name_below_output(written)
         lines = [
-            f"Wrote {name}: {format_count(len(adapter), 'module')}, "
-            f"{format_bytes(written.stat().st_size)}, format {key_format}"
+            message(
+                "Wrote {name}: {num_modules}, {size}, format {key_format}",
+                name=name,
+                num_modules=format_count(len(adapter), "module"),
+                size=format_bytes(written.stat().st_size),
+                key_format=key_format,
+            )
         ]
         findings = find_warnings(adapter, key_format)
-        lines += [f"Warning: {finding.text}" for finding in findings]
-        report = Report("\n".join(lines), findings)
+        lines += [message("Warning: {text}", text=finding.text) for finding in findings]
+        report = Report(join_messages("\n", lines), findings)
         return io.NodeOutput(name, report, ui=show_report(report))
 
 

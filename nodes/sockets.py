@@ -12,6 +12,8 @@ from comfy_api.latest import io
 
 from ..lora_core import Adapter, ConfigError, read_state_dict
 from ..lora_core.findings import NOTE, Finding
+from ..lora_core.messages import message
+from . import host
 
 if TYPE_CHECKING:
     from ..lora_core.jobs.job import Job
@@ -45,10 +47,11 @@ def take_adapter(value: Any) -> Adapter:
     if isinstance(value, Adapter):
         return value
     if isinstance(value, dict):
-        return read_state_dict(value, name="the connected LORA_MODEL")
+        return read_state_dict(value, name=message("the connected LORA_MODEL"))
     raise ConfigError(
-        f"the adapter input got a {type(value).__name__}; expected the output of Load Qwen Edit "
-        "LoRA or a LORA_MODEL"
+        "the adapter input got a {name}; expected the output of Load Qwen Edit LoRA or a "
+        "LORA_MODEL",
+        name=type(value).__name__,
     )
 
 
@@ -58,12 +61,12 @@ def build_image(pixels: np.ndarray) -> torch.Tensor:
 
 
 class Report(str):
-    """A report's text for any STRING input, with its findings as data."""
+    """A report's text, in the user's language, for any STRING input; with its findings as data."""
 
     findings: tuple[Finding, ...]
 
     def __new__(cls, text: str, findings: Iterable[Finding] = ()) -> Report:
-        report = super().__new__(cls, text)
+        report = super().__new__(cls, host.translate(text))
         report.findings = tuple(findings)
         return report
 
@@ -85,7 +88,7 @@ def show_report(report: str, node_id: str = "", *, warning: bool = False) -> dic
     shown: dict[str, list] = {
         "qwen_edit_lora_report": [str(report)],
         "qwen_edit_lora_warning": [warning or any(f.severity != NOTE for f in findings)],
-        "qwen_edit_lora_findings": [asdict(finding) for finding in findings],
+        "qwen_edit_lora_findings": host.translate([asdict(finding) for finding in findings]),
     }
     return {**shown, "qwen_edit_lora_node": [node_id]} if node_id else shown
 
@@ -100,5 +103,5 @@ def show_job(job: Job, aging: Sequence[str]) -> dict[str, list]:
     return {
         "qwen_edit_lora_job": [job.id],
         "qwen_edit_lora_reported": [job.status.value, job.state.step],
-        "qwen_edit_lora_aging": list(aging),
+        "qwen_edit_lora_aging": host.translate(list(aging)),
     }

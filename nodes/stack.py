@@ -10,6 +10,7 @@ from ..lora_core import Adapter, ConfigError, LoraError
 from ..lora_core.adapter.strengths import Strengths
 from ..lora_core.disk.safetensors_file import read_signature
 from ..lora_core.findings import NOTE
+from ..lora_core.messages import message
 from ..lora_core.text import shorten
 from . import host
 from .apply import mode_input
@@ -39,15 +40,18 @@ def parse_strengths(text: str, count: int) -> list[float]:
         numbers = [float(item) for item in text.split(",")]
     except ValueError:
         raise ConfigError(
-            f"strengths is {shorten(text)!r}; expected one number per adapter, such as '1, 0.8', "
-            "or a single one for all"
+            "strengths is {text!r}; expected one number per adapter, such as '1, 0.8', or a "
+            "single one for all",
+            text=shorten(text),
         ) from None
     if len(numbers) == 1:
         numbers *= count
     if len(numbers) != count:
         raise ConfigError(
-            f"strengths holds {len(numbers)} numbers for {count} adapters; expected one for each, "
-            "in the order of the inputs, or a single one for all"
+            "strengths holds {num_numbers} numbers for {count} adapters; expected one for each, "
+            "in the order of the inputs, or a single one for all",
+            num_numbers=len(numbers),
+            count=count,
         )
     return numbers
 
@@ -93,8 +97,9 @@ def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
         return [(name, strength) for name, strength in rows if name != NO_FILE]
     except (KeyError, TypeError, AttributeError):
         raise ConfigError(
-            f"files is {shorten(repr(files))}; expected a number of files, such as '2 files', with "
-            "lora_1, strength_1 and so on for each"
+            "files is {files}; expected a number of files, such as '2 files', with lora_1, "
+            "strength_1 and so on for each",
+            files=shorten(repr(files)),
         ) from None
 
 
@@ -102,7 +107,11 @@ def report_file(applied: Application, adapter: Adapter) -> None:
     """Adds the findings from reading the file, as Load Qwen Edit LoRA would report them."""
     for finding in adapter.report.findings:
         add = applied.note if finding.severity == NOTE else applied.warn
-        add(finding.kind, f"{adapter.name}: {finding.text}", finding.count)
+        add(
+            finding.kind,
+            message("{adapter}: {text}", adapter=adapter.name, text=finding.text),
+            finding.count,
+        )
 
 
 class QwenEditLoraStack(io.ComfyNode):
@@ -190,7 +199,8 @@ class QwenEditLoraStack(io.ComfyNode):
                 "the stack is empty; choose a file in one of its rows, or connect an adapter"
             )
         readers = host.find_weight_readers(cls.hidden.dynprompt)
-        applied = apply_adapters(model, layers, mode, readers)
+        node = host.find_running_node(cls.hidden.dynprompt)
+        applied = apply_adapters(model, layers, mode, readers, node)
         # No Load node read these files, so nothing else reports on them.
         opened = {id(adapter): adapter for adapter, _ in layers[: len(rows)]}
         for adapter in opened.values():

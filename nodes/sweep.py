@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..lora_core import Adapter, ConfigError, LoraError
 from ..lora_core.disk.safetensors_file import read_signature
 from ..lora_core.findings import ERROR, NOTE, WARNING
+from ..lora_core.messages import join_messages, message
 from ..lora_core.sweep.cells import Cell, build_cells, build_label, name_adapters
 from ..lora_core.sweep.lora_patterns import find_loras
 from ..lora_core.sweep.strength_grammar import parse_seeds, parse_strengths
@@ -34,16 +35,16 @@ from .sweeping.strengths import resolve_strengths
 
 SETTINGS = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
 SAMPLING_LINKS = ("positive", "negative", "latent_image", "vae", "sampler", "sigmas")
-TITLES = {ERROR: "Warning", WARNING: "Warning", NOTE: "Note"}
+TITLES = {ERROR: message("Warning"), WARNING: message("Warning"), NOTE: message("Note")}
 IMAGES, LATENTS = 0, 1  # output positions
 
-NO_IMAGES = (
-    "this sweep makes no images: connect positive, negative, latent_image and vae to Sweep Qwen "
-    "Edit LoRA, or sample its models yourself"
+NO_IMAGES = message(
+    "this sweep makes no images: connect positive, negative, latent_image and vae to Sweep "
+    "Qwen Edit LoRA, or sample its models yourself"
 )
-NO_LATENTS = (
-    "this sweep makes no latents: connect positive, negative and latent_image to Sweep Qwen Edit "
-    "LoRA, or sample its models yourself"
+NO_LATENTS = message(
+    "this sweep makes no latents: connect positive, negative and latent_image to Sweep Qwen "
+    "Edit LoRA, or sample its models yourself"
 )
 
 
@@ -266,8 +267,10 @@ def take_one(name: str, values: Any) -> Any:
         return values
     if len(values) != 1:
         raise ConfigError(
-            f"{name} got a list of {len(values)} values; expected a single one, as the sweep "
-            "makes the list itself"
+            "{name} got a list of {num_values} values; expected a single one, as the sweep "
+            "makes the list itself",
+            name=name,
+            num_values=len(values),
         )
     return values[0]
 
@@ -300,8 +303,10 @@ def choose_sampling(links: Mapping[str, host.Link], given: Mapping[str, Any]) ->
     missing = [name for name in needed if name not in found]
     if missing:
         raise ConfigError(
-            f"to sample, Sweep Qwen Edit LoRA needs {', '.join(needed)}, and {', '.join(missing)} "
-            "is not connected; connect it, or disconnect all of them to use the models alone"
+            "to sample, Sweep Qwen Edit LoRA needs {needed}, and {missing} is not connected; "
+            "connect it, or disconnect all of them to use the models alone",
+            needed=", ".join(needed),
+            missing=", ".join(missing),
         )
     return Sampling(found, {name: given[name] for name in SETTINGS})
 
@@ -321,12 +326,22 @@ def describe(
     note: str,
 ) -> str:
     images = format_count(len(cells), "image")
-    lines = [f"{images}: strengths {', '.join(f'{strength:g}' for strength in strengths)}"]
+    lines = [
+        message(
+            "{images}: strengths {strengths}",
+            images=images,
+            strengths=", ".join(f"{strength:g}" for strength in strengths),
+        )
+    ]
     if len(seeds) > 1:
-        lines.append(f"seeds: {', '.join(map(str, seeds))}")
+        lines.append(message("seeds: {seeds}", seeds=", ".join(map(str, seeds))))
     if len(names) > 1:
-        lines.append(f"adapters: {shorten_list(names, 8)}; strength 0 is the same for all")
-    return "\n".join([*lines, *filter(None, [note])])
+        lines.append(
+            message(
+                "adapters: {names}; strength 0 is the same for all", names=shorten_list(names, 8)
+            )
+        )
+    return join_messages("\n", [*lines, *filter(None, [note])])
 
 
 class QwenEditLoraSweepCollect(io.ComfyNode):
@@ -355,14 +370,18 @@ class QwenEditLoraSweepCollect(io.ComfyNode):
     def execute(cls, text: str, **parts: Any) -> io.NodeOutput:
         reports = collect_numbered(parts, "report")
         findings = [
-            replace(finding, text=f"{name}: {finding.text}")
+            replace(finding, text=message("{name}: {text}", name=name, text=finding.text))
             for name, load in zip(
                 collect_numbered(parts, "name"), collect_numbered(parts, "load"), strict=True
             )
             for finding in get_findings(load)
         ]
-        lines = [text, *reports, *(f"{TITLES[one.severity]}: {one.text}" for one in findings)]
-        report = Report("\n".join(lines), chain(*map(get_findings, reports), findings))
+        lines = [
+            text,
+            *reports,
+            *(join_messages(": ", [TITLES[one.severity], one.text]) for one in findings),
+        ]
+        report = Report(join_messages("\n", lines), chain(*map(get_findings, reports), findings))
         lists = [collect_numbered(parts, name) for name in ("image", "latent", "model")]
         return io.NodeOutput(*lists, report, ui=show_report(report))
 

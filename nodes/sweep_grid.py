@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..lora_core import ConfigError, FileError
 from ..lora_core.disk.plain_json import write_json
+from ..lora_core.messages import join_messages
 from ..lora_core.sweep.cells import MAX_CELLS
 from ..lora_core.sweep.measures import measure_sweep
 from ..lora_core.sweep.plots import draw_contact_sheet, draw_curve, draw_differences
@@ -130,7 +131,7 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
             ],
         }
         return io.NodeOutput(
-            Report(f"{report}\n\n{table}", verdict.findings),
+            Report(join_messages("\n\n", [report, table]), verdict.findings),
             sheet,
             build_image(draw_differences(sweep, verdict)),
             build_image(draw_curve(verdict)),
@@ -145,7 +146,9 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
         try:
             return ui.ImageSaveHelper.get_save_images_ui(sheet, prefix, cls=cls).as_dict()
         except OSError as e:
-            raise FileError(f"the contact sheet cannot be saved: {e.strerror}.") from None
+            raise FileError(
+                "the contact sheet cannot be saved: {reason}.", reason=e.strerror
+            ) from None
 
 
 def split_labels(labels: list[str]) -> list[str]:
@@ -156,8 +159,9 @@ def split_labels(labels: list[str]) -> list[str]:
         labels = [line.strip() for line in text.splitlines() if line.strip()]
     if not labels:
         raise ConfigError(
-            "labels is empty; connect the labels of Sweep Qwen Edit LoRA, or write the strengths, "
-            f"such as '0, 0.5, 1', for up to {MAX_CELLS} images"
+            "labels is empty; connect the labels of Sweep Qwen Edit LoRA, or write the "
+            "strengths, such as '0, 0.5, 1', for up to {max_cells} images",
+            max_cells=MAX_CELLS,
         )
     return labels
 

@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..lora_core import (
+    FAMILIES,
     Composition,
     ConfigError,
     LoraError,
@@ -27,7 +28,7 @@ from .sockets import (
 )
 from .stack import MAX_ADAPTERS, parse_strengths
 
-MAX_RANK = 3072
+MAX_RANK = max(family.width for family in FAMILIES)
 
 
 def adapter_output(tooltip: str) -> io.Output:

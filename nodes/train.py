@@ -9,12 +9,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..lora_core import ConfigError
-from ..lora_core.base_model.module_paths import TARGET_PRESETS
-from ..lora_core.findings import NOTE, WARNING, Finding
+from ..lora_core import TARGET_PRESETS, ConfigError
+from ..lora_core.findings import NOTE, WARNING, Finding, mark_warnings
 from ..lora_core.jobs.devices import Device
 from ..lora_core.jobs.estimate_process import estimate_in_process
 from ..lora_core.jobs.job import MAX_DEVICES, Job, SampleSettings
+from ..lora_core.messages import join_messages, message
 from ..lora_core.pairs.vae_copy import find_vae
 from ..lora_core.training.config.config import TrainConfig
 from ..lora_core.training.config.presets import PRESETS
@@ -24,7 +24,7 @@ from ..lora_core.training.model.quantization import STORAGES
 from ..lora_core.training.optimizer.optimization import OPTIMIZERS
 from . import host
 from .base_choice import choose_base
-from .server import job_devices, job_host
+from .server import job_devices, job_host, measurements
 from .server.prompt_policy import POLICIES, POLICY_TOOLTIP
 from .sockets import CATEGORY, DatasetSocket, Report, report_output, show_job, show_report
 from .training_settings import (
@@ -38,11 +38,11 @@ from .training_settings import (
 
 MEASURE, SKIP = "measure first", "skip"
 REFUSE, START_ANYWAY = "refuse", "start anyway"
-FITS_NO_DEVICE = "this training does not fit into the device's memory"
-FITS_NO_HOST = "this training does not fit into main memory"
-NO_IMAGES = (
-    "the dataset's VAE was not kept, so that samples come without images; run Image Pairs again to "
-    "keep it"
+FITS_NO_DEVICE = message("this training does not fit into the device's memory")
+FITS_NO_HOST = message("this training does not fit into main memory")
+NO_IMAGES = message(
+    "the dataset's VAE was not kept, so that samples come without images; run Image Pairs "
+    "again to keep it"
 )
 #: Input of the node -> setting of the engine.
 SETTINGS = {
@@ -165,7 +165,7 @@ class QwenEditLoraTrain(io.ComfyNode):
         key = build_key(requested, storage, gpus)
         known = jobs.store.find_same(key)
         if known is not None:
-            return show(known, f"this training is already job {known.id}: {known.describe()}")
+            return show(known, describe_job(known, is_known=True))
         devices, taken = job_devices.choose_for_job(jobs.store, requested.model.device, gpus)
         own = read_more(more_settings).get("model", {})
         base, lines, needed_bytes = choose_base(requested, storage, own, devices)
@@ -192,7 +192,7 @@ class QwenEditLoraTrain(io.ComfyNode):
             gpu_memory_bytes=needed_bytes,
         )
         job = jobs.store.get(job_id)
-        return show(job, f"job {job_id}: {job.describe()}", lines, findings)
+        return show(job, describe_job(job), lines, findings)
 
 
 def list_advanced_inputs() -> list[Any]:
@@ -347,10 +347,20 @@ def list_advanced_inputs() -> list[Any]:
     ]
 
 
+def describe_job(job: Job, is_known: bool = False) -> str:
+    if is_known:
+        return message(
+            "this training is already job {job}: {state}", job=job.id, state=job.describe()
+        )
+    return message("job {job}: {state}", job=job.id, state=job.describe())
+
+
 def measure(config: TrainConfig, device: Device, with_samples: bool) -> Estimate:
-    return host.run_interruptible(
-        partial(estimate_in_process, with_samples=with_samples), config, device
-    )
+    """Seconds to minutes, in which every page says so."""
+    with measurements.measuring(config.name):
+        return host.run_interruptible(
+            partial(estimate_in_process, with_samples=with_samples), config, device
+        )
 
 
 def report_estimate(
@@ -362,7 +372,7 @@ def report_estimate(
         ConfigError: the training does not fit, and must then be refused.
     """
     if isinstance(found, str):
-        lines.append(f"not estimated: {found}")
+        lines.append(message("not estimated: {found}", found=found))
         findings.append(Finding("not_estimated", NOTE, lines[-1]))
         return
     lines.append(found.to_text())
@@ -370,13 +380,15 @@ def report_estimate(
         return
     too_large = FITS_NO_HOST if found.fits_device else FITS_NO_DEVICE
     if if_too_large == REFUSE:
-        text = "\n".join(lines)
+        text = join_messages("\n", lines)
         raise ConfigError(
-            f"{too_large}.\n{text}\n"
-            "Lower what the list names, or set if_too_large to 'start anyway'."
+            "{too_large}.\n{text}\nLower what the list names, or set if_too_large to 'start "
+            "anyway'.",
+            too_large=too_large,
+            text=text,
         )
-    sentence = f"{too_large}; started anyway, as if_too_large says"
-    lines.append(f"Warning: {sentence}")
+    sentence = message("{too_large}; started anyway, as if_too_large says", too_large=too_large)
+    lines += mark_warnings([sentence])
     findings.append(Finding("too_large", WARNING, sentence))
 
 
@@ -392,7 +404,7 @@ def show(
     job: Job, head: str, lines: Sequence[str] = (), findings: Sequence[Finding] = ()
 ) -> io.NodeOutput:
     """The node's outputs; `head` tells of the job's present status."""
-    text = Report("\n".join([head, *lines]), findings)
+    text = Report(join_messages("\n", [head, *lines]), findings)
     return io.NodeOutput(job.id, text, ui=show_report(text) | show_job(job, [head]))
 
 

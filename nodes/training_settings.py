@@ -74,14 +74,16 @@ def read_more(text: str) -> dict[str, Any]:
         raise
     except ValueError as e:
         raise ConfigError(
-            f"more_settings cannot be read ({e}); expected TOML such as '[objective]' and in the "
-            "next line 'sampling = \"uniform\"'"
+            "more_settings cannot be read ({error}); expected TOML such as '[objective]' and in "
+            "the next line 'sampling = \"uniform\"'",
+            error=e,
         ) from None
     for table, setting in ((None, "output"), ("model", "source"), ("data", "folder")):
         found = values if table is None else values.get(table)
         if isinstance(found, Mapping) and setting in found:
             raise ConfigError(
-                f"more_settings names {setting}, which the node's own inputs decide; remove it"
+                "more_settings names {setting}, which the node's own inputs decide; remove it",
+                setting=setting,
             )
     return values
 
@@ -96,6 +98,7 @@ def compute_key(config: TrainConfig) -> str:
         digest.update((Path(config.data.folder) / INDEX_FILE).read_bytes())
     except OSError as e:
         raise ConfigError(
-            f"the training set cannot be opened ({e.strerror}); run the dataset node again"
+            "the training set cannot be opened ({reason}); run the dataset node again",
+            reason=e.strerror,
         ) from None
     return digest.hexdigest()

@@ -109,7 +109,7 @@ def base_directory(
     comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Path:
     """A fresh --base-directory with our extension, the shim, the photograph and the demo base."""
-    from demo_base import layout
+    from demo_base import frontend, layout
 
     # Takes 7 s to make, so kept between runs; one for each of several test processes.
     name = "demo_models" + os.environ.get("PYTEST_XDIST_WORKER", "")
@@ -117,6 +117,7 @@ def base_directory(
     models = layout.make_models(cache, sys.executable, comfyui_path)
     base = layout.make_base_directory(tmp_path_factory.mktemp("comfyui"), ROOT)
     shutil.copytree(models, base / "models", dirs_exist_ok=True)
+    frontend.write_user_settings(base / "user")
     return base
 
 
@@ -167,7 +168,8 @@ def comfyui(comfyui_path: Path, base_directory: Path) -> SimpleNamespace:
 
         import nodes
 
-        import_package("demo_base.shim", ROOT / "tests" / "demo_base" / "shim")
+        for name in ("shim", "shim_21"):
+            import_package(f"demo_base.{name}", ROOT / "tests" / "demo_base" / name)
         if USE_GPU:
             multiply_in_full_precision(comfy.model_management)
     return SimpleNamespace(

@@ -79,7 +79,7 @@ def test_a_second_setup_does_nothing(dev, checkout, monkeypatch):
     root, comfyui = checkout
     calls = []
     monkeypatch.setattr(dev, "make_venv", lambda root: calls.append("venv"))
-    monkeypatch.setattr(dev, "run_pip", lambda python, arguments, log: calls.append(arguments))
+    monkeypatch.setattr(dev, "install", lambda root, files, log: calls.append(files))
     environment = {"COMFYUI_PATH": str(comfyui)}
     assert dev.setup(root, environment) == comfyui
     assert len(calls) == 2
@@ -87,15 +87,57 @@ def test_a_second_setup_does_nothing(dev, checkout, monkeypatch):
     assert len(calls) == 2
 
 
-def test_all_requirement_files_go_into_one_pip_call(dev, checkout, monkeypatch):
+@pytest.fixture
+def installing(dev, checkout, monkeypatch):
+    """(the status uv ends with, whether pip has an index of its own) -> the programs' calls."""
     root, comfyui = checkout
     (root / "requirements.txt").write_text("safetensors\n")
-    calls = []
-    monkeypatch.setattr(dev, "make_venv", lambda root: None)
-    monkeypatch.setattr(dev, "run_pip", lambda python, arguments, log: calls.append(arguments))
-    dev.setup(root, {"COMFYUI_PATH": str(comfyui)})
+
+    def run(status, has_own_index=False):
+        calls = []
+
+        def run_child(command, **options):
+            calls.append(command)
+            options["stdout"].write("no such package\n")
+            return status if command[0] == str(dev.get_venv_script(root, "uv")) else 0
+
+        monkeypatch.setattr(dev, "make_venv", lambda root: None)
+        monkeypatch.setattr(dev, "has_own_index", lambda python: has_own_index)
+        monkeypatch.setattr(dev, "run_child", run_child)
+        dev.setup(root, {"COMFYUI_PATH": str(comfyui)})
+        return calls
+
     files = [root / "requirements-dev.txt", root / "requirements.txt", comfyui / "requirements.txt"]
-    assert calls == [["install", *(f"--requirement={path}" for path in files)]]
+    run.files = [f"--requirement={path}" for path in files]
+    return run
+
+
+def test_all_requirement_files_go_into_one_call_of_uv(installing):
+    pip, uv = installing(status=0)
+    assert pip[-1].startswith("uv==")
+    assert uv[1:3] == ["pip", "install"]
+    assert uv[3:6] == installing.files
+
+
+@pytest.mark.parametrize("has_own_index", [True, False])
+def test_pip_installs_what_uv_cannot_or_may_not(installing, capsys, has_own_index):
+    *_, pip = calls = installing(status=2, has_own_index=has_own_index)
+    assert pip[1:3] == ["-m", "pip"]
+    assert [argument for argument in pip if argument in installing.files] == installing.files
+    assert len(calls) == (1 if has_own_index else 3)
+    assert ("uv failed (its output was: no such package)" in capsys.readouterr().out) == (
+        not has_own_index
+    )
+
+
+def test_an_index_of_the_users_own_is_seen(dev, monkeypatch):
+    for name in ("PIP_INDEX_URL", "PIP_NO_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "file:///more")  # beside PyPI, where all of ours is
+    assert not dev.has_own_index(Path(sys.executable))
+    monkeypatch.setenv("PIP_INDEX_URL", "file:///mine")
+    assert dev.has_own_index(Path(sys.executable))
 
 
 def test_a_comfyui_path_without_main_py_is_refused_with_a_message(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from demo_base.adapters import make_adapter
 from qwen_edit_lora import lora_core
-from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 from qwen_edit_lora.lora_core.formats import parsed_key, schemes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -253,9 +253,9 @@ def test_the_manual_names_every_node_prefix_and_format():
 
 def test_the_report_in_the_documents_is_the_real_one():
     state_dict, dtype = {}, torch.bfloat16
-    for block in range(module_paths.NUM_BLOCKS):
+    for block in range(QWEN_IMAGE.num_blocks):
         for name in lora_core.TARGET_PRESETS["full"]:
-            out_features, in_features = module_paths.compute_shape(name)
+            out_features, in_features = QWEN_IMAGE.compute_shape(name)
             stem = f"lora_unet_transformer_blocks_{block}_{name.replace('.', '_')}"
             state_dict[f"{stem}.lora_down.weight"] = torch.empty(16, in_features, dtype=dtype)
             state_dict[f"{stem}.lora_up.weight"] = torch.empty(out_features, 16, dtype=dtype)
@@ -269,7 +269,7 @@ def test_the_report_in_the_documents_is_the_real_one():
 
 def test_the_python_example_of_the_manual_runs(tmp_path, monkeypatch, capsys):
     (example,) = re.findall(r"```python\n(.*?)```", MANUAL, re.DOTALL)
-    module = {module_paths.BLOCK_LINEARS[0]: (8, 8)}
+    module = {next(iter(QWEN_IMAGE.block_linears)): (8, 8)}
     paths = {f"transformer_blocks.0.{name}": shape for name, shape in module.items()}
     make_adapter(tmp_path / "my_edit_lora.safetensors", paths, rank=2, alpha=1.0)
     (tmp_path / "example.py").write_text(example, encoding="utf-8")

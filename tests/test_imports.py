@@ -34,10 +34,15 @@ HOST = {
         BORDER,
     ),
     "server": ("nodes/server/routes.py",),
-    "aiohttp": tuple(f"nodes/server/{name}.py" for name in ("routes", "pair_routes", "answers")),
+    "aiohttp": tuple(
+        f"nodes/server/{name}.py" for name in ("routes", "pair_routes", "job_downloads", "answers")
+    ),
 }
 #: Modules of the core that every package may use; they import only each other.
-GROUND = ("checks", "errors", "findings", "progress", "subprocesses", "text", "threads")
+GROUND = (
+    *("checks", "errors", "findings", "messages", "progress", "subprocesses", "text", "threads"),
+    "translation",
+)
 #: Files that may import all of the core.
 ABOVE = ("__init__.py", "lora_core/__init__.py", "lora_core/__main__.py")
 #: Package -> packages it may import beside itself and GROUND; those of `nodes` also all of the
@@ -174,7 +179,7 @@ FORBIDDEN = [
     ("lora_core/__init__.py", "from ..nodes import host"),
     ("lora_core/__main__.py", "import comfy"),
     ("lora_core/adapter/delta.py", "from qwen_edit_lora.nodes import host"),
-    ("lora_core/errors.py", "from .base_model.module_paths import NUM_BLOCKS"),
+    ("lora_core/errors.py", "from .base_model.module_paths import split_path"),
     ("lora_core/base_model/module_paths.py", "from ..formats import reading"),
     ("lora_core/base_model/module_paths.py", "from .. import formats"),
     ("lora_core/adapter/adapter.py", "from ..formats.files import read_adapter"),

@@ -3,6 +3,7 @@ import { api } from "../../scripts/api.js";
 import { addJobWidget } from "./job_view.js";
 import { Jobs } from "./panel/jobs.js";
 import { announce } from "./panel/notifications.js";
+import { ProgressTitle } from "./panel/progress_title.js";
 import { registerSidebar } from "./panel/sidebar.js";
 import { addPairsButton } from "./pairs/node_button.js";
 import { addReportWidget } from "./report.js";
@@ -31,6 +32,10 @@ const NODES_WITH_JOB = new Set(["QwenEditLoraTrain", "QwenEditLoraJob"]);
 
 // The browser of LoRA files listens to this while it is open.
 api.addEventListener("qwen_edit_lora.adapters", () => {});
+// What sampling found of a LoRA: its node ran before, and the finding is null once it is gone.
+api.addEventListener("qwen_edit_lora.finding", ({ detail }) => {
+  findExecutedNode(detail.node)?.showFinding?.(detail.source, detail.finding);
+});
 // Listens from the start: an event without a listener is an error in ComfyUI's console.
 const jobs = new Jobs(api);
 let sidebar = null;
@@ -87,6 +92,7 @@ app.registerExtension({
   setup() {
     sidebar = registerSidebar({ app, api, jobs });
     announce(app, jobs, createTranslator(app));
+    new ProgressTitle(jobs);
     jobs.refresh();
   },
 });

@@ -15,13 +15,18 @@ export function createReportView(t) {
   const view = {
     element,
     text: "",
+    late: new Map(), // findings of later samplings, by the node that applied the LoRA
+    shown: [],
     // aging: lines that theme.css hides once the node's live view shows that they are outdated
     show(text, state, found = NOTHING, aging = []) {
       view.text = text ?? "";
+      view.shown = [text, state, found, aging];
+      const late = new Map([...view.late.values()].map((finding) => [finding.text, finding]));
+      const findings = [...found.findings, ...late.values()];
       const lines = (view.text || t("report.waiting")).split("\n");
-      const matched = lines.map((line) => findFinding(line, found.findings));
-      const unmatched = found.findings.filter((finding) => !matched.includes(finding));
-      const summary = buildSummary(found, t);
+      const matched = lines.map((line) => findFinding(line, findings));
+      const unmatched = findings.filter((finding) => !matched.includes(finding));
+      const summary = buildSummary({ ...found, findings }, t);
       element.replaceChildren(
         ...(summary ? [summary] : []),
         ...lines.map((line, index) => {
@@ -31,7 +36,8 @@ export function createReportView(t) {
         }),
         ...unmatched.map((finding) => buildLine(finding.text, finding)),
       );
-      element.dataset.state = view.text ? state : "waiting";
+      const color = late.size && state === "fine" ? "warning" : state;
+      element.dataset.state = view.text ? color : "waiting";
     },
   };
   view.show("", "fine");
@@ -59,7 +65,14 @@ export function addReportWidget(node, t) {
     // A fully cached sweep sends only the first lines of its report.
     if (view.text !== text && view.text.startsWith(`${text}\n`)) return;
     const state = output.qwen_edit_lora_warning?.[0] ? "warning" : "fine";
+    // The same text again is a cached one, for which nothing was sampled anew.
+    if (view.text !== text) view.late.clear();
     view.show(text, state, readFindings(output), output.qwen_edit_lora_aging);
+  };
+  node.showFinding = (source, finding) => {
+    if (finding) view.late.set(source, finding);
+    else view.late.delete(source);
+    view.show(...view.shown);
   };
   // ComfyUI's own message says only that the node failed, and hides the reason behind a button.
   node.showError = (message) => view.show(message, "error");

@@ -15,7 +15,7 @@ from .settings import Sizes
 import_extension()
 
 from qwen_edit_lora.lora_core import Adapter, LoraWeights  # noqa: E402
-from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS, compute_shape  # noqa: E402
+from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE  # noqa: E402
 from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, DatasetWriter  # noqa: E402
 from qwen_edit_lora.lora_core.training.model.architecture import Architecture  # noqa: E402
 
@@ -111,8 +111,8 @@ def build_adapter(
     torch.manual_seed(seed)
     modules = {}
     for block in range(num_blocks):
-        for name in BLOCK_LINEARS:
-            out, in_ = compute_shape(name, sizes.width)
+        for name in QWEN_IMAGE.block_linears:
+            out, in_ = QWEN_IMAGE.compute_shape(name, sizes.width)
             modules[f"transformer_blocks.{block}.{name}"] = LoraWeights(
                 draw((rank, in_), False, device).cpu(),
                 draw((out, rank), False, device).cpu(),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import cast
 
 import torch
 
+from ..base_model.families import detect_family
+from ..base_model.family import Family
 from ..disk.safetensors_file import SafetensorsFile, load
 from ..errors import NonFiniteWeightsError
+from ..messages import message
 from ..text import shorten
 from .load_report import LoadReport
 from .weights import ModuleWeights
@@ -40,6 +44,15 @@ class Adapter:
     def kinds(self) -> frozenset[str]:
         return frozenset(weights.kind for weights in self.modules.values())
 
+    @property
+    def family(self) -> str | None:
+        """Name of the base models it fits, e.g. "qwen-image-2.1"; None where nothing tells."""
+        return None if self.base_family is None else self.base_family.name
+
+    @cached_property
+    def base_family(self) -> Family | None:
+        return detect_family_of(self.modules)
+
     def release(self) -> None:
         """Releases the mapping of the file; it is mapped again when needed."""
         if self.file is not None:
@@ -60,18 +73,32 @@ class Adapter:
             if beyond is None and not (bad or has_finite_delta(weights, exponents)):
                 beyond = path
         if bad:
-            more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+            more = (
+                message(" and {num_bad} more tensors", num_bad=len(bad) - 1) if len(bad) > 1 else ""
+            )
             raise NonFiniteWeightsError(
-                f"{shorten(self.name)} holds NaN or Inf in {bad[0]}{more}; expected finite "
-                "numbers. Its training diverged or the file is damaged: use an earlier checkpoint."
+                "{name} holds NaN or Inf in {first}{more}; expected finite numbers. Its "
+                "training diverged or the file is damaged: use an earlier checkpoint.",
+                name=shorten(self.name),
+                first=bad[0],
+                more=more,
             )
         if beyond is not None:
             raise NonFiniteWeightsError(
-                f"{shorten(self.name)}: the delta of {beyond} exceeds the range of float32, at "
-                f"alpha {self.modules[beyond].alpha:g}; expected finite numbers. The file is "
-                "damaged or its alpha is wrong: use an earlier checkpoint."
+                "{name}: the delta of {beyond} exceeds the range of float32, at alpha "
+                "{alpha:g}; expected finite numbers. The file is damaged or its alpha is wrong: "
+                "use an earlier checkpoint.",
+                name=shorten(self.name),
+                beyond=beyond,
+                alpha=self.modules[beyond].alpha,
             )
         self.__dict__["_finite"] = True
+
+
+def detect_family_of(modules: Mapping[str, ModuleWeights]) -> Family | None:
+    """The family whose modules these are; see `families.detect_family`."""
+    shapes = {path: weights.shape or (weights.out_features,) for path, weights in modules.items()}
+    return detect_family(shapes)
 
 
 #: dtype -> integer of its size, bits that are all set exactly in Inf and NaN (in NaN alone for

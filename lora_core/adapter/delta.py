@@ -73,8 +73,12 @@ def rotate(
     num_blocks, size, _ = blocks.shape
     if num_blocks * size != base.shape[0]:
         raise ShapeError(
-            f"{num_blocks} OFT blocks of size {size} rotate {num_blocks * size} rows, but the base "
-            f"weight has {base.shape[0]}; choose an adapter that was trained for this model"
+            "{num_blocks} OFT blocks of size {size} rotate {num_rows} rows, but the base "
+            "weight has {base_shape}; choose an adapter that was trained for this model",
+            num_blocks=num_blocks,
+            size=size,
+            num_rows=num_blocks * size,
+            base_shape=base.shape[0],
         )
     skew = blocks - blocks.transpose(1, 2)
     if constraint > 0:
@@ -92,7 +96,8 @@ def rotate(
 def need_base_weight(base_weight: torch.Tensor | None, kind: str) -> torch.Tensor:
     if base_weight is None:
         raise ConfigError(
-            f"the delta of {kind} weights depends on the base weight; pass base_weight=..."
+            "the delta of {kind} weights depends on the base weight; pass base_weight=...",
+            kind=kind,
         )
     return base_weight
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..findings import NOTE, WARNING, Finding, list_texts
+from ..base_model.families import FAMILIES, get_family
+from ..findings import NOTE, WARNING, Finding, list_texts, mark_warnings
+from ..messages import join_messages, message
 from ..text import format_bytes, format_count, join_counts, shorten, shorten_list
 
 #: Of a key in the JSON. No trainer's comes near it; an untrusted one may fill the whole file.
@@ -23,8 +25,13 @@ class DroppedKey:
     """The known module path that looks most like it."""
 
     def __str__(self) -> str:
-        hint = f" (nearest known module: {self.nearest})" if self.nearest else ""
-        return f"{shorten(self.key, 120)}: {self.reason}{hint}"
+        return str(self.describe())
+
+    def describe(self) -> str:
+        text = join_messages(": ", [shorten(self.key, 120), self.reason])
+        if self.nearest:
+            text += message(" (nearest known module: {nearest})", nearest=self.nearest)
+        return text
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,12 @@ class LoadReport:
     alphas: Mapping[float, int] = field(default_factory=dict)
     alpha_rules: Mapping[str, int] = field(default_factory=dict)
     """Rule that gave alpha -> number of modules: "tensor", "metadata", "metadata (rsLoRA)", ..."""
+    family: str | None = None
+    """Name of the base models it was made for, e.g. "qwen-image"; None where nothing tells."""
     preset: str | None = None
     blocks: str = ""
     width: int | None = None
-    """Model width implied by the shapes; 3072 for a real Qwen-Image."""
+    """Model width implied by the shapes, e.g. 3072."""
     unmatched: tuple[DroppedKey, ...] = ()
     duplicates: tuple[DroppedKey, ...] = ()
     non_finite: tuple[str, ...] = ()
@@ -75,31 +84,44 @@ class LoadReport:
         add(
             "unmatched_keys",
             len(self.unmatched),
-            f"{len(self.unmatched)} of {self.num_keys} keys were not loaded: "
-            + shorten_list([str(key) for key in self.unmatched], 3),
+            message(
+                "{count} of {total} keys were not loaded: {keys}",
+                count=len(self.unmatched),
+                total=self.num_keys,
+                keys=shorten_list([key.describe() for key in self.unmatched], 3),
+            ),
         )
         add(
             "duplicate_keys",
             len(self.duplicates),
-            f"{len(self.duplicates)} keys name a module a second time and were left out: "
-            + shorten_list([str(key) for key in self.duplicates], 3),
+            message(
+                "{count} keys name a module a second time and were left out: {keys}",
+                count=len(self.duplicates),
+                keys=shorten_list([key.describe() for key in self.duplicates], 3),
+            ),
         )
         add(
             "alpha_not_finite",
             len(self.non_finite),
-            f"alpha is NaN or Inf in {format_count(len(self.non_finite), 'module')}; the rank is "
-            f"used instead (scale 1): {shorten_list(self.non_finite, 2)}",
+            message(
+                "alpha is NaN or Inf in {num_modules}; the rank is used instead (scale 1): "
+                "{modules}",
+                num_modules=format_count(len(self.non_finite), "module"),
+                modules=shorten_list(self.non_finite, 2),
+            ),
         )
         add(
             "alpha_zero",
             # By the scale: in OFT, which has none, alpha is a limit, and 0 means no limit.
             sum(count for scale, count in self.scales.items() if scale == 0),
-            "alpha is 0 in some modules, so these do nothing",
+            message("alpha is 0 in some modules, so these do nothing"),
         )
         add(
             "text_to_image",
             int(self.variants == ("text-to-image",)),
-            "the file says it was trained for text-to-image Qwen-Image, not for an edit model",
+            message(
+                "the file says it was trained for text-to-image Qwen-Image, not for an edit model"
+            ),
         )
         listed += self.found
         return (
@@ -114,20 +136,40 @@ class LoadReport:
 
     def to_text(self) -> str:
         lines = [
-            f"{self.name}: matched {format_count(self.num_modules, 'module')}, "
-            f"{self.num_matched_keys} of {self.num_keys} keys",
-            f"format {self.key_format} ({', '.join(p or 'no prefix' for p in self.prefixes)}), "
-            f"{join_counts(self.kinds)}, {join_counts(self.dtypes)}, "
-            f"{format_bytes(self.size_bytes)}",
-            f"rank {join_counts(self.ranks)}; scale {join_counts(self.scales)}; "
-            f"alpha {join_counts(self.alphas)} from {join_counts(self.alpha_rules)}",
-            f"targets {self.preset or 'custom'}; blocks {self.blocks or 'none'}"
-            + (f"; model width {self.width}" if self.width else ""),
+            message(
+                "{name}: matched {num_modules}, {num_matched} of {num_keys} keys",
+                name=self.name,
+                num_modules=format_count(self.num_modules, "module"),
+                num_matched=self.num_matched_keys,
+                num_keys=self.num_keys,
+            ),
+            message(
+                "format {key_format} ({prefixes}), {kinds}, {dtypes}, {size}",
+                key_format=self.key_format,
+                prefixes=join_messages(", ", [p or message("no prefix") for p in self.prefixes]),
+                kinds=join_counts(self.kinds),
+                dtypes=join_counts(self.dtypes),
+                size=format_bytes(self.size_bytes),
+            ),
+            message(
+                "rank {ranks}; scale {scales}; alpha {alphas} from {rules}",
+                ranks=join_counts(self.ranks),
+                scales=join_counts(self.scales),
+                alphas=join_counts(self.alphas),
+                rules=join_counts(self.alpha_rules),
+            ),
+            message(
+                "{family}, targets {preset}; blocks {blocks}{width}",
+                family=describe_family(self.family),
+                preset=self.preset or message("custom"),
+                blocks=self.blocks or message("none"),
+                width=message("; model width {width}", width=self.width) if self.width else "",
+            ),
             *self.hints,
-            *(f"Warning: {text}" for text in self.warnings),
-            *(f"Note: {text}" for text in list_texts(self.findings, NOTE)),
+            *mark_warnings(self.warnings),
+            *(message("Note: {text}", text=text) for text in list_texts(self.findings, NOTE)),
         ]
-        return "\n".join(lines)
+        return join_messages("\n", lines)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; "findings" are for programs: kind, severity, text, count."""
@@ -136,3 +178,11 @@ class LoadReport:
             values[name] = [{**key, "key": key["key"][:MAX_KEY]} for key in values[name]]
         findings = [asdict(finding) for finding in self.findings]
         return {**values, "findings": findings, "warnings": self.warnings}
+
+
+def describe_family(name: str | None) -> str:
+    """Its title, or those of all that it may be."""
+    family = get_family(name)
+    return (
+        join_messages(" or ", [one.title for one in FAMILIES]) if family is None else family.title
+    )

@@ -48,16 +48,20 @@ class ModuleWeights(ABC):
         for name, tensor in self._parts.items():
             if tensor.numel() == 0:
                 raise EmptyPartError(
-                    f"{name} {tuple(tensor.shape)} is empty. Sharded training (DeepSpeed ZeRO-3, "
-                    "FSDP) saves such parts if they are not gathered: save the whole adapter"
+                    "{name} {tensor_shape} is empty. Sharded training (DeepSpeed ZeRO-3, FSDP) "
+                    "saves such parts if they are not gathered: save the whole adapter",
+                    name=name,
+                    tensor_shape=tuple(tensor.shape),
                 )
         self._check()
         self._check_bias()
         shape = self.shape
         if shape is not None and math.prod(shape) > MAX_ENTRIES:
             raise ShapeError(
-                f"its module would have {' x '.join(map(str, shape))} entries; expected at most "
-                f"{MAX_ENTRIES:,}, several times the largest of Qwen-Image"
+                "its module would have {shape} entries; expected at most {max_entries:,}, several "
+                "times the largest of Qwen-Image",
+                shape=" x ".join(map(str, shape)),
+                max_entries=MAX_ENTRIES,
             )
 
     @abstractmethod
@@ -73,8 +77,10 @@ class ModuleWeights(ABC):
         bias = self._parts.get("bias_delta")
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ShapeError(
-                f"its change of the bias is {tuple(bias.shape)}; expected ({self.out_features},), "
-                "one number for each output"
+                "its change of the bias is {bias_shape}; expected ({out_features},), one number "
+                "for each output",
+                bias_shape=tuple(bias.shape),
+                out_features=self.out_features,
             )
 
     @property
@@ -215,7 +221,9 @@ class LohaWeights(ModuleWeights):
         first = check_product("hada_w1_a", shapes[0], "hada_w1_b", shapes[1])
         second = check_product("hada_w2_a", shapes[2], "hada_w2_b", shapes[3])
         if first != second:
-            raise ShapeError(f"the two LoHa factors differ: {first} and {second}")
+            raise ShapeError(
+                "the two LoHa factors differ: {first} and {second}", first=first, second=second
+            )
 
     @property
     def rank(self) -> int:
@@ -266,11 +274,13 @@ class LokrWeights(ModuleWeights):
         if name in self._parts:
             shape = self._parts[name].shape
             if len(shape) != 2:
-                raise ShapeError(f"{name} is {tuple(shape)}; expected two dimensions")
+                raise ShapeError(
+                    "{name} is {shape}; expected two dimensions", name=name, shape=tuple(shape)
+                )
             return shape[0], shape[1]
         a, b = self._parts.get(f"{name}_a"), self._parts.get(f"{name}_b")
         if a is None or b is None:
-            raise ShapeError(f"{name} is missing, and so is one of its factors _a and _b")
+            raise ShapeError("{name} is missing, and so is one of its factors _a and _b", name=name)
         return check_product(f"{name}_a", a.shape, f"{name}_b", b.shape)
 
     @property
@@ -322,7 +332,10 @@ class DoraWeights(ModuleWeights):
         found = tuple(self._parts["magnitude"].shape)
         if found not in ((rows,), (rows, 1), (1, columns)):
             raise ShapeError(
-                f"the DoRA magnitude is {found}; expected ({rows},), ({rows}, 1) or (1, {columns})"
+                "the DoRA magnitude is {found}; expected ({rows},), ({rows}, 1) or (1, {columns})",
+                found=found,
+                rows=rows,
+                columns=columns,
             )
 
     @property
@@ -371,12 +384,15 @@ class OftWeights(ModuleWeights):
     def _check(self) -> None:
         shape = self._parts["blocks"].shape
         if len(shape) != 3 or shape[1] != shape[2]:
-            raise ShapeError(f"oft_blocks is {tuple(shape)}; expected (blocks, size, size)")
+            raise ShapeError(
+                "oft_blocks is {shape}; expected (blocks, size, size)", shape=tuple(shape)
+            )
         rescale = self._parts.get("rescale")
         if rescale is not None and rescale.numel() != self.out_features:
             raise ShapeError(
-                f"rescale is {tuple(rescale.shape)}; expected one gain for each of "
-                f"{self.out_features} rows"
+                "rescale is {rescale_shape}; expected one gain for each of {out_features} rows",
+                rescale_shape=tuple(rescale.shape),
+                out_features=self.out_features,
             )
 
     @property
@@ -415,7 +431,9 @@ class DiffWeights(ModuleWeights):
     def _check(self) -> None:
         for name, tensor in self._parts.items():
             if tensor.ndim == 0:
-                raise ShapeError(f"{name} is a single number; expected a weight or a bias")
+                raise ShapeError(
+                    "{name} is a single number; expected a weight or a bias", name=name
+                )
 
     @property
     def rank(self) -> int:
@@ -456,8 +474,10 @@ def compute_delta(weights: ModuleWeights, base_weight: torch.Tensor | None = Non
     """
     if base_weight is not None and weights.shape not in (None, tuple(base_weight.shape)):
         raise ShapeError(
-            f"the weights are made for a module of {weights.shape}, but the model's is "
-            f"{tuple(base_weight.shape)}; choose an adapter that was trained for this model"
+            "the weights are made for a module of {weights_shape}, but the model's is "
+            "{base_weight_shape}; choose an adapter that was trained for this model",
+            weights_shape=weights.shape,
+            base_weight_shape=tuple(base_weight.shape),
         )
     return weights.delta(base_weight)
 
@@ -468,7 +488,11 @@ def check_product(
     """Shape of left @ right; a ShapeError if there is none."""
     if len(left) != 2 or len(right) != 2 or left[1] != right[0] or left[1] == 0:
         raise ShapeError(
-            f"{left_name} {tuple(left)} and {right_name} {tuple(right)} do not fit; expected "
-            "(out_features, rank) and (rank, in_features) with one rank of at least 1"
+            "{left_name} {left} and {right_name} {right} do not fit; expected (out_features, "
+            "rank) and (rank, in_features) with one rank of at least 1",
+            left_name=left_name,
+            left=tuple(left),
+            right_name=right_name,
+            right=tuple(right),
         )
     return left[0], right[1]

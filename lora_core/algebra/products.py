@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapter.weights import LokrWeights, ModuleWeights
+from ..messages import message
 from .factors import Factors, compute_core, compute_inner_product, get_factors
 
 #: Below this share of |a|^2 + |b|^2, |b - a|^2 has lost digits as a difference of products and is
@@ -39,9 +40,12 @@ class Products:
 def explain_no_delta(weights: ModuleWeights) -> str | None:
     """Why these weights have no delta of their own; None where they have."""
     if not weights.is_additive:
-        return f"the delta of {weights.kind} weights depends on the base weight"
+        return message(
+            "the delta of {weights_kind} weights depends on the base weight",
+            weights_kind=weights.kind,
+        )
     if weights.shape is None:
-        return "it holds a bias only"
+        return message("it holds a bias only")
     return None
 
 

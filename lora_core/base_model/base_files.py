@@ -18,7 +18,7 @@ from ..disk.safetensors_file import BASE_MODEL, AnyTensor, UnmappedFile
 from ..errors import FileError, KeyFormatError, MissingFileError
 from ..text import name_path, shorten
 from .base_weight import BaseWeight
-from .base_weights import SCALE_NAMES, BaseWeights
+from .base_weights import PACKED_PARTS, SCALE_NAMES, BaseWeights
 from .gguf_file import GgufFile
 
 #: ComfyUI's marker of 2511 (comfy/model_detection.py); a tensor without content.
@@ -27,7 +27,7 @@ MARKER = "__index_timestep_zero__"
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 #: What quantised files store next to weights that is no weight itself.
-SIDE_NAMES = (*SCALE_NAMES, "comfy_quant", "input_scale", "scale_input")
+SIDE_NAMES = (*SCALE_NAMES, *PACKED_PARTS, "comfy_quant", "input_scale", "scale_input")
 SIDE_KEYS = ("scaled_fp8", MARKER)
 
 
@@ -47,8 +47,10 @@ class Shards:
             for key, tensor in file.tensors.items():
                 if key in self.tensors:
                     raise FileError(
-                        f"{shorten(name)} holds {shorten(key)} in two files, and it is unclear "
-                        "which is meant; keep one model's files there and remove the others."
+                        "{name} holds {key} in two files, and it is unclear which is meant; "
+                        "keep one model's files there and remove the others.",
+                        name=shorten(name),
+                        key=shorten(key),
                     )
                 self.tensors[key] = tensor
 
@@ -103,8 +105,14 @@ class BaseFile:
         weight = self.weights.find(module_path)
         if weight is None:
             raise KeyFormatError(
-                f"{shorten(self.name)} lacks {module_path}; choose a complete diffusion model of "
-                "Qwen-Image-Edit."
+                "{name} lacks {module_path}; choose a complete diffusion model of Qwen-Image-Edit.",
+                name=shorten(self.name),
+                module_path=module_path,
+            )
+        if weight.packed:
+            raise FileError(
+                f"{shorten(self.name)} stores {module_path} as {weight.packed}, which training "
+                "cannot read here yet; choose a bf16, fp8, int8 or GGUF file of the same model."
             )
         return weight
 
@@ -148,11 +156,14 @@ def is_gguf(path: Path) -> bool:
             return file.read(4) == b"GGUF"
     except MissingFileError:
         raise MissingFileError(
-            f"{shorten(path.name)} does not exist; expected a diffusion model of Qwen-Image-Edit, "
-            "as a .safetensors or .gguf file or a diffusers folder."
+            "{path} does not exist; expected a diffusion model of Qwen-Image-Edit, as a "
+            ".safetensors or .gguf file or a diffusers folder.",
+            path=shorten(path.name),
         ) from None
     except OSError as e:
-        raise FileError(f"{shorten(path.name)} cannot be read: {e.strerror}.") from None
+        raise FileError(
+            "{path} cannot be read: {reason}.", path=shorten(path.name), reason=e.strerror
+        ) from None
 
 
 def open_folder(folder: Path) -> BaseFile:
@@ -192,8 +203,10 @@ def list_shards(folder: Path) -> list[Path]:
     paths = find_shards(folder)
     if not paths:
         raise FileError(
-            f"{name_path(folder)} holds no .safetensors file; expected a diffusers folder with "
-            f"{WEIGHTS} or its numbered parts."
+            "{folder} holds no .safetensors file; expected a diffusers folder with {weights} or "
+            "its numbered parts.",
+            folder=name_path(folder),
+            weights=WEIGHTS,
         )
     return paths
 
@@ -203,15 +216,20 @@ def find_shards(folder: Path) -> list[Path]:
     if index.is_file():
         weight_map = read_downloaded(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise FileError(f"{index.name} has no weight_map; download or copy it again.")
+            raise FileError(
+                "{index} has no weight_map; download or copy it again.", index=index.name
+            )
         there = list_names(folder)
         names = dict.fromkeys(name if type(name) is str else "" for name in weight_map.values())
         # Only names of files in the same folder: paths that lead elsewhere are not followed.
         missing = [name for name in names if name not in there]
         if missing:
             raise FileError(
-                f"{shorten(folder.name)} lacks {shorten(missing[0]) or 'a file'}, one of the "
-                f"{len(names)} files that its index names; download or copy it again."
+                "{folder} lacks {missing}, one of the {num_names} files that its index names; "
+                "download or copy it again.",
+                folder=shorten(folder.name),
+                missing=shorten(missing[0]) or "a file",
+                num_names=len(names),
             )
         return [folder / name for name in sorted(names)]
     if (folder / WEIGHTS).is_file():
@@ -223,7 +241,9 @@ def list_names(folder: Path) -> set[str]:
     try:
         return {path.name for path in folder.iterdir()}
     except OSError as e:
-        raise FileError(f"{shorten(folder.name)} cannot be listed: {e.strerror}.") from None
+        raise FileError(
+            "{folder} cannot be listed: {reason}.", folder=shorten(folder.name), reason=e.strerror
+        ) from None
 
 
 def read_downloaded(path: Path) -> dict[str, Any]:
@@ -235,7 +255,7 @@ def read_downloaded(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except FileError as e:
-        raise FileError(f"{e} Download or copy it again.") from None
+        raise FileError("{error} Download or copy it again.", error=e) from None
 
 
 def read_marker(config: Mapping[str, Any], default: bool) -> bool:
@@ -245,7 +265,9 @@ def read_marker(config: Mapping[str, Any], default: bool) -> bool:
         return default
     if not isinstance(value, bool):
         raise FileError(
-            f"{CONFIG}'s zero_cond_t is {describe_kind(value)}; expected true or false. Download "
-            f"or copy {CONFIG} again."
+            "{config}'s zero_cond_t is {value}; expected true or false. Download or copy "
+            "{config} again.",
+            config=CONFIG,
+            value=describe_kind(value),
         )
     return value

@@ -1,7 +1,7 @@
 """One weight of a base model as stored: codes, scales, and perhaps a rotation.
 
 The formats are those that ComfyUI 0.30 writes and loads (comfy/quant_ops.py, QUANT_ALGOS, and
-comfy/ops.py, _load_quantized_module), but for its two of 4 bits.
+comfy/ops.py, _load_quantized_module); those of 4 bits are unpacked in `packed_weights`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class BaseWeight:
     """Columns per group of a ConvRot rotation; 0 for none."""
     decoded_from: str = ""
     """What the file holds where `stored` is already decoded, e.g. "GGUF Q4_K"."""
+    packed: str = ""
+    """How the file packs what `stored` holds unpacked, e.g. "int4"; see `packed_weights`."""
 
     @property
     def scaling(self) -> Scaling:
@@ -59,7 +61,7 @@ class BaseWeight:
         """E.g. "bfloat16", "scaled float8_e4m3fn", "row-wise int8", "GGUF Q4_K"."""
         if self.decoded_from:
             return self.decoded_from
-        name = str(self.stored.dtype).removeprefix("torch.")
+        name = self.packed or str(self.stored.dtype).removeprefix("torch.")
         if self.rotation:
             return f"rotated {name}"
         if self.scaling == "block":
@@ -72,6 +74,16 @@ class BaseWeight:
         if isinstance(scale, torch.Tensor) and self.scaling in ("row", "block"):
             scale = scale[rows]
         return replace(self, stored=load(self.stored)[rows], scale=scale)
+
+    def take_range(self, first: int, count: int) -> BaseWeight:
+        """The same for consecutive outputs; the codes stay where they are."""
+        rows = slice(first, first + count)
+        stored, scale = self.stored, self.scale
+        if isinstance(scale, torch.Tensor) and self.scaling in ("row", "block"):
+            scale = scale[rows]
+        is_there = isinstance(stored, torch.Tensor)
+        part = stored[rows] if is_there else stored.take_rows(first, count)
+        return replace(self, stored=part, scale=scale)
 
     def to(self, device: torch.device | str) -> BaseWeight:
         scale = self.scale.to(device) if isinstance(self.scale, torch.Tensor) else self.scale

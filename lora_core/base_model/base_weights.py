@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -12,14 +13,20 @@ import torch
 from ..disk.json_reader import parse_object
 from ..disk.safetensors_file import AnyTensor, load
 from ..errors import FileError, KeyFormatError
+from ..messages import message
 from ..text import shorten
 from .base_weight import MX_BLOCK, BaseWeight, count_factors, untile_scales, widen_exponents
-from .module_paths import is_known
+from .families import FUSED, detect_family, is_fused, is_known, list_members
+from .family import Family
+from .module_paths import split_path
+from .packed_weights import PACKED_FORMATS, read_packed
 
 #: What ComfyUI's and diffusers' single files put in front of the transformer's keys.
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
 #: Names of the factor of a scaled weight (comfy/quant_ops.py, and older files).
 SCALE_NAMES = ("weight_scale", "scale_weight")
+#: Further parts of weights of 4 bits.
+PACKED_PARTS = ("weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook")
 #: Where a file states how all its layers are stored (ComfyUI's QUANTIZATION.md).
 QUANTIZATION_METADATA = "_quantization_metadata"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -29,7 +36,7 @@ ROTATION_GROUP = 256  # ComfyUI's default
 #: Of one weight; ComfyUI writes fewer than a hundred.
 MAX_NOTE_BYTES = 1 << 16
 #: A note that is rejected only where it matters.
-UNREADABLE: Mapping[str, Any] = {"format": "an unreadable note"}
+UNREADABLE: Mapping[str, Any] = {"format": message("an unreadable note")}
 
 
 class TensorSource(Protocol):
@@ -65,7 +72,7 @@ class BaseWeights:
         """The weight of a module, on the CPU; None if the base has none of that name.
 
         Raises:
-            FileError: stored in an unsupported way (4 bits, other scales), or no matrix.
+            FileError: stored in an unsupported way (other scales), or no matrix.
         """
         weight = self.find(module_path)
         return None if weight is None else replace(weight, stored=fetch(weight.stored))
@@ -75,26 +82,78 @@ class BaseWeights:
         stem = f"{self.prefix}{module_path}"
         stored = self._tensors.get(f"{stem}.weight")
         if stored is None:
-            return None
+            return self._find_in_fused(module_path)
         if not stored.ndim:
             raise FileError(
-                f"{shorten(self.name)} stores {module_path} as a single number; expected a matrix. "
-                "The file is damaged: download or copy it again."
+                "{name} stores {module_path} as a single number; expected a matrix. The file is "
+                "damaged: download or copy it again.",
+                name=shorten(self.name),
+                module_path=module_path,
             )
         scales = (self._tensors.get(f"{stem}.{name}") for name in SCALE_NAMES)
         scale = next((scale for scale in scales if scale is not None), None)
         note = self._read_note(stem, module_path)
+        packed = get_packed_format(note)
+        if packed:
+            weight = read_packed(stored, packed, partial(self._get_part, stem), note)
+            if weight is not None:
+                return weight
         if is_readable(stored, scale, note):
             weight = build_weight(stored, None if scale is None else fetch(scale), note)
             if weight is not None:
                 return replace(weight, decoded_from=self._storages.get(f"{stem}.weight", ""))
         kind = str(note.get("format") or stored.dtype).removeprefix("torch.")
+        scales_found = ""
+        if scale is not None:
+            scales_found = message(" with {number} scales", number=scale.numel())
         raise FileError(
-            f"{shorten(self.name)} stores {module_path} as {shorten(kind, 40)}"
-            + (f" with {scale.numel()} scales" if scale is not None else "")
-            + ", which cannot be read here yet; expected bf16, fp16, fp32, or fp8 and int8 with "
-            "one scale per weight or row, or mxfp8. Choose such a file of the same model."
+            "{name} stores {module_path} as {kind}{scales}, which cannot be read here yet; "
+            "expected bf16, fp16, fp32, or fp8 and int8 with one scale per weight or row, "
+            "mxfp8, or ComfyUI's nvfp4, int4 and w4a8. Choose such a file of the same model.",
+            name=shorten(self.name),
+            module_path=module_path,
+            kind=shorten(kind, 40),
+            scales=scales_found,
         )
+
+    def _get_part(self, stem: str, name: str) -> AnyTensor | None:
+        return self._tensors.get(f"{stem}.{name}")
+
+    def _find_in_fused(self, module_path: str) -> BaseWeight | None:
+        """The rows of a module that the base stores together with others."""
+        block, name = split_path(module_path)
+        for fused, fusion in FUSED.items():
+            path = f"transformer_blocks.{block}.{fused}"
+            if block is None or name not in fusion.members or not self.has_weight(path):
+                continue
+            weight = self.find(path)
+            assert weight is not None  # has_weight
+            parts = len(fusion.members)
+            if weight.stored.ndim != 2 or weight.stored.shape[0] % parts:
+                raise FileError(
+                    "{name} stores {path} in {shape}; expected a matrix of {parts} equal parts. "
+                    "The file is damaged: download or copy it again.",
+                    name=shorten(self.name),
+                    path=path,
+                    shape=str(tuple(weight.stored.shape)),
+                    parts=parts,
+                )
+            rows = weight.stored.shape[0] // parts
+            return weight.take_range(fusion.members.index(name) * rows, rows)
+        return None
+
+    def has_weight(self, module_path: str) -> bool:
+        return f"{self.prefix}{module_path}.weight" in self._tensors
+
+    @cached_property
+    def family(self) -> Family | None:
+        """The family of the base; None where nothing tells."""
+        matrices = (
+            (key.removesuffix(".weight"), tensor)
+            for key, tensor in self._list_known()
+            if key.endswith(".weight")
+        )
+        return detect_family({path: tuple(tensor.shape)[:1] for path, tensor in matrices})
 
     def get_tensor(self, key: str) -> torch.Tensor | None:
         """A bias or norm by its whole name after the prefix, such as "txt_norm.weight".
@@ -109,8 +168,11 @@ class BaseWeights:
         if not values.is_floating_point():
             kind = str(values.dtype).removeprefix("torch.")
             raise FileError(
-                f"{shorten(self.name)} stores {shorten(key)} as {kind}, which cannot be read here; "
-                "expected a bias or norm in floating point. Choose such a file of the same model."
+                "{name} stores {key} as {kind}, which cannot be read here; expected a bias or "
+                "norm in floating point. Choose such a file of the same model.",
+                name=shorten(self.name),
+                key=shorten(key),
+                kind=kind,
             )
         return values
 
@@ -123,13 +185,26 @@ class BaseWeights:
             return UNREADABLE
         return parse_note(bytes(fetch(note).flatten().to(torch.uint8).tolist()))
 
+    def _is_packed(self, module_path: str) -> bool:
+        note = self._read_note(f"{self.prefix}{module_path}", module_path)
+        return get_packed_format(note) is not None
+
     def list_matrices(self) -> dict[str, AnyTensor]:
         """Module path -> its weight as stored, perhaps still on disk, of every known Linear."""
-        return {
-            key.removesuffix(".weight"): tensor
-            for key, tensor in self._list_known()
-            if key.endswith(".weight") and tensor.ndim == 2
-        }
+        found: dict[str, AnyTensor] = {}
+        for key, tensor in self._list_known():
+            path = key.removesuffix(".weight")
+            if path == key or tensor.ndim != 2:
+                continue
+            members = list_members(path) if is_fused(path) else [path]
+            if path in members and not self._is_packed(path):
+                found[path] = tensor
+                continue
+            for member in members:
+                weight = self.find(member)
+                if weight is not None:
+                    found[member] = weight.stored
+        return found
 
     def list_vectors(self) -> dict[str, AnyTensor]:
         """Every known bias and norm by its name after the prefix, perhaps still on disk."""
@@ -144,7 +219,7 @@ class BaseWeights:
         return [
             (key[start:], tensor)
             for key, tensor in self._tensors.items()
-            if key.startswith(self.prefix) and is_known(key[start:].rpartition(".")[0])
+            if key.startswith(self.prefix) and is_module(key[start:].rpartition(".")[0])
         ]
 
     def release(self) -> None:
@@ -244,6 +319,15 @@ def open_base(base: BaseWeights | Mapping[str, AnyTensor] | str | os.PathLike[st
     return open_base_file(base).weights
 
 
+def get_packed_format(note: Mapping[str, Any]) -> str | None:
+    found = note.get("format")
+    return found if isinstance(found, str) and found in PACKED_FORMATS else None
+
+
+def is_module(path: str) -> bool:
+    return is_known(path) or is_fused(path)
+
+
 def find_prefix(tensors: Mapping[str, AnyTensor], name: str) -> str:
     for prefix in PREFIXES:
         for key in tensors:
@@ -253,7 +337,10 @@ def find_prefix(tensors: Mapping[str, AnyTensor], name: str) -> str:
                     return prefix
     example = shorten(next(iter(tensors), "none"))
     raise KeyFormatError(
-        f"{shorten(name)} is not a Qwen-Image model: none of its {len(tensors)} keys is like "
-        f"'transformer_blocks.0.attn.to_q.weight' (the first is {example!r}). Choose a diffusion "
-        "model of Qwen-Image or Qwen-Image-Edit."
+        "{name} is not a Qwen-Image model: none of its {num_tensors} keys is like "
+        "'transformer_blocks.0.attn.to_q.weight' (the first is {example!r}). Choose a diffusion "
+        "model of Qwen-Image or Qwen-Image-Edit.",
+        name=shorten(name),
+        num_tensors=len(tensors),
+        example=example,
     )

@@ -38,8 +38,11 @@ class GgufFile:
         end = max((e.offset + e.num_bytes for e in self.entries.values()), default=0)
         if end > size:
             raise FileError(
-                f"{shorten(self.name)} ends early: {size:,} bytes, but its header promises "
-                f"{end:,}. Download or copy it again."
+                "{name} ends early: {size:,} bytes, but its header promises {end:,}. Download "
+                "or copy it again.",
+                name=shorten(self.name),
+                size=size,
+                end=end,
             )
         plain = plain_kinds(gguf)
         self.tensors = {
@@ -70,8 +73,11 @@ class GgufFile:
             values = gguf.quants.dequantize(data.numpy(), kind)
         except NotImplementedError:
             raise FileError(
-                f"{shorten(self.name)} stores {shorten(key)} as {kind.name}, which the gguf "
-                "package cannot read; choose a file with another quantisation, e.g. Q8_0 or Q4_K_M."
+                "{name} stores {key} as {kind}, which the gguf package cannot read; choose a "
+                "file with another quantisation, e.g. Q8_0 or Q4_K_M.",
+                name=shorten(self.name),
+                key=shorten(key),
+                kind=kind.name,
             ) from None
         return torch.from_numpy(values).reshape(shape)
 
@@ -88,7 +94,8 @@ class GgufFile:
             data = read_bytes(file, place, (stop - start) * row_bytes, buffer)
         if data is None:
             raise FileError(
-                f"{shorten(self.name)} was changed on disk since it was opened; start again."
+                "{name} was changed on disk since it was opened; start again.",
+                name=shorten(self.name),
             )
         return data.reshape(stop - start, row_bytes)
 

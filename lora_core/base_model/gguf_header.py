@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from ..disk.regular_files import open_regular
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 
 MAGIC = b"GGUF"
@@ -67,19 +68,24 @@ def read_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> GgufH
         file.seek(0)
         walk = HeaderWalk(path, file, size)
         if file.read(len(MAGIC)) != MAGIC:
-            raise refuse(path, "it does not begin with GGUF")
+            raise refuse(path, message("it does not begin with GGUF"))
         version = walk.read("I")
         if not version & 0xFFFF:
-            raise refuse(path, "its numbers are big-endian, which is not supported")
+            raise refuse(path, message("its numbers are big-endian, which is not supported"))
         if version not in VERSIONS:
-            raise refuse(path, f"it is of version {version}; expected 2 or 3")
+            raise refuse(
+                path, message("it is of version {version}; expected 2 or 3", version=version)
+            )
         num_tensors, num_keys = walk.read("Q"), walk.read("Q")
         for number, limit, what in (
-            (num_tensors, MAX_TENSORS, "tensors"),
-            (num_keys, MAX_KEYS, "keys"),
+            (num_tensors, MAX_TENSORS, message("tensors")),
+            (num_keys, MAX_KEYS, message("keys")),
         ):
             if number > limit:
-                raise refuse(path, f"its header holds more than {limit:,} {what}")
+                raise refuse(
+                    path,
+                    message("its header holds more than {limit:,} {what}", limit=limit, what=what),
+                )
         alignment = DEFAULT_ALIGNMENT
         for _ in range(num_keys):
             alignment = walk.skip_key() or alignment
@@ -87,7 +93,7 @@ def read_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> GgufH
         for _ in range(num_tensors):
             name, entry = walk.read_entry(block_sizes)
             if name in entries:
-                raise refuse(path, f"it holds {shorten(name)} twice")
+                raise refuse(path, message("it holds {name} twice", name=shorten(name)))
             entries[name] = entry
         start = -(-file.tell() // alignment) * alignment
     moved = {name: replace(entry, offset=start + entry.offset) for name, entry in entries.items()}
@@ -96,8 +102,10 @@ def read_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> GgufH
 
 def refuse(path: Path, reason: str) -> FileError:
     return FileError(
-        f"{shorten(path.name)} is damaged ({reason}): it is truncated or was written wrongly. "
-        "Download or copy it again."
+        "{path} is damaged ({reason}): it is truncated or was written wrongly. Download or copy "
+        "it again.",
+        path=shorten(path.name),
+        reason=reason,
     )
 
 
@@ -117,12 +125,12 @@ class HeaderWalk:
     def read(self, kind: str) -> int:
         data = self.file.read(struct.calcsize(f"<{kind}"))
         if len(data) < struct.calcsize(f"<{kind}"):
-            raise refuse(self.path, "its header ends early")
+            raise refuse(self.path, message("its header ends early"))
         return struct.unpack(f"<{kind}", data)[0]
 
     def skip(self, num_bytes: int) -> None:
         if self.file.tell() + num_bytes > self.size:
-            raise refuse(self.path, "its header ends early")
+            raise refuse(self.path, message("its header ends early"))
         self.file.seek(num_bytes, 1)
 
     def skip_text(self) -> None:
@@ -131,10 +139,13 @@ class HeaderWalk:
     def read_name(self) -> bytes:
         num_bytes = self.read("Q")
         if num_bytes > MAX_NAME_BYTES:
-            raise refuse(self.path, f"its header holds a name of {num_bytes:,} bytes")
+            raise refuse(
+                self.path,
+                message("its header holds a name of {num_bytes:,} bytes", num_bytes=num_bytes),
+            )
         name = self.file.read(num_bytes)
         if len(name) < num_bytes:
-            raise refuse(self.path, "its header ends early")
+            raise refuse(self.path, message("its header ends early"))
         return name
 
     def skip_key(self) -> int | None:
@@ -145,7 +156,7 @@ class HeaderWalk:
             return None
         alignment = self.read("I") if kind == UINT32 else 0
         if alignment.bit_count() != 1:
-            raise refuse(self.path, "its alignment is not a power of two")
+            raise refuse(self.path, message("its alignment is not a power of two"))
         return alignment
 
     def skip_value(self, kind: int) -> None:
@@ -156,14 +167,17 @@ class HeaderWalk:
         elif kind in NUMBER_BYTES:
             self.skip(NUMBER_BYTES[kind])
         else:
-            raise refuse(self.path, f"its header holds a value of the unknown type {kind}")
+            raise refuse(
+                self.path, message("its header holds a value of the unknown type {kind}", kind=kind)
+            )
 
     def skip_array(self) -> None:
         kind, count = self.read("I"), self.read("Q")
         self._num_array_entries += count
         if kind == ARRAY or self._num_array_entries > MAX_ARRAY_ENTRIES:
             raise refuse(
-                self.path, "its header holds an array of arrays, or an array that is too long"
+                self.path,
+                message("its header holds an array of arrays, or an array that is too long"),
             )
         if kind in NUMBER_BYTES:
             self.skip(count * NUMBER_BYTES[kind])
@@ -176,21 +190,27 @@ class HeaderWalk:
         try:
             name = self.read_name().decode()
         except UnicodeDecodeError:
-            raise refuse(self.path, "a tensor's name is not UTF-8") from None
+            raise refuse(self.path, message("a tensor's name is not UTF-8")) from None
         num_dimensions = self.read("I")
         if num_dimensions > MAX_DIMENSIONS:
-            raise refuse(self.path, f"a tensor has {num_dimensions} dimensions")
+            raise refuse(
+                self.path,
+                message("a tensor has {num_dimensions} dimensions", num_dimensions=num_dimensions),
+            )
         sides = [self.read("Q") for _ in range(num_dimensions)]  # the fastest first
         number = math.prod(sides)
         if max([number, *sides]) > self.size * MAX_ENTRIES_PER_BYTE:
-            raise refuse(self.path, "a tensor is larger than the file")
+            raise refuse(self.path, message("a tensor is larger than the file"))
         kind, offset = self.read("I"), self.read("Q")
         if kind not in block_sizes:
-            raise refuse(self.path, f"a tensor is of the unknown type {kind}")
+            raise refuse(self.path, message("a tensor is of the unknown type {kind}", kind=kind))
         block, block_bytes = block_sizes[kind]
         if (sides or [1])[0] % block:
-            raise refuse(self.path, f"a tensor's rows are no multiple of its blocks of {block}")
+            raise refuse(
+                self.path,
+                message("a tensor's rows are no multiple of its blocks of {block}", block=block),
+            )
         if offset > self.size:
-            raise refuse(self.path, "a tensor begins after the file's end")
+            raise refuse(self.path, message("a tensor begins after the file's end"))
         num_bytes = number // block * block_bytes
         return name, GgufEntry(offset, num_bytes, kind, tuple(reversed(sides)))

@@ -28,33 +28,45 @@ def check_file_name(name: str, longest_ending: str) -> None:
     start = name if len(name) <= 40 else f"{name[:40]}…"
     shown = repr(start.encode(errors="backslashreplace").decode())
     if not name.strip():
-        raise ConfigError(f"name is {shown}; expected at least one letter or digit")
+        raise ConfigError("name is {shown}; expected at least one letter or digit", shown=shown)
     wrong = _FORBIDDEN.search(name)
     if wrong:
         raise ConfigError(
-            f"name is {shown}, which holds {wrong[0]!r}; expected no control character and none of "
-            f"{SHOWN_FORBIDDEN}"
+            "name is {shown}, which holds {wrong!r}; expected no control character and none of "
+            "{forbidden}",
+            shown=shown,
+            wrong=wrong[0],
+            forbidden=SHOWN_FORBIDDEN,
         )
-    if name[0] == "." or name[-1] == "." or name != name.strip():
-        is_first = name[0] == "." or name[0].isspace()
-        end, where = ("begins", name[0]) if is_first else ("ends", name[-1])
+    if name[0] == "." or name[0].isspace():
         raise ConfigError(
-            f"name is {shown}, which {end} with {where!r}; expected neither a dot nor a space "
-            "at either end"
+            "name is {shown}, which begins with {wrong!r}; expected neither a dot nor a space at "
+            "either end",
+            shown=shown,
+            wrong=name[0],
+        )
+    if name[-1] == "." or name[-1].isspace():
+        raise ConfigError(
+            "name is {shown}, which ends with {wrong!r}; expected neither a dot nor a space at "
+            "either end",
+            shown=shown,
+            wrong=name[-1],
         )
     if name.partition(".")[0].strip().upper() in DEVICE_NAMES:
         raise ConfigError(
-            f"name is {shown}, which Windows reserves for a device; choose another one"
+            "name is {shown}, which Windows reserves for a device; choose another one", shown=shown
         )
     try:
         size = len(f"{name}{longest_ending}".encode())
     except UnicodeEncodeError:
         raise ConfigError(
-            f"name is {shown}, which holds an incomplete character; type it again"
+            "name is {shown}, which holds an incomplete character; type it again", shown=shown
         ) from None
     if size > MAX_NAME_BYTES:
         raise ConfigError(
-            f"name is {shown}, {len(name.encode())} bytes; expected at most "
-            f"{MAX_NAME_BYTES - len(longest_ending)}, since file systems limit bytes and the "
-            "files' names are longer"
+            "name is {shown}, {size} bytes; expected at most {limit}, since file "
+            "systems limit bytes and the files' names are longer",
+            shown=shown,
+            size=len(name.encode()),
+            limit=MAX_NAME_BYTES - len(longest_ending),
         )

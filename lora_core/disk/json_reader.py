@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .regular_files import MAX_TEXT_BYTES, decode_text, read_bytes
 
@@ -50,14 +51,24 @@ def parse_json(text: str | bytes, name: str) -> Any:
         value = json.loads(text.removeprefix("\ufeff"), parse_constant=refuse_constant)
         check_values(value)
     except json.JSONDecodeError as e:
-        what = f"{e.msg}, line {e.lineno}, column {e.colno}"
-        raise FileError(f"{shorten(name)} cannot be read as JSON: {shorten(what)}.") from None
+        what = message(
+            "{msg}, line {lineno}, column {colno}", msg=e.msg, lineno=e.lineno, colno=e.colno
+        )
+        raise FileError(
+            "{name} cannot be read as JSON: {what}.", name=shorten(name), what=shorten(what)
+        ) from None
     except _Refused as e:
-        raise FileError(f"{shorten(name)} cannot be read as JSON: {e}.") from None
+        raise FileError(
+            "{name} cannot be read as JSON: {error}.", name=shorten(name), error=e
+        ) from None
     except RecursionError:
-        raise FileError(f"{shorten(name)} cannot be read as JSON: {_TOO_DEEP}.") from None
+        raise FileError(
+            "{name} cannot be read as JSON: {too_deep}.", name=shorten(name), too_deep=_TOO_DEEP
+        ) from None
     except ValueError:  # a whole number of more digits than Python converts
-        raise FileError(f"{shorten(name)} cannot be read as JSON: {_TOO_LARGE}.") from None
+        raise FileError(
+            "{name} cannot be read as JSON: {too_large}.", name=shorten(name), too_large=_TOO_LARGE
+        ) from None
     return value
 
 
@@ -74,28 +85,34 @@ def read_object(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -
 def check_object(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileError(
-            f"{shorten(name)} holds {describe_kind(value)}; expected a JSON object such as "
-            '{"name": 1}.'
+            '{name} holds {value}; expected a JSON object such as {{"name": 1}}.',
+            name=shorten(name),
+            value=describe_kind(value),
         )
     return value
 
 
 def describe_kind(value: Any) -> str:
     """What a JSON value is, for a message that expected another kind: "a list", "null", ..."""
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return "null" if value is None else kinds.get(type(value), "a number")
+    kinds = {
+        dict: message("an object"),
+        list: message("a list"),
+        str: message("text"),
+        bool: message("true or false"),
+    }
+    return "null" if value is None else kinds.get(type(value), message("a number"))
 
 
 class _Refused(ValueError):
     """Valid for the json module, not for us; the text gives the reason."""
 
 
-_TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
-_TOO_LARGE = "it holds a number that is too large"
+_TOO_DEEP = message("it is nested more than {max_depth} levels deep", max_depth=MAX_DEPTH)
+_TOO_LARGE = message("it holds a number that is too large")
 
 
 def refuse_constant(name: str) -> NoReturn:
-    raise _Refused(f"it holds {name}, which is not a JSON number")
+    raise _Refused(message("it holds {name}, which is not a JSON number", name=name))
 
 
 def check_values(value: Any) -> None:

@@ -11,6 +11,8 @@ import os
 import stat
 from pathlib import Path
 
+from ..messages import message
+
 #: For folders on the way. O_PATH (Linux) needs no right to list them.
 _FOLDER_FLAGS = (
     getattr(os, "O_PATH", os.O_RDONLY)
@@ -19,7 +21,9 @@ _FOLDER_FLAGS = (
     | getattr(os, "O_CLOEXEC", 0)
 )
 CAN_WALK = os.open in os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
-BECAME_LINK = "it became a link after it was checked; put the file itself there, then run it again"
+BECAME_LINK = message(
+    "it became a link after it was checked; put the file itself there, then run it again"
+)
 
 
 def open_literally(path: str | os.PathLike[str], flags: int) -> int:

@@ -28,14 +28,16 @@ def check_outputs(
         for path in inputs:
             if is_part_of(file, path):
                 raise ConfigError(
-                    f"{name_path(file)} is what is read, or a file in a folder that is; expected "
-                    "another file to write to"
+                    "{file} is what is read, or a file in a folder that is; expected another "
+                    "file to write to",
+                    file=name_path(file),
                 )
     if existing and not overwrite:
         names = shorten_list([name_path(file) for file in existing], 2)
         raise ConfigError(
-            f"{names} already exists; give another name or folder to write to, or --overwrite to "
-            "replace it"
+            "{names} already exists; give another name or folder to write to, or --overwrite to "
+            "replace it",
+            names=names,
         )
 
 

@@ -21,9 +21,10 @@ def check_own_folder(folder: Path) -> None:
     """FileError if a link has the place of the folder; there may be none yet."""
     if is_link(folder):
         raise FileError(
-            f"{shorten(folder.name)} in {shorten(folder.parent.name)} is a link; expected a folder "
-            "of its own, since nothing is written elsewhere. Remove the link, or move the folder "
-            "itself there."
+            "{folder} in {folder_parent} is a link; expected a folder of its own, since nothing "
+            "is written elsewhere. Remove the link, or move the folder itself there.",
+            folder=shorten(folder.name),
+            folder_parent=shorten(folder.parent.name),
         )
 
 

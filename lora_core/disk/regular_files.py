@@ -47,20 +47,22 @@ def open_regular(
     try:
         descriptor = open_it(path, flags | getattr(os, "O_CLOEXEC", 0))
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingFileError(f"{name} does not exist; expected a file.") from None
+        raise MissingFileError("{name} does not exist; expected a file.", name=name) from None
     except OSError as e:
         if os.path.isdir(path):  # noqa: PTH112 - Windows opens none; Path.is_dir may raise
-            raise FileError(f"{name} is a folder; expected a file.") from None
+            raise FileError("{name} is a folder; expected a file.", name=name) from None
         kind = DeniedFileError if isinstance(e, PermissionError) else FileError
-        raise kind(f"{name} cannot be opened: {e.strerror}.") from None
+        raise kind("{name} cannot be opened: {reason}.", name=name, reason=e.strerror) from None
     except ValueError:  # a null character or half a surrogate pair
-        raise FileError(f"{name!r} is not a file name; expected one.") from None
+        raise FileError("{name!r} is not a file name; expected one.", name=name) from None
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
-            raise FileError(f"{name} is a folder; expected a file.")
+            raise FileError("{name} is a folder; expected a file.", name=name)
         if not stat.S_ISREG(mode):
-            raise FileError(f"{name} is a pipe, socket or device; expected a regular file.")
+            raise FileError(
+                "{name} is a pipe, socket or device; expected a regular file.", name=name
+            )
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -87,11 +89,12 @@ def read_bytes(
             data = file.read(max_bytes + 1)
         except OSError as e:
             kind = DeniedFileError if isinstance(e, PermissionError) else FileError
-            raise kind(f"{name} cannot be read: {e.strerror}.") from None
+            raise kind("{name} cannot be read: {reason}.", name=name, reason=e.strerror) from None
     if len(data) > max_bytes:
         raise FileError(
-            f"{name} is larger than {format_bytes(max_bytes)}; expected a file of text. Remove or "
-            "replace it."
+            "{name} is larger than {max_bytes}; expected a file of text. Remove or replace it.",
+            name=name,
+            max_bytes=format_bytes(max_bytes),
         )
     return data
 
@@ -112,10 +115,16 @@ def decode_text(data: bytes, name: str) -> str:
     """
     for mark, encoding in _BOMS:
         if data.startswith(mark):
-            raise FileError(f"{shorten(name)} is {encoding} text; save it again as UTF-8.")
+            raise FileError(
+                "{name} is {encoding} text; save it again as UTF-8.",
+                name=shorten(name),
+                encoding=encoding,
+            )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise FileError(
-            f"{shorten(name)} is not UTF-8 text (byte {e.start}); save it again as UTF-8."
+            "{name} is not UTF-8 text (byte {start}); save it again as UTF-8.",
+            name=shorten(name),
+            start=e.start,
         ) from None

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import FileError, MissingFileError
+from ..messages import message
 from ..text import name_path, shorten
 from .regular_files import open_regular
 
@@ -37,7 +38,7 @@ DTYPES = {
 #: Endings of a safetensors file's name, in any case; ComfyUI lists both.
 SUFFIXES = (".safetensors", ".sft")
 #: What messages say was expected at a path.
-LORA_FILE, BASE_MODEL = "a LoRA file", "a diffusion model"
+LORA_FILE, BASE_MODEL = message("a LoRA file"), message("a diffusion model")
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -74,10 +75,14 @@ class StoredTensor:
         Raises:
             FileError: the file was deleted or replaced since its header was read.
         """
-        whole = self.file.read(self.key)
         if self.first_row is None:
-            return whole
-        return whole[self.first_row : self.first_row + self.shape[0]]
+            return self.file.read(self.key)
+        return self.file.read_rows(self.key, self._find_rows(slice(None)))
+
+    def _find_rows(self, rows: slice) -> slice:
+        """Rows of this part as rows of the whole tensor."""
+        first, (start, stop, _) = self.first_row or 0, rows.indices(self.shape[0])
+        return slice(first + start, first + stop)
 
     def take_rows(self, first: int, count: int) -> StoredTensor:
         """Some of the rows, read together with the others and not copied."""
@@ -91,6 +96,8 @@ class StoredTensor:
             buffer: bytes to read them into, where the file is read and not mapped; what is
                 returned is then a view of them.
         """
+        if self.first_row is not None:
+            rows = self._find_rows(rows)
         return self.file.read_rows(self.key, rows, buffer)
 
 
@@ -140,8 +147,12 @@ class SafetensorsFile:
             dtype = DTYPES.get(part.get_dtype())
             if dtype is None:
                 raise FileError(
-                    f"{shorten(self.name)}: {shorten(key)} is stored as {part.get_dtype()}; "
-                    f"expected one of {', '.join(DTYPES)}. Save it again as bf16, fp16 or fp32."
+                    "{name}: {key} is stored as {dtype}; expected one of {dtypes}. Save it "
+                    "again as bf16, fp16 or fp32.",
+                    name=shorten(self.name),
+                    key=shorten(key),
+                    dtype=part.get_dtype(),
+                    dtypes=", ".join(DTYPES),
                 )
             yield key, StoredTensor(self, key, torch.Size(part.get_shape()), dtype)
 
@@ -161,8 +172,9 @@ class SafetensorsFile:
         """
         if read_signature(self.path, self._expected) != self._signature:
             raise FileError(
-                f"{shorten(self.name)} was changed on disk since it was opened. "
-                "Queue the prompt again to read the new file."
+                "{name} was changed on disk since it was opened. Queue the prompt again to read "
+                "the new file.",
+                name=shorten(self.name),
             )
 
     def release(self) -> None:
@@ -200,7 +212,8 @@ class UnmappedFile(SafetensorsFile):
         data = read_bytes(self._file, start, (rows.stop - rows.start) * row_bytes, buffer)
         if data is None:
             raise FileError(
-                f"{shorten(self.name)} was changed on disk since it was opened; start again."
+                "{name} was changed on disk since it was opened; start again.",
+                name=shorten(self.name),
             )
         return data.view(tensor.dtype).view(shape)
 
@@ -242,13 +255,20 @@ def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
         found = os.stat(path)  # noqa: PTH116 - called for every tensor; Path's is slower
     except FileNotFoundError:
         raise MissingFileError(
-            f"{name_path(path)} does not exist; expected {expected}. Put it back, or choose "
-            "another one."
+            "{path} does not exist; expected {expected}. Put it back, or choose another one.",
+            path=name_path(path),
+            expected=expected,
         ) from None
     except OSError as e:
-        raise FileError(f"{name_path(path)} cannot be opened: {e.strerror}.") from None
+        raise FileError(
+            "{path} cannot be opened: {reason}.", path=name_path(path), reason=e.strerror
+        ) from None
     except ValueError:  # a null character or half a surrogate pair
-        raise FileError(f"{name_path(path)!r} is not a file name; expected {expected}.") from None
+        raise FileError(
+            "{path!r} is not a file name; expected {expected}.",
+            path=name_path(path),
+            expected=expected,
+        ) from None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
@@ -256,46 +276,67 @@ def open_checked(path: Path, expected: str = LORA_FILE) -> Any:
     """Opens a safetensors file; the error says in one sentence why it is none."""
     name = name_path(path)
     if path.is_dir():
-        raise FileError(f"{name} is a folder; expected a .safetensors file.")
+        raise FileError("{name} is a folder; expected a .safetensors file.", name=name)
     with open_regular(path) as file:
         try:
             start = file.read(16)
         except OSError as e:
-            raise FileError(f"{name} cannot be read: {e.strerror}.") from None
+            raise FileError(
+                "{name} cannot be read: {reason}.", name=name, reason=e.strerror
+            ) from None
         size = os.fstat(file.fileno()).st_size
     if size == 0:
         raise FileError(
-            f"{name} is empty (0 bytes); expected a safetensors file. Download or copy it again."
+            "{name} is empty (0 bytes); expected a safetensors file. Download or copy it again.",
+            name=name,
         )
     # The first 8 bytes of safetensors are a size, which may look like a pickle's; then comes "{".
     if start.startswith(PICKLE_STARTS) and start[8:9] != b"{":
         raise FileError(
-            f"{name} is a PyTorch pickle, despite its name; expected safetensors. Pickles can run "
-            "code when opened and are refused: if you trust it, convert it."
+            "{name} is a PyTorch pickle, despite its name; expected safetensors. Pickles can "
+            "run code when opened and are refused: if you trust it, convert it.",
+            name=name,
         )
     if start.startswith(b"GGUF"):
-        raise FileError(f"{name} is a GGUF file; expected {expected} in safetensors format.")
+        raise FileError(
+            "{name} is a GGUF file; expected {expected} in safetensors format.",
+            name=name,
+            expected=expected,
+        )
     header_size = int.from_bytes(start[:8], "little")
     if size < 8 or 8 + header_size > size:
         raise FileError(
-            f"{name} ends early: {size:,} bytes, but its header alone claims {header_size:,}. It "
-            "is truncated or not a safetensors file: download or copy it again."
+            "{name} ends early: {size:,} bytes, but its header alone claims {header_size:,}. It "
+            "is truncated or not a safetensors file: download or copy it again.",
+            name=name,
+            size=size,
+            header_size=header_size,
         )
+    return map_file(path, name)
+
+
+def map_file(path: Path, name: str) -> Any:
+    """As `open_checked`, for a file whose first bytes may be those of safetensors."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:  # bytes that are not UTF-8, which safetensors cannot open
         raise FileError(
-            f"{name}: this name, or that of its folder, is not UTF-8 text; rename it."
+            "{name}: this name, or that of its folder, is not UTF-8 text; rename it.", name=name
         ) from None
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as e:
-        reason = "its header does not match its data"
+        reason = message("its header does not match its data")
         if any(mark in str(e) for mark in ("InvalidHeader", "invalid JSON", "invalid UTF-8")):
-            reason = "its header is not readable"
+            reason = message("its header is not readable")
         raise FileError(
-            f"{name} is damaged: {reason} ({shorten(str(e))}). It is truncated or was written "
-            "wrongly: download or copy it again."
+            "{name} is damaged: {reason} ({error}). It is truncated or was written wrongly: "
+            "download or copy it again.",
+            name=name,
+            reason=reason,
+            error=shorten(str(e)),
         ) from None
     except OSError as e:
-        raise FileError(f"{name} cannot be mapped: {e.strerror or shorten(str(e))}.") from None
+        raise FileError(
+            "{name} cannot be mapped: {reason}.", name=name, reason=e.strerror or shorten(str(e))
+        ) from None

@@ -12,6 +12,7 @@ from annotated_types import Interval  # a part of pydantic, which itself takes l
 
 from ..checks import MAX_WHOLE, show
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .regular_files import MAX_TEXT_BYTES, read_bytes
 
@@ -36,7 +37,9 @@ def read_typed(path: str | os.PathLike[str], kind: type[T], max_bytes: int = MAX
     try:
         return parse_typed(data, kind)
     except ValueError as e:
-        raise FileError(f"{shorten(Path(path).name)} is damaged ({e}).") from None
+        raise FileError(
+            "{path} is damaged ({error}).", path=shorten(Path(path).name), error=e
+        ) from None
 
 
 def parse_typed(data: bytes, kind: type[T], allows_more: bool = False) -> T:
@@ -57,8 +60,19 @@ def parse_typed(data: bytes, kind: type[T], allows_more: bool = False) -> T:
     except ValidationError as e:
         fault = e.errors(include_url=False, include_context=False)[0]
         place, value = ".".join(map(str, fault["loc"])), fault["input"]
-        found = f" is {show(value)}" if isinstance(value, str | int | float | None) else ""
-        raise ValueError(f"{shorten(place or 'it')}{found}: {shorten(fault['msg'])}") from None
+        found = (
+            message(" is {value}", value=show(value))
+            if isinstance(value, str | int | float | None)
+            else ""
+        )
+        raise ValueError(
+            message(
+                "{place}{found}: {fault}",
+                place=shorten(place or "it"),
+                found=found,
+                fault=shorten(fault["msg"]),
+            )
+        ) from None
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 
 #: For what must not fail; a virus scanner may take seconds over a checkpoint of gigabytes.
@@ -44,8 +45,8 @@ def write_then_rename(path: Path, write: Callable[[Path], object]) -> None:
     """
     if path.exists() and not path.is_file():
         raise FileError(
-            f"{shorten(path.name or str(path))} is a folder, pipe or device; expected the name of "
-            "a file."
+            "{path} is a folder, pipe or device; expected the name of a file.",
+            path=shorten(path.name or str(path)),
         )
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
@@ -91,11 +92,11 @@ def explain(error: Exception) -> str:
     number = getattr(error, "errno", None)
     text = str(error)
     if number == errno.ENOSPC or "No space left" in text:
-        return "the disk is full; free some space and save again"
+        return message("the disk is full; free some space and save again")
     if getattr(error, "winerror", None) in SHARING_VIOLATIONS:
-        return "another program has it open; close that one and save again"
+        return message("another program has it open; close that one and save again")
     if number in (errno.EACCES, errno.EROFS, errno.EPERM) or "Permission denied" in text:
-        return "the folder is read-only; choose another one or change its permissions"
+        return message("the folder is read-only; choose another one or change its permissions")
     if number == errno.ENAMETOOLONG or "File name too long" in text:
-        return "the name is too long; choose a shorter one"
+        return message("the name is too long; choose a shorter one")
     return getattr(error, "strerror", None) or text

@@ -18,12 +18,13 @@ import torch
 from ..disk.json_reader import parse_object, read_object
 from ..errors import FileError, KeyFormatError, MissingFileError
 from ..findings import NOTE, WARNING, Finding
+from ..messages import message, take_clause
 from ..text import shorten
 from .peft_config import PeftConfig, build_config, read_number
 
-RULE_TENSOR = "tensor"
-RULE_RANK = "rank (the file names none)"
-RULE_REPLACED = "rank (the file names NaN or Inf)"
+RULE_TENSOR = message("tensor")
+RULE_RANK = message("rank (the file names none)")
+RULE_REPLACED = message("rank (the file names NaN or Inf)")
 #: Of the text of a config. One with an entry for every module takes a tenth of a megabyte.
 MAX_CONFIG_BYTES = 4 << 20
 #: What everything is computed in; a larger alpha is infinite there.
@@ -82,33 +83,43 @@ class AlphaRules:
         kept: list[PeftConfig] = []
         found, fallback = list(self.findings), self.fallback
         if self.unreadable:
-            fallback = f"rank ({self.unreadable} cannot be read)"
+            fallback = message("rank ({unreadable} cannot be read)", unreadable=self.unreadable)
         for config in self.configs:
             contradiction = config.find_contradiction(ranks)
             if contradiction and config.source == PEFT_CONFIG:
                 # In a folder of many adapters it may be another one's.
                 if not any(one.states_alpha for one in kept):
                     found.append(report_foreign_config(config, contradiction))
-                    fallback = f"rank ({config.source} is another adapter's)"
+                    fallback = message("rank ({source} is another adapter's)", source=config.source)
                 continue
             if config.unusable_reason:
-                raise KeyFormatError(f"{shorten(name)} {config.unusable_reason}")
+                raise KeyFormatError(
+                    "{name} {unusable_reason}",
+                    name=shorten(name),
+                    unusable_reason=config.unusable_reason,
+                )
             found += config.findings
             if contradiction and config.states_alpha:
-                text = (
-                    f"{config.source} does not fit the tensors ({contradiction}); the strength may "
-                    "be wrong"
+                text = message(
+                    "{source} does not fit the tensors ({contradiction}); the strength may "
+                    "be wrong",
+                    source=config.source,
+                    contradiction=contradiction,
                 )
                 found.append(Finding("config_mismatch", WARNING, text, 1))
             kept.append(config)
         found += report_contradictions(kept)
         if fallback == RULE_RANK and any(config.findings for config in kept):
-            fallback = f"rank ({kept[0].source} cannot be read)"
+            fallback = message("rank ({source} cannot be read)", source=kept[0].source)
         return AlphaRules(tuple(kept), self.unreadable, tuple(found), fallback)
 
 
 def report_foreign_config(config: PeftConfig, why: str) -> Finding:
-    text = f"{config.source} next to the file belongs to another adapter ({why}), so it is not used"
+    text = message(
+        "{source} next to the file belongs to another adapter ({why}), so it is not used",
+        source=config.source,
+        why=why,
+    )
     return Finding("config_of_another", WARNING, text, 1)
 
 
@@ -117,9 +128,12 @@ def report_contradictions(configs: Sequence[PeftConfig]) -> list[Finding]:
     others = [config for config in stating if config.alpha != stating[0].alpha]
     if not others:
         return []
-    text = (
-        f"alpha is {stating[0].alpha:g} in {stating[0].source} and {others[0].alpha:g} in "
-        f"{others[0].source}; the first is used"
+    text = message(
+        "alpha is {alpha:g} in {source} and {other_alpha:g} in {other_source}; the first is used",
+        alpha=stating[0].alpha,
+        source=stating[0].source,
+        other_alpha=others[0].alpha,
+        other_source=others[0].source,
     )
     return [Finding("alpha_contradiction", WARNING, text, len(others))]
 
@@ -135,7 +149,7 @@ def find_alpha_rules(
     texts: list[tuple[str, str, Callable[[], dict]]] = []
     for header_field in CONFIG_FIELDS:
         if metadata.get(header_field):
-            what = f"the header's {header_field}"
+            what = message("the header's {header_field}", header_field=header_field)
             texts.append(("metadata", what, partial(parse_header, metadata[header_field], what)))
     if path is not None and ("peft" in key_formats or path.name == PEFT_FILE):
         beside = path.with_name(PEFT_CONFIG)
@@ -147,7 +161,7 @@ def find_alpha_rules(
         except MissingFileError:
             pass
         except FileError as e:
-            text = f"{str(e).rstrip('.')}, so its alpha is lost"
+            text = message("{error}, so its alpha is lost", error=take_clause(e))
             findings.append(Finding("config_unreadable", WARNING, text, 1))
             unreadable = unreadable or what
     is_kohya = "kohya" in key_formats
@@ -163,7 +177,11 @@ def find_alpha_rules(
 def parse_header(text: str, what: str) -> dict[str, Any]:
     """A flat JSON of LoraConfig; diffusers puts "transformer." before each field."""
     if len(text) > MAX_CONFIG_BYTES:
-        raise FileError(f"{what} holds {len(text):,} characters; expected a config.")
+        raise FileError(
+            "{what} holds {length:,} characters; expected a config.",
+            what=what,
+            length=len(text),
+        )
     return {
         key.removeprefix("transformer."): value for key, value in parse_object(text, what).items()
     }
@@ -176,7 +194,9 @@ def read_plain_field(
     if text is None or text.strip() in NO_NUMBER:
         return None
     is_kohya = alpha_field == KOHYA_ALPHA
-    source = "metadata" if is_kohya else f"the header's {alpha_field}"
+    source = (
+        "metadata" if is_kohya else message("the header's {alpha_field}", alpha_field=alpha_field)
+    )
     fields = {"lora_alpha": text, "r": read_number(metadata.get(rank_field))}
     return replace(build_config(source, fields), is_plain_field=not is_kohya)
 
@@ -185,8 +205,10 @@ def note_unused_field(metadata: Mapping[str, str]) -> list[Finding]:
     alpha, rank = (read_number(metadata.get(f"ss_network_{what}")) for what in ("alpha", "dim"))
     if alpha is None or alpha == rank:
         return []
-    text = (
-        f"the header's {KOHYA_ALPHA} ({shorten(metadata[KOHYA_ALPHA], 20)}) is not used: "
-        "converters that store alpha in the tensors leave it in the header"
+    text = message(
+        "the header's {kohya_alpha} ({metadata}) is not used: converters that store alpha "
+        "in the tensors leave it in the header",
+        kohya_alpha=KOHYA_ALPHA,
+        metadata=shorten(metadata[KOHYA_ALPHA], 20),
     )
     return [Finding("alpha_field_unused", NOTE, text, 1)]

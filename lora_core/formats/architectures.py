@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ..messages import message
 from ..text import shorten
 
 #: No producer writes longer ones, and they would make the patterns slow.
 MAX_KEY = 500
 CLIP, TEXT_ENCODER, LANGUAGE_MODEL = (
-    "a CLIP text encoder",
-    "a text encoder",
-    "a language model or text encoder",
+    message("a CLIP text encoder"),
+    message("a text encoder"),
+    message("a language model or text encoder"),
 )
 # Name -> pattern that no Qwen-Image key matches. The first match wins, so the more specific one
 # comes first. Sources: the key lists in diffusers' lora_conversion_utils and ComfyUI's
@@ -80,15 +81,23 @@ def detect_variants(metadata: dict[str, str], file_name: str) -> tuple[list[str]
     variants: list[str] = []
     hints: list[str] = []
     claims: list[tuple[str, str, str | None]] = [
-        (f"metadata {field}", metadata.get(field, ""), field) for field in _VARIANT_FIELDS
+        (message("metadata {field}", field=field), metadata.get(field, ""), field)
+        for field in _VARIANT_FIELDS
     ]
-    for source, text, field in [*claims, ("the file name", file_name, None)]:
+    for source, text, field in [*claims, (message("the file name"), file_name, None)]:
         for found in read_variants(text, field == _ARCHITECTURE_FIELD):
             if variants and found not in variants and field is None:
                 continue
             if found not in variants:
                 variants.append(found)
-            hints.append(f"made for {found}, says {source}: {shorten(text)}")
+            hints.append(
+                message(
+                    "made for {found}, says {source}: {text}",
+                    found=found,
+                    source=source,
+                    text=shorten(text),
+                )
+            )
     return variants, hints
 
 

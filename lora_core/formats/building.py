@@ -17,12 +17,14 @@ from ..adapter.weights import (
     ModuleWeights,
     OftWeights,
 )
-from ..base_model import module_paths
+from ..base_model import families
+from ..base_model.family import Fusion
 from ..disk.safetensors_file import AnyTensor, load
 from ..errors import EmptyPartError, KeyFormatError, ShapeError
+from ..messages import message
 from ..text import shorten, shorten_list
 from .alpha import AlphaRules
-from .fused import is_fused, list_members, split_weights
+from .fused import get_fusion, split_weights
 from .parsed_key import ParsedKey, name_scheme
 from .sources import ModuleParts
 
@@ -117,14 +119,13 @@ KINDS = (
 #: Schemes whose OFT has alpha in units of out_features (LyCORIS' diag_oft.py, kohya's oft.py).
 #: Under the others alpha is the limit itself, as ComfyUI's own trainer saves it.
 RELATIVE_OFT = ("kohya", "lycoris", "onetrainer")
-BOFT = "BOFT, which is not supported; use ComfyUI's LoraLoader"
+BOFT = message("BOFT, which is not supported; use ComfyUI's LoraLoader")
 #: Of an example in a message that has two.
 MAX_EXAMPLE = 130
-NO_USE = "has no use in a module of this kind"
-REPLACED = "is a part of a factor that is also there whole, which is used"
-NO_RANK = "depends on its module's LoRA, which has rank 0"
-NO_BIAS = "changes a bias, and Qwen-Image's norms have none"
-FUSED = "fuses query, key and value in a way that cannot be split"
+NO_USE = message("has no use in a module of this kind")
+REPLACED = message("is a part of a factor that is also there whole, which is used")
+NO_RANK = message("depends on its module's LoRA, which has rank 0")
+NO_BIAS = message("changes a bias, and Qwen-Image's norms have none")
 
 
 class ModuleBuilder:
@@ -140,8 +141,8 @@ class ModuleBuilder:
         self.non_finite: list[str] = []
         self.empty: list[str] = []
         """Modules whose LoRA has rank 0 and adds nothing."""
-        self.num_split = 0
-        """Fused modules that were split."""
+        self.num_split: Counter[Fusion] = Counter()
+        """How many fused modules of each kind were split."""
         self.repeated: list[str] = []
         """Modules that a fused one holds and that are also present on their own."""
         self._incomplete: list[str] = []
@@ -158,22 +159,27 @@ class ModuleBuilder:
         if self._incomplete:
             shown = [shorten(text, MAX_EXAMPLE) for text in self._incomplete]
             raise KeyFormatError(
-                f"{self._name} is incomplete: {shorten_list(shown, 2)}, without the "
-                "partner keys. It was cut or saved wrongly: download or export it again."
+                "{name} is incomplete: {shown}, without the partner keys. It was cut or saved "
+                "wrongly: download or export it again.",
+                name=self._name,
+                shown=shorten_list(shown, 2),
             )
         modules = {path: weights for path, weights in built.items() if weights is not None}
-        for path in [path for path in modules if is_fused(path)]:
+        for path in [path for path in modules if families.is_fused(path)]:
             self._split(path, modules, chosen[path])
         return modules
 
     def _split(self, path: str, modules: dict[str, ModuleWeights], parts: ModuleParts) -> None:
         """Replaces a fused module by the modules it holds."""
-        members = list_members(path)
+        members = families.list_members(path)
         split = split_weights(modules.pop(path), len(members))
         if split is None:
-            self._leave_out(parts, FUSED)
+            title = get_fusion(path).title
+            self._leave_out(
+                parts, message("fuses {title} in a way that cannot be split", title=title)
+            )
             return
-        self.num_split += 1
+        self.num_split[get_fusion(path)] += 1
         for member, weights in zip(members, split, strict=True):
             if member in modules:
                 self.repeated.append(member)
@@ -182,7 +188,7 @@ class ModuleBuilder:
 
     def _build(self, module_path: str, parts: ModuleParts) -> ModuleWeights | None:
         """The module's weights; None where parts are missing, which is recorded."""
-        if "diff_b" in parts.keys and module_paths.is_norm(module_path):
+        if "diff_b" in parts.keys and families.is_norm(module_path):
             self.unused.append((parts.keys["diff_b"], NO_BIAS))
             kept = {part: key for part, key in parts.keys.items() if part != "diff_b"}
             if not kept:
@@ -193,12 +199,17 @@ class ModuleBuilder:
         if kind is None:  # an alpha or a magnitude alone changes nothing
             self._leave_out(parts, NO_USE)
             return None
-        if not kind.is_complete(present) and is_fused(module_path):
-            self._leave_out(parts, "fuses query, key and value, and its partner keys are missing")
+        if not kind.is_complete(present) and families.is_fused(module_path):
+            title = get_fusion(module_path).title
+            self._leave_out(
+                parts, message("fuses {title}, and its partner keys are missing", title=title)
+            )
             return None
         if not kind.is_complete(present):
             found = ", ".join(shorten(key.key) for key in parts.keys.values())
-            self._incomplete.append(f"{module_path} has only {found}")
+            self._incomplete.append(
+                message("{module_path} has only {found}", module_path=module_path, found=found)
+            )
             return None
         used = kind.parts | kind.optional
         tensors = {part: self._tensors[key.key] for part, key in parts.keys.items() if part in used}
@@ -214,9 +225,16 @@ class ModuleBuilder:
                 return self._build_without_rank(module_path, parts)
             return self._scale(module_path, kind.build(tensors), tensors, parts.keys.get("alpha"))
         except EmptyPartError as e:
-            raise EmptyPartError(f"{self._name}, {module_path}: {e}.") from None
+            raise EmptyPartError(
+                "{name}, {module_path}: {error}.", name=self._name, module_path=module_path, error=e
+            ) from None
         except ShapeError as e:
-            raise ShapeError(f"{self._name}, {module_path}: {e}. The file is damaged.") from None
+            raise ShapeError(
+                "{name}, {module_path}: {error}. The file is damaged.",
+                name=self._name,
+                module_path=module_path,
+                error=e,
+            ) from None
 
     def _build_without_rank(self, module_path: str, parts: ModuleParts) -> DiffWeights | None:
         """What is left where the LoRA has rank 0: the change of the bias, if there is one."""
@@ -255,11 +273,14 @@ class ModuleBuilder:
         if key is not None:
             tensor = self._tensors[key.key]
             if tensor.numel() != 1:
-                raise ShapeError(f"alpha is {tuple(tensor.shape)}; expected a single number")
+                raise ShapeError(
+                    "alpha is {tensor_shape}; expected a single number",
+                    tensor_shape=tuple(tensor.shape),
+                )
             stored = float(load(tensor).item())
         if isinstance(weights, OftWeights):
             if stored is None:
-                self.rules["none (OFT without constraint)"] += 1
+                self.rules[message("none (OFT without constraint)")] += 1
                 return weights
             if key is not None and name_scheme(key.prefix) in RELATIVE_OFT:
                 stored *= weights.out_features
@@ -273,7 +294,7 @@ class ModuleBuilder:
         """LyCORIS ignores alpha here; PEFT scales by the config's alpha and rank all the same."""
         config = self._alpha_rules.config
         if config is None or not config.is_lycoris:
-            self.rules["fixed (both LoKr factors whole)"] += 1
+            self.rules[message("fixed (both LoKr factors whole)")] += 1
             return weights
         rank = config.resolve_rank(module_path)
         alpha, rule, replaced = self._alpha_rules.resolve(module_path, rank or 1, None)

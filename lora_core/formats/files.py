@@ -16,8 +16,9 @@ from ..disk.safetensors_file import SafetensorsFile, read_signature
 from ..disk.writing import explain, separate, write_then_rename
 from ..errors import ConfigError, FileError, MissingFileError
 from ..text import name_path, shorten
+from .layouts import arrange_mlp
 from .reading import read_modules
-from .schemes import build_lora_config, build_metadata, get_scheme
+from .schemes import KeyScheme, build_lora_config, build_metadata, choose_scheme
 from .state_dicts import check_metadata, check_numbers, check_state_dict
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -70,8 +71,11 @@ def find_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise FileError(
-        f"{name_path(path)} is a folder without {PEFT_FILE} and {HUB_FILE}; expected a LoRA "
-        "file, or a folder that holds one of these."
+        "{path} is a folder without {peft_file} and {hub_file}; expected a LoRA file, or a "
+        "folder that holds one of these.",
+        path=name_path(path),
+        peft_file=PEFT_FILE,
+        hub_file=HUB_FILE,
     )
 
 
@@ -95,15 +99,28 @@ def read_state_dict(
     return Adapter(modules, metadata, key_format, report, name)
 
 
-def build_state_dict(adapter: Adapter, key_format: str = "comfyui") -> dict[str, torch.Tensor]:
+def build_state_dict(
+    adapter: Adapter, key_format: str = "comfyui", mlp_layout: str | None = None
+) -> dict[str, torch.Tensor]:
     """Every tensor of the adapter under the keys of `key_format`, bits unchanged.
 
+    Args:
+        mlp_layout: as in `write_adapter`.
+
     Raises:
-        ConfigError: unknown format, one that cannot express the adapter's kinds, or no modules.
+        ConfigError: unknown format or layout, one that cannot express the adapter's kinds, or no
+            modules.
     """
-    scheme = get_scheme(key_format)
+    scheme = choose_scheme(key_format, adapter, mlp_layout)
+    return spell_modules(arrange_mlp(adapter, mlp_layout), scheme)
+
+
+def spell_modules(adapter: Adapter, scheme: KeyScheme) -> dict[str, torch.Tensor]:
     if not adapter.modules:
-        raise ConfigError(f"{shorten(adapter.name)} holds no modules, so there is nothing to write")
+        raise ConfigError(
+            "{adapter} holds no modules, so there is nothing to write",
+            adapter=shorten(adapter.name),
+        )
     state_dict: dict[str, torch.Tensor] = {}
     for module_path, weights in adapter.modules.items():
         state_dict.update(scheme.spell(module_path, weights))
@@ -111,7 +128,10 @@ def build_state_dict(adapter: Adapter, key_format: str = "comfyui") -> dict[str,
 
 
 def write_adapter(
-    adapter: Adapter, path: str | os.PathLike[str], key_format: str = "comfyui"
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    key_format: str = "comfyui",
+    mlp_layout: str | None = None,
 ) -> Path:
     """Writes an adapter as safetensors, to a temporary name first, then renamed.
 
@@ -120,28 +140,35 @@ def write_adapter(
             write it to; PEFT's `adapter_config.json` is written next to it.
         key_format: "comfyui" and "kohya" carry alpha as tensors, "diffusers" in the header and
             "peft" in the config file.
+        mlp_layout: "split", the default, or "fused" for families whose base models store the MLP
+            in both ways, such as Qwen-Image-2.1. ComfyUI's own loader takes the default whole on
+            both.
 
     Returns:
         The file that was written.
 
     Raises:
-        ConfigError: unknown format, one that cannot express the adapter's kinds, no modules, or
-            metadata that no header can hold.
+        ConfigError: unknown format or layout, one that cannot express the adapter's kinds, no
+            modules, or metadata that no header can hold.
         KeyFormatError: a tensor without data, or another that no file can hold.
         FileError: the path is not a file name, or the folder or disk does not take the file;
             nothing is left behind.
     """
     path = check_name(path)
-    scheme = get_scheme(key_format)
+    scheme = choose_scheme(key_format, adapter, mlp_layout)
     if scheme.name == "peft" and path.name != PEFT_FILE:
         if path.suffix == ".safetensors":
             raise ConfigError(
-                f"PEFT reads a folder with {PEFT_FILE} and {PEFT_CONFIG}, not "
-                f"{shorten(path.name)}; give the folder's name."
+                "PEFT reads a folder with {peft_file} and {peft_config}, not {path}; give the "
+                "folder's name.",
+                peft_file=PEFT_FILE,
+                peft_config=PEFT_CONFIG,
+                path=shorten(path.name),
             )
         path = path / PEFT_FILE
     check_metadata(adapter.metadata, adapter.name)
-    state_dict = build_state_dict(adapter, key_format)
+    adapter = arrange_mlp(adapter, mlp_layout)
+    state_dict = spell_modules(adapter, scheme)
     check_state_dict(state_dict, adapter.name)
     check_numbers(state_dict, state_dict, adapter.name)
     title = path.parent.name if scheme.name == "peft" else path.stem
@@ -155,7 +182,9 @@ def write_adapter(
         if lora_config is not None:
             write_peft_config(lora_config, path.with_name(PEFT_CONFIG))
     except (OSError, SafetensorError) as e:
-        raise FileError(f"{shorten(path.name)} cannot be written: {explain(e)}.") from None
+        raise FileError(
+            "{path} cannot be written: {reason}.", path=shorten(path.name), reason=explain(e)
+        ) from None
     return path
 
 
@@ -170,7 +199,7 @@ def check_name(path: str | os.PathLike[str]) -> Path:
         shown = f"a {type(path).__name__}"
     except UnicodeEncodeError:
         shown = repr(shorten(found.name))
-    raise FileError(f"{shown} is not a file name; expected one.")
+    raise FileError("{shown} is not a file name; expected one.", shown=shown)
 
 
 def write_peft_config(lora_config: Mapping[str, object], path: Path) -> None:

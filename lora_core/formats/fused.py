@@ -1,12 +1,11 @@
-"""Query, key and value in one module, as diffusers' fuse_qkv_projections joins them.
+"""Several modules in one, as diffusers' fuse_qkv_projections and ComfyUI's files join them.
 
-The fused weight stacks the three, so an adapter of it can be split exactly: rows of what is on the
-output side, the rest shared.
+The fused weight stacks its members, so an adapter of it can be split exactly: rows of what is on
+the output side, the rest shared.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from ..adapter.weights import (
@@ -16,35 +15,17 @@ from ..adapter.weights import (
     LokrWeights,
     LoraWeights,
     ModuleWeights,
+    OftWeights,
 )
 from ..base_model import module_paths
+from ..base_model.families import FUSED, is_fused, list_members
+from ..base_model.family import Fusion
 from ..disk.safetensors_file import AnyTensor, StoredTensor
 
-#: Name inside a block -> the modules it holds, in the order of their rows.
-FUSED = {
-    "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "attn.add_qkv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-}
-_UNDERSCORED = {name.replace(".", "_"): name for name in FUSED}
-_BLOCK = re.compile(rf"transformer_blocks_{module_paths.BLOCK_NUMBER}_(.+)")
 
-
-def is_fused(module_path: str) -> bool:
-    block, name = module_paths.split_path(module_path)
-    return block is not None and name in FUSED
-
-
-def restore_fused_dots(flat: str) -> str | None:
-    match = _BLOCK.fullmatch(flat)
-    if match is None or match[2] not in _UNDERSCORED:
-        return None
-    return f"transformer_blocks.{int(match[1])}.{_UNDERSCORED[match[2]]}"
-
-
-def list_members(module_path: str) -> list[str]:
-    block, name = module_paths.split_path(module_path)
-    return [f"transformer_blocks.{block}.{member}" for member in FUSED[name]]
+def get_fusion(module_path: str) -> Fusion:
+    """What the module at this path, which is a fused one, joins."""
+    return FUSED[module_paths.split_path(module_path)[1]]
 
 
 def find_member(module_path: str) -> str | None:
@@ -55,8 +36,8 @@ def find_member(module_path: str) -> str | None:
 def split_weights(weights: ModuleWeights, count: int) -> list[ModuleWeights] | None:
     """`count` modules whose deltas, below each other, are that of `weights`.
 
-    None where the kind has no exact parts: a rotation of all rows, a magnitude per column, whose
-    norms are those of whole columns, or Kronecker factors that do not fall into that many.
+    None where the kind has no exact parts: a rotation across its members, a magnitude per column,
+    whose norms are those of whole columns, or Kronecker factors that do not fall into that many.
     """
     direction = weights.direction if isinstance(weights, DoraWeights) else weights
     names = find_row_parts(direction, count)
@@ -91,6 +72,8 @@ def find_row_parts(weights: ModuleWeights, count: int) -> list[str] | None:
         if weights.parts[factor].shape[0] == 1:
             factor = next(n for n in ("lokr_w2", "lokr_w2_a") if n in weights.parts)
         names = [factor]
+    elif isinstance(weights, OftWeights) and not weights.alpha:  # which limits all blocks together
+        names = [name for name in ("blocks", "rescale") if name in weights.parts]
     else:
         return None
     return names

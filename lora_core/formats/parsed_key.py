@@ -12,16 +12,16 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..base_model import module_paths
+from ..base_model import families
+from ..messages import message
 from .architectures import MAX_KEY
-from .fused import is_fused, restore_fused_dots
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedKey:
     key: str
     module_path: str
-    """A module of the transformer, or one of `fused.FUSED`."""
+    """A module of the transformer, or one of `families.FUSED`."""
     part: str
     """lora_A, lora_B, alpha, magnitude, hada_w1_a, lokr_w1, oft_blocks, diff, diff_b, ..."""
     prefix: str
@@ -89,6 +89,8 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
         (r"\.lora_B\.bias", "lora_B_bias"),
         (r"\.lora_B\.(?P<name>[^.]+)\.bias", "lora_B_bias"),
         (r"\.lora_(?P<ab>down|up)\.weight", None),
+        # PAI's PDD files. nunchaku packs other numbers under these, see `find_packed`.
+        (r"\.lora_(?P<ab>down|up)", None),
         (r"\.lora\.(?P<ab>down|up)\.weight", None),
         (r"_lora\.(?P<ab>down|up)\.weight", None),
         (r"\.lora_linear_layer\.(?P<ab>down|up)\.weight", None),
@@ -105,8 +107,14 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
     )
 )
 
-UNKNOWN_ENDING = "its ending belongs to no known adapter type"
-TOO_LONG = f"it has more than {MAX_KEY} characters, which no adapter's key has"
+PACKED = message(
+    "nunchaku's own format, packed for its kernels; use the file it was converted from"
+)
+OF_TEXT_ENCODER = message("belongs to a text encoder, which an edit LoRA does not change")
+UNKNOWN_ENDING = message("its ending belongs to no known adapter type")
+TOO_LONG = message(
+    "it has more than {max_key} characters, which no adapter's key has", max_key=MAX_KEY
+)
 #: Suffixes that are recognised and not supported, with a message for the user, and whether the
 #: module's other keys mean something else without this one.
 _UNSUPPORTED = tuple(
@@ -114,25 +122,45 @@ _UNSUPPORTED = tuple(
     for pattern, reason, spoils in (
         (
             r"\.lora_mid\.weight|\.hada_t[12]|\.lokr_t2",
-            "a Tucker core, which only convolutions use",
+            message("a Tucker core, which only convolutions use"),
             True,
         ),
-        (r"\.lora_E(?:\.[^.]+)?", "AdaLoRA's singular values, which are not supported", True),
-        (r"\.lora_diag(?:\.[^.]+)?", "KaSA's singular values, which are not supported", True),
-        (r"\.[ab][12]\.weight", "GLoRA, which is not supported; use ComfyUI's LoraLoader", False),
         (
-            r"\.set_weight|\.reshape_weight",
-            "a replaced weight, which is not a LoRA; not supported",
+            r"\.lora_E(?:\.[^.]+)?",
+            message("AdaLoRA's singular values, which are not supported"),
             True,
         ),
-        (r"\.on_input|\.ia3_l(?:\.[^.]+)?", "IA3, which is not a LoRA; not supported", False),
         (
-            r"\.(?:lora_down|lora_up|proj_down|proj_up|smooth|smooth_orig)",
-            "nunchaku's own format, packed for its kernels; use the file it was converted from",
+            r"\.lora_diag(?:\.[^.]+)?",
+            message("KaSA's singular values, which are not supported"),
+            True,
+        ),
+        (
+            r"\.[ab][12]\.weight",
+            message("GLoRA, which is not supported; use ComfyUI's LoraLoader"),
             False,
         ),
-        (r"\.(?:oft|boft|vera|hra)_\w.*", "a PEFT adapter type that is not supported", False),
-        (r"\.lora_(?:embedding_[AB]|ga)\b.*", "an embedding adapter; Qwen-Image has none", False),
+        (
+            r"\.set_weight|\.reshape_weight",
+            message("a replaced weight, which is not a LoRA; not supported"),
+            True,
+        ),
+        (
+            r"\.on_input|\.ia3_l(?:\.[^.]+)?",
+            message("IA3, which is not a LoRA; not supported"),
+            False,
+        ),
+        (r"\.(?:proj_down|proj_up|smooth|smooth_orig)", PACKED, False),
+        (
+            r"\.(?:oft|boft|vera|hra)_\w.*",
+            message("a PEFT adapter type that is not supported"),
+            False,
+        ),
+        (
+            r"\.lora_(?:embedding_[AB]|ga)\b.*",
+            message("an embedding adapter; Qwen-Image has none"),
+            False,
+        ),
     )
 )
 
@@ -166,7 +194,7 @@ def parse_key(key: str) -> ParsedKey | UnknownKey:
 
 
 def is_known(module_path: str) -> bool:
-    return module_paths.is_known(module_path) or is_fused(module_path)
+    return families.is_known(module_path) or families.is_fused(module_path)
 
 
 @lru_cache(maxsize=4096)  # a module's keys share their stem
@@ -208,7 +236,7 @@ def drop_wrappers(stem: str) -> tuple[str, str]:
 def restore_dots(flat: str) -> str | None:
     """A known module's path from any mixture of dots and underscores; None if it names none."""
     flat = flat.replace(".", "_").rstrip("_")
-    return module_paths.restore_dots(flat) or restore_fused_dots(flat)
+    return families.restore_dots(flat)
 
 
 def name_scheme(prefix: str) -> str:
@@ -227,18 +255,18 @@ def name_scheme(prefix: str) -> str:
 
 def explain_stem(stem: str) -> str:
     if re.search(r"(^|[._])(lora_te\d?|text_encoders?|text_model|clip_[lg])[._]", stem):
-        return "belongs to a text encoder, which an edit LoRA does not change"
-    return "names no module of the Qwen-Image transformer"
+        return OF_TEXT_ENCODER
+    return message("names no module of a Qwen-Image transformer")
 
 
 @lru_cache(maxsize=256)
 def find_nearest(rest: str) -> str | None:
     """The known module path that is spelled most like `rest`, or None if nothing is near."""
     block = re.search(r"transformer_blocks[._]0*([0-9]+)[._](.+)", rest)
-    known = (
-        module_paths.BLOCK_LINEARS + module_paths.BLOCK_NORMS
-        if block
-        else tuple(module_paths.TOP_LINEARS)
+    known = dict.fromkeys(
+        known
+        for family in families.FAMILIES
+        for known in ((*family.block_linears, *family.block_norms) if block else family.top_linears)
     )
     name = (block[2] if block else rest).replace("_", ".")
     spelled = {candidate.replace("_", "."): candidate for candidate in known}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..findings import WARNING, Finding
+from ..messages import message
 from ..text import shorten, shorten_list
 from .module_patterns import ModulePatterns, build_masks, matches, parse_pattern
 
@@ -88,9 +89,18 @@ class PeftConfig:
         for path, rank in ranks.items():
             expected = self.resolve_rank(path)
             if None not in (expected, rank) and expected != rank:
-                return f"it says rank {expected:g}, and {path} has {rank}"
+                return message(
+                    "it says rank {expected:g}, and {path} has {rank}",
+                    expected=expected,
+                    path=path,
+                    rank=rank,
+                )
         missing = next((path for path in ranks if not self.is_target(path)), None)
-        return None if missing is None else f"it does not name {missing} among its targets"
+        return (
+            None
+            if missing is None
+            else message("it does not name {missing} among its targets", missing=missing)
+        )
 
     def is_target(self, module_path: str) -> bool:
         if self.target_modules is None:
@@ -116,7 +126,8 @@ def build_config(source: str, fields: Mapping[str, Any]) -> PeftConfig:
     start = fields.get("init_lora_weights")
     if not is_known_start(start):
         reader.complain(
-            "init_lora_weights", f"{shorten(repr(start), 40)}, an unknown initialisation"
+            "init_lora_weights",
+            message("{start}, an unknown initialisation", start=shorten(repr(start), 40)),
         )
     return PeftConfig(
         source,
@@ -140,20 +151,29 @@ class _FieldReader:
         self.findings: list[Finding] = []
 
     def complain(self, name: str, what: str) -> None:
-        text = f"{self.source}: {name} is {what}; the strength may be wrong"
+        text = message(
+            "{source}: {name} is {what}; the strength may be wrong",
+            source=self.source,
+            name=name,
+            what=what,
+        )
         self.findings.append(Finding("config_field", WARNING, text, 1))
 
     def read_number(self, fields: Mapping[str, Any], name: str) -> float | None:
         value = fields.get(name)
         number = read_number(value)
         if value is not None and number is None:
-            self.complain(name, f"{shorten(repr(value), 40)} instead of a number")
+            self.complain(
+                name, message("{value} instead of a number", value=shorten(repr(value), 40))
+            )
         return number
 
     def read_flag(self, fields: Mapping[str, Any], name: str) -> bool:
         value = fields.get(name)
         if value is not None and not isinstance(value, bool):
-            self.complain(name, f"{shorten(repr(value), 40)} instead of true or false")
+            self.complain(
+                name, message("{value} instead of true or false", value=shorten(repr(value), 40))
+            )
         return value is True
 
     def read_patterns(self, fields: Mapping[str, Any], name: str) -> ModulePatterns:
@@ -161,16 +181,25 @@ class _FieldReader:
         if values is None:
             return ModulePatterns({})
         if not isinstance(values, dict):
-            self.complain(name, f"{shorten(repr(values), 40)} instead of names with numbers")
+            self.complain(
+                name,
+                message("{values} instead of names with numbers", values=shorten(repr(values), 40)),
+            )
             return ModulePatterns({})
         numbers = {pattern: read_number(value) for pattern, value in values.items()}
         patterns = ModulePatterns({p: n for p, n in numbers.items() if n is not None})
         refused = [p for p, n in numbers.items() if n is None] + patterns.unsupported
         if refused:
             shown = shorten_list([repr(shorten(pattern, 60)) for pattern in refused], 2)
-            text = (
-                f"{self.source}: {len(refused)} of {len(values)} entries of {name} are not taken "
-                f"({shown}): expected module names with numbers; the strength may be wrong there"
+            text = message(
+                "{source}: {num_refused} of {num_values} entries of {name} are not taken "
+                "({shown}): expected module names with numbers; the strength may be wrong "
+                "there",
+                source=self.source,
+                num_refused=len(refused),
+                num_values=len(values),
+                name=name,
+                shown=shown,
             )
             self.findings.append(Finding("pattern_not_taken", WARNING, text, len(refused)))
         return patterns
@@ -211,15 +240,21 @@ def explain_unusable(source: str, fields: Mapping[str, Any]) -> str | None:
     """Why the tensors are no plain LoRA, DoRA, LoHa or LoKr, for a message; None if they are."""
     start = find_moving_start(fields.get("init_lora_weights"))
     if start is not None:
-        return (
-            f"was trained from a {start} start ({source}: init_lora_weights), which moved part of "
-            "the model into the LoRA; on the plain model that part would count twice. Save it "
-            "converted: PEFT's save_pretrained with path_initial_model_for_weight_conversion."
+        return message(
+            "was trained from a {start} start ({source}: init_lora_weights), which moved "
+            "part of the model into the LoRA; on the plain model that part would count "
+            "twice. Save it converted: PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion.",
+            start=start,
+            source=source,
         )
     found = next((field for field in _OTHER_MATH if fields.get(field)), None)
     if found is not None:
-        return (
-            f"was trained as {_OTHER_MATH[found]} ({source}: {found}), whose modules compute "
-            "something other than a LoRA; expected a plain LoRA, DoRA, LoHa or LoKr."
+        return message(
+            "was trained as {other_math} ({source}: {found}), whose modules compute "
+            "something other than a LoRA; expected a plain LoRA, DoRA, LoHa or LoKr.",
+            other_math=_OTHER_MATH[found],
+            source=source,
+            found=found,
         )
     return None

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..adapter.adapter import detect_family_of
 from ..adapter.load_report import DroppedKey, LoadReport
 from ..adapter.weights import ModuleWeights
-from ..base_model import module_paths
+from ..base_model import families, module_paths
+from ..base_model.family import Family
 from ..disk.safetensors_file import AnyTensor
+from ..messages import message
 from .alpha import find_alpha_rules
 from .architectures import could_be_flux, detect_variants
 from .building import ModuleBuilder
 from .fused import find_member
 from .observations import find_more
-from .parsed_key import ParsedKey, UnknownKey, name_scheme, parse_key
+from .parsed_key import PACKED, ParsedKey, UnknownKey, name_scheme, parse_key
 from .recognition import check_any_known, raise_unusable
 from .sources import ModuleParts, choose_sources
 from .state_dicts import check_numbers
@@ -39,18 +42,19 @@ def read_modules(
     check_numbers(tensors, (key.key for key in parsed), name)
     parsed, spoiled = leave_out_spoiled(parsed, unknown)
     sources = choose_sources(parsed)
+    foreign = leave_out_other_families(sources.chosen)
     formats = Counter(name_scheme(key.prefix) for key in parsed)
     alpha_rules = find_alpha_rules(metadata, path, set(formats))
     alpha_rules = alpha_rules.settle(read_ranks(sources.chosen, tensors), name)
     builder = ModuleBuilder(tensors, alpha_rules, name)
     modules = builder.build_all(sources.chosen)
-    left_out = [*builder.unused, *spoiled]
+    left_out = [*builder.unused, *spoiled, *foreign]
     if not modules:
         raise_unusable(unknown, left_out, builder.empty, len(tensors), name)
     dropped_parts = {key.key for key, _ in builder.unused}
     key_format = formats.most_common(1)[0][0]
     model = find_model(modules, metadata, name)
-    num_kept = len(parsed) - len(sources.duplicates) - len(dropped_parts)
+    num_kept = len(parsed) - len(sources.duplicates) - len(dropped_parts) - len(foreign)
     report = LoadReport(
         name=name,
         num_keys=len(tensors),
@@ -65,6 +69,7 @@ def read_modules(
         scales=count(weights.scale for weights in modules.values() if weights.kind != "diff"),
         alphas=count(weights.alpha for weights in modules.values() if weights.kind != "diff"),
         alpha_rules=dict(builder.rules),
+        family=None if model.family is None else model.family.name,
         preset=model.preset,
         blocks=module_paths.format_blocks(model.blocks),
         width=model.width,
@@ -72,11 +77,11 @@ def read_modules(
             *(DroppedKey(key.key, key.reason, key.nearest) for key in unknown),
             *(DroppedKey(k.key, reason, find_member(k.module_path)) for k, reason in left_out),
         ),
-        duplicates=tuple(DroppedKey(key.key, f"also in {by}") for key, by in sources.duplicates),
+        duplicates=tuple(DroppedKey(key.key, also_in(by)) for key, by in sources.duplicates),
         non_finite=tuple(builder.non_finite),
         variants=tuple(model.variants),
         hints=tuple(model.hints),
-        found=tuple(find_more(modules, builder, alpha_rules, sources)),
+        found=tuple(find_more(modules, builder, alpha_rules, sources, model.family, unknown)),
     )
     return modules, key_format, report
 
@@ -84,6 +89,7 @@ def read_modules(
 class AdaptedModel(NamedTuple):
     """The model an adapter was made for, as its modules and metadata tell."""
 
+    family: Family | None
     preset: str | None
     blocks: set[int]
     width: int | None
@@ -94,15 +100,43 @@ class AdaptedModel(NamedTuple):
 def find_model(
     modules: Mapping[str, ModuleWeights], metadata: Mapping[str, str], name: str
 ) -> AdaptedModel:
-    variants, hints = detect_variants(dict(metadata), name)
-    preset, width = module_paths.detect_preset(modules), find_width(modules)
+    family = detect_family_of(modules)
+    variants: list[str] = []
+    hints: list[str] = []
+    if family is None or family.variants:
+        variants, hints = detect_variants(dict(metadata), name)
+    preset, width = detect_preset(modules, family), find_width(modules, family)
     blocks = {block for block, _ in map(module_paths.split_path, modules) if block is not None}
     if not variants and could_be_flux(preset, blocks, width):
         hints.append(
-            "names and sizes would fit Flux as well (attention of the first 19 blocks only): check "
-            "what it was trained for"
+            message(
+                "names and sizes would fit Flux as well (attention of the first 19 blocks "
+                "only): check what it was trained for"
+            )
         )
-    return AdaptedModel(preset, blocks, width, variants, hints)
+    return AdaptedModel(family, preset, blocks, width, variants, hints)
+
+
+def detect_preset(modules: Mapping[str, ModuleWeights], family: Family | None) -> str | None:
+    """The preset of the family; without one that of every family in which it is one."""
+    found = {one.detect_preset(modules) for one in ([family] if family else families.FAMILIES)}
+    return found.pop() if len(found) == 1 else None
+
+
+def also_in(place: str) -> str:
+    return message("also in {place}", place=place)
+
+
+def leave_out_other_families(chosen: dict[str, ModuleParts]) -> list[tuple[ParsedKey, str]]:
+    """Takes modules out that the family of the others has not; a file is of one family."""
+    family = families.detect_by_names(chosen)
+    if family is None:
+        return []
+    foreign = [path for path in chosen if not (family.is_known(path) or family.is_fused(path))]
+    reason = message(
+        "is no module of {title}, to which most of the others belong", title=family.title
+    )
+    return [(key, reason) for path in foreign for key in chosen.pop(path).keys.values()]
 
 
 def leave_out_spoiled(
@@ -116,10 +150,11 @@ def leave_out_spoiled(
         if reason is None:
             kept.append(key)
         else:
-            spoiled.append((key, f"its module has {reason}"))
+            spoiled.append((key, message("its module has {reason}", reason=reason)))
     return kept, spoiled
 
 
+BARE_DOWN = ".lora_down"
 #: Parts with the rank as their rows.
 _RANK_PARTS = ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 
@@ -144,22 +179,48 @@ def count(values: Iterable[Any]) -> dict[Any, int]:
     return dict(Counter(values))
 
 
-def parse_keys(keys: Iterable[str]) -> tuple[list[ParsedKey], list[UnknownKey]]:
+def parse_keys(
+    tensors: Mapping[str, AnyTensor],
+) -> tuple[list[ParsedKey], list[UnknownKey]]:
     parsed: list[ParsedKey] = []
     unknown: list[UnknownKey] = []
-    for key in keys:
+    for key in tensors:
         result = parse_key(key)
         if isinstance(result, ParsedKey):
             parsed.append(result)
         else:
             unknown.append(result)
+    packed = find_packed(parsed, tensors)
+    if packed:
+        unknown += [UnknownKey(k.key, PACKED, k.module_path) for k in parsed if k.key in packed]
+        parsed = [key for key in parsed if key.key not in packed]
     return parsed, unknown
 
 
-def find_width(modules: Mapping[str, ModuleWeights]) -> int | None:
-    """Width of the model the adapter was made for, from the first module that implies it."""
+def find_packed(parsed: Iterable[ParsedKey], tensors: Mapping[str, AnyTensor]) -> set[str]:
+    """Keys of nunchaku's factors, which end as some LoRAs' do: there both have the rank last."""
+    pairs: dict[str, list[str]] = defaultdict(list)
+    for key in parsed:
+        if key.spelling.endswith(BARE_DOWN):
+            pairs[key.spelling].append(key.key)
+    packed: set[str] = set()
+    for keys in pairs.values():
+        shapes = [tensors[key].shape for key in sorted(keys)]
+        if len(shapes) == 2 and all(len(shape) == 2 for shape in shapes):
+            if shapes[1][1] == shapes[0][0] != shapes[0][1]:
+                continue
+        packed.update(keys)
+    return packed
+
+
+def find_width(modules: Mapping[str, ModuleWeights], family: Family | None) -> int | None:
+    """Width of the model the adapter was made for, from the first module that implies it.
+
+    Modules of a file that could be of several families have the same multiples in all of them.
+    """
+    table = family or families.FAMILIES[0]
     for module_path, weights in modules.items():
         block, name = module_paths.split_path(module_path)
-        if block is not None and name in module_paths.BLOCK_LINEARS and weights.shape is not None:
-            return weights.shape[0] // module_paths.compute_shape(name, 1)[0]
+        if block is not None and name in table.block_linears and weights.shape is not None:
+            return weights.shape[0] // table.compute_shape(name, 1)[0]
     return None

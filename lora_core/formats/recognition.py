@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from ..errors import KeyFormatError, ShapeError
+from ..messages import message
 from ..text import shorten
 from .architectures import detect_architecture, is_text_encoder
 from .parsed_key import UNKNOWN_ENDING, ParsedKey, UnknownKey
@@ -16,7 +17,7 @@ def check_any_known(parsed: list[ParsedKey], unknown: list[UnknownKey], name: st
     total = len(parsed) + len(unknown)
     if total == 0:
         raise KeyFormatError(
-            f"{shorten(name)} holds no tensors; expected a LoRA for Qwen-Image-Edit."
+            "{name} holds no tensors; expected a LoRA for Qwen-Image-Edit.", name=shorten(name)
         )
     foreign = detect_architecture(key.key for key in unknown)
     if any("_m" in key.module_path for key in parsed):
@@ -24,10 +25,18 @@ def check_any_known(parsed: list[ParsedKey], unknown: list[UnknownKey], name: st
     if parsed and not (foreign and not is_text_encoder(foreign)):
         return
     if foreign:
-        matched = f"shares {len(parsed)} of {total} keys with" if parsed else "matches 0 modules of"
+        matched = message("matches 0 modules of Qwen-Image")
+        if parsed:
+            matched = message(
+                "shares {number} of {total} keys with Qwen-Image", number=len(parsed), total=total
+            )
         raise KeyFormatError(
-            f"{shorten(name)} {matched} Qwen-Image: its keys are those of {foreign}, such as "
-            f"{shorten(unknown[0].key)!r}. Choose a LoRA trained for Qwen-Image or Qwen-Image-Edit."
+            "{name} {matched}: its keys are those of {foreign}, such as {key!r}. Choose a LoRA "
+            "trained for Qwen-Image or Qwen-Image-Edit.",
+            name=shorten(name),
+            matched=matched,
+            foreign=foreign,
+            key=shorten(unknown[0].key),
         )
     raise_unrecognised(unknown, total, name)
 
@@ -41,35 +50,49 @@ def raise_unusable(
 ) -> NoReturn:
     """Raises where there are keys of Qwen-Image modules, but no module could be built."""
     if empty:
-        others = f", and so do {len(empty) - 1} others" if len(empty) > 1 else ""
+        others = (
+            message(", and so do {num_empty} others", num_empty=len(empty) - 1)
+            if len(empty) > 1
+            else ""
+        )
         raise ShapeError(
-            f"{shorten(name)}, {empty[0]}: it has rank 0 and adds nothing{others}; expected "
-            "factors with one rank of at least 1. They were pruned away: choose another file."
+            "{name}, {empty}: it has rank 0 and adds nothing{others}; expected factors with one "
+            "rank of at least 1. They were pruned away: choose another file.",
+            name=shorten(name),
+            empty=empty[0],
+            others=others,
         )
     telling = [(key, reason) for key, reason in left_out if key.part not in COMPANIONS]
     if unknown and not telling:
         raise_unrecognised(unknown, total, name)
-    what = "Only alphas or magnitudes are left of it."
+    what = message("Only alphas or magnitudes are left of it.")
     if telling:
         key, reason = telling[0]
-        what = f"{shorten(key.key)!r}: {reason}."
+        what = message("{key!r}: {reason}.", key=shorten(key.key), reason=reason)
     raise KeyFormatError(
-        f"{shorten(name)} matches 0 modules of Qwen-Image with its {total} keys. {what}"
+        "{name} matches 0 modules of Qwen-Image with its {total} keys. {what}",
+        name=shorten(name),
+        total=total,
+        what=what,
     )
 
 
 def raise_unrecognised(unknown: list[UnknownKey], total: int, name: str) -> NoReturn:
     near = next((key for key in unknown if key.nearest), None)
-    hint = f" The nearest known form is {near.nearest!r}." if near else ""
+    hint = message(" The nearest known form is {nearest!r}.", nearest=near.nearest) if near else ""
     telling = next((key for key in unknown if key.reason != UNKNOWN_ENDING), unknown[0])
     full_model = telling.reason == UNKNOWN_ENDING and any(
         key.key.endswith((".weight", ".bias")) for key in unknown
     )
     if full_model and not any("lora" in key.key.lower() for key in unknown):
-        what = "These look like whole model weights, not an adapter."
+        what = message("These look like whole model weights, not an adapter.")
     else:
-        what = f"{shorten(telling.key)!r}: {telling.reason}."
+        what = message("{key!r}: {reason}.", key=shorten(telling.key), reason=telling.reason)
     raise KeyFormatError(
-        f"{shorten(name)} matches 0 modules of Qwen-Image with its {total} keys. {what}{hint} "
-        "Expected keys such as 'transformer_blocks.0.attn.to_q.lora_A.weight'."
+        "{name} matches 0 modules of Qwen-Image with its {total} keys. {what}{hint} Expected "
+        "keys such as 'transformer_blocks.0.attn.to_q.lora_A.weight'.",
+        name=shorten(name),
+        total=total,
+        what=what,
+        hint=hint,
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.weights import ModuleWeights, OftWeights
+from ..base_model.qwen_image import QWEN_IMAGE
 from ..errors import ConfigError
 from .architectures import ARCHITECTURES
+from .layouts import FUSED
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,12 @@ class KeyScheme:
         for part in weights.parts:
             if part not in self.suffixes:
                 raise ConfigError(
-                    f"{module_path} holds {weights.kind} weights ({part}), which the {self.name} "
-                    "format cannot express; expected plain LoRA. Write it as comfyui instead."
+                    "{module_path} holds {weights_kind} weights ({part}), which the {name} "
+                    "format cannot express; expected plain LoRA. Write it as comfyui instead.",
+                    module_path=module_path,
+                    weights_kind=weights.kind,
+                    part=part,
+                    name=self.name,
                 )
             tensor = weights.need_part(part)
             if part == "magnitude":
@@ -63,8 +69,10 @@ class KeyScheme:
         if is_lycoris:
             return magnitude
         raise ConfigError(
-            f"{module_path} holds DoRA magnitudes per input column, which the {self.name} format "
-            "cannot express; write it as comfyui instead."
+            "{module_path} holds DoRA magnitudes per input column, which the {name} format "
+            "cannot express; write it as comfyui instead.",
+            module_path=module_path,
+            name=self.name,
         )
 
 
@@ -100,9 +108,40 @@ SCHEMES: dict[str, KeyScheme] = {
 }
 
 
+#: ComfyUI maps the halves of a fused module only for names without a prefix, and the fused one only
+#: for names with this prefix (comfy/lora.py, model_lora_keys_unet).
+_COMFYUI_BARE = replace(SCHEMES["comfyui"], spell_module=str)
+#: Formats of programs that know the split layout only.
+SPLIT_ONLY = ("diffusers", "peft")
+
+
+def choose_scheme(name: str, adapter: Adapter, mlp_layout: str | None) -> KeyScheme:
+    """The scheme of this name, for an adapter written in this layout.
+
+    Raises:
+        ConfigError: no such scheme, or its program does not know the layout.
+    """
+    scheme = get_scheme(name)
+    if mlp_layout == FUSED:
+        if name in SPLIT_ONLY:
+            raise ConfigError(
+                "the {name} format is for diffusers' model, whose MLP is split; write "
+                "mlp_layout fused as comfyui or kohya",
+                name=name,
+            )
+        return scheme
+    family = adapter.base_family
+    is_mapped = family is not None and family.mlp_fusion is not None
+    return _COMFYUI_BARE if name == "comfyui" and is_mapped else scheme
+
+
 def get_scheme(name: str) -> KeyScheme:
     if name not in SCHEMES:
-        raise ConfigError(f"unknown key_format {name!r}; expected one of {', '.join(SCHEMES)}")
+        raise ConfigError(
+            "unknown key_format {name!r}; expected one of {schemes}",
+            name=name,
+            schemes=", ".join(SCHEMES),
+        )
     return SCHEMES[name]
 
 
@@ -114,8 +153,10 @@ def build_lora_config(adapter: Adapter) -> dict[str, object]:
     """
     if len(adapter.kinds) > 1:
         raise ConfigError(
-            f"{adapter.name} mixes {' and '.join(sorted(adapter.kinds))} modules, but PEFT's "
-            "config has one kind for all of them; write it as comfyui instead."
+            "{adapter} mixes {kinds} modules, but PEFT's config has one kind for all of them; "
+            "write it as comfyui instead.",
+            adapter=adapter.name,
+            kinds=" and ".join(sorted(adapter.kinds)),
         )
     modules = adapter.modules
     rank = Counter(weights.rank for weights in modules.values()).most_common(1)[0][0]
@@ -150,11 +191,14 @@ def build_metadata(adapter: Adapter, scheme: KeyScheme, title: str) -> dict[str,
     if len(adapter.report.variants) == 1:
         metadata.setdefault("modelspec.architecture", ARCHITECTURES[adapter.report.variants[0]])
     metadata.setdefault("modelspec.title", title)
-    metadata.setdefault("ss_base_model_version", "qwen_image")
+    family = adapter.base_family or QWEN_IMAGE
+    if family.architecture:
+        metadata.setdefault("modelspec.architecture", family.architecture)
+    metadata.setdefault("ss_base_model_version", family.base_version)
     metadata.update(
         {
             "format": "pt",
-            "ss_network_module": "networks.lora_qwen_image",
+            "ss_network_module": family.network_module,
             "ss_network_dim": single_or_dynamic(ranks),
             "ss_network_alpha": single_or_dynamic(alphas),
         }

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..disk.safetensors_file import AnyTensor
+from ..messages import message
 from .parsed_key import ParsedKey
+
+#: Prefix and adapter name.
+Source = tuple[str, str | None]
 
 
 @dataclass
@@ -39,7 +43,7 @@ def choose_sources(parsed: list[ParsedKey]) -> Sources:
     An alpha or a magnitude alone makes no source: it belongs to the weights of its own prefix, or
     else to whichever the module has.
     """
-    grouped: dict[str, dict[tuple[str, str | None], ModuleParts]] = defaultdict(dict)
+    grouped: dict[str, dict[Source, ModuleParts]] = defaultdict(dict)
     companions: list[ParsedKey] = []
     ordered = sorted(parsed, key=lambda key: key.key)
     set_aside = find_other_spellings(ordered)
@@ -66,7 +70,8 @@ def choose_sources(parsed: list[ParsedKey]) -> Sources:
     for module_path, sources in grouped.items():
         order = list(sources)
         if len(order) > 1:
-            order.sort(key=lambda s: (-popularity[s], s[1] != "default", s[0], s[1] or ""))
+            order.sort(key=lambda s: (-popularity[s], rank_name(s[1]), s[0], s[1] or ""))
+            order.sort(key=lambda s: is_stray(s, sources))
         own = orphans[module_path]
         if not order:
             chosen[module_path] = ModuleParts(own[0].prefix, None, {key.part: key for key in own})
@@ -78,7 +83,7 @@ def choose_sources(parsed: list[ParsedKey]) -> Sources:
         if len(order) == 1:
             continue
         used = {key.key for key in kept.keys.values()}
-        where = f"{kept.prefix}{module_path}" + ("" if kept.prefix else ", without prefix")
+        where = f"{kept.prefix}{module_path}" + ("" if kept.prefix else message(", without prefix"))
         where += f" ({kept.adapter_name})" if kept.adapter_name else ""
         for source in order[1:]:
             for key in sources[source].keys.values():
@@ -98,7 +103,7 @@ def find_other_spellings(ordered: list[ParsedKey]) -> set[str]:
     """Keys of lora_A or lora_B that are no part of their module, which is spelled in another way.
 
     Both factors of a module are of one spelling, as in ComfyUI: of a lora_A next to a whole pair of
-    lora_down and lora_up, the pair is the module. Of two pairs it is the first in `ordered`.
+    lora_down and lora_up, the pair is the module. Of two pairs it is the one that ComfyUI takes.
     """
     if len({key.spelling for key in ordered if key.spelling}) < 2:  # as in nearly every file
         return set()
@@ -109,9 +114,37 @@ def find_other_spellings(ordered: list[ParsedKey]) -> set[str]:
     found: set[str] = set()
     for spellings in spelled.values():
         # Without a whole pair the first is kept, and reported as incomplete.
-        kept = next((s for s in spellings if len(spellings[s]) == 2), next(iter(spellings)))
+        whole = [s for s in spellings if len(spellings[s]) == 2]
+        kept = min(whole, key=rank_spelling) if whole else next(iter(spellings))
         found.update(key.key for s, keys in spellings.items() if s != kept for key in keys)
     return found
+
+
+#: Endings of a lora_A in the order in which ComfyUI looks for them (weight_adapter/lora.py).
+SPELLINGS = (
+    *(".lora_down.weight", "_lora.down.weight", ".lora_A.weight", ".lora.down.weight"),
+    *(".lora_A", ".lora_linear_layer.down.weight"),
+)
+
+
+def rank_spelling(key: str) -> int:
+    return next((i for i, ending in enumerate(SPELLINGS) if key.endswith(ending)), len(SPELLINGS))
+
+
+def rank_name(adapter_name: str | None) -> int:
+    """Of PEFT's names of adapters: ComfyUI looks for keys without one, then for "default"."""
+    return {None: 0, "default": 1}.get(adapter_name, 2)
+
+
+def is_stray(source: Source, sources: Mapping[Source, ModuleParts]) -> bool:
+    """Whether it is one factor beside a whole pair whose keys differ by PEFT's "default" only."""
+    prefix, name = source
+    other = (prefix, {None: "default", "default": None}.get(name, name))
+    return is_half(sources[source]) and other in sources and not is_half(sources[other])
+
+
+def is_half(parts: ModuleParts) -> bool:
+    return ("lora_A" in parts.keys) != ("lora_B" in parts.keys)
 
 
 #: Parts that change nothing alone.

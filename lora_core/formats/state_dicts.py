@@ -9,6 +9,7 @@ import torch
 
 from ..disk.safetensors_file import AnyTensor, StoredTensor
 from ..errors import ConfigError, KeyFormatError
+from ..messages import message
 from ..text import shorten
 
 #: Dtypes with one real number in each entry. Some came with PyTorch 2.7; what else there is (of
@@ -28,24 +29,33 @@ def check_state_dict(state_dict: Any, name: str) -> None:
     """Raises KeyFormatError where it is no mapping of texts to tensors that hold their data."""
     if not isinstance(state_dict, Mapping):
         raise KeyFormatError(
-            f"{shorten(name)} is a {type(state_dict).__name__}; expected a dict of tensors by key."
+            "{name} is a {type_name}; expected a dict of tensors by key.",
+            name=shorten(name),
+            type_name=type(state_dict).__name__,
         )
     for key, tensor in state_dict.items():
         if not isinstance(key, str):
             raise KeyFormatError(
-                f"{shorten(name)} has a key that is a {type(key).__name__}; expected strings such "
-                "as 'transformer_blocks.0.attn.to_q.lora_A.weight'."
+                "{name} has a key that is a {type_name}; expected strings such as "
+                "'transformer_blocks.0.attn.to_q.lora_A.weight'.",
+                name=shorten(name),
+                type_name=type(key).__name__,
             )
         if not is_unicode(key):
             raise KeyFormatError(
-                f"{shorten(name)} has half a surrogate pair in the key {shorten(key)!r}, which no "
-                "file can hold; expected Unicode text."
+                "{name} has half a surrogate pair in the key {key!r}, which no file can hold; "
+                "expected Unicode text.",
+                name=shorten(name),
+                key=shorten(key),
             )
         found = describe_unusual(tensor)
         if found is not None:
             raise KeyFormatError(
-                f"{shorten(name)} holds {found} under {shorten(key)!r}; expected a plain tensor "
-                "that holds its numbers."
+                "{name} holds {found} under {key!r}; expected a plain tensor that holds its "
+                "numbers.",
+                name=shorten(name),
+                found=found,
+                key=shorten(key),
             )
 
 
@@ -54,13 +64,13 @@ def describe_unusual(tensor: Any) -> str | None:
     if isinstance(tensor, StoredTensor):
         return None
     if not isinstance(tensor, torch.Tensor):
-        return f"a {type(tensor).__name__}"
+        return message("a {name}", name=type(tensor).__name__)
     if tensor.is_meta:
-        return "a tensor without data (on the meta device)"
+        return message("a tensor without data (on the meta device)")
     if tensor.is_quantized:
-        return "a quantised tensor"
+        return message("a quantised tensor")
     if tensor.is_nested or tensor.layout != torch.strided:
-        return "a sparse or nested tensor"
+        return message("a sparse or nested tensor")
     return None
 
 
@@ -70,8 +80,11 @@ def check_numbers(tensors: Mapping[str, AnyTensor], keys: Iterable[str], name: s
         dtype = tensors[key].dtype
         if dtype not in NUMBERS:
             raise KeyFormatError(
-                f"{shorten(name)} stores {shorten(key)!r} as {str(dtype).removeprefix('torch.')}, "
-                "which holds no plain numbers; expected bf16, fp16 or fp32. Export it again."
+                "{name} stores {key!r} as {dtype}, which holds no plain numbers; expected bf16, "
+                "fp16 or fp32. Export it again.",
+                name=shorten(name),
+                key=shorten(key),
+                dtype=str(dtype).removeprefix("torch."),
             )
 
 
@@ -79,20 +92,25 @@ def check_metadata(metadata: Any, name: str) -> None:
     """Raises ConfigError where it is not what a file's header can hold: texts by texts."""
     if not isinstance(metadata, Mapping):
         raise ConfigError(
-            f"the metadata of {shorten(name)} is a {type(metadata).__name__}; expected a dict of "
-            "strings."
+            "the metadata of {name} is a {type_name}; expected a dict of strings.",
+            name=shorten(name),
+            type_name=type(metadata).__name__,
         )
     for key, value in metadata.items():
         for text in (key, value):
             if not isinstance(text, str):
                 raise ConfigError(
-                    f"the metadata of {shorten(name)} has a {type(text).__name__} at "
-                    f"{shorten(str(key))!r}; expected strings only."
+                    "the metadata of {name} has a {type_name} at {key!r}; expected strings only.",
+                    name=shorten(name),
+                    type_name=type(text).__name__,
+                    key=shorten(str(key)),
                 )
             if not is_unicode(text):
                 raise ConfigError(
-                    f"the metadata of {shorten(name)} has half a surrogate pair at "
-                    f"{shorten(key)!r}, which no file can hold; expected Unicode text."
+                    "the metadata of {name} has half a surrogate pair at {key!r}, which no file "
+                    "can hold; expected Unicode text.",
+                    name=shorten(name),
+                    key=shorten(key),
                 )
 
 

@@ -28,6 +28,7 @@ from ..adapter.delta import upcast
 from ..adapter.weights import DoraWeights, LoraWeights, ModuleWeights
 from ..base_model.module_paths import split_path
 from ..errors import ConfigError, ShapeError, TargetError
+from ..messages import message
 from ..progress import Progress, ShouldStop, track
 from ..text import format_count, shorten_list
 from .initialization import compute_principal_factors, draw_down, make_generator
@@ -135,8 +136,9 @@ class Injection:
         """Raises what `load` would, before anything is replaced."""
         if self.plan.settings.is_pissa:
             raise ConfigError(
-                f"{adapter.name} cannot be continued with PiSSA, which starts from the base's own "
-                'weights; choose another initialisation, e.g. "kaiming" (it will not be used).'
+                "{adapter} cannot be continued with PiSSA, which starts from the base's own "
+                'weights; choose another initialisation, e.g. "kaiming" (it will not be used).',
+                adapter=adapter.name,
             )
         unknown = [
             path
@@ -145,10 +147,13 @@ class Injection:
         ]
         if unknown:
             raise TargetError(
-                f"{adapter.name} has {format_count(len(unknown), 'module')} that would not be "
-                f"trained and whose effect would be lost ({shorten_list(unknown, 3)}); the targets "
-                f"are {list_patterns(self.plan.settings.targets)}. Choose targets that include "
-                "them."
+                "{adapter} has {num_modules} that would not be trained and whose effect would "
+                "be lost ({unknown}); the targets are {targets}. Choose targets that include "
+                "them.",
+                adapter=adapter.name,
+                num_modules=format_count(len(unknown), "module"),
+                unknown=shorten_list(unknown, 3),
+                targets=list_patterns(self.plan.settings.targets),
             )
         for path, weights in adapter.modules.items():
             if path in self.layers:
@@ -178,20 +183,28 @@ class Injection:
         different = sorted(own.keys() ^ state_dict.keys())
         if different:
             raise ConfigError(
-                f"the checkpoint and the settings differ in {len(different)} tensors "
-                f"({shorten_list(different, 3)}); resume with the settings it was made with."
+                "the checkpoint and the settings differ in {num_different} tensors "
+                "({different}); resume with the settings it was made with.",
+                num_different=len(different),
+                different=shorten_list(different, 3),
             )
         for name, tensor in own.items():
             found = state_dict[name]
             if found.shape != tensor.shape:
                 raise ShapeError(
-                    f"the checkpoint holds {name} as {tuple(found.shape)}, the settings give "
-                    f"{tuple(tensor.shape)}; resume with the rank it was made with."
+                    "the checkpoint holds {name} as {found_shape}, the settings give "
+                    "{tensor_shape}; resume with the rank it was made with.",
+                    name=name,
+                    found_shape=tuple(found.shape),
+                    tensor_shape=tuple(tensor.shape),
                 )
             if found.dtype != tensor.dtype:
                 raise ConfigError(
-                    f"the checkpoint holds {name} as {found.dtype}, the settings give "
-                    f"{tensor.dtype}; resume with the precision it was made with."
+                    "the checkpoint holds {name} as {found_dtype}, the settings give "
+                    "{tensor_dtype}; resume with the precision it was made with.",
+                    name=name,
+                    found_dtype=found.dtype,
+                    tensor_dtype=tensor.dtype,
                 )
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])
@@ -231,7 +244,7 @@ def inject(
     if isinstance(plan, LoraSettings):
         plan = plan_injection(model, plan)
     layers = {}
-    for target in track(plan.targets, progress, should_stop, "injection"):
+    for target in track(plan.targets, progress, should_stop, message("injection")):
         layers[target.module_path] = build_layer(
             model.get_submodule(target.module_path), target, plan.settings, dtype, seed, device
         )
@@ -321,28 +334,44 @@ def check_weights(layer: LoraLinear, path: str, weights: ModuleWeights, name: st
     direction = weights.direction if isinstance(weights, DoraWeights) else weights
     if weights.kind != kind or not isinstance(direction, LoraWeights):
         raise ConfigError(
-            f"{name} holds {weights.kind} weights for {path}, the settings ask for {kind}; "
-            "choose the same kind, or extract a LoRA from it first."
+            "{name} holds {weights_kind} weights for {path}, the settings ask for {kind}; "
+            "choose the same kind, or extract a LoRA from it first.",
+            name=name,
+            weights_kind=weights.kind,
+            path=path,
+            kind=kind,
         )
     if weights.shape != (layer.out_features, layer.in_features):
         raise ShapeError(
-            f"{name} is made for {path} of {weights.shape}, but the model's is "
-            f"{(layer.out_features, layer.in_features)}; choose an adapter of this model."
+            "{name} is made for {path} of {weights_shape}, but the model's is {shape}; choose "
+            "an adapter of this model.",
+            name=name,
+            path=path,
+            weights_shape=weights.shape,
+            shape=(layer.out_features, layer.in_features),
         )
     if weights.rank != layer.rank:
         raise ConfigError(
-            f"{name} has rank {weights.rank} at {path}, the settings ask for {layer.rank}; "
-            f"set rank = {weights.rank}, or resize the file first."
+            "{name} has rank {rank} at {path}, the settings ask for {expected_rank}; set rank = "
+            "{rank}, or resize the file first.",
+            name=name,
+            rank=weights.rank,
+            path=path,
+            expected_rank=layer.rank,
         )
     if "bias_delta" in weights.parts:
         raise ConfigError(
-            f"{name} also changes the bias of {path}, which is not trained here and would be "
-            "lost; choose another file."
+            "{name} also changes the bias of {path}, which is not trained here and would be "
+            "lost; choose another file.",
+            name=name,
+            path=path,
         )
     if isinstance(weights, DoraWeights) and weights.magnitude.numel() != layer.out_features:
         raise ConfigError(
-            f"{name} has a magnitude per input column at {path}; training supports only one per "
-            "output row. Choose another file."
+            "{name} has a magnitude per input column at {path}; training supports only one per "
+            "output row. Choose another file.",
+            name=name,
+            path=path,
         )
 
 

@@ -245,9 +245,11 @@ def get_base_weight(base: AnyLinear) -> torch.Tensor:
     if weight.dtype.is_floating_point and weight.dtype.itemsize >= 2 and weight.shape == shape:
         return weight
     raise ConfigError(
-        f"DoRA and PiSSA read the base weight, but {type(base).__name__} stores it as "
-        f"{str(weight.dtype).removeprefix('torch.')} {tuple(weight.shape)} without a dequantize(); "
-        "choose plain LoRA, or load the base as bf16."
+        "DoRA and PiSSA read the base weight, but {name} stores it as {weight_dtype} "
+        "{weight_shape} without a dequantize(); choose plain LoRA, or load the base as bf16.",
+        name=type(base).__name__,
+        weight_dtype=str(weight.dtype).removeprefix("torch."),
+        weight_shape=tuple(weight.shape),
     )
 
 

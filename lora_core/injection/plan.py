@@ -1,6 +1,6 @@
 """Which modules of a model will get a trainable LoRA, and how large that is, before anything runs.
 
-A target is chosen by a preset of `TARGET_PRESETS` ("full"), by a name inside the blocks
+A target is chosen by a preset of the model's family ("full"), by a name inside the blocks
 ("attn.to_q", in every block) or by a pattern over the whole module path, in which `*` stands for
 anything, `?` for one character and `[0-9]` for one of a set ("transformer_blocks.1?.attn.*").
 """
@@ -17,16 +17,19 @@ import torch
 
 from ..adapter.adapter import Adapter
 from ..adapter.weights import DoraWeights, LoraWeights, ModuleWeights
-from ..base_model import module_paths
+from ..base_model import families, module_paths
+from ..base_model.family import Family
+from ..base_model.qwen_image import QWEN_IMAGE
 from ..disk.file_size import compute_file_size
 from ..errors import ConfigError, TargetError
 from ..formats.files import build_state_dict
 from ..formats.schemes import build_metadata, get_scheme
+from ..messages import message
 from .initialization import INITIALIZATIONS
 from .layers import AnyLinear
 
 #: Why a module of the last block is left out; shown to the user.
-INERT = "the model discards the last block's text output, so it would never get a gradient"
+INERT = message("the model discards the last block's text output, so it would never get a gradient")
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,25 @@ class LoraSettings:
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ConfigError(f"{where} is {rank!r}; expected a whole number from 1, e.g. 16")
+                raise ConfigError(
+                    "{where} is {rank!r}; expected a whole number from 1, e.g. 16",
+                    where=where,
+                    rank=rank,
+                )
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(
-                f"alpha is {self.alpha!r}; expected a number above 0, or nothing for the rank"
+                "alpha is {alpha!r}; expected a number above 0, or nothing for the rank",
+                alpha=self.alpha,
             )
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout!r}; expected 0 to below 1, e.g. 0.05")
+            raise ConfigError(
+                "dropout is {dropout!r}; expected 0 to below 1, e.g. 0.05", dropout=self.dropout
+            )
         if self.init not in INITIALIZATIONS:
             raise ConfigError(
-                f"unknown initialisation {self.init!r}; expected one of "
-                f"{', '.join(INITIALIZATIONS)}"
+                "unknown initialisation {init!r}; expected one of {initializations}",
+                init=self.init,
+                initializations=", ".join(INITIALIZATIONS),
             )
         if not self.targets:
             raise ConfigError('no targets are given; expected at least one, e.g. "full"')
@@ -101,7 +112,7 @@ class InjectionPlan:
 
     settings: LoraSettings
     targets: tuple[Target, ...]
-    """In the order of the blocks, and inside a block of `module_paths.BLOCK_LINEARS`."""
+    """In the order of the blocks, and inside a block of the family's table."""
     skipped: Mapping[str, str]
     """Modules that were chosen but are left out -> why."""
 
@@ -164,24 +175,33 @@ def plan_injection(model: torch.nn.Module, settings: LoraSettings) -> InjectionP
     if not linears:
         raise TargetError(
             "the model holds none of Qwen-Image's Linears; expected paths such as "
-            f"transformer_blocks.0.attn.to_q, found {list_examples(model)}. "
-            "Give the transformer itself, not a wrapper around it."
+            "transformer_blocks.0.attn.to_q, found {model}. Give the transformer itself, not a "
+            "wrapper around it.",
+            model=list_examples(model),
         )
-    chosen = {path for pattern in settings.targets for path in select(pattern, linears, "target")}
+    family = find_family(linears)
+    chosen = {
+        path
+        for pattern in settings.targets
+        for path in select(pattern, linears, message("target"), family)
+    }
     for pattern in settings.exclude:
-        chosen -= select(pattern, linears, "exclude")
+        chosen -= select(pattern, linears, "exclude", family)
     if not chosen:
         raise TargetError(
-            f"nothing is left to train: {list_patterns(settings.targets)} without "
-            f"{list_patterns(settings.exclude)} is empty. Exclude less."
+            "nothing is left to train: {targets} without {exclude} is empty. Exclude less.",
+            targets=list_patterns(settings.targets),
+            exclude=list_patterns(settings.exclude),
         )
-    skipped = {path: INERT for path in find_inert(linears) if path in chosen}
+    skipped = {path: INERT for path in find_inert(linears, family) if path in chosen}
     if len(skipped) == len(chosen):
         raise TargetError(
-            f"{list_patterns(settings.targets)} selects only {', '.join(skipped)}, but {INERT}. "
-            "Choose further modules."
+            "{targets} selects only {skipped}, but {inert}. Choose further modules.",
+            targets=list_patterns(settings.targets),
+            skipped=", ".join(skipped),
+            inert=INERT,
         )
-    ranks = choose_ranks(settings, linears)
+    ranks = choose_ranks(settings, linears, family)
     planned = tuple(
         Target(path, linears[path].in_features, linears[path].out_features, ranks[path])
         for path in linears
@@ -196,13 +216,12 @@ def find_linears(model: torch.nn.Module) -> dict[str, AnyLinear]:
     found = {
         path: module
         for path, module in model.named_modules()
-        if module_paths.is_known(path)
+        if families.is_known(path)
         and isinstance(getattr(module, "in_features", None), int)
         and isinstance(getattr(module, "out_features", None), int)
     }
-    order = {
-        name: i for i, name in enumerate((*module_paths.BLOCK_LINEARS, *module_paths.TOP_LINEARS))
-    }
+    names = dict.fromkeys(n for f in families.FAMILIES for n in (*f.block_linears, *f.top_linears))
+    order = {name: i for i, name in enumerate(names)}
 
     def get_place(path: str) -> tuple[float, int]:
         block, name = module_paths.split_path(path)
@@ -211,45 +230,58 @@ def find_linears(model: torch.nn.Module) -> dict[str, AnyLinear]:
     return {path: found[path] for path in sorted(found, key=get_place)}
 
 
-def find_inert(linears: Mapping[str, torch.nn.Module]) -> list[str]:
+def find_family(linears: Mapping[str, AnyLinear]) -> Family:
+    """The family of a model's Linears; where nothing tells, the one that training is for."""
+    shapes = {path: (linear.out_features, linear.in_features) for path, linear in linears.items()}
+    return families.detect_family(shapes) or QWEN_IMAGE
+
+
+def find_inert(linears: Mapping[str, torch.nn.Module], family: Family) -> list[str]:
     """The last block's modules whose output the model discards (survey/trainers.md section 1.7)."""
     blocks = [block for block, _ in map(module_paths.split_path, linears) if block is not None]
     last = max(blocks, default=None)
-    paths = (f"transformer_blocks.{last}.{name}" for name in module_paths.INERT_LAST_BLOCK)
+    paths = (f"transformer_blocks.{last}.{name}" for name in family.inert_last_block)
     return [path for path in paths if path in linears]
 
 
-def select(pattern: str, linears: Mapping[str, torch.nn.Module], role: str) -> set[str]:
+def select(
+    pattern: str, linears: Mapping[str, torch.nn.Module], role: str, family: Family
+) -> set[str]:
     """The module paths that a preset, a name or a pattern matches.
 
     Raises:
         TargetError: it matches none; the text names the closest matches.
     """
-    matches = {path for path in linears if matches_pattern(pattern, path)}
+    matches = {path for path in linears if matches_pattern(pattern, path, family)}
     if not matches:
         names = dict.fromkeys(module_paths.split_path(path)[1] for path in linears)
-        known = [*module_paths.TARGET_PRESETS, *names, *linears]
+        known = [*family.presets, *names, *linears]
         near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5) or known[:3]
         raise TargetError(
-            f"the {role} {pattern!r} matches no module of this model; expected a preset "
-            f"({', '.join(module_paths.TARGET_PRESETS)}), a module's name or a pattern with *. "
-            f"Did you mean {', '.join(near)}?"
+            "the {role} {pattern!r} matches no module of this model; expected a preset "
+            "({presets}), a module's name or a pattern with *. Did you mean {near}?",
+            role=role,
+            pattern=pattern,
+            presets=", ".join(family.presets),
+            near=", ".join(near),
         )
     return matches
 
 
-def matches_pattern(pattern: str, module_path: str) -> bool:
+def matches_pattern(pattern: str, module_path: str, family: Family) -> bool:
     """True where a preset, a name inside a block, or a pattern over the path names the module."""
     block, name = module_paths.split_path(module_path)
-    if pattern in module_paths.TARGET_PRESETS:
-        return block is not None and name in module_paths.TARGET_PRESETS[pattern]
+    if pattern in family.presets:
+        return block is not None and name in family.presets[pattern]
     return fnmatchcase(module_path, pattern) or fnmatchcase(name, pattern)
 
 
-def choose_ranks(settings: LoraSettings, linears: Mapping[str, AnyLinear]) -> dict[str, int]:
+def choose_ranks(
+    settings: LoraSettings, linears: Mapping[str, AnyLinear], family: Family
+) -> dict[str, int]:
     ranks = dict.fromkeys(linears, settings.rank)
     for pattern, rank in settings.rank_pattern.items():
-        ranks.update(dict.fromkeys(select(pattern, linears, "rank_pattern"), rank))
+        ranks.update(dict.fromkeys(select(pattern, linears, "rank_pattern", family), rank))
     return ranks
 
 
@@ -258,16 +290,19 @@ def check_ranks(settings: LoraSettings, planned: tuple[Target, ...]) -> None:
         limit = min(target.in_features, target.out_features)
         if settings.is_pissa and target.rank > limit:
             raise ConfigError(
-                f"{target.module_path} has {limit} singular values, but PiSSA is asked for rank "
-                f"{target.rank}; lower the rank or choose another initialisation."
+                "{module_path} has {limit} singular values, but PiSSA is asked for rank {rank}; "
+                "lower the rank or choose another initialisation.",
+                module_path=target.module_path,
+                limit=limit,
+                rank=target.rank,
             )
 
 
 def list_patterns(patterns: tuple[str, ...]) -> str:
-    return ", ".join(map(repr, patterns)) or "nothing"
+    return ", ".join(map(repr, patterns)) or message("nothing")
 
 
 def list_examples(model: torch.nn.Module) -> str:
     paths = [path for path, module in model.named_modules() if hasattr(module, "in_features")]
-    more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
-    return ", ".join(paths[:2]) + more if paths else "no Linear at all"
+    more = message(" and {num_paths} more", num_paths=len(paths) - 2) if len(paths) > 2 else ""
+    return ", ".join(paths[:2]) + more if paths else message("no Linear at all")

@@ -24,7 +24,10 @@ from ..algebra.subspaces import (
     compute_svd,
     count_directions,
 )
-from ..findings import WARNING, Finding
+from ..base_model.families import get_family
+from ..base_model.family import Family
+from ..findings import WARNING, Finding, mark_warnings
+from ..messages import join_messages, message
 from ..progress import Progress, ShouldStop, track
 from ..text import format_count, format_percent, shorten_list
 
@@ -128,6 +131,13 @@ class Comparison(Relation):
     only_in_b: tuple[str, ...] = ()
     not_comparable: Mapping[str, str] = field(default_factory=dict)
     """Module path -> why; these are in no statistic."""
+    family_a: str | None = None
+    family_b: str | None = None
+
+    @property
+    def base_family(self) -> Family | None:
+        """That of a, or of b where nothing tells which a is of."""
+        return get_family(self.family_a) or get_family(self.family_b)
 
     @property
     def conflict(self) -> float | None:
@@ -152,6 +162,8 @@ class Comparison(Relation):
         return {
             "name_a": self.name_a,
             "name_b": self.name_b,
+            "family_a": self.family_a,
+            "family_b": self.family_b,
             **self.get_statistics(),
             **{name: asdict(overlap) if overlap else None for name, overlap in overlaps.items()},
             "only_in_a": list(self.only_in_a),
@@ -163,46 +175,86 @@ class Comparison(Relation):
 
     def to_text(self) -> str:
         lines = [
-            f"a: {self.name_a}; b: {self.name_b}",
-            f"{format_count(len(self.modules), 'module')} compared, {len(self.only_in_a)} only in "
-            f"a, {len(self.only_in_b)} only in b (zero in the other)",
-            f"cosine {show(self.cosine)}; norm {self.norm_a:.3g} and {self.norm_b:.3g}, "
-            f"b / a {show(self.norm_ratio)}; drift |b - a| / |a| {show(self.drift)}",
+            message("a: {name_a}; b: {name_b}", name_a=self.name_a, name_b=self.name_b),
+            message(
+                "{num_modules} compared, {num_only_in_a} only in a, {num_only_in_b} only in b "
+                "(zero in the other)",
+                num_modules=format_count(len(self.modules), "module"),
+                num_only_in_a=len(self.only_in_a),
+                num_only_in_b=len(self.only_in_b),
+            ),
+            message(
+                "cosine {cosine}; norm {norm_a:.3g} and {norm_b:.3g}, b / a {norm_ratio}; drift "
+                "|b - a| / |a| {drift}",
+                cosine=show(self.cosine),
+                norm_a=self.norm_a,
+                norm_b=self.norm_b,
+                norm_ratio=show(self.norm_ratio),
+                drift=show(self.drift),
+            ),
         ]
-        for overlap, of in ((self.overlap, "all directions"), (self.overlap_90, "90 % of energy")):
-            if overlap:
-                lines.append(
-                    f"subspace overlap, {of}: outputs {overlap.left:.3f} "
-                    f"(chance {overlap.left_by_chance:.3f}), inputs {overlap.right:.3f} "
-                    f"(chance {overlap.right_by_chance:.3f})"
-                )
+        lines += [
+            message(
+                "subspace overlap, {of}: outputs {left:.3f} (chance {left_by_chance:.3f}), inputs "
+                "{right:.3f} (chance {right_by_chance:.3f})",
+                of=of,
+                **vars(overlap),
+            )
+            for overlap, of in (
+                (self.overlap, message("all directions")),
+                (self.overlap_90, message("90 % of energy")),
+            )
+            if overlap
+        ]
         if self.conflict is not None:
             lines.append(
-                f"stacked at strength 1: norm {self.norm_sum:.3g}, {self.norm_if_independent:.3g} "
-                f"if independent; {format_percent(self.conflict)} of the weaker deltas' energy is "
-                "cancelled"
+                message(
+                    "stacked at strength 1: norm {norm_sum:.3g}, {norm_if_independent:.3g} if "
+                    "independent; {conflict} of the weaker deltas' energy is cancelled",
+                    norm_sum=self.norm_sum,
+                    norm_if_independent=self.norm_if_independent,
+                    conflict=format_percent(self.conflict),
+                )
             )
             worst = max(self.modules, key=lambda path: self.modules[path].conflict or 0.0)
             most = self.modules[worst].conflict or 0.0
             if most > 1e-4:
-                lines[-1] += f", most in {worst} ({format_percent(most)})"
-        for label, paths in (("only in a", self.only_in_a), ("only in b", self.only_in_b)):
+                lines[-1] += message(
+                    ", most in {worst} ({most})", worst=worst, most=format_percent(most)
+                )
+        for label, paths in (
+            (message("only in a"), self.only_in_a),
+            (message("only in b"), self.only_in_b),
+        ):
             if paths:
-                lines.append(f"{label}: {shorten_list(paths, 3)}")
-        lines += [f"Warning: {finding.text}" for finding in self.findings]
-        return "\n".join(lines)
+                lines.append(join_messages(": ", [label, shorten_list(paths, 3)]))
+        lines += mark_warnings(finding.text for finding in self.findings)
+        return join_messages("\n", lines)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What no statistic includes."""
+        found = []
+        families = [get_family(name) for name in (self.family_a, self.family_b)]
+        if None not in families and families[0] is not families[1]:
+            titles = [family.title for family in families if family is not None]
+            text = message(
+                "a was made for {title}, b for {other}: no model takes both",
+                title=titles[0],
+                other=titles[1],
+            )
+            found.append(Finding("other_family", WARNING, text))
         if not self.not_comparable:
-            return ()
-        reasons = [f"{path}: {reason}" for path, reason in self.not_comparable.items()]
-        text = (
-            f"{format_count(len(reasons), 'module')} left out of the comparison: "
-            f"{shorten_list(reasons, 3)}"
+            return tuple(found)
+        reasons = [
+            join_messages(": ", [path, reason]) for path, reason in self.not_comparable.items()
+        ]
+        text = message(
+            "{num_modules} left out of the comparison: {reasons}",
+            num_modules=format_count(len(reasons), "module"),
+            reasons=shorten_list(reasons, 3),
         )
-        return (Finding("modules_not_compared", WARNING, text, len(reasons)),)
+        return (*found, Finding("modules_not_compared", WARNING, text, len(reasons)))
 
 
 def compare_adapters(
@@ -228,7 +280,7 @@ def compare_adapters(
     not_comparable: dict[str, str] = {}
     total = Products()
     for path in track(
-        [*a, *(p for p in b if p not in a.modules)], progress, should_stop, "comparison"
+        [*a, *(p for p in b if p not in a.modules)], progress, should_stop, message("comparison")
     ):
         first, second = a.modules.get(path), b.modules.get(path)
         reason = explain_incomparable(first, second)
@@ -253,6 +305,8 @@ def compare_adapters(
         only_in_a=tuple(path for path in a if path not in b.modules),
         only_in_b=tuple(path for path in b if path not in a.modules),
         not_comparable=not_comparable,
+        family_a=a.family,
+        family_b=b.family,
     )
 
 
@@ -263,7 +317,7 @@ def explain_incomparable(a: ModuleWeights | None, b: ModuleWeights | None) -> st
         if reason:
             return reason
     if a is not None and b is not None and a.shape != b.shape:
-        return f"it is {a.shape} in a but {b.shape} in b"
+        return message("it is {a_shape} in a but {b_shape} in b", a_shape=a.shape, b_shape=b.shape)
     return None
 
 
@@ -294,4 +348,4 @@ def compare_modules(a: ModuleWeights, b: ModuleWeights) -> ModuleComparison:
 
 
 def show(value: float | None) -> str:
-    return "undefined (a delta is zero)" if value is None else f"{value:.3g}"
+    return message("undefined (a delta is zero)") if value is None else f"{value:.3g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,13 @@ from ..adapter.adapter import Adapter, is_computable
 from ..adapter.weights import DoraWeights, LokrWeights, LoraWeights, ModuleWeights, OftWeights
 from ..algebra.factors import compute_effective_rank, get_factors
 from ..base_model.base_weights import BaseWeight, BaseWeights, open_base
+from ..base_model.families import detect_family
+from ..base_model.family import Family
 from ..disk.safetensors_file import AnyTensor, load
 from ..disk.typed_json import Whole
 from ..errors import NonFiniteWeightsError
 from ..findings import Finding
+from ..messages import message
 from ..progress import Progress, ShouldStop, track
 from ..threads import map_in_threads
 from .against_base import BaseStatistics, compare_with_base
@@ -90,6 +94,12 @@ class Inspection:
     misfits: tuple[str, ...] = ()
     """Those of the skipped that the base lacks, or has in another shape."""
 
+    @cached_property
+    def base_family(self) -> Family | None:
+        """That of the models the adapter fits; None where nothing tells."""
+        absent = dict.fromkeys((*self.skipped, *self.non_finite))
+        return detect_family({**absent, **{path: m.shape for path, m in self.modules.items()}})
+
     @property
     def mean(self) -> float:
         return sum(m.mean * count(m) for m in self.modules.values()) / max(self.num_entries, 1)
@@ -157,6 +167,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "family": None if self.base_family is None else self.base_family.name,
             "verdict": list(self.verdict),
             "findings": [asdict(finding) for finding in self.findings],
             "mean": self.mean,
@@ -207,10 +218,13 @@ def inspect_adapter(
         KeyFormatError: the base is not a Qwen-Image model.
     """
     weights_of_base = None if base is None else open_base(base)
+    other = None if weights_of_base is None else explain_other_family(adapter, weights_of_base)
     sampled = choose_sample(list(adapter.modules))
 
     def inspect(path: str, stop: ShouldStop | None) -> ModuleInspection | NotInspected | None:
         """The statistics, or why there are none; None for NaN or Inf."""
+        if other is not None:
+            return other
         weights = adapter.modules[path]
         weight = None if weights_of_base is None else weights_of_base.get(path)
         not_inspected = explain_not_inspectable(weights, weights_of_base, weight)
@@ -225,13 +239,13 @@ def inspect_adapter(
                 weights, exact=exact, base=weight, is_sampled=path in sampled, should_stop=stop
             )
         except NonFiniteWeightsError as e:
-            return NotInspected(str(e))
+            return NotInspected(e.message)
 
     paths = list(adapter.modules)
     if weights_of_base is None:
-        found = map_in_threads(inspect, paths, progress, should_stop, "inspection")
+        found = map_in_threads(inspect, paths, progress, should_stop, message("inspection"))
     else:  # one by one, so that only one of the base's weights is in memory at a time
-        tracked = track(paths, progress, should_stop, "inspection")
+        tracked = track(paths, progress, should_stop, message("inspection"))
         found = [inspect(path, should_stop) for path in tracked]
     adapter.release()
     if weights_of_base is not None:
@@ -259,22 +273,36 @@ def choose_sample(paths: list[str]) -> frozenset[str]:
     return frozenset(paths[::step])
 
 
+def explain_other_family(adapter: Adapter, base: BaseWeights) -> NotInspected | None:
+    """Why no module of the adapter has a place in the base; None where they may fit."""
+    ours, theirs = adapter.base_family, base.family
+    if ours is None or theirs is None or ours is theirs:
+        return None
+    return NotInspected(
+        f"{base.name} is a {theirs.title} model, the adapter was made for {ours.title}",
+        is_mismatch=True,
+    )
+
+
 def explain_not_inspectable(
     weights: ModuleWeights, base: BaseWeights | None, weight: BaseWeight | None
 ) -> NotInspected | None:
     """Why a module has no statistics, or None."""
     if weight is not None and not has_shape(weights, tuple(weight.stored.shape)):
         return NotInspected(
-            f"the base's weight is {tuple(weight.stored.shape)}, the adapter was made for "
-            f"{weights.shape}",
+            message(
+                "the base's weight is {stored_shape}, the adapter was made for {weights_shape}",
+                stored_shape=tuple(weight.stored.shape),
+                weights_shape=weights.shape,
+            ),
             is_mismatch=True,
         )
     if weights.kind == "OFT" and base is None:
-        return NotInspected("an OFT rotates the base weight and has no delta without it")
+        return NotInspected(message("an OFT rotates the base weight and has no delta without it"))
     if weights.kind != "OFT" and (weights.shape is None or len(weights.shape) != 2):
-        return NotInspected("a change of a norm or bias, which has no matrix")
+        return NotInspected(message("a change of a norm or bias, which has no matrix"))
     if base is not None and weight is None:
-        return NotInspected(f"{base.name} has no such module", is_mismatch=True)
+        return NotInspected(message("{base} has no such module", base=base.name), is_mismatch=True)
     return None
 
 

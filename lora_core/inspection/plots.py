@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..base_model import module_paths
+from ..base_model.families import BLOCK_LABELS, BLOCK_ORDER
+from ..base_model.family import Family
 from ..drawing.style import (
     BLUE,
     DIM,
@@ -35,19 +37,6 @@ if TYPE_CHECKING:
     from .compare import Comparison
     from .inspection import Inspection, ModuleInspection
 
-#: Columns of the map, in the order of module_paths.BLOCK_LINEARS.
-COLUMN_LABELS = {
-    "attn.to_out.0": "to_out",
-    "attn.add_q_proj": "add_q",
-    "attn.add_k_proj": "add_k",
-    "attn.add_v_proj": "add_v",
-    "img_mlp.net.0.proj": "img_mlp up",
-    "img_mlp.net.2": "img_mlp down",
-    "txt_mlp.net.0.proj": "txt_mlp up",
-    "txt_mlp.net.2": "txt_mlp down",
-    "img_mod.1": "img_mod",
-    "txt_mod.1": "txt_mod",
-}
 NO_STATISTICS, DELTA_IS_ZERO, NON_FINITE = "no statistics", "delta is 0", "NaN or Inf"
 #: Why a cell has no colour -> what is drawn there instead.
 MARKS = {
@@ -74,6 +63,7 @@ def draw_heat_map(inspection: Inspection, statistic: str = "std") -> np.ndarray:
     return draw_map(
         {path: value for path, value in values.items() if value is not None and path not in zero},
         f"{shorten_name(inspection.name)}: {chosen.label}",
+        inspection.base_family,
         is_logarithmic=chosen.is_logarithmic,
         marked={
             **dict.fromkeys(inspection.skipped, NO_STATISTICS),
@@ -90,6 +80,7 @@ def draw_comparison(comparison: Comparison) -> np.ndarray:
     return draw_map(
         {path: cosine for path, cosine in cosines.items() if cosine is not None},
         "cosine of a and b: 1 same, 0 independent, -1 opposed",
+        comparison.base_family,
         limits=(-1.0, 1.0),
         marked={
             **dict.fromkeys(comparison.not_comparable, NO_STATISTICS),
@@ -102,6 +93,7 @@ def draw_comparison(comparison: Comparison) -> np.ndarray:
 def draw_map(
     values: Mapping[str, float],
     title: str,
+    family: Family | None = None,
     *,
     is_logarithmic: bool = False,
     limits: tuple[float, float] | None = None,
@@ -112,11 +104,14 @@ def draw_map(
 
     Args:
         values: module path -> value. Modules outside the blocks are counted below the map.
+        family: whose blocks and modules are shown; None for those that have a value or a mark.
         limits: ends of the colour scale; a scale around zero gets diverging colours.
         marked: module path -> why it has no value: DELTA_IS_ZERO, NON_FINITE or NO_STATISTICS.
         absent: what the hatching means.
     """
-    grid = fill_grid(values)
+    marked = marked or {}
+    columns = list_columns([*values, *marked], family)
+    grid = fill_grid(values, columns, family.num_blocks if family else 1)
     figure, axes = build_figure(title)
     axes.patch.set(facecolor=PANEL, edgecolor="#3c414a", hatch="////", linewidth=0)
     if np.isfinite(grid).any():
@@ -128,10 +123,10 @@ def draw_map(
         bar = figure.colorbar(image, ax=axes, fraction=0.06, pad=0.03)
         style_ticks(bar.ax)
         bar.outline.set_visible(False)
-    notes = [f"hatched: {absent}", *draw_marks(axes, marked or {})]
+    notes = [f"hatched: {absent}", *draw_marks(axes, marked, columns)]
     num_rows, num_columns = grid.shape
     axes.set(xlim=(-0.5, num_columns - 0.5), ylim=(num_rows - 0.5, -0.5))
-    axes.set_xticks(range(num_columns), [label_column(name) for name in module_paths.BLOCK_LINEARS])
+    axes.set_xticks(range(num_columns), [label_column(name) for name in columns])
     axes.tick_params(axis="x", labelrotation=60)
     for label in axes.get_xticklabels():
         label.set(ha="right", rotation_mode="anchor")
@@ -155,28 +150,32 @@ def choose_colours(limits: tuple[float, float] | None) -> Any:
     return "viridis"
 
 
-def fill_grid(values: Mapping[str, float]) -> np.ndarray:
+def list_columns(paths: Iterable[str], family: Family | None) -> list[str]:
+    """Names inside a block: the family's, or those that occur."""
+    if family is not None:
+        return list(family.block_linears)
+    names = {name for block, name in map(module_paths.split_path, paths) if block is not None}
+    return sorted(names & BLOCK_ORDER.keys(), key=BLOCK_ORDER.__getitem__)
+
+
+def fill_grid(values: Mapping[str, float], columns: Sequence[str], num_blocks: int) -> np.ndarray:
     """(blocks, modules); NaN where there is no value."""
-    places = {path: find_place(path) for path in values}
+    places = {path: find_place(path, columns) for path in values}
     rows = [place[0] for place in places.values() if place]
-    grid = np.full(
-        (max([*rows, module_paths.NUM_BLOCKS - 1]) + 1, len(module_paths.BLOCK_LINEARS)), np.nan
-    )
+    grid = np.full((max([*rows, num_blocks - 1]) + 1, max(len(columns), 1)), np.nan)
     for path, place in places.items():
         if place:
             grid[place] = values[path]
     return grid
 
 
-def find_place(module_path: str) -> tuple[int, int] | None:
+def find_place(module_path: str, columns: Sequence[str]) -> tuple[int, int] | None:
     block, name = module_paths.split_path(module_path)
-    if block is None or name not in module_paths.BLOCK_LINEARS:
-        return None
-    return block, module_paths.BLOCK_LINEARS.index(name)
+    return None if block is None or name not in columns else (block, columns.index(name))
 
 
 def label_column(name: str) -> str:
-    return COLUMN_LABELS.get(name, name.removeprefix("attn."))
+    return BLOCK_LABELS.get(name, name.removeprefix("attn."))
 
 
 def clip_to_positive(grid: np.ndarray) -> np.ndarray:
@@ -199,11 +198,11 @@ def choose_scale(
     return {"norm": Normalize(low - margin, high + margin)}
 
 
-def draw_marks(axes: Any, marked: Mapping[str, str]) -> list[str]:
+def draw_marks(axes: Any, marked: Mapping[str, str], columns: Sequence[str]) -> list[str]:
     """Marks on cells without a colour; returns what they mean."""
     notes = []
     for reason, (name, marker, colour) in MARKS.items():
-        places = [find_place(path) for path, why in marked.items() if why == reason]
+        places = [find_place(path, columns) for path, why in marked.items() if why == reason]
         places = [place for place in places if place]
         if places:
             rows, columns = zip(*places, strict=True)
@@ -359,7 +358,9 @@ def choose_modules(
         return inspection.modules
     if module_path not in inspection.modules:
         raise ConfigError(
-            f"{module_path!r} is not a module of {inspection.name} with statistics; expected a "
-            "path such as 'transformer_blocks.0.attn.to_q', or nothing for all of them"
+            "{module_path!r} is not a module of {inspection} with statistics; expected a path "
+            "such as 'transformer_blocks.0.attn.to_q', or nothing for all of them",
+            module_path=module_path,
+            inspection=inspection.name,
         )
     return {module_path: inspection.modules[module_path]}

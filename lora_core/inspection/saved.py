@@ -19,7 +19,7 @@ from .against_base import BaseStatistics
 from .inspection import Inspection, ModuleInspection
 
 #: Goes up when the same file would get other statistics; the fields are compared anyway.
-VERSION = 4
+VERSION = 5
 HASH_CHUNK_BYTES = 1 << 24
 #: Of an inspection on disk; one of 840 modules of rank 128 has 3 MB.
 MAX_BYTES = 256 << 20
@@ -69,7 +69,9 @@ def compute_file_identity(path: Path) -> str:
             for sample in read_samples(file, size):
                 digest.update(sample)
     except OSError as e:
-        raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None
+        raise FileError(
+            "{path} cannot be opened: {reason}.", path=shorten(path.name), reason=e.strerror
+        ) from None
     return digest.hexdigest()
 
 

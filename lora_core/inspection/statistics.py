@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..base_model import module_paths
+from ..base_model.families import BLOCK_ORDER
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +51,11 @@ def get_statistic(name: str) -> Statistic:
         ConfigError: no such statistic.
     """
     if name not in STATISTICS:
-        raise ConfigError(f"unknown statistic {name!r}; expected one of {', '.join(STATISTICS)}")
+        raise ConfigError(
+            "unknown statistic {name!r}; expected one of {statistics}",
+            name=name,
+            statistics=", ".join(STATISTICS),
+        )
     return STATISTICS[name]
 
 
@@ -65,8 +70,9 @@ def sort_modules(inspection: Inspection, sort_by: str = "std") -> list[str]:
     statistic = get_statistic(sort_by)
     if statistic.needs_exact and inspection.modules and not inspection.is_exact:
         raise ConfigError(
-            f"sorting by {sort_by!r} needs every entry, but this inspection left them out; turn "
-            "exact on, or sort by another statistic"
+            "sorting by {sort_by!r} needs every entry, but this inspection left them out; turn "
+            "exact on, or sort by another statistic",
+            sort_by=sort_by,
         )
     return sorted(inspection.modules, key=read_badness(inspection, statistic))
 
@@ -81,5 +87,4 @@ def find_position(module_path: str) -> tuple[int, int, str]:
     block, name = module_paths.split_path(module_path)
     if block is None:
         return (1 << 30, 0, name)
-    known = name in module_paths.BLOCK_LINEARS
-    return (block, module_paths.BLOCK_LINEARS.index(name) if known else 99, name)
+    return (block, BLOCK_ORDER.get(name, len(BLOCK_ORDER)), name)

@@ -76,6 +76,13 @@ GRIDS = {
     torch.float8_e5m2: Grid(2, -14, 57344.0, is_stochastic=True, is_halved=True),
     torch.int8: Grid(7, 7, 127.0, is_stochastic=True),
 }
+#: Of weights that are packed; what is not listed goes through a table or two scales when merged.
+PACKED_GRIDS = {"int4": Grid(3, 3, 7.0, is_stochastic=True)}
+
+
+def find_grid(weight: BaseWeight) -> Grid | None:
+    """The grid of a weight's storage; None where it is exact enough, or unknown."""
+    return PACKED_GRIDS.get(weight.packed) if weight.packed else GRIDS.get(weight.stored.dtype)
 
 
 def predict_error(weight: BaseWeight, delta_std: float, peak: float | None = None) -> float | None:
@@ -87,7 +94,7 @@ def predict_error(weight: BaseWeight, delta_std: float, peak: float | None = Non
     Returns:
         None where the format is exact enough to need no answer (float32), or unknown.
     """
-    grid = GRIDS.get(weight.stored.dtype)
+    grid = find_grid(weight)
     if grid is None or delta_std == 0:
         return None
     part = weight.take_rows(choose_rows(weight.stored.shape[0], PREDICTED_ROWS))
@@ -108,7 +115,7 @@ def measure_error(
     Args:
         peak: what `find_peak` gave for the whole weight; without it these rows are the whole.
     """
-    grid = GRIDS.get(weight.stored.dtype)
+    grid = find_grid(weight)
     norm = delta.double().norm().item()
     if grid is None or norm == 0:
         return None
@@ -142,7 +149,9 @@ def compute_merged_scale(
     """
     if weight.scaling == "none":
         return tuned.new_ones(())
-    limit = GRIDS[weight.stored.dtype].max_value
+    grid = find_grid(weight)
+    assert grid is not None  # the callers have it
+    limit = grid.max_value
     if weight.scaling == "block":
         peaks = tuned.abs().unflatten(1, (-1, MX_BLOCK)).amax(2)
         exponents = (peaks / limit).clamp_min(2.0**-127).log2().ceil()

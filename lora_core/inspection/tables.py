@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..findings import NOTE, WARNING, Finding
+from ..messages import join_messages, message
 from ..text import align, format_count, format_percent, shorten_list
 from .statistics import BY_BLOCK, STATISTICS, sort_modules
 
@@ -21,19 +22,30 @@ def needs_attention(inspection: Inspection) -> bool:
 def describe_verdict(inspection: Inspection) -> str:
     """The verdict, one sentence per line, then what could not be inspected."""
     lines = [
-        f"{inspection.name}: {format_count(len(inspection.modules), 'module')}",
+        message(
+            "{inspection}: {num_modules}",
+            inspection=inspection.name,
+            num_modules=format_count(len(inspection.modules), "module"),
+        ),
         *inspection.verdict,
     ]
-    lines += [f"Warning: {finding.text}" for finding in find_skipped(inspection)]
-    return "\n".join(lines)
+    lines += [message("Warning: {text}", text=finding.text) for finding in find_skipped(inspection)]
+    return join_messages("\n", lines)
 
 
 def find_skipped(inspection: Inspection) -> list[Finding]:
     """Modules left out of the statistics; a warning where the base model does not match."""
     if not inspection.skipped:
         return []
-    found = [f"{path}: {reason}" for path, reason in inspection.skipped.items()]
-    text = f"{format_count(len(found), 'module')} without statistics: {shorten_list(found, 2)}"
+    found = [
+        message("{path}: {reason}", path=path, reason=reason)
+        for path, reason in inspection.skipped.items()
+    ]
+    text = message(
+        "{num_modules} without statistics: {found}",
+        num_modules=format_count(len(found), "module"),
+        found=shorten_list(found, 2),
+    )
     severity = WARNING if inspection.misfits else NOTE
     return [Finding("modules_without_figures", severity, text, len(found))]
 
@@ -71,11 +83,20 @@ def build_table(inspection: Inspection, sort_by: str = "std") -> str:
         names.insert(0, sort_by)
     rows = [build_row(path, inspection.modules[path], names) for path in paths]
     header = ["module", "rank", *(HEADERS.get(name, name) for name in names)]
-    order = "in the model's order"
+    order = message("in the model's order")
     if sort_by != BY_BLOCK:
-        end = "largest" if STATISTICS[sort_by].worst_is_large else "smallest"
-        order = f"{end} {sort_by} first"
-    return "\n".join([f"{format_count(len(rows), 'module')}, {order}", *align([header, *rows])])
+        is_large = STATISTICS[sort_by].worst_is_large
+        end = message("largest") if is_large else message("smallest")
+        order = message("{end} {sort_by} first", end=end, sort_by=sort_by)
+    return join_messages(
+        "\n",
+        [
+            message(
+                "{num_modules}, {order}", num_modules=format_count(len(rows), "module"), order=order
+            ),
+            *align([header, *rows]),
+        ],
+    )
 
 
 def build_row(module_path: str, module: ModuleInspection, names: list[str]) -> list[str]:
@@ -94,8 +115,14 @@ def build_comparison_table(comparison: Comparison) -> str:
     paths = sorted(comparison.modules, key=lambda path: read_cosine(comparison.modules[path]))
     header = ["module", "cosine", "norm a", "norm b", "b / a", "drift", "overlap"]
     rows = [build_comparison_row(path, comparison.modules[path]) for path in paths]
-    return "\n".join(
-        [f"{format_count(len(rows), 'module')}, lowest cosine first", *align([header, *rows])]
+    return join_messages(
+        "\n",
+        [
+            message(
+                "{num_modules}, lowest cosine first", num_modules=format_count(len(rows), "module")
+            ),
+            *align([header, *rows]),
+        ],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..inspection.verdict import GOOD_STD, SATURATED_STD
+from ..messages import message
 from ..training.config.config import TrainConfig
 from ..training.run.metrics import StepReport
 
@@ -48,20 +49,30 @@ class Alerts:
         self._num_high = self._num_high + 1 if is_high else 0
         if self._num_high < DIVERGENCE_STEPS:
             return ""
-        return (
-            f"the smoothed loss is {report.smoothed_loss:.3g} at step {report.step}, more than "
-            f"{DIVERGENCE:g} times its lowest value {self._lowest:.3g}: the training diverges; "
-            f"clone it with a lower learning rate than {report.learning_rate:.2g}"
+        return message(
+            "the smoothed loss is {smoothed_loss:.3g} at step {step}, more than "
+            "{divergence:g} times its lowest value {lowest:.3g}: the training diverges; "
+            "clone it with a lower learning rate than {learning_rate:.2g}",
+            smoothed_loss=report.smoothed_loss,
+            step=report.step,
+            divergence=DIVERGENCE,
+            lowest=self._lowest,
+            learning_rate=report.learning_rate,
         )
 
     def _judge_size(self, report: StepReport) -> str:
         std = (report.health or {}).get("std", 0.0)
         if std <= SATURATED_STD:
             return ""
-        return (
-            f"the delta's std is {std:.2g} at step {report.step}; good LoRAs end with "
-            f"{GOOD_STD[0]:g} to {GOOD_STD[1]:g}, and above {SATURATED_STD:g} it overwrites the "
-            "base: use an earlier file, or a lower learning rate"
+        return message(
+            "the delta's std is {std:.2g} at step {step}; good LoRAs end with {low:g} "
+            "to {high:g}, and above {limit:g} it overwrites the base: use an "
+            "earlier file, or a lower learning rate",
+            std=std,
+            step=report.step,
+            low=GOOD_STD[0],
+            high=GOOD_STD[1],
+            limit=SATURATED_STD,
         )
 
     def _judge_progress(self, report: StepReport) -> str:
@@ -69,8 +80,13 @@ class Alerts:
         is_early = report.step < max(SETTLING_STEPS, STALLED_SHARE * report.num_steps)
         if std is None or is_early or std >= STALLED_STD:
             return ""
-        return (
-            f"the delta's std is still {std:.2g} after {report.step} steps; good LoRAs end with "
-            f"{GOOD_STD[0]:g} to {GOOD_STD[1]:g}: the learning rate {report.learning_rate:.2g} is "
-            "too low, or its warm-up too long"
+        return message(
+            "the delta's std is still {std:.2g} after {step} steps; good LoRAs end with "
+            "{low:g} to {high:g}: the learning rate {learning_rate:.2g} is too "
+            "low, or its warm-up too long",
+            std=std,
+            step=report.step,
+            low=GOOD_STD[0],
+            high=GOOD_STD[1],
+            learning_rate=report.learning_rate,
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..disk.writing import explain
 from ..errors import ConfigError, FileError
+from ..messages import add_messages, message
 from ..training.config.config_files import build, config_from_dict, config_to_dict
 from .folder import CONFIG_FILE, STATE_FILE, BusyFileError, JobFolder, restore
 from .index import JobIndex
@@ -20,6 +21,8 @@ from .job import (
     JobFailure,
     JobSettings,
     JobState,
+    JobStatus,
+    Order,
     UnknownJobError,
     check_id,
 )
@@ -87,12 +90,16 @@ class Catalog:
         except UnknownJobError:
             raise
         except BusyFileError as e:  # as it was when it could be read
-            return self._remember(folder, row) or build_broken(folder, str(e)), ""
+            return self._remember(folder, row) or build_broken(folder, e.message), ""
         except FileError as e:
-            return build_broken(folder, str(e)), ""
+            return build_broken(folder, e.message), ""
         except Exception as e:
             # A fault in one folder must not hide all the others.
-            sentence = f"job {folder.id} is damaged ({type(e).__name__}); delete the job"
+            sentence = message(
+                "job {job_id} is damaged ({name}); delete the job",
+                job_id=folder.id,
+                name=type(e).__name__,
+            )
             if folder.id not in self._logged_ids:
                 self._logged_ids.add(folder.id)
                 logger.exception("Qwen Edit LoRA: %s", sentence)
@@ -122,14 +129,18 @@ class Catalog:
                 raise explain_absence(folder.id) from None
             if isinstance(e, FileError):
                 raise
-            raise FileError(f"job {folder.id} cannot be used: {explain(e)}") from None
+            raise FileError(
+                "job {job_id} cannot be used: {reason}", job_id=folder.id, reason=explain(e)
+            ) from None
 
     def _list_folders(self) -> Sequence[JobFolder]:
         folders = []
         try:
             names = [path.name for path in self.folder.iterdir()]
         except OSError as e:
-            raise FileError(f"the jobs' folder cannot be read: {explain(e)}") from None
+            raise FileError(
+                "the jobs' folder cannot be read: {reason}", reason=explain(e)
+            ) from None
         for name in names:
             try:
                 folders.append(self.find(name))
@@ -141,7 +152,8 @@ class Catalog:
         """A job from memory, the index or its folder: whatever is as new as its state.json."""
         read_at, job = self._read_jobs.get(folder.id, ("", None))
         if stamp and read_at == stamp and job is not None:
-            return dataclasses.replace(job, request=folder.read_request())
+            asked = folder.read_request(), read_orders(folder, job.state)
+            return dataclasses.replace(job, request=asked[0], orders=asked[1])
         if stamp and row is not None and row[0] == stamp:
             try:
                 return from_row(folder, row[1])
@@ -166,11 +178,17 @@ class Catalog:
             if settings is None:
                 settings = self._settings[folder.id] = folder.read_settings()
             state = add_published(folder.read_state(), folder)
-            return Job(folder.id, settings, state, folder.read_request())
+            orders = read_orders(folder, state)
+            return Job(folder.id, settings, state, folder.read_request(), orders)
+
+
+def read_orders(folder: JobFolder, state: JobState) -> tuple[Order, ...]:
+    """Only a running job has any; for the others, which may be hundreds, no file is looked for."""
+    return folder.read_orders() if state.status is JobStatus.IN_PROGRESS else ()
 
 
 def explain_absence(job_id: str) -> UnknownJobError:
-    return UnknownJobError(f"there is no job {job_id}; it may have been deleted")
+    return UnknownJobError("there is no job {job_id}; it may have been deleted", job_id=job_id)
 
 
 def read_stamp(folder: JobFolder) -> str:
@@ -185,13 +203,13 @@ def read_stamp(folder: JobFolder) -> str:
 
 def to_row(job: Job) -> dict[str, Any]:
     settings = config_to_dict(job.settings)
-    return {"settings": settings, "state": dataclasses.asdict(job.state)}
+    return {"settings": settings, "state": add_messages(dataclasses.asdict(job.state))}
 
 
 def from_row(folder: JobFolder, row: Mapping[str, Any]) -> Job:
     state = restore(JobState, row["state"])
     settings = build(JobSettings, row["settings"], "")
-    return Job(folder.id, settings, state, folder.read_request())
+    return Job(folder.id, settings, state, folder.read_request(), read_orders(folder, state))
 
 
 def build_broken(folder: JobFolder, sentence: str) -> Job:
@@ -208,6 +226,6 @@ def build_broken(folder: JobFolder, sentence: str) -> Job:
             "data": {"folder": "unknown"},
         }
     )
-    failure = JobFailure(sentence=sentence, advice=("delete the job",))
+    failure = JobFailure(sentence=sentence, advice=(message("delete the job"),))
     state = advance(JobState(created_at=created), Event.FAIL, failure=failure, at=created)
     return Job(folder.id, JobSettings(train=train), state, is_damaged=True)

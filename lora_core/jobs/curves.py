@@ -50,7 +50,9 @@ class MetricsReader:
                 raise
             except OSError as e:
                 self._known.pop(path, None)
-                raise FileError(f"{path.name} cannot be read: {e.strerror}") from None
+                raise FileError(
+                    "{path} cannot be read: {reason}", path=path.name, reason=e.strerror
+                ) from None
 
     def _read_on(self, path: Path, file: Any) -> list[Row]:
         found = os.fstat(file.fileno())

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..messages import message
 from ..progress import ShouldStop
 from ..subprocesses import hide_window, run_module
 from ..training.config.config import TrainConfig
@@ -74,7 +75,7 @@ def estimate_in_process(
             raise ConfigError(explain(errors.read_text("utf-8", "replace"), process.returncode))
         values = json.loads(out.read_text(encoding="utf-8"))
     del values["fits"]
-    return Estimate(**{**values, "advice": tuple(values["advice"])})
+    return Estimate(**{**values, "advice": tuple(map(message, values["advice"]))})
 
 
 def explain(errors: str, exit_code: int) -> str:
@@ -84,9 +85,13 @@ def explain(errors: str, exit_code: int) -> str:
     if own:
         return own[-1]
     if names_out_of_memory(errors):
-        return (
-            "not even three blocks fit into the device's free memory; close other programs that "
-            "use it, or choose a smaller storage or dataset"
+        return message(
+            "not even three blocks fit into the device's free memory; close other programs "
+            "that use it, or choose a smaller storage or dataset"
         )
-    last = lines[-1] if lines else "it reported nothing"
-    return f"the estimate ended with exit code {exit_code}: {last[:300]}"
+    last = lines[-1] if lines else message("it reported nothing")
+    return message(
+        "the estimate ended with exit code {exit_code}: {last}",
+        exit_code=exit_code,
+        last=last[:300],
+    )

@@ -6,6 +6,8 @@ import os
 import signal
 
 from ..errors import FileError, LoraError, OutOfMemoryError
+from ..messages import message
+from ..text import flatten
 from ..training.config.config import TrainConfig
 from ..training.machine.memory import is_out_of_memory
 from .folder import JobFolder, open_inside
@@ -18,26 +20,32 @@ LOG_TAIL_BYTES = 16384
 #: Signals that a process raises by its own fault.
 OWN_SIGNALS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP", "SIGSYS")
 
-LOWER = "lower what the run needs and clone the job"
-LOOK_AT_LOG = "read the end of the log"
-USE_ONE_GPU = "set NCCL_DEBUG=WARN to see why the GPUs cannot reach each other, or use one GPU"
-RESUME = "resume the job: it continues from its last checkpoint"
+LOWER = message("lower what the run needs and clone the job")
+LOOK_AT_LOG = message("read the end of the log")
+USE_ONE_GPU = message(
+    "set NCCL_DEBUG=WARN to see why the GPUs cannot reach each other, or use one GPU"
+)
+RESUME = message("resume the job: it continues from its last checkpoint")
 
 
 def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
     """For an exception that a worker caught."""
     if isinstance(error, OutOfMemoryError):
-        return JobFailure(sentence=f"{error.sentence}; {LOWER}", advice=error.advice)
+        return JobFailure(
+            sentence=message("{sentence}; {lower}", sentence=error.sentence, lower=LOWER),
+            advice=error.advice,
+        )
     if is_out_of_memory(error):
         from ..training.config.advice import advise
 
-        where = "the computer" if isinstance(error, MemoryError) else "the device"
+        is_host = isinstance(error, MemoryError)
+        where = message("the computer") if is_host else message("the device")
         return JobFailure(
-            sentence=f"{where} ran out of memory; {LOWER}",
+            sentence=message("{where} ran out of memory; {lower}", where=where, lower=LOWER),
             advice=advise(config),
         )
     if isinstance(error, LoraError):
-        return JobFailure(sentence=" ".join(str(error).split()))
+        return JobFailure(sentence=flatten(error.message))
     text = hide_paths(" ".join(str(error).split()))  # before a part of a path is left of it
     advice: tuple[str, ...] = (LOOK_AT_LOG,)
     if is_communication_error(error):
@@ -45,7 +53,11 @@ def explain_error(error: BaseException, config: TrainConfig) -> JobFailure:
         sentence = explain_shared_memory(count, os.environ)
         advice = (*([sentence] if sentence else []), USE_ONE_GPU, LOOK_AT_LOG)
     return JobFailure(
-        sentence=f"training stopped with {type(error).__name__}: {text or 'no further text'}",
+        sentence=message(
+            "training stopped with {name}: {text}",
+            name=type(error).__name__,
+            text=text or message("no further text"),
+        ),
         advice=advice,
     )
 
@@ -58,24 +70,28 @@ def explain_death(exit_code: int | None, folder: JobFolder, restarts: int = 0) -
         restarts: how many times in a row it was killed before.
     """
     tail = read_log_tail(folder)
-    again = f" {restarts + 1} times in a row" if restarts else ""
+    again = message(" {number} times in a row", number=restarts + 1) if restarts else ""
     advice: tuple[str, ...] = (RESUME, LOOK_AT_LOG)
     if exit_code is None:
-        sentence = (
-            f"the worker disappeared{again} without a message: it was killed or the computer shut "
-            "down"
+        sentence = message(
+            "the worker disappeared{again} without a message: it was killed or the computer shut "
+            "down",
+            again=again,
         )
     elif exit_code < 0:
         name = name_signal(-exit_code)
-        sentence = f"the worker was terminated{again} by {name}"
+        sentence = message("the worker was terminated{again} by {name}", again=again, name=name)
         if name in OWN_SIGNALS:
-            sentence = f"the worker crashed with {name}"
-            advice = ("update the GPU's driver and PyTorch", LOOK_AT_LOG)
+            sentence = message("the worker crashed with {name}", name=name)
+            advice = (message("update the GPU's driver and PyTorch"), LOOK_AT_LOG)
         elif name == "SIGKILL":
-            sentence += ", manually or because the computer ran out of memory"
-            advice = ("free main memory, or choose a smaller model.storage", *advice)
+            sentence += message(", manually or because the computer ran out of memory")
+            advice = (message("free main memory, or choose a smaller model.storage"), *advice)
     else:
-        sentence = f"the worker ended with exit code {exit_code} before it could report why"
+        sentence = message(
+            "the worker ended with exit code {exit_code} before it could report why",
+            exit_code=exit_code,
+        )
         advice = (LOOK_AT_LOG,)
     return JobFailure(sentence=sentence, advice=advice, exit_code=exit_code, log_tail=tail)
 
@@ -89,7 +105,7 @@ def name_signal(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:
-        return f"signal {number}"
+        return message("signal {number}", number=number)
 
 
 def read_log_tail(folder: JobFolder) -> str:

@@ -9,7 +9,7 @@ import os
 import secrets
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from ..disk.json_reader import parse_object
 from ..disk.own_folders import check_own_folder
@@ -17,12 +17,13 @@ from ..disk.regular_files import open_regular, read_bytes
 from ..disk.typed_json import parse_typed
 from ..disk.writing import BRIEF_PATIENCE_S, PATIENCE_S, explain, replace, retry_while_denied
 from ..errors import ConfigError, DeniedFileError, FileError, MissingFileError
+from ..messages import MESSAGES, add_messages, restore_messages, take_clause
 from ..text import shorten
 from ..training.config.config_files import build, config_to_dict
 from ..training.run.adapter_files import ADAPTERS
 from ..training.run.checkpoint import CHECKPOINTS
 from ..training.run.metrics import METRICS_FILE
-from .job import JobSettings, JobState, Request
+from .job import JobSettings, JobState, Order, Request
 from .locks import FileLock
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ VERSION = 1
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.json"
 REQUEST_FILE = "request.json"
+#: Endings of an order's file, which is empty.
+ORDER_SUFFIX = ".order"
 LOCK_FILE = "lock"
 LOG_FILE = "log.txt"
 SAMPLES = "samples"
@@ -67,7 +70,9 @@ class JobFolder:
         with contextlib.suppress(OSError):  # mostly there is none yet
             if not stat.S_ISREG((self.path / LOCK_FILE).lstat().st_mode):
                 raise DamagedJobError(
-                    f"{LOCK_FILE} of job {self.id} is not a regular file; delete the job's folder"
+                    "{lock_file} of job {id} is not a regular file; delete the job's folder",
+                    lock_file=LOCK_FILE,
+                    id=self.id,
                 )
 
     def check_folders(self) -> None:
@@ -117,7 +122,7 @@ class JobFolder:
         Args:
             durable: flush it to disk, so that it survives a power cut.
         """
-        self._write(STATE_FILE, dataclasses.asdict(state), durable)
+        self._write(STATE_FILE, add_messages(dataclasses.asdict(state)), durable)
 
     def read_request(self) -> Request | None:
         """None where there is no request, or an unreadable one."""
@@ -139,18 +144,59 @@ class JobFolder:
         self._check_place(REQUEST_FILE)
         retry_while_denied(lambda: (self.path / REQUEST_FILE).unlink(missing_ok=True))
 
+    # Each order has a file of its own: a pause that is requested meanwhile replaces none, and the
+    # worker takes it by deleting the file, once however many gave it.
+
+    def read_orders(self) -> tuple[Order, ...]:
+        """Those that were given and not taken yet."""
+        return tuple(order for order in Order if self._has_order(order))
+
+    def write_order(self, order: Order) -> None:
+        """Raises FileError where the disk does not take it, or something else has its name."""
+        try:
+            open_to_append(self._get_order_path(order)).close()
+        except OSError as e:
+            raise FileError(f"the order cannot be written: {explain(e)}") from None
+
+    def take_order(self, order: Order) -> bool:
+        """Whether there was one; only one caller gets it."""
+        if not self._has_order(order):
+            return False
+        try:
+            retry_while_denied(lambda: self._get_order_path(order).unlink(), BRIEF_PATIENCE_S)
+        except OSError:  # another one took it, or the disk is read-only: then it would never end
+            return False
+        return True
+
+    def clear_orders(self) -> None:
+        for order in Order:
+            self.take_order(order)
+
+    def _has_order(self, order: Order) -> bool:
+        try:
+            return stat.S_ISREG(os.lstat(self._get_order_path(order)).st_mode)
+        except OSError:
+            return False
+
+    def _get_order_path(self, order: Order) -> Path:
+        return self.path / f"{order.value}{ORDER_SUFFIX}"
+
     def _read(self, name: str) -> dict[str, Any]:
         try:
             data = retry_while_denied(lambda: self._read_bytes(name), BRIEF_PATIENCE_S)
         except PermissionError as e:
-            raise BusyFileError(f"{name} of job {self.id} cannot be read: {e}") from None
+            raise BusyFileError(
+                "{name} of job {id} cannot be read: {error}", name=name, id=self.id, error=e
+            ) from None
         try:
             values = parse_object(data, name)
         except FileError as e:
             raise self._explain_damage(name, e) from None
         if values.pop("version", None) != VERSION:
             raise DamagedJobError(
-                f"{name} of job {self.id} was written by another version; delete the job"
+                "{name} of job {id} was written by another version; delete the job",
+                name=name,
+                id=self.id,
             )
         return values
 
@@ -158,13 +204,18 @@ class JobFolder:
         try:
             return read_bytes(self.path / name, MAX_JSON_BYTES)
         except DeniedFileError as e:
-            raise PermissionError(str(e).rstrip(".")) from None  # what `retry_while_denied` retries
+            raise PermissionError(take_clause(e)) from None  # what `retry_while_denied` retries
         except FileError as e:
             raise self._explain_damage(name, e) from None
 
     def _explain_damage(self, name: str, error: Exception) -> DamagedJobError:
-        reason = shorten(str(error).rstrip("."), MAX_REASON)
-        return DamagedJobError(f"{name} of job {self.id} is damaged ({reason}); delete the job")
+        reason = shorten(take_clause(error), MAX_REASON)
+        return DamagedJobError(
+            "{name} of job {id} is damaged ({reason}); delete the job",
+            name=name,
+            id=self.id,
+            reason=reason,
+        )
 
     def _write(self, name: str, values: dict[str, Any], durable: bool) -> None:
         self._check_place(name)
@@ -184,7 +235,12 @@ class JobFolder:
                 temporary.unlink(missing_ok=True)
             if not isinstance(e, OSError | ValueError):  # ValueError: NaN or an infinity
                 raise
-            raise FileError(f"{name} of job {self.id} cannot be written: {explain(e)}") from None
+            raise FileError(
+                "{name} of job {id} cannot be written: {reason}",
+                name=name,
+                id=self.id,
+                reason=explain(e),
+            ) from None
 
     def _check_place(self, name: str) -> None:
         """DamagedJobError for a folder, which no file can replace."""
@@ -222,16 +278,18 @@ def open_inside(path: Path) -> BinaryIO:
     except (MissingFileError, DeniedFileError):
         raise
     except FileError as e:
-        raise DamagedJobError(str(e)) from None
+        raise DamagedJobError(e) from None
     try:
         is_own = os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
         if not is_own or path.parent.is_symlink():
             raise DamagedJobError(
-                f"{shorten(path.name)} is a link; expected a file of the job's own."
+                "{path} is a link; expected a file of the job's own.", path=shorten(path.name)
             )
     except OSError as e:
         file.close()
-        raise FileError(f"{shorten(path.name)} cannot be opened: {e.strerror}.") from None
+        raise FileError(
+            "{path} cannot be opened: {reason}.", path=shorten(path.name), reason=e.strerror
+        ) from None
     except BaseException:
         file.close()
         raise
@@ -251,10 +309,14 @@ def list_inside(folder: Path) -> list[Path]:
 
 
 def restore(kind: type[T], values: Any) -> T:
-    """A dataclass from what `dataclasses.asdict` and JSON made of it; unknown names are skipped.
+    """A dataclass from what `dataclasses.asdict`, perhaps `add_messages`, and JSON made of it.
+
+    Unknown names are skipped.
 
     Raises:
         ValueError: a value is not of its field's kind, or one without a default is missing.
     """
     text = json.dumps(values, ensure_ascii=False)  # half a surrogate pair becomes "?"
-    return parse_typed(text.encode(errors="replace"), kind, allows_more=True)
+    restored = parse_typed(text.encode(errors="replace"), kind, allows_more=True)
+    packed = values.get(MESSAGES) if isinstance(values, dict) else None
+    return cast(T, restore_messages(restored, packed))

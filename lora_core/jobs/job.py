@@ -14,6 +14,7 @@ from typing import Any
 from ..checks import check_number
 from ..disk.typed_json import Whole
 from ..errors import ConfigError, LoraError
+from ..messages import join_messages, message
 from ..text import format_duration, shorten
 from ..training.config.config import TrainConfig
 from .log_pieces import hide_paths
@@ -22,6 +23,7 @@ from .transitions import (
     STOPS,
     Event,
     JobStatus,
+    Order,
     Request,
     Stage,
     find_offers,
@@ -34,6 +36,8 @@ SILENCE_TIMEOUT = 60.0
 MAX_DEVICES = 16
 #: Characters of a failure's message and of each advice.
 MAX_SENTENCE = 400
+#: In place of a failure's message that says nothing: a user never sees a failed job without one.
+UNEXPLAINED = message("the training failed without a message; read the end of the log")
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
@@ -42,7 +46,11 @@ class UnknownJobError(LoraError, LookupError):
     """There is no job of this id."""
 
 
-class UnknownImageError(LoraError, LookupError):
+class UnknownFileError(LoraError, LookupError):
+    """The job has no file of this name."""
+
+
+class UnknownImageError(UnknownFileError):
     """The job has no image of this name."""
 
 
@@ -57,6 +65,14 @@ class Phase(str, Enum):
     TRAINING = "training"
     SAMPLING = "sampling"
     SAVING = "saving"
+
+
+PHASE_WORDS = {
+    Phase.LOADING: message("loading"),
+    Phase.TRAINING: message("training"),
+    Phase.SAMPLING: message("sampling"),
+    Phase.SAVING: message("saving"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +137,16 @@ class WorkerIdentity:
     """When the process started, as the system counts; pids are reused, this is not."""
 
 
+def is_said(text: str) -> bool:
+    """Whether a text has anything that can be seen: blanks and control characters are nothing."""
+    return any(char.isprintable() and not char.isspace() for char in text)
+
+
+def shorten_safely(text: str) -> str:
+    """To MAX_SENTENCE; paths are hidden before the cut leaves a part of one."""
+    return shorten(hide_paths(text) if len(text) > MAX_SENTENCE else text, MAX_SENTENCE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobFailure:
     """Why a job failed, and what to do."""
@@ -133,8 +159,9 @@ class JobFailure:
     log_tail: str = ""
 
     def __post_init__(self) -> None:
-        advice = tuple(shorten(one, MAX_SENTENCE) for one in self.advice)
-        object.__setattr__(self, "sentence", shorten(self.sentence, MAX_SENTENCE))
+        sentence = self.sentence if is_said(self.sentence) else UNEXPLAINED
+        advice = tuple(shorten_safely(one) for one in self.advice if is_said(one))
+        object.__setattr__(self, "sentence", shorten_safely(sentence))
         object.__setattr__(self, "advice", advice)
 
 
@@ -175,6 +202,12 @@ class JobState:
     alarms: tuple[str, ...] = ()
     """What a user should look at before the training is over; see `alarms.Alerts`."""
 
+    def __post_init__(self) -> None:
+        for name in ("notes", "alarms"):
+            object.__setattr__(self, name, tuple(filter(is_said, getattr(self, name))))
+        if self.status is JobStatus.FAILED and self.failure is None:
+            object.__setattr__(self, "failure", JobFailure(sentence=UNEXPLAINED))
+
     @property
     def remaining_s(self) -> float | None:
         if self.status is not JobStatus.IN_PROGRESS or self.seconds_per_step is None:
@@ -192,6 +225,8 @@ class Job:
     state: JobState
     request: Request | None = None
     """What was requested and is not done yet."""
+    orders: tuple[Order, ...] = ()
+    """What its worker was told to do after the next step, and has not done yet."""
     is_damaged: bool = False
     """Whether its files cannot be read; see `state.failure`."""
 
@@ -222,6 +257,8 @@ class Job:
         actions = [event.value for event in find_offers(stage)]
         if stage is Stage.CANCELLING and self.is_silent:
             actions.append(Event.CANCEL.value)  # the second one ends the process
+        if stage is Stage.RUNNING and not self.is_silent:
+            actions += [order.value for order in self.possible_orders if order not in self.orders]
         actions.append("clone")
         if self.settings.loras and self.state.adapters:
             actions.append("publish")
@@ -229,21 +266,29 @@ class Job:
             actions.append("delete")
         return tuple(actions)
 
+    @property
+    def possible_orders(self) -> tuple[Order, ...]:
+        """Those that its settings allow; samples need what their schedule needs."""
+        return tuple(Order) if self.settings.samples.every else (Order.SAVE,)
+
     def describe(self) -> str:
         """State and progress in a line."""
         state = self.state
-        words = STATUS_WORDS.get(self.status, self.status.value)
+        parts = [STATUS_WORDS[self.status]]
         if self.status is JobStatus.IN_PROGRESS and state.phase is not None:
-            words = state.phase.value
+            parts = [PHASE_WORDS[state.phase]]
         asked = self.request if self.status is JobStatus.IN_PROGRESS else None
         if asked in STOPS:
-            words += f", to be {'paused' if asked is Request.PAUSE else 'cancelled'}"
+            to_pause = asked is Request.PAUSE
+            parts.append(message("to be paused") if to_pause else message("to be cancelled"))
         if self.is_silent:
-            words += ", but its worker does not answer; cancel it twice to end it"
-        text = f"{words}, step {state.step} of {state.num_steps}"
+            parts.append(message("but its worker does not answer; cancel it twice to end it"))
+        parts.append(
+            message("step {step} of {num_steps}", step=state.step, num_steps=state.num_steps)
+        )
         if state.remaining_s is not None:
-            text += f", {format_duration(state.remaining_s)} left"
-        return text
+            parts.append(message("{duration} left", duration=format_duration(state.remaining_s)))
+        return join_messages(", ", parts)
 
     def to_dict(self) -> dict[str, Any]:
         """What is safe to show to anyone: no path of this machine."""
@@ -259,6 +304,7 @@ class Job:
             **state,
             "remaining_s": self.state.remaining_s,
             "request": self.request,
+            "orders": self.orders,
             "is_silent": self.is_silent,
             "actions": self.actions,
         }
@@ -269,14 +315,19 @@ def make_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
+def is_id(text: object) -> bool:
+    return isinstance(text, str) and _ID.fullmatch(text) is not None
+
+
 def check_id(job_id: object) -> str:
     """The id itself.
 
     Raises:
         ConfigError: it is none, so that no path is ever built from it.
     """
-    if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
+    if not isinstance(job_id, str) or not is_id(job_id):
         raise ConfigError(
-            f"{str(job_id)[:40]!r} is not a job id; expected one such as 20260131-120000-0123abcd"
+            "{job_id!r} is not a job id; expected one such as 20260131-120000-0123abcd",
+            job_id=str(job_id)[:40],
         )
     return job_id

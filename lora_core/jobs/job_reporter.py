@@ -17,7 +17,7 @@ from ..training.run.metrics import StepReport
 from .folder import STATE_FILE, JobFolder
 from .job import JobFailure, JobState, Phase
 from .outcomes import advance
-from .transitions import STOPS, Event, JobStatus, Request
+from .transitions import STOPS, Event, JobStatus, Order, Request
 
 LISTEN_INTERVAL = 0.2  # seconds between checks for a request
 WRITE_INTERVAL = 1.0  # seconds between heartbeats
@@ -47,6 +47,20 @@ class JobReporter:
     def should_stop(self) -> bool:
         """Whether the training has been asked to stop."""
         return self.is_terminated() or self.folder.read_request() in STOPS
+
+    def has_orders(self) -> bool:
+        return bool(self.folder.read_orders())
+
+    def take_order(self, order: Order) -> bool:
+        """Whether it was given; it is done then."""
+        return self.folder.take_order(order)
+
+    def give_back(self, order: Order) -> None:
+        """For the next step: it could not be done at this one."""
+        try:
+            self.folder.write_order(order)
+        except FileError as e:
+            self.log(f"{order.value} is not done: {e}")
 
     def update(self, **changes: Any) -> None:
         """Changes the state; it is written at once where more than metrics changed."""
@@ -112,6 +126,8 @@ class JobReporter:
             self._is_over = True
             self.folder.write_state(state)
             self.state = state
+            if state.status.is_finished:
+                self.folder.clear_orders()
             if state.status is JobStatus.FAILED and self.folder.read_request() is Request.RUN:
                 self.folder.clear_request()  # withdrew a pause, and must not restart the job now
 
@@ -174,6 +190,16 @@ class NullReporter:
     def should_stop(self) -> bool:
         """Rank 0 reads the request itself; all stop when one of them does."""
         return self.is_terminated()
+
+    def has_orders(self) -> bool:
+        """Rank 0 alone does what is ordered; the others wait for it in their next step."""
+        return False
+
+    def take_order(self, order: Order) -> bool:
+        return False
+
+    def give_back(self, order: Order) -> None:
+        pass
 
     def update(self, **changes: Any) -> None:
         pass

@@ -97,4 +97,4 @@ def start_worker(
                 **detached,
             )
     except OSError as e:
-        raise FileError(f"no worker can be started: {explain(e)}") from None
+        raise FileError("no worker can be started: {reason}", reason=explain(e)) from None

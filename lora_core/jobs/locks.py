@@ -44,7 +44,11 @@ class FileLock:
         try:
             handle = os.open(self.path, FLAGS, 0o644)
         except OSError as e:
-            raise FileError(f"{self.path.parent.name} cannot be locked: {explain(e)}.") from None
+            raise FileError(
+                "{path_parent} cannot be locked: {reason}.",
+                path_parent=self.path.parent.name,
+                reason=explain(e),
+            ) from None
         try:
             lock(handle)
         except OSError as e:
@@ -52,8 +56,10 @@ class FileLock:
             if e.errno in _TAKEN:
                 return False
             raise FileError(
-                f"the file system of {self.path.parent.name} has no file locks "
-                f"({e.strerror}); choose a folder on a local disk"
+                "the file system of {path_parent} has no file locks ({reason}); choose a folder "
+                "on a local disk",
+                path_parent=self.path.parent.name,
+                reason=e.strerror,
             ) from None
         self._handle = handle
         _held.add(self)
@@ -92,7 +98,10 @@ class FileLock:
             FileError: another process held it all the time.
         """
         if not self.acquire(timeout_s):
-            raise FileError(f"{self.path.parent.name} is in use by another process; try again")
+            raise FileError(
+                "{path_parent} is in use by another process; try again",
+                path_parent=self.path.parent.name,
+            )
         try:
             yield
         finally:

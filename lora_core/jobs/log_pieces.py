@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 
 #: Bytes of a line beyond which it may be cut between two pieces.
 LINE_BYTES = 4096
+#: Bytes of such a line that are read on both sides of a piece, so that every path is hidden as a
+#: whole: longer than any path.
+CONTEXT_BYTES = 32768
 #: Folders of which a path is shown from the last one on: what follows is the same on all machines.
 KNOWN_FOLDERS = re.compile(r"(?:site-packages|dist-packages|lora_core|python3\.[0-9]+)")
 _ROOT = r"(?:file:/+(?:[A-Za-z]:/+)?|[A-Za-z]:[\\/]+|\\\\|/)"
@@ -51,19 +54,30 @@ def read_piece(file: BinaryIO, offset: int | None, limit: int) -> dict[str, Any]
     """
     size = file.seek(0, os.SEEK_END)
     wanted = max(0, size - limit) if offset is None else min(max(0, offset), size)
-    begin = max(0, wanted - LINE_BYTES)
+    begin = max(0, wanted - CONTEXT_BYTES)
     file.seek(begin)
-    data = file.read(wanted - begin + limit + LINE_BYTES)
+    data = file.read(wanted - begin + limit + LINE_BYTES + CONTEXT_BYTES)
     start = wanted - begin
     if offset is None:
         start = find_start(data, start)
     end = find_end(data, start, limit)
     line_start = data.rfind(b"\n", 0, start) + 1 or min(skip_rest(data, 0), start)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    text = hide_paths(decoder.decode(data[line_start:end]))
+    text = decoder.decode(data[line_start:end])
     end -= len(decoder.getstate()[0])  # of a character that is still being written
-    text = cut_common_start(text, hide_paths(data[line_start:start].decode("utf-8", "ignore")))
+    around = hide_paths(text + read_rest(data, end))
+    before = hide_paths(data[line_start:start].decode("utf-8", "ignore"))
+    num_seen = count_common(around, before)
+    text = around[num_seen : max(num_seen, count_common(around, hide_paths(text)))]
     return {"text": text, "offset": begin + start, "next_offset": begin + end, "size": size}
+
+
+def read_rest(data: bytes, end: int) -> str:
+    """What follows of a line that is cut at `end`."""
+    if data[:end].endswith(b"\n"):
+        return ""
+    line_end = data.find(b"\n", end)
+    return data[end : len(data) if line_end < 0 else line_end].decode("utf-8", "ignore")
 
 
 def find_start(data: bytes, start: int) -> int:
@@ -77,7 +91,7 @@ def find_start(data: bytes, start: int) -> int:
 def find_end(data: bytes, start: int, limit: int) -> int:
     """Where a piece of about `limit` bytes ends: after a line, or else after a character."""
     end = min(start + limit, len(data))
-    line_end = data.find(b"\n", max(end - 1, start)) + 1
+    line_end = data.find(b"\n", max(end - 1, start), end + LINE_BYTES) + 1
     if line_end:
         return line_end
     is_last = len(data) < start + limit + LINE_BYTES
@@ -92,7 +106,7 @@ def skip_rest(data: bytes, place: int) -> int:
     return place
 
 
-def cut_common_start(text: str, seen: str) -> str:
-    """What `text` has after its longest common start with `seen`."""
-    pairs = zip(text, seen, strict=False)
-    return text[next((i for i, (a, b) in enumerate(pairs) if a != b), len(seen)) :]
+def count_common(text: str, other: str) -> int:
+    """Length of their longest common start."""
+    pairs = zip(text, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))

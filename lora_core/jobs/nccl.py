@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..messages import message
 from ..text import format_bytes
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -39,10 +40,12 @@ def explain_shared_memory(num_processes: int, environment: Mapping[str, str]) ->
     free = found.f_bavail * found.f_frsize
     if free >= num_processes * BYTES_PER_PROCESS:
         return None
-    return (
-        f"only {format_bytes(free, 1024)} of shared memory are free, too little for several GPUs; "
-        f"start the container with --shm-size=1g, or ComfyUI with {WITHOUT_SHARED_MEMORY}=1 in its "
-        "environment, which is slower"
+    return message(
+        "only {free} of shared memory are free, too little for several GPUs; start the "
+        "container with --shm-size=1g, or ComfyUI with {without_shared_memory}=1 in its "
+        "environment, which is slower",
+        free=format_bytes(free, 1024),
+        without_shared_memory=WITHOUT_SHARED_MEMORY,
     )
 
 

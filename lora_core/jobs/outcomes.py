@@ -6,6 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
+from ..messages import message
 from .job import JobFailure, JobState, JobStateError
 from .transitions import USER_EVENTS, Event, JobStatus, Request, find_next, find_stage
 
@@ -36,7 +37,9 @@ def advance(
     stage = find_stage(state.status, request)
     reached = find_next(stage, event)
     if reached is None:
-        raise JobStateError(f"a job that is {stage.value} cannot {event.value}")
+        raise JobStateError(
+            "a job that is {stage} cannot {event}", stage=stage.value, event=event.value
+        )
     if event in USER_EVENTS and (reached is stage or reached.status is JobStatus.IN_PROGRESS):
         return state  # nothing new, or for its worker to do
     at = time.time() if at is None else at
@@ -69,7 +72,14 @@ def restart_or_fail(
     restarts = count_restarts(state, reached)
     if restarts >= max_restarts:
         return advance(state, Event.FAIL, failure=failure, checkpoint_step=reached)
-    notes = (*state.notes, f"{failure.sentence}; it continues after step {reached}")
+    notes = (
+        *state.notes,
+        message(
+            "{sentence}; it continues after step {reached}",
+            sentence=failure.sentence,
+            reached=reached,
+        ),
+    )
     return advance(
         state,
         Event.RESTART,  # keeps its place in the queue

@@ -9,13 +9,16 @@ from pathlib import Path
 import torch
 
 from ..errors import LoraError
+from ..messages import message
 from ..training.machine.memory import is_out_of_memory
 from ..training.objective.losses import Decode
 from ..training.sampling.image_decoder import ImageDecoder, load_decoder
 from ..training.sampling.images import write_image
 
-IN_TILES = "the images do not fit into the device's memory at once and are decoded in tiles"
-ON_CPU = "the images do not fit into the device's memory and are decoded on the CPU"
+IN_TILES = message(
+    "the images do not fit into the device's memory at once and are decoded in tiles"
+)
+ON_CPU = message("the images do not fit into the device's memory and are decoded on the CPU")
 
 
 class ImageWriter:
@@ -76,7 +79,7 @@ class ImageWriter:
         try:
             return self._decode(latents)
         except LoraError as e:  # the file is missing or damaged
-            sentence = f"no images are made, latents only: {e}"
+            sentence = message("no images are made, latents only: {error}", error=e)
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
@@ -92,7 +95,7 @@ class ImageWriter:
             return self._try_decode(latents)
         self._drop()
         self.path, self.decode = "", None
-        self.notify(sentence or "images do not fit into memory; latents only are kept")
+        self.notify(sentence or message("images do not fit into memory; latents only are kept"))
         return None
 
     @torch.no_grad()

@@ -89,14 +89,16 @@ def read_image(folder: Path, name: str) -> bytes:
         FileError: it cannot be read.
     """
     if name not in {image.name for image in list_images(folder)}:
-        raise UnknownImageError(f"there is no image {str(name)[:80]!r}; reload the list")
+        raise UnknownImageError("there is no image {name!r}; reload the list", name=str(name)[:80])
     try:
         with open_inside(folder / name) as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as e:
-        raise FileError(f"{name} cannot be read: {explain(e)}") from None
+        raise FileError("{name} cannot be read: {reason}", name=name, reason=explain(e)) from None
     if not data.startswith(SIGNATURE) or len(data) > MAX_BYTES:
         raise UnknownImageError(
-            f"{name} is not a PNG file of up to {format_bytes(MAX_BYTES)}; delete it"
+            "{name} is not a PNG file of up to {max_bytes}; delete it",
+            name=name,
+            max_bytes=format_bytes(MAX_BYTES),
         )
     return data

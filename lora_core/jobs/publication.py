@@ -19,6 +19,7 @@ from ..disk.json_reader import parse_object
 from ..disk.regular_files import open_regular
 from ..disk.writing import explain, rename
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .folder import JobFolder, open_inside, open_to_append
 from .identity import identify
@@ -63,7 +64,9 @@ def publish(adapters: Sequence[Path], loras: Path, job_id: str) -> tuple[str, ..
                 return tuple(names)
     except OSError as e:
         raise FileError(
-            f"the adapter cannot be put into {shorten(loras.name)}: {explain(e)}"
+            "the adapter cannot be put into {loras}: {reason}",
+            loras=shorten(loras.name),
+            reason=explain(e),
         ) from None
     finally:
         for path in temporary:
@@ -146,9 +149,10 @@ def try_folder(loras: Path, job_id: str) -> None:
         trial.touch()
         trial.unlink()
     except (OSError, ValueError) as e:  # ValueError: no name of any folder
-        reason = "it does not exist" if isinstance(e, FileNotFoundError) else explain(e)
+        reason = message("it does not exist") if isinstance(e, FileNotFoundError) else explain(e)
         raise FileError(
-            f"the adapter cannot be written to the loras folder: {shorten(reason, 200)}"
+            "the adapter cannot be written to the loras folder: {reason}",
+            reason=shorten(reason, 200),
         ) from None
 
 
@@ -170,7 +174,10 @@ def copy_with_id(adapter: Path, loras: Path, job_id: str) -> Path:
             header = read_header(source)
             metadata = header.setdefault("__metadata__", {})
             if not isinstance(metadata, dict):
-                raise FileError(f"{shorten(adapter.name)} has a damaged header; use another file")
+                raise FileError(
+                    "{adapter} has a damaged header; use another file",
+                    adapter=shorten(adapter.name),
+                )
             metadata[JOB_KEY] = job_id
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
@@ -257,6 +264,8 @@ def remove_published(names: Sequence[str], loras: Path, job_id: str) -> None:
     if kept:
         name, error = kept[0]
         raise FileError(
-            f"the job is deleted, but {shorten(name)} stays in {shorten(loras.name)}: "
-            f"{explain(error)}"
+            "the job is deleted, but {name} stays in {loras}: {reason}",
+            name=shorten(name),
+            loras=shorten(loras.name),
+            reason=explain(error),
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..disk.json_reader import parse_object
 from ..errors import ConfigError, FileError
+from ..messages import join_messages, message, take_clause
 from ..text import shorten
 from ..training.config.config import TrainConfig
 from ..training.config.config_files import config_from_dict
@@ -20,8 +21,8 @@ Find = Callable[[str], Sequence[Path]]
 MAX_NAME = 300
 #: Characters of why settings cannot be read.
 MAX_REASON = 200
-DAMAGED = "the settings in this LoRA are damaged"
-SET_UP_AGAIN = "set up the training again"
+DAMAGED = message("the settings in this LoRA are damaged")
+SET_UP_AGAIN = message("set up the training again")
 
 
 def build_again(
@@ -48,9 +49,9 @@ def build_again(
     values = read_settings(metadata)
     model, data = values["model"], values["data"]
     wanted = (
-        (model, "source", "the base model", find_model),
-        (data, "folder", "the training set", find_dataset),
-        (data, "prior", "the prior's training set", find_dataset),
+        (model, "source", message("the base model"), find_model),
+        (data, "folder", message("the training set"), find_dataset),
+        (data, "prior", message("the prior's training set"), find_dataset),
         (model, "vae", "the VAE", find_vae or (lambda name: ())),
     )
     missing = []
@@ -62,18 +63,28 @@ def build_again(
         if len(found) == 1:
             table[key] = str(found[0])
         elif found:
-            missing.append(f"{what} {shorten(name)} was found {len(found)} times")
+            missing.append(
+                message(
+                    "{what} {name} was found {num_found} times",
+                    what=what,
+                    name=shorten(name),
+                    num_found=len(found),
+                )
+            )
         else:
-            missing.append(f"{what} {shorten(str(name))} is missing")
+            missing.append(message("{what} {name} is missing", what=what, name=shorten(str(name))))
     if missing:
         raise ConfigError(
-            f"this LoRA cannot be trained again: {'; '.join(missing)}. Put what is missing where "
-            "it was under the same name, or set up the training again with Train Qwen Edit LoRA"
+            "this LoRA cannot be trained again: {missing}. Put what is missing where it was "
+            "under the same name, or set up the training again with Train Qwen Edit LoRA",
+            missing=join_messages("; ", missing),
         )
     try:
         return replace(config_from_dict(values), output="again")
     except ConfigError as e:
-        raise ConfigError(f"the settings of the LoRA are of another version: {e}") from None
+        raise ConfigError(
+            "the settings of the LoRA are of another version: {error}", error=e
+        ) from None
 
 
 def read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -85,12 +96,17 @@ def read_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
             "python -m lora_core train made can be trained again"
         )
     try:
-        values = parse_object(text, f"the header's {CONFIG_KEY}")
+        values = parse_object(text, message("the header's {config_key}", config_key=CONFIG_KEY))
     except FileError as e:
-        reason = shorten(str(e).rstrip("."), MAX_REASON)
-        raise ConfigError(f"{DAMAGED} ({reason}); {SET_UP_AGAIN}") from None
+        reason = shorten(take_clause(e), MAX_REASON)
+        raise ConfigError(
+            "{damaged} ({reason}); {set_up_again}",
+            damaged=DAMAGED,
+            reason=reason,
+            set_up_again=SET_UP_AGAIN,
+        ) from None
     if not all(isinstance(values.get(table), dict) for table in ("model", "data")):
-        raise ConfigError(f"{DAMAGED}; {SET_UP_AGAIN}")
+        raise ConfigError("{damaged}; {set_up_again}", damaged=DAMAGED, set_up_again=SET_UP_AGAIN)
     return values
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError
+from ..messages import message
 from ..progress import ShouldStop, track
 from ..training.data.latents import normalize
 from ..training.run.run import Run
@@ -49,7 +50,11 @@ class Sampler:
     def is_due(self, step: int) -> bool:
         """Also before the first step, to compare with; no sample is made twice."""
         due = bool(self.indices) and step % self.settings.every == 0
-        return due and not all(self._get_stem(step, i, True).exists() for i in self.indices)
+        return due and not self.has_made(step)
+
+    def has_made(self, step: int) -> bool:
+        """Whether the samples of a step are complete."""
+        return all(self._get_stem(step, i, True).exists() for i in self.indices)
 
     def make(self, step: int, should_stop: ShouldStop) -> float:
         """Writes latents, and images where there is a VAE.
@@ -90,7 +95,9 @@ class Sampler:
         """
         missing = self.list_missing_examples()
         with self._leaving_the_run_alone():
-            for index, tensor, stem in track(missing, None, should_stop, "decoding of the pairs"):
+            for index, tensor, stem in track(
+                missing, None, should_stop, message("decoding of the pairs")
+            ):
                 item = self.session.dataset.load(index)
                 self.writer.write(normalize(item.tensors[tensor])[None], stem)
 
@@ -132,14 +139,18 @@ class Sampler:
         for key in keys:
             if key not in known:
                 raise ConfigError(
-                    f"the training set has no item {key!r} to sample; it has {next(iter(known))}, …"
+                    "the training set has no item {key!r} to sample; it has {example}, …",
+                    key=key,
+                    example=next(iter(known)),
                 )
         indices = [known[key] for key in keys]
         if self.settings.guidance != 1 and not dataset.has_empty_text:
             without = [dataset.items[i].key for i in indices if not dataset.items[i].has_empty_text]
             if without:
                 raise ConfigError(
-                    f"sampling with guidance {self.settings.guidance:g} needs the embedding of an "
-                    f"empty caption, which {without[0]} lacks; set it to 1"
+                    "sampling with guidance {guidance:g} needs the embedding of an empty "
+                    "caption, which {without} lacks; set it to 1",
+                    guidance=self.settings.guidance,
+                    without=without[0],
                 )
         return indices

@@ -15,6 +15,7 @@ from typing import Any
 from ..checks import show
 from ..disk.writing import explain, rename
 from ..errors import ConfigError, FileError, MissingFileError
+from ..messages import message
 from ..text import shorten, shorten_list
 from ..training.config.config import TrainConfig
 from ..training.config.config_files import build, config_from_dict, config_to_dict
@@ -45,7 +46,8 @@ from .publication import (
     remove_unfinished,
     try_folder,
 )
-from .transitions import EVENTS, REQUESTS, STATUS_WORDS, Event, Request, find_next, find_stage
+from .request_checks import check_allowed, check_files
+from .transitions import EVENTS, REQUESTS, Event, Request, find_next, find_stage
 
 JOBS = "jobs"
 DEVICES = "devices"
@@ -56,7 +58,6 @@ LEFTOVER_AGE = 600.0  # seconds after which a submission is considered abandoned
 LOG_TAIL_BYTES = 65536
 LOG_MAX_BYTES = 1 << 20
 WAIT_INTERVAL = 0.2  # seconds
-PARTICIPLES = {Event.PAUSE: "paused", Event.RESUME: "resumed", Event.CANCEL: "cancelled"}
 
 
 class JobStore:
@@ -78,7 +79,9 @@ class JobStore:
             (self.root / JOBS).mkdir(parents=True, exist_ok=True)
             (self.root / DEVICES).mkdir(exist_ok=True)
         except OSError as e:
-            raise FileError(f"the jobs' folder cannot be made: {explain(e)}") from None
+            raise FileError(
+                "the jobs' folder cannot be made: {reason}", reason=explain(e)
+            ) from None
         self._submissions = FileLock(self.root / "submissions.lock")
         self._submissions.is_held()  # raises where there are no locks
         self.index = JobIndex(self.root / INDEX_FILE)
@@ -136,7 +139,11 @@ class JobStore:
         last = None
         while True:
             if should_stop is not None and should_stop():
-                raise InterruptedError(f"waiting for job {job_id} was stopped; the job continues")
+                raise InterruptedError(
+                    message(
+                        "waiting for job {job_id} was stopped; the job continues", job_id=job_id
+                    )
+                )
             try:
                 job = self.catalog.read(folder)
             except BusyFileError:
@@ -329,7 +336,7 @@ class JobStore:
             table = values if (sections or [last])[0] in own else values["train"]
             for section in sections:
                 if not isinstance(table.get(section), dict):
-                    raise ConfigError(f"there is no setting {show(name)}")
+                    raise ConfigError("there is no setting {name}", name=show(name))
                 table = table[section]
             table[last] = value
         train = config_from_dict(values.pop("train"))
@@ -352,11 +359,14 @@ class JobStore:
         files = {path.name: path for path in self.list_adapters(job_id)}
         names = [Path(name).name for name in job.state.adapters] if adapter is None else [adapter]
         if not job.settings.loras:
-            raise ConfigError(f"job {job_id} has no loras folder; submit it with one")
+            raise ConfigError("job {job_id} has no loras folder; submit it with one", job_id=job_id)
         if not names or any(name not in files for name in names):
             shown = shorten_list([shorten(name) for name in files], 2)
             raise ConfigError(
-                f"job {job_id} has no adapter {show(adapter or '')}; it has {shown or 'none yet'}"
+                "job {job_id} has no adapter {adapter}; it has {shown}",
+                job_id=job_id,
+                adapter=show(adapter or ""),
+                shown=shown or "none yet",
             )
         with self.catalog.using(folder):
             published = publish([files[name] for name in names], Path(job.settings.loras), job_id)
@@ -380,7 +390,9 @@ class JobStore:
         published: tuple[str, ...] = ()
         with self.catalog.using(folder):
             if not self._acquire(folder):
-                raise JobStateError(f"job {job_id} is running; pause or cancel it first")
+                raise JobStateError(
+                    "job {job_id} is running; pause or cancel it first", job_id=job_id
+                )
             try:
                 with suppress(FileError):  # damaged: all the more reason to delete it
                     settings, state = folder.read_settings(), folder.read_state()
@@ -388,7 +400,9 @@ class JobStore:
                 try:
                     rename(folder.path, condemned)
                 except OSError as e:
-                    raise FileError(f"job {job_id} cannot be deleted: {explain(e)}") from None
+                    raise FileError(
+                        "job {job_id} cannot be deleted: {reason}", job_id=job_id, reason=explain(e)
+                    ) from None
             finally:
                 folder.lock.release()
         try:
@@ -441,7 +455,7 @@ class JobStore:
             shutil.rmtree(temporary, ignore_errors=True)
             if not isinstance(e, OSError):
                 raise
-            raise FileError(f"the job cannot be written: {explain(e)}") from None
+            raise FileError("the job cannot be written: {reason}", reason=explain(e)) from None
 
     def _acquire(self, folder: JobFolder) -> bool:
         """False where a worker has the job."""
@@ -455,34 +469,10 @@ class JobStore:
         return True
 
 
-def check_allowed(job: Job, event: Event) -> Job:
-    """The job itself; JobStateError if a user cannot do that to it now."""
-    if find_next(find_stage(job.status, job.request), event) is None:
-        status = STATUS_WORDS.get(job.status, job.status.value)
-        raise JobStateError(f"job {job.id} is {status} and cannot be {PARTICIPLES[event]}")
-    return job
-
-
 def get_device_lock(root: Path, device_key: str) -> FileLock:
     """Held by the worker that uses the device."""
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in device_key)
     return FileLock(root / DEVICES / f"{name}.lock")
-
-
-def check_files(settings: JobSettings) -> None:
-    """Raises FileError for what would fail in a worker minutes later."""
-    train = settings.train
-    places = (
-        ("the model", train.model.source),
-        ("the training set", train.data.folder),
-        ("the prior's training set", train.data.prior),
-        ("the VAE", train.model.vae),
-    )
-    for what, place in places:
-        if place and not os.path.exists(place):  # noqa: PTH110 - Path's may raise
-            raise FileError(
-                f"{what}, {shorten(Path(place).name)}, does not exist; choose another one"
-            )
 
 
 def remove_traces(leftover: Path) -> None:

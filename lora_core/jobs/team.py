@@ -19,6 +19,7 @@ from typing import Any
 
 from ..disk.json_reader import parse_json
 from ..disk.writing import replace
+from ..messages import add_messages
 from .folder import MAX_JSON_BYTES, JobFolder, open_inside, restore
 from .identity import identify, is_running
 from .job import JobFailure, WorkerIdentity
@@ -143,7 +144,7 @@ def write_failure(folder: JobFolder, index: int, failure: JobFailure) -> None:
     path = get_failure_path(folder, index)
     temporary = path.with_suffix(".new")
     temporary.unlink(missing_ok=True)  # a link there would be written through
-    temporary.write_text(json.dumps(dataclasses.asdict(failure)), encoding="utf-8")
+    temporary.write_text(json.dumps(add_messages(dataclasses.asdict(failure))), encoding="utf-8")
     replace(temporary, path)
 
 

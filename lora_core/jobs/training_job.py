@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, FileError
+from ..messages import message
 from ..progress import ShouldStop
 from ..text import format_count, format_duration
 from ..training.config.config import TrainConfig
@@ -29,6 +30,7 @@ from .job import JobSettings, Phase, SampleSettings
 from .job_reporter import JobReporter, NullReporter
 from .publication import publish, remove_unfinished
 from .samples import Sampler
+from .transitions import Order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -69,6 +71,24 @@ class JobObserver(StepLog):
         take_sample(self.sampler, report.step, self.reporter, stop)
         if self.sample_every and report.step % self.sample_every == 0:
             run.ask_again()  # a sample that was left out is made where the run stops
+        if self.reporter.has_orders():
+            self.do_orders(run, report.step, stop)
+
+    def do_orders(self, run: Run, step: int, stop: ShouldStop) -> None:
+        """What a user ordered after this step: the run's weights and random numbers stay as they
+        are. Before a stop nothing is done; the order waits for the next step.
+        """
+        if stop():
+            return
+        if self.reporter.take_order(Order.SAVE):
+            save_now(run, step, self.reporter)
+        if self.reporter.take_order(Order.SAMPLE):
+            if not self.sampler.indices:
+                self.reporter.log("no sample was made: this job makes none")
+                return
+            take_sample(self.sampler, step, self.reporter, stop, is_ordered=True)
+            if not self.sampler.has_made(step) and stop():
+                self.reporter.give_back(Order.SAMPLE)
 
     def after_stop(self, run: Run) -> None:
         """A stopped run leaves an adapter too."""
@@ -136,8 +156,10 @@ def check_devices(
     """Raises ConfigError if the job is to train on devices together that cannot."""
     if len(devices) != settings.num_devices:
         raise ConfigError(
-            f"the job is to train on {settings.num_devices} GPUs together, but there are "
-            f"{len(devices)} devices of one kind here; clone it with num_devices {len(devices)}"
+            "the job is to train on {num_devices} GPUs together, but there are {num_found} "
+            "devices of one kind here; clone it with num_devices {num_found}",
+            num_devices=settings.num_devices,
+            num_found=len(devices),
         )
     if len(devices) > 1 and accelerator is None:
         raise ConfigError(NO_NCCL)
@@ -150,14 +172,34 @@ def publish_adapters(
     remove_unfinished(loras, folder.id)
     published = publish([folder.path / name for name in adapters], loras, folder.id)
     reporter.update(published=published)
-    reporter.log(f"the adapter is in the loras folder as {', '.join(published)}")
+    reporter.log(
+        message("the adapter is in the loras folder as {published}", published=", ".join(published))
+    )
+
+
+def save_now(run: Run, step: int, reporter: JobReporter | NullReporter) -> None:
+    """Writes the adapter files of this step; a disk that does not take them costs only them."""
+    reporter.update(phase=Phase.SAVING)
+    try:
+        adapters = run.save_adapters(step)
+        reporter.update(adapters=adapters)
+        reporter.log(f"saved {', '.join(Path(name).name for name in adapters)}")
+    except FileError as e:
+        reporter.add_note(f"step {step} was not saved: {e}")
+    finally:
+        reporter.update(phase=Phase.TRAINING)
 
 
 def take_sample(
-    sampler: Sampler, step: int, reporter: JobReporter | NullReporter, stop: ShouldStop
+    sampler: Sampler,
+    step: int,
+    reporter: JobReporter | NullReporter,
+    stop: ShouldStop,
+    is_ordered: bool = False,
 ) -> None:
-    """Makes the step's samples where they are due."""
-    if not sampler.is_due(step) or stop():
+    """Makes the step's samples where they are due or ordered."""
+    is_due = not sampler.has_made(step) if is_ordered else sampler.is_due(step)
+    if not is_due or stop():
         return
     with sampling(sampler, reporter):
         seconds = sampler.make(step, stop)
@@ -179,7 +221,9 @@ def sampling(sampler: Sampler, reporter: JobReporter | NullReporter) -> Iterator
         if not is_out_of_memory(e):
             raise
         sampler.indices = []
-        reporter.add_note("samples did not fit into memory; training continues without them")
+        reporter.add_note(
+            message("samples did not fit into memory; training continues without them")
+        )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     finally:

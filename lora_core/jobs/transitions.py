@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from ..messages import message
+
 
 class JobStatus(str, Enum):  # StrEnum needs Python 3.11
     PENDING = "pending"  #: queued
@@ -28,8 +30,15 @@ class JobStatus(str, Enum):  # StrEnum needs Python 3.11
         return self.is_finished or self is JobStatus.PAUSED
 
 
-#: As the panel names them; the others are named by their value.
-STATUS_WORDS = {JobStatus.PENDING: "waiting", JobStatus.IN_PROGRESS: "running"}
+#: As the panel names them.
+STATUS_WORDS = {
+    JobStatus.PENDING: message("waiting"),
+    JobStatus.IN_PROGRESS: message("running"),
+    JobStatus.PAUSED: message("paused"),
+    JobStatus.COMPLETED: message("completed"),
+    JobStatus.FAILED: message("failed"),
+    JobStatus.CANCELLED: message("cancelled"),
+}
 
 
 class Request(str, Enum):
@@ -42,6 +51,13 @@ class Request(str, Enum):
 
 #: Those for which a worker stops.
 STOPS = (Request.PAUSE, Request.CANCEL)
+
+
+class Order(str, Enum):
+    """What a user wants of a running job once, beside its schedule; it changes no status."""
+
+    SAMPLE = "sample"  #: images after the next step
+    SAVE = "save"  #: an adapter file of the next step
 
 
 class Stage(str, Enum):

@@ -24,6 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import FileError, LoraError
+from ..messages import message
+from ..training.model.libraries import import_diffusers_alone
 from ..training.run.interruption import stop_on_signals
 from .failure import LOOK_AT_LOG, RESUME, explain_error, read_log_tail
 from .folder import JobFolder
@@ -133,6 +135,7 @@ def run_main(
         try:
             group.watch(lambda dead: finish_after_death(dead, settings, folder, reporter, group))
             # expensive, and a broken installation fails here
+            import_diffusers_alone()
             from .training_job import run_job
 
             is_done = run_job(settings, folder, devices, reporter, group.accelerator, is_shared)
@@ -198,9 +201,11 @@ def finish_after_death(
         reported = pop_failure(folder, dead)
         if reported is None:
             failure = JobFailure(
-                sentence=(
-                    f"process {dead + 1} of {group.count} was terminated from outside, manually or "
-                    "because the computer ran out of memory"
+                sentence=message(
+                    "process {dead} of {count} was terminated from outside, manually or because "
+                    "the computer ran out of memory",
+                    dead=dead + 1,
+                    count=group.count,
                 ),
                 advice=(RESUME, LOOK_AT_LOG),
                 log_tail=read_log_tail(folder),
@@ -226,7 +231,7 @@ def finish_stopped(settings: JobSettings, folder: JobFolder, reporter: JobReport
         reporter.finish(Event.STOP, request)
     else:
         failure = JobFailure(
-            sentence="the worker was asked to exit, as on shutdown, and saved first"
+            sentence=message("the worker was asked to exit, as on shutdown, and saved first")
         )
         finish_ended(settings, reporter, reporter.state.step, failure)
 

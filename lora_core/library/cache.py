@@ -15,7 +15,7 @@ from .facts import AdapterFacts
 from .health import Health
 
 #: Goes up when the same file would get different facts or a different verdict.
-VERSION = 3
+VERSION = 4
 #: A thousand files take 2 MB.
 MAX_BYTES = 256 << 20
 
@@ -62,7 +62,9 @@ def write_cache(path: Path, known: Mapping[str, CacheEntry]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_then_rename(path, lambda temporary: temporary.write_bytes(data))
     except OSError as e:
-        raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
+        raise FileError(
+            "{path} cannot be written: {reason}.", path=path.name, reason=explain(e)
+        ) from None
 
 
 def describe_version() -> list[int | str]:

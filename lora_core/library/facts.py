@@ -16,12 +16,13 @@ from ..formats.architectures import detect_architecture
 from ..formats.files import read_adapter
 from ..formats.reading import parse_keys
 from ..formats.schemes import CONFIG_KEY
-from .metadata import clean, find_title, find_trigger_words
+from ..messages import message
+from .metadata import HISTORY_FIELD, JOB_FIELD, clean, find_title, find_trigger_words
 
 QWEN_IMAGE = "Qwen-Image"
-NOT_OPENED = (
-    "not opened: only .safetensors and .sft files are, since a pickle can run code when it is "
-    "read; if you trust it, convert it"
+NOT_OPENED = message(
+    "not opened: only .safetensors and .sft files are, since a pickle can run code when it "
+    "is read; if you trust it, convert it"
 )
 
 
@@ -54,7 +55,10 @@ class AdapterFacts:
     title: str = ""
     trigger_words: tuple[str, ...] = ()
     is_ours: bool = False
-    """Trained by this extension."""
+    """Trained by this extension, on whatever machine, or derived from such a file."""
+    job_id: str = ""
+    """The training that the file names as its own, on whatever machine; "" for a file that was
+    derived from a trained one."""
     warnings: tuple[str, ...] = ()
     findings: tuple[dict[str, str | Whole | None], ...] = ()
     """Those and the notes, as `Finding`s for programs."""
@@ -116,6 +120,7 @@ def describe_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
         "title": find_title(metadata),
         "trigger_words": find_trigger_words(metadata),
         "is_ours": CONFIG_KEY in metadata,
+        "job_id": "" if HISTORY_FIELD in metadata else clean(metadata.get(JOB_FIELD, ""), 40),
     }
 
 

@@ -11,6 +11,7 @@ from ..base_model import module_paths
 from ..findings import ERROR, NOTE, WARNING, Finding
 from ..inspection.inspection import Inspection, ModuleInspection
 from ..inspection.verdict import NOTHING
+from ..messages import message
 
 #: Worst first. "unknown": nothing to judge, such as an OFT without its base.
 LEVELS = ("broken", "warning", "unknown", "healthy")
@@ -18,7 +19,7 @@ LEVELS = ("broken", "warning", "unknown", "healthy")
 _LEVELS_BY_SEVERITY = {ERROR: "broken", WARNING: "warning", NOTE: "healthy"}
 
 #: Not kept: the next session tries again.
-UNEXPECTED = "it could not be inspected; ComfyUI's log says why"
+UNEXPECTED = message("it could not be inspected; ComfyUI's log says why")
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Inspector:
                     **hide_window(priority),
                 )
             except OSError as e:
-                raise FileError(f"no process can be started: {explain(e)}") from None
+                raise FileError("no process can be started: {reason}", reason=explain(e)) from None
         return self._process
 
 

@@ -15,16 +15,20 @@ from typing import Any
 from ..errors import ConfigError, FileError, LoraError
 from ..formats.files import PEFT_CONFIG
 from .cache import CacheEntry, Fingerprint, read_cache, write_cache
+from .companions import NO_COMPANIONS, Companions, list_companions
 from .details import describe_file
 from .facts import DAMAGED, OK, AdapterFacts, read_facts
+from .favourites import Favourites
 from .health import UNEXPECTED, Health
 from .inspector import Inspector
+from .sidecars import is_link, read_sidecars
 
 #: How long a list waits for headers that have not been read yet; later ones come as events.
 LIST_PATIENCE = 0.4  # seconds
 NOTICE_INTERVAL = 0.5
 SAVE_INTERVAL = 5.0
 BUSY_INTERVAL = 0.5
+FAVOURITES_FILE = "favourites.json"
 #: Instead of the fingerprint of a deleted file.
 DELETED: Fingerprint = (-1,)
 
@@ -54,8 +58,9 @@ def check_id(adapter_id: object) -> str:
     """
     if not isinstance(adapter_id, str) or not _ID.fullmatch(adapter_id):
         raise ConfigError(
-            f"{str(adapter_id)[:40]!r} is not an adapter id; expected 16 digits such as "
-            "0123456789abcdef, from the list of adapters"
+            "{adapter_id!r} is not an adapter id; expected 16 digits such as 0123456789abcdef, "
+            "from the list of adapters",
+            adapter_id=str(adapter_id)[:40],
         )
     return adapter_id
 
@@ -69,6 +74,8 @@ class Entry:
     fingerprint: Fingerprint
     facts: AdapterFacts | None = None
     health: Health | None = None
+    companions: Companions = NO_COMPANIONS
+    is_favourite: bool = False
 
     @property
     def id(self) -> str:
@@ -87,6 +94,8 @@ class Entry:
             "size_bytes": self.fingerprint[0],
             "modified_at": self.fingerprint[1] / 1e9,
             **vars(facts),  # asdict would copy all of it, for each of a thousand files
+            "preview": self.companions.preview_version,
+            "is_favourite": self.is_favourite,
             "health": None,
         }
         if self.health is not None:
@@ -103,7 +112,7 @@ class AdapterLibrary:
 
     Args:
         list_files: name of each file, as the user knows it -> its path.
-        cache: file in which results survive the process.
+        cache: file in which results survive the process; stars are kept beside it.
         notify: called with {"adapters": changed entries, "gone": ids, "pending": number}.
         is_busy: whether the machine is needed elsewhere; health waits until it is not.
     """
@@ -119,6 +128,8 @@ class AdapterLibrary:
         self.cache = cache
         self.notify = notify or (lambda event: None)
         self.is_busy = is_busy or (lambda: False)
+        self.favourites = Favourites(cache.with_name(FAVOURITES_FILE))
+        self._favourites_problem = ""
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
         self._cached: dict[str, CacheEntry] | None = None
@@ -154,7 +165,10 @@ class AdapterLibrary:
         shown = replace(entry, facts=facts).to_dict()
         sentences = list(entry.health.sentences) if entry.health else []
         details = describe_file(entry.path, facts, entry.health)
-        return {**shown, "sentences": sentences, **details}
+        companions = list_companions([entry.path]).get(entry.path, NO_COMPANIONS)
+        beside = read_sidecars(entry.path.parent, companions.sidecars)
+        noted = {**vars(beside), "has_link": is_link(beside.source)}
+        return {**shown, "sentences": sentences, **details, "beside": noted}
 
     def find(self, adapter_id: str) -> Path:
         """The file of an id.
@@ -165,6 +179,33 @@ class AdapterLibrary:
         """
         return self._get(adapter_id).path
 
+    def show_facts(self, adapter_id: str) -> AdapterFacts:
+        """What a file is; errors as `find`."""
+        entry = self._get(adapter_id)
+        return entry.facts or read_facts(entry.path)
+
+    def find_preview(self, adapter_id: str) -> Path | None:
+        """The preview image beside a file; errors as `find`."""
+        path = self.find(adapter_id)
+        preview = list_companions([path]).get(path, NO_COMPANIONS).preview
+        return path.with_name(preview) if preview else None
+
+    def mark(self, adapter_id: str, is_favourite: bool) -> Event:
+        """Stars a file or takes its star, on every open page; its entry.
+
+        Raises:
+            ConfigError, UnknownAdapterError: as `find`; ConfigError: too many stars.
+            FileError: the record is damaged, or the disk does not take it.
+        """
+        entry = self._get(adapter_id)
+        with self._lock:
+            self.favourites.set(entry.name, is_favourite, self._list_marks(self._entries))
+            entry = replace(self._entries.get(entry.name, entry), is_favourite=is_favourite)
+            if entry.name in self._entries:
+                self._entries[entry.name] = entry
+        self._send_event([entry], ())
+        return entry.to_dict()
+
     def _get(self, adapter_id: str) -> Entry:
         check_id(adapter_id)
         entry = self._find_entry(adapter_id)
@@ -173,7 +214,8 @@ class AdapterLibrary:
             entry = self._find_entry(adapter_id)
         if entry is None:
             raise UnknownAdapterError(
-                f"no adapter in the loras folders has the id {adapter_id}; reload the list"
+                "no adapter in the loras folders has the id {adapter_id}; reload the list",
+                adapter_id=adapter_id,
             )
         return entry
 
@@ -189,6 +231,7 @@ class AdapterLibrary:
         config_fingerprints = {
             folder: read_config_fingerprint(folder) for folder in get_folders(files)
         }
+        companions = list_companions(files.values())
         with self._lock:
             if self._cached is None:
                 self._cached = read_cache(self.cache)
@@ -203,7 +246,11 @@ class AdapterLibrary:
                     if known is None or known.stamp != fingerprint:
                         known = CacheEntry(fingerprint)
                     entry = Entry(name, path, fingerprint, known.facts, known.health)
-                entries[name] = entry
+                beside = companions.get(path, NO_COMPANIONS)
+                entries[name] = (
+                    entry if entry.companions == beside else replace(entry, companions=beside)
+                )
+            self._mark_favourites(entries)
             if self._cached.keys() - entries.keys():
                 self._is_saved = False
             self._entries = entries
@@ -217,6 +264,24 @@ class AdapterLibrary:
                     target=self._work, name="qwen_edit_lora adapters", daemon=True
                 )
                 self._thread.start()
+
+    def _mark_favourites(self, entries: dict[str, Entry]) -> None:
+        try:
+            starred = self.favourites.find(self._list_marks(entries))
+            self._favourites_problem = ""
+        except FileError as e:
+            starred = set()
+            if str(e) != self._favourites_problem:
+                self._favourites_problem = str(e)
+                logger.warning("Qwen Edit LoRA: no favourites are shown: %s", e)
+        for name, entry in entries.items():
+            if entry.is_favourite != (name in starred):
+                entries[name] = replace(entry, is_favourite=name in starred)
+
+    @staticmethod
+    def _list_marks(entries: Mapping[str, Entry]) -> dict[str, tuple[int, int]]:
+        """Name -> size in bytes and mtime in ns."""
+        return {n: (e.fingerprint[0], e.fingerprint[1]) for n, e in entries.items()}
 
     def _update_cached(self) -> None:
         self._cached = {
@@ -286,13 +351,19 @@ class AdapterLibrary:
             if found is None:
                 continue  # stopped
             with self._lock:
-                if self._entries.get(entry.name) is not entry:
+                now_known = self._entries.get(entry.name)
+                if now_known is None or now_known.fingerprint != entry.fingerprint:
                     continue  # a scan saw the file change meanwhile
                 if found.fingerprint[0] < 0:
                     del self._entries[entry.name]
                     gone.add(entry.id)
-                else:
-                    self._entries[entry.name] = changed[entry.name] = found
+                else:  # it may have got a star or a preview meanwhile
+                    changed[entry.name] = self._entries[entry.name] = replace(
+                        now_known,
+                        fingerprint=found.fingerprint,
+                        facts=found.facts,
+                        health=found.health,
+                    )
                 self._update_cached()
                 self._is_saved = False
 
@@ -316,7 +387,7 @@ class AdapterLibrary:
             fingerprint = read_fingerprint(entry.path, read_config_fingerprint(entry.path.parent))
             if fingerprint != entry.fingerprint:
                 return replace(entry, fingerprint=fingerprint or DELETED, facts=None, health=None)
-            health = Health("broken", str(e), (str(e),))
+            health = Health("broken", e.message, (e.message,))
         return None if health is None else replace(entry, health=health)
 
     def _send_event(self, changed: Iterable[Entry], gone: Iterable[str]) -> None:

@@ -22,6 +22,10 @@ TRIGGER_FIELDS = (
     "trigger_word",
     "trained_words",
 )
+#: Of the training whose finished adapter this is; see `jobs.publication`.
+JOB_FIELD = "qwen_edit_lora.job"
+#: Of what was resized, merged or extracted; see `toolbox.composition`.
+HISTORY_FIELD = "qwen_edit_lora.history"
 #: What is shown first, in this order: name -> the fields that may hold it.
 KNOWN_FIELDS: Mapping[str, tuple[str, ...]] = {
     "author": ("modelspec.author", "author"),

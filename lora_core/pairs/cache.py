@@ -23,6 +23,7 @@ from ..disk.own_folders import check_own_folder, make_own_folder
 from ..disk.safetensors_file import SafetensorsFile
 from ..disk.writing import explain, replace
 from ..errors import FileError, LoraError
+from ..messages import message
 from ..progress import Progress, ShouldStop, track
 from ..text import format_bytes, format_count, shorten
 from ..training.data.dataset import (
@@ -119,7 +120,10 @@ def cache_pairs(
     items = DatasetWriter(store)
     encoded = 0
     for one, key in track(
-        list(zip(pairs, digests, strict=True)), progress, should_stop, "encoding of the pairs"
+        list(zip(pairs, digests, strict=True)),
+        progress,
+        should_stop,
+        message("encoding of the pairs"),
     ):
         if not is_encoded(get_path(store, key), one):
             item = encode(one)
@@ -206,7 +210,9 @@ def link(source: Path, target: Path) -> None:
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as e:
-        raise FileError(f"{shorten(target.name)} cannot be written: {explain(e)}.") from None
+        raise FileError(
+            "{target} cannot be written: {reason}.", target=shorten(target.name), reason=explain(e)
+        ) from None
 
 
 def slug(name: str) -> str:
@@ -236,14 +242,19 @@ def check_disk(
         free = shutil.disk_usage(store).free
     except OSError as e:
         raise FileError(
-            f"the cache folder {show_store(store)} cannot be written: {explain(e)}."
+            "the cache folder {store} cannot be written: {reason}.",
+            store=show_store(store),
+            reason=explain(e),
         ) from None
     needed = sum(estimate_bytes(one, text_width, reference_megapixels) for one in missing)
     if needed > free:
         raise FileError(
-            f"encoding {format_count(len(missing), 'pair')} takes about {format_bytes(needed)}, "
-            f"but the disk of {show_store(store)} has {format_bytes(free)} free; free some space, "
-            "or lower megapixels."
+            "encoding {num_pairs} takes about {needed}, but the disk of {store} has {free} "
+            "free; free some space, or lower megapixels.",
+            num_pairs=format_count(len(missing), "pair"),
+            needed=format_bytes(needed),
+            store=show_store(store),
+            free=format_bytes(free),
         )
 
 

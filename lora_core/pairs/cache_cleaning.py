@@ -54,7 +54,7 @@ def plan_cleaning(store: Path, needed: Collection[str]) -> CachePlan:
         kept_sizes = measure([*kept_files, *(path for path in items if path not in set(spare))])
         removed_sizes = measure(removed_files)
     except OSError as e:
-        raise FileError(f"the cache of pairs cannot be read: {explain(e)}.") from None
+        raise FileError("the cache of pairs cannot be read: {reason}.", reason=explain(e)) from None
     freed = sum(size for file, size in removed_sizes.items() if file not in kept_sizes)
     total = sum({**kept_sizes, **removed_sizes}.values())
     return CachePlan(tuple(removed), tuple(spare), total, freed)
@@ -81,7 +81,9 @@ def clean(plan: CachePlan) -> None:
             rename(path, hidden)
             shutil.rmtree(hidden)
         except OSError as e:
-            raise FileError(f"{shorten(path.name)} cannot be removed: {explain(e)}.") from None
+            raise FileError(
+                "{path} cannot be removed: {reason}.", path=shorten(path.name), reason=explain(e)
+            ) from None
 
 
 def measure_sets(store: Path) -> dict[str, int]:

@@ -123,7 +123,9 @@ def read_paths(value: object, place: str) -> list[str]:
     for path in values:
         if not isinstance(path, str):
             raise FileError(
-                f"{shorten(place)} is {describe_kind(path)}; expected the path of an image."
+                "{place} is {path}; expected the path of an image.",
+                place=shorten(place),
+                path=describe_kind(path),
             )
         if path.strip():
             paths.append(path)

@@ -97,8 +97,9 @@ def check_unchanged(pair: Pair, facts: PairFacts) -> None:
     for image, one in zip(pair.images, known, strict=True):
         if isinstance(image, FileImage) and image.compute_digest() != one.digest:
             raise FileError(
-                f"{shorten(image.name)} changed while it was read; expected the file that was "
-                "checked. Run it again when nothing writes there."
+                "{image} changed while it was read; expected the file that was checked. Run it "
+                "again when nothing writes there.",
+                image=shorten(image.name),
             )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .listing import Listing, fold_key, sort_naturally
 from .pair import list_some
@@ -47,8 +48,10 @@ def find_sides(listing: Listing) -> SideFolders:
     if len(targets) > 1:
         names = list_some([path for _, path in targets], root).replace(", ", " and ", 1)
         raise FileError(
-            f"{shorten(root.name)} holds several folders of targets ({names}); expected one. "
-            "Rename or remove the others."
+            "{root} holds several folders of targets ({names}); expected one. Rename or remove "
+            "the others.",
+            root=shorten(root.name),
+            names=names,
         )
     references = sorted(by_role[REFERENCE], key=lambda found: found[0].number)
     return SideFolders(
@@ -73,10 +76,12 @@ def collect_folders(listing: Listing, others: Sequence[Listing]) -> Collected | 
         return None
     parts = pair_files(listing, sides, images, others)
     base, target_folder = sides.base, sides.target or root
-    where = "the folder itself" if target_folder == root else show_folder(target_folder)
+    where = message("the folder itself") if target_folder == root else show_folder(target_folder)
     names = ", ".join(show_folder(path) for path in folders[:4])
-    within = "" if base == root else f" in {show_folder(base)}"
-    return f"targets in {where}, references in {names}{within}", parts
+    within = "" if base == root else message(" in {base}", base=show_folder(base))
+    return message(
+        "targets in {where}, references in {names}{within}", where=where, names=names, within=within
+    ), parts
 
 
 def list_targets(
@@ -150,8 +155,10 @@ def find_role_folders(listing: Listing) -> tuple[Path, dict[str, list[tuple[Role
     if len(below) > 1:
         names = list_some(list(below), root)
         raise FileError(
-            f"{shorten(root.name)} holds several sets ({names}); expected one. Give the folder of "
-            "the one to train on."
+            "{root} holds several sets ({names}); expected one. Give the folder of the one to "
+            "train on.",
+            root=shorten(root.name),
+            names=names,
         )
     return next(iter(below.items()), (root, on_top))
 

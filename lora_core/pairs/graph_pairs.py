@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import ConfigError
+from ..messages import message
 from ..text import format_count
 from .images import ArrayImage
 from .pair import FoundPairs, Pair, clean_caption
@@ -35,24 +36,30 @@ def build_graph_pairs(
     for slot, images in enumerate(references, 1):
         if len(images) not in (1, number):
             raise ConfigError(
-                f"reference_{slot} holds {format_count(len(images), 'image')} and targets "
-                f"{number}; expected as many, or one for all"
+                "reference_{slot} holds {num_images} and targets {number}; expected as many, or "
+                "one for all",
+                slot=slot,
+                num_images=format_count(len(images), "image"),
+                number=number,
             )
     texts = split_captions(captions, number)
     shared = [
-        [ArrayImage(f"reference {slot}.{i + 1}", image) for i, image in enumerate(images)]
+        [
+            ArrayImage(message("reference {slot}.{i}", slot=slot, i=i + 1), image)
+            for i, image in enumerate(images)
+        ]
         for slot, images in enumerate(references, 1)
     ]
     pairs = [
         Pair(
             name=f"pair_{i + 1:03}",
-            target=ArrayImage(f"target {i + 1}", target),
+            target=ArrayImage(message("target {i}", i=i + 1), target),
             references=tuple(p[i if len(p) == number else 0] for p in shared),
             caption=texts[i],
         )
         for i, target in enumerate(targets)
     ]
-    return FoundPairs("images from the graph", tuple(pairs))
+    return FoundPairs(message("images from the graph"), tuple(pairs))
 
 
 def split_captions(captions: Sequence[str], number: int) -> list[str | None]:
@@ -66,7 +73,8 @@ def split_captions(captions: Sequence[str], number: int) -> list[str | None]:
         return [None] * number
     if len(texts) not in (1, number):
         raise ConfigError(
-            f"captions holds {format_count(len(texts), 'line')} and targets "
-            f"{format_count(number, 'image')}; expected as many, or one for all"
+            "captions holds {num_lines} and targets {num_images}; expected as many, or one for all",
+            num_lines=format_count(len(texts), "line"),
+            num_images=format_count(number, "image"),
         )
     return [*texts] * (number if len(texts) == 1 else 1)

@@ -17,6 +17,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from ..disk.regular_files import open_regular
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 
 SUFFIXES = frozenset(
@@ -100,7 +101,9 @@ class FileImage:
                 while chunk := file.read(HASH_CHUNK_BYTES):
                     digest.update(chunk)
         except OSError as e:
-            raise FileError(f"{shorten(self.name)} cannot be read: {e.strerror}.") from None
+            raise FileError(
+                "{name} cannot be read: {reason}.", name=shorten(self.name), reason=e.strerror
+            ) from None
         return digest.hexdigest()
 
     def _open(self) -> BinaryIO:
@@ -119,13 +122,14 @@ class FileImage:
             width, height = find_upright_size(image)
             orientation = image.getexif().get(ORIENTATION)
             frames = getattr(image, "n_frames", 1)
-            pages = "pages" if image.format == "TIFF" else "frames"
+            pages = message("pages") if image.format == "TIFF" else message("frames")
+            first_used = message("{frames} {pages}, the first is used", frames=frames, pages=pages)
             traits = {
                 "CMYK": image.mode == "CMYK",
-                "16-bit": image.mode in MODES_16_BIT,
-                f"{frames} {pages}, the first is used": frames > 1,
-                "turned by EXIF": orientation in TURNS,
-                "transparent": has_alpha(image),
+                message("16-bit"): image.mode in MODES_16_BIT,
+                first_used: frames > 1,
+                message("turned by EXIF"): orientation in TURNS,
+                message("transparent"): has_alpha(image),
             }
         return Header(width, height, tuple(name for name, holds in traits.items() if holds))
 
@@ -197,19 +201,26 @@ def open_image(file: BinaryIO, name: str) -> Iterator[Image.Image]:
             raise
         except Image.DecompressionBombError:
             raise FileError(
-                f"{name} is larger than {MAX_PIXELS // 10**6} million pixels; expected at most "
-                f"{MAX_SIDE_PX:,} px a side. Scale it down: training uses about one million."
+                "{name} is larger than {max_pixels} million pixels; expected at most "
+                "{max_side_px:,} px a side. Scale it down: training uses about one million.",
+                name=name,
+                max_pixels=MAX_PIXELS // 10**6,
+                max_side_px=MAX_SIDE_PX,
             ) from None
         except Image.UnidentifiedImageError:
-            what = "not a readable image" if file.seek(0, 2) else "an empty file"
+            what = message("not a readable image") if file.seek(0, 2) else message("an empty file")
             raise FileError(
-                f"{name} is {what}; expected a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF of 8 or 16 "
-                "bits. Save it again, or remove it."
+                "{name} is {what}; expected a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF of 8 or "
+                "16 bits. Save it again, or remove it.",
+                name=name,
+                what=what,
             ) from None
         except Exception as e:  # noqa: BLE001 - Pillow raises nearly anything on damaged files
             reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
             raise FileError(
-                f"{name} cannot be read ({shorten(reason)}); save it again, or remove it."
+                "{name} cannot be read ({reason}); save it again, or remove it.",
+                name=name,
+                reason=shorten(reason),
             ) from None
 
 
@@ -223,8 +234,13 @@ def list_formats() -> tuple[str, ...]:
 def check_size(name: str, width: int, height: int) -> None:
     if max(width, height) > MAX_SIDE_PX or width * height > MAX_PIXELS:
         raise FileError(
-            f"{name} is {width:,} x {height:,} px; expected at most {MAX_SIDE_PX:,} px a side and "
-            f"{MAX_PIXELS // 10**6} million in all. Scale it down: training uses about one million."
+            "{name} is {width:,} x {height:,} px; expected at most {max_side_px:,} px a side "
+            "and {max_pixels} million in all. Scale it down: training uses about one million.",
+            name=name,
+            width=width,
+            height=height,
+            max_side_px=MAX_SIDE_PX,
+            max_pixels=MAX_PIXELS // 10**6,
         )
 
 

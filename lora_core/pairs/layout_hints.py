@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from itertools import combinations
 
+from ..messages import message
 from ..text import shorten
 from .listing import Listing, fold
 
@@ -14,9 +15,9 @@ _ENDING = re.compile(r"(.+?)([ _.-]+[^\W\d_]{1,20})")
 MAX_SIDES = 12  # folders or endings that are compared with each other
 MIN_SHARED = 2
 
-GENERAL = (
-    "expected folders such as 'target' and 'control' with equal names in both, endings such as "
-    "'a_start.png' and 'a_end.png', or a metadata.jsonl."
+GENERAL = message(
+    "expected folders such as 'target' and 'control' with equal names in both, endings such "
+    "as 'a_start.png' and 'a_end.png', or a metadata.jsonl."
 )
 
 
@@ -32,15 +33,19 @@ def suggest_names(listing: Listing) -> str:
             endings[match[2]].add(fold(match[1]))
     sides = find_sides(folders)
     if sides is not None:
-        return (
-            f"'{sides[0]}' and '{sides[1]}' hold equal names: rename the folder of the originals "
-            "'control' and that of the edits 'target'."
+        return message(
+            "'{side}' and '{sides}' hold equal names: rename the folder of the originals "
+            "'control' and that of the edits 'target'.",
+            side=sides[0],
+            sides=sides[1],
         )
     sides = find_sides(endings)
     if sides is not None:
-        return (
-            f"many end in '{sides[0]}' or '{sides[1]}': let the originals end in '_start' and the "
-            "edits in '_end'."
+        return message(
+            "many end in '{side}' or '{sides}': let the originals end in '_start' and the "
+            "edits in '_end'.",
+            side=sides[0],
+            sides=sides[1],
         )
     return GENERAL
 

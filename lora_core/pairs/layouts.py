@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .folder_layouts import collect_folders
 from .layout_hints import suggest_names
@@ -53,16 +54,18 @@ def find_pairs(
         else:
             found = find_layout(listing, others, is_allowed)
     except FileError as e:
-        raise FileError(append_problems(str(e), problems)) from None
+        raise FileError(append_problems(e.message, problems)) from None
     return replace(found, problems=(*found.problems, *problems))
 
 
 def ignore_lists(listing: Listing) -> list[Problem]:
     if not listing.lists:
         return []
-    text = (
-        "files that may list pairs, not read together with reference_folders: "
-        f"{len(listing.lists)}, such as {list_some(listing.lists, listing.root, 1)}"
+    text = message(
+        "files that may list pairs, not read together with reference_folders: {num_lists}, "
+        "such as {lists}",
+        num_lists=len(listing.lists),
+        lists=list_some(listing.lists, listing.root, 1),
     )
     return [Problem(Level.NOTE, "list_unused", text, count=len(listing.lists))]
 
@@ -70,7 +73,7 @@ def ignore_lists(listing: Listing) -> list[Problem]:
 def append_problems(text: str, problems: Sequence[Problem]) -> str:
     """An error with the other problems, the worst first: there is no report to show them."""
     for problem in sorted(problems, key=lambda problem: -problem.level):
-        more = f"{text} Besides: {problem.text}."
+        more = message("{text} Besides: {more}.", text=text, more=problem.text)
         text = more if len(more) <= MAX_MESSAGE else text
     return text
 
@@ -80,13 +83,16 @@ def find_layout(listing: Listing, others: Sequence[Listing], is_allowed: IsAllow
     name = shorten(listing.root.name)
     if not listing.num_images:
         raise FileError(
-            f"{name} holds no images; expected pairs of PNG, JPEG or WebP files "
-            "with captions. Put them there, or correct the folder."
+            "{name} holds no images; expected pairs of PNG, JPEG or WebP files with captions. "
+            "Put them there, or correct the folder.",
+            name=name,
         )
     if listing.num_images == 1 and not others:
         raise FileError(
-            f"{name} holds one image; expected pairs: a target, one to {MAX_REFERENCES} "
-            "references and a caption. Add what it is made from."
+            "{name} holds one image; expected pairs: a target, one to {max_references} "
+            "references and a caption. Add what it is made from.",
+            name=name,
+            max_references=MAX_REFERENCES,
         )
     for find in (collect_folders, collect_endings, collect_folder_per_pair, collect_starts):
         found = find(listing, others)
@@ -96,6 +102,9 @@ def find_layout(listing: Listing, others: Sequence[Listing], is_allowed: IsAllow
     paths = [paths[0] for paths in list(listing.images.values())[:3]]
     names = ", ".join(shorten(path.name, 40) for path in paths)
     raise FileError(
-        f"{name} holds {listing.num_images} images ({names}, ...) whose names form no pairs; "
-        f"{suggest_names(listing)}"
+        "{name} holds {num_images} images ({names}, ...) whose names form no pairs; {listing}",
+        name=name,
+        num_images=listing.num_images,
+        names=names,
+        listing=suggest_names(listing),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..disk.writing import explain
 from ..errors import FileError
+from ..messages import message
 from ..text import build_natural_key, shorten
 from .images import SUFFIXES
 from .pair import CAPTION_SUFFIXES, IsAllowed, Level, Problem, check_allowed, list_some
@@ -106,10 +107,11 @@ class Listing:
                 )
             )
         if self.links:
-            text = (
-                f"links to folders that are not followed: {len(self.links)}, such as "
-                f"{list_some(self.links, self.root, 1)}; they lead outside the allowed folders, in "
-                "a circle, or are below another link"
+            text = message(
+                "links to folders that are not followed: {num_links}, such as {links}; they "
+                "lead outside the allowed folders, in a circle, or are below another link",
+                num_links=len(self.links),
+                links=list_some(self.links, self.root, 1),
             )
             problems.append(Problem(Level.WARNING, "links_left_out", text, count=len(self.links)))
         return problems
@@ -117,9 +119,12 @@ class Listing:
 
 def describe_unread(listing: Listing) -> str:
     suffixes = sorted({path.suffix.lower() for path in listing.unread})
-    return (
-        f"files of kinds that are not read ({', '.join(suffixes[:6])}): {len(listing.unread)}, "
-        f"such as {list_some(listing.unread, listing.root, 1)}; save them as PNG, JPEG or WebP"
+    return message(
+        "files of kinds that are not read ({suffixes}): {num_unread}, such as {unread}; "
+        "save them as PNG, JPEG or WebP",
+        suffixes=", ".join(suffixes[:6]),
+        num_unread=len(listing.unread),
+        unread=list_some(listing.unread, listing.root, 1),
     )
 
 
@@ -135,7 +140,7 @@ def list_files(root: Path, is_allowed: IsAllowed) -> Listing:
 
     def fail(error: OSError) -> None:
         name = shorten(Path(error.filename or root).name)
-        raise FileError(f"{name} cannot be opened: {explain(error)}.")
+        raise FileError("{name} cannot be opened: {reason}.", name=name, reason=explain(error))
 
     for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
         kept = []

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .columns import KNOWN_COLUMNS, RowFiles, read_columns, read_paths
 from .images import FileImage
@@ -50,7 +51,9 @@ def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, li
         except FileError as e:
             if NAMES.fullmatch(path.name):
                 raise
-            problems.append(Problem(Level.WARNING, "list_unreadable", f"not read: {e}"))
+            problems.append(
+                Problem(Level.WARNING, "list_unreadable", message("not read: {error}", error=e))
+            )
             continue
         pairs = [row for row in table.rows if read_columns(row.values).is_pair]
         if not pairs:
@@ -61,17 +64,24 @@ def find_list(listing: Listing, is_allowed: IsAllowed) -> tuple[Table | None, li
         elif not NAMES.fullmatch(path.name) and not any(
             map(ListReader(table, listing.root, is_allowed).has_files, pairs[:MAX_TRIED])
         ):
-            text = f"{table.name} is not used, since it names no images that are there"
+            text = message(
+                "{table} is not used, since it names no images that are there", table=table.name
+            )
             problems.append(Problem(Level.WARNING, "list_unused", text))
         elif chosen is None:
             chosen = table
         else:
-            text = f"{table.name} lists pairs too and is not used; {chosen.name} is"
+            text = message(
+                "{table} lists pairs too and is not used; {chosen} is",
+                table=table.name,
+                chosen=chosen.name,
+            )
             problems.append(Problem(Level.WARNING, "list_unused", text))
     if others:
-        text = (
-            f"files without a list of pairs, not read: {len(others)}, such as "
-            f"{list_some(others, listing.root, 1)}"
+        text = message(
+            "files without a list of pairs, not read: {num_others}, such as {others}",
+            num_others=len(others),
+            others=list_some(others, listing.root, 1),
         )
         problems.append(Problem(Level.NOTE, "list_other", text, count=len(others)))
     return chosen, problems
@@ -83,9 +93,11 @@ def is_beside_image(path: Path, listing: Listing) -> bool:
 
 def describe_unused(table: Table) -> str:
     columns = ", ".join(shorten(column, 30) for column in table.columns[:6])
-    return (
-        f"{table.name} is not used, since no row has both a target and a reference (columns: "
-        f"{columns}); expected columns such as image, edit_image and prompt"
+    return message(
+        "{table} is not used, since no row has both a target and a reference (columns: "
+        "{columns}); expected columns such as image, edit_image and prompt",
+        table=table.name,
+        columns=columns,
     )
 
 
@@ -97,14 +109,16 @@ def read_list(table: Table, listing: Listing, is_allowed: IsAllowed) -> FoundPai
         try:
             pairs.append(reader.build_pair(row, number))
         except FileError as e:
-            problems.append(Problem(Level.STOP, UNUSABLE, str(e), reader.name))
+            problems.append(Problem(Level.STOP, UNUSABLE, e.message, reader.name))
     problems += reader.report_unused_columns()
     if table.left_out:
         keys = ", ".join(shorten(key, 30) for key in table.left_out[:3])
-        text = f"{table.name} holds further lists that are not used: {keys}"
+        text = message(
+            "{table} holds further lists that are not used: {keys}", table=table.name, keys=keys
+        )
         problems.append(Problem(Level.WARNING, "list_unused", text, count=len(table.left_out)))
     problems += report_unlisted(table, listing, pairs)
-    return FoundPairs(f"listed in {table.name}", tuple(pairs), tuple(problems))
+    return FoundPairs(message("listed in {table}", table=table.name), tuple(pairs), tuple(problems))
 
 
 def report_unlisted(table: Table, listing: Listing, pairs: Sequence[Pair]) -> list[Problem]:
@@ -118,9 +132,11 @@ def report_unlisted(table: Table, listing: Listing, pairs: Sequence[Pair]) -> li
     ]
     if not unlisted:
         return []
-    text = (
-        f"images that {table.name} does not list: {len(unlisted)}, such as "
-        f"{list_some(unlisted, listing.root, 1)}"
+    text = message(
+        "images that {table} does not list: {num_unlisted}, such as {unlisted}",
+        table=table.name,
+        num_unlisted=len(unlisted),
+        unlisted=list_some(unlisted, listing.root, 1),
     )
     return [Problem(Level.NOTE, "pictures_unlisted", text, count=len(unlisted))]
 
@@ -140,18 +156,19 @@ class ListReader:
 
     def build_pair(self, row: Row, number: int) -> Pair:
         """FileError for a row that is no pair."""
-        self.name = f"line {number}"
+        self.name = message("line {number}", number=number)
         if row.fault:
             raise FileError(row.fault)
-        place = f"{self.table.name}, row {number},"
+        place = message("{table}, row {number},", table=self.table.name, number=number)
         files = read_columns(row.values)
         if not files.is_pair:
             raise FileError(
-                f"{place} lacks a target or a reference; expected columns such as image, "
-                "edit_image and prompt."
+                "{place} lacks a target or a reference; expected columns such as image, "
+                "edit_image and prompt.",
+                place=place,
             )
         self._unused.update(files.unused)
-        target = self._open_one(files.target, f"the target in {place[:-1]}")
+        target = self._open_one(files.target, message("the target in {place}", place=place[:-1]))
         stem = target.path.stem
         self.name = stem if stem not in self._names else f"line {number} {stem}"
         self._names.add(self.name)
@@ -159,7 +176,7 @@ class ListReader:
         check_references(shorten(target.name), len(references))
         mask = None
         if files.mask:
-            mask = self._open_one(files.mask, f"the mask in {place[:-1]}")
+            mask = self._open_one(files.mask, message("the mask in {place}", place=place[:-1]))
         caption = choose_caption(row.values, place[:-1])
         return Pair(self.name, target, references, caption, mask)
 
@@ -179,9 +196,12 @@ class ListReader:
             return []
         columns = ", ".join(shorten(column, 30) for column in list(self._unused)[:4])
         count = max(self._unused.values())
-        text = (
-            f"columns of {self.table.name} that name images and are not used: {columns}, in "
-            f"{count} rows; references are read from control or edit_image, masks from mask"
+        text = message(
+            "columns of {table} that name images and are not used: {columns}, in {count} "
+            "rows; references are read from control or edit_image, masks from mask",
+            table=self.table.name,
+            columns=columns,
+            count=count,
         )
         return [Problem(Level.WARNING, "columns_unused", text, count=count)]
 
@@ -189,20 +209,26 @@ class ListReader:
         return tuple(
             self._open(path)
             for value in files.references
-            for path in read_paths(value, f"a reference in {place[:-1]}")
+            for path in read_paths(value, message("a reference in {place}", place=place[:-1]))
         )
 
     def _open_one(self, value: object, place: str) -> FileImage:
         paths = read_paths(value, place)
         if len(paths) != 1:
-            raise FileError(f"{place} is a list of {len(paths)}; expected the path of one image.")
+            raise FileError(
+                "{place} is a list of {num_paths}; expected the path of one image.",
+                place=place,
+                num_paths=len(paths),
+            )
         return self._open(paths[0])
 
     def _open(self, named: str) -> FileImage:
         """A file that a row names, relative to the folder."""
         if "\0" in named:
             raise FileError(
-                f"{self.table.name} names a file that cannot exist ({shorten(named)!r})."
+                "{table} names a file that cannot exist ({named!r}).",
+                table=self.table.name,
+                named=shorten(named),
             )
         path = self.folder / named.replace("\\", "/")
         if not is_file(path):
@@ -210,8 +236,10 @@ class ListReader:
         check_allowed(path, self.is_allowed)
         if not is_file(path):
             raise FileError(
-                f"{self.table.name} names {shorten(named)}, which does not exist; expected a path "
-                "relative to the folder."
+                "{table} names {named}, which does not exist; expected a path relative to the "
+                "folder.",
+                table=self.table.name,
+                named=shorten(named),
             )
         return open_file(path, self.folder, self.is_allowed)
 

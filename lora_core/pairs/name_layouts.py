@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from ..messages import message
 from ..text import shorten
 from .listing import Listing, make_key
 from .parts import NOT_CAPTIONS, Collected, Parts, join_key
@@ -75,7 +76,12 @@ def finish_named(
         " or ".join([shorten(w, 30) for (k, w), _ in words.most_common() if k == kind][:4])
         for kind in (REFERENCE, TARGET)
     )
-    return f"{noun}: {references} for references, {targets or no_word} for targets", list(parts)
+    return message(
+        "{noun}: {references} for references, {targets} for targets",
+        noun=noun,
+        references=references,
+        targets=targets or no_word,
+    ), list(parts)
 
 
 def put_target_first(parts: Iterable[Parts], listing: Listing) -> None:
@@ -118,7 +124,7 @@ def collect_folder_per_pair(listing: Listing, others: Sequence[Listing]) -> Coll
         part.fallback_keys += sorted(
             others_by_folder[name], key=lambda key: bool(NOT_CAPTIONS.fullmatch(key))
         )
-    return "a folder for each pair", list(parts.values())
+    return message("a folder for each pair"), list(parts.values())
 
 
 # --- the word first -------------------------------------------------------------------------------

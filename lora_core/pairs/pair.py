@@ -106,8 +106,11 @@ def read_caption(path: Path, is_allowed: IsAllowed) -> str | None:
     data = read_allowed(path, is_allowed)
     if len(data) > MAX_CAPTION_BYTES:
         raise FileError(
-            f"{shorten(path.name)} has {len(data):,} bytes; expected a caption of at most "
-            f"{MAX_CAPTION_BYTES:,}. Shorten it, or move the file elsewhere."
+            "{path} has {size:,} bytes; expected a caption of at most "
+            "{max_caption_bytes:,}. Shorten it, or move the file elsewhere.",
+            path=shorten(path.name),
+            size=len(data),
+            max_caption_bytes=MAX_CAPTION_BYTES,
         )
     if path.suffix.lower() != ".json":
         return clean_caption(decode_text(data, path.name))
@@ -130,8 +133,9 @@ def choose_caption(row: Mapping[str, object], place: str) -> str | None:
     for value in found:
         if not isinstance(value, str):
             raise FileError(
-                f"the caption in {shorten(place)} is {describe_kind(value)}; expected text. Write "
-                "one instruction there."
+                "the caption in {place} is {value}; expected text. Write one instruction there.",
+                place=shorten(place),
+                value=describe_kind(value),
             )
         caption = clean_caption(value)
         if caption:
@@ -165,11 +169,14 @@ def check_allowed(path: Path, is_allowed: IsAllowed) -> Path:
         real = path.resolve()
         allowed = is_allowed(real)
     except (OSError, ValueError, RuntimeError):  # a name that no disk takes, links in a circle
-        raise FileError(f"{shorten(path.name)} is not a file path; expected one.") from None
+        raise FileError(
+            "{path} is not a file path; expected one.", path=shorten(path.name)
+        ) from None
     if not allowed:
         raise FileError(
-            f"{shorten(path.name)} leads outside the allowed folders; expected a file inside "
-            "them. Copy it there instead of linking to it."
+            "{path} leads outside the allowed folders; expected a file inside them. Copy it "
+            "there instead of linking to it.",
+            path=shorten(path.name),
         )
     return real
 
@@ -206,6 +213,9 @@ def check_references(name: str, number: int) -> None:
     """FileError for more than the stock node has sockets."""
     if number > MAX_REFERENCES:
         raise FileError(
-            f"{name} has {number} references; expected at most {MAX_REFERENCES}, as many as "
-            "TextEncodeQwenImageEditPlus takes. Remove some."
+            "{name} has {number} references; expected at most {max_references}, as many as "
+            "TextEncodeQwenImageEditPlus takes. Remove some.",
+            name=name,
+            number=number,
+            max_references=MAX_REFERENCES,
         )

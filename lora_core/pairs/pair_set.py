@@ -123,8 +123,10 @@ def open_set(folder: Path, is_allowed: IsAllowed) -> PairSet:
         table, _ = find_list(listing, is_allowed)
         if table is not None:
             raise FileError(
-                f"{shorten(folder.name)} is read by {table.name}, which lists its pairs; edit that "
-                "file, or move it elsewhere to edit the pairs here."
+                "{folder} is read by {table}, which lists its pairs; edit that file, or move it "
+                "elsewhere to edit the pairs here.",
+                folder=shorten(folder.name),
+                table=table.name,
             )
     sides = complete_sides(listing, find_sides(listing), is_allowed)
     images = list_targets(listing, sides, sides.references)
@@ -176,7 +178,9 @@ def list_folders(folder: Path) -> list[Path]:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_dir()]
     except OSError as e:
-        raise FileError(f"{shorten(folder.name)} cannot be opened: {explain(e)}.") from None
+        raise FileError(
+            "{folder} cannot be opened: {reason}.", folder=shorten(folder.name), reason=explain(e)
+        ) from None
     return [folder / name for name in sorted(names, key=sort_naturally) if name[0] != "."]
 
 
@@ -193,7 +197,7 @@ def check_inside(path: Path, is_allowed: IsAllowed) -> None:
     try:
         check_allowed(path, is_allowed)
     except FileError as e:
-        raise PairConflictError(str(e)) from None
+        raise PairConflictError(e) from None
 
 
 def looks_like_set(folder: Path) -> bool:
@@ -233,4 +237,6 @@ def prepare_folder(opened: PairSet, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise FileError(f"{shorten(folder.name)} cannot be made: {explain(e)}.") from None
+        raise FileError(
+            "{folder} cannot be made: {reason}.", folder=shorten(folder.name), reason=explain(e)
+        ) from None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .listing import Listing, fold, is_json, sort_naturally
 from .pair import (
@@ -80,7 +81,7 @@ def build_pairs(
         try:
             builder.pairs.append(builder.build_pair(part))
         except FileError as e:
-            builder.problems.append(Problem(Level.STOP, UNUSABLE, str(e), part.name))
+            builder.problems.append(Problem(Level.STOP, UNUSABLE, e.message, part.name))
     problems = [
         *builder.problems,
         *builder.report_captions(),
@@ -110,15 +111,20 @@ class Builder:
         references = part.reference_paths
         if not part.targets:
             names = list_some(references + part.masks, root)
-            raise FileError(f"{names} has no target; add the image it should become, or remove it.")
+            raise FileError(
+                "{names} has no target; add the image it should become, or remove it.", names=names
+            )
         if len(part.targets) > 1:
             names = list_some(part.targets, root, 2).replace(", ", " and ", 1)
-            raise FileError(f"{names} are targets of the same name; remove or rename one.")
+            raise FileError(
+                "{names} are targets of the same name; remove or rename one.", names=names
+            )
         name = shorten(describe_path(part.targets[0], root))
         if not references:
             raise FileError(
-                f"{name} has no reference; add the image it is made from under the same name, "
-                "or remove it."
+                "{name} has no reference; add the image it is made from under the same name, or "
+                "remove it.",
+                name=name,
             )
         check_references(name, len(references))
         return Pair(
@@ -148,16 +154,41 @@ class Builder:
                 and (key in self.listing.images or path.parent != root)
             ]
         groups: list[tuple[Level, str, str, list[Path]]] = [
-            (Level.WARNING, "captions_unused", "text files that belong to no pair", spare),
-            (Level.WARNING, "captions_second", "captions not used, since there is a .txt", second),
-            (Level.NOTE, "json_unused", ".json files that are not read", plain_json),
-            (Level.NOTE, "json_without_caption", ".json files without a caption", self._without),
-            (Level.NOTE, "captions_from_json", "captions read from .json files", self._from_json),
-            (Level.NOTE, "captions_by_fallback", "captions with no known name", self._fallbacks),
+            (Level.WARNING, "captions_unused", message("text files that belong to no pair"), spare),
+            (
+                Level.WARNING,
+                "captions_second",
+                message("captions not used, since there is a .txt"),
+                second,
+            ),
+            (Level.NOTE, "json_unused", message(".json files that are not read"), plain_json),
+            (
+                Level.NOTE,
+                "json_without_caption",
+                message(".json files without a caption"),
+                self._without,
+            ),
+            (
+                Level.NOTE,
+                "captions_from_json",
+                message("captions read from .json files"),
+                self._from_json,
+            ),
+            (
+                Level.NOTE,
+                "captions_by_fallback",
+                message("captions with no known name"),
+                self._fallbacks,
+            ),
         ]
         for level, kind, what, paths in groups:
             if paths:
-                text = f"{what}: {len(paths)}, such as {list_some(paths, root, 1)}"
+                text = message(
+                    "{what}: {num_paths}, such as {paths}",
+                    what=what,
+                    num_paths=len(paths),
+                    paths=list_some(paths, root, 1),
+                )
                 yield Problem(level, kind, text, count=len(paths))
 
     def _find_caption(self, part: Parts) -> Path | None:
@@ -176,7 +207,7 @@ class Builder:
         except FileError as e:
             if not is_json(path):
                 raise
-            self.problems.append(Problem(Level.WARNING, "json_unreadable", str(e)))
+            self.problems.append(Problem(Level.WARNING, "json_unreadable", e.message))
             return None
         if is_json(path):
             (self._without if caption is None else self._from_json).append(path)
@@ -195,14 +226,18 @@ def report_doubtful_references(parts: Sequence[Parts], root: Path) -> list[Probl
         same += [path for paths in by_stem.values() if len(paths) > 1 for path in paths]
         masks += part.masks[1:]
     if same:
-        text = (
-            f"references that differ only in the kind of file, all used: {len(same)}, such as "
-            f"{list_some(same, root, 2)}; remove leftover files"
+        text = message(
+            "references that differ only in the kind of file, all used: {num_same}, such as "
+            "{same}; remove leftover files",
+            num_same=len(same),
+            same=list_some(same, root, 2),
         )
         problems.append(Problem(Level.WARNING, "references_same_name", text, count=len(same)))
     if masks:
-        text = f"second masks of one pair, not used: {len(masks)}, such as " + list_some(
-            masks, root, 1
+        text = message(
+            "second masks of one pair, not used: {num_masks}, such as {masks}",
+            num_masks=len(masks),
+            masks=list_some(masks, root, 1),
         )
         problems.append(Problem(Level.WARNING, "masks_unused", text, count=len(masks)))
     return problems + report_odd_reference_counts(
@@ -220,10 +255,13 @@ def report_odd_reference_counts(parts: Sequence[Parts], root: Path) -> list[Prob
     if len(odd) > max(1, MAX_ODD_SHARE * len(parts)):
         return []
     first = odd[0]
-    text = (
-        f"pairs with another number of references than the {usual} of the others: {len(odd)}, such "
-        f"as {shorten(first.name, 40)} with {list_some(first.reference_paths, root)}; was a file "
-        "left over, or is one missing?"
+    text = message(
+        "pairs with another number of references than the {usual} of the others: {num_odd}, "
+        "such as {first} with {reference_paths}; was a file left over, or is one missing?",
+        usual=usual,
+        num_odd=len(odd),
+        first=shorten(first.name, 40),
+        reference_paths=list_some(first.reference_paths, root),
     )
     return [Problem(Level.WARNING, "references_odd", text, count=len(odd))]
 
@@ -234,8 +272,10 @@ def report_unused_images(parts: Sequence[Parts], listing: Listing) -> list[Probl
     spare = [path for paths in listing.images.values() for path in paths if path not in taken]
     if not spare:
         return []
-    text = (
-        f"images that belong to no pair: {len(spare)}, such as {list_some(spare, listing.root, 1)}"
+    text = message(
+        "images that belong to no pair: {num_spare}, such as {spare}",
+        num_spare=len(spare),
+        spare=list_some(spare, listing.root, 1),
     )
     return [Problem(Level.WARNING, "pictures_unused", text, count=len(spare))]
 

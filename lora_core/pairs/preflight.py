@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import ConfigError, FileError
 from ..findings import SEVERITIES, Finding
+from ..messages import join_messages, message
 from ..progress import Progress, ShouldStop, track
 from ..text import shorten
 from .facts import ImageFacts, PairFacts, have_same_pixels, measure_pair
@@ -98,14 +99,14 @@ class Preflight:
         first, *others = [problem.text for problem in stops]
         lines = [first]
         if others:
-            lines.append(f"More problems that stop the run: {len(others)}")
+            lines.append(message("More problems that stop the run: {count}", count=len(others)))
         for number, text in enumerate(others, 1):
             end = [] if number == len(others) else ["..."]
-            if len("\n".join([*lines, text, *end])) > MAX_MESSAGE:
+            if len(join_messages("\n", [*lines, text, *end])) > MAX_MESSAGE:
                 lines.append("...")
                 break
             lines.append(text)
-        raise ConfigError("\n".join(lines))
+        raise ConfigError(join_messages("\n", lines))
 
 
 def check_pairs(
@@ -134,7 +135,7 @@ def check_pairs(
     problems = list(found.problems)
     known: dict[int | str, ImageFacts] = {}
     checked: list[CheckedPair] = []
-    for pair in track(found.pairs, progress, should_stop, "check of the pairs"):
+    for pair in track(found.pairs, progress, should_stop, message("check of the pairs")):
         one, its_problems = check_pair(pair, known, megapixels, max_references, default_caption)
         checked += [] if one is None else [one]
         problems += its_problems
@@ -147,10 +148,12 @@ def check_pairs(
         lost = {problem.pair for problem in problems if problem.kind == LEFT_OUT}
         checked = [one for one in checked if one.pair.name not in lost]
         if not checked:
-            text = f"no pair of {shorten(name)} can be used"
+            text = message("no pair of {name} can be used", name=shorten(name))
             problems.append(Problem(Level.STOP, "no_pairs", text))
     elif not checked and not any(problem.level == Level.STOP for problem in problems):
-        problems.append(Problem(Level.STOP, "no_pairs", f"{shorten(name)} holds no pairs"))
+        problems.append(
+            Problem(Level.STOP, "no_pairs", message("{name} holds no pairs", name=shorten(name)))
+        )
     problems.sort(key=lambda problem: -problem.level)
     return Preflight(name, found.layout, tuple(checked), tuple(problems), num_found)
 
@@ -172,7 +175,7 @@ def check_pair(
         facts = measure_pair(pair, known)
         check_mask(pair)
     except FileError as e:
-        return None, [Problem(Level.STOP, UNUSABLE, str(e), pair.name)]
+        return None, [Problem(Level.STOP, UNUSABLE, e.message, pair.name)]
     size = choose_target_size(facts.target.width, facts.target.height, megapixels)
     return CheckedPair(pair, facts, size), inspect_pair(pair, facts, size)
 
@@ -184,7 +187,7 @@ LEFT_OUT = "pair_left_out"
 def leave_out(problem: Problem) -> Problem:
     if problem.level != Level.STOP or problem.pair is None:
         return problem
-    text = f"Left out: {problem.text}"
+    text = message("Left out: {text}", text=problem.text)
     return replace(problem, level=Level.WARNING, kind=LEFT_OUT, text=text)
 
 
@@ -193,21 +196,25 @@ def complete_pair(pair: Pair, default_caption: str, max_references: int) -> Pair
     target = shorten(pair.target.name)
     if len(pair.references) > max_references:
         raise FileError(
-            f"{target} has {len(pair.references)} references, but the original Qwen-Image-Edit "
-            "takes one; choose the variant 2509 / 2511, or remove the others."
+            "{target} has {num_references} references, but the original Qwen-Image-Edit takes "
+            "one; choose the variant 2509 / 2511, or remove the others.",
+            target=target,
+            num_references=len(pair.references),
         )
     caption = clean_caption(default_caption) if pair.caption is None else pair.caption
     if pair.caption is None and not caption:
         raise FileError(
-            f"{target} has no caption; write the instruction into a .txt file of that name, or one "
-            "for all into captions."
+            "{target} has no caption; write the instruction into a .txt file of that name, or "
+            "one for all into captions.",
+            target=target,
         )
     try:
         caption.encode()
     except UnicodeEncodeError:
         raise FileError(
-            f"the caption of {target} holds half of a surrogate pair, which is not a character; "
-            "write it again."
+            "the caption of {target} holds half of a surrogate pair, which is not a character; "
+            "write it again.",
+            target=target,
         ) from None
     return replace(pair, caption=caption)
 
@@ -215,9 +222,10 @@ def complete_pair(pair: Pair, default_caption: str, max_references: int) -> Pair
 def check_mask(pair: Pair) -> None:
     if pair.mask is not None and measure_brightness(pair.mask) < MIN_MASK_SHARE:
         raise FileError(
-            f"{shorten(pair.mask.name)} is entirely black, so that nothing of "
-            f"{shorten(pair.target.name)} would count; paint white what should count, or remove "
-            "the mask."
+            "{mask} is entirely black, so that nothing of {target} would count; paint white "
+            "what should count, or remove the mask.",
+            mask=shorten(pair.mask.name),
+            target=shorten(pair.target.name),
         )
 
 
@@ -239,13 +247,22 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
     images = [facts.target, *facts.references, *([facts.mask] if facts.mask else [])]
     for image, known in zip(pair.images, images, strict=True):
         if known.traits:
-            text = f"{shorten(image.name)} is {', '.join(known.traits)}"
+            text = message(
+                "{image} is {traits}",
+                image=shorten(image.name),
+                traits=join_messages(", ", known.traits),
+            )
             add(Level.NOTE, "converted", text)
         if max(known.aspect, 1 / known.aspect) > MAX_ASPECT:
             add(
                 Level.WARNING,
                 "strip",
-                f"{shorten(image.name)} is {known.width} x {known.height} px, a strip; crop it",
+                message(
+                    "{image} is {width} x {height} px, a strip; crop it",
+                    image=shorten(image.name),
+                    width=known.width,
+                    height=known.height,
+                ),
                 "a strip",
             )
     for image, known in zip(pair.references, facts.references, strict=True):
@@ -257,28 +274,51 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
             add(
                 Level.WARNING,
                 "same_picture",
-                f"{shorten(pair.target.name)} and {shorten(image.name)} are the same image; this "
-                "pair teaches the model to change nothing",
+                message(
+                    "{target} and {image} are the same image; this pair teaches the model to "
+                    "change nothing",
+                    target=shorten(pair.target.name),
+                    image=shorten(image.name),
+                ),
                 "target = reference",
             )
+    return [*found, *inspect_sizes(pair, facts, size), *inspect_caption(pair)]
+
+
+def inspect_sizes(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
+    found: list[Problem] = []
+    add = make_adder(found, pair.name)
     target, first = facts.target, facts.references[0]
     if abs(target.aspect / first.aspect - 1) > MAX_ASPECT_DIFFERENCE:
         add(
             Level.WARNING,
             "other_proportions",
-            f"{shorten(pair.target.name)} is {target.width} x {target.height} px and its reference "
-            f"{first.width} x {first.height}: other proportions teach a shift or zoom",
+            message(
+                "{target} is {width} x {height} px and its reference {other_width} x "
+                "{other_height}: other proportions teach a shift or zoom",
+                target=shorten(pair.target.name),
+                width=target.width,
+                height=target.height,
+                other_width=first.width,
+                other_height=first.height,
+            ),
             "other proportions",
         )
     if target.width * target.height < MIN_SHARE_OF_AREA * size[0] * size[1]:
         add(
             Level.WARNING,
             "enlarged",
-            f"{shorten(pair.target.name)} is {target.width} x {target.height} px and "
-            f"would be enlarged to {size[0]} x {size[1]}; lower megapixels or use larger images",
+            message(
+                "{target} is {width} x {height} px and would be enlarged to {new_width} x "
+                "{new_height}; lower megapixels or use larger images",
+                target=shorten(pair.target.name),
+                width=target.width,
+                height=target.height,
+                new_width=size[0],
+                new_height=size[1],
+            ),
             "small: enlarged",
         )
-    found += inspect_caption(pair)
     return found
 
 
@@ -287,14 +327,18 @@ def inspect_caption(pair: Pair) -> list[Problem]:
     add = make_adder(found, pair.name)
     caption = pair.caption or ""
     if not caption:
-        text = f"the caption of {shorten(pair.target.name)} is empty"
+        text = message("the caption of {target} is empty", target=shorten(pair.target.name))
         add(Level.WARNING, "caption_empty", text, "empty caption")
     if NOT_TEXT.fullmatch(caption):
         add(
             Level.WARNING,
             "caption_not_text",
-            f"the caption of {shorten(pair.target.name)} is {shorten(caption, 40)}, which looks "
-            "like the output of a program; write the instruction there",
+            message(
+                "the caption of {target} is {caption}, which looks like the output of a "
+                "program; write the instruction there",
+                target=shorten(pair.target.name),
+                caption=shorten(caption, 40),
+            ),
             "caption is not text",
         )
     token = TEMPLATE_TOKEN.search(caption)
@@ -302,8 +346,12 @@ def inspect_caption(pair: Pair) -> list[Problem]:
         add(
             Level.STOP,
             "template_token",
-            f"the caption of {shorten(pair.target.name)} holds {token[0]}, which belongs to the "
-            "prompt's template; remove it",
+            message(
+                "the caption of {target} holds {token}, which belongs to the prompt's template; "
+                "remove it",
+                target=shorten(pair.target.name),
+                token=token[0],
+            ),
             "template token in caption",
         )
     placeholder = PLACEHOLDER.search(caption)
@@ -311,8 +359,12 @@ def inspect_caption(pair: Pair) -> list[Problem]:
         add(
             Level.WARNING,
             "placeholder",
-            f"the caption of {shorten(pair.target.name)} holds {placeholder[0]}, which is used "
-            "unchanged; write the trigger word there",
+            message(
+                "the caption of {target} holds {placeholder}, which is used unchanged; write "
+                "the trigger word there",
+                target=shorten(pair.target.name),
+                placeholder=placeholder[0],
+            ),
             "placeholder in caption",
         )
     return found
@@ -346,7 +398,11 @@ def drop_repeats(checked: Sequence[CheckedPair]) -> tuple[list[CheckedPair], lis
         )
         first = kept.setdefault(key, one)
         if first is not one:
-            text = f"{shorten(one.pair.name)} repeats {shorten(first.pair.name)} and is used once"
+            text = message(
+                "{pair} repeats {first} and is used once",
+                pair=shorten(one.pair.name),
+                first=shorten(first.pair.name),
+            )
             repeats.append(Problem(Level.WARNING, "repeated", text, one.pair.name, "repeated"))
     return list(kept.values()), repeats
 
@@ -366,8 +422,13 @@ def inspect_set(checked: Sequence[CheckedPair], name: str) -> list[Problem]:
         add(
             Level.STOP,
             "same_picture",
-            f"in {len(same)} of {len(checked)} pairs of {shorten(name)} target and reference are "
-            "the same file; expected the edited image as the target",
+            message(
+                "in {num_same} of {num_checked} pairs of {name} target and reference are the "
+                "same file; expected the edited image as the target",
+                num_same=len(same),
+                num_checked=len(checked),
+                name=shorten(name),
+            ),
         )
     found += find_swaps([one.pair for one in checked], facts)
     for group in group_same_targets(checked):
@@ -375,11 +436,13 @@ def inspect_set(checked: Sequence[CheckedPair], name: str) -> list[Problem]:
         add(
             Level.WARNING,
             "targets_repeated",
-            f"{len(group)} pairs have the same target: {names}"
+            message(
+                "{num_group} pairs have the same target: {names}", num_group=len(group), names=names
+            )
             + (", ..." if len(group) > 3 else ""),
         )
     if len(checked) == 1:
-        add(Level.WARNING, "one_pair", "only one pair: a LoRA will memorise it")
+        add(Level.WARNING, "one_pair", message("only one pair: a LoRA will memorise it"))
     return found
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..drawing.contact_sheet import Row, Tile, draw_sheet
+from ..messages import join_messages, message
 from ..text import align, format_count, shorten
 from .pair import Level, Problem
 from .preflight import CheckedPair, Preflight, count_sizes
@@ -23,9 +24,9 @@ GREY = (38, 40, 46)
 BACKGROUND_GREY = (90, 94, 102)
 
 PREFIXES = {
-    Level.STOP: "Stop: ",
-    Level.QUESTION: "Warning: ",
-    Level.WARNING: "Warning: ",
+    Level.STOP: message("Stop: "),
+    Level.QUESTION: message("Warning: "),
+    Level.WARNING: message("Warning: "),
     Level.NOTE: "",
 }
 
@@ -33,27 +34,33 @@ PREFIXES = {
 def describe_preflight(preflight: Preflight) -> str:
     """What was found, sizes, and the problems, the worst first."""
     lines = [
-        f"{shorten(preflight.name)}: {len(preflight.pairs)} of {preflight.num_found} pairs can be "
-        "used",
-        f"layout: {preflight.layout}",
+        message(
+            "{preflight}: {num_pairs} of {num_found} pairs can be used",
+            preflight=shorten(preflight.name),
+            num_pairs=len(preflight.pairs),
+            num_found=preflight.num_found,
+        ),
+        message("layout: {layout}", layout=preflight.layout),
     ]
     sizes = count_sizes(preflight.pairs).most_common()
     if sizes:
         shown = [f"{w} x {h} ({count})" for (w, h), count in sizes[:MAX_SIZES]]
-        shown += [f"{len(sizes) - MAX_SIZES} more"] if len(sizes) > MAX_SIZES else []
-        lines.append(f"sizes: {', '.join(shown)}")
+        if len(sizes) > MAX_SIZES:
+            shown.append(message("{count} more", count=len(sizes) - MAX_SIZES))
+        lines.append(message("sizes: {shown}", shown=join_messages(", ", shown)))
         numbers = sorted({len(one.pair.references) for one in preflight.pairs})
         masks = sum(one.pair.mask is not None for one in preflight.pairs)
         lines.append(
-            f"references per pair: {', '.join(map(str, numbers))}"
-            + (f"; {masks} masks" if masks else "")
+            message("references per pair: {numbers}", numbers=", ".join(map(str, numbers)))
+            + (message("; {count} masks", count=masks) if masks else "")
         )
     for level in sorted(PREFIXES, reverse=True):
         texts = [p.text for p in preflight.problems if p.level == level]
-        lines += [f"{PREFIXES[level]}{text}" for text in texts[:MAX_PROBLEMS]]
+        lines += [PREFIXES[level] + text for text in texts[:MAX_PROBLEMS]]
         if len(texts) > MAX_PROBLEMS:
-            lines.append(f"{PREFIXES[level]}{len(texts) - MAX_PROBLEMS} more like these")
-    return "\n".join(lines)
+            more = message("{count} more like these", count=len(texts) - MAX_PROBLEMS)
+            lines.append(PREFIXES[level] + more)
+    return join_messages("\n", lines)
 
 
 def build_table(preflight: Preflight) -> str:
@@ -71,15 +78,15 @@ def build_table(preflight: Preflight) -> str:
                 f"{one.size[0]} x {one.size[1]}",
                 ", ".join(f"{r.width} x {r.height}" for r in one.facts.references),
                 cut_caption(one.pair.caption or ""),
-                "; ".join(by_pair.pop(one.pair.name, [])) or "-",
+                join_messages("; ", by_pair.pop(one.pair.name, [])) or "-",
             ]
         )
     rows += [
-        [shorten(pair, 40), "-", "-", "-", "-", "; ".join(texts)]
+        [shorten(pair, 40), "-", "-", "-", "-", join_messages("; ", texts)]
         for pair, texts in by_pair.items()
         if pair is not None
     ]
-    return "\n".join(["\n".join(align_left(rows)), *by_pair.get(None, [])])
+    return join_messages("\n", [join_messages("\n", align_left(rows)), *by_pair.get(None, [])])
 
 
 def align_left(rows: list[list[str]]) -> list[str]:

@@ -90,7 +90,9 @@ def move_files(opened: PairSet, moves: Sequence[tuple[Path, Path]]) -> None:
         if not isinstance(e, OSError):
             raise
         shown = describe_path(moves[len(moved)][0], opened.folder)
-        raise FileError(f"{shorten(shown)} cannot be moved: {explain(e)}.") from None
+        raise FileError(
+            "{shown} cannot be moved: {reason}.", shown=shorten(shown), reason=explain(e)
+        ) from None
 
 
 def restore_files(opened: PairSet, token: str) -> Restored:
@@ -110,14 +112,16 @@ def restore_files(opened: PairSet, token: str) -> Restored:
     places = [opened.folder / path.relative_to(kept) for path in found]
     if edited and not (same or found):
         raise PairConflictError(
-            f"{shorten(edited[0].file)} was changed again since, so that it stays as it is"
+            "{shown} was changed again since, so that it stays as it is",
+            shown=shorten(edited[0].file),
         )
     for place in places:
         if place not in same and (place.is_symlink() or place.exists()):
             shown = describe_path(place, opened.folder)
             raise PairConflictError(
-                f"{shorten(shown)} is there again, so that the removed one cannot come back; move "
-                "it elsewhere first"
+                "{shown} is there again, so that the removed one cannot come back; move it "
+                "elsewhere first",
+                shown=shorten(shown),
             )
     aside = list_moves(opened, same, choose_removed(opened))
     move_files(opened, [*aside, *zip(found, places, strict=True)])
@@ -137,7 +141,9 @@ def find_removed(opened: PairSet, token: str) -> Path:
         ConfigError, UnknownPairError, PairConflictError: as `restore_files`.
     """
     if not re.fullmatch(r"[0-9a-f]{16}", token):
-        raise ConfigError(f"{shorten(token)!r} is no token; expected 16 hexadecimal digits")
+        raise ConfigError(
+            "{token!r} is no token; expected 16 hexadecimal digits", token=shorten(token)
+        )
     kept = opened.folder / REMOVED_FOLDER / token
     check_inside(kept, opened.is_allowed)
     is_there = kept.is_dir() or (name_record(kept).is_file() and not kept.exists())

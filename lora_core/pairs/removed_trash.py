@@ -42,7 +42,7 @@ def measure_trash(folder: Path, is_allowed: IsAllowed) -> Trash:
         files = [path for one in folders for path in list_below(one)]
         size_bytes = sum(path.lstat().st_size for path in [*files, *records])
     except OSError as e:
-        raise FileError(f"what was removed cannot be read: {explain(e)}.") from None
+        raise FileError("what was removed cannot be read: {reason}.", reason=explain(e)) from None
     return Trash(len(files), size_bytes)
 
 
@@ -64,7 +64,9 @@ def empty_trash(folder: Path, is_allowed: IsAllowed) -> None:
         if kept.is_dir() and not kept.is_symlink() and not any(kept.iterdir()):
             kept.rmdir()
     except OSError as e:
-        raise FileError(f"what was removed cannot be deleted: {explain(e)}.") from None
+        raise FileError(
+            "what was removed cannot be deleted: {reason}.", reason=explain(e)
+        ) from None
 
 
 def list_removed(folder: Path, is_allowed: IsAllowed) -> tuple[list[Path], list[Path]]:

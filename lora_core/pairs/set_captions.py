@@ -52,8 +52,9 @@ def write_caption(
     current = read_current(opened, pair)
     if before is not None and before.strip() != current:
         raise PairConflictError(
-            f"the caption of {shorten(pair.name)} was changed elsewhere meanwhile; refresh the "
-            "list, then edit it again"
+            "the caption of {pair} was changed elsewhere meanwhile; refresh the list, then edit "
+            "it again",
+            pair=shorten(pair.name),
         )
     if text == current:
         return text, pair.caption_path
@@ -62,7 +63,9 @@ def write_caption(
     try:
         write_then_rename(path, lambda temporary: temporary.write_bytes(text.encode()))
     except OSError as e:
-        raise FileError(f"{shorten(path.name)} cannot be written: {explain(e)}.") from None
+        raise FileError(
+            "{path} cannot be written: {reason}.", path=shorten(path.name), reason=explain(e)
+        ) from None
     return text, path
 
 
@@ -71,7 +74,7 @@ def read_current(opened: PairSet, pair: SetPair) -> str:
     try:
         return opened.read_caption(pair)
     except FileError as e:
-        raise PairConflictError(str(e)) from None
+        raise PairConflictError(e) from None
 
 
 def check_caption(text: str) -> str:
@@ -83,7 +86,9 @@ def check_caption(text: str) -> str:
         raise ConfigError("the caption holds half of a character; write it again") from None
     if size_bytes > MAX_CAPTION_BYTES:
         raise ConfigError(
-            f"the caption has {size_bytes:,} bytes; expected at most {MAX_CAPTION_BYTES:,}"
+            "the caption has {size_bytes:,} bytes; expected at most {max_caption_bytes:,}",
+            size_bytes=size_bytes,
+            max_caption_bytes=MAX_CAPTION_BYTES,
         )
     if "\0" in text:
         raise ConfigError("the caption holds a null character; write it again")
@@ -121,7 +126,9 @@ def add_trigger(opened: PairSet, word: str) -> CaptionChange:
     word = check_caption(word).rstrip(",").rstrip()
     if not word or len(word) > MAX_TRIGGER or "\n" in word:
         raise ConfigError(
-            f"the trigger word has {len(word)} characters; expected one line of 1 to {MAX_TRIGGER}"
+            "the trigger word has {length} characters; expected one line of 1 to {max_trigger}",
+            length=len(word),
+            max_trigger=MAX_TRIGGER,
         )
     begins = re.compile(rf"{re.escape(word)}(?!\w)")
     captions = [(pair, read_current(opened, pair)) for pair in opened.pairs]
@@ -150,7 +157,7 @@ def change_captions(opened: PairSet, texts: Sequence[tuple[SetPair, str]]) -> Ca
         put_back(done, kept)
         if isinstance(e, LoraError):
             raise
-        raise FileError(f"the captions cannot be written: {explain(e)}.") from None
+        raise FileError("the captions cannot be written: {reason}.", reason=explain(e)) from None
     return CaptionChange(len(texts), kept.name)
 
 

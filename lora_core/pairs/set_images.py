@@ -54,10 +54,12 @@ def create_set(root: Path, name: str) -> Path:
         (folder / REFERENCE_FOLDER).mkdir()
     except FileExistsError:
         raise PairConflictError(
-            f"there is a folder {shorten(name)} already; choose another name"
+            "there is a folder {name} already; choose another name", name=shorten(name)
         ) from None
     except OSError as e:
-        raise FileError(f"{shorten(name)} cannot be made: {explain(e)}.") from None
+        raise FileError(
+            "{name} cannot be made: {reason}.", name=shorten(name), reason=explain(e)
+        ) from None
     return folder
 
 
@@ -96,8 +98,10 @@ def add_image(opened: PairSet, source: Path, name: str, suffix: str, slot: int) 
     folder = choose_folder(opened, slot)
     if is_taken(opened, folder, name):
         raise PairConflictError(
-            f"{folder.name} has an image {shorten(name)} already; rename the file, or drop it on "
-            "that pair to replace the image"
+            "{folder} has an image {name} already; rename the file, or drop it on that pair to "
+            "replace the image",
+            folder=folder.name,
+            name=shorten(name),
         )
     return move_image(opened, source, folder / f"{name}{suffix}")
 
@@ -119,8 +123,10 @@ def put_image(
         return replace_image(opened, source, present[0], present[0].with_suffix(suffix))
     if slot > len(pair.references) + 1:
         raise PairConflictError(
-            f"{shorten(pair.name)} has {len(pair.references)} references; add reference "
-            f"{len(pair.references) + 1} first"
+            "{pair} has {num_references} references; add reference {slot} first",
+            pair=shorten(pair.name),
+            num_references=len(pair.references),
+            slot=len(pair.references) + 1,
         )
     relative = find_relative_name(opened, pair)
     folder = choose_folder(opened, slot)
@@ -129,7 +135,9 @@ def put_image(
         number += 1
         folder = choose_folder(opened, number)
     if is_taken(opened, folder, relative):
-        raise PairConflictError(f"{shorten(pair.name)} has an image in each folder already")
+        raise PairConflictError(
+            "{pair} has an image in each folder already", pair=shorten(pair.name)
+        )
     return move_image(opened, source, folder / f"{relative}{suffix}"), ""
 
 
@@ -153,14 +161,18 @@ def find_relative_name(opened: PairSet, pair: SetPair) -> str:
     """A pair's name below the folder of each side, from the first of its files."""
     path = pair.parts.paths[0]
     folders = [opened.target_folder, *opened.sides.references, *opened.sides.masks]
-    folder = next((one for one in folders if path.is_relative_to(one)), path.parent)
+    # The innermost: targets may be in the set's own folder, around those of the references.
+    around = [one for one in folders if path.is_relative_to(one)]
+    folder = max(around, key=lambda one: len(one.parts), default=path.parent)
     return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def check_slot(slot: int) -> None:
     if not TARGET_SLOT <= slot <= MAX_REFERENCES:
         raise ConfigError(
-            f"slot is {slot}; expected 0 for the target, or 1 to {MAX_REFERENCES} for a reference"
+            "slot is {slot}; expected 0 for the target, or 1 to {max_references} for a reference",
+            slot=slot,
+            max_references=MAX_REFERENCES,
         )
 
 
@@ -174,8 +186,10 @@ def choose_folder(opened: PairSet, slot: int) -> Path:
         return folders[slot - 1]
     if slot > len(folders) + 1:
         raise PairConflictError(
-            f"this set has {len(folders)} folders of references; add images of reference "
-            f"{len(folders) + 1} first"
+            "this set has {num_folders} folders of references; add images of reference "
+            "{slot} first",
+            num_folders=len(folders),
+            slot=len(folders) + 1,
         )
     if not folders:
         return opened.sides.base / REFERENCE_FOLDER
@@ -187,21 +201,28 @@ def move_image(opened: PairSet, source: Path, path: Path) -> Path:
     prepare_folder(opened, path.parent)
     try:
         if path.is_symlink() or path.exists():
-            raise PairConflictError(f"{shorten(path.name)} is there already; refresh the list")
+            raise PairConflictError(
+                "{path} is there already; refresh the list", path=shorten(path.name)
+            )
         replace(source, path)
     except OSError as e:
-        raise FileError(f"{shorten(path.name)} cannot be written: {explain(e)}.") from None
+        raise FileError(
+            "{path} cannot be written: {reason}.", path=shorten(path.name), reason=explain(e)
+        ) from None
     return path
 
 
-def encode_thumbnail(path: Path, name: str, side_px: int) -> bytes:
+def encode_thumbnail(path: Path, name: str, side_px: int, real: Path | None = None) -> bytes:
     """A JPEG whose longer side is at most `side_px`.
+
+    Args:
+        real: as of `FileImage`.
 
     Raises:
         FileError: not an image, damaged, or too large.
     """
     buffer = io.BytesIO()
-    Image.fromarray(FileImage(path, name).read_small(side_px)).save(
+    Image.fromarray(FileImage(path, name, real).read_small(side_px)).save(
         buffer, "JPEG", quality=THUMBNAIL_QUALITY
     )
     return buffer.getvalue()

@@ -50,7 +50,7 @@ def put_mask(opened: PairSet, source: Path, pair: SetPair, name: str) -> tuple[P
             return replace_image(opened, temporary, present[0], path)
         return move_image(opened, temporary, choose_place(opened, pair)), ""
     except OSError as e:
-        raise FileError(f"the mask cannot be written: {explain(e)}.") from None
+        raise FileError("the mask cannot be written: {reason}.", reason=explain(e)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -58,24 +58,32 @@ def put_mask(opened: PairSet, source: Path, pair: SetPair, name: str) -> tuple[P
 def read_mask(opened: PairSet, source: Path, pair: SetPair, name: str) -> Image.Image:
     """Decoded, in mode L, of the target's size; raises as `put_mask`."""
     if pair.target is None:
-        raise PairConflictError(f"{shorten(pair.name)} has no target to mask; add it first")
+        raise PairConflictError(
+            "{name} has no target to mask; add it first", name=shorten(pair.name)
+        )
     header = open_file(pair.target, opened.folder, opened.is_allowed).read_header()
     size = header.width, header.height
     try:
         with open_image(open_regular(source, name), name) as image:
             mask = convert_to_bytes(turn_upright(image)).convert("L")
     except FileError as e:
-        raise ConfigError(str(e)) from None
+        raise ConfigError(e) from None
     if abs(mask.width * size[1] / (mask.height * size[0]) - 1) > MAX_ASPECT_DIFFERENCE:
         raise ConfigError(
-            f"{shorten(name)} is {mask.width} x {mask.height} px, the target {size[0]} x "
-            f"{size[1]}; expected a mask of the same proportions"
+            "{name} is {width} x {height} px, the target {target_width} x {target_height}; "
+            "expected a mask of the same proportions",
+            name=shorten(name),
+            width=mask.width,
+            height=mask.height,
+            target_width=size[0],
+            target_height=size[1],
         )
     mask = mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
     if not mask.getextrema()[1]:
         raise ConfigError(
-            f"{shorten(name)} is black all over, so that nothing of the target would count; paint "
-            "what should count, or remove the mask"
+            "{name} is black all over, so that nothing of the target would count; paint what "
+            "should count, or remove the mask",
+            name=shorten(name),
         )
     return mask
 
@@ -85,7 +93,9 @@ def choose_place(opened: PairSet, pair: SetPair) -> Path:
     folder = folders[0] if folders else opened.sides.base / MASK_FOLDER
     relative = find_relative_name(opened, pair)
     if is_taken(opened, folder, relative):
-        raise PairConflictError(f"{folder.name} has an image {shorten(relative)} already")
+        raise PairConflictError(
+            "{folder} has an image {name} already", folder=folder.name, name=shorten(relative)
+        )
     return folder / f"{relative}{MASK_SUFFIX}"
 
 

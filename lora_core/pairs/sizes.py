@@ -22,8 +22,11 @@ def check_megapixels(value: float, name: str) -> None:
     """ConfigError for an invalid area: NaN, infinity, zero, or absurdly large."""
     if not isinstance(value, (int, float)) or not 0 < value <= MAX_MEGAPIXELS:
         raise ConfigError(
-            f"{name} is {str(value)[:20]}; expected a number above 0 and up to "
-            f"{MAX_MEGAPIXELS:g}, where 1 is 1024 x 1024"
+            "{name} is {value}; expected a number above 0 and up to {max_megapixels:g}, where 1 "
+            "is 1024 x 1024",
+            name=name,
+            value=str(value)[:20],
+            max_megapixels=MAX_MEGAPIXELS,
         )
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..messages import message
 from ..text import shorten
 from .facts import PairFacts
 from .images import FileImage, ImageSource
@@ -43,10 +44,13 @@ def ask_about_names(pairs: Sequence[Pair]) -> str | None:
     if len(wrong) <= MIN_SHARE * len(pairs):
         return None
     pair = wrong[0]
-    return (
-        f"Are targets and references swapped? {shorten(pair.target.name)} is taken as the "
-        f"target and {shorten(pair.references[0].name)} as what it is made from, in {len(wrong)} "
-        f"of {len(pairs)} pairs"
+    return message(
+        "Are targets and references swapped? {target} is taken as the target and {name} as "
+        "what it is made from, in {num_wrong} of {num_pairs} pairs",
+        target=shorten(pair.target.name),
+        name=shorten(pair.references[0].name),
+        num_wrong=len(wrong),
+        num_pairs=len(pairs),
     )
 
 
@@ -81,18 +85,21 @@ def ask_about_sharing(facts: Sequence[PairFacts]) -> str | None:
         return None
     if len(references) <= len(targets):
         return None
-    return (
-        f"Are targets and references swapped? {len(facts)} pairs have only {len(targets)} "
-        f"different targets but {len(references)} different references, so different images should "
-        "become the same one"
+    return message(
+        "Are targets and references swapped? {num_facts} pairs have only {num_targets} "
+        "different targets but {num_references} different references, so different images "
+        "should become the same one",
+        num_facts=len(facts),
+        num_targets=len(targets),
+        num_references=len(references),
     )
 
 
 def ask_about_captions(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> str | None:
     """Captions that ask for colour while the colour is in the reference, and the like."""
     rules = (
-        ("colour", MORE_COLOUR, LESS_COLOUR, "saturation"),
-        ("detail", MORE_DETAIL, LESS_DETAIL, "detail"),
+        (message("colour"), MORE_COLOUR, LESS_COLOUR, "saturation"),
+        (message("detail"), MORE_DETAIL, LESS_DETAIL, "detail"),
     )
     for what, more, less, measure in rules:
         asked = 0
@@ -110,10 +117,14 @@ def ask_about_captions(pairs: Sequence[Pair], facts: Sequence[PairFacts]) -> str
                 against.append((pair, caption))
         if asked and len(against) > MIN_SHARE * asked:
             pair, caption = against[0]
-            return (
-                f"Are targets and references swapped? Captions such as "
-                f"{shorten(caption)!r} do not fit the {what} of {shorten(pair.target.name)} "
-                f"and {shorten(pair.references[0].name)}, in "
-                f"{len(against)} of {asked} pairs"
+            return message(
+                "Are targets and references swapped? Captions such as {caption!r} do not "
+                "fit the {what} of {target} and {name}, in {num_against} of {asked} pairs",
+                caption=shorten(caption),
+                what=what,
+                target=shorten(pair.target.name),
+                name=shorten(pair.references[0].name),
+                num_against=len(against),
+                asked=asked,
             )
     return None

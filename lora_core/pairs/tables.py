@@ -12,6 +12,7 @@ from typing import Any
 from ..disk.json_reader import describe_kind, parse_json
 from ..disk.regular_files import decode_text
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .pair import IsAllowed, read_allowed
 
@@ -73,8 +74,9 @@ def read_table(
             rows = list(read_cells(text, path.name, known_columns))
         except csv.Error as e:
             raise FileError(
-                f"{shorten(path.name)} is damaged ({shorten(str(e))}); correct it or move it "
-                "elsewhere."
+                "{path} is damaged ({error}); correct it or move it elsewhere.",
+                path=shorten(path.name),
+                error=shorten(str(e)),
             ) from None
     if rows and all(row.fault for row in rows):
         raise FileError(rows[0].fault)
@@ -87,9 +89,11 @@ def read_lines(text: str, name: str) -> list[Row]:
     lines = [line for line in text.split("\n") if line.strip()]
     for number, line in enumerate(lines, 1):
         try:
-            value = parse_json(line, f"{shorten(name)}, row {number},")
+            value = parse_json(
+                line, message("{name}, row {number},", name=shorten(name), number=number)
+            )
         except FileError as e:
-            rows.append(Row({}, str(e)))
+            rows.append(Row({}, e.message))
         else:
             rows.append(build_row(value, name, number))
     return rows
@@ -124,9 +128,14 @@ def read_cells(text: str, name: str, known_columns: Collection[str]) -> Iterator
         row = build_row({k: v for k, v in values.items() if k or v}, name, number)
         if any(cell.strip() for cell in spare):
             number_cells = len(values) + len(spare)
-            fault = (
-                f"{shorten(name)}, row {number}, has {number_cells} cells, but the header has "
-                f"{len(values)}; put texts with {delimiter!r} in quotes."
+            fault = message(
+                "{name}, row {number}, has {number_cells} cells, but the header has "
+                "{num_values}; put texts with {delimiter!r} in quotes.",
+                name=shorten(name),
+                number=number,
+                number_cells=number_cells,
+                num_values=len(values),
+                delimiter=delimiter,
             )
             row = Row(row.values, fault)
         yield row
@@ -143,16 +152,28 @@ def choose_delimiter(header: str, known_columns: Collection[str]) -> str:
 
 
 def build_row(value: object, name: str, number: int) -> Row:
-    place = f"{shorten(name)}, row {number},"
+    place = message("{name}, row {number},", name=shorten(name), number=number)
     if not isinstance(value, Mapping):
         return Row(
-            {}, f"{place} is {describe_kind(value)}; expected an object with image and edit_image."
+            {},
+            message(
+                "{place} is {value}; expected an object with image and edit_image.",
+                place=place,
+                value=describe_kind(value),
+            ),
         )
     values: dict[str, object] = {}
     for column, cell in value.items():
         key = name_column(column)
         if key in values:
-            return Row(values, f"{place} has two columns named {shorten(key)}; rename one.")
+            return Row(
+                values,
+                message(
+                    "{place} has two columns named {key}; rename one.",
+                    place=place,
+                    key=shorten(key),
+                ),
+            )
         values[key] = cell
     return Row(values)
 

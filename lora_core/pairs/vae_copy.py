@@ -60,7 +60,7 @@ def keep_vae(store: Path, identity: str, weights: Iterable[tuple[str, torch.Tens
         make_own_folder(path.parent, parents=True)
         write_then_rename(path, lambda temporary: save_file(tensors, temporary))
     except (OSError, SafetensorError) as e:
-        raise FileError(f"its copy cannot be written: {explain(e)}") from None
+        raise FileError("its copy cannot be written: {reason}", reason=explain(e)) from None
     return path
 
 
@@ -77,7 +77,7 @@ def find_vae(dataset_folder: Path) -> Path | None:
 def get_path(store: Path, identity: object) -> Path:
     """Raises ConfigError for an invalid identity, so that no other path is ever built from it."""
     if not isinstance(identity, str) or not re.fullmatch(r"[0-9a-f]{8,128}", identity):
-        raise ConfigError(f"{str(identity)[:40]!r} does not identify a VAE")
+        raise ConfigError("{identity!r} does not identify a VAE", identity=str(identity)[:40])
     return store / VAES_FOLDER / f"{identity}.safetensors"
 
 

@@ -64,7 +64,9 @@ def write_record(kept: Path, written: Sequence[WrittenFile]) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_then_rename(name_record(kept), lambda path: path.write_bytes(text.encode()))
     except OSError as e:
-        raise FileError(f"what can be undone cannot be written: {explain(e)}.") from None
+        raise FileError(
+            "what can be undone cannot be written: {reason}.", reason=explain(e)
+        ) from None
 
 
 def read_record(opened: PairSet, kept: Path) -> tuple[WrittenFile, ...]:
@@ -75,7 +77,7 @@ def read_record(opened: PairSet, kept: Path) -> tuple[WrittenFile, ...]:
     except MissingFileError:
         return ()
     except FileError as e:
-        raise PairConflictError(str(e)) from None
+        raise PairConflictError(e) from None
 
 
 def name_record(kept: Path) -> Path:

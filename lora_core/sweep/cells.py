@@ -55,16 +55,19 @@ def parse_label(text: str) -> Cell:
         strength = math.nan
     if not math.isfinite(strength):
         raise ConfigError(
-            f"{shorten(text)!r} is not a sweep label; expected one such as 'strength=0.5 seed=7 "
-            "lora=my_lora', or a bare number such as '0.5'"
+            "{text!r} is not a sweep label; expected one such as 'strength=0.5 seed=7 "
+            "lora=my_lora', or a bare number such as '0.5'",
+            text=shorten(text),
         )
     if parts is None:
         return Cell(strength)
     seed = parts["seed"]
     if seed is not None and len(seed) > MAX_SEED_DIGITS:
         raise ConfigError(
-            f"{shorten(text)!r} has a seed of {len(seed)} digits; expected at most "
-            f"{MAX_SEED_DIGITS}"
+            "{text!r} has a seed of {length} digits; expected at most {max_seed_digits}",
+            text=shorten(text),
+            length=len(seed),
+            max_seed_digits=MAX_SEED_DIGITS,
         )
     return Cell(strength, None if seed is None else int(seed), parts["adapter"] or "")
 
@@ -85,9 +88,14 @@ def build_cells(
     count = len(seeds) * (1 + len(adapters) * len(active))
     if count > MAX_CELLS:
         raise ConfigError(
-            f"this sweep has {count} images ({format_count(len(active), 'strength')} and 0, "
-            f"{format_count(len(seeds), 'seed')}, {format_count(len(adapters), 'adapter')}); "
-            f"expected at most {MAX_CELLS}, so use fewer of them, such as the strengths '0, 1, 2'"
+            "this sweep has {count} images ({num_strengths} and 0, {num_seeds}, "
+            "{num_adapters}); expected at most {max_cells}, so use fewer of them, such as the "
+            "strengths '0, 1, 2'",
+            count=count,
+            num_strengths=format_count(len(active), "strength"),
+            num_seeds=format_count(len(seeds), "seed"),
+            num_adapters=format_count(len(adapters), "adapter"),
+            max_cells=MAX_CELLS,
         )
     names = adapters if len(adapters) > 1 else [""] * len(adapters)
     return [

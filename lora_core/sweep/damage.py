@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..messages import message
 from ..text import format_percent
 from .image_metrics import STEP
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from .measures import CellMeasures
 
 NON_FINITE, BLACK, ONE_COLOUR, BURNT, NOISE = "NaN", "black", "one colour", "burnt colours", "noise"
+NAMES = {
+    NON_FINITE: NON_FINITE,
+    BLACK: message("black"),
+    ONE_COLOUR: message("one colour"),
+    BURNT: message("burnt colours"),
+    NOISE: message("noise"),
+}
 
 #: An edit leaves a visible image; below a tenth of the contrast of strength 0 nothing is left.
 FLAT_RATIO = 0.1
@@ -67,25 +75,42 @@ def describe_damage(damage: str, measures: CellMeasures, reference: CellMeasures
     found = measures.appearance
     before = None if reference is None else reference.appearance
     if damage == NON_FINITE:
-        return f"NaN or Inf in {format_percent(found.non_finite)} of the pixels, shown as black"
+        return message(
+            "NaN or Inf in {non_finite} of the pixels, shown as black",
+            non_finite=format_percent(found.non_finite),
+        )
     if damage in (BLACK, ONE_COLOUR):
-        contrast = f"{damage} (contrast {found.contrast / STEP:.1f} of 255"
         if before is None:
-            return f"{contrast}; below {FLAT_CONTRAST / STEP:g} there is nothing to see)"
-        return (
-            f"{contrast}, {before.contrast / STEP:.1f} at strength 0; below "
-            f"{format_percent(FLAT_RATIO)} of that nothing is left to see)"
+            return message(
+                "{damage} (contrast {contrast:.1f} of 255; below {limit:g} there is nothing to "
+                "see)",
+                damage=NAMES[damage],
+                contrast=found.contrast / STEP,
+                limit=FLAT_CONTRAST / STEP,
+            )
+        return message(
+            "{damage} (contrast {contrast:.1f} of 255, {before:.1f} at strength 0; below {share} "
+            "of that nothing is left to see)",
+            damage=NAMES[damage],
+            contrast=found.contrast / STEP,
+            before=before.contrast / STEP,
+            share=format_percent(FLAT_RATIO),
         )
     if damage == BURNT and before:
-        return (
-            f"burnt colours ({format_percent(found.burnt)} of the pixels have one channel at 0 and "
-            f"another at 255, {format_percent(before.burnt)} at strength 0; up to "
-            f"{format_percent(BURNT_INCREASE)} more is fine)"
+        return message(
+            "burnt colours ({burnt} of the pixels have one channel at 0 and another at 255, "
+            "{before} at strength 0; up to {increase} more is fine)",
+            burnt=format_percent(found.burnt),
+            before=format_percent(before.burnt),
+            increase=format_percent(BURNT_INCREASE),
         )
     if damage == NOISE and before:
-        return (
-            f"noise (SSIM {measures.change['whole'].ssim:.2f} to strength 0, below "
-            f"{LOST_SSIM:g}; {found.roughness / max(before.roughness, 1e-9):.1f} times as rough, "
-            f"over {ROUGHNESS_RATIO:g})"
+        return message(
+            "noise (SSIM {ssim:.2f} to strength 0, below {limit:g}; {roughness:.1f} times as "
+            "rough, over {ratio:g})",
+            ssim=measures.change["whole"].ssim,
+            limit=LOST_SSIM,
+            roughness=found.roughness / max(before.roughness, 1e-9),
+            ratio=ROUGHNESS_RATIO,
         )
-    return damage
+    return NAMES.get(damage, damage)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..messages import join_messages, message
 from ..text import format_percent
 from .strength_choice import TOP_CHANGE, choose_by_change, interpolate
 from .strength_grammar import parse_numbers
@@ -33,10 +34,17 @@ def parse_sigmas(text: str) -> tuple[float, ...]:
     )
     wrong = [sigma for sigma in sigmas if not 0 < sigma <= 1]
     if wrong or len(sigmas) > MAX_SIGMAS:
-        found = f"holds {wrong[0]:g}" if wrong else f"asks for {len(sigmas)} noise levels"
+        found = (
+            message("holds {wrong:g}", wrong=wrong[0])
+            if wrong
+            else message("asks for {num_sigmas} noise levels", num_sigmas=len(sigmas))
+        )
         raise ConfigError(
-            f"sigmas {found}; expected up to {MAX_SIGMAS} numbers above 0 and up to 1, such as "
-            f"{SIGMAS_EXAMPLE}"
+            "sigmas {found}; expected up to {max_sigmas} numbers above 0 and up to 1, such as "
+            "{sigmas_example}",
+            found=found,
+            max_sigmas=MAX_SIGMAS,
+            sigmas_example=SIGMAS_EXAMPLE,
         )
     return tuple(sigmas)
 
@@ -106,34 +114,45 @@ class Effect:
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             for row in rows
         ]
-        return "\n".join([self.judge(), "", *lines])
+        return join_messages("\n", [self.judge(), "", *lines])
 
     def judge(self) -> str:
         active = [effect for effect in self.strengths if effect.strength != 0]
         broken = [effect.strength for effect in active if not math.isfinite(effect.change)]
         if broken:
             nearest = min(broken, key=abs)
-            return (
-                f"collapses at strength {nearest:g}: the model's output holds NaN or Inf there; "
-                "use a strength nearer to 0"
+            return message(
+                "collapses at strength {nearest:g}: the model's output holds NaN or Inf "
+                "there; use a strength nearer to 0",
+                nearest=nearest,
             )
         if not active:
-            return "nothing to judge: no strength but 0 was measured"
+            return message("nothing to judge: no strength but 0 was measured")
         if all(effect.change == 0 for effect in active):
-            return (
-                f"no effect: with {self.name} the output is exactly the same at every strength; "
-                "it is untrained, or nothing of it was applied"
+            return message(
+                "no effect: with {name} the output is exactly the same at every strength; "
+                "it is untrained, or nothing of it was applied",
+                name=self.name,
             )
         largest = max(active, key=lambda effect: effect.change)
         parts = [
-            f"changes the output by {format_percent(largest.change)} at strength "
-            f"{largest.strength:g}"
+            message(
+                "changes the output by {change} at strength {strength:g}",
+                change=format_percent(largest.change),
+                strength=largest.strength,
+            )
         ]
         for level in (VISIBLE, LARGE):
             strength = self.find_strength(level)
             if strength is not None:
-                parts.append(f"{format_percent(level)} at about {strength:.2g}")
-        return "; ".join(parts)
+                parts.append(
+                    message(
+                        "{level} at about {strength:.2g}",
+                        level=format_percent(level),
+                        strength=strength,
+                    )
+                )
+        return join_messages("; ", parts)
 
 
 class ChangeMeter:

@@ -1,7 +1,7 @@
 """The appearance of one image, and the difference between two.
 
-Images are ComfyUI's: (batch, height, width, 3 or more channels), 0 to 1, of which the first three
-channels are used. Everything is measured on the values a display gets: clamped to 0 to 1.
+Images are ComfyUI's: (batch, height, width, channels), 0 to 1. Everything is measured on the values
+a display gets: clamped to 0 to 1, three channels, on white where a fourth one is alpha.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ShapeError
+from ..messages import message
 
 STEP = 1 / 255
 """One step of an 8-bit display."""
@@ -91,8 +92,11 @@ def compare_images(
     a, b = clamp(take_colours(a)), clamp(take_colours(b))
     if a.shape != b.shape or min(a.shape[1:3]) < SSIM_WINDOW:
         raise ShapeError(
-            f"cannot compare images of {describe_size(a)} and {describe_size(b)}; expected the "
-            f"same size, and at least {SSIM_WINDOW} pixels"
+            "cannot compare images of {a} and {b}; expected the same size, and at least "
+            "{ssim_window} pixels",
+            a=describe_size(a),
+            b=describe_size(b),
+            ssim_window=SSIM_WINDOW,
         )
     # (batch, height, width): each pixel's mean square, worst channel, and structural similarity
     error = (a - b).abs_()
@@ -148,8 +152,15 @@ def fit_mask(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def take_colours(image: torch.Tensor) -> torch.Tensor:
-    """float32 on the CPU, three channels; a single one is repeated."""
-    image = image[..., :3].float().cpu()
+    """float32 on the CPU, three channels; a single one is repeated.
+
+    With a fourth channel, as Qwen-Image-2.1 gives it, the image is put on white by its alpha.
+    """
+    image = image.float().cpu()
+    if image.shape[-1] == 4:
+        alpha = image[..., 3:].clamp(0, 1)
+        image = image[..., :3] * alpha + (1 - alpha)
+    image = image[..., :3]
     return image if image.shape[-1] == 3 else image[..., :1].expand(*image.shape[:-1], 3)
 
 
@@ -164,5 +175,10 @@ def compute_luma(image: torch.Tensor) -> torch.Tensor:
 
 def describe_size(image: torch.Tensor) -> str:
     """ "1024 x 768", width first as in ComfyUI."""
-    batch = f"{image.shape[0]} of " if image.shape[0] > 1 else ""
-    return f"{batch}{image.shape[2]} x {image.shape[1]}"
+    batch = message("{image_shape} of ", image_shape=image.shape[0]) if image.shape[0] > 1 else ""
+    return message(
+        "{batch}{image_shape} x {height}",
+        batch=batch,
+        image_shape=image.shape[2],
+        height=image.shape[1],
+    )

@@ -25,9 +25,10 @@ def find_loras(patterns: str, names: Sequence[str]) -> list[str]:
         matching = [name for name in names if matches(name, line)]
         if not matching:
             raise FileError(
-                f"{shorten(line)!r} matches none of the {len(names)} files in the loras folders; "
-                "expected a name or a pattern below them, such as 'my_run/*'. Press R to see new "
-                "files."
+                "{line!r} matches none of the {num_names} files in the loras folders; expected "
+                "a name or a pattern below them, such as 'my_run/*'. Press R to see new files.",
+                line=shorten(line),
+                num_names=len(names),
             )
         found |= dict.fromkeys(sorted(matching, key=build_sort_key))
     return list(found)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError
+from ..messages import message
 from ..progress import Progress, ShouldStop, track
 from ..text import format_count
 from .cells import MAX_CELLS, Cell, build_label, parse_label
@@ -135,7 +136,7 @@ def measure_sweep(
         source, note = prepare_source(source, shape)
         notes += note
     measured: dict[Cell, CellMeasures] = {}
-    for cell, image in track(by_cell.items(), progress, should_stop, "sweep"):
+    for cell, image in track(by_cell.items(), progress, should_stop, message("sweep")):
         zero = find_reference(cell, by_cell)
         reference = None if zero is None else by_cell[zero]
         measured[cell] = measure_cell(cell, image, reference, source, regions, thumbnail_px)
@@ -155,12 +156,17 @@ def split_images(images: Sequence[torch.Tensor], labels: Sequence[str]) -> list[
         images = list(images[0].split(1))
     if len(images) != len(labels) or not labels:
         raise ConfigError(
-            f"there are {format_count(len(images), 'image')} and "
-            f"{format_count(len(labels), 'label')}; expected one label per image, such as images "
-            "and labels of Sweep Qwen Edit LoRA"
+            "there are {num_images} and {num_labels}; expected one label per image, such as "
+            "images and labels of Sweep Qwen Edit LoRA",
+            num_images=format_count(len(images), "image"),
+            num_labels=format_count(len(labels), "label"),
         )
     if len(labels) > MAX_CELLS:
-        raise ConfigError(f"there are {len(labels)} images; expected at most {MAX_CELLS}")
+        raise ConfigError(
+            "there are {num_labels} images; expected at most {max_cells}",
+            num_labels=len(labels),
+            max_cells=MAX_CELLS,
+        )
     return list(images)
 
 
@@ -172,7 +178,8 @@ def index_by_cell(
         cell = parse_label(label)
         if cell in by_cell:
             raise ConfigError(
-                f"two images have the label {build_label(cell)!r}; expected every label once"
+                "two images have the label {cell!r}; expected every label once",
+                cell=build_label(cell),
             )
         by_cell[cell] = image
     if all(find_reference(cell, by_cell) is None for cell in by_cell):
@@ -188,14 +195,18 @@ def check_sizes(by_cell: Mapping[Cell, torch.Tensor]) -> None:
     for cell, image in by_cell.items():
         if image.shape[:3] != first.shape[:3]:
             raise ConfigError(
-                f"the images differ in size: {build_label(first_cell)!r} is "
-                f"{describe_size(first)}, {build_label(cell)!r} is {describe_size(image)}; "
-                "expected the same size for all"
+                "the images differ in size: {first_cell!r} is {first}, {cell!r} is {image}; "
+                "expected the same size for all",
+                first_cell=build_label(first_cell),
+                first=describe_size(first),
+                cell=build_label(cell),
+                image=describe_size(image),
             )
     if min(first.shape[1:3]) < SSIM_WINDOW:
         raise ConfigError(
-            f"the images are {describe_size(first)}; expected at least {SSIM_WINDOW} pixels "
-            "each way"
+            "the images are {first}; expected at least {ssim_window} pixels each way",
+            first=describe_size(first),
+            ssim_window=SSIM_WINDOW,
         )
 
 
@@ -214,8 +225,8 @@ def build_regions(
     inside = fit_mask(mask, height, width)
     if inside.all() or not inside.any():
         # LoadImage gives an empty mask for an image without transparency.
-        kind = "empty" if not inside.any() else "full"
-        return regions, [f"the mask is {kind} and was left out"]
+        kind = message("empty") if not inside.any() else message("full")
+        return regions, [message("the mask is {kind} and was left out", kind=kind)]
     return {**regions, INSIDE: inside, OUTSIDE: ~inside}, []
 
 
@@ -228,8 +239,13 @@ def prepare_source(source: torch.Tensor, shape: torch.Size) -> tuple[torch.Tenso
     ratio = (columns / rows) / (width / height)
     if abs(ratio - 1) > 0.1:
         notes.append(
-            f"the source is {describe_size(source[:1])} and was cut in the middle to the shape of "
-            f"{width} x {height}"
+            message(
+                "the source is {source} and was cut in the middle to the shape of {width} x "
+                "{height}",
+                source=describe_size(source[:1]),
+                width=width,
+                height=height,
+            )
         )
     return fitted.expand(batch, -1, -1, -1), notes
 

@@ -14,6 +14,7 @@ from decimal import Decimal, InvalidOperation
 
 from ..disk.safetensors_file import shorten
 from ..errors import ConfigError
+from ..messages import message
 from .cells import MAX_CELLS
 
 #: What Apply Qwen Edit LoRA takes.
@@ -46,16 +47,21 @@ def parse_strengths(text: str) -> tuple[float, ...] | AutoStrengths:
         count = int(automatic["count"] or DEFAULT_POINTS)
         if not 2 <= count <= MAX_CELLS:
             raise ConfigError(
-                f"strengths asks for {count} points; expected 2 to {MAX_CELLS}, 0 included, such "
-                "as 'auto, 5 points'"
+                "strengths asks for {count} points; expected 2 to {max_cells}, 0 included, such "
+                "as 'auto, 5 points'",
+                count=count,
+                max_cells=MAX_CELLS,
             )
         return AutoStrengths(count)
     numbers = parse_numbers(text, name="strengths", example=STRENGTHS_EXAMPLE)
     large = [number for number in numbers if abs(number) > MAX_STRENGTH]
     if large:
         raise ConfigError(
-            f"strengths holds {large[0]}; expected numbers from -{MAX_STRENGTH} to {MAX_STRENGTH}, "
-            f"such as {STRENGTHS_EXAMPLE}"
+            "strengths holds {large}; expected numbers from -{max_strength} to {max_strength}, "
+            "such as {strengths_example}",
+            large=large[0],
+            max_strength=MAX_STRENGTH,
+            strengths_example=STRENGTHS_EXAMPLE,
         )
     # + 0.0 turns -0.0 into 0.0.
     others = sorted({float(number) + 0.0 for number in numbers} - {0.0})
@@ -74,8 +80,11 @@ def parse_seeds(text: str, default: int) -> tuple[int, ...]:
     wrong = [n for n in numbers if n != n.to_integral_value() or not 0 <= n <= MAX_SEED]
     if wrong:
         raise ConfigError(
-            f"seeds holds {wrong[0]}; expected whole numbers from 0 to {MAX_SEED}, such as "
-            f"{SEEDS_EXAMPLE}"
+            "seeds holds {wrong}; expected whole numbers from 0 to {max_seed}, such as "
+            "{seeds_example}",
+            wrong=wrong[0],
+            max_seed=MAX_SEED,
+            seeds_example=SEEDS_EXAMPLE,
         )
     seeds = tuple(dict.fromkeys(int(number) for number in numbers))
     return check_count(seeds, "seeds", SEEDS_EXAMPLE)
@@ -88,10 +97,16 @@ def parse_numbers(text: str, *, name: str, example: str) -> list[Decimal]:
         parsed = [parse_number(part) for part in item.split(":")]
         bounds = [number for number in parsed if number is not None]
         if len(bounds) < len(parsed) or len(bounds) not in (1, 3):
-            problem = f"{name} is empty" if not text.strip() else f"{name} is {shorten(text)!r}"
+            problem = (
+                message("{name} is empty", name=name)
+                if not text.strip()
+                else message("{name} is {text!r}", name=name, text=shorten(text))
+            )
             raise ConfigError(
-                f"{problem}; expected finite numbers separated by commas, or start:stop:step, such "
-                f"as {example}"
+                "{problem}; expected finite numbers separated by commas, or start:stop:step, "
+                "such as {example}",
+                problem=problem,
+                example=example,
             )
         found += (
             bounds
@@ -114,10 +129,18 @@ def parse_number(text: str) -> Decimal | None:
 def expand_range(item: str, bounds: list[Decimal], *, name: str, example: str) -> list[Decimal]:
     start, stop, step = bounds
     if step == 0 or (stop - start) * step < 0:
-        why = "a step of 0 never arrives" if step == 0 else "its step leads away from its stop"
+        why = (
+            message("a step of 0 never arrives")
+            if step == 0
+            else message("its step leads away from its stop")
+        )
         raise ConfigError(
-            f"{name} holds the range {shorten(item)!r}, and {why}; expected start:stop:step, such "
-            f"as {example}"
+            "{name} holds the range {item!r}, and {why}; expected start:stop:step, such as "
+            "{example}",
+            name=name,
+            item=shorten(item),
+            why=why,
+            example=example,
         )
     count = int((stop - start) / step) + 1
     if count > MAX_CELLS:
@@ -132,7 +155,11 @@ def check_count(values: tuple, name: str, example: str) -> tuple:
 
 
 def describe_excess(count: int, name: str, example: str) -> str:
-    return (
-        f"{name} asks for {count} values; a sweep has at most {MAX_CELLS} images, so expected "
-        f"fewer, such as {example}"
+    return message(
+        "{name} asks for {count} values; a sweep has at most {max_cells} images, so "
+        "expected fewer, such as {example}",
+        name=name,
+        count=count,
+        max_cells=MAX_CELLS,
+        example=example,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..messages import join_messages, message
 from ..text import align, format_count
 from .measures import INSIDE, OUTSIDE, WHOLE
 from .verdict import show
@@ -23,8 +24,11 @@ def build_sweep_table(sweep: SweepMeasures, verdict: SweepVerdict) -> str:
         header += ["source RMS", "source SSIM"]
     header.append("")
     rows = [build_row(measures, sweep, verdict) for measures in sweep.cells.values()]
-    about = f"{format_count(len(rows), 'image')}; change from strength 0, RMS of 255, PSNR in dB"
-    return "\n".join([about, *(line.rstrip() for line in align([header, *rows]))])
+    about = message(
+        "{num_images}; change from strength 0, RMS of 255, PSNR in dB",
+        num_images=format_count(len(rows), "image"),
+    )
+    return join_messages("\n", [about, *(line.rstrip() for line in align([header, *rows]))])
 
 
 def build_row(measures: CellMeasures, sweep: SweepMeasures, verdict: SweepVerdict) -> list[str]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..findings import NOTE, WARNING, Finding
+from ..findings import NOTE, WARNING, Finding, mark_warnings
+from ..messages import join_messages, message
 from ..text import format_percent, shorten_list
 from .cells import Cell, build_label
 from .damage import describe_damage, find_damage
@@ -81,7 +82,9 @@ class SweepVerdict:
         """Of all adapters, each named where there are several."""
         named = len(self.adapters) > 1
         return tuple(
-            f"{name}: {sentence}" if named and name else sentence
+            message("{name}: {sentence}", name=name, sentence=sentence)
+            if named and name
+            else sentence
             for name, verdict in self.adapters.items()
             for sentence in verdict.sentences
         )
@@ -98,7 +101,7 @@ class SweepVerdict:
         return (*left_out, *map(build_finding, self.adapters.values()))
 
     def to_text(self) -> str:
-        return "\n".join([*self.sentences, *(f"Warning: {text}" for text in self.warnings)])
+        return join_messages("\n", [*self.sentences, *mark_warnings(self.warnings)])
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -126,8 +129,10 @@ def judge_sweep(sweep: SweepMeasures) -> SweepVerdict:
     lonely = [c for c in sweep.cells if find_reference(sweep, c) is None]
     if lonely:
         warnings.append(
-            f"without strength 0 of the same seed there is no change to measure: "
-            f"{shorten_list([build_label(cell) for cell in lonely], 3)}"
+            message(
+                "without strength 0 of the same seed there is no change to measure: {lonely}",
+                lonely=shorten_list([build_label(cell) for cell in lonely], 3),
+            )
         )
     adapters = {name: judge_adapter(sweep, name, damages) for name in sweep.adapters}
     return SweepVerdict(adapters, damages, tuple(warnings))
@@ -148,12 +153,14 @@ def judge_adapter(
     broken = next((m for m in zero if m.cell in damages), None)
     if broken is not None:
         text = describe_damage(damages[broken.cell], broken, None)
-        sentence = f"strength 0 is broken: {text}; that is the base model, not the LoRA"
+        sentence = message(
+            "strength 0 is broken: {text}; that is the base model, not the LoRA", text=text
+        )
         return AdapterVerdict(UNKNOWN, (sentence,), curve)
     others = [m for m in cells if m.cell.strength != 0]
     if not any(m.change or m.cell in damages for m in others):
         return AdapterVerdict(
-            UNKNOWN, ("nothing to judge: no image at a strength other than 0",), curve
+            UNKNOWN, (message("nothing to judge: no image at a strength other than 0"),), curve
         )
     collapses_at = tuple(filter(None, (find_collapse(curve, side) for side in (-1, 1))))
     if collapses_at:
@@ -215,19 +222,28 @@ def is_without_effect(others: Sequence[CellMeasures]) -> bool:
 def describe_no_effect(others: Sequence[CellMeasures]) -> str:
     changes = {m.cell: m.change[WHOLE] for m in others if m.change}
     cell, worst = max(changes.items(), key=lambda item: item[1].rms)
-    images = "the image" if len(changes) == 1 else f"all {len(changes)} images"
+    images = (
+        message("the image")
+        if len(changes) == 1
+        else message("all {num_changes} images", num_changes=len(changes))
+    )
     if worst.largest == 0:
-        return (
-            f"no effect: {images} at other strengths equal strength 0 bit for bit; the LoRA was "
-            "not applied (see the report of Load or Apply for its matched keys) or is untrained "
-            "(lora_B is 0; Inspect Qwen Edit LoRA shows it)"
+        return message(
+            "no effect: {images} at other strengths equal strength 0 bit for bit; the LoRA "
+            "was not applied (see the report of Load or Apply for its matched keys) or is "
+            "untrained (lora_B is 0; Inspect Qwen Edit LoRA shows it)",
+            images=images,
         )
-    return (
-        f"no effect: the largest change is RMS {show(worst.rms)} of 255 at strength "
-        f"{cell.strength:g}, under {show(NO_EFFECT_RMS)}, and "
-        f"{'no' if worst.visible == 0 else 'hardly any'} pixel changes by more than "
-        f"{VISIBLE_STEPS} of 255: no display shows that; the LoRA is hardly trained, or reaches "
-        "few modules (Inspect Qwen Edit LoRA shows it), or needs far higher strengths"
+    return message(
+        "no effect: the largest change is RMS {rms} of 255 at strength {strength:g}, under "
+        "{limit}, and {pixels} changes by more than {steps} of 255: no display shows that; the "
+        "LoRA is hardly trained, or reaches few modules (Inspect Qwen Edit LoRA shows it), or "
+        "needs far higher strengths",
+        rms=show(worst.rms),
+        strength=cell.strength,
+        limit=show(NO_EFFECT_RMS),
+        pixels=message("no pixel") if worst.visible == 0 else message("hardly any pixel"),
+        steps=VISIBLE_STEPS,
     )
 
 
@@ -244,8 +260,14 @@ def describe_collapse(
     point = next(p for p in curve if p.strength == strength)
     seeds = ""
     if point.num_seeds > 1:
-        seeds = f", in {point.num_damaged} of {point.num_seeds} seeds"
-    return f"collapses at {strength:g}: {text}{seeds}"
+        seeds = message(
+            ", in {num_damaged} of {num_seeds} seeds",
+            num_damaged=point.num_damaged,
+            num_seeds=point.num_seeds,
+        )
+    return message(
+        "collapses at {strength:g}: {text}{seeds}", strength=strength, text=text, seeds=seeds
+    )
 
 
 def judge_growth(curve: Sequence[CurvePoint]) -> tuple[str, str]:
@@ -255,26 +277,44 @@ def judge_growth(curve: Sequence[CurvePoint]) -> tuple[str, str]:
     for low, high in itertools.pairwise(points):
         if (high.rms or 0) < (1 - DIP) * (low.rms or 0):
             return UNEVEN, (
-                f"uneven: the change falls from RMS {show(low.rms)} of 255 at strength "
-                f"{low.strength:g} to {show(high.rms)} at {high.strength:g} (more than "
-                f"{format_percent(DIP)}); nothing collapses, but the image turns into something "
-                "else there"
+                message(
+                    "uneven: the change falls from RMS {rms} of 255 at strength {strength:g} to "
+                    "{other_rms} at {other_strength:g} (more than {dip}); nothing collapses, but "
+                    "the image turns into something else there",
+                    rms=show(low.rms),
+                    strength=low.strength,
+                    other_rms=show(high.rms),
+                    other_strength=high.strength,
+                    dip=format_percent(DIP),
+                )
             )
     first = points[0]
-    text = f"smooth: RMS {show(last.rms)} of 255 at strength {last.strength:g}, nothing collapses"
+    text = message(
+        "smooth: RMS {rms} of 255 at strength {strength:g}, nothing collapses",
+        rms=show(last.rms),
+        strength=last.strength,
+    )
     if first is last or not first.rms or last.rms is None:
         return SMOOTH, text
-    text = (
-        f"smooth: the change grows from RMS {show(first.rms)} of 255 at strength "
-        f"{first.strength:g} to {show(last.rms)} at {last.strength:g}"
+    text = message(
+        "smooth: the change grows from RMS {rms} of 255 at strength {strength:g} to {other_rms} "
+        "at {other_strength:g}",
+        rms=show(first.rms),
+        strength=first.strength,
+        other_rms=show(last.rms),
+        other_strength=last.strength,
     )
     growth = (last.rms / last.strength) / (first.rms / first.strength)
     shape = (
-        "in proportion to it"
+        message("in proportion to it")
         if abs(growth - 1) <= LINEAR
-        else ("faster than in proportion" if growth > 1 else "slower than in proportion")
+        else (
+            message("faster than in proportion")
+            if growth > 1
+            else message("slower than in proportion")
+        )
     )
-    return SMOOTH, f"{text}, {shape}, and nothing collapses"
+    return SMOOTH, message("{text}, {shape}, and nothing collapses", text=text, shape=shape)
 
 
 def find_main_side(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
@@ -310,17 +350,26 @@ def describe_range(curve: Sequence[CurvePoint], suggested: tuple[float, float] |
     damaged = next((p for p in points if p.damage), None)
     if suggested is None:
         if damaged is points[0]:
-            return f"suggested range: between 0 and {damaged.strength:g}, where none was tested"
+            return message(
+                "suggested range: between 0 and {strength:g}, where none was tested",
+                strength=damaged.strength,
+            )
         best = max(p.rms or 0 for p in points if not p.damage)
-        return (
-            f"suggested range: none; the strengths that do not collapse change RMS {show(best)} of "
-            f"255 at most, and a change is visible from {show(VISIBLE_RMS)}"
+        return message(
+            "suggested range: none; the strengths that do not collapse change RMS {best} of "
+            "255 at most, and a change is visible from {visible_rms}",
+            best=show(best),
+            visible_rms=show(VISIBLE_RMS),
         )
     low, high = suggested
-    end = "the last before the collapse" if damaged else "the highest tested"
-    return (
-        f"suggested range: {low:g} (RMS {show(VISIBLE_RMS)} of 255, where a change becomes "
-        f"visible) to {high:g} ({end})"
+    end = message("the last before the collapse") if damaged else message("the highest tested")
+    return message(
+        "suggested range: {low:g} (RMS {visible_rms} of 255, where a change becomes "
+        "visible) to {high:g} ({end})",
+        low=low,
+        visible_rms=show(VISIBLE_RMS),
+        high=high,
+        end=end,
     )
 
 
@@ -331,19 +380,34 @@ def describe_regions(cells: Sequence[CellMeasures], damages: Mapping[Cell, str])
     if not candidates:
         return []
     chosen = min(candidates, key=lambda m: abs(m.cell.strength - 1))
-    at, found = f"at strength {chosen.cell.strength:g}", []
+    at, found = message("at strength {strength:g}", strength=chosen.cell.strength), []
     if INSIDE in chosen.change:
         inside, outside = chosen.change[INSIDE], chosen.change[OUTSIDE]
         found.append(
-            f"mask: {at} RMS {show(inside.rms)} of 255 inside and {show(outside.rms)} outside"
+            message(
+                "mask: {at} RMS {rms} of 255 inside and {other_rms} outside",
+                at=at,
+                rms=show(inside.rms),
+                other_rms=show(outside.rms),
+            )
         )
     zero = next((m for m in undamaged if is_zero_of(m, chosen)), None)
     if chosen.kept is not None:
-        where = "outside the mask" if INSIDE in chosen.change else "as a whole"
-        beside = f" ({zero.kept.ssim:.3f} at strength 0)" if zero and zero.kept else ""
+        where = message("outside the mask") if INSIDE in chosen.change else message("as a whole")
+        beside = (
+            message(" ({ssim:.3f} at strength 0)", ssim=zero.kept.ssim)
+            if zero and zero.kept
+            else ""
+        )
         found.append(
-            f"source {where}: SSIM {chosen.kept.ssim:.3f} {at}{beside}, "
-            f"RMS {show(chosen.kept.rms)} of 255"
+            message(
+                "source {where}: SSIM {ssim:.3f} {at}{beside}, RMS {rms} of 255",
+                where=where,
+                ssim=chosen.kept.ssim,
+                at=at,
+                beside=beside,
+                rms=show(chosen.kept.rms),
+            )
         )
     return found
 

@@ -22,6 +22,7 @@ from ..algebra.truncation import (
 )
 from ..disk.safetensors_file import load
 from ..errors import ConfigError, ShapeError
+from ..messages import join_messages, message
 from ..progress import Progress, ShouldStop, track
 from ..text import shorten
 from ..threads import map_in_threads
@@ -73,9 +74,15 @@ def resize_adapter(
     notes = []
     kept = sum(parts[path].weights is weights for path, weights in adapter.modules.items())
     if kept:
-        notes.append(f"modules small enough and unchanged: {kept} of {len(parts)}")
+        notes.append(
+            message(
+                "modules small enough and unchanged: {kept} of {num_parts}",
+                kept=kept,
+                num_parts=len(parts),
+            )
+        )
     if "DoRA" in adapter.kinds:
-        notes.append("DoRA: energies are those of the direction; magnitudes are kept")
+        notes.append(message("DoRA: energies are those of the direction; magnitudes are kept"))
     adapter.release()
     step = {"did": "resize", "rank": rank, "energy": energy, "of": adapter.name}
     return build_composition(f"{adapter.name}, resized", parts, adapter.metadata, step, notes)
@@ -108,7 +115,7 @@ def merge_adapters(
 
     Raises:
         ConfigError: nothing to merge, a wrong setting, or a module whose kind cannot be summed.
-        ShapeError: two adapters disagree about the shape of a module.
+        ShapeError: two adapters disagree about the shape of a module, or are of two families.
         NonFiniteWeightsError: an adapter holds NaN or Inf.
         InterruptedError: `should_stop` returned True.
     """
@@ -116,16 +123,20 @@ def merge_adapters(
     for adapter, strength in adapters:
         if not abs(strength) <= MAX_STRENGTH:
             raise ConfigError(
-                f"{shorten(adapter.name)} has strength {strength:g}; expected a finite number up "
-                f"to {MAX_STRENGTH:,g}"
+                "{adapter} has strength {strength:g}; expected a finite number up to "
+                "{max_strength:,g}",
+                adapter=shorten(adapter.name),
+                strength=strength,
+                max_strength=MAX_STRENGTH,
             )
         adapter.check_finite()
     used = [(adapter, float(strength)) for adapter, strength in adapters if strength]
     if not used:
         raise ConfigError("there is nothing to merge; give at least one adapter with a strength")
+    check_families([adapter for adapter, _ in used])
     paths = dict.fromkeys(path for adapter, _ in used for path in adapter)
     parts = {}
-    for path in track(paths, progress, should_stop, "merge"):
+    for path in track(paths, progress, should_stop, message("merge")):
         shares = [(adapter, s) for adapter, s in used if path in adapter.modules]
         check_shapes(path, [adapter for adapter, _ in shares])
         parts[path] = add_weights(path, [(a.modules[path], s) for a, s in shares], rank)
@@ -153,7 +164,7 @@ def add_weights(
         return Truncated(weights, compute_square(weights) if has_delta(weights) else 0.0)
     for weights, _ in shares:
         if not weights.is_additive:
-            raise ConfigError(refuse_sum(path, weights, "cannot be summed"))
+            raise ConfigError(refuse_sum(path, weights, message("cannot be summed")))
     bias_delta = add_biases(shares)
     matrices = [(weights, strength) for weights, strength in shares if weights.shape is not None]
     if not matrices:
@@ -170,8 +181,10 @@ def add_weights(
     if rank is None and not is_dense:  # raised before matrices of gigabytes are made
         whole = next(w for (w, _), f in zip(matrices, found, strict=True) if f is None)
         raise ConfigError(
-            f"{path} holds {whole.kind} weights without low-rank factors, so the sum has no exact "
-            "low rank; give a rank to cut it to."
+            "{path} holds {whole_kind} weights without low-rank factors, so the sum has no "
+            "exact low rank; give a rank to cut it to.",
+            path=path,
+            whole_kind=whole.kind,
         )
     dense = sum((strength * w.delta() for w, strength in matrices), torch.zeros(()))
     if is_dense:
@@ -228,7 +241,8 @@ def scale_weights(path: str, weights: ModuleWeights, strength: float) -> ModuleW
     if strength == 1.0:
         return weights
     if not weights.is_additive:
-        raise ConfigError(refuse_sum(path, weights, f"cannot be taken at strength {strength:g}"))
+        what = message("cannot be taken at strength {strength:g}", strength=strength)
+        raise ConfigError(refuse_sum(path, weights, what))
     factors = {}
     if weights.parts.get("bias_delta") is not None:
         factors["bias_delta"] = strength
@@ -258,9 +272,12 @@ def choose_scaled_dtype(tensor: torch.Tensor, factor: float) -> torch.dtype:
 
 
 def refuse_sum(path: str, weights: ModuleWeights, what: str) -> str:
-    return (
-        f"{path} holds {weights.kind} weights, which {what}: their delta depends on the base "
-        "weight. Merge that file into the model instead, or leave it out."
+    return message(
+        "{path} holds {weights_kind} weights, which {what}: their delta depends on the base "
+        "weight. Merge that file into the model instead, or leave it out.",
+        path=path,
+        weights_kind=weights.kind,
+        what=what,
     )
 
 
@@ -281,9 +298,24 @@ def check_kinds(adapter: Adapter) -> None:
     for path, weights in adapter.modules.items():
         if weights.kind == "OFT":
             raise ConfigError(
-                f"{path} holds OFT weights, a rotation of the base weight, which has no rank to "
-                "lower; expected LoRA, LoHa, LoKr or DoRA."
+                "{path} holds OFT weights, a rotation of the base weight, which has no rank to "
+                "lower; expected LoRA, LoHa, LoKr or DoRA.",
+                path=path,
             )
+
+
+def check_families(adapters: Sequence[Adapter]) -> None:
+    known = {a.base_family: a for a in reversed(adapters) if a.base_family is not None}
+    if len(known) > 1:
+        found = ", ".join(
+            message("{a} for {title}", a=shorten(a.name), title=f.title)
+            for f, a in reversed(known.items())
+        )
+        raise ShapeError(
+            "the adapters were made for different models: {found}. Merge adapters made for the "
+            "same model.",
+            found=found,
+        )
 
 
 def check_shapes(path: str, adapters: Sequence[Adapter]) -> None:
@@ -291,7 +323,15 @@ def check_shapes(path: str, adapters: Sequence[Adapter]) -> None:
     shapes = {name: weights.shape or (weights.out_features,) for name, weights in modules}
     known = {weights.shape for _, weights in modules if weights.shape is not None}
     if len(known) > 1 or len({weights.out_features for _, weights in modules}) > 1:
-        found = ", ".join(f"{shape} in {name}" for name, shape in shapes.items())
+        found = join_messages(
+            ", ",
+            [
+                message("{shape} in {file}", shape=shape, file=name)
+                for name, shape in shapes.items()
+            ],
+        )
         raise ShapeError(
-            f"{path} is {found}; expected one shape. Merge adapters made for the same model."
+            "{path} is {found}; expected one shape. Merge adapters made for the same model.",
+            path=path,
+            found=found,
         )

@@ -13,6 +13,7 @@ from ..algebra.truncation import Truncated
 from ..disk.json_reader import parse_json
 from ..errors import ConfigError, FileError
 from ..formats.files import build_state_dict, read_state_dict
+from ..messages import join_messages, message
 from ..text import format_percent
 
 HISTORY = "qwen_edit_lora.history"
@@ -44,12 +45,19 @@ class Composition:
     def to_text(self) -> str:
         lines = [
             self.adapter.report.to_text(),
-            f"{format_percent(self.total_retained)} of the energy kept",
+            message(
+                "{total_retained} of the energy kept",
+                total_retained=format_percent(self.total_retained),
+            ),
         ]
         if self.retained:
             worst = min(self.retained, key=self.retained.__getitem__)
-            lines[-1] += f"; least in {worst} ({format_percent(self.retained[worst])})"
-        return "\n".join([*lines, *self.notes])
+            lines[-1] += message(
+                "; least in {worst} ({retained})",
+                worst=worst,
+                retained=format_percent(self.retained[worst]),
+            )
+        return join_messages("\n", [*lines, *self.notes])
 
 
 def build_composition(
@@ -87,11 +95,12 @@ def read_history(metadata: Mapping[str, str]) -> list[Any]:
 
 def check_rank(rank: int | None) -> None:
     if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise ConfigError(f"rank is {rank!r}; expected a whole number of at least 1")
+        raise ConfigError("rank is {rank!r}; expected a whole number of at least 1", rank=rank)
 
 
 def check_energy(energy: float | None) -> None:
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(
-            f"energy is {energy!r}; expected a share above 0 and up to 1, such as 0.99"
+            "energy is {energy!r}; expected a share above 0 and up to 1, such as 0.99",
+            energy=energy,
         )

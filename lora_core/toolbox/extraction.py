@@ -15,6 +15,7 @@ from ..algebra.truncation import Truncated, sum_squares, truncate_dense
 from ..base_model.base_weights import BaseWeights, fetch, open_base
 from ..disk.safetensors_file import AnyTensor
 from ..errors import ConfigError, KeyFormatError, NonFiniteWeightsError, ShapeError
+from ..messages import message
 from ..progress import Progress, ShouldStop, track
 from ..text import format_count, shorten_list
 from .composition import Composition, build_composition, check_rank
@@ -64,7 +65,7 @@ def extract_adapter(
     matrices = check_models(base, tuned)
     try:
         vectors, notes = compute_vectors(base, tuned) if biases else ({}, [])
-        paths = track(matrices, progress, should_stop, "extraction")
+        paths = track(matrices, progress, should_stop, message("extraction"))
         parts = extract_linears(base, tuned, matrices, paths, rank, vectors, device)
     finally:
         base.release()
@@ -74,13 +75,18 @@ def extract_adapter(
         parts[name.removesuffix(".weight")] = Truncated(DiffWeights(difference), 0.0)
     if not parts:
         raise ConfigError(
-            f"{base.name} and {tuned.name} hold the same weights in all {len(matrices)} Linears, "
-            "so there is nothing to extract; choose the model and its fine-tune."
+            "{base} and {tuned} hold the same weights in all {number} Linears, so there is "
+            "nothing to extract; choose the model and its fine-tune.",
+            **{"base": base.name, "tuned": tuned.name, "number": len(matrices)},
         )
     if num_same:
-        notes.insert(0, f"Linears that do not differ: {num_same} of {len(matrices)}")
+        notes.insert(0, describe_same(num_same, len(matrices)))
     step = {"did": "extract", "rank": rank, "of": [tuned.name, base.name]}
     return build_composition(f"{tuned.name} - {base.name}", parts, {}, step, notes)
+
+
+def describe_same(number: int, total: int) -> str:
+    return message("Linears that do not differ: {number} of {total}", number=number, total=total)
 
 
 def read_values(model: BaseWeights, path: str, device: torch.device | str) -> torch.Tensor:
@@ -147,9 +153,13 @@ def compute_vectors(
             continue
         if ours[name].shape != tensor.shape:
             raise ShapeError(
-                f"{tuned.name} and {base.name} differ in the shape of {name}: "
-                f"{tuple(tensor.shape)} against {tuple(ours[name].shape)}; expected two models of "
-                "the same kind."
+                "{tuned} and {base} differ in the shape of {name}: {tensor_shape} against "
+                "{shape}; expected two models of the same kind.",
+                tuned=tuned.name,
+                base=base.name,
+                name=name,
+                tensor_shape=tuple(tensor.shape),
+                shape=tuple(ours[name].shape),
             )
         difference = fetch(tensor).float() - fetch(ours[name]).float()
         square = difference.square().sum().item()
@@ -161,19 +171,23 @@ def compute_vectors(
     if found:
         num_biases = sum(name.endswith(".bias") for name in found)
         notes.append(
-            f"{format_count(num_biases, 'bias', 'biases')} and "
-            f"{format_count(len(found) - num_biases, 'norm')} included"
+            message(
+                "{num_biases} and {num_norms} included",
+                num_biases=format_count(num_biases, "bias", "biases"),
+                num_norms=format_count(len(found) - num_biases, "norm"),
+            )
         )
     if alone:
-        notes.append(f"biases and norms in one model only, left out: {alone}")
+        notes.append(message("biases and norms in one model only, left out: {alone}", alone=alone))
     return found, notes
 
 
 def check_finite(square: float, name: str) -> None:
     if not math.isfinite(square):
         raise NonFiniteWeightsError(
-            f"{name} differs by NaN or Inf; expected finite weights. Check that both files are "
-            "complete."
+            "{name} differs by NaN or Inf; expected finite weights. Check that both files are "
+            "complete.",
+            name=name,
         )
 
 
@@ -184,25 +198,42 @@ def check_models(base: BaseWeights, tuned: BaseWeights) -> dict[str, AnyTensor]:
         missing = [path for path in there if path not in here]
         if missing:
             raise KeyFormatError(
-                f"{model.name} lacks {len(missing)} of the {len(there)} Linears of {other.name}: "
-                f"{shorten_list(missing, 3)}; expected two models of the same kind."
+                "{model} lacks {num_missing} of the {total} Linears of {other}: {missing}; "
+                "expected two models of the same kind.",
+                model=model.name,
+                num_missing=len(missing),
+                total=len(there),
+                other=other.name,
+                missing=shorten_list(missing, 3),
             )
     shapes = [
-        f"{path} {tuple(tensor.shape)} against {tuple(ours[path].shape)}"
+        message(
+            "{path} {shape} against {other_shape}",
+            path=path,
+            shape=tuple(tensor.shape),
+            other_shape=tuple(ours[path].shape),
+        )
         for path, tensor in theirs.items()
         if tensor.shape != ours[path].shape
     ]
     if shapes:
         raise ShapeError(
-            f"{tuned.name} and {base.name} differ in the shapes of {len(shapes)} Linears: "
-            f"{shorten_list(shapes, 3)}; expected two models of the same kind."
+            "{tuned} and {base} differ in the shapes of {num_shapes} Linears: {shapes}; "
+            "expected two models of the same kind.",
+            tuned=tuned.name,
+            base=base.name,
+            num_shapes=len(shapes),
+            shapes=shorten_list(shapes, 3),
         )
     for model, matrices in ((base, ours), (tuned, theirs)):
         for path, tensor in matrices.items():
             if not (tensor.dtype.is_floating_point or tensor.dtype == torch.int8):
                 raise ConfigError(
-                    f"{model.name} stores {path} as {str(tensor.dtype).removeprefix('torch.')}; "
-                    "expected bf16, fp16, fp32, fp8, int8 or mxfp8. Use such a file of the model."
+                    "{model} stores {path} as {tensor_dtype}; expected bf16, fp16, fp32, fp8, "
+                    "int8 or mxfp8. Use such a file of the model.",
+                    model=model.name,
+                    path=path,
+                    tensor_dtype=str(tensor.dtype).removeprefix("torch."),
                 )
     return theirs
 

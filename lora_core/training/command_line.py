@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .data.dataset import CachedDataset
     from .run.metrics import StepReport
 
+TRAINING_COMMANDS = ("train", "sample", "estimate")
+
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     """Adds the training commands to an argparse sub-parsers object."""
@@ -142,7 +144,9 @@ def choose_items(dataset: CachedDataset, keys: str | None) -> list[int]:
     for key in chosen:
         if key not in known:
             raise ConfigError(
-                f"the training set has no item {key!r}; it has {next(iter(known))}, …"
+                "the training set has no item {key!r}; it has {example}, …",
+                key=key,
+                example=next(iter(known)),
             )
     return [known[key] for key in chosen]
 

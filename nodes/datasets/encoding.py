@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...lora_core import ConfigError, LoraError
+from ...lora_core.messages import message
 from ...lora_core.pairs.preflight import CheckedPair
 from ...lora_core.pairs.sizes import Size, check_megapixels, choose_reference_size
 from ...lora_core.pairs.vae_copy import keep_vae
@@ -87,7 +88,10 @@ class PairEncoder:
                 raise ConfigError("it is patched")
             keep_vae(store, identity, host.list_weights(self.vae.patcher))
         except LoraError as e:
-            return f"trainings will show no sample images, since the VAE cannot be kept: {e}"
+            return message(
+                "trainings will show no sample images, since the VAE cannot be kept: {error}",
+                error=e,
+            )
         return ""
 
     @property
@@ -137,8 +141,9 @@ class PairEncoder:
         conditioning = self._stock.execute(self.clip, prompt, vae=vae, **named).result[0]
         if len(conditioning) != 1:
             raise ConfigError(
-                f"the CLIP gives {len(conditioning)} embeddings for one prompt, as scheduled LoRA "
-                "hooks on it do; connect the CLIP without hooks"
+                "the CLIP gives {count} embeddings for one prompt, as scheduled LoRA "
+                "hooks on it do; connect the CLIP without hooks",
+                count=len(conditioning),
             )
         ((text, extra),) = conditioning
         text = text[0]
@@ -160,15 +165,22 @@ def check_models(clip: Any, vae: Any) -> None:
     tokens = clip.tokenize("")
     if TEXT_ENCODER not in tokens:
         raise ConfigError(
-            f"the CLIP makes tokens for {', '.join(tokens)}; expected Qwen2.5-VL: load "
-            "qwen_2.5_vl_7b with CLIPLoader, type qwen_image"
+            "the CLIP makes tokens for {tokens}; expected Qwen2.5-VL: load qwen_2.5_vl_7b with "
+            "CLIPLoader, type qwen_image",
+            tokens=", ".join(tokens),
         )
     # Wan 2.1's VAE has the same architecture; what it was trained on cannot be determined.
     kind = (vae.latent_channels, vae.latent_dim, vae.spacial_compression_encode())
     if kind != (NUM_CHANNELS, 3, PIXELS_PER_LATENT):
         raise ConfigError(
-            f"the VAE makes latents of {kind[0]} channels at 1/{kind[2]} of the size in {kind[1]} "
-            f"dimensions; expected {NUM_CHANNELS}, 1/{PIXELS_PER_LATENT} and 3: load qwen_image_vae"
+            "the VAE makes latents of {found_channels} channels at 1/{downscale} of the size in "
+            "{num_dimensions} dimensions; expected {num_channels}, 1/{pixels_per_latent} and 3: "
+            "load qwen_image_vae",
+            found_channels=kind[0],
+            downscale=kind[2],
+            num_dimensions=kind[1],
+            num_channels=NUM_CHANNELS,
+            pixels_per_latent=PIXELS_PER_LATENT,
         )
 
 

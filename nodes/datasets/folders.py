@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...lora_core import FileError
+from ...lora_core.messages import message
 from ...lora_core.text import shorten
 from .. import host
 
@@ -35,14 +36,18 @@ def find_dataset_folder(name: str) -> Path:
     found = next((path for path in map(find_composed, inside) if is_folder(path)), None)
     if not given or (found is None and len(inside) < len(tries)):
         raise FileError(
-            f"{shorten(given)!r} is outside the folders for training images; expected a folder "
-            f"inside ComfyUI's {', '.join(roots)}. Put the images there, or add their folder "
-            "under 'datasets' in extra_model_paths.yaml."
+            "{given!r} is outside the folders for training images; expected a folder inside "
+            "ComfyUI's {roots}. Put the images there, or add their folder under 'datasets' in "
+            "extra_model_paths.yaml.",
+            given=shorten(given),
+            roots=", ".join(roots),
         )
     if found is None:
         raise FileError(
-            f"the folder {shorten(given)!r} does not exist; expected one inside datasets, input or "
-            f"output, such as {list_some_folders(roots)}."
+            "the folder {given!r} does not exist; expected one inside datasets, input or "
+            "output, such as {roots}.",
+            given=shorten(given),
+            roots=list_some_folders(roots),
         )
     return found
 
@@ -75,4 +80,4 @@ def list_some_folders(roots: Mapping[str, list[str]], limit: int = 4) -> str:
         for path in sorted(Path(root).iterdir())
         if is_folder(path) and not path.name.startswith(".")
     ]
-    return ", ".join(found[:limit]) or "'datasets/my_pairs' (none is there yet)"
+    return ", ".join(found[:limit]) or message("'datasets/my_pairs' (none is there yet)")

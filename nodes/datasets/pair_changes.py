@@ -14,6 +14,7 @@ from typing import Any
 from ...lora_core.disk.regular_files import open_regular
 from ...lora_core.disk.writing import explain
 from ...lora_core.errors import ConfigError, FileError
+from ...lora_core.messages import message
 from ...lora_core.pairs.pair_set import PairSet, check_inside, compute_id
 from ...lora_core.pairs.removed_files import remove_pair, restore_files
 from ...lora_core.pairs.removed_trash import Trash, empty_trash, measure_trash
@@ -120,7 +121,7 @@ def take_upload(set_id: str, path: Path, name: str, slot: int, pair_id: str) -> 
         with decoding:
             suffix = check_image(path, name)
     except FileError as e:
-        raise ConfigError(str(e)) from None
+        raise ConfigError(e) from None
     with changing(set_id) as opened:
         if pair_id:
             placed, token = put_image(opened, path, opened.find(pair_id), suffix, slot)
@@ -155,12 +156,15 @@ def copy_file(source: Path, path: Path, max_bytes: int) -> None:
                 data_left -= len(chunk)
                 if data_left < 0:
                     raise ConfigError(
-                        f"{shorten(source.name)} is too large; expected up to "
-                        f"{max_bytes // 10**6} MB. Scale it down"
+                        "{name} is too large; expected up to {limit_mb} MB. Scale it down",
+                        name=shorten(source.name),
+                        limit_mb=max_bytes // 10**6,
                     )
                 copy.write(chunk)
     except OSError as e:
-        raise FileError(f"{shorten(source.name)} cannot be copied: {explain(e)}.") from None
+        raise FileError(
+            "{name} cannot be copied: {reason}.", name=shorten(source.name), reason=explain(e)
+        ) from None
 
 
 def take_mask(set_id: str, path: Path, pair_id: str) -> dict[str, Any]:
@@ -170,7 +174,7 @@ def take_mask(set_id: str, path: Path, pair_id: str) -> dict[str, Any]:
         ConfigError, PairConflictError, FileError: as `set_masks.put_mask`.
     """
     with changing(set_id) as opened, decoding:
-        placed, token = put_mask(opened, path, opened.find(pair_id), "the mask")
+        placed, token = put_mask(opened, path, opened.find(pair_id), message("the mask"))
     return describe_change(set_id, placed, token)
 
 

@@ -86,4 +86,4 @@ def open_folder(folder: Path) -> PairSet:
     try:
         return open_set(folder, is_dataset_path)
     except FileError as e:
-        raise PairConflictError(str(e)) from None
+        raise PairConflictError(e) from None

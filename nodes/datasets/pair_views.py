@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...lora_core.errors import ConfigError, FileError
+from ...lora_core.messages import message
 from ...lora_core.pairs.cache_cleaning import find_size, measure_sets
 from ...lora_core.pairs.facts import ImageFacts
 from ...lora_core.pairs.images import FileImage, ImageSource
@@ -61,7 +62,7 @@ def describe_set(
     try:
         opened = open_known(set_id)
     except (PairConflictError, UnknownPairError) as e:
-        return {"id": set_id, "name": name, "problem": str(e)}
+        return {"id": set_id, "name": name, "problem": e.message}
     cached_bytes = find_size(sizes or {}, folder.name)
     return {"id": set_id, "name": name, **summarize(opened), "cached_bytes": cached_bytes}
 
@@ -130,7 +131,7 @@ def read_caption(opened: PairSet, pair: SetPair) -> tuple[str, str]:
     try:
         return opened.read_caption(pair), ""
     except FileError as e:
-        return "", str(e)
+        return "", e.message
 
 
 def show_findings(set_id: str, pair_id: str) -> dict[str, Any]:
@@ -150,19 +151,19 @@ def show_findings(set_id: str, pair_id: str) -> dict[str, Any]:
 
 def find_problems(opened: PairSet, files: SetPair) -> list[Problem]:
     if not files.parts.targets:
-        return [
-            Problem(Level.STOP, UNUSABLE, "the target is missing: what the image should become")
-        ]
+        text = message("the target is missing: what the image should become")
+        return [Problem(Level.STOP, UNUSABLE, text)]
     if not files.references:
-        return [
-            Problem(Level.STOP, UNUSABLE, "the reference is missing: what the target is made of")
-        ]
+        text = message("the reference is missing: what the target is made of")
+        return [Problem(Level.STOP, UNUSABLE, text)]
     try:
         pair = name_by_side(opened.build_pair(files))
     except FileError as e:
-        return [Problem(Level.STOP, UNUSABLE, str(e))]
+        return [Problem(Level.STOP, UNUSABLE, e.message)]
     if pair.caption is None:
-        text = "no caption yet: write the instruction, or one for all into captions of the node"
+        text = message(
+            "no caption yet: write the instruction, or one for all into captions of the node"
+        )
         return [Problem(Level.STOP, UNUSABLE, text)]
     versions = {str(path): read_version(path) for path in files.parts.paths}
     known: dict[int | str, ImageFacts] = {
@@ -183,9 +184,11 @@ def name_by_side(pair: Pair) -> Pair:
     references = enumerate(pair.references, 1)
     return replace(
         pair,
-        target=rename(pair.target, "the target"),
-        references=tuple(rename(image, f"reference {slot}") for slot, image in references),
-        mask=None if pair.mask is None else rename(pair.mask, "the mask"),
+        target=rename(pair.target, message("the target")),
+        references=tuple(
+            rename(image, message("reference {slot}", slot=slot)) for slot, image in references
+        ),
+        mask=None if pair.mask is None else rename(pair.mask, message("the mask")),
     )
 
 
@@ -237,7 +240,11 @@ def encode_small(
     opened: PairSet, path: Path | None, side_px: int, encode: Callable[[Path, str, int], bytes]
 ) -> bytes:
     if side_px not in THUMBNAIL_SIDES:
-        raise ConfigError(f"side is {side_px}; expected one of {THUMBNAIL_SIDES}")
+        raise ConfigError(
+            "side is {side_px}; expected one of {thumbnail_sides}",
+            side_px=side_px,
+            thumbnail_sides=THUMBNAIL_SIDES,
+        )
     if path is None:
         raise UnknownPairError("this pair has no such image (any more)")
     check_inside(path, is_dataset_path)
@@ -245,7 +252,7 @@ def encode_small(
         with decoding:
             return encode(path, describe_path(path, opened.folder), side_px)
     except FileError as e:
-        raise PairConflictError(str(e)) from None
+        raise PairConflictError(e) from None
 
 
 def open_known(set_id: str) -> PairSet:

@@ -17,6 +17,7 @@ from .encoding import (
     list_weights,
     scale_area,
 )
+from .events import connect_events, send_event
 from .files import (
     choose_output_path,
     find_diffusion_model,
@@ -36,16 +37,20 @@ from .files import (
     map_gguf_files,
     name_below_output,
 )
+from .folding import adding_to_folded
 from .graphs import (
     Link,
+    RunningNode,
     block_output,
     build_graph,
     connect_queue,
     find_queued_readers,
+    find_running_node,
     find_weight_readers,
     find_wired_outputs,
     get_links,
 )
+from .language import get_language, translate, use_page_language
 from .merging import (
     MergedWeights,
     add_merge,
@@ -64,6 +69,7 @@ from .models import (
     has_weight,
     measure_weight,
 )
+from .places import Place
 from .progress import (
     build_progress,
     is_interrupted,

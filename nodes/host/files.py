@@ -30,21 +30,26 @@ def find_lora(lora_name: str | None) -> Path:
     if not name or ".." in parts or Path(name).is_absolute() or ":" in name or "\0" in name:
         shown = shorten(name if isinstance(lora_name, str | None) else repr(lora_name))
         raise FileError(
-            f"{shown!r} is not a name inside the loras folders; expected a file such as "
-            "'my_lora.safetensors', chosen from the list."
+            "{shown!r} is not a name inside the loras folders; expected a file such as "
+            "'my_lora.safetensors', chosen from the list.",
+            shown=shown,
         )
     try:
         path = folder_paths.get_full_path("loras", name)
         if path is None and "\\" in name:  # a graph made on Windows
             path = folder_paths.get_full_path("loras", name.replace("\\", "/"))
     except OSError as e:
-        raise FileError(f"{shorten(name)} cannot be opened: {e.strerror}.") from None
+        raise FileError(
+            "{name} cannot be opened: {reason}.", name=shorten(name), reason=e.strerror
+        ) from None
     except ValueError:  # half a surrogate pair
         path = None
     if path is None:
         raise FileError(
-            f"{shorten(name)} is not in the loras folders; expected one of the {len(list_loras())} "
-            "files there. Put it into models/loras, press R, and choose it."
+            "{name} is not in the loras folders; expected one of the {num_loras} files "
+            "there. Put it into models/loras, press R, and choose it.",
+            name=shorten(name),
+            num_loras=len(list_loras()),
         )
     return Path(path)
 
@@ -72,8 +77,9 @@ def find_diffusion_model(model_name: str) -> Path:
     path = folder_paths.get_full_path("diffusion_models", model_name) if known else None
     if path is None:
         raise FileError(
-            f"{shorten(str(model_name))!r} is not in the diffusion_models folders; expected a "
-            ".safetensors file there. Put it into models/diffusion_models, press R, and choose it."
+            "{model_name!r} is not in the diffusion_models folders; expected a .safetensors "
+            "file there. Put it into models/diffusion_models, press R, and choose it.",
+            model_name=shorten(str(model_name)),
         )
     return Path(path)
 
@@ -93,8 +99,9 @@ def find_training_base(model_name: str) -> Path:
         path = map_gguf_files().get(model_name)
         if path is None:
             raise FileError(
-                f"{shorten(model_name)!r} is not in the diffusion_models folders; put it into "
-                "models/diffusion_models or models/unet, press R, and choose it."
+                "{model_name!r} is not in the diffusion_models folders; put it into "
+                "models/diffusion_models or models/unet, press R, and choose it.",
+                model_name=shorten(model_name),
             )
         return path
     return find_diffusion_model(model_name)
@@ -138,18 +145,23 @@ def choose_output_path(filename_prefix: str) -> Path:
         is_inside = folder_paths.is_within_directory(output, str(folder))
     except ValueError:  # a null character, or half a surrogate pair
         raise FileError(
-            f"{shorten(str(filename_prefix))!r} is not a file name; expected one such as "
-            "'loras/my_lora'."
+            "{filename_prefix!r} is not a file name; expected one such as 'loras/my_lora'.",
+            filename_prefix=shorten(str(filename_prefix)),
         ) from None
     if not is_inside:
         raise FileError(
-            f"{shorten(filename_prefix)!r} points outside the output folder; expected a name "
-            "such as 'loras/my_lora'."
+            "{filename_prefix!r} points outside the output folder; expected a name such as "
+            "'loras/my_lora'.",
+            filename_prefix=shorten(filename_prefix),
         )
     try:
         found = folder_paths.get_save_image_path(filename_prefix, output)
     except OSError as e:
-        raise FileError(f"{shorten(filename_prefix)} cannot be written: {e.strerror}.") from None
+        raise FileError(
+            "{filename_prefix} cannot be written: {reason}.",
+            filename_prefix=shorten(filename_prefix),
+            reason=e.strerror,
+        ) from None
     folder, filename, counter, *_ = found
     return Path(folder, f"{filename}_{counter:05}_")
 
@@ -178,11 +190,12 @@ def find_produced_image(filename: str, subfolder: str, folder: str) -> Path:
         is_there = path.is_file()
     except (OSError, ValueError):  # outside the folder, or no name at all
         raise FileError(
-            f"{shown!r} is no image that a graph made; expected a file of ComfyUI's output or temp "
-            "folder."
+            "{shown!r} is no image that a graph made; expected a file of ComfyUI's output or temp "
+            "folder.",
+            shown=shown,
         ) from None
     if not is_there:
-        raise FileError(f"{shown} is not there any more; run the graph again.")
+        raise FileError("{shown} is not there any more; run the graph again.", shown=shown)
     return path.resolve()
 
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from comfy_execution.graph_utils import ExecutionBlocker, GraphBuilder, is_link
 from comfy_execution.utils import get_executing_context
+
+from .language import translate
 
 Link = list
 """[node id, output index], as in a graph of the API."""
 
 _queue: Any = None
+
+
+class RunningNode(NamedTuple):
+    """A node of the running graph."""
+
+    id: str
+    shown: str
+    """The node of the user's graph that shows what it does: another one if this one is part of
+    what that one expanded into."""
 
 
 def connect_queue(queue: Any) -> None:
@@ -39,6 +50,14 @@ def find_wired_outputs(dynprompt: Any, node_id: str) -> set[int]:
         for link in get_links(dynprompt, other).values()
         if link[0] == node_id
     }
+
+
+def find_running_node(dynprompt: Any) -> RunningNode | None:
+    """The node that is running; None outside of a prompt."""
+    context = get_executing_context()
+    if dynprompt is None or context is None:
+        return None
+    return RunningNode(context.node_id, dynprompt.get_display_node_id(context.node_id))
 
 
 def find_weight_readers(dynprompt: Any) -> tuple[str, ...]:
@@ -99,5 +118,5 @@ def reads_weights(class_type: str) -> bool:
 
 
 def block_output(message: str) -> ExecutionBlocker:
-    """A value that stops every node it reaches, with this message."""
-    return ExecutionBlocker(message)
+    """A value that stops every node it reaches, with this message in the user's language."""
+    return ExecutionBlocker(translate(message))

@@ -24,9 +24,11 @@ from ...lora_core import (
     compute_delta,
 )
 from ...lora_core.adapter.strengths import Strengths
+from ...lora_core.base_model.family import Family
 from ...lora_core.disk.safetensors_file import SafetensorsFile, StoredTensor, load, read_signature
 from ...lora_core.text import format_count, shorten
 from .models import ModelPatcher
+from .places import Place
 
 
 def find_files(weights: ModuleWeights) -> tuple[SafetensorsFile, ...]:
@@ -48,8 +50,9 @@ def check_not_overwritten(files: Iterable[SafetensorsFile]) -> None:
             continue
         if found != file.signature and found[2] == file.signature[2]:
             raise FileError(
-                f"{shorten(file.name)} was overwritten on disk while this MODEL held it merged; "
-                "queue the prompt again to read the new file."
+                "{file} was overwritten on disk while this MODEL held it merged; queue the "
+                "prompt again to read the new file.",
+                file=shorten(file.name),
             )
 
 
@@ -140,27 +143,40 @@ def build_patch(weights: ModuleWeights) -> Any:
 
 
 def add_merge(
-    model: ModelPatcher, modules: Mapping[str, ModuleWeights], strengths: Strengths
+    model: ModelPatcher,
+    modules: Mapping[str, ModuleWeights],
+    strengths: Strengths,
+    find_place: Callable[[str], Place | None] = Place,
+    family: Family | None = None,
 ) -> None:
     """Adds native patches to this clone: the weights and biases of `modules`.
+
+    Args:
+        find_place: module path -> where this model keeps the module.
+        family: that of the model, see `Strengths.resolve`.
 
     Raises:
         ConfigError: ComfyUI knows no such weight or bias, and would skip the patch silently.
     """
-    by_strength: dict[float, dict[str, Any]] = defaultdict(dict)
-    for path in strengths.select(modules):
-        weights, patches = modules[path], by_strength[strengths.resolve(path)]
+    by_strength: dict[float, dict[Any, Any]] = defaultdict(dict)
+    for path in strengths.select(modules, family):
+        weights, patches = modules[path], by_strength[strengths.resolve(path, family)]
+        place = find_place(path)
+        assert place is not None  # modules that the model lacks were left out
         if weights.kind != "diff" or weights.shape is not None:
-            patches[f"diffusion_model.{path}.weight"] = build_patch(weights)
+            patches[place.build_key("weight", weights.out_features)] = build_patch(weights)
         if weights.bias_delta is not None:
             bias = (weights.bias_delta, find_files(weights))
-            patches[f"diffusion_model.{path}.bias"] = CheckedDiff(set(), bias)
+            patches[place.build_key("bias", weights.out_features)] = CheckedDiff(set(), bias)
     for strength, patches in by_strength.items():
         taken = model.add_patches(patches, strength)
         missing = [key for key in patches if key not in taken]
         if missing:
+            first = missing[0] if isinstance(missing[0], str) else missing[0][0]
             raise ConfigError(
-                f"{format_count(len(missing), 'module')} of this MODEL, such as {missing[0]}, "
-                "without a weight or bias that a LoRA could be merged into. Use mode 'side path' "
-                "or 'auto', without torch.compile and other nodes that need merged weights."
+                "{num_modules} of this MODEL, such as {missing}, without a weight or bias that "
+                "a LoRA could be merged into. Use mode 'side path' or 'auto', without "
+                "torch.compile and other nodes that need merged weights.",
+                num_modules=format_count(len(missing), "module"),
+                missing=first,
             )

@@ -12,6 +12,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
+from ...lora_core.messages import message
+from .places import Place
+
 #: Sampled from a GGUF weight for its norm.
 MAX_DECODED_ROWS = 512
 
@@ -84,33 +87,43 @@ class Norm(NamedTuple):
     reason: str = ""
 
 
-def measure_weight(model: ModelPatcher, module_path: str) -> Norm:
+def measure_weight(model: ModelPatcher, place: Place) -> Norm:
     """Frobenius norm of a weight as loaded, without patches; for GGUF from a sample of rows."""
-    key = f"diffusion_model.{module_path}.weight"
-    if not has_weight(model.get_model_object(f"diffusion_model.{module_path}")):
-        return Norm(None, "it has no weight of its own")
+    key = f"diffusion_model.{place.module_path}.weight"
+    if not has_weight(model.get_model_object(f"diffusion_model.{place.module_path}")):
+        return Norm(None, message("it has no weight of its own"))
     kept = model.backup.get(key)  # the original, if the module holds a patched one
     weight = model.get_model_object(key) if kept is None else kept.weight
     share = 1.0
     if hasattr(weight, "_qdata"):
-        weight = weight.dequantize()
+        weight = take_part(weight.dequantize(), place)
     elif is_gguf(weight) and not weight.is_floating_point():
         name = weight.tensor_type.name
         try:
-            weight, share = decode_rows(weight)
+            weight, share = decode_rows(weight, place)
         except ImportError:
-            return Norm(None, "it is a GGUF's and the gguf package is missing: pip install gguf")
+            return Norm(
+                None, message("it is a GGUF's and the gguf package is missing: pip install gguf")
+            )
         except NotImplementedError:
-            return Norm(None, f"the gguf package cannot decode {name}")
+            return Norm(None, message("the gguf package cannot decode {name}", name=name))
     # Another subclass may encode its values in any way, and it inherits every method.
     elif type(weight) not in (torch.Tensor, torch.nn.Parameter) and not is_gguf(weight):
-        return Norm(None, f"it is stored as a {type(weight).__name__}")
+        return Norm(None, message("it is stored as a {name}", name=type(weight).__name__))
+    else:
+        weight = take_part(weight, place)
     if not weight.is_floating_point():
-        return Norm(None, f"it is stored as {str(weight.dtype).removeprefix('torch.')}")
+        return Norm(
+            None,
+            message(
+                "it is stored as {weight_dtype}",
+                weight_dtype=str(weight.dtype).removeprefix("torch."),
+            ),
+        )
     norm = weight.detach().float().norm(dtype=torch.float64).item() / math.sqrt(share)
     if norm > 0 and math.isfinite(norm):
         return Norm(norm)
-    return Norm(None, f"its norm is {norm:g}")
+    return Norm(None, message("its norm is {norm:g}", norm=norm))
 
 
 def is_gguf(weight: torch.Tensor) -> bool:
@@ -118,14 +131,19 @@ def is_gguf(weight: torch.Tensor) -> bool:
     return hasattr(weight, "tensor_type") and hasattr(weight, "tensor_shape")
 
 
-def decode_rows(weight: Any) -> tuple[torch.Tensor, float]:
-    """float32 values of evenly spaced rows of a GGMLTensor, and their share of all rows.
+def take_part(rows: torch.Tensor, place: Place) -> torch.Tensor:
+    return rows if place.num_parts == 1 else rows.chunk(place.num_parts)[place.part]
+
+
+def decode_rows(weight: Any, place: Place) -> tuple[torch.Tensor, float]:
+    """float32 values of evenly spaced rows of a GGMLTensor, and their share of the place's rows.
 
     ComfyUI-GGUF decodes some 20 million weights a second on one core.
     """
     import gguf
 
-    codes = weight.as_subclass(torch.Tensor)  # the subclass hides the shape of the codes
+    # The subclass hides the shape of the codes.
+    codes = take_part(weight.as_subclass(torch.Tensor), place)
     rows = codes[:: math.ceil(len(codes) / MAX_DECODED_ROWS)]
     values = gguf.quants.dequantize(rows.cpu().numpy(), weight.tensor_type)
     return torch.from_numpy(values), len(rows) / len(codes)
@@ -140,13 +158,13 @@ def find_merge_reason(model: ModelPatcher) -> str | None:
     """Why forwards of this clone must not be swapped during a call; None if they may."""
     # A compiled model would be recompiled at each change of forwards.
     if model.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile"):  # comfy_api/torch_helpers
-        return "torch.compile is on this MODEL"
+        return message("torch.compile is on this MODEL")
     # Each GPU's thread runs its own copy, and only models from loaders can be copied.
     if model.get_additional_models_with_key("multigpu"):
-        return "this MODEL is split over several GPUs"
+        return message("this MODEL is split over several GPUs")
     # Gradient checkpointing reruns blocks after the call, when the forwards are restored.
     if comfy.model_management.in_training:
-        return "a node trains on this MODEL"
+        return message("a node trains on this MODEL")
     return None
 
 

@@ -75,19 +75,31 @@ def predict(
 def add_block_recorder(model: ModelPatcher, record: Callable[[int, torch.Tensor], None]) -> None:
     """`record` gets (block, image tokens) after each block of this clone.
 
-    The tokens are (batch, tokens, width), without those of the references.
+    The tokens are (batch, tokens, width), without those of text and references. ComfyUI runs a
+    Qwen-Image-2.1 without its prefix cache as long as this clone is recorded.
     """
 
-    def watch(values: dict[str, Any]) -> dict[str, Any]:
+    def watch_double(values: dict[str, Any]) -> dict[str, Any]:
         tokens = values["img"]
         references = values["transformer_options"].get("reference_image_num_tokens", ())
         record(values["block_index"], tokens[:, : tokens.shape[1] - sum(references)])
         return values
 
-    model.set_model_double_block_patch(watch)
+    def watch_single(values: dict[str, Any]) -> dict[str, Any]:
+        # One sequence: text, references, target; one token per pixel of the latent x.
+        rows, columns = values["x"].shape[-2:]
+        record(values["block_index"], values["img"][:, -rows * columns :])
+        return values
+
+    # A model calls only the kind that its blocks are: Qwen-Image double, Qwen-Image-2.1 single.
+    model.set_model_double_block_patch(watch_double)
+    model.set_model_patch(watch_single, "single_block")
 
 
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (1, 16, 1, H, W) as encoded by the VAE -> images (n, height, width, 3) in [0, 1]."""
+    """Latents as encoded by the VAE -> images (n, height, width, channels) in [0, 1].
+
+    Qwen-Image: (1, 16, 1, H, W), 3 channels. Qwen-Image-2.1: (1, 64, H, W), 4 channels, with alpha.
+    """
     images = vae.decode(latents)
     return images.reshape(-1, *images.shape[-3:])

@@ -22,10 +22,16 @@ from torch.nn import functional as F
 
 from ...lora_core import Adapter, LoraWeights, ModuleWeights
 from .. import host
-from .layouts import Layout, Place
+from ..host import Place
+from .layouts import Layout
 from .terms import Inputs, LowRankTerm, Term, list_term_types
 
-_READERS = re.compile(r"(.*\.)(to|add)_([qkv])(?:_proj)?")
+#: Modules of one parent that read the same x: (parent, which group, which of it).
+_READERS = re.compile(
+    r"(?P<parent>.*\.)(?:(?P<stream>to|add)_(?P<qkv>[qkv])(?:_proj)?"
+    r"|img_mlp\.(?P<mlp>gate_layer|proj))"
+)
+_ORDER = ("q", "k", "v", "gate_layer", "proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +82,14 @@ class Bank(torch.nn.Module):
 
 
 def group_readers(by_path: dict[str, list[Member]]) -> list[list[str]]:
-    """Groups of module paths with the same x, in the order q, k, v; most have one member."""
+    """Groups of module paths with the same x, in the order they run; most have one member."""
     groups: dict[tuple, list[tuple[int, str]]] = defaultdict(list)
     for path, members in by_path.items():
         widths = {m.weights.shape[1] for m in members if isinstance(m.weights, LoraWeights)}
         match = _READERS.fullmatch(path)
         if match and len(widths) == 1:
-            parent, stream, letter = match.groups()
-            groups[(parent, stream, *widths)].append(("qkv".index(letter), path))
+            name = match["qkv"] or match["mlp"]
+            groups[(match["parent"], match["stream"], *widths)].append((_ORDER.index(name), path))
         else:
             groups[(path,)].append((0, path))
     return [[path for _, path in sorted(group)] for group in groups.values()]
@@ -91,21 +97,52 @@ def group_readers(by_path: dict[str, list[Member]]) -> list[list[str]]:
 
 def build_sites(group: list[list[Member]], dtype: torch.dtype) -> list[Site]:
     """The sites of modules with the same x; the first holds the down-factors of all."""
-    group = [sorted(members, key=lambda m: (m.place.part, m.entry)) for members in group]
-    downs = [
-        member.weights.lora_A
-        for members in group
-        for member in members
-        if isinstance(member.weights, LoraWeights)
-    ]
-    product = DownProduct(len(group)) if downs else None
-    sites, start = [], 0
-    for index, members in enumerate(group):
-        stack = torch.cat([down.to(dtype) for down in downs]) if downs and index == 0 else None
-        site = Site(members, dtype, product, index, start, stack)
-        start = site.end
-        sites.append(site)
-    return sites
+    group = [sorted(members, key=order_member) for members in group]
+    columns = DownColumns()
+    for members in group:
+        for run in list_plain_runs(members):
+            columns.add(run)
+    product = DownProduct(len(group)) if columns.downs else None
+    return [Site(members, dtype, product, index, columns) for index, members in enumerate(group)]
+
+
+def order_member(member: Member) -> tuple[int, int, int]:
+    return member.place.num_parts, member.place.part, member.entry
+
+
+#: The plain LoRAs of one place, each with its number among the members of the site.
+Run = list[tuple[int, Member]]
+
+
+def list_plain_runs(members: list[Member]) -> list[Run]:
+    """One run per part of the output that plain LoRAs change."""
+    numbered = [(i, m) for i, m in enumerate(members) if isinstance(m.weights, LoraWeights)]
+    return [list(run) for _, run in groupby(numbered, key=lambda pair: pair[1].place)]
+
+
+class DownColumns:
+    """Which columns of a down-product are whose.
+
+    Runs of the same down-factors share them: a LoRA that was trained on a fused module has one
+    lora_A for all parts of it.
+    """
+
+    def __init__(self) -> None:
+        self.downs: list[torch.Tensor] = []
+        self._starts: dict[tuple[int, ...], int] = {}
+
+    def add(self, run: Run) -> None:
+        key = self._build_key(run)
+        if key not in self._starts:
+            self._starts[key] = sum(map(len, self.downs))
+            self.downs += [member.weights.need_part("lora_A") for _, member in run]
+
+    def find_start(self, run: Run) -> int:
+        return self._starts[self._build_key(run)]
+
+    @staticmethod
+    def _build_key(run: Run) -> tuple[int, ...]:
+        return tuple(id(member.weights.parts["lora_A"]) for _, member in run)
 
 
 class DownProduct:
@@ -165,8 +202,7 @@ class Site:
     Args:
         members: in the order of their gains, by part of the output.
         product: the down-product it shares as its `index`-th site; None without plain LoRAs.
-        start: its first column in the down-product.
-        stack: down (r, in) of all sites, for the site that holds it.
+        columns: of that product; the first site holds the down-factors (r, in) of all.
     """
 
     def __init__(
@@ -175,29 +211,27 @@ class Site:
         dtype: torch.dtype,
         product: DownProduct | None,
         index: int,
-        start: int,
-        stack: torch.Tensor | None,
+        columns: DownColumns,
     ):
         self.members = members
         self.product, self.index = product, index
         self.interleave = members[0].place.interleave
-        self.end = start
         self.terms: list[Term] = []
-        tensors = [] if stack is None else [stack]
-        numbered = list(enumerate(members))
-        for _, part in groupby(numbered, key=lambda pair: pair[1].place.part):
-            plain = [(i, m.place, m.weights) for i, m in part if isinstance(m.weights, LoraWeights)]
-            if plain:
-                low_rank = LowRankTerm(self.end, [(i, w.rank, w.scale) for i, _, w in plain])
-                self.end += low_rank.rank
-                ups = torch.cat([w.lora_B.to(dtype) for _, _, w in plain], dim=1)
-                self._put(low_rank, plain[0][1], [ups], tensors)
-        for i, member in numbered:
+        tensors: list[torch.Tensor] = []
+        holds_downs = product is not None and index == 0
+        if holds_downs:
+            tensors.append(torch.cat([down.to(dtype) for down in columns.downs]))
+        for run in list_plain_runs(members):
+            segments = [(i, member.weights.rank, member.weights.scale) for i, member in run]
+            ups = [member.weights.need_part("lora_B").to(dtype) for _, member in run]
+            term = LowRankTerm(columns.find_start(run), segments)
+            self._put(term, run[0][1].place, [torch.cat(ups, dim=1)], tensors)
+        for i, member in enumerate(members):
             for kind in list_term_types(member.weights):
-                term = kind(i, member.weights)
-                self._put(term, member.place, kind.list_tensors(member.weights), tensors)
+                own = kind(i, member.weights)
+                self._put(own, member.place, kind.list_tensors(member.weights), tensors)
         self.pack = host.PackedWeights(tensors, dtype)
-        if product is not None and stack is not None:
+        if product is not None and holds_downs:
             product.pack = self.pack
 
     def _put(

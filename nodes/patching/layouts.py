@@ -12,17 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from ...lora_core import ConfigError
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """An adapter's module in a model: a Linear, or one of equal parts of a Linear's output."""
-
-    module_path: str
-    part: int = 0
-    num_parts: int = 1
-    interleave: int = 1
-    """Output c * width + d of the adapter's module is d * interleave + c in the model."""
+from ...lora_core.base_model.qwen_image_21 import GATE_UP, QWEN_IMAGE_21
+from ...lora_core.messages import message
+from ..host import Place
 
 
 @dataclass(frozen=True)
@@ -63,15 +55,31 @@ def find_nunchaku_place(path: str) -> Place | None:
 NUNCHAKU = Layout(
     "nunchaku",
     find_nunchaku_place,
-    "nunchaku runs both Linears of an MLP in one 4-bit kernel, which a LoRA cannot enter",
-    "a nunchaku model keeps no weights that can be patched",
+    message("nunchaku runs both Linears of an MLP in one 4-bit kernel, which a LoRA cannot enter"),
+    message("a nunchaku model keeps no weights that can be patched"),
 )
+
+_HALVES = tuple(f".{name}" for name in QWEN_IMAGE_21.fused[GATE_UP].members)
+
+
+def find_fused_place(path: str) -> Place | None:
+    """Comfy-Org's files of Qwen-Image-2.1: rows of gate_layer, then those of proj."""
+    for part, name in enumerate(_HALVES):
+        if path.endswith(name):
+            return Place(f"{path.removesuffix(name)}.{GATE_UP}", part, 2)
+    return Place(path)
+
+
+FUSED_MLP = Layout("fused", find_fused_place)
 
 
 def find_layout(diffusion_model: torch.nn.Module) -> Layout:
-    """By class name, as the package that defines it must not be imported."""
+    # By class name, as the package that defines it must not be imported.
     names = {base.__name__ for base in type(diffusion_model).__mro__}
-    return NUNCHAKU if "NunchakuQwenImageTransformer2DModel" in names else PLAIN
+    if "NunchakuQwenImageTransformer2DModel" in names:
+        return NUNCHAKU
+    has_fused_mlp = any(path.endswith(GATE_UP) for path, _ in diffusion_model.named_modules())
+    return FUSED_MLP if has_fused_mlp else PLAIN
 
 
 def check_layout(diffusion_model: torch.nn.Module) -> None:

@@ -10,8 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...lora_core import Adapter, KeyFormatError, ModuleWeights, ShapeError, TargetError
+from ...lora_core.base_model.families import FAMILIES, detect_by_names
+from ...lora_core.base_model.family import Family
+from ...lora_core.base_model.module_paths import split_path
+from ...lora_core.messages import message
 from .. import host
-from .layouts import Layout, Place, find_layout
+from ..host import Place
+from .layouts import Layout, find_layout
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Match:
     """Module path -> why this model's module can be served in no way."""
     unmergeable: Mapping[str, str]
     """Module path -> why it can run beside the base and not be merged."""
+    family: Family | None
+    """That of the model."""
     layout: Layout
     storage: str
     """How the model stores its weights, e.g. "float8_e4m3fn"."""
@@ -47,7 +54,8 @@ def match_adapter(model: host.ModelPatcher, adapter: Adapter) -> Match:
     """Compares names and shapes; cached per model and adapter.
 
     Raises:
-        KeyFormatError: no module of the adapter exists in the model.
+        KeyFormatError: the adapter is for models of another family, or none of its modules exists
+            in the model.
         ShapeError: a module exists but has another shape. Nothing is applied then.
         TargetError: the modules exist, but this kind of model allows none of them to be patched.
     """
@@ -59,20 +67,18 @@ def match_adapter(model: host.ModelPatcher, adapter: Adapter) -> Match:
 
 def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
     modules = host.get_modules(model)
+    # By blocks alone: models of other kinds have an img_in and a txt_in too.
+    family = detect_by_names(path for path in modules if split_path(path)[0] is not None)
+    check_family(adapter, family)
     layout = find_layout(model.model.diffusion_model)
     places = {path: layout.find_place(path) for path in adapter}
     out_of_reach = {path: layout.reason for path, place in places.items() if place is None}
     present = {path: p for path, p in places.items() if p is not None and p.module_path in modules}
     if not present and not out_of_reach:
-        model_class, _ = host.describe_model(model)
-        raise KeyFormatError(
-            f"{adapter.name} matches 0 modules of this MODEL, which ComfyUI knows as {model_class}"
-            f" with {len(modules)} modules; expected a Qwen-Image or Qwen-Image-Edit model. "
-            "Connect the MODEL of its UNETLoader."
-        )
+        raise build_mismatch(model, adapter, len(modules))
     check_shapes(modules, adapter, present)
     unmergeable = {
-        path: layout.no_merge_reason or "its Linear has no weight that ComfyUI can patch"
+        path: layout.no_merge_reason or message("its Linear has no weight that ComfyUI can patch")
         for path, place in present.items()
         if layout.no_merge_reason or not host.has_weight(modules[place.module_path])
     }
@@ -80,19 +86,22 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
     for path, place in present.items():
         weights = adapter.modules[path]
         if not weights.is_additive:
-            merge_only[path] = f"{weights.kind} depends on the base weight"
+            merge_only[path] = message("{kind} depends on the base weight", kind=weights.kind)
         elif not is_linear(modules[place.module_path]):
-            merge_only[path] = "it changes a norm"
+            merge_only[path] = message("it changes a norm")
         else:
             side_path.add(path)
     for path in [path for path in merge_only if path in unmergeable]:
-        why = merge_only.pop(path)
-        out_of_reach[path] = f"{why}, so it would have to be merged, and {unmergeable[path]}"
+        out_of_reach[path] = message(
+            "{why}, so it would have to be merged, and {no_merge}",
+            **{"why": merge_only.pop(path), "no_merge": unmergeable[path]},
+        )
     if not side_path and not merge_only:
+        path, why = next(iter(out_of_reach.items()))
         raise TargetError(
-            f"none of the {len(adapter)} modules of {adapter.name} can be applied to this MODEL, "
-            f"such as {next(iter(out_of_reach))}: {next(iter(out_of_reach.values()))}. Choose a "
-            "bf16, fp8 or GGUF file of the model."
+            "none of the {count} modules of {adapter} can be applied to this MODEL, such as "
+            "{path}: {why}. Choose a bf16, fp8 or GGUF file of the model.",
+            **{"count": len(adapter), "adapter": adapter.name, "path": path, "why": why},
         )
     absent = tuple(p for p in adapter if p not in present and p not in out_of_reach)
     linears = [p.module_path for p in present.values() if is_linear(modules[p.module_path])]
@@ -104,10 +113,40 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
         absent,
         out_of_reach,
         unmergeable,
+        family,
         layout,
         storage,
         is_low_precision,
     )
+
+
+def check_family(adapter: Adapter, family: Family | None) -> None:
+    made_for = adapter.base_family
+    if family is None or made_for is None or made_for is family:
+        return
+    raise KeyFormatError(
+        f"{adapter.name} is a LoRA for {made_for.title}, and this MODEL is a {family.title}: their "
+        f"modules differ in names and sizes. Choose a LoRA for {family.title}, or connect a "
+        f"{made_for.title} model."
+    )
+
+
+def build_mismatch(model: host.ModelPatcher, adapter: Adapter, num_modules: int) -> KeyFormatError:
+    model_class, _ = host.describe_model(model)
+    return KeyFormatError(
+        "{adapter} matches 0 modules of this MODEL, which ComfyUI knows as {model_class} "
+        "with {num_modules} modules; expected a {families} model. "
+        "Connect the MODEL of its UNETLoader.",
+        adapter=adapter.name,
+        model_class=model_class,
+        num_modules=num_modules,
+        families=name_families(adapter),
+    )
+
+
+def name_families(adapter: Adapter) -> str:
+    made_for = adapter.base_family
+    return made_for.title if made_for else " or ".join(family.title for family in FAMILIES)
 
 
 def is_linear(module: torch.nn.Module) -> bool:
@@ -129,9 +168,15 @@ def check_shapes(
     if wrong:
         path, expected, found = wrong[0]
         raise ShapeError(
-            f"{adapter.name} does not fit this MODEL in {len(wrong)} of {len(present)} modules: "
-            f"{path} is {expected} in the model, and the adapter was made for {found}. "
-            "Choose an adapter trained for this model's size."
+            "{adapter} does not fit this MODEL in {num_wrong} of {num_present} modules: {path} "
+            "is {expected} in the model, and the adapter was made for {found}. Choose an "
+            "adapter trained for this model's size.",
+            adapter=adapter.name,
+            num_wrong=len(wrong),
+            num_present=len(present),
+            path=path,
+            expected=expected,
+            found=found,
         )
 
 

@@ -14,8 +14,8 @@ and code after an exception in mid-sampling never see a stale forward.
 
 from __future__ import annotations
 
-import functools
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +26,11 @@ import torch
 
 from ...lora_core import Adapter
 from ...lora_core.adapter.strengths import Strengths
+from ...lora_core.base_model.family import Family
+from ...lora_core.findings import Finding
 from .. import host
 from .bank import Bank, Site
+from .idle_modules import report_idle
 from .layouts import Layout
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,10 @@ class Entry:
     module_paths: frozenset[str]
     strengths: Strengths
     layout: Layout
+    family: Family | None = None
+    """That of the model."""
+    node: host.RunningNode | None = None
+    """The node that applied it."""
 
 
 class SidePath:
@@ -58,8 +65,11 @@ class SidePath:
         self._merged: tuple[ref, host.ModelPatcher] | None = None
         #: This sampling runs on merged weights instead; decided for each sampling.
         self.is_merged = False
-        #: Whether a call of the model ran any of the sites; None before the first call.
-        self.has_run: bool | None = None
+        #: Whether the next call of the model checks that it runs all sites: the first of each
+        #: sampling, as caches such as EasyCache may skip parts of later ones.
+        self.is_unchecked = True
+        #: Of modules that the last checked call did not run.
+        self.findings: tuple[Finding, ...] = ()
 
     def __copy__(self) -> SidePath:
         """Itself: extensions deep-copy options, and a copy would run modules nobody has loaded."""
@@ -100,7 +110,8 @@ class SidePath:
                 merged.parent = merged.parent.parent
             for entry in self.entries:
                 modules = {path: entry.adapter.modules[path] for path in entry.module_paths}
-                host.add_merge(merged, modules, entry.strengths)
+                place, family = entry.layout.find_place, entry.family
+                host.add_merge(merged, modules, entry.strengths, place, family)
             self._merged = (ref(model), merged)
         return self._merged[1]
 
@@ -118,7 +129,8 @@ class SidePath:
 
     def compute_gains(self, site: Site) -> tuple[float, ...]:
         """The strength of each member of a site."""
-        return tuple(self.entries[m.entry].strengths.resolve(m.path) for m in site.members)
+        members = [(self.entries[member.entry], member.path) for member in site.members]
+        return tuple(entry.strengths.resolve(path, entry.family) for entry, path in members)
 
 
 class PlacedBank:
@@ -189,6 +201,7 @@ def prepare_side_path(
         )
         return executor(side_path.get_merged(model), *args, **kwargs)
     bank = side_path.get_bank(host.get_placement(model))
+    side_path.is_unchecked = True
     _latest[model.model.diffusion_model] = bank
     # Attached only temporarily: ComfyUI caches `model`, and clones of it may be used elsewhere.
     model.set_additional_models(KEY, [bank.patcher])
@@ -231,17 +244,18 @@ def take_side_path(args: tuple, kwargs: dict) -> tuple[tuple, dict, SidePath | N
 @contextmanager
 def swapped_forwards(diffusion_model: torch.nn.Module, side_path: SidePath) -> Iterator[None]:
     undo: list[tuple[dict, Callable | None]] = []
+    swapped: list[SwappedForward] = []
     try:
         for module, site, gains in side_path.get_plan(diffusion_model):
             # Through __dict__: nn.Module.__setattr__ costs 10 ms a call over 840 modules.
             attributes = module.__dict__
             undo.append((attributes, attributes.get("forward")))
-            attributes["forward"] = functools.partial(run_site, module.forward, site, gains)
-        if side_path.has_run is None:
-            with warning_if_unused(side_path, undo):
-                yield
-        else:
+            swapped.append(SwappedForward(module.forward, site, gains))
+            attributes["forward"] = swapped[-1]
+        with host.adding_to_folded(find_swapped):
             yield
+        if side_path.is_unchecked:
+            check_all_ran(side_path, swapped)
     finally:
         for attributes, forward in reversed(undo):
             if forward is None:
@@ -252,31 +266,40 @@ def swapped_forwards(diffusion_model: torch.nn.Module, side_path: SidePath) -> I
             side_path.bank.module.forget_inputs()
 
 
-@contextmanager
-def warning_if_unused(
-    side_path: SidePath, swapped: list[tuple[dict, Callable | None]]
-) -> Iterator[None]:
-    """Warns if a call ran none of the modules whose forwards are swapped.
+class SwappedForward:
+    """Stands in for one module's forward during one call of the model."""
 
-    Checked in the first call only: caches such as EasyCache may skip later ones.
-    """
-    run: set[int] = set()
+    __slots__ = ("forward", "gains", "runs", "site")
 
-    def watch(forward: Callable, number: int, *args: Any, **kwargs: Any) -> Any:
-        run.add(number)
-        return forward(*args, **kwargs)
+    def __init__(self, forward: Callable, site: Site, gains: tuple[float, ...]):
+        self.forward, self.site, self.gains = forward, site, gains
+        self.runs = 0
 
-    for number, (attributes, _) in enumerate(swapped):
-        attributes["forward"] = functools.partial(watch, attributes["forward"], number)
-    yield
-    side_path.has_run = bool(run)
-    if swapped and not run:
-        logger.warning(
-            "Apply Qwen Edit LoRA: the model ran none of the %d modules the LoRA acts on, so the "
-            "image is that of the base; another extension runs modules of its own. Use mode "
-            "'merge'",
-            len(swapped),
-        )
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.runs += 1
+        return run_site(self.forward, self.site, self.gains, x, *args, **kwargs)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        return self.site.add(y, x, self.gains)
+
+
+def find_swapped(module: torch.nn.Module) -> SwappedForward | None:
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, SwappedForward) else None
+
+
+def check_all_ran(side_path: SidePath, swapped: list[SwappedForward]) -> None:
+    """Reports the modules whose forward was swapped and which the model did not run."""
+    side_path.is_unchecked = False
+    ran: dict[str, bool] = {}
+    paths: dict[host.RunningNode | None, list[str]] = defaultdict(list)
+    for one in swapped:
+        for member, gain in zip(one.site.members, one.gains, strict=True):
+            if gain:
+                ran[member.path] = bool(one.runs)
+                paths[side_path.entries[member.entry].node].append(member.path)
+    side_path.findings = report_idle(ran, paths.items())
 
 
 def run_site(

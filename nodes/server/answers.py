@@ -18,7 +18,7 @@ from ...lora_core.disk.json_reader import parse_object
 from ...lora_core.disk.plain_json import write_json
 from ...lora_core.errors import ConfigError, FileError, LoraError, MissingFileError
 from ...lora_core.jobs.folder import DamagedJobError
-from ...lora_core.jobs.job import JobStateError, UnknownImageError, UnknownJobError
+from ...lora_core.jobs.job import JobStateError, UnknownFileError, UnknownJobError
 from ...lora_core.library import library
 from ...lora_core.pairs.pair_set import PairConflictError, UnknownPairError
 from ...lora_core.text import shorten
@@ -40,14 +40,15 @@ class UnreadBodyError(ConfigError):
     """The request body cannot be read; what follows it on the connection neither."""
 
 
-Handler = Callable[[web.Request], Awaitable[web.Response]]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def guard(handle: Handler) -> Handler:
     """Wraps a handler to accept only requests by a name of this server; refuses with a message."""
 
-    async def guarded(request: web.Request) -> web.Response:
+    async def guarded(request: web.Request) -> web.StreamResponse:
         try:
+            host.use_page_language(request.headers)
             given = request.headers.get("Host")
             check_host(given, host.get_listen_addresses(), host.get_cors_origin())
             return await handle(request)
@@ -96,13 +97,19 @@ async def read_options(request: web.Request) -> dict[str, Any]:
     if request.content_type != "application/json":
         raise ConfigError("expected a JSON object with Content-Type: application/json")
     if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
+        raise BodySizeError(
+            "the body is too large; expected up to {max_body_bytes} bytes",
+            max_body_bytes=MAX_BODY_BYTES,
+        )
     body, is_whole = bytearray(), True
     try:
         async for chunk in request.content.iter_any():  # Content-Length may be missing
             body += chunk
             if len(body) > MAX_BODY_BYTES:
-                raise BodySizeError(f"the body is too large; expected up to {MAX_BODY_BYTES} bytes")
+                raise BodySizeError(
+                    "the body is too large; expected up to {max_body_bytes} bytes",
+                    max_body_bytes=MAX_BODY_BYTES,
+                )
     except (OSError, web.RequestPayloadError):
         # The client disconnected, or sent invalid chunks, or no gzip where it said so. aiohttp
         # would read on after the answer, and log the same error with a traceback.
@@ -111,25 +118,26 @@ async def read_options(request: web.Request) -> dict[str, Any]:
     encoding = request.headers.get("Content-Encoding", "identity")
     if encoding.strip().lower() != "identity":
         raise UnreadBodyError(
-            f"the body has Content-Encoding {shorten(encoding)}; expected JSON without one"
+            "the body has Content-Encoding {encoding}; expected JSON without one",
+            encoding=shorten(encoding),
         )
     if not is_whole:
         raise UnreadBodyError("the body ended early; send it again")
     try:
         return parse_object(bytes(body), "the body")
     except FileError as e:
-        raise ConfigError(str(e)) from None
+        raise ConfigError(e) from None
 
 
 def respond(result: dict[str, Any]) -> web.Response:
-    return web.json_response(result, dumps=write_json)
+    return web.json_response(host.translate(result), dumps=write_json)
 
 
 #: The first match counts; any other LoraError is a disk error.
 STATUSES: tuple[tuple[type[LoraError], int], ...] = (
     (ForeignPageError, 403),
     (UnknownJobError, 404),
-    (UnknownImageError, 404),
+    (UnknownFileError, 404),
     (library.UnknownAdapterError, 404),
     (UnknownPairError, 404),
     (MissingFileError, 404),
@@ -144,7 +152,8 @@ STATUSES: tuple[tuple[type[LoraError], int], ...] = (
 
 def refuse(error: LoraError) -> web.Response:
     status = next(status for kind, status in STATUSES if isinstance(error, kind))
-    message = shorten(" ".join(str(error).split()), MAX_MESSAGE)
+    text = host.translate(error.message)
+    message = shorten(" ".join(text.split()), MAX_MESSAGE)
     # ComfyUI lets a browser keep any answer for a name that ends in .png, a refusal too.
     headers = {"Cache-Control": "no-store"}
     response = web.json_response({"error": message}, status=status, headers=headers)

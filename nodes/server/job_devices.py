@@ -10,6 +10,7 @@ from ...lora_core.errors import ConfigError
 from ...lora_core.jobs.devices import Device, choose_devices, list_devices
 from ...lora_core.jobs.job import MAX_DEVICES
 from ...lora_core.jobs.store import JobStore, get_device_lock
+from ...lora_core.messages import message
 from ...lora_core.training.run.processes import NO_NCCL, can_join_gpus
 from .. import host
 
@@ -51,7 +52,7 @@ def prepare_measuring(devices: Sequence[Device], taken: set[Device]) -> str:
         Why it cannot be measured now, or "".
     """
     if devices[0] in taken:
-        return f"another training job runs on {devices[0].name}"
+        return message("another training job runs on {name}", name=devices[0].name)
     if devices[0].name == host.get_device_name():
         host.release_models()
     return ""
@@ -64,17 +65,21 @@ def check_devices(count: int) -> None:
         ConfigError: too few GPUs, or the backend that connects their processes is missing.
     """
     if not 1 <= count <= MAX_DEVICES:
-        raise ConfigError(f"gpus is {count}; expected 1 to {MAX_DEVICES}")
+        raise ConfigError(
+            "gpus is {count}; expected 1 to {max_devices}", count=count, max_devices=MAX_DEVICES
+        )
     if count == 1:
         return
     num_gpus = sum(device.is_gpu for device in list_devices())
     if num_gpus < count:
         raise ConfigError(
-            f"gpus is {count}, but there are {num_gpus} GPUs that ComfyUI sees; expected no more "
-            "than there are"
+            "gpus is {count}, but there are {num_gpus} GPUs that ComfyUI sees; expected no more "
+            "than there are",
+            count=count,
+            num_gpus=num_gpus,
         )
     if not can_join_gpus():
-        raise ConfigError(f"gpus is {count}: {NO_NCCL}")
+        raise ConfigError("gpus is {count}: {no_nccl}", count=count, no_nccl=NO_NCCL)
     if find_spec("accelerate") is None:
         raise ConfigError(
             "several GPUs need Hugging Face Accelerate; run pip install accelerate in ComfyUI's "

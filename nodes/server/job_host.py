@@ -11,6 +11,7 @@ from ...lora_core.errors import ConfigError, FileError
 from ...lora_core.jobs.job import Job, UnknownJobError
 from ...lora_core.jobs.store import JobStore
 from ...lora_core.jobs.supervisor import Supervisor
+from ...lora_core.messages import message
 from ...lora_core.training.config.config import TrainConfig
 from .. import host
 from .job_devices import order_devices
@@ -53,7 +54,11 @@ class JobHost:
             ConfigError, FileError: as `JobStore.submit`, before anything is queued.
         """
         if policy not in POLICIES:
-            raise ConfigError(f"policy is {policy!r}; expected one of {', '.join(POLICIES)}")
+            raise ConfigError(
+                "policy is {policy!r}; expected one of {policies}",
+                policy=policy,
+                policies=", ".join(POLICIES),
+            )
         settings.setdefault("loras", str(host.get_loras_folder()))
         origin = {**settings.pop("origin", {}), POLICY_KEY: policy}
         return self.store.submit(train, key=key, origin=origin, **settings)
@@ -97,7 +102,7 @@ class JobHost:
 
 
 _jobs: JobHost | None = None
-_problem = "the training jobs have not been started; restart ComfyUI"
+_problem = message("the training jobs have not been started; restart ComfyUI")
 
 
 def start_jobs(prompts: Prompts, send: Callable[[dict[str, Any]], None]) -> None:
@@ -107,7 +112,7 @@ def start_jobs(prompts: Prompts, send: Callable[[dict[str, Any]], None]) -> None
         _jobs = JobHost(host.get_jobs_folder(), prompts, send)
         _jobs.start()
     except FileError as e:
-        _problem = str(e)
+        _problem = e.message
         logger.warning("Qwen Edit LoRA: no training: %s", e)
 
 
@@ -123,7 +128,7 @@ def describe_states(with_steps: bool = False) -> str:
     try:
         jobs = get_jobs().store.list()
     except FileError as e:
-        return str(e)
+        return e.message
     return " ".join(
         f"{job.id} {job.status.value}{f' {job.state.step}' if with_steps else ''}" for job in jobs
     )

@@ -35,9 +35,10 @@ def check_host(given: str | None, addresses: Sequence[str], allowed: str | None)
     name = split_host(given)
     if name is None or not (is_loopback(name) or (allowed and split_name(allowed) == name)):
         raise ForeignPageError(
-            f"this request is for the host {shorten(given)!r}, and ComfyUI listens to this machine "
-            "only; open it as 127.0.0.1 or localhost, or name the proxy's address in "
-            "--enable-cors-header"
+            "this request is for the host {given!r}, and ComfyUI listens to this machine only; "
+            "open it as 127.0.0.1 or localhost, or name the proxy's address in "
+            "--enable-cors-header",
+            given=shorten(given),
         )
 
 

@@ -47,8 +47,9 @@ def plan_for_jobs() -> CachePlan:
         folder = job.settings.train.data.folder
         if str(folder) == UNKNOWN_FOLDER:
             raise PairConflictError(
-                f"training {shorten(job.name)} is damaged, so that nothing tells which pairs it "
-                "needs; delete it first"
+                "training {job} is damaged, so that nothing tells which pairs it needs; delete "
+                "it first",
+                job=shorten(job.name),
             )
         needed.add(Path(folder).name)
     return plan_cleaning(host.get_cache_folder() / "datasets", needed)

@@ -50,7 +50,7 @@ MAX_UPLOAD_BYTES = 100_000_000  # ComfyUI's own default
 MAX_NAME = 400  # characters of a file's name in a query
 #: Of an upload. A form of another site's page can send none of these without a preflight.
 UPLOAD_TYPE = "application/octet-stream"
-#: A thumbnail's URL has its file's version.
+#: An image's URL changes with it: by its file's version, or by the step in its name.
 IMAGE_HEADERS = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
 
 Options = Mapping[str, Any]
@@ -166,12 +166,12 @@ def add_output(set_id: str, options: Options) -> dict[str, Any]:
     pair_id = get_text({"pair": "", **options}, "pair")
     slot = options.get("slot")
     if not isinstance(slot, int) or isinstance(slot, bool):
-        raise ConfigError(f"slot is {shorten(repr(slot))}; expected a whole number")
+        raise ConfigError("slot is {found}; expected a whole number", found=shorten(repr(slot)))
     name = get_text({"name": "", **options}, "name")
     try:
         source = host.find_produced_image(*place)
     except FileError as e:
-        raise ConfigError(str(e)) from None
+        raise ConfigError(e) from None
     ids = check_id(set_id), check_id(pair_id) if pair_id else ""
     return pair_changes.take_output(ids[0], source, name, slot, ids[1], MAX_UPLOAD_BYTES)
 
@@ -200,7 +200,9 @@ def check_upload(request: web.Request) -> str:
     set_id = check_id(request.match_info["id"])
     # aiohttp takes a missing header for this type, and a form can leave the header away.
     if "Content-Type" not in request.headers or request.content_type != UPLOAD_TYPE:
-        raise ConfigError(f"expected an image file with Content-Type: {UPLOAD_TYPE}")
+        raise ConfigError(
+            "expected an image file with Content-Type: {upload_type}", upload_type=UPLOAD_TYPE
+        )
     return set_id
 
 
@@ -209,7 +211,9 @@ async def receive_image(request: web.Request) -> web.Response:
     name, pair_id = request.query.get("name", ""), request.query.get("pair", "")
     if not 0 < len(name) <= MAX_NAME:
         raise ConfigError(
-            f"the name has {len(name)} characters; expected a file name of 1 to {MAX_NAME}"
+            "the name has {length} characters; expected a file name of 1 to {max_name}",
+            length=len(name),
+            max_name=MAX_NAME,
         )
     slot = parse_number({"slot": "", **request.query}, "slot")
     if pair_id:
@@ -230,7 +234,8 @@ async def receive(request: web.Request, path: Path) -> None:
         FileError: the disk does not take it.
     """
     too_large = BodySizeError(
-        f"the file is too large; expected up to {MAX_UPLOAD_BYTES // 10**6} MB. Scale it down"
+        "the file is too large; expected up to {max_upload_bytes} MB. Scale it down",
+        max_upload_bytes=MAX_UPLOAD_BYTES // 10**6,
     )
     if (request.content_length or 0) > MAX_UPLOAD_BYTES:
         raise too_large
@@ -247,11 +252,13 @@ async def receive(request: web.Request, path: Path) -> None:
     except ConnectionError:  # the client disconnected
         raise ConfigError("the body ended early; send it again") from None
     except OSError as e:
-        raise FileError(f"the upload cannot be written: {explain(e)}.") from None
+        raise FileError("the upload cannot be written: {reason}.", reason=explain(e)) from None
 
 
 def get_text(options: Options, name: str) -> str:
     value = options.get(name)
     if not isinstance(value, str):
-        raise ConfigError(f"{name} is {shorten(repr(value))}; expected a text")
+        raise ConfigError(
+            "{name} is {value}; expected a text", name=name, value=shorten(repr(value))
+        )
     return value

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from ...lora_core.jobs.devices import Device
 from ...lora_core.jobs.job import Job, JobStatus
+from ...lora_core.messages import message
 from .. import host
 
 HOLD_ID = "QwenEditLoraHold"
@@ -101,10 +102,13 @@ class PromptPolicy:
         with self._lock:
             for job in self._jobs.values():
                 if get_policy(job) == WARN and is_on(job, host.get_device_name()):
-                    return (
-                        f"training job {job.id} ({job.name}) uses {job.state.device} too: this "
-                        "prompt and the training slow each other down and may run out of memory; "
-                        "pause the job if they do"
+                    return message(
+                        "training job {job_id} ({job}) uses {device} too: this prompt and "
+                        "the training slow each other down and may run out of memory; pause "
+                        "the job if they do",
+                        job_id=job.id,
+                        job=job.name,
+                        device=job.state.device,
                     )
         return None
 

@@ -1,19 +1,25 @@
 """HTTP routes and events of trainings and adapters; those of pairs are in `pair_routes`.
 
-    GET  /qwen_edit_lora/jobs                {"jobs": [...]}
+    GET  /qwen_edit_lora/jobs                {"jobs": [...], "measuring": [...]}
     GET  /qwen_edit_lora/jobs/{id}           the job, with its curves, settings, adapters
     GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536: lines; without offset the end
     GET  /qwen_edit_lora/jobs/{id}/pictures/{name}                     a PNG, by its listed name
-    POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | delete | clone | publish
+    GET  /qwen_edit_lora/jobs/{id}/...       downloads, see job_downloads
+    POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | sample | save | delete | clone
+                                             | publish
                                              with a JSON object, see job_views.ACTIONS; a job's
                                              "actions" are those that make sense now
     GET  /qwen_edit_lora/adapters            {"adapters": [...], "pending": without a verdict yet}
     GET  /qwen_edit_lora/adapters/{id}       one, with its metadata, modules and verdict
+    GET  /qwen_edit_lora/adapters/{id}/preview         a JPEG, where its "preview" is not empty
+    POST /qwen_edit_lora/adapters/{id}/favourite       {"favourite": true or false}; the adapter
     POST /qwen_edit_lora/adapters/{id}/train trains it again from its metadata; the new job
 
 Errors are as in `answers`.
-The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"};
-`qwen_edit_lora.adapters` has new results: {"adapters": [...], "gone": ids, "pending": number}.
+The event `qwen_edit_lora.job` has a job as the list shows it, or {"id", "deleted"}, or {"warning"},
+or {"measuring": what is measured for a training that does not exist yet};
+`qwen_edit_lora.adapters` has new results: {"adapters": [...], "gone": ids, "pending": number};
+`qwen_edit_lora.finding` is for a node that ran before: {"node", "source", "finding" or null}.
 """
 
 from __future__ import annotations
@@ -28,7 +34,15 @@ from server import PromptServer
 from ...lora_core.disk.plain_json import drop_non_finite
 from ...lora_core.errors import LoraError
 from .. import host
-from . import adapter_library, job_host, job_views, pair_routes, repeated_training
+from . import (
+    adapter_library,
+    job_downloads,
+    job_host,
+    job_views,
+    measurements,
+    pair_routes,
+    repeated_training,
+)
 from .answers import answer, change, guard, run
 from .prompt_policy import HOLD_ID
 
@@ -72,6 +86,7 @@ def start() -> None:
     """Starts the jobs and adds the routes; called once, when ComfyUI loads the extension."""
     server = PromptServer.instance
     host.connect_queue(server.prompt_queue)
+    host.connect_events(lambda event, data: send(server, event, data))
     job_host.start_jobs(PromptQueue(server), lambda data: send(server, EVENT, data))
     server.add_on_prompt_handler(warn_of_conflict)
     server.routes.get(PREFIX)(answer(lambda _, query: job_views.list_jobs()))
@@ -80,6 +95,8 @@ def start() -> None:
     server.routes.get(PREFIX + "/{id}/pictures/{name}")(guard(send_image))
     for action, work in job_views.ACTIONS.items():
         server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(work))
+    job_downloads.start(server.routes, PREFIX)
+    measurements.connect(lambda data: send(server, EVENT, data))
     start_adapters(server)
     pair_routes.start(server.routes, lambda: is_busy(server))
 
@@ -97,12 +114,14 @@ def start_adapters(server: PromptServer) -> None:
 
     server.routes.get(ADAPTERS)(answer(lambda _, query: adapter_library.list_adapters()))
     server.routes.get(ADAPTERS + "/{id}")(answer(lambda one, _: adapter_library.show_adapter(one)))
+    server.routes.get(ADAPTERS + "/{id}/preview")(guard(send_preview))
     server.routes.post(ADAPTERS + "/{id}/train")(change(train_again))
+    server.routes.post(ADAPTERS + "/{id}/favourite")(change(adapter_library.set_favourite))
 
 
 def send(server: PromptServer, event: str, data: dict[str, Any]) -> None:
     """Sends an event to every open page."""
-    server.send_sync(event, drop_non_finite(data))
+    server.send_sync(event, drop_non_finite(host.translate(data)))
 
 
 def train_again(adapter_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,13 +137,17 @@ def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
         return prompt
     if warning:
         logger.warning("Qwen Edit LoRA: %s.", warning)
-        PromptServer.instance.send_sync(EVENT, {"warning": warning})
+        PromptServer.instance.send_sync(EVENT, {"warning": host.translate(warning)})
     return prompt
 
 
 async def send_image(request: web.Request) -> web.Response:
     one, name = request.match_info["id"], request.match_info["name"]
     body = await run(lambda: job_host.get_jobs().store.read_image(one, name))
-    # An image never changes: its name has the step.
-    headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
-    return web.Response(body=body, content_type="image/png", headers=headers)
+    return web.Response(body=body, content_type="image/png", headers=pair_routes.IMAGE_HEADERS)
+
+
+async def send_preview(request: web.Request) -> web.Response:
+    one = request.match_info["id"]
+    body = await run(lambda: adapter_library.read_preview(one))
+    return web.Response(body=body, content_type="image/jpeg", headers=pair_routes.IMAGE_HEADERS)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ...lora_core import Adapter, ConfigError
 from ...lora_core.algebra.products import compute_square, explain_no_delta
+from ...lora_core.messages import message
 from ...lora_core.sweep.strength_choice import choose_strengths
 from ...lora_core.sweep.strength_grammar import AutoStrengths, parse_strengths
 from ...lora_core.text import format_percent
@@ -35,7 +36,12 @@ def resolve_strengths(
     listed = ", ".join(f"{strength:g}" for strength in strengths)
     return (
         strengths,
-        f"auto: |delta| of {name} is {format_percent(ratio)} of |W|, so the strengths are {listed}",
+        message(
+            "auto: |delta| of {name} is {ratio} of |W|, so the strengths are {listed}",
+            name=name,
+            ratio=format_percent(ratio),
+            listed=listed,
+        ),
     )
 
 
@@ -48,17 +54,21 @@ def measure_ratio(model: host.ModelPatcher, adapter: Adapter) -> float:
     for path in choose_evenly(paths, MAX_MODULES):
         place = match.layout.find_place(path)
         assert place is not None  # the model has it
-        norm = host.measure_weight(model, place.module_path)
+        norm = host.measure_weight(model, place)
         if norm.value is None:
-            reason = f": {path} cannot be measured, as {norm.reason}"
+            reason = message(
+                ": {path} cannot be measured, as {reason}", path=path, reason=norm.reason
+            )
         else:
             squares += compute_square(adapter.modules[path])
             weights += norm.value**2
     adapter.release()
     if weights == 0:
         raise ConfigError(
-            f"strengths is 'auto', and no delta of {adapter.name} can be measured relative to this "
-            f"MODEL's weights{reason}; write them yourself, such as '0, 0.5, 1, 2'"
+            "strengths is 'auto', and no delta of {adapter} can be measured relative to this "
+            "MODEL's weights{reason}; write them yourself, such as '0, 0.5, 1, 2'",
+            adapter=adapter.name,
+            reason=reason,
         )
     return (squares / weights) ** 0.5
 

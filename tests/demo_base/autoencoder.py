@@ -28,19 +28,32 @@ STEPS = 4000
 LATENT_NOISE = 0.05  # of the latents in training, for the sampler's own errors
 
 
-def make_vae(device: str = "meta") -> torch.nn.Module:
+def make_vae(device: str = "meta", width: int = VAE_WIDTH) -> torch.nn.Module:
     """The Wan VAE that Qwen-Image uses (comfy/sd.py), narrow."""
     from comfy.ldm.wan.vae import WanVAE
 
     with torch.device(device):
         return WanVAE(
-            dim=VAE_WIDTH,
+            dim=width,
             z_dim=LATENT_CHANNELS,
             dim_mult=[1, 2, 4, 4],
             num_res_blocks=2,
             attn_scales=[],
             temperal_downsample=[False, True, True],
         )
+
+
+def make_random_weights(width: int) -> dict[str, torch.Tensor]:
+    """Of a VAE that nobody trained, whose latents and images are finite and no constants."""
+    generator = torch.Generator().manual_seed(width)
+    weights = {}
+    for name, tensor in make_vae(width=width).state_dict().items():
+        if tensor.ndim == 1 or name.endswith("gamma"):
+            weights[name] = torch.full(tensor.shape, float(name.endswith("gamma")))
+        else:
+            noise = torch.randn(tensor.shape, generator=generator)
+            weights[name] = noise / tensor[0].numel() ** 0.5
+    return weights
 
 
 def use_images(module: torch.nn.Module) -> None:

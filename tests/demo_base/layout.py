@@ -13,7 +13,8 @@ from .pairs import write_pairs
 
 HERE = Path(__file__).resolve().parent
 EXTENSION_NAME = "qwen-edit-lora"
-SHIM_NAME = "zz_tiny_qwen"  # after ours in the alphabet: ours must not need the shim to import
+#: Folder -> its name in custom_nodes: after ours in the alphabet, as ours must import without them.
+SHIMS = {"shim": "zz_tiny_qwen", "shim_21": "zz_tiny_qwen_21"}
 IMAGE_NAME = "example.png"
 LORA_NAME = "my_edit_lora.safetensors"  # as in generate.py, which needs ComfyUI to import
 PAIRS_NAME = "my_pairs"  # a folder to train on
@@ -28,7 +29,8 @@ def make_base_directory(target: Path | str, repo_root: Path | str) -> Path:
     for name in FOLDERS:
         (target / name).mkdir(parents=True, exist_ok=True)
     install_extension(target / "custom_nodes" / EXTENSION_NAME, repo_root)
-    install(HERE / "shim", target / "custom_nodes" / SHIM_NAME)
+    for folder, name in SHIMS.items():
+        install(HERE / folder, target / "custom_nodes" / name)
     write_example_image(target / "input" / IMAGE_NAME)
     write_pairs(target / "input" / PAIRS_NAME, HERE / "photo.jpg")
     return target

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from demo_base.damaged_jobs import FILES as FILES_OF_A_JOB
 from demo_base.damaged_jobs import REPLACED_BY, damage
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from qwen_edit_lora.lora_core import LoraError
 from qwen_edit_lora.lora_core.jobs.curves import MetricsReader, build_curves, build_health
@@ -93,7 +93,7 @@ def copied(whole: Path) -> Iterator[Path]:
 
 
 def check_text(text: str) -> None:
-    assert 0 < len(text) <= MAX_MESSAGE, text
+    assert 0 < len(text.strip()) <= len(text) <= MAX_MESSAGE, text
     assert text.isprintable(), repr(text)
 
 
@@ -116,8 +116,10 @@ def check_store(root: Path) -> Job:
         json.dumps([job.to_dict() for job in jobs.values()], allow_nan=False)
         job = jobs[BAD]
         assert job.describe()
+        assert (job.status is JobStatus.FAILED) <= (job.state.failure is not None)
         if job.state.failure is not None:
             check_text(job.state.failure.sentence)
+        assert all(map(str.strip, (*job.state.notes, *job.state.alarms)))
         shown = store.show(BAD)  # its own page
         assert (shown.status, shown.state.failure) == (job.status, job.state.failure)
         check_job(store)
@@ -167,7 +169,17 @@ TEXTS = st.one_of(
         [
             *("null", "true", "NaN", "Infinity", "-Infinity", "1e999", "-0.0", "1e308", "{}", "[]"),
             *("1" + "0" * 400, "9" * 5000, "-9223372036854775809", "18446744073709551616"),
-            *('""', '"\\ud800"', '"\\u0000"', '"a\\nb\\u001b[1m"', '"../../x"', '"CON"'),
+            *(
+                '""',
+                '" "',
+                '"\\u200b\\n"',
+                '"failed"',
+                '"\\ud800"',
+                '"\\u0000"',
+                '"a\\nb\\u001b[1m"',
+                '"../../x"',
+                '"CON"',
+            ),
             *(f'"{"x" * 5000}"', "[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000),
             *('"paused"', '"in_progress"', '"completed"', '"pending"', '[null, "a"]', '{"a": NaN}'),
         ]
@@ -197,6 +209,7 @@ def change(values: Any, indices: list[int]) -> bool:
 
 @settings(max_examples=SHARE // 2)
 @given(file=FILES, indices=INDICES, text=TEXTS)
+@example(file="state.json", indices=[22, 0], text='""')  # a failure without a sentence
 def test_a_value_of_any_type_in_any_place_is_a_correct_or_failed_job(whole, file, indices, text):
     with copied(whole) as root:
         path = root / "jobs" / BAD / file

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.base_model import families, module_paths
 from safetensors.torch import save_file
 
 if "dense_algebra" not in sys.modules:  # importable by the tests beside it
@@ -91,7 +91,13 @@ def make_tensor(
 def get_shape(module_path: str) -> tuple[int, int]:
     """(out, in) of a module in a model of WIDTH; the top-level shapes are ours."""
     block, name = module_paths.split_path(module_path)
-    return (2 * WIDTH, WIDTH) if block is None else module_paths.compute_shape(name, WIDTH)
+    if block is None:
+        return 2 * WIDTH, WIDTH
+    if name in families.FUSED:
+        shapes = [get_shape(f"transformer_blocks.0.{m}") for m in families.FUSED[name].members]
+        return sum(out for out, _ in shapes), shapes[0][1]
+    family = next(family for family in families.FAMILIES if name in family.block_linears)
+    return family.compute_shape(name, WIDTH)
 
 
 def get_part_shapes(kind: str, shape: tuple[int, int], rank: int) -> dict[str, tuple[int, ...]]:
@@ -200,3 +206,8 @@ def read_only_folder():
     folder.chmod(0o755)
     with suppress(OSError):
         folder.rmdir()
+
+
+@pytest.fixture(scope="session")
+def shape_module() -> Callable[[str], tuple[int, int]]:
+    return get_shape

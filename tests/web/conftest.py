@@ -6,11 +6,13 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from demo_base.frontend import TAB_BUTTON
+from playwright.sync_api import TimeoutError
 
 SET_WIDGETS = """([values, type]) => {
     for (const node of app.graph._nodes)
@@ -19,6 +21,10 @@ SET_WIDGETS = """([values, type]) => {
                 widget.value = values[widget.name];
 }"""
 READY = "window.app?.graph && window.app?.extensionManager"
+#: Once the workflow that the page starts with is loaded, nothing more replaces the graph.
+HAS_GRAPH = "app.graph._nodes.length > 0"
+HAS_GRAPH_MS = 1500  # for a frontend that starts with an empty one
+GET_VUE_NODES = "app.extensionManager.setting.get('Comfy.VueNodes.Enabled')"
 TIMEOUT_MS = 120_000
 RUN_TIMEOUT = 300.0  # seconds; the sweeps make a dozen model calls with a 1-megapixel reference
 
@@ -44,10 +50,14 @@ class Workspace:
     def open(self) -> None:
         self.page.goto(self.server.url)
         self.page.wait_for_function(READY)
-        self.page.wait_for_timeout(1500)  # the Templates dialog may open by itself on a fresh user
+        with suppress(TimeoutError):
+            self.page.wait_for_function(HAS_GRAPH, timeout=HAS_GRAPH_MS)
+        self.page.locator(TAB_BUTTON).wait_for()
         self.page.keyboard.press("Escape")
 
     def set_vue_nodes(self, enabled: bool) -> None:
+        if self.page.evaluate(GET_VUE_NODES) == enabled:
+            return
         self.page.evaluate(
             "on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", enabled
         )

@@ -11,10 +11,12 @@ import pytest
 import torch
 from demo_base.adapters import make_adapter
 from demo_base.frontend import TOAST
+from qwen_edit_lora.lora_core.jobs.made_here import record_deleted
 from safetensors.torch import save_file
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
+JOB_ID = "20260131-120000-0123abcd"  # of a training that was deleted since
 HOSTILE = '<img src=x onerror="window.hacked = true">'
 MODULES = {f"transformer_blocks.{i}.attn.to_{k}": (32, 32) for i in range(2) for k in "qkv"}
 
@@ -34,8 +36,11 @@ PAIR = """() => {
 
 
 @pytest.fixture(scope="module")
-def loras(demo_models: Any) -> Iterator[Path]:
+def loras(demo_models: Any, base_directory: Path) -> Iterator[Path]:
     """Various files in models/loras, besides those of the demo base."""
+    training = base_directory / "user" / "__qwen_edit_lora" / "training"
+    training.mkdir(parents=True, exist_ok=True)
+    record_deleted(training, JOB_ID)
     folder = demo_models.root / "loras" / "browsed"
     folder.mkdir()
     hostile = {
@@ -47,8 +52,9 @@ def loras(demo_models: Any) -> Iterator[Path]:
     make_adapter(folder / "hostile.safetensors", MODULES, rank=16, metadata=hostile)
     (folder / "hostile.safetensors").rename(folder / "<img src=x onerror=hacked()>.safetensors")
     ours = {"modelspec.architecture": "Qwen-Image-Edit-Plus/lora", "qwen_edit_lora.config": "{}"}
-    make_adapter(folder / "ours.safetensors", MODULES, rank=32, metadata=ours)
-    make_adapter(folder / "loud.safetensors", MODULES, rank=4, delta_std=0.05)
+    by_job = {**ours, "qwen_edit_lora.job": JOB_ID}
+    make_adapter(folder / "ours.safetensors", MODULES, rank=32, metadata=by_job)
+    make_adapter(folder / "loud.safetensors", MODULES, rank=4, delta_std=0.05, metadata=ours)
     (folder / "cut.safetensors").write_bytes(b"\x40" + bytes(40))
     key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"
     save_file({key: torch.zeros(2, 8)}, folder / "sdxl.safetensors")

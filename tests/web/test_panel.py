@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_base.frontend import BADGE, TAB_BUTTON, TOAST
+from demo_base.frontend import BADGE, TAB_BUTTON, TOAST, write_user_settings
 from demo_base.server import ComfyServer
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
 from qwen_edit_lora.lora_core.jobs.job import JobFailure, JobState, JobStatus
@@ -45,7 +45,7 @@ class Host:
 
     def __init__(self, base: Path, comfyui: Path, folder: Path):
         self.base, self.comfyui, self.user = base, comfyui, folder / "user"
-        self.user.mkdir()
+        write_user_settings(self.user)
         self.material = make_material(folder)
         self.root = self.user / "__qwen_edit_lora" / "training"
         self.store = JobStore(self.root)

@@ -25,7 +25,7 @@ MOUNT = """async () => {
         return window.failing === name ? '/nowhere.png' : window.draw(colors[name.split('_')[1]]);
     };
     const t = createTranslator(app);
-    const strip = new SampleStrip({ t, getUrl });
+    const strip = new SampleStrip({ t, getUrl, archiveUrl: "#" });
     const panel = document.createElement('div');
     panel.className = 'qel-panel';
     panel.id = 'mounted';
@@ -84,6 +84,53 @@ def test_a_sample_is_compared_with_its_target_and_arrows_move_both_ways(workspac
     saved = strip.get_by_role("link", name="Save image")
     assert saved.get_attribute("download") == "b_sample_10"
     workspace.shoot("sample_viewer")
+    assert workspace.errors == []
+
+
+GAPS = """() => {
+    const image = (item, kind, step) =>
+        ({ item, kind, step, index: 0, name: `${item}_${kind}_${step ?? ''}` });
+    window.strip.update({
+        pictures: [image('a', 'source'), ...[0, 10, 20].map(step => image('a', 'sample', step)),
+            image('b', 'source'), image('b', 'target'), image('b', 'sample', 20)],
+        captions: { a: `make it <b>blue</b> ${'x '.repeat(150)}` }, settings: {} });
+}"""
+FOCUSED = "() => document.activeElement.dataset.name"
+
+
+def test_steps_are_columns_and_arrow_keys_reach_every_image_both_ways(workspace, strip):
+    page = workspace.page
+    page.evaluate(GAPS)
+    rows = strip.get_by_role("row")
+    assert [len(row.get_by_role("gridcell").all()) for row in rows.all()] == [5, 5]
+    captions = strip.get_by_role("rowheader").all_inner_texts()
+    assert captions[0].startswith("make it <b>blue</b>")
+    assert captions[1] == "b"
+    left = [
+        strip.locator(f"[data-name={name}]").bounding_box()["x"]
+        for name in ("a_sample_20", "b_sample_20", "b_target_")
+    ]
+    assert left[0] == left[1] > left[2]
+
+    strip.get_by_role("link", name="All as ZIP").focus()
+    page.keyboard.press("Tab")
+    reached = [page.evaluate(FOCUSED)]
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowRight", "ArrowUp", "ArrowUp"):
+        page.keyboard.press(key)
+        reached.append(page.evaluate(FOCUSED))
+    assert reached == [
+        *("a_source_", "a_sample_0", "a_sample_10"),  # a has no target
+        *("b_target_", "b_sample_20", "a_sample_20", "a_sample_20"),  # b has no step 10
+    ]
+    assert strip.locator("[tabindex='0'][data-name]").count() == 1
+    page.keyboard.press("Enter")
+    caption = page.evaluate(READ)["caption"]
+    assert caption.startswith("make it <b>blue</b>")
+    assert caption.endswith("· step 20")
+    dialog = strip.locator("dialog").bounding_box()
+    assert dialog["width"] < 700  # the caption does not make it wider
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate(READ)["caption"].endswith("· step 10")
     assert workspace.errors == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ QUICK = {"megapixels": 0.02, "reference_megapixels": 0.02, "batch_size": 2, "sam
 TRAINING_STEPS = 20
 RENDER_STEPS = 1
 TRAINING_TIMEOUT = 240.0  # seconds
+VIEW_TIMEOUT = 60.0  # seconds
 
 
 def open_quickly(workspace: Any, name: str) -> None:
@@ -47,12 +49,31 @@ def read_job_view(workspace: Any, node_type: str) -> dict[str, Any]:
             const image = element.querySelector('img');
             return {
                 text: element.innerText,
-                curve: element.querySelector('canvas').getAttribute('aria-label'),
+                curve: element.querySelector('canvas').getAttribute('aria-label') ?? '',
                 isPictureSeen: !image.hidden && image.naturalWidth > 0,
                 isInNode: element.getBoundingClientRect().height > 0,
             };
         }""",
         node_type,
+    )
+
+
+def wait_for_view(
+    workspace: Any, node_type: str, is_there: Callable[[dict[str, Any]], bool]
+) -> None:
+    """Returns once a node shows what is expected of its training; it asks every 3 s."""
+    deadline = time.monotonic() + VIEW_TIMEOUT
+    while not is_there(view := read_job_view(workspace, node_type)):
+        assert time.monotonic() < deadline, view
+        workspace.page.wait_for_timeout(200)
+
+
+def shows_the_end(view: dict[str, Any]) -> bool:
+    return (
+        f"step {TRAINING_STEPS} of {TRAINING_STEPS}" in view["text"]
+        and f"steps 1 to {TRAINING_STEPS}: Loss from" in view["curve"]
+        and view["isPictureSeen"]
+        and view["isInNode"]
     )
 
 
@@ -73,10 +94,9 @@ def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(workspac
     assert "12 of 12 pairs can be used" in reports["QwenEditDataset"]
     assert "trainable parameters" in reports["QwenEditLoraTrain"]
     wait_for_completion(server, name)
-    workspace.page.wait_for_timeout(2000)
+    wait_for_view(workspace, "QwenEditLoraJob", lambda view: "completed" in view["text"])
     outdated = workspace.read_reports()  # from before the first step
     assert not re.search(r"step \d+ of", outdated["QwenEditLoraJob"])
-    assert "completed" in read_job_view(workspace, "QwenEditLoraJob")["text"]
     assert "trainable parameters" in outdated["QwenEditLoraTrain"]
     run(workspace)
     for reports in workspace.read_in_both_renderers(name):
@@ -84,13 +104,8 @@ def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(workspac
         assert re.search(r"this training is already job [\w-]+: completed", report)
         assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
         assert f"LoRA: {name}.safetensors in models/loras" in reports["QwenEditLoraJob"]
-        workspace.page.wait_for_timeout(3500)  # the view requests its curve every 3 s
         for node_type in ("QwenEditLoraTrain", "QwenEditLoraJob"):
-            view = read_job_view(workspace, node_type)
-            assert f"step {TRAINING_STEPS} of {TRAINING_STEPS}" in view["text"]
-            assert f"steps 1 to {TRAINING_STEPS}: Loss from" in view["curve"]
-            assert view["isPictureSeen"]
-            assert view["isInNode"]
+            wait_for_view(workspace, node_type, shows_the_end)
     assert workspace.errors == []
 
 

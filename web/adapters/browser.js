@@ -40,13 +40,17 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
       draw();
     },
     onrefresh: load,
+    onview: (isGrid) => list.setGrid(isGrid),
     ondown: () => {
       list.element.focus();
       list.activate(0);
     },
   });
-  const list = createList({ t, onselect: select, onload: addToGraph, ondragstart, ondragend });
-  const view = createDetails({ t, onload: addToGraph, ontrain: trainAgain, onclose: close });
+  const getPreviewUrl = ({ id, preview }) => api.apiURL(`${ROUTE}/${id}/preview?v=${preview}`);
+  const actions = { t, getPreviewUrl, onload: addToGraph, onstar: toggleStar };
+  const list = createList({ ...actions, onselect: select, ondragstart, ondragend });
+  list.setGrid(toolbar.isGrid);
+  const view = createDetails({ ...actions, ontrain: trainAgain, onclose: close, openJob });
   const element = build(
     "div",
     { class: "qel-adapters", role: "region", "aria-label": t("adapters.label") },
@@ -196,12 +200,26 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
     }
   }
 
+  function post(path, values = {}) {
+    const headers = { "Content-Type": "application/json" };
+    return fetchJson(path, { method: "POST", headers, body: JSON.stringify(values) });
+  }
+
+  async function toggleStar(entry) {
+    try {
+      const values = { favourite: !entry.is_favourite };
+      const changed = await post(`${ROUTE}/${entry.id}/favourite`, values);
+      take({ detail: { adapters: [changed], gone: [], pending } });
+    } catch (error) {
+      const summary = t("adapters.star_failed");
+      app.extensionManager.toast.add({ severity: "error", summary, detail: error.message });
+    }
+  }
+
   async function trainAgain(entry) {
     const { toast } = app.extensionManager;
     try {
-      const headers = { "Content-Type": "application/json" };
-      const options = { method: "POST", headers, body: "{}" };
-      const job = await fetchJson(`${ROUTE}/${entry.id}/train`, options);
+      const job = await post(`${ROUTE}/${entry.id}/train`);
       const summary = t("adapters.training_again", { name: job.name });
       toast.add({ severity: "success", summary, life: 4000 });
       openJob(job.id);

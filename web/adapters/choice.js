@@ -2,12 +2,13 @@
 
 export const VARIANTS = ["original", "2509", "2511", "text-to-image", "unknown"];
 export const HEALTHS = ["healthy", "warning", "broken", "unknown", "pending"];
-export const SORTS = ["date", "name", "size", "rank", "health"];
+export const SORTS = ["date", "name", "favourite", "size", "rank", "health"];
 export const NO_FILTER = {
   text: "",
   variant: "all",
   health: "all",
   isOurs: false,
+  isFavourite: false,
   withOthers: false,
 };
 
@@ -40,7 +41,8 @@ export function filterEntries(entries, filter) {
   const words = filter.text.toLowerCase().split(/\s+/).filter(Boolean);
   return entries.filter((entry) => {
     if (!filter.withOthers && !isForQwenImage(entry)) return false;
-    if (filter.isOurs && !entry.is_ours) return false;
+    if (filter.isOurs && !entry.is_trained_here) return false;
+    if (filter.isFavourite && !entry.is_favourite) return false;
     if (filter.health !== "all" && getHealth(entry) !== filter.health) return false;
     if (filter.variant === "unknown" && entry.variants.length) return false;
     if (!["all", "unknown"].includes(filter.variant) && !entry.variants.includes(filter.variant))
@@ -53,6 +55,7 @@ export function filterEntries(entries, filter) {
 const COMPARE = {
   name: () => 0,
   date: (a, b) => b.modified_at - a.modified_at,
+  favourite: (a, b) => b.is_favourite - a.is_favourite,
   size: (a, b) => b.size_bytes - a.size_bytes,
   rank: (a, b) => getMaxRank(b) - getMaxRank(a),
   health: (a, b) => HEALTH_ORDER.indexOf(getHealth(a)) - HEALTH_ORDER.indexOf(getHealth(b)),
@@ -69,7 +72,7 @@ export function sortEntries(entries, sort, isReversed) {
 }
 
 export function countFilters(filter) {
-  return ["variant", "health", "isOurs", "withOthers"].filter(
+  return ["variant", "health", "isOurs", "isFavourite", "withOthers"].filter(
     (name) => filter[name] !== NO_FILTER[name],
   ).length;
 }

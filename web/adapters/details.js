@@ -1,14 +1,14 @@
 // Everything about one file: verdict, trigger words, facts, training, modules, metadata.
 
 import { getHealth } from "./choice.js";
-import { build, icon, iconButton } from "../elements.js";
+import { build, buildImage, icon, iconButton } from "../elements.js";
 import { formatCount, formatDate, formatNumber, formatSize } from "../format.js";
 import { formatVariants, splitName } from "./facts.js";
-import { HEALTH_ICONS } from "./row.js";
+import { createStar, HEALTH_ICONS } from "./row.js";
 
 const COPIED_MS = 1500;
 
-export function createDetails({ t, onload, ontrain, onclose }) {
+export function createDetails({ t, getPreviewUrl, onload, onstar, ontrain, onclose, openJob }) {
   const element = build("section", { class: "qel-details", tabindex: "-1", hidden: true });
 
   async function copy(text, button) {
@@ -46,7 +46,7 @@ export function createDetails({ t, onload, ontrain, onclose }) {
     return build(
       "dl",
       { class: "qel-facts" },
-      ...filled.flatMap(([name, value]) => [build("dt", {}, name), build("dd", {}, String(value))]),
+      ...filled.flatMap(([name, value]) => [build("dt", {}, name), build("dd", {}, value instanceof Node ? value : String(value))]),
     );
   }
 
@@ -63,6 +63,10 @@ export function createDetails({ t, onload, ontrain, onclose }) {
       const properties = { type: "button", class: "qel-button", onclick: train };
       actions.push(build("button", properties, icon("refresh"), t("adapters.train_again")));
     }
+    if (entry.has_job) {
+      const properties = { type: "button", class: "qel-button", onclick: () => openJob(entry.job_id) };
+      actions.push(build("button", properties, icon("chart-line"), t("adapters.open_job")));
+    }
     return [
       build(
         "header",
@@ -73,6 +77,7 @@ export function createDetails({ t, onload, ontrain, onclose }) {
           build("h3", {}, file.replace(/\.safetensors$/i, "")),
           build("div", { class: "qel-note qel-path" }, folder + file),
         ),
+        createStar(entry, t, onstar),
         iconButton("times", t("adapters.back"), onclose),
       ),
       build("div", { class: "qel-actions" }, ...actions),
@@ -98,8 +103,13 @@ export function createDetails({ t, onload, ontrain, onclose }) {
     );
   }
 
-  function triggers(entry) {
-    const words = entry.trigger_words;
+  function preview(entry) {
+    if (!entry.preview) return null;
+    return buildImage({ class: "qel-preview", src: getPreviewUrl(entry), alt: "", loading: "lazy" });
+  }
+
+  function triggers(entry, beside) {
+    const words = [...new Set([...entry.trigger_words, ...(beside?.trigger_words ?? [])])];
     if (!words.length) return null;
     const chips = words.map((word) => {
       const label = `${t("adapters.copy")}: ${word}`;
@@ -135,6 +145,25 @@ export function createDetails({ t, onload, ontrain, onclose }) {
         [t("adapters.fact.modified"), formatDate(entry.modified_at)],
       ]),
     );
+  }
+
+  // What other programs noted in files beside this one: text, whatever it holds.
+  function notes({ beside }) {
+    const source = beside.has_link
+      ? build("a", { href: beside.source, target: "_blank", rel: "noopener noreferrer" }, beside.source)
+      : beside.source;
+    const pairs = ["title", "base_model", "strength", "notes", "description"].map((name) => [
+      t(`adapters.beside.${name}`),
+      beside[name],
+    ]);
+    const content = [
+      definitions([...pairs, [t("adapters.beside.source"), source]]),
+      ...beside.problems.map((problem) => build("p", { class: "qel-note" }, problem)),
+      beside.files.length > 0 &&
+        build("p", { class: "qel-note" }, t("adapters.beside.from", { files: beside.files.join(", ") })),
+    ];
+    const isEmpty = !beside.files.length && !beside.problems.length;
+    return isEmpty ? null : section(t("adapters.beside"), ...content.filter(Boolean));
   }
 
   function training({ known }) {
@@ -214,8 +243,8 @@ export function createDetails({ t, onload, ontrain, onclose }) {
       element.hidden = false;
       element.dataset.id = entry.id;
       element.setAttribute("aria-label", t("adapters.details", { name: entry.name }));
-      const parts = [...head(entry), verdict(entry, details?.sentences), triggers(entry)];
-      parts.push(facts(entry));
+      const parts = [...head(entry), preview(entry), verdict(entry, details?.sentences)];
+      parts.push(triggers(entry, details?.beside), details && notes(details), facts(entry));
       if (details) {
         const rest = [training(details), tags(details), modules(details), metadata(details)];
         parts.push(...rest);

@@ -1,7 +1,7 @@
-// One file as a row of the list.
+// One file as a row of the list, or as a card: the same parts, which the style sheet arranges.
 
 import { getHealth } from "./choice.js";
-import { build, icon, iconButton } from "../elements.js";
+import { build, buildImage, icon, iconButton } from "../elements.js";
 import { formatSize } from "../format.js";
 import { formatRank, splitName } from "./facts.js";
 
@@ -30,7 +30,27 @@ export function listFacts(entry, t) {
   return [formatRank(entry, t), ...kinds, formatSize(entry.size_bytes), entry.key_format];
 }
 
-export function createRow(entry, t, onload) {
+/** The star of a file; `onstar` is called with the entry. */
+export function createStar(entry, t, onstar) {
+  const press = (event) => {
+    event.stopPropagation();
+    onstar(entry);
+  };
+  const label = t(entry.is_favourite ? "adapters.unstar" : "adapters.star");
+  const star = iconButton(entry.is_favourite ? "star-fill" : "star", label, press, "qel-star");
+  star.setAttribute("aria-pressed", String(entry.is_favourite));
+  return star;
+}
+
+function createThumbnail(entry, getPreviewUrl) {
+  // The name beside it says whose it is.
+  const image = entry.preview
+    ? buildImage({ src: getPreviewUrl(entry), alt: "", loading: "lazy", draggable: "false" })
+    : icon("image");
+  return build("span", { class: "qel-thumb", role: "gridcell" }, image);
+}
+
+export function createRow(entry, { t, onload, onstar, getPreviewUrl }) {
   const health = getHealth(entry);
   const [folder, file] = splitName(entry.name);
   const stem = file.replace(/\.safetensors$/i, "");
@@ -40,13 +60,13 @@ export function createRow(entry, t, onload) {
     ...entry.variants.map((variant) =>
       build("span", { class: "qel-badge" }, t(`adapters.short.${variant}`)),
     ),
-    entry.is_ours &&
+    entry.is_trained_here &&
       build("span", { class: "qel-badge qel-badge-ours" }, t("adapters.trained_here")),
   ];
   const row = build(
     "div",
     {
-      class: "qel-row",
+      class: entry.is_favourite ? "qel-row qel-starred" : "qel-row",
       role: "row",
       id: `qel-adapter-${entry.id}`,
       draggable: entry.state === "ok" ? "true" : "false",
@@ -59,6 +79,7 @@ export function createRow(entry, t, onload) {
       icon(HEALTH_ICONS[health]),
       build("span", { class: "qel-spoken" }, healthText),
     ),
+    createThumbnail(entry, getPreviewUrl),
     build(
       "span",
       { class: "qel-row-text", role: "gridcell" },
@@ -76,14 +97,18 @@ export function createRow(entry, t, onload) {
       ),
     ),
   );
+  const star = createStar(entry, t, onstar);
+  star.tabIndex = -1; // F does the same; the list is a single tab stop
+  const actions = [star];
   if (entry.state === "ok") {
     const load = (event) => {
       event.stopPropagation();
       onload(entry);
     };
     const button = iconButton("sign-in", t("adapters.load"), load, "qel-row-load");
-    button.tabIndex = -1; // Enter does the same; the list is a single tab stop
-    row.append(build("span", { role: "gridcell", class: "qel-row-action" }, button));
+    button.tabIndex = -1; // as does Enter
+    actions.push(button);
   }
+  row.append(build("span", { role: "gridcell", class: "qel-row-actions" }, ...actions));
   return row;
 }

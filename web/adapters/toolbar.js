@@ -4,8 +4,9 @@ import { countFilters, HEALTHS, NO_FILTER, SORTS, VARIANTS } from "./choice.js";
 import { build, icon, iconButton } from "../elements.js";
 
 const SEARCH_DELAY = 120; // ms after the last key
+const VIEW_KEY = "qwen_edit_lora.adapters_view"; // in localStorage: "grid" or "list"
 
-export function createToolbar({ t, onchange, onrefresh, ondown }) {
+export function createToolbar({ t, onchange, onrefresh, onview, ondown }) {
   let filter = { ...NO_FILTER };
   let sort = SORTS[0];
   let isReversed = false;
@@ -62,6 +63,9 @@ export function createToolbar({ t, onchange, onrefresh, ondown }) {
     (value) => change({ health: value }),
   );
   const [ours, oursLabel] = checkbox(t("adapters.trained_here"), (isOurs) => change({ isOurs }));
+  const [starred, starredLabel] = checkbox(t("adapters.favourites"), (isFavourite) =>
+    change({ isFavourite }),
+  );
   const [others, othersLabel] = checkbox(t("adapters.other_models"), (withOthers) =>
     change({ withOthers }),
   );
@@ -75,7 +79,7 @@ export function createToolbar({ t, onchange, onrefresh, ondown }) {
     "div",
     { class: "qel-filters", hidden: true, role: "group", "aria-label": t("adapters.filters") },
     build("div", { class: "qel-filter-row" }, variant, health),
-    build("div", { class: "qel-filter-row" }, oursLabel, othersLabel, clear),
+    build("div", { class: "qel-filter-row" }, starredLabel, oursLabel, othersLabel, clear),
   );
   const toggle = iconButton("filter", t("adapters.filters"), () => {
     panel.hidden = !panel.hidden;
@@ -101,6 +105,14 @@ export function createToolbar({ t, onchange, onrefresh, ondown }) {
     onchange();
   });
   reverse.setAttribute("aria-pressed", "false");
+  const grid = iconButton("th-large", t("adapters.grid"), () => {
+    showView(!isGrid());
+    localStorage.setItem(VIEW_KEY, isGrid() ? "grid" : "list");
+    onview(isGrid());
+  });
+  const isGrid = () => grid.getAttribute("aria-pressed") === "true";
+  const showView = (on) => grid.setAttribute("aria-pressed", String(on));
+  showView(localStorage.getItem(VIEW_KEY) === "grid");
   const refresh = iconButton("refresh", t("adapters.refresh"), onrefresh);
 
   search.addEventListener("input", () => {
@@ -119,6 +131,7 @@ export function createToolbar({ t, onchange, onrefresh, ondown }) {
     const next = { ...NO_FILTER, ...kept };
     [search.value, variant.value, health.value] = [next.text, next.variant, next.health];
     [ours.checked, others.checked] = [next.isOurs, next.withOthers];
+    starred.checked = next.isFavourite;
     change(next);
   }
 
@@ -133,12 +146,15 @@ export function createToolbar({ t, onchange, onrefresh, ondown }) {
       refresh,
     ),
     panel,
-    build("div", { class: "qel-toolbar-row" }, count, order, reverse),
+    build("div", { class: "qel-toolbar-row" }, count, order, reverse, grid),
   );
   return {
     element,
     get filter() {
       return filter;
+    },
+    get isGrid() {
+      return isGrid();
     },
     get sort() {
       return [sort, isReversed];

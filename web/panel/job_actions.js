@@ -2,17 +2,22 @@
 // it refuses one after all.
 
 import { askToCancel, askToClone, askToDelete } from "./dialogs.js";
-import { build, setHidden } from "../elements.js";
+import { build, setAttribute, setHidden, setText } from "../elements.js";
 
 // Button, in order -> the server's action that it needs.
 const NEEDS = {
   pause: "pause",
   resume: "resume",
+  sample: "sample",
+  save: "save",
   cancel: "cancel",
   load: "publish",
   clone: "clone",
   delete: "delete",
 };
+
+// What a worker does after its next step: until then the button says that it was asked.
+const ORDERS = ["sample", "save"];
 
 export class JobActions {
   // leave(): called after the job is deleted; open(id): shows another one; loadIntoGraph(name)
@@ -42,12 +47,18 @@ export class JobActions {
   update(job) {
     this.job = job;
     for (const [name, button] of Object.entries(this.buttons)) {
-      setHidden(button, !job.actions.includes(NEEDS[name]));
+      setHidden(button, !job.actions.includes(NEEDS[name]) && !job.orders?.includes(name));
+    }
+    for (const name of ORDERS) {
+      const isGiven = Boolean(job.orders?.includes(name));
+      setText(this.buttons[name], this.t(isGiven ? "action.ordered" : `action.${name}`));
+      setAttribute(this.buttons[name], "aria-disabled", isGiven); // and keeps the focus
     }
   }
 
   async press(name) {
     const button = this.buttons[name];
+    if (button.getAttribute("aria-disabled") === "true") return;
     button.disabled = true;
     try {
       if (this[name]) await this[name](this.job);

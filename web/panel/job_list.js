@@ -1,5 +1,6 @@
 // The list of trainings: running ones on top, then queued ones, then the rest, newest first.
 
+import { createNotificationSwitch } from "./desktop_notifications.js";
 import { ACTIVE } from "./jobs.js";
 import { build, KeyedRows, setAttribute, setHidden, setText } from "../elements.js";
 import { formatDuration, formatNumber, formatTime } from "../format.js";
@@ -24,10 +25,14 @@ export class JobList {
         build("option", { value }, t(`filter.${value}`))
       )
     );
+    this.measured = build("ul", { class: "qel-jobs", "aria-label": t("measuring.label") });
+    this.measuredRows = new KeyedRows(this.measured, (one) => this.buildMeasured(one));
     this.element = build(
       "div",
       { class: "qel-view" },
       build("div", { class: "qel-bar" }, this.summary, this.select),
+      createNotificationSwitch(t),
+      this.measured,
       this.message,
       this.items
     );
@@ -51,10 +56,33 @@ export class JobList {
     this.rows.show(shown, (job) => job.id);
     const active = this.jobs.countActive();
     setText(this.summary, t("list.summary", { n: all.length, active }));
-    setHidden(this.message, shown.length > 0 && !this.jobs.problem);
+    const { measuring } = this.jobs;
+    setHidden(this.measured, !measuring.length);
+    this.measuredRows.show(measuring, ({ id }) => id);
+    const isFilled = shown.length > 0 || (measuring.length > 0 && !all.length);
+    setHidden(this.message, isFilled && !this.jobs.problem);
     const empty = !this.jobs.isKnown ? "list.loading" : all.length ? "list.none" : "list.empty";
     setText(this.message, this.jobs.problem ?? t(empty));
     setAttribute(this.message, "data-tone", this.jobs.problem ? "bad" : "");
+  }
+
+  // Not a training yet: it has no page, and ends with the node that runs.
+  buildMeasured({ name }) {
+    const { t } = this;
+    const chip = { class: "qel-status", "data-status": "in_progress" };
+    const element = build(
+      "li",
+      { class: "qel-job qel-measured" },
+      build(
+        "span",
+        { class: "qel-job-line" },
+        build("span", { class: "qel-job-name" }, name),
+        build("span", chip, t("measuring.status"))
+      ),
+      build("span", { class: "qel-progress qel-progress-unknown" }, build("span", {})),
+      build("span", { class: "qel-note" }, t("measuring.text"))
+    );
+    return { element, update() {} };
   }
 
   buildRow(first) {

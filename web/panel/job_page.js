@@ -5,7 +5,7 @@ import { JobActions } from "./job_actions.js";
 import { JobCharts } from "./job_charts.js";
 import { LogView } from "./log_view.js";
 import { SampleStrip } from "./sample_strip.js";
-import { build, KeyedRows, setAttribute, setHidden, setText } from "../elements.js";
+import { build, icon, KeyedRows, setAttribute, setHidden, setText } from "../elements.js";
 import { formatDuration, formatTime } from "../format.js";
 
 // Minimum interval between requests for the curves of a running job.
@@ -22,8 +22,15 @@ export class JobPage {
     const fail = (text) => this.fail(text);
     this.actions = new JobActions({ jobs, t, fail, open, leave, loadIntoGraph });
     this.charts = new JobCharts(t);
-    this.samples = new SampleStrip({ t, getUrl: (name) => jobs.getImageUrl(id, name) });
-    this.log = new LogView({ t, fail, read: (offset) => jobs.readLog(id, offset) });
+    this.samples = new SampleStrip({
+      t,
+      getUrl: (name) => jobs.getImageUrl(id, name),
+      archiveUrl: jobs.getDownloadUrl(id, "samples.zip"),
+    });
+    this.log = new LogView({
+      ...{ t, fail, read: (offset) => jobs.readLog(id, offset) },
+      url: jobs.getDownloadUrl(id, "log.txt"),
+    });
     this.buildHead();
     this.buildLists(loadIntoGraph);
     this.element = build(
@@ -101,7 +108,17 @@ export class JobPage {
         }
       };
       const button = build("button", { type: "button", class: "qel-button", onclick: load }, t("action.load"));
-      return { element: build("li", {}, build("span", {}, name), button), update() {} };
+      const link = build(
+        "a",
+        {
+          ...{ class: "qel-button", href: this.jobs.getDownloadUrl(this.id, name, true) },
+          ...{ download: name, "aria-label": t("files.downloadOne", { name }) },
+        },
+        icon("download"),
+        t("files.download")
+      );
+      const buttons = build("span", { class: "qel-file-actions" }, link, button);
+      return { element: build("li", {}, build("span", {}, name), buttons), update() {} };
     });
     const table = build("tbody");
     this.settings = build(

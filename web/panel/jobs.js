@@ -14,6 +14,7 @@ export class Jobs extends EventTarget {
     super();
     this.api = api;
     this.jobs = new Map();
+    this.measuring = []; // {id, name}: trainings whose estimate is measured before they start
     this.problem = null; // why the list could not be loaded
     this.isKnown = false;
     this.numRefreshes = 0;
@@ -41,9 +42,10 @@ export class Jobs extends EventTarget {
   async refresh() {
     const number = ++this.numRefreshes;
     try {
-      const { jobs } = await this.ask(PATH);
+      const { jobs, measuring = [] } = await this.ask(PATH);
       if (number !== this.numRefreshes) return; // a later refresh has finished or will
       this.problem = null;
+      this.measuring = measuring;
       const found = new Set(jobs.map((job) => job.id));
       for (const id of this.jobs.keys()) if (!found.has(id)) this.jobs.delete(id);
       for (const job of jobs) this.take(job);
@@ -59,7 +61,8 @@ export class Jobs extends EventTarget {
       this.dispatchEvent(new CustomEvent("warning", { detail: detail.warning }));
       return;
     }
-    if (detail.deleted) this.jobs.delete(detail.id);
+    if (detail.measuring) this.measuring = detail.measuring;
+    else if (detail.deleted) this.jobs.delete(detail.id);
     else this.take(detail);
     this.dispatchEvent(new Event("change"));
   }
@@ -80,6 +83,11 @@ export class Jobs extends EventTarget {
 
   getImageUrl(id, name) {
     return this.api.apiURL(`${PATH}/${id}/pictures/${encodeURIComponent(name)}`);
+  }
+
+  // what: "samples.zip", "log.txt", or a LoRA file's name
+  getDownloadUrl(id, what, isFile = false) {
+    return this.api.apiURL(`${PATH}/${id}/${isFile ? "files/" : ""}${encodeURIComponent(what)}`);
   }
 
   async act(id, action, options = {}) {

@@ -5,7 +5,7 @@ import { build } from "../elements.js";
 const MAX_CHARACTERS = 200_000; // kept in the page
 
 export class LogView {
-  constructor({ t, read, fail }) {
+  constructor({ t, read, fail, url }) {
     this.read = read; // (offset or undefined) -> {text, next_offset}
     this.fail = fail;
     this.offset = undefined;
@@ -16,6 +16,7 @@ export class LogView {
       "details",
       { class: "qel-unfold" },
       build("summary", {}, t("log.title")),
+      build("a", { class: "qel-button qel-log-link", href: url, download: "" }, t("log.download")),
       this.text
     );
     this.element.addEventListener("toggle", () => this.update());

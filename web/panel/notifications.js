@@ -1,5 +1,6 @@
 // Toasts: a training finished or failed, a warning, a prompt that runs during a training.
 
+import { notifyDesktop } from "./desktop_notifications.js";
 import { FINISHED } from "./jobs.js";
 
 const SEEN_KEY = "qwen_edit_lora.seen_until"; // in localStorage: end of the last training shown
@@ -9,6 +10,12 @@ const LIFE = { info: 6000, success: 10_000, warn: 15_000, error: undefined }; //
 export function announce(app, jobs, t) {
   const add = (severity, summary, detail) =>
     app.extensionManager.toast.add({ severity, summary, detail, life: LIFE[severity] });
+
+  // In the page, and outside of it for someone who does something else meanwhile.
+  const tell = (severity, key, job, text) => {
+    add(severity, t(key, { name: job.name }), text);
+    notifyDesktop(t(key, { name: job.name }), text, `qwen_edit_lora ${job.id}`);
+  };
 
   jobs.addEventListener("warning", ({ detail }) => add("warn", t("toast.beside"), detail));
 
@@ -20,9 +27,9 @@ export function announce(app, jobs, t) {
     markSeen(job);
     if (job.status === "completed") {
       const files = (job.published ?? []).join(", ");
-      add("success", t("toast.completed", { name: job.name }), files || t("toast.noFile"));
+      tell("success", "toast.completed", job, files || t("toast.noFile"));
     } else if (job.status === "failed") {
-      add("error", t("toast.failed", { name: job.name }), job.failure?.sentence ?? "");
+      tell("error", "toast.failed", job, job.failure?.sentence ?? "");
     }
   });
 

@@ -1,13 +1,15 @@
 // One image of a training, large: beside its source or target under a slider, with its neighbors.
 
 import { build, buildImage, setHidden } from "../elements.js";
+import { findNeighbor } from "./sample_grid.js";
 
 const MIDDLE = 50; // %
 
 export class SampleViewer {
-  // getRows() -> [[image, ...], ...] as shown: a row per item; describe(image) -> text
-  constructor({ t, getUrl, getRows, describe }) {
-    Object.assign(this, { t, getUrl, getRows, describe, viewed: null });
+  // getCells() -> [[image or null, ...], ...] as shown: a row per item, a column per step;
+  // describe(image) and nameItem(key) -> text
+  constructor({ t, getUrl, getCells, describe, nameItem }) {
+    Object.assign(this, { t, getUrl, getCells, describe, nameItem, viewed: null });
     this.image = buildImage({ class: "qel-large" });
     this.other = buildImage({ class: "qel-large qel-compared" });
     this.stage = build("div", { class: "qel-compare" }, this.image, this.other);
@@ -41,14 +43,14 @@ export class SampleViewer {
   }
 
   view(name) {
-    const image = this.getRows().flat().find((one) => one.name === name);
+    const image = this.getCells().flat().find((one) => one?.name === name);
     if (!image) return;
     this.viewed = name;
     this.image.src = this.getUrl(name);
     this.image.alt = this.describe(image);
     this.save.href = this.getUrl(name);
     this.save.download = name;
-    this.caption.textContent = `${image.item} · ${this.describe(image)}`;
+    this.caption.textContent = `${this.nameItem(image.item)} · ${this.describe(image)}`;
     this.offer(image);
     if (!this.element.open) this.element.showModal();
   }
@@ -95,16 +97,13 @@ export class SampleViewer {
   }
 
   findRow() {
-    return this.getRows().find((row) => row.some((one) => one.name === this.viewed)) ?? [];
+    const rows = this.getCells().map((row) => row.filter(Boolean));
+    return rows.find((row) => row.some((one) => one.name === this.viewed)) ?? [];
   }
 
   // To another item (rows) or along the row (columns); past an end nothing happens.
   move(rows, columns) {
-    const all = this.getRows();
-    const row = this.findRow();
-    const at = row.findIndex((one) => one.name === this.viewed);
-    const target = all[all.indexOf(row) + rows];
-    const next = target?.[Math.min(at, target.length - 1) + columns];
+    const next = findNeighbor(this.getCells(), this.viewed, rows, columns);
     if (next) this.view(next.name);
   }
 }

@@ -15,8 +15,10 @@ const STYLES = [
   "./panel.css",
   "./job_page.css",
   "../adapters/adapters.css",
+  "../adapters/cards.css",
   "../adapters/details.css",
   "../pairs/pairs.css",
+  "../pairs/pair_dialogs.css",
 ];
 const ICON = "pi pi-chart-line";
 

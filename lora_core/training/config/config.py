@@ -74,7 +74,9 @@ class TrainConfig:
         check_number(self, "seed", 0)
         if self.optimizer.warmup_steps > self.steps:
             raise ConfigError(
-                f"warmup_steps is {self.optimizer.warmup_steps}, more than the {self.steps} steps "
-                "of the run; expected at most as many"
+                "warmup_steps is {warmup_steps}, more than the {steps} steps of the run; "
+                "expected at most as many",
+                warmup_steps=self.optimizer.warmup_steps,
+                steps=self.steps,
             )
         check_file_name(self.name, LONGEST_ENDING)

@@ -18,6 +18,7 @@ from ...checks import MAX_WHOLE, show
 from ...disk.json_reader import parse_json
 from ...disk.regular_files import read_text
 from ...errors import ConfigError, FileError
+from ...messages import message
 from ...text import shorten
 from .config import TrainConfig
 from .setting_names import suggest
@@ -66,14 +67,14 @@ def read_config(path: str | os.PathLike[str]) -> TrainConfig:
     try:
         return config_from_dict(values)
     except ConfigError as e:
-        raise ConfigError(f"{shorten(path.name)}: {e}") from None
+        raise ConfigError("{path}: {error}", path=shorten(path.name), error=e) from None
 
 
 def parse(text: str, path: Path) -> dict[str, Any]:
     name = shorten(path.name)
     values = parse_json(text, path.name) if path.suffix == ".json" else parse_toml(text, name)
     if not isinstance(values, dict):
-        raise FileError(f"{name} holds no table of settings.")
+        raise FileError("{name} holds no table of settings.", name=name)
     return values
 
 
@@ -85,17 +86,24 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
     try:
         return reader.loads(text)
     except RecursionError:
-        raise FileError(f"{name} cannot be read as TOML: it is nested too deep.") from None
+        raise FileError(
+            "{name} cannot be read as TOML: it is nested too deep.", name=name
+        ) from None
     except ValueError as e:
-        hint = f" {BACKSLASHES}" if QUOTED_BACKSLASH.search(text) else ""
-        raise FileError(f"{name} cannot be read as TOML: {shorten(str(e), 200)}.{hint}") from None
+        hint = " " + BACKSLASHES if QUOTED_BACKSLASH.search(text) else ""
+        raise FileError(
+            "{name} cannot be read as TOML: {error}.{hint}",
+            name=name,
+            error=shorten(str(e), 200),
+            hint=hint,
+        ) from None
 
 
 #: As in "C:\models"; the first backslash between double quotes on one line.
 QUOTED_BACKSLASH = re.compile(r'"[^"\\\n]{0,1000}\\')
-BACKSLASHES = (
-    "In double quotes a backslash begins a special character: write paths with / or in single "
-    "quotes."
+BACKSLASHES = message(
+    "In double quotes a backslash begins a special character: write paths with / or in "
+    "single quotes."
 )
 
 
@@ -103,28 +111,35 @@ def check_path(text: str, where: str) -> None:
     """ConfigError for characters that no path has: "C:\new" in double quotes holds a line break."""
     if any(ord(character) < ord(" ") for character in text):
         raise ConfigError(
-            f"{where} is {shorten(repr(text))}, with a line break, a tab or another control "
-            f"character. {BACKSLASHES}"
+            "{where} is {text}, with a line break, a tab or another control character. "
+            "{backslashes}",
+            where=where,
+            text=shorten(repr(text)),
+            backslashes=BACKSLASHES,
         )
 
 
 def build(section: Callable[..., T], values: Mapping[str, Any], where: str) -> T:
     """One dataclass of the tree from a dictionary of its fields."""
-    place = f"[{where}]" if where else "the configuration"
+    place = f"[{where}]" if where else message("the configuration")
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{place} is {show(values)}; expected a table of settings")
+        raise ConfigError(
+            "{place} is {values}; expected a table of settings", place=place, values=show(values)
+        )
     fields = {field.name: field for field in dataclasses.fields(cast(Any, section))}
     for key in values:
         if key not in fields:
             hint = suggest(shorten(str(key)), fields, where, list_places())
-            raise ConfigError(f"{place} has no setting {show(key)}{hint}")
+            raise ConfigError(
+                "{place} has no setting {key}{hint}", place=place, key=show(key), hint=hint
+            )
     types_of = get_hints(section)
     arguments = {}
     for name, field in fields.items():
         if name in values:
             arguments[name] = convert(values[name], types_of[name], f"{where}.{name}".strip("."))
         elif field.default is field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{place} lacks {name}; add it")
+            raise ConfigError("{place} lacks {name}; add it", place=place, name=name)
     try:
         return section(**arguments)
     except ConfigError as e:
@@ -177,7 +192,12 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return hint(value)
     elif origin is None and isinstance(value, hint) and (hint is bool or not is_flag):
         return value
-    raise ConfigError(f"{where} is {show(value)}; expected {describe_type(hint)}")
+    raise ConfigError(
+        "{where} is {value}; expected {hint}",
+        where=where,
+        value=show(value),
+        hint=describe_type(hint),
+    )
 
 
 def check_plain(value: Any, where: str, depth: int = 0) -> Any:
@@ -194,17 +214,25 @@ def check_plain(value: Any, where: str, depth: int = 0) -> Any:
         if not isinstance(value, Mapping) or all(isinstance(key, str) for key in value):
             return value
     raise ConfigError(
-        f"{where} is or holds {show(value)}; expected true, false, text, a finite number, or up "
-        f"to {MAX_DEPTH} lists and tables of them inside each other"
+        "{where} is or holds {value}; expected true, false, text, a finite number, or up to "
+        "{max_depth} lists and tables of them inside each other",
+        where=where,
+        value=show(value),
+        max_depth=MAX_DEPTH,
     )
 
 
 def describe_type(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = {
+        int: message("a whole number"),
+        float: message("a number"),
+        bool: message("true or false"),
+        str: message("text"),
+    }
     origin = typing.get_origin(hint)
     if origin is tuple:
-        return "a list of strings"
-    return "a table" if origin is not None else names.get(hint, str(hint))
+        return message("a list of strings")
+    return message("a table") if origin is not None else names.get(hint, str(hint))
 
 
 def to_plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
+from ...messages import join_messages, message
 from ...text import format_bytes
 from ..model.offload import MAX_COPIED_BLOCKS
 
@@ -83,7 +84,11 @@ def apply_preset(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: an unknown preset.
     """
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+        raise ConfigError(
+            "unknown preset {name!r}; expected one of {presets}",
+            name=name,
+            presets=", ".join(PRESETS),
+        )
     return merge_tables(copy.deepcopy(dict(PRESETS[name].settings)), settings)
 
 
@@ -157,13 +162,16 @@ class BaseChoice:
     """What prevents training this way."""
 
     def describe(self, size: BaseSize) -> str:
-        text = f"storage auto is {self.storage}"
+        text = message("storage auto is {storage}", storage=self.storage)
         if self.offload_blocks:
-            text += (
-                f" with {self.offload_blocks} of {size.num_blocks} blocks offloaded to main "
-                f"memory, {format_bytes(self.host_bytes, 1024)}"
+            text += message(
+                " with {offload_blocks} of {num_blocks} blocks offloaded to main memory, "
+                "{host_bytes}",
+                offload_blocks=self.offload_blocks,
+                num_blocks=size.num_blocks,
+                host_bytes=format_bytes(self.host_bytes, 1024),
             )
-        return f"{text}; {self.problem}" if self.problem else text
+        return join_messages("; ", [text, self.problem]) if self.problem else text
 
 
 def choose_storage(
@@ -201,11 +209,15 @@ def choose_storage(
         waiting = round(num_offloaded * size.count_block_bytes(storage))
         problem = ""
         if size.count_resident(storage, num_offloaded) > room:
-            problem = f"{format_bytes(gpu_bytes, 1024)} of GPU memory leaves no room to train"
+            problem = message(
+                "{gpu_bytes} of GPU memory leaves no room to train",
+                gpu_bytes=format_bytes(gpu_bytes, 1024),
+            )
         elif waiting and host_bytes is not None and waiting + HOST_RESERVE > host_bytes:
-            problem = (
-                f"{format_bytes(waiting + HOST_RESERVE, 1024)} of main memory are needed, and "
-                f"{format_bytes(host_bytes, 1024)} are free"
+            problem = message(
+                "{waiting} of main memory are needed, and {host_bytes} are free",
+                waiting=format_bytes(waiting + HOST_RESERVE, 1024),
+                host_bytes=format_bytes(host_bytes, 1024),
             )
         choices.append(BaseChoice(storage, "bf16", num_offloaded, waiting, problem))
     return next((choice for choice in choices if not choice.problem), choices[-1])

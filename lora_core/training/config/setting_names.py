@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from ...messages import message
+
 #: Other trainers' names -> ours, by their dotted places. Of kohya's sd-scripts and musubi-tuner
 #: (options of their command lines and configs), diffusers' training scripts, ai-toolkit's configs
 #: and SimpleTuner's.
@@ -52,21 +54,22 @@ OTHER_NAMES = {
 ELSEWHERE = {
     **dict.fromkeys(
         ("resolution", "max_resolution", "bucket_reso_steps", "enable_bucket", "target_area"),
-        "the size is chosen where the training set is made, by megapixels of Image Pairs",
+        message("the size is chosen where the training set is made, by megapixels of Image Pairs"),
     ),
     **dict.fromkeys(
         ("max_train_epochs", "num_train_epochs", "epochs", "num_epochs"),
-        "the length is given in steps",
+        message("the length is given in steps"),
     ),
     **dict.fromkeys(
-        ("network_module", "network_type"), "a LoRA is always trained; no setting names it"
+        ("network_module", "network_type"), message("a LoRA is always trained; no setting names it")
     ),
     **dict.fromkeys(
         ("trigger_word", "instance_prompt"),
-        "captions are part of the training set, see Image Pairs",
+        message("captions are part of the training set, see Image Pairs"),
     ),
     **dict.fromkeys(
-        ("num_repeats", "repeats"), "every item is shown once an epoch; leave the setting out"
+        ("num_repeats", "repeats"),
+        message("every item is shown once an epoch; leave the setting out"),
     ),
 }
 #: Of difflib's similarity; below, a guess misleads.
@@ -84,19 +87,23 @@ def suggest(key: str, fields: Iterable[str], section: str, places: Iterable[str]
     places = list(places)
     name = key.lower().replace("-", "_")
     if name in ELSEWHERE:
-        return f"; {ELSEWHERE[name]}"
+        return "; " + ELSEWHERE[name]
     place = OTHER_NAMES.get(name)
     if place is None:
         near = difflib.get_close_matches(name, list(fields), n=1, cutoff=CUTOFF)
         if near:
-            return f"; did you mean {near[0]}?"
+            return message("; did you mean {near}?", near=near[0])
         place = next((one for one in places if one.rpartition(".")[2] == name), None)
     if place is None:
         return ""
     table, _, last = place.rpartition(".")
-    return f"; did you mean {last if table == section else show_place(place)}?"
+    return message("; did you mean {place}?", place=last if table == section else show_place(place))
 
 
 def show_place(place: str) -> str:
     table, _, name = place.rpartition(".")
-    return f"[{table}] {name}" if table else f"{name}, above all tables"
+    return (
+        message("[{table}] {name}", table=table, name=name)
+        if table
+        else message("{name}, above all tables", name=name)
+    )

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 
+from ...messages import message
 from .dataset import CachedDataset, ItemInfo, collect_text
 from .latents import count_target_tokens, normalize
 
@@ -71,10 +72,13 @@ class DataOrder:
         repeats = [-len(bucket) % self.batch_size for bucket in self.buckets.values()]
         if not sum(repeats):
             return None
-        return (
-            f"sizes whose items do not fill batches of {self.batch_size}: "
-            f"{sum(map(bool, repeats))} of {len(repeats)}; samples shown again in each epoch: "
-            f"{sum(repeats)}"
+        return message(
+            "sizes whose items do not fill batches of {batch_size}: {num_odd} of "
+            "{num_sizes}; samples shown again in each epoch: {repeats}",
+            batch_size=self.batch_size,
+            num_odd=sum(map(bool, repeats)),
+            num_sizes=len(repeats),
+            repeats=sum(repeats),
         )
 
 

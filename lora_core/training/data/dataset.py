@@ -35,25 +35,27 @@ from ...disk.safetensors_file import AnyTensor, SafetensorsFile
 from ...disk.typed_json import parse_typed
 from ...disk.writing import explain, write_then_rename
 from ...errors import ConfigError, FileError, MissingFileError, ShapeError
+from ...messages import message
 from ...text import shorten
 from .item_checks import (
     KEY,
     MAX_SIDE,
     MAX_TEXT_TOKENS,
     MAX_TEXT_WIDTH,
+    check_item,
     count_references,
     find_fault,
     find_name_fault,
     find_text_fault,
     is_mask,
 )
-from .latents import NUM_CHANNELS, count_target_tokens
+from .latents import count_target_tokens
 
 VERSION = 1
 INDEX_FILE = "index.json"
 EMPTY_FILE = "empty.safetensors"
 ITEMS_FOLDER = "items"
-CACHED_ITEM = "a cached item"
+CACHED_ITEM = message("a cached item")
 #: How all latents of a set are stored: as the VAE gives them.
 LATENTS = "raw"
 #: Of an index: a million items.
@@ -141,7 +143,8 @@ class DatasetWriter:
         """
         if not KEY.fullmatch(key):
             raise ConfigError(
-                f"{key!r} cannot name a cached item; expected letters, digits, '.', '_' and '-'"
+                "{key!r} cannot name a cached item; expected letters, digits, '.', '_' and '-'",
+                key=key,
             )
         self._check(key, item)
         tensors = {
@@ -161,7 +164,9 @@ class DatasetWriter:
         file.release()
         fault = find_fault(file.tensors)
         if fault is not None:
-            raise FileError(f"{shorten(key)}.safetensors is not a cached item: {fault}.")
+            raise FileError(
+                "{key}.safetensors is not a cached item: {fault}.", key=shorten(key), fault=fault
+            )
         self._check_text(key, file.tensors["text"])
         return self._record(key, file.tensors, caption)
 
@@ -181,7 +186,7 @@ class DatasetWriter:
 
     def set_empty_text(self, text_empty: torch.Tensor) -> None:
         """(T, D): the embedding of an empty caption for every item that has none itself."""
-        self._check_text("the empty caption", text_empty)
+        self._check_text(message("the empty caption"), text_empty)
         tensors = {"text_empty": text_empty.detach().cpu().contiguous()}
         self._save(self.folder / EMPTY_FILE, tensors)
         self._has_empty_text = True
@@ -208,40 +213,25 @@ class DatasetWriter:
         try:
             write_then_rename(path, lambda temporary: temporary.write_bytes(data))
         except OSError as e:
-            raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
+            raise FileError(
+                "{path} cannot be written: {reason}.", path=path.name, reason=explain(e)
+            ) from None
         return self.folder
 
     def _check(self, key: str, item: CachedItem) -> None:
-        for name, latents in (("target", item.target), *enumerate(item.references)):
-            if latents.ndim != 3 or latents.shape[0] != NUM_CHANNELS or not latents.numel():
-                what = name if name == "target" else f"reference_{name}"
-                raise ShapeError(
-                    f"{key}: {what} is {tuple(latents.shape)}; expected ({NUM_CHANNELS}, height, "
-                    "width), the VAE's latents of one image"
-                )
+        check_item(key, item)
         self._check_text(key, item.text)
         if item.text_empty is not None:
             self._check_text(key, item.text_empty)
-        mask = item.mask
-        if mask is not None and (mask.shape != item.target.shape[1:] or not mask.sum() > 0):
-            raise ShapeError(
-                f"{key}: the mask is {tuple(mask.shape)} with a sum of {mask.sum().item():g}; "
-                f"expected {tuple(item.target.shape[1:])} like the target, not all of it 0"
-            )
-        if mask is not None and mask.min() < 0:
-            raise ShapeError(f"{key}: the mask holds negative weights; expected 0 or more")
-        for name, tensor in item.tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise FileError(
-                    f"{key}: {name} holds NaN or Inf; expected finite numbers. Encode it again, "
-                    "in float32 if it was half precision."
-                )
 
     def _check_text(self, key: str, text: AnyTensor) -> None:
         if text.ndim != 2 or not text.numel() or self._text_width not in (None, text.shape[1]):
             width = self._text_width or "width"
             raise ShapeError(
-                f"{key}: the text embedding is {tuple(text.shape)}; expected (tokens, {width})"
+                "{key}: the text embedding is {text_shape}; expected (tokens, {width})",
+                key=key,
+                text_shape=tuple(text.shape),
+                width=width,
             )
         self._text_width = text.shape[1]
 
@@ -252,7 +242,9 @@ class DatasetWriter:
                 path.unlink()  # a pipe in the set's own folder: nothing of the user's is in it
             write_then_rename(path, lambda temporary: save_file(tensors, temporary))
         except (OSError, SafetensorError) as e:
-            raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
+            raise FileError(
+                "{path} cannot be written: {reason}.", path=path.name, reason=explain(e)
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -305,8 +297,9 @@ class CachedDataset:
         )
         if item.mask is not None and not is_mask(item.mask):
             raise FileError(
-                f"{shorten(info.key)}.safetensors has a mask that is 0 everywhere, negative or not "
-                "finite; make the training set again."
+                "{key}.safetensors has a mask that is 0 everywhere, negative or not finite; "
+                "make the training set again.",
+                key=shorten(info.key),
             )
         return item
 
@@ -342,9 +335,11 @@ class CachedDataset:
         lacking = [info.key for info in self.items if not info.has_empty_text]
         if lacking and not self.has_empty_text:
             raise ConfigError(
-                f"caption_dropout needs the embedding of an empty caption, which {lacking[0]} and "
-                f"{len(lacking) - 1} more items lack; cache it with the training set, or set "
-                "caption_dropout to 0"
+                "caption_dropout needs the embedding of an empty caption, which {lacking} and "
+                "{num_lacking} more items lack; cache it with the training set, or set "
+                "caption_dropout to 0",
+                lacking=lacking[0],
+                num_lacking=len(lacking) - 1,
             )
 
     def _check_item(self, info: ItemInfo, tensors: Mapping[str, AnyTensor]) -> None:
@@ -371,7 +366,8 @@ def open_item(path: Path) -> SafetensorsFile:
     try:
         return SafetensorsFile(path, CACHED_ITEM)
     except FileError as e:
-        raise type(e)(f"{e} If that does not help, make the training set again.") from None
+        kind = type(e)
+        raise kind("{error} If that does not help, make the training set again.", error=e) from None
 
 
 def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
@@ -387,11 +383,12 @@ def read_dataset(folder: str | os.PathLike[str]) -> CachedDataset:
         index = parse_index(read_bytes(path, MAX_INDEX_BYTES), folder.name)
     except MissingFileError:
         raise FileError(
-            f"{shorten(folder.name)} is not a cached training set: it holds no {INDEX_FILE}. Make "
-            "one first, or correct the folder's name."
+            "{folder} is not a cached training set: it holds no index.json. Make one first, "
+            "or correct the folder's name.",
+            folder=shorten(folder.name),
         ) from None
     except FileError as e:
-        raise FileError(f"{e} Make the training set again.") from None
+        raise FileError("{error} Make the training set again.", error=e) from None
     dataset = CachedDataset(
         folder, index.items, index.text_width, index.has_empty_text, index.metadata
     )
@@ -412,22 +409,36 @@ def parse_index(data: bytes, name: str) -> IndexContent:
     except ValueError as e:
         version = parse_object(data, INDEX_FILE).get("version")
         if version == VERSION:
-            raise FileError(f"{INDEX_FILE} is damaged ({e}).") from None
+            raise FileError("index.json is damaged ({error}).", error=e) from None
         raise FileError(
-            f"{shorten(name)} was cached by another version of this package (format "
-            f"{shorten(str(version), 20)}, this is {VERSION})."
+            "{name} was cached by another version of this package (format {version}, this is "
+            "{expected_version}).",
+            name=shorten(name),
+            version=shorten(str(version), 20),
+            expected_version=VERSION,
         ) from None
     if index.latents != LATENTS:
         found = shorten(repr(index.latents), 40)
-        raise FileError(f"{INDEX_FILE} is damaged (its latents are {found}, expected {LATENTS!r}).")
+        raise FileError(
+            "index.json is damaged (its latents are {found}, expected {latents!r}).",
+            found=found,
+            latents=LATENTS,
+        )
     twice = [key for key, n in Counter(info.key for info in index.items).items() if n > 1]
     if twice:
-        raise FileError(f"{INDEX_FILE} is damaged (it names {shorten(twice[0])} more than once).")
+        raise FileError(
+            "index.json is damaged (it names {twice} more than once).",
+            twice=shorten(twice[0]),
+        )
     return index
 
 
 def refuse_misfit(name: str, fault: str) -> str:
-    return f"{name} does not fit {INDEX_FILE}: {fault}; make the training set again."
+    return message(
+        "{name} does not fit index.json: {fault}; make the training set again.",
+        name=name,
+        fault=fault,
+    )
 
 
 def check_files(dataset: CachedDataset) -> None:
@@ -435,13 +446,18 @@ def check_files(dataset: CachedDataset) -> None:
     try:
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     except OSError as e:
-        raise FileError(f"{shorten(folder.name)} cannot be listed: {e.strerror}.") from None
+        raise FileError(
+            "{folder} cannot be listed: {reason}.", folder=shorten(folder.name), reason=e.strerror
+        ) from None
     lacking = [info.key for info in dataset.items if f"{info.key}.safetensors" not in there]
     if lacking or not dataset.items:
         raise FileError(
-            f"{shorten(dataset.folder.name)} lacks {len(lacking)} of the {len(dataset)} items its "
-            f"{INDEX_FILE} names, such as {shorten((lacking or ['any'])[0])}; make the training "
-            "set again."
+            "{folder} lacks {num_lacking} of the {total} items its index.json names, "
+            "such as {lacking}; make the training set again.",
+            folder=shorten(dataset.folder.name),
+            num_lacking=len(lacking),
+            total=len(dataset),
+            lacking=shorten((lacking or ["any"])[0]),
         )
 
 
@@ -472,6 +488,8 @@ def check_text_width(dataset: CachedDataset, width: int) -> None:
     """
     if dataset.text_width != width:
         raise ConfigError(
-            f"the training set's text embeddings are {dataset.text_width} wide, but the model "
-            f"takes {width}; cache it with this model's text encoder"
+            "the training set's text embeddings are {text_width} wide, but the model takes "
+            "{width}; cache it with this model's text encoder",
+            text_width=dataset.text_width,
+            width=width,
         )

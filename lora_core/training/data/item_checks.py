@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...disk.safetensors_file import AnyTensor
+from ...errors import FileError, ShapeError
+from ...messages import message
 from ...text import shorten
 from .latents import NUM_CHANNELS
 
 if TYPE_CHECKING:
-    from .dataset import ItemInfo
+    from .dataset import CachedItem, ItemInfo
 
 #: Of a key, which names a file.
 KEY = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,200}")
@@ -66,7 +68,13 @@ def find_fault(
         is_latents = len(shape) == 3 and shape[0] == NUM_CHANNELS and all(shape)
         if not is_latents or size not in (None, shape[1:]) or not tensor.dtype.is_floating_point:
             wanted = "height, width" if size is None else f"{size[0]}, {size[1]}"
-            return f"{name} is {describe(tensor)}, expected ({NUM_CHANNELS}, {wanted})"
+            return message(
+                "{name} is {tensor}, expected ({num_channels}, {wanted})",
+                name=name,
+                tensor=describe(tensor),
+                num_channels=NUM_CHANNELS,
+                wanted=wanted,
+            )
     num_tokens = None if info is None else info.num_text_tokens
     fault = find_text_fault(tensors, "text", text_width, num_tokens)
     if fault is None and "text_empty" in names:
@@ -74,7 +82,9 @@ def find_fault(
     if fault is None and "mask" in names:
         mask, expected = tensors["mask"], tuple(tensors["target"].shape[1:])
         if tuple(mask.shape) != expected or mask.dtype.is_complex:
-            return f"mask is {describe(mask)}, expected {expected}"
+            return message(
+                "mask is {mask}, expected {expected}", mask=describe(mask), expected=expected
+            )
     return fault
 
 
@@ -83,12 +93,16 @@ def find_name_fault(found: Iterable[str], expected: Sequence[str]) -> str | None
     found = sorted(found)
     wanted = [name for name in expected if name not in found]
     if wanted:
-        return f"it lacks {wanted[0]}"
+        return message("it lacks {wanted}", wanted=wanted[0])
     more = [name for name in found if name not in expected]
     if more:
         shown = ", ".join(shorten(name, 40) for name in more[:2])
-        shown += f" and {len(more) - 2} more" if len(more) > 2 else ""
-        return f"it holds {shown}; expected only {shorten(', '.join(expected), 120)}"
+        shown += message(" and {num_more} more", num_more=len(more) - 2) if len(more) > 2 else ""
+        return message(
+            "it holds {shown}; expected only {expected}",
+            shown=shown,
+            expected=shorten(", ".join(expected), 120),
+        )
     return None
 
 
@@ -97,17 +111,58 @@ def find_text_fault(
 ) -> str | None:
     tensor = tensors.get(name)
     if tensor is None:
-        return f"it lacks {name}"
+        return message("it lacks {name}", name=name)
     shape = tuple(tensor.shape)
     is_text = len(shape) == 2 and all(shape) and tensor.dtype.is_floating_point
     if not is_text or width not in (None, shape[1]) or length not in (None, shape[0]):
-        return f"{name} is {describe(tensor)}, expected ({length or 'tokens'}, {width or 'width'})"
+        return message(
+            "{name} is {tensor}, expected ({length}, {width})",
+            name=name,
+            tensor=describe(tensor),
+            length=length or "tokens",
+            width=width or "width",
+        )
     return None
 
 
 def describe(tensor: AnyTensor) -> str:
     shape = shorten(str(tuple(tensor.shape)), 40)
     return f"{shape} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def check_item(key: str, item: CachedItem) -> None:
+    """Raises ShapeError for latents or a mask of a wrong shape, FileError for NaN and Inf."""
+    for name, latents in (("target", item.target), *enumerate(item.references)):
+        if latents.ndim != 3 or latents.shape[0] != NUM_CHANNELS or not latents.numel():
+            what = name if name == "target" else f"reference_{name}"
+            raise ShapeError(
+                "{key}: {what} is {latents_shape}; expected ({num_channels}, height, "
+                "width), the VAE's latents of one image",
+                key=key,
+                what=what,
+                latents_shape=tuple(latents.shape),
+                num_channels=NUM_CHANNELS,
+            )
+    mask = item.mask
+    if mask is not None and (mask.shape != item.target.shape[1:] or not mask.sum() > 0):
+        raise ShapeError(
+            "{key}: the mask is {mask_shape} with a sum of {total:g}; expected "
+            "{target_shape} like the target, not all of it 0",
+            key=key,
+            mask_shape=tuple(mask.shape),
+            total=mask.sum().item(),
+            target_shape=tuple(item.target.shape[1:]),
+        )
+    if mask is not None and mask.min() < 0:
+        raise ShapeError("{key}: the mask holds negative weights; expected 0 or more", key=key)
+    for name, tensor in item.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FileError(
+                "{key}: {name} holds NaN or Inf; expected finite numbers. Encode it again, "
+                "in float32 if it was half precision.",
+                key=key,
+                name=name,
+            )
 
 
 def is_mask(mask: torch.Tensor) -> bool:

@@ -18,6 +18,7 @@ import torch
 
 from ...base_model.base_files import BaseFile, open_base_file
 from ...injection.plan import plan_injection
+from ...messages import join_messages, message
 from ...text import format_bytes, format_duration, format_number
 from ..config.advice import advise
 from ..config.config import TrainConfig
@@ -87,29 +88,53 @@ class Estimate:
 
     def to_text(self) -> str:
         def show(size: int | None) -> str:
-            return "unknown" if size is None else format_bytes(size, 1024)
+            return message("unknown") if size is None else format_bytes(size, 1024)
 
         lines = [
-            f"{format_number(self.num_parameters / 1e6)} M trainable parameters, up to "
-            f"{self.num_tokens} tokens per sample",
-            f"memory: {show(self.memory_bytes)} of {show(self.available_bytes)} free on "
-            f"{self.device}",
-            f"time: {format_duration(self.seconds_per_step)} per step (the longest "
-            f"{format_duration(self.longest_step_s)}), {format_duration(self.total_s)} in total",
+            message(
+                "{num_parameters} M trainable parameters, up to {num_tokens} tokens per sample",
+                num_parameters=format_number(self.num_parameters / 1000000.0),
+                num_tokens=self.num_tokens,
+            ),
+            message(
+                "memory: {memory_bytes} of {available_bytes} free on {device}",
+                memory_bytes=show(self.memory_bytes),
+                available_bytes=show(self.available_bytes),
+                device=self.device,
+            ),
+            message(
+                "time: {seconds_per_step} per step (the longest {longest_step_s}), {total_s} in "
+                "total",
+                seconds_per_step=format_duration(self.seconds_per_step),
+                longest_step_s=format_duration(self.longest_step_s),
+                total_s=format_duration(self.total_s),
+            ),
         ]
         if self.gradient_checkpointing is not True:
             kept = json.dumps(self.gradient_checkpointing)
-            lines.append(f"measured with gradient_checkpointing = {kept}")
+            lines.append(message("measured with gradient_checkpointing = {kept}", kept=kept))
         if self.offloaded_bytes:
             free = self.host_available_bytes
-            of = "" if free is None else f" of {show(free)} free"
-            lines.insert(2, f"offloaded to main memory: {show(self.offloaded_bytes)}{of}")
+            of = "" if free is None else message(" of {free} free", free=show(free))
+            lines.insert(
+                2,
+                message(
+                    "offloaded to main memory: {offloaded_bytes}{of}",
+                    offloaded_bytes=show(self.offloaded_bytes),
+                    of=of,
+                ),
+            )
         if self.compile_s:
             lines.append(
-                f"compiling: {format_duration(self.compile_s)} once, part of the total time"
+                message(
+                    "compiling: {compile_s} once, part of the total time",
+                    compile_s=format_duration(self.compile_s),
+                )
             )
-        lines += [f"does not fit: {sentence}" for sentence in self.advice]
-        return "\n".join(lines)
+        lines += [
+            message("does not fit: {sentence}", sentence=sentence) for sentence in self.advice
+        ]
+        return join_messages("\n", lines)
 
 
 def estimate_run(
@@ -336,4 +361,6 @@ def count_parameters(config: TrainConfig, base: BaseFile) -> int:
     return plan_injection(transformer, config.lora).num_parameters
 
 
-FREE_HOST_MEMORY = "free main memory, or lower model.offload_blocks with a smaller model.storage"
+FREE_HOST_MEMORY = message(
+    "free main memory, or lower model.offload_blocks with a smaller model.storage"
+)

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...base_model.families import detect_by_names
+from ...base_model.qwen_image import QWEN_IMAGE
 from ...errors import KeyFormatError
+from ...messages import message
 from ...text import shorten
 from ..data.latents import NUM_CHANNELS
 from .libraries import import_from_diffusers
@@ -76,28 +79,34 @@ def read_architecture(
 
     def refuse(what: str) -> KeyFormatError:
         return KeyFormatError(
-            f"{name} is not a Qwen-Image model: {what}. Choose a diffusion model of "
-            "Qwen-Image-Edit."
+            "{name} is not a Qwen-Image model: {what}. Choose a diffusion model of "
+            "Qwen-Image-Edit.",
+            **{"name": name, "what": what},
         )
 
     def get(key: str, ndim: int) -> Sequence[int]:
         shape = shapes.get(key)
         if shape is None or len(shape) != ndim or not all(shape):
-            found = "is missing" if shape is None else f"has the shape {tuple(shape)}"
-            raise refuse(f"{key} {shorten(found)}")
+            if shape is None:
+                raise refuse(message("{key} is missing", key=key))
+            shown = shorten(str(tuple(shape)))
+            raise refuse(message("{key} has the shape {shape}", key=key, shape=shown))
         return shape
 
+    check_family(shapes, name)
     width, in_channels = get("img_in.weight", 2)
     (text_width,) = get("txt_norm.weight", 1)
     (head_width,) = get(NORM_Q, 1)
     patch_outputs = get("proj_out.weight", 2)[0]
     if (in_channels, patch_outputs) != (PATCH_NUMBERS, PATCH_NUMBERS):
-        raise refuse(
-            f"it takes {in_channels} and returns {patch_outputs} numbers per token; expected "
-            f"{PATCH_NUMBERS} for both"
+        what = message(
+            "it takes {taken} and returns {given} numbers per token; expected {number} for both",
+            **{"taken": in_channels, "given": patch_outputs, "number": PATCH_NUMBERS},
         )
+        raise refuse(what)
     if width % head_width or head_width % 2:
-        raise refuse(f"a width of {width} has no even heads of {head_width}")
+        what = "a width of {width} has no even heads of {head}"
+        raise refuse(message(what, width=width, head=head_width))
     return Architecture(
         num_layers=count_blocks(shapes, name),
         attention_head_dim=head_width,
@@ -108,6 +117,17 @@ def read_architecture(
         axes_dims_rope=choose_axes(head_width) if axes is None else check_axes(axes, head_width),
         zero_cond_t=zero_cond_t,
     )
+
+
+def check_family(keys: Iterable[str], name: str) -> None:
+    family = detect_by_names(key.rpartition(".")[0] for key in keys)
+    if family is not None and family is not QWEN_IMAGE:
+        raise KeyFormatError(
+            "{name} is a {family} model, on which nothing can be trained here yet. Choose a "
+            "diffusion model of Qwen-Image-Edit.",
+            name=name,
+            family=family.title,
+        )
 
 
 def count_blocks(keys: Iterable[str], name: str) -> int:
@@ -126,9 +146,12 @@ def count_blocks(keys: Iterable[str], name: str) -> int:
     highest = max(numbers, default=-1)
     if len(numbers) != highest + 1:
         raise KeyFormatError(
-            f"{name} holds {len(numbers)} blocks, but one of them has the number {highest}; "
+            "{name} holds {num_numbers} blocks, but one of them has the number {highest}; "
             "expected 0, 1, ... without a gap. The file is incomplete or changed: choose a "
-            "complete diffusion model of Qwen-Image-Edit."
+            "complete diffusion model of Qwen-Image-Edit.",
+            name=name,
+            num_numbers=len(numbers),
+            highest=highest,
         )
     return len(numbers)
 
@@ -144,8 +167,11 @@ def check_axes(axes: Any, head_width: int) -> tuple[int, ...]:
         if sum(axes) == head_width:
             return tuple(axes)
     raise KeyFormatError(
-        f"config.json's axes_dims_rope is {shorten(repr(axes))}; expected {NUM_AXES} even numbers "
-        f"whose sum is a head's width, {head_width}. Download or copy config.json again."
+        "config.json's axes_dims_rope is {axes}; expected {num_axes} even numbers whose sum is "
+        "a head's width, {head_width}. Download or copy config.json again.",
+        axes=shorten(repr(axes)),
+        num_axes=NUM_AXES,
+        head_width=head_width,
     )
 
 

@@ -14,6 +14,7 @@ from itertools import chain
 import torch
 from torch import nn
 
+from ...messages import message
 from ...text import format_bytes
 from ..machine.memory import trim_heap
 from ..machine.page_locks import PageLocks, allocate_pages
@@ -109,11 +110,15 @@ class HostBlocks:
         """Problems, in one sentence."""
         if not self.locks.was_refused:
             return None
-        return (
-            f"of the {len(self.blocks)} blocks offloaded to main memory "
-            f"({format_bytes(self.num_bytes, 1024)}) the system locks only {self.num_locked} "
-            f"({format_bytes(self.locked_bytes, 1024)}) for the GPU; the others are copied more "
-            "slowly. Lower offload_blocks or use a smaller storage if steps take too long"
+        return message(
+            "of the {num_blocks} blocks offloaded to main memory ({num_bytes}) the system "
+            "locks only {num_locked} ({locked_bytes}) for the GPU; the others are copied "
+            "more slowly. Lower offload_blocks or use a smaller storage if steps take too "
+            "long",
+            num_blocks=len(self.blocks),
+            num_bytes=format_bytes(self.num_bytes, 1024),
+            num_locked=self.num_locked,
+            locked_bytes=format_bytes(self.locked_bytes, 1024),
         )
 
 

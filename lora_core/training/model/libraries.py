@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from ...errors import ConfigError
@@ -13,6 +15,34 @@ INSTALL = 'pip install --upgrade "diffusers>=0.35"'
 
 #: They note on import which of their own optional parts are missing; nothing a user can use.
 NOISY_LOGGERS = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
+
+#: What diffusers imports wherever it finds it, and training does without, or imports itself: half
+#: the time of a start, and an error where diffusers does not know the version.
+HIDDEN = ("bitsandbytes", "peft", "scipy", "torchao", "torchvision", "transformers")
+#: What is imported from it: object and module.
+IMPORTED = (
+    ("QwenImageTransformer2DModel", "diffusers"),
+    ("AutoencoderKLQwenImage", "diffusers"),
+    ("convert_wan_vae_to_diffusers", "diffusers.loaders.single_file_utils"),
+)
+
+
+def import_diffusers_alone() -> None:
+    """Imports what is needed of diffusers as if the `HIDDEN` packages were not installed.
+
+    It then does without them for the rest of the process, so only in a process of our own. What
+    fails is left to `import_from_diffusers`.
+    """
+    hidden = [name for name in HIDDEN if name not in sys.modules]
+    modules: dict[str, Any] = sys.modules  # None stands for a module that cannot be found
+    modules.update(dict.fromkeys(hidden))
+    try:
+        with suppress(ImportError, AttributeError, RuntimeError):
+            for name, module in IMPORTED:
+                getattr(importlib.import_module(module), name)
+    finally:
+        for name in hidden:
+            del modules[name]
 
 
 def import_from_diffusers(*names: str, module: str = "diffusers") -> tuple[Any, ...]:
@@ -29,7 +59,8 @@ def import_from_diffusers(*names: str, module: str = "diffusers") -> tuple[Any, 
         if e.name != "diffusers":
             raise_broken(e)
         raise ConfigError(
-            f"training needs diffusers 0.35 or newer, which is not installed; run {INSTALL}"
+            "training needs diffusers 0.35 or newer, which is not installed; run {install}",
+            install=INSTALL,
         ) from None
     except (ImportError, AttributeError, RuntimeError) as e:
         raise_broken(e)
@@ -38,8 +69,10 @@ def import_from_diffusers(*names: str, module: str = "diffusers") -> tuple[Any, 
 def raise_broken(error: Exception) -> NoReturn:
     reason = " ".join(str(error).split()).rstrip(".")
     raise ConfigError(
-        f"training needs diffusers 0.35 or newer, and the installed one cannot be used ({reason}); "
-        f"run {INSTALL}"
+        "training needs diffusers 0.35 or newer, and the installed one cannot be used "
+        "({reason}); run {install}",
+        reason=reason,
+        install=INSTALL,
     ) from None
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ...base_model.base_files import BaseFile, open_base_file
 from ...errors import KeyFormatError, ShapeError
+from ...messages import message
 from ...progress import Progress, ShouldStop, track
 from ...text import shorten, shorten_list
 from .architecture import BLOCKS, FIRST_BLOCK, Architecture, read_architecture
@@ -78,7 +79,7 @@ def load_transformer(
         reader, host = WeightReader(base, device), HostBlocks(device)
         leaves = list_leaves(transformer)
         last_leaves = {find_block(path): path for path in leaves}
-        for path in track(leaves, progress, should_stop, "loading"):
+        for path in track(leaves, progress, should_stop, message("loading")):
             index = find_block(path)
             place = torch.device("cpu") if index in offloaded else device
             load_leaf(transformer, path, reader, storage, compute_dtype, place)
@@ -149,24 +150,34 @@ def check_keys(architecture: Architecture, base: BaseFile) -> None:
     missing = [key for key in expected if key not in base.shapes]
     if missing:
         raise KeyFormatError(
-            f"{shorten(base.name)} lacks {len(missing)} of {len(expected)} tensors of a Qwen-Image "
-            f"model ({shorten_list(missing, 2)}): it is another model or incomplete. Choose a "
-            "complete diffusion model of Qwen-Image-Edit."
+            "{base} lacks {num_missing} of {num_expected} tensors of a Qwen-Image model "
+            "({missing}): it is another model or incomplete. Choose a complete diffusion model "
+            "of Qwen-Image-Edit.",
+            base=shorten(base.name),
+            num_missing=len(missing),
+            num_expected=len(expected),
+            missing=shorten_list(missing, 2),
         )
     unknown = [shorten(key) for key in base.shapes if key not in expected]
     if unknown:
         raise KeyFormatError(
-            f"{shorten(base.name)} holds {len(unknown)} tensors that a Qwen-Image-Edit model does "
-            f"not have ({shorten_list(unknown, 1)}); it is another model, or already changed by "
-            "one. Choose a diffusion model of Qwen-Image-Edit."
+            "{base} holds {num_unknown} tensors that a Qwen-Image-Edit model does not have "
+            "({unknown}); it is another model, or already changed by one. Choose a diffusion "
+            "model of Qwen-Image-Edit.",
+            base=shorten(base.name),
+            num_unknown=len(unknown),
+            unknown=shorten_list(unknown, 1),
         )
     for key, shape in expected.items():
         found = tuple(base.shapes[key])
         if found != shape and not base.is_packed(key):
             raise ShapeError(
-                f"{shorten(base.name)}: {key} is {shorten(str(found))}, but {shape} follows from "
-                "the other tensors. The file is damaged or of another model: choose a diffusion "
-                "model of Qwen-Image-Edit."
+                "{base}: {key} is {found}, but {shape} follows from the other tensors. The file "
+                "is damaged or of another model: choose a diffusion model of Qwen-Image-Edit.",
+                base=shorten(base.name),
+                key=key,
+                found=shorten(str(found)),
+                shape=shape,
             )
 
 

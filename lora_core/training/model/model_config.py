@@ -45,7 +45,7 @@ class ModelConfig:
         check_number(self, "offload_blocks", 0)
         if self.gradient_checkpointing not in (AUTO, True, False, SELECTIVE):
             raise ConfigError(
-                f"gradient_checkpointing is {show(self.gradient_checkpointing)}; expected "
-                '"auto", '
-                'true, false or "selective"'
+                'gradient_checkpointing is {gradient_checkpointing}; expected "auto", true, '
+                'false or "selective"',
+                gradient_checkpointing=show(self.gradient_checkpointing),
             )

@@ -47,8 +47,10 @@ def choose_offloaded(num_blocks: int, num_offloaded: int) -> tuple[int, ...]:
     """
     if num_offloaded > num_blocks:
         raise ConfigError(
-            f"offload_blocks is {num_offloaded}, but the model has {num_blocks} blocks; expected "
-            f"0 to {num_blocks}"
+            "offload_blocks is {num_offloaded}, but the model has {num_blocks} blocks; expected "
+            "0 to {num_blocks}",
+            num_offloaded=num_offloaded,
+            num_blocks=num_blocks,
         )
     return tuple(
         index

@@ -27,8 +27,10 @@ from torch import nn
 
 from ...base_model.base_weight import BaseWeight
 from ...base_model.gguf_file import GgufFile
-from ...base_model.module_paths import MODULATION_IMAGE, MODULATION_TEXT, split_path
+from ...base_model.module_paths import split_path
+from ...base_model.qwen_image import MODULATION_IMAGE, MODULATION_TEXT
 from ...errors import ConfigError, FileError
+from ...messages import message
 from .frozen_linear import FrozenLinear, build_scaled_linear
 from .weight_reader import WeightReader
 
@@ -38,10 +40,10 @@ PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EIGHT_BITS = {"fp8": (torch.float8_e4m3fn, torch.float8_e5m2), "int8": (torch.int8,)}
 #: Shown where a GGUF is kept as stored; tests/lora_core/training/model/test_gguf.py counts the
 #: bytes.
-GGUF_COST = (
-    'storage is "as stored", so the GGUF\'s own codes are kept: decoding them moves 11 to 48 bytes '
-    "a weight each time a Linear runs (fp8 7, nf4 3), which makes steps slow; choose fp8 or nf4 "
-    "for faster ones"
+GGUF_COST = message(
+    'storage is "as stored", so the GGUF\'s own codes are kept: decoding them moves 11 to 48 '
+    "bytes a weight each time a Linear runs (fp8 7, nf4 3), which makes steps slow; choose "
+    "fp8 or nf4 for faster ones"
 )
 NF4_BLOCK = 64
 NF4_NESTED_BLOCK = 256
@@ -50,7 +52,11 @@ NF4_NESTED_BLOCK = 256
 def check_storage(storage: str) -> None:
     """Raises ConfigError for an unknown storage, or one whose library is missing."""
     if storage not in STORAGES:
-        raise ConfigError(f"unknown storage {storage!r}; expected one of {', '.join(STORAGES)}")
+        raise ConfigError(
+            "unknown storage {storage!r}; expected one of {storages}",
+            storage=storage,
+            storages=", ".join(STORAGES),
+        )
     if storage == "nf4":
         import_bitsandbytes()
 
@@ -74,7 +80,7 @@ def build_linear(
     """
     bias = reader.read_parameter(f"{module_path}.bias", compute_dtype)
     storage = choose_storage(module_path, storage)
-    what = f"{module_path}.weight in {reader.base.name}"
+    what = message("{key} in {file}", key=f"{module_path}.weight", file=reader.base.name)
     file = reader.base.file
     if storage == AS_STORED and isinstance(file, GgufFile):
         linear = build_gguf_linear(reader, file, module_path, bias, what)
@@ -238,8 +244,11 @@ def build_gguf_linear(
         return None
     if kind not in gguf_utils.dequantize_functions:
         raise FileError(
-            f"{base.name} stores {module_path} as {kind.name}, which diffusers cannot compute "
-            "with; choose bf16, fp8, int8 or nf4 as storage, or a file with another quantisation."
+            "{base} stores {module_path} as {kind}, which diffusers cannot compute with; choose "
+            "bf16, fp8, int8 or nf4 as storage, or a file with another quantisation.",
+            base=base.name,
+            module_path=module_path,
+            kind=kind.name,
         )
     codes = file.read_codes(key).to(reader.device)
     rows, columns = entry.shape

@@ -79,8 +79,9 @@ def choose_sharding(config: ModelConfig, accelerator: Accelerator | None) -> Sha
         return None
     if config.offload_blocks:
         raise ConfigError(
-            f"offload_blocks is {config.offload_blocks}, but FSDP already shards the blocks across "
-            "the GPUs; set offload_blocks to 0, or launch with --multi_gpu instead of --use_fsdp"
+            "offload_blocks is {offload_blocks}, but FSDP already shards the blocks across the "
+            "GPUs; set offload_blocks to 0, or launch with --multi_gpu instead of --use_fsdp",
+            offload_blocks=config.offload_blocks,
         )
     # Not the plugin of Accelerate's state, which on CPUs has none.
     reshard = read_flag(os.environ, "FSDP_RESHARD_AFTER_FORWARD", "true")
@@ -104,16 +105,18 @@ def check_launch(environment: Mapping[str, str]) -> None:
     for name in OTHERS:
         if read_flag(environment, f"ACCELERATE_USE_{name}"):
             raise ConfigError(
-                f"{name} would shard the LoRAs, which checkpoints need complete; launch with "
-                "--use_fsdp --fsdp_version 2, which shards only the base, or with --multi_gpu"
+                "{name} would shard the LoRAs, which checkpoints need complete; launch with "
+                "--use_fsdp --fsdp_version 2, which shards only the base, or with --multi_gpu",
+                name=name,
             )
     if not is_asked_for(environment):
         return
     version = environment.get("FSDP_VERSION", "1")
     if version != "2":
         raise ConfigError(
-            f"FSDP version {version} would shard the LoRAs, which checkpoints need complete; "
-            "launch with --fsdp_version 2, which shards only the base"
+            "FSDP version {version} would shard the LoRAs, which checkpoints need complete; "
+            "launch with --fsdp_version 2, which shards only the base",
+            version=version,
         )
     if read_flag(environment, "FSDP_OFFLOAD_PARAMS"):
         raise ConfigError(

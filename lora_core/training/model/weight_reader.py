@@ -17,6 +17,7 @@ from ...base_model.base_files import BaseFile
 from ...base_model.base_weight import BaseWeight
 from ...disk.safetensors_file import AnyTensor, StoredTensor, load
 from ...errors import NonFiniteWeightsError
+from ...messages import message
 from .frozen_linear import build_rotation
 
 #: Entries of a chunk, 16 MB in float32.
@@ -82,7 +83,7 @@ class WeightReader:
         if tensor is None:
             return None
         values = tensor.to(self.device, torch.float32, non_blocking=True)
-        self.check(values, f"{key} in {self.base.name}")
+        self.check(values, message("{key} in {file}", key=key, file=self.base.name))
         return values.to(dtype, copy=True)
 
     def bring(self, stored: AnyTensor, rows: slice) -> torch.Tensor:
@@ -118,8 +119,9 @@ class WeightReader:
         for what, is_finite in zip(names, finite, strict=True):
             if not is_finite:
                 raise NonFiniteWeightsError(
-                    f"{what} holds NaN or Inf; expected finite numbers. Download or convert it "
-                    "again."
+                    "{what} holds NaN or Inf; expected finite numbers. Download or convert it "
+                    "again.",
+                    what=what,
                 )
 
 

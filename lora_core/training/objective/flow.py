@@ -86,7 +86,11 @@ def apply_schedule(t: torch.Tensor, schedule: str, num_tokens: int) -> torch.Ten
     if schedule == "comfyui":
         return shift_sigma(t, COMFYUI_MU)
     if schedule != "diffusers":
-        raise ConfigError(f"unknown schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}")
+        raise ConfigError(
+            "unknown schedule {schedule!r}; expected one of {schedules}",
+            schedule=schedule,
+            schedules=", ".join(SCHEDULES),
+        )
     return shift_sigma(t, compute_mu(num_tokens))
 
 
@@ -139,7 +143,11 @@ def choose_sigmas(
         "inference": lambda: stretch(apply_schedule(u, schedule, num_tokens), schedule, 0.0),
     }
     if sampling not in samplings:
-        raise ConfigError(f"unknown sampling {sampling!r}; expected one of {', '.join(SAMPLINGS)}")
+        raise ConfigError(
+            "unknown sampling {sampling!r}; expected one of {samplings}",
+            sampling=sampling,
+            samplings=", ".join(SAMPLINGS),
+        )
     return low + (high - low) * samplings[sampling]()
 
 
@@ -189,6 +197,8 @@ def weigh(sigma: torch.Tensor, weighting: str) -> torch.Tensor:
     """
     if weighting not in WEIGHTINGS:
         raise ConfigError(
-            f"unknown weighting {weighting!r}; expected one of {', '.join(WEIGHTINGS)}"
+            "unknown weighting {weighting!r}; expected one of {weightings}",
+            weighting=weighting,
+            weightings=", ".join(WEIGHTINGS),
         )
     return WEIGHTINGS[weighting](sigma)

@@ -39,17 +39,22 @@ class ObjectiveConfig:
         check_number(self, "sigma_max", 0, 1)
         if self.sigma_min >= self.sigma_max:
             raise ConfigError(
-                f"sigma_min is {self.sigma_min:g} and sigma_max {self.sigma_max:g}; "
-                "expected the first to be smaller"
+                "sigma_min is {sigma_min:g} and sigma_max {sigma_max:g}; expected the first to "
+                "be smaller",
+                sigma_min=self.sigma_min,
+                sigma_max=self.sigma_max,
             )
         for name, weight in self.auxiliary.items():
             if name not in AUXILIARY_LOSSES:
                 raise ConfigError(
-                    f"unknown auxiliary loss {show(name)}; expected one of "
-                    f"{', '.join(AUXILIARY_LOSSES)}"
+                    "unknown auxiliary loss {name}; expected one of {auxiliary_losses}",
+                    name=show(name),
+                    auxiliary_losses=", ".join(AUXILIARY_LOSSES),
                 )
             if not is_number(weight) or not 0 <= weight < math.inf:
                 raise ConfigError(
-                    f"the weight of the auxiliary loss {show(name)} is {show(weight)}; "
-                    "expected a number from 0, e.g. 0.1"
+                    "the weight of the auxiliary loss {name} is {weight}; expected a number "
+                    "from 0, e.g. 0.1",
+                    name=show(name),
+                    weight=show(weight),
                 )

@@ -30,7 +30,9 @@ class Ema:
         self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], decay: float = 0.999
     ):
         if not 0 <= decay < 1:
-            raise ConfigError(f"the EMA's decay is {decay!r}; expected 0 to below 1, e.g. 0.999")
+            raise ConfigError(
+                "the EMA's decay is {decay!r}; expected 0 to below 1, e.g. 0.999", decay=decay
+            )
         self.decay = decay
         self.num_updates = 0
         self.parameters = dict(named_parameters)
@@ -71,8 +73,10 @@ class Ema:
         )
         if different:
             raise ConfigError(
-                f"the checkpoint's EMA and the settings differ in {len(different)} tensors, first "
-                f"{different[0]}; resume with the settings it was made with."
+                "the checkpoint's EMA and the settings differ in {num_different} tensors, first "
+                "{different}; resume with the settings it was made with.",
+                num_different=len(different),
+                different=different[0],
             )
         for name, average in self.averages.items():
             average.copy_(state_dict[name])

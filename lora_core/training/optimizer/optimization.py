@@ -97,15 +97,24 @@ def build_optimizer(
             installed, or no parameters.
     """
     if name not in OPTIMIZERS:
-        raise ConfigError(f"unknown optimizer {name!r}; expected one of {', '.join(OPTIMIZERS)}")
+        raise ConfigError(
+            "unknown optimizer {name!r}; expected one of {optimizers}",
+            name=name,
+            optimizers=", ".join(OPTIMIZERS),
+        )
     kind = OPTIMIZERS[name]
     unknown = sorted(options.keys() - kind.options.keys())
     if unknown:
         raise ConfigError(
-            f"{name} has no option {', '.join(unknown)}; expected {', '.join(kind.options)}"
+            "{name} has no option {unknown}; expected {options}",
+            name=name,
+            unknown=", ".join(unknown),
+            options=", ".join(kind.options),
         )
     if not (isinstance(lr, int | float) and math.isfinite(lr) and lr > 0):
-        raise ConfigError(f"the learning rate is {lr!r}; expected a number above 0, e.g. 1e-4")
+        raise ConfigError(
+            "the learning rate is {lr!r}; expected a number above 0, e.g. 1e-4", lr=lr
+        )
     params = list(params)
     if not params:
         raise ConfigError("there are no parameters to train; inject a LoRA first")
@@ -120,7 +129,7 @@ def build_optimizer(
         with contextlib.redirect_stdout(None):
             optimizer = make(params, lr=lr, **options)
     except (TypeError, ValueError) as e:
-        raise ConfigError(f"{name} refuses its options: {e}.") from None
+        raise ConfigError("{name} refuses its options: {error}.", name=name, error=e) from None
     set_train_mode(optimizer)
     return optimizer
 
@@ -139,8 +148,11 @@ def import_optimizer(name: str, kind: OptimizerKind) -> Callable[..., torch.opti
         return getattr(importlib.import_module(kind.module), kind.class_name)
     except ImportError as e:
         raise ConfigError(
-            f"the optimizer {name} needs {kind.package}, which cannot be imported here ({e}). "
-            f"Install it with `pip install {kind.package}`, or choose adamw."
+            "the optimizer {name} needs {package}, which cannot be imported here ({error}). "
+            "Install it with `pip install {package}`, or choose adamw.",
+            name=name,
+            package=kind.package,
+            error=e,
         ) from None
 
 
@@ -196,10 +208,13 @@ def load_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> No
     missing = {key for group in optimizer.param_groups for key in group} - set.union(*saved_options)
     if len(saved_ids) != len(params) or missing:
         raise ConfigError(
-            f"the checkpoint holds an optimizer's state for {len(saved_ids)} parameters with "
-            f"{', '.join(sorted(set.union(*saved_options) - {'params'}))}, which does not fit this "
-            f"{type(optimizer).__name__} over {len(params)}; resume with the settings it was "
-            "made with."
+            "the checkpoint holds an optimizer's state for {num_saved_ids} parameters with "
+            "{saved_options}, which does not fit this {name} over {num_params}; resume with the "
+            "settings it was made with.",
+            num_saved_ids=len(saved_ids),
+            saved_options=", ".join(sorted(set.union(*saved_options) - {"params"})),
+            name=type(optimizer).__name__,
+            num_params=len(params),
         )
     groups = [
         {**saved, **{name: group[name] for name in IMPLEMENTATION if name in group}}
@@ -238,8 +253,10 @@ def flatten_state(state: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor]
             items = [flatten(item, f"{path}/{i}") for i, item in enumerate(value)]
             return {"tuple": items} if isinstance(value, tuple) else items
         raise ConfigError(
-            f"the optimizer's state holds a {type(value).__name__} at {path}, which cannot be "
-            "stored as data; choose another optimizer."
+            "the optimizer's state holds a {name} at {path}, which cannot be stored as data; "
+            "choose another optimizer.",
+            name=type(value).__name__,
+            path=path,
         )
 
     return tensors, flatten(state, prefix or "state")
@@ -259,7 +276,8 @@ def unflatten_state(tensors: Mapping[str, torch.Tensor], value: Any) -> Any:
     if kind == "tensor":
         if content not in tensors:
             raise ConfigError(
-                f"the checkpoint lacks {content} of the optimizer's state; use another one."
+                "the checkpoint lacks {content} of the optimizer's state; use another one.",
+                content=content,
             )
         return tensors[content]
     if kind == "tuple":

@@ -38,15 +38,23 @@ def build_schedule(
         ConfigError: unknown name, or a value outside its range.
     """
     if name not in SHAPES:
-        raise ConfigError(f"unknown schedule {name!r}; expected one of {', '.join(SHAPES)}")
+        raise ConfigError(
+            "unknown schedule {name!r}; expected one of {shapes}",
+            name=name,
+            shapes=", ".join(SHAPES),
+        )
     if not 0 <= warmup <= total or total < 1:
         raise ConfigError(
-            f"the warm-up is {warmup} of {total} steps; expected 0 up to the number of steps"
+            "the warm-up is {warmup} of {total} steps; expected 0 up to the number of steps",
+            warmup=warmup,
+            total=total,
         )
     if not 0 <= final_factor <= 1:
-        raise ConfigError(f"final_factor is {final_factor!r}; expected 0 to 1")
+        raise ConfigError(
+            "final_factor is {final_factor!r}; expected 0 to 1", final_factor=final_factor
+        )
     if not power > 0:
-        raise ConfigError(f"power is {power!r}; expected a number above 0")
+        raise ConfigError("power is {power!r}; expected a number above 0", power=power)
     shape = SHAPES[name]
 
     def compute_factor(step: int) -> float:

@@ -61,11 +61,16 @@ def build_run_metadata(
         "ss_gradient_accumulation_steps": str(config.optimizer.accumulation),
         "ss_batch_size_per_device": str(config.data.batch_size),
         "ss_mixed_precision": config.model.compute_dtype,
-        CONFIG_KEY: json.dumps(strip_paths(config_to_dict(config)), sort_keys=True),
+        CONFIG_KEY: write_config(config),
     }
     if variant in ARCHITECTURES:
         metadata["modelspec.architecture"] = ARCHITECTURES[variant]
     return metadata
+
+
+def write_config(config: TrainConfig) -> str:
+    """What `CONFIG_KEY` holds."""
+    return json.dumps(strip_paths(config_to_dict(config)), sort_keys=True)
 
 
 def strip_paths(config: dict) -> dict:
@@ -100,7 +105,9 @@ def write_adapters(
             missing: it is never created again.
     """
     if not folder.is_dir():
-        raise FileError(f"{shorten(folder.name)} was removed; nothing is written to it.")
+        raise FileError(
+            "{folder} was removed; nothing is written to it.", folder=shorten(folder.name)
+        )
     if step is not None:
         check_own_folder(folder / ADAPTERS)
     written = []

@@ -30,6 +30,7 @@ from ...disk.regular_files import open_regular, read_bytes
 from ...disk.safetensors_file import SafetensorsFile
 from ...disk.writing import explain, rename, separate
 from ...errors import FileError
+from ...messages import message
 from ...text import shorten
 
 VERSION = 2
@@ -88,7 +89,9 @@ class CheckpointFolder:
             trial.unlink()
         except OSError as e:
             raise FileError(
-                f"{self.folder.parent.name} cannot be used for checkpoints: {explain(e)}."
+                "{folder_parent} cannot be used for checkpoints: {reason}.",
+                folder_parent=self.folder.parent.name,
+                reason=explain(e),
             ) from None
         remove_leftovers(self.folder)
 
@@ -128,9 +131,16 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as e:
             shutil.rmtree(temporary, ignore_errors=True)
             kept = self.list_steps()
-            last = f"the last good one is of step {kept[-1]}" if kept else "there is none yet"
+            last = (
+                message("the last good one is of step {kept}", kept=kept[-1])
+                if kept
+                else message("there is none yet")
+            )
             raise FileError(
-                f"the checkpoint of step {step} cannot be written: {explain(e)}; {last}."
+                "the checkpoint of step {step} cannot be written: {reason}; {last}.",
+                step=step,
+                reason=explain(e),
+                last=last,
             ) from None
         self.damaged_steps.discard(step)
         self.rotate(step)
@@ -146,6 +156,14 @@ class CheckpointFolder:
             except FileError as e:
                 self.passed_over.append(str(e))
                 self.damaged_steps.add(step)
+        return None
+
+    def read_newest_state(self) -> Mapping[str, Any] | None:
+        """Of the newest checkpoint whose state.json is intact, whatever its tensors are."""
+        for step in reversed(self.list_steps()):
+            with contextlib.suppress(FileError):
+                state = read_record(self.get_path(step))["state"]
+                return state if isinstance(state, dict) else None
         return None
 
     def _name_temporary(self, step: int) -> Path:
@@ -168,7 +186,7 @@ class CheckpointFolder:
             remove(condemned)
 
 
-def make_folder(folder: Path, what: str = "checkpoints") -> None:
+def make_folder(folder: Path, what: str = message("checkpoints")) -> None:
     """Creates a folder and its parents, before a run. During a run nothing creates one.
 
     Raises:
@@ -178,47 +196,87 @@ def make_folder(folder: Path, what: str = "checkpoints") -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as e:  # ValueError: no name of any folder
         name, reason = shorten(folder.name), shorten(explain(e), 200)
-        raise FileError(f"{name} cannot be used for {what}: {reason}.") from None
+        raise FileError(
+            "{name} cannot be used for {what}: {reason}.", name=name, what=what, reason=reason
+        ) from None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint's folder into memory.
 
     Raises:
-        FileError: files are missing, cut short or changed, another version wrote it, or it is a
-            link.
+        FileError: as `read_record`, or files are missing, cut short or changed.
     """
-    if is_link(path):
-        raise FileError(f"{path.name} is a link; expected a folder of the run's own.")
-    try:
-        data = read_bytes(path / STATE_FILE, MAX_STATE_BYTES)
-    except FileError as e:
-        raise FileError(f"{path.name} is damaged: {e}") from None
-    try:
-        # Not by the reader of untrusted JSON: prodigy's state holds an infinity, and the digest
-        # verifies that it is what was written.
-        record = json.loads(data)
-        if record["version"] != VERSION:
-            raise FileError(
-                f"{path.name} was written by another version of this package (format "
-                f"{record['version']}, this is {VERSION}); start the run again."
-            )
-        if record["digest"] != compute_state_digest(record):
-            raise FileError(f"{path.name} is damaged: {STATE_FILE} is not what was written.")
+    with explaining_damage(path):
+        record = read_record(path)
         files = {path / name: described for name, described in record["files"].items()}
         for file, described in files.items():
             if not file.is_file() or file.stat().st_size != described["size"]:
-                raise FileError(f"{path.name} is damaged: {file.name} is missing or cut short.")
+                raise FileError(
+                    "{path} is damaged: {file} is missing or cut short.",
+                    path=path.name,
+                    file=file.name,
+                )
             if describe_file(file) != described:
-                raise FileError(f"{path.name} is damaged: {file.name} is not what was written.")
+                raise FileError(
+                    "{path} is damaged: {file} is not what was written.",
+                    path=path.name,
+                    file=file.name,
+                )
         tensors = {file.stem: dict(read_tensors(file)) for file in files}
         return Checkpoint(path, record["step"], tensors, record["state"])
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json, after checking its digest.
+
+    Raises:
+        FileError: it is missing or changed, another version wrote it, or the checkpoint is a link.
+    """
+    if is_link(path):
+        raise FileError("{path} is a link; expected a folder of the run's own.", path=path.name)
+    try:
+        data = read_bytes(path / STATE_FILE, MAX_STATE_BYTES)
+    except FileError as e:
+        raise FileError("{path} is damaged: {error}", path=path.name, error=e) from None
+    with explaining_damage(path):
+        # Not by the reader of untrusted JSON: prodigy's state holds an infinity, and the digest
+        # verifies that it is what was written.
+        record: dict[str, Any] = json.loads(data)
+        if record["version"] != VERSION:
+            raise FileError(
+                "{path} was written by another version of this package (format {found}, this "
+                "is {version}); start the run again.",
+                path=path.name,
+                found=record["version"],
+                version=VERSION,
+            )
+        if record["digest"] != compute_state_digest(record):
+            raise FileError(
+                "{path} is damaged: {state_file} is not what was written.",
+                path=path.name,
+                state_file=STATE_FILE,
+            )
+        return record
+
+
+@contextlib.contextmanager
+def explaining_damage(path: Path) -> Iterator[None]:
+    """Inside the block, errors of a checkpoint's reading say that it is damaged."""
+    try:
+        yield
     except OSError as e:
-        raise FileError(f"{path.name} cannot be read: {e.strerror}.") from None
+        raise FileError(
+            "{path} cannot be read: {reason}.", path=path.name, reason=e.strerror
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         if isinstance(e, FileError):
             raise
-        raise FileError(f"{path.name} is damaged: its {STATE_FILE} is not readable.") from None
+        raise FileError(
+            "{path} is damaged: its {state_file} is not readable.",
+            path=path.name,
+            state_file=STATE_FILE,
+        ) from None
 
 
 def describe_file(path: Path) -> dict[str, Any]:

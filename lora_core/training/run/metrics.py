@@ -16,6 +16,7 @@ from ...disk.own_folders import is_link
 from ...disk.regular_files import open_regular
 from ...disk.writing import explain, write_then_rename
 from ...errors import FileError
+from ...messages import message
 from ...text import format_bytes, format_duration
 from ..machine.memory import read_resident_size
 
@@ -110,8 +111,10 @@ class MetricsFile:
             with os.fdopen(os.open(self.path, flags, 0o666), "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as e:
-            reason = "it is a link; remove it" if is_link(self.path) else explain(e)
-            raise FileError(f"{self.path.name} cannot be written: {reason}.") from None
+            reason = message("it is a link; remove it") if is_link(self.path) else explain(e)
+            raise FileError(
+                "{path} cannot be written: {reason}.", path=self.path.name, reason=reason
+            ) from None
 
     def synchronize(self) -> None:
         """Flushes the lines to disk, so that no checkpoint is newer than they are.
@@ -124,7 +127,9 @@ class MetricsFile:
                 with self.path.open("rb+") as file:
                     os.fsync(file.fileno())
         except OSError as e:
-            raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
+            raise FileError(
+                "{path} cannot be written: {reason}.", path=self.path.name, reason=explain(e)
+            ) from None
 
     def cut(self, step: int) -> int:
         """Drops what a killed run wrote after its last checkpoint, of `step`, or half wrote.
@@ -146,7 +151,9 @@ class MetricsFile:
             kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
             write_then_rename(self.path, lambda new: new.write_text(kept, encoding="utf-8"))
         except OSError as e:
-            raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
+            raise FileError(
+                "{path} cannot be written: {reason}.", path=self.path.name, reason=explain(e)
+            ) from None
         return len(lines) - len(rows)
 
 

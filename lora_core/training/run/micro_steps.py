@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...messages import message
 from ..config.config import TrainConfig
 from ..data.batches import Batch, DataOrder, load_batch
 from ..data.dataset import CachedDataset
@@ -102,8 +103,12 @@ class MicroSteps:
         restore_random_state(*random_numbers)
         kind = json.dumps(model.gradient_checkpointing)
         self.notify(
-            f"memory ran out in step {step + 1}; from there on gradient_checkpointing is {kind}, "
-            "which is slower and gives the same LoRA"
+            message(
+                "memory ran out in step {step}; from there on gradient_checkpointing is {kind}, "
+                "which is slower and gives the same LoRA",
+                step=step + 1,
+                kind=kind,
+            )
         )
         return self.take(step)
 

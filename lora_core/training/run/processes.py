@@ -16,6 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ConfigError
+from ...messages import message
 from ..model.sharding import check_launch
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 #: Bytes of gradients that are sent together, as DDP does: enough to be worth a message.
 BUCKET = 25 * 2**20
 #: Of this PyTorch; see `can_join_gpus`.
-NO_NCCL = (
-    "several GPUs need NCCL to exchange their gradients, which this PyTorch does not include, "
-    "like every PyTorch for Windows; train on one GPU, or on Linux or WSL"
+NO_NCCL = message(
+    "several GPUs need NCCL to exchange their gradients, which this PyTorch does not "
+    "include, like every PyTorch for Windows; train on one GPU, or on Linux or WSL"
 )
 
 

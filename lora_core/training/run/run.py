@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from ...disk.output_files import is_same
 from ...errors import ConfigError, FileError, NonFiniteLossError, OutOfMemoryError
 from ...injection.inject import Injection
+from ...messages import message
 from ...progress import ShouldStop
-from ...text import format_count, name_path, shorten_list
+from ...text import format_count, shorten_list
 from ..config.advice import advise
 from ..config.config import TrainConfig
 from ..data.dataset import CachedDataset
@@ -30,13 +29,13 @@ from .adapter_files import (
     DTYPES,
     EMA_SUFFIX,
     build_run_metadata,
-    list_step_adapters,
     write_adapters,
 )
-from .checkpoint import CHECKPOINTS, CheckpointFolder, remove_leftovers
+from .checkpoint import remove_leftovers
 from .health import measure_health
 from .metrics import MetricsFile, StepReport, measure_memory
 from .micro_steps import MicroSteps
+from .output_names import check_is_free, open_checkpoints
 from .processes import Processes
 from .random_state import seed_everything
 from .run_state import (
@@ -49,34 +48,6 @@ from .run_state import (
 )
 
 Notify = Callable[[str], None]
-
-
-def open_checkpoints(config: TrainConfig) -> CheckpointFolder:
-    return CheckpointFolder(Path(config.output) / CHECKPOINTS, config.saving.keep_checkpoints)
-
-
-def check_is_free(config: TrainConfig, resume: bool) -> None:
-    """Raises ConfigError if the run would replace another one, its own model, or anyone's LoRA."""
-    checkpoints = open_checkpoints(config)
-    steps = checkpoints.list_steps()
-    if steps and not resume:
-        raise ConfigError(
-            f"{checkpoints.folder.parent.name} already holds a run up to step {steps[-1]}; resume "
-            "it, or choose another output folder"
-        )
-    folder, name = checkpoints.folder.parent, config.name
-    was_started = checkpoints.folder.is_dir()  # every run makes it before its first step
-    finished = [folder / f"{name}{suffix}.safetensors" for suffix in ("", EMA_SUFFIX)]
-    found = [] if resume and was_started else [file for file in finished if os.path.lexists(file)]
-    if not was_started:  # of a killed run they may be older than the first checkpoint
-        found += [path for _, path in list_step_adapters(folder / ADAPTERS, name)]
-    sources = [source for source in (config.model.source, config.model.vae) if source]
-    found += [file for file in finished if any(is_same(file, source) for source in sources)]
-    if found:
-        raise ConfigError(
-            f"{name_path(found[0])} is already in {name_path(found[0].parent)} and would be "
-            "replaced by this run; choose another name or output folder"
-        )
 
 
 class Run:
@@ -148,8 +119,10 @@ class Run:
             self.dataset.check_captions_can_drop()
         if self.prior is not None and self.prior.text_width != self.dataset.text_width:
             raise ConfigError(
-                f"the prior's text embeddings are {self.prior.text_width} wide, the training "
-                f"set's {self.dataset.text_width}; cache both with the same text encoder"
+                "the prior's text embeddings are {text_width} wide, the training set's "
+                "{expected_width}; cache both with the same text encoder",
+                text_width=self.prior.text_width,
+                expected_width=self.dataset.text_width,
             )
 
     def start(self, resume: bool) -> None:
@@ -163,7 +136,7 @@ class Run:
         self.processes.wait()
         checkpoint = self.checkpoints.read_latest()
         for sentence in self.checkpoints.passed_over:
-            self.notify(f"skipped: {sentence}")
+            self.notify(message("skipped: {sentence}", sentence=sentence))
         if checkpoint is not None:
             for sentence in check_same_run(checkpoint.state["run"], self.description):
                 self.notify(sentence)
@@ -171,13 +144,25 @@ class Run:
             if self.processes.is_main:  # a killed process may not have come to it
                 self.checkpoints.rotate(checkpoint.step)
             self.checkpointed_step = self.step
-            self.notify(f"resumed after step {self.step} of {self.config.steps}")
+            self.notify(
+                message(
+                    "resumed after step {step} of {steps}", step=self.step, steps=self.config.steps
+                )
+            )
         elif resume:
-            self.notify(f"{self.folder.name} holds no intact checkpoint; starting at step 1")
+            self.notify(
+                message(
+                    "{folder} holds no intact checkpoint; starting at step 1",
+                    folder=self.folder.name,
+                )
+            )
         if self.processes.is_main and (num_unread := self.metrics.cut(self.step)):
             self.notify(
-                f"{format_count(num_unread, 'line')} of {self.metrics.path.name} left out as "
-                "unreadable; the run itself is complete"
+                message(
+                    "{num_lines} of {path} left out as unreadable; the run itself is complete",
+                    num_lines=format_count(num_unread, "line"),
+                    path=self.metrics.path.name,
+                )
             )
 
     def take_steps(self, should_stop: ShouldStop) -> Iterator[StepReport]:
@@ -293,19 +278,29 @@ class Run:
             raise NonFiniteLossError(self.explain_non_finite_weights())
 
     def explain_non_finite(self, loss: float, grad_norm: float) -> str:
-        what = f"the gradients are {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        what = (
+            message("the gradients are {grad_norm}", grad_norm=grad_norm)
+            if math.isfinite(loss)
+            else message("the loss is {loss}", loss=loss)
+        )
         keys = self.micro_steps.list_keys(self.step)
-        return (
-            f"{what} at step {self.step + 1} ({shorten_list(keys, 3)}); expected finite "
-            f"numbers. The step was not applied and {self.describe_last_checkpoint()}. Lower the "
-            "learning rate, look at these items, or compute in a wider type."
+        return message(
+            "{what} at step {step} ({keys}); expected finite numbers. The step was not "
+            "applied and {last}. Lower the learning rate, look at these "
+            "items, or compute in a wider type.",
+            what=what,
+            step=self.step + 1,
+            keys=shorten_list(keys, 3),
+            last=self.describe_last_checkpoint(),
         )
 
     def explain_non_finite_weights(self) -> str:
-        return (
-            f"the optimizer made NaN or Inf of finite gradients at step {self.step}, so that "
-            f"nothing of it was saved and {self.describe_last_checkpoint()}; lower the learning "
-            "rate."
+        return message(
+            "the optimizer made NaN or Inf of finite gradients at step {step}, so that "
+            "nothing of it was saved and {last}; lower the learning "
+            "rate.",
+            step=self.step,
+            last=self.describe_last_checkpoint(),
         )
 
     @contextmanager
@@ -317,16 +312,22 @@ class Run:
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
-            where = "computer" if self.device.type == "cpu" else "device"
-            reason = " ".join(str(e).split())[:120]
-            raise OutOfMemoryError(
-                f"the {where} ran out of memory in step {step} ({reason or type(e).__name__})",
-                advise(self.config),
-            ) from e
+            on_host = self.device.type == "cpu"
+            sentence = message(
+                "{where} ran out of memory in step {step} ({reason})",
+                where=message("the computer") if on_host else message("the device"),
+                step=step,
+                reason=" ".join(str(e).split())[:120] or type(e).__name__,
+            )
+            raise OutOfMemoryError(sentence, advise(self.config)) from e
 
     def describe_last_checkpoint(self) -> str:
         kept = self.checkpoints.list_steps()
-        return f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
+        return (
+            message("the last checkpoint is of step {kept}", kept=kept[-1])
+            if kept
+            else message("there is no checkpoint")
+        )
 
     def measure_health(self) -> dict[str, float] | None:
         every = self.config.saving.health_every

@@ -13,6 +13,7 @@ from ...base_model.base_files import list_base_files
 from ...disk.content_samples import sample_contents
 from ...errors import ConfigError, LoraError
 from ...injection.inject import Injection
+from ...messages import message
 from ..config.config import TrainConfig
 from ..config.config_files import config_to_dict, flatten
 from ..data.dataset import CachedDataset
@@ -146,10 +147,10 @@ def sample_run_contents(
 ) -> dict[str, str | None]:
     """What a run reads, by what it is -> a digest of samples of it; None where there is none."""
     return {
-        "the base model": sample_base(config.model.source),
-        "the VAE": sample_contents(Path(config.model.vae)) if config.model.vae else None,
-        "the training set": dataset.sample_contents(),
-        "the prior": None if prior is None else prior.sample_contents(),
+        message("the base model"): sample_base(config.model.source),
+        message("the VAE"): sample_contents(Path(config.model.vae)) if config.model.vae else None,
+        message("the training set"): dataset.sample_contents(),
+        message("the prior"): None if prior is None else prior.sample_contents(),
     }
 
 
@@ -171,22 +172,30 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
         ConfigError: a difference under which the checkpoint's state means something else.
     """
     for name, what in (
-        ("dataset", "training set's items"),
-        ("prior", "prior's items"),
-        ("processes", "number of processes"),
+        ("dataset", message("training set's items")),
+        ("prior", message("prior's items")),
+        ("processes", message("number of processes")),
         ("has_ema", "EMA"),
     ):
         if then[name] != now[name]:
             raise ConfigError(
-                f"the {what} changed since the checkpoint was made, so its order of data and state "
-                "do not fit; resume with what it was made with, or start in another folder"
+                "the {what} changed since the checkpoint was made, so its order of data and "
+                "state do not fit; resume with what it was made with, or start in another folder",
+                what=what,
             )
     earlier = then.get("contents", {})
     for what, sample in now["contents"].items():
         if None not in (sample, earlier.get(what)) and sample != earlier[what]:
-            yield f"{what} changed since the checkpoint was made; from now on the new one is used"
+            yield message(
+                "{what} changed since the checkpoint was made; from now on the new one is used",
+                what=what,
+            )
     if None not in (now["variant"], then.get("variant")) and now["variant"] != then["variant"]:
-        yield f"the variant was {then['variant']} and is {now['variant']} from now on"
+        yield message(
+            "the variant was {then} and is {now} from now on",
+            then=then["variant"],
+            now=now["variant"],
+        )
     old, new = (flatten(values["config"]) for values in (then, now))
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
@@ -197,11 +206,19 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
         if before == after or matches(name, FREE):
             continue
         if matches(name, SOFT) and not matches(name, HARD):
-            yield f"{name} was {before!r} and is {after!r} from now on"
+            yield message(
+                "{name} was {before!r} and is {after!r} from now on",
+                name=name,
+                before=before,
+                after=after,
+            )
             continue
         raise ConfigError(
-            f"{name} was {before!r} when the checkpoint was made and is {after!r} now; resume with "
-            "the settings it was made with, or start in another folder"
+            "{name} was {before!r} when the checkpoint was made and is {after!r} now; resume "
+            "with the settings it was made with, or start in another folder",
+            name=name,
+            before=before,
+            after=after,
         )
 
 

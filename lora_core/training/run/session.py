@@ -11,6 +11,7 @@ import torch
 from ...errors import ConfigError
 from ...formats.architectures import read_variant
 from ...injection.inject import Injection, inject
+from ...messages import message
 from ...text import format_count, shorten_list
 from ..config.config import TrainConfig
 from ..data.batches import load_repeated
@@ -104,18 +105,28 @@ def describe_session(session: Session, config: TrainConfig) -> list[str]:
     ]
     if config.model.offload_blocks:
         messages.append(
-            f"storage is {config.model.storage}; {config.model.offload_blocks} of "
-            f"{len(session.model.blocks)} blocks are offloaded to main memory"
+            message(
+                "storage is {storage}; {offload_blocks} of {num_blocks} blocks are offloaded to "
+                "main memory",
+                storage=config.model.storage,
+                offload_blocks=config.model.offload_blocks,
+                num_blocks=len(session.model.blocks),
+            )
         )
     if session.model.is_adaptive:
         kind = json.dumps(session.model.gradient_checkpointing)
         messages.append(
-            f"gradient_checkpointing is {kind}, the fastest that the free memory allows"
+            message(
+                "gradient_checkpointing is {kind}, the fastest that the free memory allows",
+                kind=kind,
+            )
         )
     messages += session.model.notes
     for reason in dict.fromkeys(plan.skipped.values()):
         paths = [path for path, why in plan.skipped.items() if why == reason]
-        messages.append(f"left out {shorten_list(paths, 4)}: {reason}")
+        messages.append(
+            message("left out {paths}: {reason}", paths=shorten_list(paths, 4), reason=reason)
+        )
     return messages
 
 
@@ -148,7 +159,7 @@ def choose_device(config: ModelConfig) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ConfigError(
-            f"the device {config.device!r} does not exist; expected cpu, cuda or auto"
+            "the device {device!r} does not exist; expected cpu, cuda or auto", device=config.device
         ) from None
     return device
 

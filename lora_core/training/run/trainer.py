@@ -19,8 +19,9 @@ from ..objective.losses import AuxiliaryLoss, Decode
 from ..objective.objective import Objective, VelocityModel
 from .checkpoint import make_folder
 from .metrics import StepReport
+from .output_names import check_is_free, open_checkpoints
 from .processes import Processes
-from .run import Notify, Run, check_is_free, open_checkpoints
+from .run import Notify, Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -66,7 +66,9 @@ def load_decoder(
             vae = AutoencoderKLQwenImage.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as e:
             raise FileError(
-                f"{shorten(path.name)} is not a folder of Qwen-Image's VAE ({shorten(str(e))})."
+                "{path} is not a folder of Qwen-Image's VAE ({error}).",
+                path=shorten(path.name),
+                error=shorten(str(e)),
             ) from None
         return ImageDecoder(vae.to(device, dtype))
     file = SafetensorsFile(path, "a VAE")
@@ -86,7 +88,8 @@ def load_decoder(
         vae.load_state_dict(tensors, assign=True)
     except (KeyError, RuntimeError):
         raise FileError(
-            f"{path.name} is not a VAE of Qwen-Image; expected qwen_image_vae.safetensors or "
-            "diffusers' folder of it."
+            "{path} is not a VAE of Qwen-Image; expected qwen_image_vae.safetensors or "
+            "diffusers' folder of it.",
+            path=path.name,
         ) from None
     return ImageDecoder(vae.to(device, dtype or next(iter(tensors.values())).dtype))

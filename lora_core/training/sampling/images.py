@@ -36,5 +36,7 @@ def write(path: Path, save: Callable[[Path], object]) -> Path:
         make_own_folder(path.parent)  # no more: a job's folder may have been moved away
         write_then_rename(path, save)
     except (OSError, SafetensorError) as e:
-        raise FileError(f"{path.name} cannot be written: {explain(e)}.") from None
+        raise FileError(
+            "{path} cannot be written: {reason}.", path=path.name, reason=explain(e)
+        ) from None
     return path

@@ -12,6 +12,7 @@ import torch
 from ...adapter.adapter import Adapter
 from ...adapter.weights import LoraWeights
 from ...errors import ConfigError, ShapeError, TargetError
+from ...messages import message
 from ...progress import ShouldStop, track
 from ...text import format_count, shorten
 from ..data.batches import make_generator
@@ -51,8 +52,9 @@ def sample(
     if guidance != 1:
         if item.text_empty is None and not dataset.has_empty_text:
             raise ConfigError(
-                f"guidance needs the embedding of an empty caption, which {info.key} lacks; cache "
-                "it with the training set, or set the guidance to 1"
+                "guidance needs the embedding of an empty caption, which {key} lacks; cache it "
+                "with the training set, or set the guidance to 1",
+                key=info.key,
             )
         empty = dataset.load_empty_text() if item.text_empty is None else item.text_empty
         texts.append(empty.float())
@@ -63,7 +65,7 @@ def sample(
     ]
     x = torch.randn(1, *item.target.shape, generator=make_generator(seed, info.key)).to(device)
     sigmas = build_sigmas(num_steps, schedule, count_target_tokens(*info.target)).to(device)
-    for i in track(range(num_steps), None, should_stop, "sampling"):
+    for i in track(range(num_steps), None, should_stop, message("sampling")):
         batch = x.expand(len(texts), -1, -1, -1)
         velocity = model(batch, references, text, text_mask, sigmas[i].expand(len(texts))).float()
         if guidance != 1:
@@ -92,7 +94,9 @@ def applied(
         yield
         return
     if not math.isfinite(strength):
-        raise ConfigError(f"the strength is {strength}; expected a finite number such as 1.0")
+        raise ConfigError(
+            "the strength is {strength}; expected a finite number such as 1.0", strength=strength
+        )
     modules = dict(transformer.named_modules())
     check_fit(adapter, modules)
     handles = []
@@ -112,23 +116,37 @@ def check_fit(adapter: Adapter, modules: Mapping[str, torch.nn.Module]) -> None:
     unknown = [path for path in adapter.modules if path not in modules]
     if unknown:
         raise TargetError(
-            f"{name} has {format_count(len(unknown), 'module')} that the model does not "
-            f"have, such as {unknown[0]}; choose an adapter of this model"
+            "{name} has {num_modules} that the model does not have, such as {unknown}; choose "
+            "an adapter of this model",
+            name=name,
+            num_modules=format_count(len(unknown), "module"),
+            unknown=unknown[0],
         )
     for path, weights in adapter.modules.items():
         if not isinstance(weights, LoraWeights):
             raise ConfigError(
-                f"{name} holds {weights.kind} weights at {path}; sampling here takes plain LoRAs "
-                "only"
+                "{name} holds {weights_kind} weights at {path}; sampling here takes plain LoRAs "
+                "only",
+                name=name,
+                weights_kind=weights.kind,
+                path=path,
             )
         # By attributes: quantised Linears do not derive from torch.nn.Linear.
         shape = tuple(getattr(modules[path], side, 0) for side in ("out_features", "in_features"))
         if shape != tuple(weights.shape):
             made = " x ".join(map(str, weights.shape))
-            there = f"is {shape[0]} x {shape[1]}" if all(shape) else "is no Linear"
+            there = (
+                message("is {shape} x {columns}", shape=shape[0], columns=shape[1])
+                if all(shape)
+                else message("is no Linear")
+            )
             raise ShapeError(
-                f"{name} does not fit the model: {path} {there} there, and the adapter was made "
-                f"for {made}; choose an adapter trained for a model of this size"
+                "{name} does not fit the model: {path} {there} there, and the adapter was made "
+                "for {made}; choose an adapter trained for a model of this size",
+                name=name,
+                path=path,
+                there=there,
+                made=made,
             )
     adapter.check_finite()
 

@@ -122,7 +122,8 @@ def test_every_warning_is_a_finding_with_a_kind_a_severity_and_a_number(messy):
 def test_the_json_holds_the_findings_and_the_text_a_line_for_each(make_state_dict):
     report = read_state_dict(make_state_dict("ai-toolkit", rank=2), {"alpha": "3"}).report
     values = json.loads(json.dumps(report.to_dict()))
-    (finding,) = values["findings"]
+    (finding, family) = values["findings"]
+    assert (family["kind"], family["severity"]) == ("family_unknown", "note")
     assert (finding["kind"], finding["severity"]) == ("alpha_from_field", "note")
     assert finding["count"] == 2
     assert f"Note: {finding['text']}" in report.to_text().splitlines()
@@ -131,7 +132,7 @@ def test_the_json_holds_the_findings_and_the_text_a_line_for_each(make_state_dic
 
 def test_an_alpha_taken_from_the_rank_is_noted_and_warns_of_nothing(make_state_dict):
     report = read_state_dict(make_state_dict("ai-toolkit")).report
-    (finding,) = report.findings
+    (finding, _) = report.findings
     assert (finding.kind, finding.severity, finding.count) == ("alpha_from_rank", "note", 2)
     assert report.warnings == ()
 
@@ -139,4 +140,4 @@ def test_an_alpha_taken_from_the_rank_is_noted_and_warns_of_nothing(make_state_d
 def test_findings_come_with_the_warnings_first(make_state_dict):
     state_dict = make_state_dict("ai-toolkit") | {"nothing": torch.ones(1)}
     severities = [f.severity for f in read_state_dict(state_dict).report.findings]
-    assert severities == ["warning", "note"]
+    assert severities == ["warning", "note", "note"]

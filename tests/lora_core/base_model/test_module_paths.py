@@ -9,7 +9,8 @@ from qwen_edit_lora.lora_core import (
     count_parameters,
     parse_block_ranges,
 )
-from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.base_model import families, module_paths
+from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 
 #: Modules in 60 blocks, and millions of parameters at rank 64 as measured on the real model.
 SIZES = {
@@ -57,12 +58,12 @@ def test_an_error_for_an_unknown_preset_lists_the_known_ones():
 
 @pytest.mark.parametrize("preset", SIZES)
 def test_a_preset_is_recognised_by_its_modules(preset):
-    assert module_paths.detect_preset([*list_preset(preset, range(2)), "img_in"]) == preset
+    assert QWEN_IMAGE.detect_preset([*list_preset(preset, range(2)), "img_in"]) == preset
 
 
 @pytest.mark.parametrize("paths", [[], ["img_in"], ["transformer_blocks.0.attn.to_q"]])
 def test_other_selections_are_not_presets(paths):
-    assert module_paths.detect_preset(paths) is None
+    assert QWEN_IMAGE.detect_preset(paths) is None
 
 
 @pytest.mark.parametrize(
@@ -106,15 +107,15 @@ def test_shown_ranges_parse_to_the_same_blocks(blocks):
 
 
 def test_no_two_modules_share_their_underscored_name():
-    paths = module_paths.list_module_paths()
+    paths = QWEN_IMAGE.list_module_paths()
     assert len({path.replace(".", "_") for path in paths}) == len(paths) == 60 * 18 + 7
 
 
 @pytest.mark.parametrize(
-    "path", [*module_paths.list_module_paths(1), "transformer_blocks.59.img_mod.1"]
+    "path", [*QWEN_IMAGE.list_module_paths(1), "transformer_blocks.59.img_mod.1"]
 )
 def test_dots_are_restored_for_every_module(path):
-    assert module_paths.restore_dots(path.replace(".", "_")) == path
+    assert families.restore_dots(path.replace(".", "_")) == path
 
 
 @pytest.mark.parametrize(
@@ -122,14 +123,13 @@ def test_dots_are_restored_for_every_module(path):
     [
         "",
         "transformer_blocks_0",
-        "transformer_blocks_0_attn_to_qkv",
         "transformer_blocks_0_img_in",
         "attn_to_q",
         "transformer_blocks.0.attn.to_q",
     ],
 )
 def test_dots_are_not_restored_for_other_names(name):
-    assert module_paths.restore_dots(name) is None
+    assert families.restore_dots(name) is None
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_dots_are_not_restored_for_other_names(name):
 )
 def test_a_block_module_belongs_to_its_stream(stream, names):
     paths = [f"transformer_blocks.7.{name}" for name in names]
-    assert {module_paths.get_stream(path) for path in paths} == {stream}
+    assert {QWEN_IMAGE.get_stream(path) for path in paths} == {stream}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_block_module_belongs_to_its_stream(stream, names):
     ],
 )
 def test_a_top_level_module_belongs_to_its_stream(path, stream):
-    assert module_paths.get_stream(path) == stream
+    assert QWEN_IMAGE.get_stream(path) == stream
 
 
 @pytest.mark.parametrize(
@@ -171,13 +171,13 @@ def test_a_top_level_module_belongs_to_its_stream(path, stream):
     ],
 )
 def test_shapes_are_out_by_in(name, shape):
-    assert module_paths.compute_shape(name) == shape
+    assert QWEN_IMAGE.compute_shape(name) == shape
 
 
 def test_a_norm_has_no_linear_shape():
     with pytest.raises(TargetError, match=r"'attn.norm_q' is not a Linear"):
-        module_paths.compute_shape("attn.norm_q")
+        QWEN_IMAGE.compute_shape("attn.norm_q")
 
 
 def test_the_inert_modules_of_the_last_block_are_linears():
-    assert set(module_paths.INERT_LAST_BLOCK) < set(module_paths.BLOCK_LINEARS)
+    assert set(QWEN_IMAGE.inert_last_block) < set(QWEN_IMAGE.block_linears)

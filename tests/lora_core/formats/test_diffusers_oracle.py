@@ -14,6 +14,7 @@ from qwen_edit_lora.lora_core import (
     write_adapter,
 )
 from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 
 peft = pytest.importorskip("peft")
 diffusers = pytest.importorskip("diffusers")
@@ -23,9 +24,9 @@ LINEARS = [
     *(
         f"transformer_blocks.{block}.{name}"
         for block in range(2)
-        for name in module_paths.BLOCK_LINEARS
+        for name in QWEN_IMAGE.block_linears
     ),
-    *module_paths.TOP_LINEARS,
+    *QWEN_IMAGE.top_linears,
 ]
 
 
@@ -134,7 +135,7 @@ def test_every_known_linear_and_norm_is_a_module_of_diffusers(transformer):
         for name, module in transformer.named_modules()
         if getattr(module, "weight", None) is not None
     }
-    assert with_weight == set(module_paths.list_module_paths(num_blocks=2))
+    assert with_weight == set(QWEN_IMAGE.list_module_paths(num_blocks=2))
 
 
 def test_the_shapes_at_full_size_are_those_of_diffusers():
@@ -146,5 +147,5 @@ def test_the_shapes_at_full_size_are_those_of_diffusers():
         if isinstance(module, torch.nn.Linear)
     }
     assert shapes == {
-        path: module_paths.compute_shape(module_paths.split_path(path)[1]) for path in shapes
+        path: QWEN_IMAGE.compute_shape(module_paths.split_path(path)[1]) for path in shapes
     }

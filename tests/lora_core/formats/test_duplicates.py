@@ -50,13 +50,13 @@ def test_the_default_adapter_wins_a_tie(make_state_dict):
 @pytest.mark.parametrize("order", ["A up B down", "down B up A", "up down B A"])
 def test_two_spellings_under_one_prefix_are_never_combined(order, make_state_dict):
     both = make_state_dict("ai-toolkit", [TO_Q])
-    first = dict(both)
     both |= shift(make_state_dict("comfyui-native", [TO_Q]))
     keys = {end: f"diffusion_model.{TO_Q}.lora_{end}.weight" for end in order.split()}
     adapter = read_state_dict({keys[end]: both[keys[end]] for end in order.split()})
-    assert torch.equal(adapter.modules[TO_Q].lora_A, first[keys["A"]])
-    assert torch.equal(adapter.modules[TO_Q].lora_B, first[keys["B"]])
-    assert {key.key for key in adapter.report.duplicates} == {keys["up"], keys["down"]}
+    assert torch.equal(adapter.modules[TO_Q].lora_A, both[keys["down"]])
+    assert torch.equal(adapter.modules[TO_Q].lora_B, both[keys["up"]])
+    assert {key.key for key in adapter.report.duplicates} == {keys["A"], keys["B"]}
+    assert not torch.equal(both[keys["A"]], both[keys["down"]])
 
 
 PAIRS = {
@@ -65,6 +65,8 @@ PAIRS = {
     "down, up": (".lora_down.weight", ".lora_up.weight"),
     "lora.down, lora.up": (".lora.down.weight", ".lora.up.weight"),
     "layer": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    "_lora": ("_lora.down.weight", "_lora.up.weight"),
+    "default": (".lora_A.default.weight", ".lora_B.default.weight"),
 }
 
 

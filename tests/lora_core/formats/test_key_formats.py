@@ -7,20 +7,20 @@ import json
 import pytest
 import torch
 from qwen_edit_lora.lora_core import KeyFormatError, compute_delta, read_adapter, read_state_dict
-from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 LINEARS = [
     *(
         f"transformer_blocks.{block}.{name}"
         for block in (0, 59)
-        for name in module_paths.BLOCK_LINEARS
+        for name in QWEN_IMAGE.block_linears
     ),
-    *module_paths.TOP_LINEARS,
+    *QWEN_IMAGE.top_linears,
 ]
 NORMS = [
-    *(f"transformer_blocks.3.{name}" for name in module_paths.BLOCK_NORMS),
-    *module_paths.TOP_NORMS,
+    *(f"transformer_blocks.3.{name}" for name in QWEN_IMAGE.block_norms),
+    *QWEN_IMAGE.top_norms,
 ]
 
 
@@ -276,7 +276,8 @@ def test_fused_query_key_and_value_are_split_in_three_exactly(name, stem, write_
         torch.testing.assert_close(found, 1.5 * (up @ down))
         biases = torch.cat([adapter.modules[member].bias_delta for member in members])
         assert torch.equal(biases, torch.arange(12.0))
-        assert [f.kind for f in adapter.report.findings] == ["fused_split"]
+        assert "fused_split" in [f.kind for f in adapter.report.findings]
+        assert adapter.report.warnings == ()
 
 
 def test_a_module_beside_the_fused_one_is_used_and_reported(make_state_dict):
@@ -290,7 +291,7 @@ def test_a_module_beside_the_fused_one_is_used_and_reported(make_state_dict):
 
 def test_a_fused_rotation_is_left_out_and_reported(make_state_dict):
     stem = "lora_unet_transformer_blocks_0_attn_to_qkv"
-    report = read_state_dict(make_state_dict() | {f"{stem}.oft_blocks": torch.ones(6, 2, 2)}).report
+    report = read_state_dict(make_state_dict() | {f"{stem}.oft_blocks": torch.ones(4, 3, 3)}).report
     assert "cannot be split" in report.unmatched[0].reason
 
 

@@ -14,6 +14,7 @@ from qwen_edit_lora.lora_core import (
     write_adapter,
 )
 from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 
 peft = pytest.importorskip("peft")
 
@@ -22,7 +23,7 @@ MODULES = [
     *(
         f"transformer_blocks.{block}.{name}"
         for block in range(2)
-        for name in module_paths.BLOCK_LINEARS
+        for name in QWEN_IMAGE.block_linears
     ),
     "norm_out.linear",
 ]
@@ -62,7 +63,7 @@ def base() -> torch.nn.Module:
     root = torch.nn.Module()
     for path in MODULES:
         block, name = module_paths.split_path(path)
-        shape = (WIDTH, WIDTH) if block is None else module_paths.compute_shape(name, WIDTH)
+        shape = (WIDTH, WIDTH) if block is None else QWEN_IMAGE.compute_shape(name, WIDTH)
         plant(root, path, torch.nn.Linear(shape[1], shape[0]))
     return root
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from qwen_edit_lora.lora_core import TARGET_PRESETS, read_state_dict
-from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 
 DOWN_UP = (".lora_down.weight", ".lora_up.weight")
 AB = (".lora_A.weight", ".lora_B.weight")
@@ -97,9 +97,9 @@ PUBLIC = [
 
 def build_state_dict(public: Public) -> dict[str, torch.Tensor]:
     state_dict = {}
-    for block in range(module_paths.NUM_BLOCKS):
+    for block in range(QWEN_IMAGE.num_blocks):
         for name in TARGET_PRESETS[public.preset]:
-            out, in_ = module_paths.compute_shape(name)
+            out, in_ = QWEN_IMAGE.compute_shape(name)
             path = f"transformer_blocks.{block}.{name}"
             stem = public.prefix + path
             if public.prefix.endswith("_"):
@@ -120,7 +120,7 @@ def test_a_public_lora_is_read_whole_under_the_alpha_its_trainer_meant(public):
     assert (report.num_modules, report.num_matched_keys) == (public.num_modules, len(state_dict))
     assert (report.unmatched, report.duplicates, report.warnings) == ((), (), ())
     assert report.preset == public.preset
-    assert report.width == module_paths.WIDTH
+    assert report.width == QWEN_IMAGE.width
     rule = BY_RANK if public.alpha is None else "tensor"
     assert report.alpha_rules == {rule: public.num_modules}
     alpha = public.rank if public.alpha is None else public.alpha

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from qwen_edit_lora.lora_core import KeyFormatError, read_adapter, read_state_dict, write_adapter
-from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 from qwen_edit_lora.lora_core.formats.architectures import detect_architecture, detect_variants
 
 #: Name expected in the error -> keys as that model's trainers save them, without the suffix.
@@ -88,9 +88,7 @@ def test_names_shared_with_flux_are_not_a_match():
         )
 
 
-@pytest.mark.parametrize(
-    "path", [*module_paths.list_module_paths(1), "time_text_embed", "pos_embed"]
-)
+@pytest.mark.parametrize("path", [*QWEN_IMAGE.list_module_paths(1), "time_text_embed", "pos_embed"])
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "transformer.", "lora_unet_"])
 def test_no_qwen_image_key_is_mistaken_for_another_model(prefix, path):
     spelled = path.replace(".", "_") if prefix == "lora_unet_" else path
@@ -108,7 +106,7 @@ def test_a_qwen_file_with_a_stray_key_still_loads(kind, key, make_state_dict):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_full_qwen_model_is_recognised(prefix):
     state_dict = {
-        f"{prefix}{path}.weight": torch.ones(2, 2) for path in module_paths.list_module_paths(1)
+        f"{prefix}{path}.weight": torch.ones(2, 2) for path in QWEN_IMAGE.list_module_paths(1)
     }
     message = "matches 0 modules.*whole model weights, not an adapter.*Expected keys such as"
     with pytest.raises(KeyFormatError, match=message):
@@ -235,8 +233,8 @@ def test_every_claim_about_the_variant_states_its_source():
 def test_a_file_that_also_fits_flux_is_reported(num_blocks, preset, hinted):
     state_dict = {}
     for block in range(num_blocks):
-        for name in module_paths.TARGET_PRESETS[preset]:
-            out, in_ = module_paths.compute_shape(name)
+        for name in QWEN_IMAGE.presets[preset]:
+            out, in_ = QWEN_IMAGE.compute_shape(name)
             stem = f"transformer.transformer_blocks.{block}.{name}"
             state_dict[f"{stem}.lora_A.weight"] = torch.zeros(1, in_)
             state_dict[f"{stem}.lora_B.weight"] = torch.zeros(out, 1)

@@ -10,6 +10,7 @@ from qwen_edit_lora.lora_core import (
     write_adapter,
 )
 from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.base_model.qwen_image import ATTENTION_IMAGE, QWEN_IMAGE
 from qwen_edit_lora.lora_core.injection.inject import LoraSettings, inject, plan_injection
 from qwen_edit_lora.lora_core.injection.layers import LoraLinear
 
@@ -18,7 +19,7 @@ from .conftest import ALL, compute_loss
 
 def test_inert_modules_of_the_last_block_are_left_out_by_name(model):
     plan = plan_injection(model, LoraSettings(rank=2, targets=("full + modulation",)))
-    inert = {f"transformer_blocks.1.{name}" for name in module_paths.INERT_LAST_BLOCK}
+    inert = {f"transformer_blocks.1.{name}" for name in QWEN_IMAGE.inert_last_block}
     assert set(plan.skipped) == inert
     assert len(plan.targets) == 2 * 14 - 4
     assert all("never get a gradient" in reason for reason in plan.skipped.values())
@@ -30,7 +31,7 @@ def test_exactly_the_inert_modules_would_get_no_gradient(model):
     silent = {
         f"{block}.{name}"
         for block in ("transformer_blocks.0", "transformer_blocks.1")
-        for name in module_paths.BLOCK_LINEARS
+        for name in QWEN_IMAGE.block_linears
         if (grad := model.get_submodule(f"{block}.{name}").weight.grad) is None or not grad.any()
     }
     assert silent == set(plan_injection(model, LoraSettings(targets=("full",))).skipped)
@@ -39,7 +40,7 @@ def test_exactly_the_inert_modules_would_get_no_gradient(model):
 def test_a_preset_covers_all_blocks_and_an_exclude_takes_some_away(model):
     settings = LoraSettings(targets=("image-stream",), exclude=("*.1.*", "img_mlp.net.2"))
     paths = [target.module_path for target in plan_injection(model, settings).targets]
-    expected = [*module_paths.ATTENTION_IMAGE, "img_mlp.net.0.proj"]
+    expected = [*ATTENTION_IMAGE, "img_mlp.net.0.proj"]
     assert paths == [f"transformer_blocks.0.{name}" for name in expected]
 
 
@@ -132,16 +133,14 @@ def test_the_sizes_of_the_real_model_are_those_of_the_survey():
     """60 blocks of full width on the meta device, without memory."""
     with torch.device("meta"):
         root = torch.nn.Module()
-        for path in module_paths.list_module_paths():
+        for path in QWEN_IMAGE.list_module_paths():
             _, name = module_paths.split_path(path)
-            if name in module_paths.BLOCK_LINEARS:
-                out, in_ = module_paths.compute_shape(name)
+            if name in QWEN_IMAGE.block_linears:
+                out, in_ = QWEN_IMAGE.compute_shape(name)
                 plant(root, path, torch.nn.Linear(in_, out))
     plan = plan_injection(root, LoraSettings(rank=64))
-    inert = 64 * sum(
-        sum(module_paths.compute_shape(name)) for name in module_paths.INERT_LAST_BLOCK
-    )
-    assert plan.num_parameters == module_paths.count_parameters("full", 64) - inert
+    inert = 64 * sum(sum(QWEN_IMAGE.compute_shape(name)) for name in QWEN_IMAGE.inert_last_block)
+    assert plan.num_parameters == QWEN_IMAGE.count_parameters("full", 64) - inert
     assert inert == pytest.approx(2.75e6, abs=5e3)
     assert plan.compute_file_size() == pytest.approx(849.3e6 - 2 * 2.75e6, rel=1e-3)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from qwen_edit_lora.lora_core import (
+    TARGET_PRESETS,
     Adapter,
     DiffWeights,
     DoraWeights,
@@ -24,7 +25,6 @@ from qwen_edit_lora.lora_core import (
     merge_adapters,
     resize_adapter,
 )
-from qwen_edit_lora.lora_core.base_model.module_paths import TARGET_PRESETS
 from qwen_edit_lora.lora_core.inspection.inspection import inspect_adapter, inspect_module
 from qwen_edit_lora.lora_core.threads import map_in_threads
 

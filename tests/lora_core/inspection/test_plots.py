@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from qwen_edit_lora.lora_core import Adapter, ConfigError, LoraWeights
-from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 from qwen_edit_lora.lora_core.drawing.style import draw_message
 from qwen_edit_lora.lora_core.inspection.inspection import Inspection, inspect_adapter
 from qwen_edit_lora.lora_core.inspection.plots import (
@@ -33,8 +33,8 @@ def make_modules(blocks: tuple[int, ...] = (0, 30, 59)) -> dict[str, LoraWeights
     decay = torch.tensor([1.0, 0.5, 0.2, 0.1])
     modules = {}
     for block in blocks:
-        for name in module_paths.TARGET_PRESETS["full"]:
-            rows, columns = module_paths.compute_shape(name, 16)
+        for name in QWEN_IMAGE.presets["full"]:
+            rows, columns = QWEN_IMAGE.compute_shape(name, 16)
             lora_A = torch.randn(RANK, columns) * decay[:, None]
             lora_B = torch.randn(rows, RANK) * 1e-3
             modules[f"transformer_blocks.{block}.{name}"] = LoraWeights(lora_A, lora_B)
@@ -76,11 +76,10 @@ def find_changes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def test_an_absent_and_a_dead_module_change_exactly_their_own_cell():
     modules = make_modules()
-    whole = draw_map(dict.fromkeys(modules, 1.0) | {LAST: 2.0}, "x")
-    absent = draw_map({p: 1.0 for p in modules if p != TO_K} | {LAST: 2.0}, "x")
-    dead = draw_map(
-        {p: 1.0 for p in modules if p != TO_K} | {LAST: 2.0}, "x", marked={TO_K: "delta is 0"}
-    )
+    others = {p: 1.0 for p in modules if p != TO_K} | {LAST: 2.0}
+    whole = draw_map(dict.fromkeys(modules, 1.0) | {LAST: 2.0}, "x", QWEN_IMAGE)
+    absent = draw_map(others, "x", QWEN_IMAGE)
+    dead = draw_map(others, "x", QWEN_IMAGE, marked={TO_K: "delta is 0"})
     cell = find_changes(whole, absent)
     (top, left), (bottom, right) = cell.min(0), cell.max(0)
     assert bottom - top < 20  # one of 60 rows

@@ -61,6 +61,43 @@ def test_a_log_read_piece_by_piece_shows_no_more_than_the_whole(limit):
     assert read_all(TRACEBACK.encode() * 20, limit) == SHOWN * 20
 
 
+LONG_LINES = {
+    "words": " ".join(f"word{i}" for i in range(700)),
+    "paths": "x '/mnt/secret disk/café/a.png' " * 160,
+    "bare paths": "/houses/me/x/b.png, " * 260,
+    "without blanks": "=" * 5000,
+}
+
+
+@pytest.mark.parametrize("limit", [900, 4096, 5001])
+@pytest.mark.parametrize("around", LONG_LINES)
+def test_a_path_in_a_long_line_is_hidden_wherever_the_line_is_cut(around, limit):
+    """Lines of more than LINE_BYTES are cut between pieces: here inside each path in turn."""
+    filler = LONG_LINES[around]
+    paths = " ".join(TRACEBACK.splitlines())
+    line = f"{filler} {paths} {filler}\n"
+    assert len(line) > 2 * LINE_BYTES
+    for shift in range(0, 700, 70):
+        data = f"{'y' * shift} {line}next".encode()
+        assert read_all(data, limit) == hide_paths(data.decode()), shift
+
+
+def test_any_piece_of_a_long_line_tells_nothing_of_its_paths():
+    line = " ".join(TRACEBACK.splitlines())
+    data = f"{'x' * 5000} {line} {'x' * 9000}".encode()
+    for offset in range(5000, 5001 + len(line), 3):
+        for given, limit in ((offset, 40), (None, len(data) - offset)):
+            text = read_piece(io.BytesIO(data), given, limit)["text"]
+            assert not any(secret in text for secret in SECRETS), (offset, text)
+
+
+def test_a_failure_is_cut_after_its_paths_are_hidden():
+    for length in range(300, 400):
+        failure = JobFailure(sentence=f"{'x' * length} '/mnt/secret disk/a.png' {'y' * 100}")
+        assert len(failure.sentence) <= 400
+        assert not any(secret in failure.sentence for secret in SECRETS)
+
+
 def test_a_piece_from_the_middle_of_a_path_shows_no_part_of_it():
     data = TRACEBACK.encode()
     for offset in range(len(data)):
@@ -95,7 +132,7 @@ def test_a_character_that_is_still_being_written_comes_with_the_next_piece():
 
 def test_bytes_that_are_no_text_are_read_to_their_end():
     data = bytes(range(128, 256)) * 100
-    for limit in (3, 1000):
+    for limit in (50, 1000):
         assert len(read_all(data, limit)) > 6000
 
 

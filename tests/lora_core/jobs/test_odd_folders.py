@@ -13,9 +13,15 @@ import pytest
 from qwen_edit_lora.lora_core import ConfigError, FileError
 from qwen_edit_lora.lora_core.jobs.curves import MetricsReader
 from qwen_edit_lora.lora_core.jobs.devices import Device
+from qwen_edit_lora.lora_core.jobs.failure import explain_error
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
 from qwen_edit_lora.lora_core.jobs.identity import is_running
-from qwen_edit_lora.lora_core.jobs.job import JobStatus, UnknownImageError, WorkerIdentity
+from qwen_edit_lora.lora_core.jobs.job import (
+    UNEXPLAINED,
+    JobStatus,
+    UnknownImageError,
+    WorkerIdentity,
+)
 from qwen_edit_lora.lora_core.jobs.retraining import read_settings
 from qwen_edit_lora.lora_core.jobs.store import JobStore
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor, has_ended
@@ -95,6 +101,23 @@ def test_a_state_of_odd_values_is_one_failed_job(name, is_known, store, submit):
         reader.index.close()
     store.delete(bad)
     assert [job.id for job in store.list()] == [good]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t", "\u200b", "\u3000\0"])
+def test_a_failure_that_says_nothing_is_explained(text, store, submit):
+    good, bad = submit(), submit()
+    path = store.root / "jobs" / bad / "state.json"
+    for failure in ({"sentence": text, "advice": [text, "wait"]}, None):
+        for name, value in (("status", "failed"), ("failure", failure), ("notes", [text, "note"])):
+            change(path, name, json.dumps(value))
+        assert check_list(store, bad, [good]) == UNEXPLAINED
+        shown = store.show(bad).to_dict()
+        assert shown["notes"] == ["note"]
+        assert list(shown["failure"]["advice"]) == (["wait"] if failure else [])
+
+
+def test_an_error_without_a_text_is_explained(material):
+    assert explain_error(FileError(" "), make_train(material)).sentence == UNEXPLAINED
 
 
 CONFIGS = {

@@ -14,8 +14,10 @@ from qwen_edit_lora.lora_core.jobs.job import (
     JobState,
     JobStateError,
     JobStatus,
+    Order,
     Phase,
     Request,
+    SampleSettings,
     WorkerIdentity,
 )
 from qwen_edit_lora.lora_core.jobs.outcomes import advance
@@ -132,6 +134,8 @@ def settings(material):
 def test_a_job_names_its_actions(stage, settings):
     job = Job("id", settings, make_state(stage), ASKED.get(stage))
     expected = OFFERS[stage.value] | {"clone"}
+    if stage is Stage.RUNNING:
+        expected |= {"save"}
     if stage.status is not JobStatus.IN_PROGRESS:
         expected |= {"delete"}
     assert set(job.actions) == expected
@@ -142,6 +146,19 @@ def test_a_job_names_its_actions(stage, settings):
         actions = dataclasses.replace(job, settings=used, state=written).actions
         assert ("publish" in actions) is is_published
     assert dataclasses.replace(job, is_damaged=True).actions == ("delete",)
+
+
+def test_a_running_job_takes_each_order_once_and_samples_only_if_it_makes_any(settings):
+    running = Job("id", settings, make_state(Stage.RUNNING))
+    assert {"save", "sample"} & set(running.actions) == {"save"}
+    sampled = dataclasses.replace(settings, samples=SampleSettings(every=100))
+    running = dataclasses.replace(running, settings=sampled)
+    assert {"save", "sample"} <= set(running.actions)
+    given = dataclasses.replace(running, orders=(Order.SAMPLE,))
+    assert {"save", "sample"} & set(given.actions) == {"save"}
+    beat = dataclasses.replace(running.state, heartbeat_at=time.time() - 2 * SILENCE_TIMEOUT)
+    silent = dataclasses.replace(running, state=beat)
+    assert {"save", "sample"}.isdisjoint(silent.actions)
 
 
 def test_a_cancellation_is_offered_again_only_when_the_worker_is_silent(settings):

@@ -197,7 +197,8 @@ def test_facts_hold_the_findings_for_programs(loras):
     }
     save_file(state_dict | {"nothing": torch.ones(1)}, loras / "a.safetensors")
     facts = read_facts(loras / "a.safetensors")
-    assert [f["kind"] for f in facts.findings] == ["unmatched_keys", "alpha_from_rank"]
+    kinds = [f["kind"] for f in facts.findings]
+    assert kinds == ["unmatched_keys", "alpha_from_rank", "family_unknown"]
     assert facts.warnings == (facts.findings[0]["text"],)
 
 

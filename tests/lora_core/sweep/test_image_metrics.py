@@ -85,10 +85,20 @@ def test_values_a_display_cannot_show_are_not_a_difference():
     assert compare_images(white, white.half(), WHOLE)["whole"].rms == 0
 
 
-def test_transparency_is_left_out_and_grey_images_count_as_colour():
+def test_transparency_is_seen_on_white():
+    picture, alpha = make_picture(), torch.rand(1, 48, 48, 1)
+    shown = 1 - alpha + alpha * picture
+    with_alpha = torch.cat([picture, alpha], dim=-1)
+    assert compare_images(with_alpha, shown, WHOLE)["whole"].rms < 1e-6
+    opaque = torch.cat([picture, torch.full_like(alpha, 1.02)], dim=-1)  # a VAE's, out of range
+    assert compare_images(opaque, picture, WHOLE)["whole"].rms == 0
+    hidden = torch.cat([make_picture(seed=1), torch.zeros_like(alpha)], dim=-1)
+    white = torch.ones_like(picture)
+    assert compare_images(hidden, white, WHOLE)["whole"].rms == 0
+
+
+def test_grey_images_count_as_colour():
     picture = make_picture()
-    with_alpha = torch.cat([picture, torch.rand(1, 48, 48, 1)], dim=-1)
-    assert compare_images(with_alpha, picture, WHOLE)["whole"].rms == 0
     grey = picture[..., :1]
     assert compare_images(grey, grey.expand(-1, -1, -1, 3), WHOLE)["whole"].rms == 0
 

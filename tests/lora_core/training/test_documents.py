@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from qwen_edit_lora.lora_core import count_parameters
-from qwen_edit_lora.lora_core.base_model import module_paths
+from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 from qwen_edit_lora.lora_core.training.config.config_files import config_from_dict, config_to_dict
 from qwen_edit_lora.lora_core.training.config.presets import (
     GIB,
@@ -79,10 +79,10 @@ def count_weights(shapes) -> int:
 
 
 SIZE = BaseSize(
-    num_blocks=module_paths.NUM_BLOCKS,
-    block_weights=count_weights(map(module_paths.compute_shape, module_paths.BLOCK_LINEARS)),
-    other_weights=count_weights(module_paths.TOP_LINEARS.values()),
-    width=module_paths.WIDTH,
+    num_blocks=QWEN_IMAGE.num_blocks,
+    block_weights=count_weights(QWEN_IMAGE.block_linears.values()),
+    other_weights=count_weights(QWEN_IMAGE.top_linears.values()),
+    width=QWEN_IMAGE.width,
 )
 NUM_WEIGHTS = SIZE.num_blocks * SIZE.block_weights + SIZE.other_weights
 #: 1024 x 1024, one reference of that size, and a caption.

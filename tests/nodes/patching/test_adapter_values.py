@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from demo_base.dit import WIDTH
@@ -79,6 +81,27 @@ def test_a_bias_is_never_merged_into_a_module_without_one(load_base, apply_ours)
         apply_ours(model, adapter, 1.0, "merge")
 
 
+#: Endings of a module's two factors, each of which ComfyUI reads.
+SPELLINGS = (
+    *((".lora_down.weight", ".lora_up.weight"), ("_lora.down.weight", "_lora.up.weight")),
+    *((".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight")),
+    *((".lora_A", ".lora_B"), (".lora_A.default.weight", ".lora_B.default.weight")),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+)
+
+
+def make_two_pairs(stem: str):
+    """Two whole LoRAs of one module, in each two spellings."""
+    first = (draw(2, WIDTH), draw(WIDTH, 2))
+    second = (draw(3, WIDTH) + 1, draw(WIDTH, 3))
+    return {
+        f"{a[0]} and {b[0]}": dict(
+            zip((stem + end for end in (*a, *b)), (*first, *second), strict=True)
+        )
+        for a, b in itertools.combinations(SPELLINGS, 2)
+    }
+
+
 def make_odd_files():
     """Files with more than their modules need, as leftovers of conversions and merges."""
     stem = f"diffusion_model.{PATH}"
@@ -98,6 +121,7 @@ def make_odd_files():
             f"{stem}.lora_down.weight": draw(2, WIDTH) + 1,
             f"{stem}.lora_up.weight": draw(WIDTH, 2),
         },
+        **make_two_pairs(stem),
         "a block number with leading zeros": {
             f"{stem}.lora_A.weight": draw(2, WIDTH),
             f"{stem}.lora_B.weight": draw(WIDTH, 2),

@@ -312,7 +312,7 @@ def test_a_gguf_weight_is_measured_by_its_values_and_not_its_bytes(kind, base, o
     weight = linear.weight.detach().clone()
     linear.weight = torch.nn.Parameter(quantise(weight, kind), requires_grad=False)
     assert type(linear.weight).__name__ == "GGMLTensor"
-    found = ours.host.measure_weight(base, PATH)
+    found = ours.host.measure_weight(base, ours.host.Place(PATH))
     assert found.value == pytest.approx(weight.norm().item(), rel=0.02)
 
 
@@ -329,7 +329,7 @@ def test_a_large_gguf_weight_is_measured_by_a_sample_of_its_rows(base, ours, mon
         "dequantize",
         lambda rows, kind: decoded.append(len(rows)) or dequantise(rows, kind),
     )
-    assert ours.host.measure_weight(base, PATH).value == pytest.approx(
+    assert ours.host.measure_weight(base, ours.host.Place(PATH)).value == pytest.approx(
         weight.norm().item(), rel=0.03
     )
     assert decoded == [500]
@@ -341,7 +341,7 @@ def test_a_weight_that_cannot_be_measured_gives_the_reason(base, ours, monkeypat
 
     def measure(stored: torch.Tensor) -> Any:
         linear.weight = torch.nn.Parameter(stored, requires_grad=False)
-        return ours.host.measure_weight(base, PATH)
+        return ours.host.measure_weight(base, ours.host.Place(PATH))
 
     class Codes(torch.Tensor):
         """Another extension's floats that are codes, not values."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from qwen_edit_lora.lora_core import Adapter, LoraWeights
 from qwen_edit_lora.lora_core.adapter.strengths import Strengths
-from qwen_edit_lora.lora_core.base_model.module_paths import BLOCK_LINEARS
+from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.comfy
@@ -36,7 +36,7 @@ def model(comfyui):
     """Bare Linears with the names of a full Qwen-Image, under ComfyUI's ModelPatcher."""
     root = torch.nn.Module()
     for block in range(60):
-        for name in BLOCK_LINEARS:
+        for name in QWEN_IMAGE.block_linears:
             parent = root
             *parents, last = f"transformer_blocks.{block}.{name}".split(".")
             for part in parents:
@@ -52,7 +52,9 @@ def model(comfyui):
 
 def build_adapter(rank: int, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    paths = [f"transformer_blocks.{b}.{name}" for b in range(60) for name in BLOCK_LINEARS]
+    paths = [
+        f"transformer_blocks.{b}.{name}" for b in range(60) for name in QWEN_IMAGE.block_linears
+    ]
     return Adapter(
         {
             path: LoraWeights(

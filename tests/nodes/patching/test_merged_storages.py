@@ -32,6 +32,7 @@ STORAGES: dict[str, Any] = {
         "int8_tensorwise",
         {"per_channel": True, "convrot": True, "convrot_groupsize": 64},
     ),
+    "int4 rotated": ("convrot_w4a4", {"convrot_groupsize": 64}),
 }
 
 
@@ -156,13 +157,13 @@ def test_a_delta_of_zero_on_one_weight_moves_the_whole_grid_of_a_scaled_one(comf
     assert predict_error(weight, std, peak) == pytest.approx(done.item(), rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "convrot_w4a4"])
-def test_four_bits_are_refused_with_a_message(name, comfyui):
+def test_nvfp4_is_read_as_comfyui_reads_it_and_its_merge_is_not_predicted(comfyui):
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-    from qwen_edit_lora.lora_core import FileError
 
-    layout = QUANT_ALGOS[name]["comfy_tensor_layout"]
-    entries = QuantizedTensor.from_float(draw(0.02, 0), layout).state_dict("weight")
-    note = torch.tensor(list(json.dumps({"format": name}).encode()), dtype=torch.uint8)
-    with pytest.raises(FileError, match=rf"stores {PATH} as {name} with \d+ scales, which cannot"):
-        open_weight({**entries, "comfy_quant": note})
+    layout = QUANT_ALGOS["nvfp4"]["comfy_tensor_layout"]
+    quantised = QuantizedTensor.from_float(draw(0.02, 0), layout)
+    note = torch.tensor(list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8)
+    weight = open_weight({**quantised.state_dict("weight"), "comfy_quant": note})
+    assert weight.storage == "nvfp4"
+    torch.testing.assert_close(weight.values, quantised.dequantize(), rtol=1e-5, atol=1e-7)
+    assert predict_error(weight, 3e-4) is None

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from demo_base import adapters, dit
 from qwen_edit_lora.lora_core import ConfigError
-from qwen_edit_lora.lora_core.training.model.libraries import import_from_diffusers
+from qwen_edit_lora.lora_core.training.model import libraries
+from qwen_edit_lora.lora_core.training.model.libraries import HIDDEN, import_from_diffusers
 from tiny import make_dataset
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -25,6 +26,28 @@ def broken(tmp_path):
         (tmp_path / "broken" / name).mkdir(parents=True)
         (tmp_path / "broken" / name / "__init__.py").write_text(BROKEN)
     return {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
+
+
+@pytest.fixture
+def misfit(tmp_path):
+    """One in which everything that diffusers imports wherever it finds it fails to import."""
+    for name in HIDDEN:
+        (tmp_path / "misfit" / name).mkdir(parents=True)
+        (tmp_path / "misfit" / name / "__init__.py").write_text(BROKEN)
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "misfit")}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The file of a short training on the CPU."""
+    make_dataset(tmp_path / "data")
+    dit.write_dit(tmp_path / "dit.safetensors", "2511", "fp32")
+    path = tmp_path / "config.toml"
+    path.write_text(
+        'name = "a"\noutput = "run"\nsteps = 1\n[model]\nsource = "dit.safetensors"\n'
+        'device = "cpu"\n[data]\nfolder = "data"\n'
+    )
+    return path
 
 
 def run(environment, *command: object) -> subprocess.CompletedProcess[str]:
@@ -49,17 +72,28 @@ def test_a_diffusers_that_is_too_old_is_a_clear_error():
         import_from_diffusers("NoSuchModel")
 
 
-def test_training_with_a_broken_diffusers_is_a_one_line_error(broken, tmp_path):
-    make_dataset(tmp_path / "data")
-    dit.write_dit(tmp_path / "dit.safetensors", "2511", "fp32")
-    (tmp_path / "config.toml").write_text(
-        'name = "a"\noutput = "run"\n[model]\nsource = "dit.safetensors"\ndevice = "cpu"\n'
-        '[data]\nfolder = "data"\n'
-    )
-    result = run(broken, "train", tmp_path / "config.toml")
+def test_training_with_a_broken_diffusers_is_a_one_line_error(broken, config, tmp_path):
+    result = run(broken, "train", config)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert "cannot be used (Failed to import diffusers.models because of torchao)" in result.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_packages_that_diffusers_cannot_import_do_not_stop_a_training(misfit, config, tmp_path):
+    result = run(misfit, "train", config)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "a.safetensors").is_file()
+
+
+def test_what_was_hidden_from_diffusers_is_there_again(monkeypatch):
+    monkeypatch.delitem(sys.modules, "scipy", raising=False)
+    seen = []
+    monkeypatch.setattr(
+        libraries.importlib, "import_module", lambda name: seen.append(sys.modules["scipy"])
+    )
+    libraries.import_diffusers_alone()
+    assert seen == [None]  # None has no attributes: a failure ends it, as it should
+    assert "scipy" not in sys.modules
 
 
 def test_a_broken_diffusers_does_not_affect_inspecting(broken, tmp_path):

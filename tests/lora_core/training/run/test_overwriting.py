@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -80,3 +81,54 @@ def test_a_finished_training_is_resumed_over_its_own_files(tmp_path):
     Path(config).write_text(longer, encoding="utf-8")
     assert main(["train", config, "--resume"]) == 0
     assert (tmp_path / "run" / "mine.safetensors").read_bytes() != kept
+
+
+def rename_run(config: str, name: str, num_steps: int) -> None:
+    """Under other settings, the same run."""
+    text = Path(config).read_text(encoding="utf-8")
+    text = re.sub(r'^name = ".*"', f'name = "{name}"', text)
+    Path(config).write_text(
+        re.sub(r"\nsteps = \d", f"\nsteps = {num_steps}", text), encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+@pytest.mark.parametrize("name", ["other.safetensors", "other_ema.safetensors"])
+def test_a_run_resumed_under_another_name_replaces_no_lora_of_that_name(
+    tmp_path, capsys, name, num_steps
+):
+    config = write_config(tmp_path, "run", "mine")
+    assert main(["train", config]) == 0
+    file = tmp_path / "run" / name
+    file.write_bytes(b"a finished one")
+    rename_run(config, "other", num_steps)
+    capsys.readouterr()
+    assert main(["train", config, "--resume"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name} is already in run and would be replaced by this run; choose" in line
+    assert file.read_bytes() == b"a finished one"
+
+
+def test_a_run_that_changes_its_name_keeps_the_loras_of_both_names(tmp_path, capsys):
+    """Back under its first name, its first LoRA is one of the user's, too."""
+    config = write_config(tmp_path, "run", "mine")
+    assert main(["train", config]) == 0
+    kept = (tmp_path / "run" / "mine.safetensors").read_bytes()
+    rename_run(config, "other", 2)
+    assert main(["train", config, "--resume"]) == 0
+    assert (tmp_path / "run" / "mine.safetensors").read_bytes() == kept
+    rename_run(config, "mine", 3)
+    assert main(["train", config, "--resume"]) == 2
+    assert (tmp_path / "run" / "mine.safetensors").read_bytes() == kept
+    rename_run(config, "other", 3)
+    assert main(["train", config, "--resume"]) == 0
+
+
+def test_a_finished_run_under_another_name_can_be_repeated(tmp_path):
+    """The name was changed after the last step, so no checkpoint has it."""
+    config = write_config(tmp_path, "run", "mine")
+    assert main(["train", config]) == 0
+    rename_run(config, "other", 1)
+    for _ in range(2):
+        assert main(["train", config, "--resume"]) == 0
+    assert (tmp_path / "run" / "other.safetensors").is_file()

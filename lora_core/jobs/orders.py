@@ -1,0 +1,42 @@
+"""Giving a running job an order: a sample or a saved adapter of its next step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .job import Job, JobStateError
+from .store import JobStore
+from .transitions import STATUS_WORDS, Order
+
+WORDS = {Order.SAMPLE: "make a sample", Order.SAVE: "save an adapter"}
+
+
+def give_order(store: JobStore, job_id: str, order: Order) -> Job:
+    """The job, whose worker does it after its next step; given twice it is done once.
+
+    Raises:
+        JobStateError: the job does not run, is about to stop, or makes no samples.
+        ConfigError, UnknownJobError, FileError: as `JobStore`.
+    """
+    folder = store.catalog.find(job_id)
+    with store.catalog.using(folder):
+        job = store.catalog.read(folder)
+        if order in job.orders:
+            return job
+        if order.value not in job.actions:
+            raise JobStateError(explain(job, order))
+        folder.write_order(order)
+    return dataclasses.replace(job, orders=(*job.orders, order))
+
+
+def explain(job: Job, order: Order) -> str:
+    """Why the job cannot do it now."""
+    if order not in job.possible_orders:
+        return f"job {job.id} makes no samples; clone it with samples.every above 0"
+    status = STATUS_WORDS.get(job.status, job.status.value)
+    stops = ", and was asked to stop" if job.request is not None else ""
+    silent = ", but does not answer" if job.is_silent else ""
+    return (
+        f"job {job.id} is {status}{stops}{silent}; only one that trains can {WORDS[order]} after "
+        "its next step"
+    )
