@@ -1,5 +1,6 @@
 // The panel's texts in ComfyUI's language; English if there is no translation.
 
+import { useLocale } from "./format.js";
 import { EN } from "./words/en.js";
 import { ZH } from "./words/zh.js";
 
@@ -14,6 +15,7 @@ const PLACE = /\{(\w+)(?::([^}]*))?\}/g;
  */
 export function createTranslator(app) {
   const locale = app.extensionManager?.setting?.get?.("Comfy.Locale") ?? "en";
+  useLocale(locale);
   const language = [locale, locale.split("-")[0]].find((name) => name in LANGUAGES) ?? "en";
   const words = LANGUAGES[language];
   const choose = createChooser(language);

@@ -91,12 +91,16 @@ class Workspace:
         return history[prompt_id]
 
     def read_reports(self) -> dict[str, str]:
-        """Node type -> report as shown on the node."""
+        """Node type -> report as shown on the node, with its figures unfolded."""
         return self.page.evaluate(
             """() => Object.fromEntries(app.graph._nodes
                 .filter(n => n.showReport)
-                .map(n => [n.comfyClass, n.widgets.find(w => w.name === 'report_view')
-                    .element.innerText]))"""
+                .map(n => {
+                    const { element } = n.widgets.find(w => w.name === 'report_view');
+                    element.querySelectorAll('details').forEach(d => { d.open = true; });
+                    return [n.comfyClass,
+                        element.querySelector('.qwen-edit-lora-report').innerText];
+                }))"""
         )
 
     def wait_for_reports(self) -> dict[str, str]:
@@ -138,3 +142,17 @@ def input_folder(base_directory: Path) -> Iterator[Path]:
     yield folder
     for path in set(folder.iterdir()) - before:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.fixture
+def chinese(workspace: Any) -> Iterator[Any]:
+    """The page in Chinese; the server stores the setting, so it is restored."""
+    set_setting = "([id, value]) => app.extensionManager.setting.set(id, value)"
+    workspace.page.evaluate(set_setting, ["Comfy.Locale", "zh"])
+    try:
+        workspace.page.reload()
+        workspace.page.wait_for_function(READY)
+        yield workspace
+    finally:
+        workspace.set_vue_nodes(False)
+        workspace.page.evaluate(set_setting, ["Comfy.Locale", "en"])

@@ -1,7 +1,7 @@
 // Takes an image from the graph's outputs or the clipboard, as a side of a new or an existing pair.
 
 import { build, setAttribute, setHidden, setText } from "../elements.js";
-import { buildImage } from "./pair_card.js";
+import { buildPairImage } from "./pair_card.js";
 import { MAX_REFERENCES } from "./sides.js";
 
 export class PlaceDialog {
@@ -103,7 +103,7 @@ export class PlaceDialog {
         title: source.label,
         onclick: () => this.choose(source),
       },
-      buildImage(source.url, this.t),
+      buildPairImage(source.url, this.t),
     );
   }
 
