@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -131,6 +132,16 @@ def workspace(browser: Any, server: Any, tmp_path: Path) -> Iterator[Workspace]:
     workspace.set_vue_nodes(False)  # a server setting that an earlier test may have left
     yield workspace
     context.close()
+
+
+@pytest.fixture
+def input_folder(base_directory: Path) -> Iterator[Path]:
+    """ComfyUI's, as it was after the test."""
+    folder = base_directory / "input"
+    before = set(folder.iterdir())
+    yield folder
+    for path in set(folder.iterdir()) - before:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.fixture
