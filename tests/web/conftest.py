@@ -55,6 +55,19 @@ class Workspace:
         self.page.locator(TAB_BUTTON).wait_for()
         self.page.keyboard.press("Escape")
 
+    def reload(self) -> None:
+        self.page.reload()
+        self.page.wait_for_function(READY)
+        self.uncover()
+
+    def uncover(self) -> None:
+        """Closes the Templates dialog, which opens by itself, on a busy machine after seconds."""
+        for _ in range(30):
+            with suppress(TimeoutError):
+                self.page.locator(TAB_BUTTON).click(trial=True, timeout=2000)
+                return
+            self.page.keyboard.press("Escape")
+
     def set_vue_nodes(self, enabled: bool) -> None:
         if self.page.evaluate(GET_VUE_NODES) == enabled:
             return
