@@ -79,7 +79,9 @@ class Workspace:
     def open_template(self, name: str) -> None:
         self.page.get_by_role("button", name="Templates").first.click()
         self.page.get_by_test_id("template-workflows-content").wait_for()
-        self.page.get_by_text("qwen-edit-lora", exact=True).first.click()
+        # In the dialog: nodes on the canvas wear the same name as a badge.
+        dialog = self.page.get_by_role("dialog")
+        dialog.get_by_text("qwen-edit-lora", exact=True).first.click()
         self.page.get_by_test_id(f"template-workflow-{name}").click()
         self.page.wait_for_function(
             "() => app.graph._nodes.some(n => n.comfyClass?.startsWith('QwenEditLora'))"
