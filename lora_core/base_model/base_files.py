@@ -111,8 +111,11 @@ class BaseFile:
             )
         if weight.packed:
             raise FileError(
-                f"{shorten(self.name)} stores {module_path} as {weight.packed}, which training "
-                "cannot read here yet; choose a bf16, fp8, int8 or GGUF file of the same model."
+                "{name} stores {module_path} as {kind}, which training cannot read here yet; "
+                "choose a bf16, fp8, int8 or GGUF file of the same model.",
+                name=shorten(self.name),
+                module_path=module_path,
+                kind=weight.packed,
             )
         return weight
 

@@ -279,7 +279,12 @@ def explain_other_family(adapter: Adapter, base: BaseWeights) -> NotInspected | 
     if ours is None or theirs is None or ours is theirs:
         return None
     return NotInspected(
-        f"{base.name} is a {theirs.title} model, the adapter was made for {ours.title}",
+        message(
+            "{name} is a {theirs} model, the adapter was made for {ours}",
+            name=base.name,
+            theirs=theirs.title,
+            ours=ours.title,
+        ),
         is_mismatch=True,
     )
 

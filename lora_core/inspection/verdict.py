@@ -219,9 +219,10 @@ def judge_unknown_merge(inspection: Inspection) -> list[Finding]:
     storages = {base.storage for base in bases if base.storage in UNPREDICTED}
     if not storages:
         return []
-    text = (
-        f"what is left after merging into this {' and '.join(sorted(storages))} base is not "
-        "predicted here; the side path adds without rounding"
+    text = message(
+        "what is left after merging into this {storage} base is not predicted here; the side path "
+        "adds without rounding",
+        storage=", ".join(sorted(storages)),
     )
     return [Finding("merge_unknown", NOTE, text)]
 
