@@ -18,8 +18,7 @@ from ..lora_core.pairs.cache import (
     EditDataset,
     cache_pairs,
     check_disk,
-    compute_key,
-    list_missing,
+    find_items,
     measure_store,
     show_store,
 )
@@ -226,7 +225,7 @@ class QwenEditDataset(io.ComfyNode):
         is_check = take_one(check_only)
         if not is_check:
             preflight.raise_stops()
-        report, table = describe_preflight(preflight), build_table(preflight)
+        report, table = describe_preflight(preflight), build_table(preflight, host.translate)
         sheet = build_image(draw_pairs(preflight))
         findings = list(preflight.findings)
         if is_check:
@@ -318,17 +317,11 @@ def encode(
 ) -> tuple[EditDataset, str, list[Finding]]:
     """The training set, what was done to build it, and findings for the user."""
     store, settings = host.get_cache_folder() / "datasets", encoder.settings
-    digests = [compute_key(one, settings) for one in preflight.pairs]
-    missing = list_missing(store, preflight.pairs, digests)
+    keyed = find_items(store, preflight.pairs, settings)
+    missing = [one.checked for one in keyed if one.tensors is None]
     check_disk(store, missing, encoder.text_width, encoder.reference_megapixels)
     cached = host.run_with_progress(
-        cache_pairs,
-        store,
-        preflight.name,
-        preflight.pairs,
-        digests,
-        encoder.encode,
-        settings,
+        cache_pairs, store, preflight.name, keyed, encoder.encode, settings
     )
     _made.add(cached.folder)
     done = message(

@@ -27,6 +27,11 @@ USE_GPU = os.environ.get("QWEN_EDIT_LORA_GPU") == "1"  # ComfyUI's device; one p
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 #: On a GPU ComfyUI computes and merges LoRAs in 16 bits, so results would differ by rounding.
 FULL_PRECISION = ("--force-fp32", "--fp32-text-enc")
+#: Those of tests/web that take more than half a minute, the longest first.
+LONG_FILES = (
+    *("test_panel.py", "test_training_templates.py", "test_templates.py"),
+    *("test_sweep_templates.py", "test_pairs.py"),
+)
 BROWSER_NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_ARGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -64,6 +69,17 @@ def find_comfyui() -> Path | None:
 def pytest_configure() -> None:
     """Makes a terminated pytest stop its server, like an interrupted one."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest of the last files first: no process is left alone with one of them at the end."""
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+
+    def choose_place(item: pytest.Item) -> int:
+        is_last = item.path.parent.name == "web"
+        return places.get(item.path.name, len(places)) if is_last else -1
+
+    items.sort(key=choose_place)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

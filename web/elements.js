@@ -26,15 +26,19 @@ export function iconButton(name, label, onclick, className = "") {
 
 const RETRY_MS = 2000;
 
-/** An image that is asked for once more if it fails, and hidden if it fails again. */
-export function buildImage(properties = {}) {
+/**
+ * An image that is asked for once more if it fails, and hidden if it fails again.
+ * @param onfail (image): called then, for those that are not to keep their place.
+ */
+export function buildImage({ onfail, ...properties } = {}) {
   const image = build("img", properties);
   let failed = null; // the address that failed once
   image.addEventListener("load", () => (image.style.visibility = ""));
   image.addEventListener("error", () => {
     const address = image.getAttribute("src");
     image.style.visibility = "hidden"; // keeps its place, without the browser's broken-image icon
-    if (!address || address === failed) return;
+    if (!address) return;
+    if (address === failed) return onfail?.(image);
     failed = address;
     setTimeout(() => {
       if (image.getAttribute("src") === address) image.src = address;

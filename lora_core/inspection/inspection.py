@@ -280,10 +280,10 @@ def explain_other_family(adapter: Adapter, base: BaseWeights) -> NotInspected | 
         return None
     return NotInspected(
         message(
-            "{name} is a {theirs} model, the adapter was made for {ours}",
-            name=base.name,
-            theirs=theirs.title,
-            ours=ours.title,
+            "{base} is a {title} model, the adapter was made for {other_title}",
+            base=base.name,
+            title=theirs.title,
+            other_title=ours.title,
         ),
         is_mismatch=True,
     )

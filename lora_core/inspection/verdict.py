@@ -220,9 +220,9 @@ def judge_unknown_merge(inspection: Inspection) -> list[Finding]:
     if not storages:
         return []
     text = message(
-        "what is left after merging into this {storage} base is not predicted here; the side path "
-        "adds without rounding",
-        storage=", ".join(sorted(storages)),
+        "what is left after merging into this {storages} base is not predicted here; the "
+        "side path adds without rounding",
+        storages=" and ".join(sorted(storages)),
     )
     return [Finding("merge_unknown", NOTE, text)]
 

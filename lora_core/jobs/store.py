@@ -18,7 +18,7 @@ from ..errors import ConfigError, FileError, MissingFileError
 from ..messages import message
 from ..text import shorten, shorten_list
 from ..training.config.config import TrainConfig
-from ..training.config.config_files import build, config_from_dict, config_to_dict
+from ..training.config.config_files import config_from_dict
 from ..training.run.adapter_files import ADAPTERS
 from ..training.run.metrics import read_metrics
 from .catalog import Catalog
@@ -31,7 +31,6 @@ from .job import (
     JobState,
     JobStateError,
     JobStatus,
-    check_id,
     make_id,
 )
 from .locks import POLL_INTERVAL, FileLock
@@ -44,9 +43,14 @@ from .publication import (
     record_published,
     remove_published,
     remove_unfinished,
-    try_folder,
 )
 from .request_checks import check_allowed, check_files
+from .submission import (
+    build_settings,
+    change_settings,
+    remove_traces,
+    write_job,
+)
 from .transitions import EVENTS, REQUESTS, Event, Request, find_next, find_stage
 
 JOBS = "jobs"
@@ -250,8 +254,7 @@ class JobStore:
         job_id = make_id()
         path = self.root / JOBS / job_id
         train = dataclasses.replace(train, output=str(path))
-        values = {name: to_plain(value) for name, value in settings.items()}
-        wanted = build(JobSettings, {"train": config_to_dict(train), "key": key, **values}, "")
+        wanted = build_settings(train, key=key, **settings)
         check_files(wanted)
         # Only those with a key exclude each other.
         with self._submissions.held(KEY_TIMEOUT) if key else nullcontext():
@@ -259,7 +262,7 @@ class JobStore:
                 return same.id
             now = time.time()
             state = JobState(created_at=now, queued_at=now, num_steps=train.steps)
-            self._create(path, wanted, state)
+            write_job(path, wanted, state)
         return job_id
 
     def ask(self, job_id: str, event: Event) -> Job:
@@ -327,20 +330,12 @@ class JobStore:
         Raises:
             ConfigError: an unknown setting or a value outside its range.
         """
-        values = config_to_dict(self.get(job_id).settings)
-        values["key"] = ""
-        values["origin"] = {**values["origin"], "clone_of": job_id}
-        own = {name for name in values if name not in ("train", "key")}
-        for name, value in (changes or {}).items():
-            *sections, last = name.split(".")
-            table = values if (sections or [last])[0] in own else values["train"]
-            for section in sections:
-                if not isinstance(table.get(section), dict):
-                    raise ConfigError("there is no setting {name}", name=show(name))
-                table = table[section]
-            table[last] = value
-        train = config_from_dict(values.pop("train"))
-        return self.submit(train, **values)
+        settings = self.get(job_id).settings
+        origin = {**settings.origin, "clone_of": job_id}
+        values = change_settings(
+            dataclasses.replace(settings, key="", origin=origin), changes or {}
+        )
+        return self.submit(config_from_dict(values.pop("train")), **values)
 
     def publish(self, job_id: str, adapter: str | None = None) -> tuple[str, ...]:
         """Copies an adapter of the job into its loras folder, under a name that is free there.
@@ -441,22 +436,6 @@ class JobStore:
 
     # --- inside ---
 
-    def _create(self, path: Path, settings: JobSettings, state: JobState) -> None:
-        temporary = path.with_name(f".{path.name}.new")
-        try:
-            temporary.mkdir()
-            folder = JobFolder(temporary)
-            folder.write_settings(settings)
-            if settings.loras:  # now, so that a leftover trial file is found by the settings
-                try_folder(Path(settings.loras), path.name)
-            folder.write_state(state)
-            rename(temporary, path)
-        except BaseException as e:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if not isinstance(e, OSError):
-                raise
-            raise FileError("the job cannot be written: {reason}", reason=explain(e)) from None
-
     def _acquire(self, folder: JobFolder) -> bool:
         """False where a worker has the job."""
         folder.check_lock()
@@ -473,18 +452,3 @@ def get_device_lock(root: Path, device_key: str) -> FileLock:
     """Held by the worker that uses the device."""
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in device_key)
     return FileLock(root / DEVICES / f"{name}.lock")
-
-
-def remove_traces(leftover: Path) -> None:
-    """Removes what a half-submitted or half-deleted job left in its loras folder."""
-    try:
-        job_id = check_id(leftover.name.split(".")[1])
-        loras = JobFolder(leftover).read_settings().loras
-    except (ConfigError, FileError):
-        return
-    if loras:
-        remove_unfinished(Path(loras), job_id)
-
-
-def to_plain(value: Any) -> Any:
-    return config_to_dict(value) if dataclasses.is_dataclass(value) else value

@@ -18,7 +18,7 @@ from ..formats.architectures import detect_architecture
 from ..formats.files import read_adapter
 from ..formats.reading import parse_keys
 from ..formats.schemes import CONFIG_KEY
-from ..messages import message
+from ..messages import get_message, message
 from .metadata import HISTORY_FIELD, JOB_FIELD, clean, find_title, find_trigger_words
 
 NOT_OPENED = message(
@@ -137,4 +137,5 @@ def sort_by_count(counts: Mapping[Any, int]) -> tuple[Any, ...]:
 
 
 def shorten_message(error: Exception) -> str:
-    return clean(error, 600)
+    text, cleaned = get_message(error), clean(error, 600)
+    return text if text == cleaned else cleaned

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..disk.own_folders import check_own_folder, make_own_folder
-from ..disk.safetensors_file import SafetensorsFile
+from ..disk.safetensors_file import AnyTensor, SafetensorsFile
 from ..disk.writing import explain, replace
 from ..errors import FileError, LoraError
 from ..messages import message
@@ -33,7 +33,7 @@ from ..training.data.dataset import (
     DatasetWriter,
     read_dataset,
 )
-from ..training.data.item_checks import count_references, find_fault
+from ..training.data.item_checks import count_references, find_fault, find_owner_fault
 from .facts import check_unchanged
 from .preflight import CheckedPair
 
@@ -61,6 +61,18 @@ class EditDataset:
     """"2509 / 2511" or "original"."""
     summary: str
     """One line for reports."""
+
+
+@dataclass(frozen=True)
+class KeyedPair:
+    """A pair, and its item in the cache."""
+
+    checked: CheckedPair
+    key: str
+    """As `compute_key` makes it."""
+    path: Path
+    tensors: Mapping[str, AnyTensor] | None
+    """Shapes and dtypes, by its header; None where it has to be encoded."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +106,46 @@ def compute_key(checked: CheckedPair, settings: Mapping[str, object]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def find_items(
+    store: Path, pairs: Sequence[CheckedPair], settings: Mapping[str, object]
+) -> list[KeyedPair]:
+    """What of a set is encoded; each file is opened once, and none is read.
+
+    Args:
+        settings: as for `compute_key`.
+    """
+    keyed = []
+    for checked in pairs:
+        key = compute_key(checked, settings)
+        path = store / ITEMS_FOLDER / f"{key}.safetensors"
+        keyed.append(KeyedPair(checked, key, path, read_header(path, checked)))
+    return keyed
+
+
+def read_header(path: Path, checked: CheckedPair) -> Mapping[str, AnyTensor] | None:
+    """The tensors of this pair's item, by its header; None where there is none, or no whole one.
+
+    An item of another number of references, or with a mask that the pair lacks, is another pair's.
+    """
+    try:
+        file = SafetensorsFile(path, CACHED_ITEM)
+    except FileError:
+        return None
+    file.release()
+    pair, tensors = checked.pair, file.tensors
+    is_its_own = (
+        find_owner_fault(file.metadata, path.stem) is None
+        and find_fault(tensors) is None
+        and count_references(tensors) == len(pair.references)
+        and ("mask" in tensors) == (pair.mask is not None)
+    )
+    return tensors if is_its_own else None
+
+
 def cache_pairs(
     store: Path,
     name: str,
-    pairs: Sequence[CheckedPair],
-    digests: Sequence[str],
+    keyed: Sequence[KeyedPair],
     encode: Encode,
     settings: Mapping[str, object],
     progress: Progress | None = None,
@@ -107,8 +154,8 @@ def cache_pairs(
     """Encodes what is missing, one pair at a time; finished items survive an interruption.
 
     Args:
-        digests: as `compute_key` gives one for each pair.
-        settings: those of the digests; stored with the set.
+        keyed: as `find_items` gives them for these settings.
+        settings: stored with the set.
 
     Raises:
         FileError: the disk does not take it, a folder of the cache is a link, or an image changed
@@ -118,62 +165,35 @@ def cache_pairs(
     for own in (store / ITEMS_FOLDER, store / SETS_FOLDER):
         check_own_folder(own)  # before the work
     items = DatasetWriter(store)
-    encoded = 0
-    for one, key in track(
-        list(zip(pairs, digests, strict=True)),
-        progress,
-        should_stop,
-        message("encoding of the pairs"),
-    ):
-        if not is_encoded(get_path(store, key), one):
-            item = encode(one)
-            check_unchanged(one.pair, one.facts)  # or it would be another pair's under this key
-            items.add(key, item, one.pair.caption or "")
-            encoded += 1
-    folder, keys = write_set(store, name, pairs, digests, settings)
-    return CachedPairs(folder, keys, encoded, len(pairs) - encoded)
-
-
-def list_missing(
-    store: Path, pairs: Sequence[CheckedPair], digests: Sequence[str]
-) -> list[CheckedPair]:
-    """Those that would have to be encoded."""
-    keyed = zip(pairs, digests, strict=True)
-    return [one for one, digest in keyed if not is_encoded(get_path(store, digest), one)]
-
-
-def get_path(store: Path, key: str) -> Path:
-    return store / ITEMS_FOLDER / f"{key}.safetensors"
-
-
-def is_encoded(path: Path, checked: CheckedPair) -> bool:
-    """Whether this pair's item exists and is complete, by its header; any other is encoded again.
-
-    An item of another number of references, or with a mask that the pair lacks, is another pair's.
-    """
-    try:
-        file = SafetensorsFile(path, CACHED_ITEM)
-    except FileError:
-        return False
-    file.release()
-    pair = checked.pair
-    return (
-        find_fault(file.tensors) is None
-        and count_references(file.tensors) == len(pair.references)
-        and ("mask" in file.tensors) == (pair.mask is not None)
-    )
+    headers = {one.key: one.tensors for one in keyed if one.tensors is not None}
+    num_reused = len(headers)
+    for one in track(keyed, progress, should_stop, message("encoding of the pairs")):
+        if one.key not in headers:
+            item = encode(one.checked)
+            # or it would be another pair's under this key
+            check_unchanged(one.checked.pair, one.checked.facts)
+            items.add(one.key, item, one.checked.pair.caption or "")
+            headers[one.key] = {name: tensor.to("meta") for name, tensor in item.tensors.items()}
+    folder, keys = write_set(store, name, keyed, headers, settings)
+    num_encoded = len(headers) - num_reused
+    return CachedPairs(folder, keys, num_encoded, len(keyed) - num_encoded)
 
 
 def write_set(
     store: Path,
     name: str,
-    pairs: Sequence[CheckedPair],
-    digests: Sequence[str],
+    keyed: Sequence[KeyedPair],
+    headers: Mapping[str, Mapping[str, AnyTensor]],
     settings: Mapping[str, object],
 ) -> tuple[Path, tuple[str, ...]]:
-    """The folder of exactly this set and its items' keys; an existing complete one is reused."""
-    named = [f"{slug(one.pair.name)}-{text[:12]}" for one, text in zip(pairs, digests, strict=True)]
-    digest = hashlib.blake2b("\n".join([*named, *digests]).encode(), digest_size=6).hexdigest()
+    """The folder of exactly this set and its items' keys; an existing complete one is reused.
+
+    Args:
+        headers: key -> tensors of its item; only their shapes are used.
+    """
+    named = [f"{slug(one.checked.pair.name)}-{one.key[:12]}" for one in keyed]
+    text = "\n".join([*named, *(one.key for one in keyed)])
+    digest = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
     folder = store / SETS_FOLDER / f"{slug(name)}-{digest}"
     for own in (folder, folder / ITEMS_FOLDER):
         check_own_folder(own)
@@ -181,9 +201,9 @@ def write_set(
     if is_set(folder):
         return folder, keys
     writer = DatasetWriter(folder)
-    for item_name, one, text in zip(named, pairs, digests, strict=True):
-        link(get_path(store, text), folder / ITEMS_FOLDER / f"{item_name}.safetensors")
-        writer.add_file(item_name, one.pair.caption or "")
+    for item_name, one in zip(named, keyed, strict=True):
+        link(one.path, folder / ITEMS_FOLDER / f"{item_name}.safetensors")
+        writer.add_entry(item_name, headers[one.key], one.checked.pair.caption or "")
     return writer.finish({"name": name, **settings}), keys
 
 

@@ -1,6 +1,6 @@
 // One pair: its images side by side, its caption, and what the check says about it.
 
-import { build, iconButton, setAttribute, setHidden, setText } from "../elements.js";
+import { build, buildImage, iconButton, setAttribute, setHidden, setText } from "../elements.js";
 import { acceptDrops, chooseFiles } from "./drop_zone.js";
 import { isImage, readDrop } from "./dropped_files.js";
 
@@ -60,7 +60,7 @@ export function createPairCard({ client, setId, t, actions }) {
       "aria-label": t(image ? "pairs.view" : "pairs.add_image", { side: label, name: pair.name }),
       onclick: () => (image ? actions.view(pair, slot) : choose()),
     });
-    if (image) tile.append(buildImage(client.getImageUrl(setId, pair.id, image, TILE_SIDE), t));
+    if (image) tile.append(buildPairImage(client.getImageUrl(setId, pair.id, image, TILE_SIDE), t));
     else tile.append(build("span", { class: "qel-note" }, t("pairs.missing")));
     tile.append(build("span", { class: "qel-pair-side" }, label));
     acceptDrops(tile, (data) => drop(data, slot));
@@ -124,14 +124,9 @@ export function createPairCard({ client, setId, t, actions }) {
   };
 }
 
-/** An image that is asked for once more if it fails, and then replaced by a text. */
-export function buildImage(src, t) {
-  const image = build("img", { src, alt: "", loading: "lazy", decoding: "async", draggable: "false" });
-  let isRetry = false;
-  image.addEventListener("error", () => {
-    if (isRetry) return image.replaceWith(build("span", { class: "qel-note" }, t("pairs.broken")));
-    isRetry = true;
-    image.src = `${src}&again=1`;
-  });
-  return image;
+/** An image of a pair, replaced by a text where it cannot be shown. */
+export function buildPairImage(src, t) {
+  const look = { alt: "", loading: "lazy", decoding: "async", draggable: "false" };
+  const giveUp = (image) => image.replaceWith(build("span", { class: "qel-note" }, t("pairs.broken")));
+  return buildImage({ src, ...look, onfail: giveUp });
 }

@@ -2,7 +2,7 @@
 
 import { build } from "../elements.js";
 import { chooseFiles } from "./drop_zone.js";
-import { buildImage } from "./pair_card.js";
+import { buildPairImage } from "./pair_card.js";
 
 const LARGE_SIDE = 1280; // px, of the server's thumbnails
 
@@ -64,7 +64,7 @@ export class PairViewer {
     return build(
       "figure",
       {},
-      buildImage(this.client.getImageUrl(this.setId, pair.id, image, LARGE_SIDE), t),
+      buildPairImage(this.client.getImageUrl(this.setId, pair.id, image, LARGE_SIDE), t),
       build(
         "figcaption",
         { class: "qel-bar" },

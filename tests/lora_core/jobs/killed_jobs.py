@@ -33,7 +33,6 @@ import_by_path("tiny", HERE.with_name("training") / "tiny.py")
 tiny_jobs = import_by_path("tiny_jobs", HERE / "tiny_jobs.py")
 
 import torch  # noqa: E402
-from diffusers import QwenImageTransformer2DModel  # noqa: E402, F401 - before the forks
 from qwen_edit_lora.lora_core.jobs import training_job, worker  # noqa: E402, F401
 from qwen_edit_lora.lora_core.jobs.devices import Device  # noqa: E402
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder  # noqa: E402
@@ -41,6 +40,9 @@ from qwen_edit_lora.lora_core.jobs.identity import is_running  # noqa: E402
 from qwen_edit_lora.lora_core.jobs.job import JobStatus, Phase  # noqa: E402
 from qwen_edit_lora.lora_core.jobs.store import JobStore  # noqa: E402
 from qwen_edit_lora.lora_core.jobs.supervisor import Supervisor  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.libraries import import_diffusers_alone  # noqa: E402
+
+import_diffusers_alone()  # before the forks
 
 CPU = Device("cpu", "test-cpu", "")
 STEPS = 12

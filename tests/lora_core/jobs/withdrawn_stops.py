@@ -30,6 +30,9 @@ from qwen_edit_lora.lora_core.jobs.job_reporter import NullReporter  # noqa: E40
 from qwen_edit_lora.lora_core.jobs.store import JobStore  # noqa: E402
 from qwen_edit_lora.lora_core.jobs.team import join_process_group  # noqa: E402
 from qwen_edit_lora.lora_core.jobs.training_job import run_job  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.libraries import (  # noqa: E402
+    import_diffusers_alone,
+)
 from tiny_jobs import Fickle, make_train  # noqa: E402
 
 STEPS = 4
@@ -61,4 +64,5 @@ def main(root: str, material: str) -> None:
 
 
 if __name__ == "__main__":
+    import_diffusers_alone()
     main(*sys.argv[1:])

@@ -11,16 +11,19 @@ import pytest
 import torch
 from demo_base.pair_folders import write_pairs, write_text
 from qwen_edit_lora.lora_core import FileError
+from qwen_edit_lora.lora_core.disk.safetensors_file import SafetensorsFile
+from qwen_edit_lora.lora_core.pairs import cache as cache_module
 from qwen_edit_lora.lora_core.pairs.cache import (
     CachedPairs,
     cache_pairs,
     check_disk,
     compute_key,
-    list_missing,
+    find_items,
     slug,
 )
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
 from qwen_edit_lora.lora_core.pairs.preflight import CheckedPair, check_pairs
+from qwen_edit_lora.lora_core.training.data import dataset as dataset_module
 from qwen_edit_lora.lora_core.training.data.dataset import CachedItem, read_dataset
 from safetensors.torch import load_file, save_file
 
@@ -53,10 +56,9 @@ def check(folder: Path) -> tuple[CheckedPair, ...]:
 
 
 def cache(folder: Path, encoder: Encoder, settings: dict | None = None, **options) -> CachedPairs:
-    pairs, settings = check(folder), settings or SETTINGS
-    digests = [compute_key(one, settings) for one in pairs]
-    store = folder.parent / "store"
-    cached = cache_pairs(store, "set", pairs, digests, encoder, settings, **options)
+    settings, store = settings or SETTINGS, folder.parent / "store"
+    keyed = find_items(store, check(folder), settings)
+    cached = cache_pairs(store, "set", keyed, encoder, settings, **options)
     assert cached.keys == tuple(info.key for info in read_dataset(cached.folder).items)
     return cached
 
@@ -169,15 +171,32 @@ def test_a_set_whose_item_holds_another_reference_is_made_again(folder):
 
 def test_an_item_with_more_references_than_its_pair_is_encoded_again(folder):
     first = cache(folder, Encoder())
-    pairs = check(folder)
-    keys = [compute_key(pair, SETTINGS) for pair in pairs]
-    add_reference(folder.parent / "store" / "items" / f"{keys[2]}.safetensors")
+    store, pairs = folder.parent / "store", check(folder)
+    add_reference(find_items(store, pairs, SETTINGS)[2].path)
     shutil.rmtree(first.folder)
-    assert list_missing(folder.parent / "store", pairs, keys) == [pairs[2]]
+    missing = [one.tensors is None for one in find_items(store, pairs, SETTINGS)]
+    assert missing == [False, False, True, False]
     encoder = Encoder()
     assert cache(folder, encoder).num_encoded == 1
     assert encoder.names == ["photo_2"]
     assert [len(info.references) for info in read_dataset(first.folder).items] == [1] * 4
+
+
+def test_an_item_is_opened_once_for_another_set_of_it(folder, monkeypatch):
+    store, pairs = folder.parent / "store", check(folder)
+    shutil.rmtree(cache(folder, Encoder()).folder)
+    opened = []
+
+    class Counting(SafetensorsFile):
+        def __init__(self, path, *options):
+            opened.append(Path(path).parent)
+            super().__init__(path, *options)
+
+    for module in (cache_module, dataset_module):
+        monkeypatch.setattr(module, "SafetensorsFile", Counting)
+    keyed = find_items(store, pairs, SETTINGS)
+    assert cache_pairs(store, "set", keyed, Encoder(), SETTINGS).num_reused == 4
+    assert opened == [store / "items"] * 4
 
 
 def test_sets_take_no_extra_space_where_the_disk_has_links(folder):
@@ -200,7 +219,7 @@ def test_a_disk_without_links_gets_copies(folder, monkeypatch):
 def test_too_little_space_is_reported_before_the_work(folder, tmp_path):
     pairs = check(folder)
     store = tmp_path / "store"
-    missing = list_missing(store, pairs, [compute_key(one, SETTINGS) for one in pairs])
+    missing = [one.checked for one in find_items(store, pairs, SETTINGS) if one.tensors is None]
     assert len(missing) == 4
     check_disk(store, missing, 64, 1.0)
     assert list(store.iterdir()) == []
@@ -242,3 +261,33 @@ def test_nothing_is_written_through_a_linked_folder_of_the_cache(folder, tmp_pat
     with pytest.raises(FileError, match=rf"{link.name} in {link.parent.name} is a link"):
         cache(folder, Encoder())
     assert [path.name for path in outside.iterdir()] == ["kept.txt"]
+
+
+@pytest.mark.parametrize("place", ["items", "sets/*/items"])
+def test_items_that_changed_places_are_put_right(folder, place):
+    """Two of the same sizes: training would give each the other's caption."""
+    first = cache(folder, Encoder())
+    dataset = read_dataset(first.folder)
+    expected = [dataset.load(index).target for index in range(4)]
+    store = folder.parent / "store"
+    a, b = sorted(path for path in store.glob(f"{place}/*.safetensors"))[:2]
+    c = a.with_name("c")
+    for old, new in ((a, c), (b, a), (c, b)):
+        old.rename(new)
+    encoder = Encoder()
+    second = cache(folder, encoder)
+    assert len(encoder.names) == (2 if place == "items" else 0)
+    dataset = read_dataset(second.folder)
+    dataset.check_items()
+    for index in range(4):
+        assert torch.equal(dataset.load(index).target, expected[index])
+
+
+def test_an_item_without_its_key_is_taken_as_before(folder):
+    """Of a cache that an earlier version made."""
+    cache(folder, Encoder())
+    for path in (folder.parent / "store").rglob("*.safetensors"):
+        save_file(load_file(path), path)
+    encoder = Encoder()
+    cache(folder, encoder)
+    assert encoder.names == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from demo_base.pair_folders import write_pairs, write_text
 from qwen_edit_lora.lora_core.pairs import cache as cache_module
-from qwen_edit_lora.lora_core.pairs.cache import cache_pairs, compute_key
+from qwen_edit_lora.lora_core.pairs.cache import cache_pairs, find_items
 from qwen_edit_lora.lora_core.pairs.cache_cleaning import (
     clean,
     find_size,
@@ -30,8 +30,8 @@ def make_set(store: Path, folder: Path) -> Path:
     found = find_pairs(folder, lambda path: True)
     pairs = check_pairs(found, name="set", megapixels=0.01, max_references=3).pairs
     settings = {"clip": "a"}
-    digests = [compute_key(one, settings) for one in pairs]
-    return cache_pairs(store, folder.name, pairs, digests, encode, settings).folder
+    keyed = find_items(store, pairs, settings)
+    return cache_pairs(store, folder.name, keyed, encode, settings).folder
 
 
 @pytest.fixture(params=["links", "copies"])

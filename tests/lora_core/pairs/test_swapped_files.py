@@ -14,7 +14,7 @@ from demo_base.pair_folders import load_photograph, write_pairs, write_picture, 
 from qwen_edit_lora.lora_core import FileError
 from qwen_edit_lora.lora_core.disk import literal_paths
 from qwen_edit_lora.lora_core.disk.regular_files import open_regular
-from qwen_edit_lora.lora_core.pairs.cache import cache_pairs, compute_key
+from qwen_edit_lora.lora_core.pairs.cache import cache_pairs, find_items
 from qwen_edit_lora.lora_core.pairs.layouts import find_pairs
 from qwen_edit_lora.lora_core.pairs.listing import list_files
 from qwen_edit_lora.lora_core.pairs.metadata_files import find_list
@@ -177,8 +177,8 @@ def test_an_image_that_changes_while_it_is_encoded_is_not_cached_under_its_old_k
         latents = torch.zeros(16, checked.size[1] // 8, checked.size[0] // 8)
         return CachedItem(latents, (latents.clone(),), torch.ones(3, 5), torch.ones(3, 5))
 
-    digests = [compute_key(one, {}) for one in pairs]
+    keyed = find_items(tmp_path / "store", pairs, {})
     with pytest.raises(FileError, match=rf"{which}/photo_1\.png changed while it was read"):
-        cache_pairs(tmp_path / "store", "set", pairs, digests, encode, {})
+        cache_pairs(tmp_path / "store", "set", keyed, encode, {})
     assert len(list((tmp_path / "store" / "items").iterdir())) == 1  # photo_0
     assert not (tmp_path / "store" / "sets").exists()

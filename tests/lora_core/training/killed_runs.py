@@ -33,8 +33,8 @@ import_by_path("qwen_edit_lora", ROOT / "__init__.py", submodule_search_location
 tiny = import_by_path("tiny", HERE / "tiny.py")
 
 import torch  # noqa: E402
-from diffusers import QwenImageTransformer2DModel  # noqa: E402, F401 - before the forks
 from qwen_edit_lora.lora_core.training.data.dataset import read_dataset  # noqa: E402
+from qwen_edit_lora.lora_core.training.model.libraries import import_diffusers_alone  # noqa: E402
 from qwen_edit_lora.lora_core.training.run import checkpoint  # noqa: E402
 from qwen_edit_lora.lora_core.training.run.checkpoint import (  # noqa: E402
     CheckpointFolder,
@@ -42,6 +42,8 @@ from qwen_edit_lora.lora_core.training.run.checkpoint import (  # noqa: E402
 )
 from qwen_edit_lora.lora_core.training.run.trainer import train  # noqa: E402
 from safetensors import safe_open  # noqa: E402
+
+import_diffusers_alone()  # before the forks
 
 STEPS = 6
 #: Uses everything that has a state or draws random numbers.

@@ -315,21 +315,25 @@ spec = importlib.util.spec_from_file_location(
 )
 sys.modules["qwen_edit_lora"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-import torch
-from diffusers import QwenImageTransformer2DModel
+from qwen_edit_lora.lora_core.training.model.libraries import import_diffusers_alone
 from qwen_edit_lora.lora_core.training.model.loading import load_transformer
 
 def read_kib(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(name))
 
-load_transformer(sys.argv[2], sys.argv[4])  # imports, kernels, allocators
-before = read_kib("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # starts the high-water mark anew
-model = load_transformer(sys.argv[3], sys.argv[4])
-size = sum(t.numel() * t.dtype.itemsize for t in (*model.parameters(), *model.buffers()))
-print(json.dumps({"peak": (read_kib("VmHWM") - before) * 1024, "size": size}))
+def measure(tiny, wide, storage):
+    load_transformer(tiny, storage)  # imports, kernels, allocators
+    before = read_kib("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # starts the high-water mark anew
+    model = load_transformer(wide, storage)
+    size = sum(t.numel() * t.dtype.itemsize for t in (*model.parameters(), *model.buffers()))
+    return {"peak": (read_kib("VmHWM") - before) * 1024, "size": size}
+
+import_diffusers_alone()
+print(json.dumps({storage: measure(*sys.argv[2:4], storage) for storage in sys.argv[4:]}))
 """
+STORAGES = ("bf16", "fp8", "int8", "nf4")
 
 
 @pytest.fixture(scope="module")
@@ -345,20 +349,26 @@ def wide_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("storage", ["bf16", "fp8", "int8", "nf4"])
-def test_loading_needs_only_some_chunks_beside_the_model(storage, wide_file, tmp_path, capsys):
-    tiny = dit.write_dit(tmp_path / "tiny.safetensors")
+@pytest.fixture(scope="module")
+def measured(wide_file, tmp_path_factory):
+    """Storage -> bytes of the peak while the file is loaded, and of the model."""
+    tiny = dit.write_dit(tmp_path_factory.mktemp("tiny") / "tiny.safetensors")
     root = Path(__file__).parents[4]
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(root), str(tiny), str(wide_file), storage],
+        [sys.executable, "-c", MEASURE, str(root), str(tiny), str(wide_file), *STORAGES],
         capture_output=True, text=True, check=True,
         # glibc keeps what was freed where it likes, 0.1 GB more or less from run to run, unless
         # large blocks go back to the system at once
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"},
     )  # fmt: skip
-    measured = json.loads(result.stdout)
+    return json.loads(result.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("storage", STORAGES)
+def test_loading_needs_only_some_chunks_beside_the_model(storage, measured, wide_file, capsys):
+    found = measured[storage]
     margin = 2**26  # chunks, and what their quantisation takes
     with capsys.disabled():
-        print(f"\n{storage}: {measured}, file {wide_file.stat().st_size}")  # noqa: T201
-    assert measured["peak"] < measured["size"] + margin
+        print(f"\n{storage}: {found}, file {wide_file.stat().st_size}")  # noqa: T201
+    assert found["peak"] < found["size"] + margin
