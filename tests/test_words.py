@@ -14,6 +14,10 @@ LANGUAGES = sorted(path.stem for path in WORDS.glob("*.js"))
 STEM = re.compile(r"`([\w.]+\.)\$\{")
 ENTRY = re.compile(r'^  "([\w.-]+)":\s+"((?:[^"\\]|\\.)*)",$', re.MULTILINE)
 PLACE = re.compile(r"\{(\w+)\}")
+#: A word's form that goes with a number: {n:pair|pairs}.
+PLURAL = re.compile(r"\{(\w+):([^{}]*)\}")
+#: Plural categories of a language, see web/translation.js.
+NUM_FORMS = {"en": 2, "zh": 1}
 
 
 def read_words(language: str) -> dict[str, str]:
@@ -36,6 +40,16 @@ def test_a_language_has_every_text_with_its_placeholders(language):
     for key, text in words.items():
         assert text.strip()
         assert set(PLACE.findall(text)) == set(PLACE.findall(ENGLISH[key])), key
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_word_has_a_form_for_each_plural_category_of_its_language(language):
+    for key, text in read_words(language).items():
+        rest = PLURAL.sub("", text)
+        assert not re.search(r"[{}]", PLACE.sub("", rest)), key
+        for name, forms in PLURAL.findall(text):
+            assert len(forms.split("|")) == NUM_FORMS[language], key
+            assert name in PLACE.findall(ENGLISH[key]), key
 
 
 def test_every_text_that_is_used_exists():

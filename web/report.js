@@ -155,7 +155,7 @@ function addImageViewer(node, { api, t }) {
   const describe = ({ name }) => images[Number(name)].filename;
   const open = () => {
     if (!viewer) {
-      viewer = new SampleViewer({ t, getUrl, getRows: () => [row], describe });
+      viewer = new SampleViewer({ t, getUrl, getCells: () => [row], describe });
       viewer.element.setAttribute("aria-label", t("report.large"));
       viewer.element.addEventListener("close", () => viewer.element.remove());
     }

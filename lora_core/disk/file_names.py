@@ -9,6 +9,9 @@ from ..errors import ConfigError
 #: Names of devices on Windows, with whatever ending (Microsoft, "Naming Files, Paths, and
 #: Namespaces").
 DEVICE_NAMES = ("CON", "PRN", "AUX", "NUL", *(f"{x}{i}" for x in ("COM", "LPT") for i in range(10)))
+#: Characters that Windows allows in no file's name, and separators of folders.
+_FORBIDDEN = re.compile(r"[\\/:*?\"<>|\x00-\x1f\x7f]")
+SHOWN_FORBIDDEN = '\\ / : * ? " < > |'
 #: Bytes of a file's name on all common file systems (NAME_MAX).
 MAX_NAME_BYTES = 255
 
@@ -24,12 +27,30 @@ def check_file_name(name: str, longest_ending: str) -> None:
     """
     start = name if len(name) <= 40 else f"{name[:40]}…"
     shown = repr(start.encode(errors="backslashreplace").decode())
-    is_plain = re.fullmatch(r"[^\\/:*?\"<>|\x00-\x1f\x7f]+", name) and name[0] != "."
-    if not is_plain or name != name.strip() or name.endswith("."):
+    if not name.strip():
+        raise ConfigError("name is {shown}; expected at least one letter or digit", shown=shown)
+    wrong = _FORBIDDEN.search(name)
+    if wrong:
         raise ConfigError(
-            "name is {shown}; expected characters allowed in a file's name, without a dot or "
-            'space at either end, e.g. "my edit"',
+            "name is {shown}, which holds {wrong!r}; expected no control character and none of "
+            "{forbidden}",
             shown=shown,
+            wrong=wrong[0],
+            forbidden=SHOWN_FORBIDDEN,
+        )
+    if name[0] == "." or name[0].isspace():
+        raise ConfigError(
+            "name is {shown}, which begins with {wrong!r}; expected neither a dot nor a space at "
+            "either end",
+            shown=shown,
+            wrong=name[0],
+        )
+    if name[-1] == "." or name[-1].isspace():
+        raise ConfigError(
+            "name is {shown}, which ends with {wrong!r}; expected neither a dot nor a space at "
+            "either end",
+            shown=shown,
+            wrong=name[-1],
         )
     if name.partition(".")[0].strip().upper() in DEVICE_NAMES:
         raise ConfigError(

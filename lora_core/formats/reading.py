@@ -105,6 +105,8 @@ def find_model(
     hints: list[str] = []
     if family is None or family.variants:
         variants, hints = detect_variants(dict(metadata), name)
+        if family is None:
+            family = find_family_said(metadata)
     preset, width = detect_preset(modules, family), find_width(modules, family)
     blocks = {block for block, _ in map(module_paths.split_path, modules) if block is not None}
     if not variants and could_be_flux(preset, blocks, width):
@@ -115,6 +117,12 @@ def find_model(
             )
         )
     return AdaptedModel(family, preset, blocks, width, variants, hints)
+
+
+def find_family_said(metadata: Mapping[str, str]) -> Family | None:
+    """The family of which a header names a model; for files whose names and sizes do not tell."""
+    said = set(detect_variants(dict(metadata), "")[0])
+    return next((f for f in families.FAMILIES if said and said <= set(f.variants)), None)
 
 
 def detect_preset(modules: Mapping[str, ModuleWeights], family: Family | None) -> str | None:

@@ -70,7 +70,7 @@ class JobObserver(StepLog):
         super().after_step(run, report, stop)
         take_sample(self.sampler, report.step, self.reporter, stop)
         if self.sample_every and report.step % self.sample_every == 0:
-            run.ask_again()  # a sample that was left out is made where the run stops
+            run.numbers.ask_again()  # a sample that was left out is made where the run stops
         if self.reporter.has_orders():
             self.do_orders(run, report.step, stop)
 

@@ -169,6 +169,7 @@ def run_follower(
         group.watch(lambda dead: os._exit(0))
         with stop_on_signals() as is_terminated:
             reporter.is_terminated = is_terminated
+            import_diffusers_alone()
             from .training_job import run_job
 
             run_job(settings, folder, devices, reporter, group.accelerator, is_shared)

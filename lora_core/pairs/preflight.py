@@ -275,8 +275,8 @@ def inspect_pair(pair: Pair, facts: PairFacts, size: Size) -> list[Problem]:
                 Level.WARNING,
                 "same_picture",
                 message(
-                    "{target} and its reference {image} are the same image; this pair teaches "
-                    "the model to change nothing",
+                    "{target} and {image} are the same image; this pair teaches the model to "
+                    "change nothing",
                     target=shorten(pair.target.name),
                     image=shorten(image.name),
                 ),

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..disk.writing import explain, write_then_rename
-from ..errors import ConfigError, FileError
+from ..disk.writing import explain, replace, write_then_rename
+from ..errors import ConfigError, FileError, LoraError
 from ..text import shorten
 from .listing import is_json
-from .pair import MAX_CAPTION_BYTES
+from .pair import MAX_CAPTION_BYTES, read_allowed
 from .pair_set import PairConflictError, PairSet, SetPair, check_inside, prepare_folder
+from .removed_files import choose_removed
+from .written_files import describe_written, write_record
 
 MAX_TRIGGER = 200  # characters
+
+
+@dataclass(frozen=True)
+class CaptionChange:
+    """A change of many captions."""
+
+    num_changed: int
+    token: str
+    """Undoes it, see `removed_files.restore_files`; "" if nothing changed."""
 
 
 def write_caption(
@@ -88,27 +103,25 @@ def choose_caption_path(opened: PairSet, pair: SetPair) -> Path:
     return opened.target_folder / f"{pair.name}.txt"
 
 
-def fill_captions(opened: PairSet, text: str) -> int:
-    """Writes one caption for all pairs that have none; their number.
+def fill_captions(opened: PairSet, text: str) -> CaptionChange:
+    """Writes one caption for all pairs that have none.
 
     Raises:
         ConfigError: it is empty, or as `write_caption`.
-        FileError: as `write_caption`.
+        FileError: as `write_caption`; then none is changed.
     """
     if not check_caption(text):
         raise ConfigError("the caption is empty; expected the instruction of these pairs")
     empty = [pair for pair in opened.pairs if not read_current(opened, pair)]
-    for pair in empty:
-        write_caption(opened, pair, text)
-    return len(empty)
+    return change_captions(opened, [(pair, text) for pair in empty])
 
 
-def add_trigger(opened: PairSet, word: str) -> int:
-    """Puts a trigger word before all captions that do not begin with it; their number.
+def add_trigger(opened: PairSet, word: str) -> CaptionChange:
+    """Puts a trigger word before all captions that do not begin with it.
 
     Raises:
         ConfigError: it is empty or too long.
-        FileError: as `write_caption`.
+        FileError: as `write_caption`; then none is changed.
     """
     word = check_caption(word).rstrip(",").rstrip()
     if not word or len(word) > MAX_TRIGGER or "\n" in word:
@@ -120,6 +133,51 @@ def add_trigger(opened: PairSet, word: str) -> int:
     begins = re.compile(rf"{re.escape(word)}(?!\w)")
     captions = [(pair, read_current(opened, pair)) for pair in opened.pairs]
     changed = [(pair, text) for pair, text in captions if text and not begins.match(text)]
-    for pair, text in changed:
-        write_caption(opened, pair, f"{word}, {text}")
-    return len(changed)
+    return change_captions(opened, [(pair, f"{word}, {text}") for pair, text in changed])
+
+
+def change_captions(opened: PairSet, texts: Sequence[tuple[SetPair, str]]) -> CaptionChange:
+    """Writes these captions, all or none; copies of the files before can be restored."""
+    if not texts:
+        return CaptionChange(0, "")
+    kept = choose_removed(opened)
+    #: (caption, the copy of what it was)
+    done: list[tuple[Path, Path | None]] = []
+    try:
+        written = []
+        for pair, text in texts:
+            path = choose_caption_path(opened, pair)
+            copy = keep_copy(opened, path, kept)
+            done.append((path, copy))
+            write_caption(opened, pair, text)
+            before = None if copy is None else path
+            written.append(describe_written(opened, path, path, before))
+        write_record(kept, written)
+    except (LoraError, OSError) as e:
+        put_back(done, kept)
+        if isinstance(e, LoraError):
+            raise
+        raise FileError("the captions cannot be written: {reason}.", reason=explain(e)) from None
+    return CaptionChange(len(texts), kept.name)
+
+
+def keep_copy(opened: PairSet, path: Path, kept: Path) -> Path | None:
+    """A copy of a file in the folder of removed ones; None if there is no file. OSError."""
+    if not path.exists():
+        return None
+    copy = kept / path.relative_to(opened.folder)
+    if not copy.exists():  # two pairs may share a caption
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(read_allowed(path, opened.is_allowed))
+    return copy
+
+
+def put_back(done: Sequence[tuple[Path, Path | None]], kept: Path) -> None:
+    """The files as they were before an incomplete change."""
+    for path, copy in done:
+        with contextlib.suppress(OSError):  # as far as the disk allows
+            if copy is None:
+                path.unlink(missing_ok=True)
+            else:
+                replace(copy, path)
+    shutil.rmtree(kept, ignore_errors=True)

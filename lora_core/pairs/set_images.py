@@ -24,7 +24,8 @@ from .pair_set import (
     is_taken,
     prepare_folder,
 )
-from .removed_files import remove_files, restore_files
+from .removed_files import REMOVED_FOLDER, remove_files, restore_files
+from .written_files import describe_written, write_record
 
 #: The slot of the target; 1 to MAX_REFERENCES are those of the references.
 TARGET_SLOT = 0
@@ -119,12 +120,7 @@ def put_image(
     check_slot(slot)
     present = pair.parts.targets[:1] if slot == TARGET_SLOT else pair.references[slot - 1 : slot]
     if present:
-        path, token = present[0].with_suffix(suffix), remove_files(opened, present)
-        try:
-            return move_image(opened, source, path), token
-        except LoraError:
-            restore_files(opened, token)
-            raise
+        return replace_image(opened, source, present[0], present[0].with_suffix(suffix))
     if slot > len(pair.references) + 1:
         raise PairConflictError(
             "{pair} has {num_references} references; add reference {slot} first",
@@ -143,6 +139,22 @@ def put_image(
             "{pair} has an image in each folder already", pair=shorten(pair.name)
         )
     return move_image(opened, source, folder / f"{relative}{suffix}"), ""
+
+
+def replace_image(opened: PairSet, source: Path, before: Path, path: Path) -> tuple[Path, str]:
+    """Moves an image to `path` and the one before it aside; (path, the token that undoes it).
+
+    Raises:
+        PairConflictError, FileError: it cannot be moved; then the one before it stays.
+    """
+    written = describe_written(opened, source, path, before)
+    token = remove_files(opened, [before])
+    try:
+        write_record(opened.folder / REMOVED_FOLDER / token, [written])
+        return move_image(opened, source, path), token
+    except LoraError:
+        restore_files(opened, token)
+        raise
 
 
 def find_relative_name(opened: PairSet, pair: SetPair) -> str:

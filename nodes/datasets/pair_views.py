@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...lora_core.errors import ConfigError, FileError
+from ...lora_core.messages import message
 from ...lora_core.pairs.cache_cleaning import find_size, measure_sets
 from ...lora_core.pairs.facts import ImageFacts
-from ...lora_core.pairs.pair import MAX_REFERENCES, UNUSABLE, Level, Problem, describe_path
+from ...lora_core.pairs.images import FileImage, ImageSource
+from ...lora_core.pairs.pair import MAX_REFERENCES, UNUSABLE, Level, Pair, Problem, describe_path
 from ...lora_core.pairs.pair_set import (
     PairConflictError,
     PairSet,
@@ -22,6 +25,7 @@ from ...lora_core.pairs.pair_set import (
 )
 from ...lora_core.pairs.preflight import check_pair
 from ...lora_core.pairs.set_images import encode_thumbnail
+from ...lora_core.pairs.set_masks import encode_mask
 from .. import host
 from .folders import is_dataset_path
 from .pair_sets import find_set, find_sets, open_folder
@@ -108,11 +112,16 @@ def describe_pair(opened: PairSet, pair: SetPair) -> dict[str, Any]:
         "references": [
             describe_image(opened, path, slot) for slot, path in enumerate(pair.references, 1)
         ],
+        "mask": describe_image(opened, pair.parts.masks[0]) if pair.parts.masks else None,
     }
 
 
-def describe_image(opened: PairSet, path: Path, slot: int) -> dict[str, Any]:
-    """ "version" changes with the file, so that a browser may keep its thumbnail."""
+def describe_image(opened: PairSet, path: Path, slot: int | None = None) -> dict[str, Any]:
+    """ "version" changes with the file, so that a browser may keep its thumbnail.
+
+    Args:
+        slot: None for a mask.
+    """
     file = describe_path(path, opened.folder)
     return {"slot": slot, "file": file, "version": read_version(path)}
 
@@ -126,27 +135,61 @@ def read_caption(opened: PairSet, pair: SetPair) -> tuple[str, str]:
 
 
 def show_findings(set_id: str, pair_id: str) -> dict[str, Any]:
-    """{"findings": [...]}: what the check before a training says about this pair alone."""
+    """{"findings": [...]}: what the check before a training says about this pair alone.
+
+    The texts name the images as the page shows them, by their sides.
+    """
     opened = open_known(set_id)
-    files = opened.find(pair_id)
-    try:
-        pair = opened.build_pair(files)
-    except FileError as e:
-        problems = [Problem(Level.STOP, UNUSABLE, e.message)]
-    else:
-        versions = {str(path): read_version(path) for path in files.parts.paths}
-        known: dict[int | str, ImageFacts] = {
-            path: fact for path, v in versions.items() if (fact := recall(path, v))
-        }
-        with decoding:
-            _, problems = check_pair(pair, known, MEGAPIXELS, MAX_REFERENCES)
-        remember(known, versions)
+    problems = find_problems(opened, opened.find(pair_id))
     problems = sorted(problems, key=lambda problem: -problem.level)
     return {
         "findings": [
             {"kind": one.kind, "severity": one.level.severity, "text": one.text} for one in problems
         ]
     }
+
+
+def find_problems(opened: PairSet, files: SetPair) -> list[Problem]:
+    if not files.parts.targets:
+        text = message("the target is missing: what the image should become")
+        return [Problem(Level.STOP, UNUSABLE, text)]
+    if not files.references:
+        text = message("the reference is missing: what the target is made of")
+        return [Problem(Level.STOP, UNUSABLE, text)]
+    try:
+        pair = name_by_side(opened.build_pair(files))
+    except FileError as e:
+        return [Problem(Level.STOP, UNUSABLE, e.message)]
+    if pair.caption is None:
+        text = message(
+            "no caption yet: write the instruction, or one for all into captions of the node"
+        )
+        return [Problem(Level.STOP, UNUSABLE, text)]
+    versions = {str(path): read_version(path) for path in files.parts.paths}
+    known: dict[int | str, ImageFacts] = {
+        path: fact for path, v in versions.items() if (fact := recall(path, v))
+    }
+    with decoding:
+        _, problems = check_pair(pair, known, MEGAPIXELS, MAX_REFERENCES)
+    remember(known, versions)
+    return problems
+
+
+def name_by_side(pair: Pair) -> Pair:
+    """With images that messages call "the target" and "reference 1"."""
+
+    def rename(image: ImageSource, name: str) -> ImageSource:
+        return replace(image, label=name) if isinstance(image, FileImage) else image
+
+    references = enumerate(pair.references, 1)
+    return replace(
+        pair,
+        target=rename(pair.target, message("the target")),
+        references=tuple(
+            rename(image, message("reference {slot}", slot=slot)) for slot, image in references
+        ),
+        mask=None if pair.mask is None else rename(pair.mask, message("the mask")),
+    )
 
 
 def recall(path: str, version: str) -> ImageFacts | None:
@@ -179,25 +222,35 @@ def read_thumbnail(set_id: str, pair_id: str, slot: int, side_px: int) -> bytes:
         UnknownPairError: no such image.
         PairConflictError: the file is no image, is damaged, or leads outside.
     """
+    opened = open_known(set_id)
+    pair = opened.find(pair_id)
+    images = [pair.target, *pair.references]
+    path = images[slot] if 0 <= slot < len(images) else None
+    return encode_small(opened, path, side_px, encode_thumbnail)
+
+
+def read_mask(set_id: str, pair_id: str, side_px: int) -> bytes:
+    """A PNG, see `set_masks.encode_mask`; raises as `read_thumbnail`."""
+    opened = open_known(set_id)
+    path = next(iter(opened.find(pair_id).parts.masks), None)
+    return encode_small(opened, path, side_px, encode_mask)
+
+
+def encode_small(
+    opened: PairSet, path: Path | None, side_px: int, encode: Callable[[Path, str, int], bytes]
+) -> bytes:
     if side_px not in THUMBNAIL_SIDES:
         raise ConfigError(
             "side is {side_px}; expected one of {thumbnail_sides}",
             side_px=side_px,
             thumbnail_sides=THUMBNAIL_SIDES,
         )
-    return draw_thumbnail(open_known(set_id), pair_id, slot, side_px)
-
-
-def draw_thumbnail(opened: PairSet, pair_id: str, slot: int, side_px: int) -> bytes:
-    pair = opened.find(pair_id)
-    images = [pair.target, *pair.references]
-    path = images[slot] if 0 <= slot < len(images) else None
     if path is None:
         raise UnknownPairError("this pair has no such image (any more)")
     check_inside(path, is_dataset_path)
     try:
         with decoding:
-            return encode_thumbnail(path, describe_path(path, opened.folder), side_px)
+            return encode(path, describe_path(path, opened.folder), side_px)
     except FileError as e:
         raise PairConflictError(e) from None
 

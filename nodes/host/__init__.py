@@ -23,6 +23,7 @@ from .files import (
     find_diffusion_model,
     find_lora,
     find_lora_files,
+    find_produced_image,
     find_training_base,
     find_vaes,
     get_cache_folder,

@@ -12,6 +12,9 @@ from ...lora_core.disk.safetensors_file import is_safetensors
 from ...lora_core.errors import get_reason
 from ...lora_core.text import shorten
 
+#: Folders of ComfyUI into which graphs write images.
+PRODUCED_FOLDERS = ("output", "temp")
+
 
 def list_loras() -> list[str]:
     return [name for name in folder_paths.get_filename_list("loras") if is_safetensors(name)]
@@ -166,6 +169,35 @@ def choose_output_path(filename_prefix: str) -> Path:
 
 def name_below_output(path: Path) -> str:
     return path.relative_to(folder_paths.get_output_directory()).as_posix()
+
+
+def find_produced_image(filename: str, subfolder: str, folder: str) -> Path:
+    """A file that a graph wrote, named as ComfyUI's history names it.
+
+    Args:
+        folder: "output" or "temp".
+
+    Raises:
+        FileError: the name points outside that folder, or nothing is there.
+    """
+    given = f"{subfolder}/{filename}" if subfolder else filename
+    shown = shorten(given)
+    try:
+        given.encode()
+        if folder not in PRODUCED_FOLDERS or not filename or "\0" in given or "\\" in given:
+            raise ValueError
+        # ComfyUI's own rule, by which a widget names a file of another folder than its own.
+        path = Path(folder_paths.get_annotated_filepath(f"{given} [{folder}]"))
+        is_there = path.is_file()
+    except (OSError, ValueError):  # outside the folder, or no name at all
+        raise FileError(
+            "{shown!r} is no image that a graph made; expected a file of ComfyUI's output or temp "
+            "folder.",
+            shown=shown,
+        ) from None
+    if not is_there:
+        raise FileError("{shown} is not there any more; run the graph again.", shown=shown)
+    return path.resolve()
 
 
 def list_dataset_roots() -> dict[str, list[str]]:

@@ -6,10 +6,17 @@
     GET  /qwen_edit_lora/pairs/{id}/{pair}/images/{slot}    ?side=384; a JPEG. Slot 0 is the target
     GET  /qwen_edit_lora/pairs/{id}/{pair}/findings {"findings": [...]}, of this pair alone
     POST /qwen_edit_lora/pairs/{id}/images          ?name=a.png&slot=0&pair=; the file as the body
+    POST /qwen_edit_lora/pairs/{id}/outputs         {"filename", "subfolder", "type": as ComfyUI's
+                                                    history has them, "name", "slot", "pair"}
+    GET  /qwen_edit_lora/pairs/{id}/{pair}/mask     ?side=384; a PNG, opaque where the loss counts
+    POST /qwen_edit_lora/pairs/{id}/{pair}/mask     the image as the body: white where it counts
+    POST /qwen_edit_lora/pairs/{id}/{pair}/mask/remove  {}
     POST /qwen_edit_lora/pairs/{id}/captions        {"fill"} for all without one, or {"trigger"}
-    POST /qwen_edit_lora/pairs/{id}/restore         {"removed": token}
+    POST /qwen_edit_lora/pairs/{id}/restore         {"removed": token}, of any of these changes
     POST /qwen_edit_lora/pairs/{id}/{pair}/caption  {"caption", "before"}
     POST /qwen_edit_lora/pairs/{id}/{pair}/remove   {}; {"removed": token}
+    GET  /qwen_edit_lora/pair_trash                 the size of what was removed from all sets
+    POST /qwen_edit_lora/pair_trash/empty           {}: deletes it for good
     GET  /qwen_edit_lora/pair_cache                 the size of all encoded pairs
     POST /qwen_edit_lora/pair_cache/clean           {}: removes those that no training uses
 
@@ -38,6 +45,7 @@ from .origins import check_origin
 
 PREFIX = "/qwen_edit_lora/pairs"
 CACHE = "/qwen_edit_lora/pair_cache"
+TRASH = "/qwen_edit_lora/pair_trash"
 MAX_UPLOAD_BYTES = 100_000_000  # ComfyUI's own default
 MAX_NAME = 400  # characters of a file's name in a query
 #: Of an upload. A form of another site's page can send none of these without a preflight.
@@ -64,6 +72,12 @@ def start(routes: web.RouteTableDef, is_busy: Callable[[], bool]) -> None:
     routes.post(PREFIX + "/{id}/restore")(change(restore))
     routes.post(PREFIX + "/{id}/{pair}/caption")(change_pair(set_caption))
     routes.post(PREFIX + "/{id}/{pair}/remove")(change_pair(remove))
+    routes.post(PREFIX + "/{id}/outputs")(change(add_output))
+    routes.get(PREFIX + "/{id}/{pair}/mask")(guard(send_mask))
+    routes.post(PREFIX + "/{id}/{pair}/mask")(guard(receive_mask))
+    routes.post(PREFIX + "/{id}/{pair}/mask/remove")(change_pair(clear_mask))
+    routes.get(TRASH)(answer(lambda _, query: pair_changes.measure_removed()))
+    routes.post(TRASH + "/empty")(guard(empty_trash))
 
     async def clean(request: web.Request) -> web.Response:
         check_origin(request.headers, request.host, host.get_cors_origin())
@@ -87,12 +101,23 @@ async def show_findings(request: web.Request) -> web.Response:
 
 
 async def send_thumbnail(request: web.Request) -> web.Response:
-    ids = check_id(request.match_info["id"]), check_id(request.match_info["pair"])
+    ids, side = read_small_request(request)
     slot = parse_number(request.match_info, "slot")
-    query = {"side": str(pair_views.THUMBNAIL_SIDES[0]), **request.query}
-    side = parse_number(query, "side")
     body = await run(lambda: pair_views.read_thumbnail(*ids, slot, side))
     return web.Response(body=body, content_type="image/jpeg", headers=IMAGE_HEADERS)
+
+
+async def send_mask(request: web.Request) -> web.Response:
+    ids, side = read_small_request(request)
+    body = await run(lambda: pair_views.read_mask(*ids, side))
+    return web.Response(body=body, content_type="image/png", headers=IMAGE_HEADERS)
+
+
+def read_small_request(request: web.Request) -> tuple[tuple[str, str], int]:
+    """((the set's id, the pair's), the side in pixels)."""
+    ids = check_id(request.match_info["id"]), check_id(request.match_info["pair"])
+    query = {"side": str(pair_views.THUMBNAIL_SIDES[0]), **request.query}
+    return ids, parse_number(query, "side")
 
 
 # --- changing -------------------------------------------------------------------------------------
@@ -136,7 +161,41 @@ def restore(set_id: str, options: Options) -> dict[str, Any]:
     return pair_changes.restore(check_id(set_id), get_text(options, "removed"))
 
 
-async def receive_image(request: web.Request) -> web.Response:
+def add_output(set_id: str, options: Options) -> dict[str, Any]:
+    place = [get_text(options, name) for name in ("filename", "subfolder", "type")]
+    pair_id = get_text({"pair": "", **options}, "pair")
+    slot = options.get("slot")
+    if not isinstance(slot, int) or isinstance(slot, bool):
+        raise ConfigError("slot is {found}; expected a whole number", found=shorten(repr(slot)))
+    name = get_text({"name": "", **options}, "name")
+    try:
+        source = host.find_produced_image(*place)
+    except FileError as e:
+        raise ConfigError(e) from None
+    ids = check_id(set_id), check_id(pair_id) if pair_id else ""
+    return pair_changes.take_output(ids[0], source, name, slot, ids[1], MAX_UPLOAD_BYTES)
+
+
+def clear_mask(set_id: str, pair_id: str, options: Options) -> dict[str, Any]:
+    return pair_changes.clear_mask(set_id, pair_id)
+
+
+async def empty_trash(request: web.Request) -> web.Response:
+    check_origin(request.headers, request.host, host.get_cors_origin())
+    await read_options(request)
+    return await respond(pair_changes.empty_removed)
+
+
+async def receive_mask(request: web.Request) -> web.Response:
+    set_id = check_upload(request)
+    pair_id = check_id(request.match_info["pair"])
+    with await run(lambda: pair_changes.Upload(set_id)) as upload:
+        await receive(request, upload.path)
+        return await respond(lambda: pair_changes.take_mask(set_id, upload.path, pair_id))
+
+
+def check_upload(request: web.Request) -> str:
+    """The set's id."""
     check_origin(request.headers, request.host, host.get_cors_origin())
     set_id = check_id(request.match_info["id"])
     # aiohttp takes a missing header for this type, and a form can leave the header away.
@@ -144,6 +203,11 @@ async def receive_image(request: web.Request) -> web.Response:
         raise ConfigError(
             "expected an image file with Content-Type: {upload_type}", upload_type=UPLOAD_TYPE
         )
+    return set_id
+
+
+async def receive_image(request: web.Request) -> web.Response:
+    set_id = check_upload(request)
     name, pair_id = request.query.get("name", ""), request.query.get("pair", "")
     if not 0 < len(name) <= MAX_NAME:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -54,6 +55,19 @@ class Workspace:
         self.page.locator(TAB_BUTTON).wait_for()
         self.page.keyboard.press("Escape")
 
+    def reload(self) -> None:
+        self.page.reload()
+        self.page.wait_for_function(READY)
+        self.uncover()
+
+    def uncover(self) -> None:
+        """Closes the Templates dialog, which opens by itself, on a busy machine after seconds."""
+        for _ in range(30):
+            with suppress(TimeoutError):
+                self.page.locator(TAB_BUTTON).click(trial=True, timeout=2000)
+                return
+            self.page.keyboard.press("Escape")
+
     def set_vue_nodes(self, enabled: bool) -> None:
         if self.page.evaluate(GET_VUE_NODES) == enabled:
             return
@@ -65,7 +79,9 @@ class Workspace:
     def open_template(self, name: str) -> None:
         self.page.get_by_role("button", name="Templates").first.click()
         self.page.get_by_test_id("template-workflows-content").wait_for()
-        self.page.get_by_text("qwen-edit-lora", exact=True).first.click()
+        # In the dialog: nodes on the canvas wear the same name as a badge.
+        dialog = self.page.get_by_role("dialog")
+        dialog.get_by_text("qwen-edit-lora", exact=True).first.click()
         self.page.get_by_test_id(f"template-workflow-{name}").click()
         self.page.wait_for_function(
             "() => app.graph._nodes.some(n => n.comfyClass?.startsWith('QwenEditLora'))"
@@ -131,6 +147,16 @@ def workspace(browser: Any, server: Any, tmp_path: Path) -> Iterator[Workspace]:
     workspace.set_vue_nodes(False)  # a server setting that an earlier test may have left
     yield workspace
     context.close()
+
+
+@pytest.fixture
+def input_folder(base_directory: Path) -> Iterator[Path]:
+    """ComfyUI's, as it was after the test."""
+    folder = base_directory / "input"
+    before = set(folder.iterdir())
+    yield folder
+    for path in set(folder.iterdir()) - before:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.fixture

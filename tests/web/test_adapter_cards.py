@@ -86,6 +86,7 @@ class List:
 @pytest.fixture
 def opened(workspace: Any, loras: Path) -> List:
     workspace.page.evaluate("() => localStorage.removeItem('qwen_edit_lora.adapters_view')")
+    workspace.uncover()
     shown = List(workspace.page)
     shown.open()
     return shown
@@ -124,10 +125,7 @@ def test_a_star_filters_sorts_and_survives_a_reload(opened, workspace):
     opened.grid.focus()
     page.keyboard.press("f")
     opened.find("noted").get_by_role("button", name="No longer a favourite").wait_for()
-    page.reload()
-    page.wait_for_function("window.app?.graph && window.app?.extensionManager")
-    page.wait_for_timeout(1000)
-    page.keyboard.press("Escape")
+    workspace.reload()
     opened.open()
     star = opened.find("noted").locator(".qel-star")
     assert star.get_attribute("aria-pressed") == "true"
@@ -160,10 +158,7 @@ def test_cards_follow_the_arrow_keys_and_are_remembered(opened, workspace):
     assert places == ["2", "1", "3", "1"]
     page.locator(".qel-details h3").wait_for()
     workspace.shoot("adapter_cards_grid")
-    page.reload()
-    page.wait_for_function("window.app?.graph && window.app?.extensionManager")
-    page.wait_for_timeout(1000)
-    page.keyboard.press("Escape")
+    workspace.reload()
     opened.open()
     assert switch.get_attribute("aria-pressed") == "true"
     switch.click()

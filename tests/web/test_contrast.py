@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from demo_base.pair_folders import write_pairs
+from demo_base.pair_panel import get_card, open_pairs, open_set
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
@@ -146,5 +148,32 @@ def test_reports_panel_and_list_can_be_read_in_both_palettes(workspace, palettes
         page.get_by_role("tab", name="Trainings").click()
         unreadable[palette, "trainings"] = find_unreadable(page, palette, ".qel-panel")
         page.get_by_role("tab", name="LoRAs").click()
+    assert {where: texts for where, texts in unreadable.items() if texts} == {}
+    assert workspace.errors == []
+
+
+def test_image_pairs_can_be_read_in_both_palettes(workspace, input_folder, palettes):
+    page = workspace.page
+    folder = write_pairs(input_folder / "read", 3, width=300, height=200)
+    (folder / "control" / "photo_1.png").unlink()
+    unreadable = {}
+    open_pairs(page)
+    page.get_by_role("button", name="input/read").wait_for()
+    for palette in palettes:
+        page.evaluate(
+            "name => app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette
+        )
+        page.wait_for_timeout(500)
+        open_pairs(page)
+        unreadable[palette, "list"] = find_unreadable(page, palette, ".qel-panel")
+        open_set(page, "input/read")
+        get_card(page, "photo_1").locator("[data-severity='error']").wait_for()
+        get_card(page, "photo_0").locator("[data-severity='warning']").wait_for()
+        page.get_by_role("button", name="Add images").click()
+        unreadable[palette, "set"] = find_unreadable(page, palette, ".qel-panel")
+        get_card(page, "photo_0").get_by_role("button", name="Paint a mask").click()
+        page.locator("dialog[open]").wait_for()
+        unreadable[palette, "mask"] = find_unreadable(page, palette, ".qel-dialog[open]")
+        page.keyboard.press("Escape")
     assert {where: texts for where, texts in unreadable.items() if texts} == {}
     assert workspace.errors == []

@@ -133,7 +133,8 @@ def test_what_sampling_finds_later_is_on_the_node_until_it_is_taken_back(workspa
     page.evaluate(REPORT, "a.safetensors: 20 of 20 modules matched")
     found = page.evaluate(READ, "QwenEditLoraApply")
     assert [(row["kind"], row["text"]) for row in found["rows"]] == [("modules_not_run", text)]
-    assert (found["state"], found["summary"]) == ("warning", "1 warning")
+    assert found["state"] == "warning"
+    assert found["summary"].startswith("warnings: 1")
     page.evaluate(LATE, ["7.0.0.apply", None])
     page.evaluate(LATE, ["7.0.0.other", None])
     found = page.evaluate(READ, "QwenEditLoraApply")

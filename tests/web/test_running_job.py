@@ -33,7 +33,6 @@ from test_panel import (  # noqa: E402
     open_panel,
     press,
     press_and_answer,
-    reach_panel,
     server,  # noqa: F401 - a fixture
     wait_for,
 )
@@ -56,12 +55,18 @@ RECORD = """() => {
 PALETTE = "name => app.extensionManager.setting.set('Comfy.ColorPalette', name)"
 
 
+def reach(workspace: Any) -> None:
+    """Opens the panel."""
+    workspace.uncover()
+    open_panel(workspace.page)
+
+
 def test_a_running_training_takes_orders_and_shows_itself_in_the_title(workspace, host):  # noqa: F811
     page = workspace.page
     base = page.title()
     samples = {"every": MANY, "steps": 2}
     job_id = host.store.submit(make_train(host.material, steps=MANY), samples=samples)
-    open_panel(page)
+    reach(workspace)
     row = page.locator("button.qel-job", has_text="tiny")
     row.click()
     page.locator("[data-action=save]").wait_for()
@@ -101,7 +106,7 @@ def test_an_ordered_step_says_so_and_keeps_the_focus(workspace, host):  # noqa: 
     folder = host.store.catalog.find(job_id)
     assert folder.lock.try_acquire()  # as a worker holds it
     try:
-        open_panel(page)
+        reach(workspace)
         page.locator("button.qel-job", has_text="watched").click()
         button = page.locator("[data-action=save]")
         button.focus()
@@ -123,7 +128,7 @@ def test_a_notification_comes_only_after_the_user_switched_it_on(workspace, host
     page = workspace.page
     page.context.grant_permissions(["notifications"], origin=host.server.url)
     page.evaluate(RECORD)
-    open_panel(page)
+    reach(workspace)
     job = {"id": "20260131-120000-0123abcd", "name": HOSTILE, "created_at": 1, "actions": []}
     job |= {"step": 1, "num_steps": 2, "ended_at": time.time()}
 
@@ -146,12 +151,12 @@ def test_a_notification_comes_only_after_the_user_switched_it_on(workspace, host
         [f"{HOSTILE} is trained", "a.safetensors"],
         [f"{HOSTILE} failed", "no room"],
     ]
-    page.reload()
-    reach_panel(page)
+    workspace.reload()
+    reach(workspace)
     assert switch.is_checked()
     switch.uncheck()
-    page.reload()
-    reach_panel(page)
+    workspace.reload()
+    reach(workspace)
     page.evaluate(RECORD)
     assert not switch.is_checked()
     end("completed")
@@ -169,7 +174,7 @@ def test_a_refused_permission_is_said_and_not_asked_for_again(workspace, host): 
             Notification.requestPermission = () => { window.asked++; return ask(); };
         }"""
     )
-    open_panel(page)
+    reach(workspace)
     assert page.evaluate("window.asked") == 0
     switch = page.get_by_role("switch", name="Desktop notification at the end")
     switch.click()
@@ -187,7 +192,7 @@ def test_what_is_measured_before_a_training_is_a_row_of_the_list(workspace, host
     page = workspace.page
     workspace.open_template("6 Train a LoRA")
     workspace.set_widgets({**QUICK, "estimate": "measure first", "name": "measured"})
-    open_panel(page)
+    reach(workspace)
     page.get_by_test_id("queue-button").click()
     row = page.locator(".qel-measured")
     row.wait_for()
@@ -226,7 +231,7 @@ def finished(host):  # noqa: F811
 
 def test_images_log_and_lora_files_can_be_downloaded(workspace, finished, host):  # noqa: F811
     page = workspace.page
-    open_panel(page)
+    reach(workspace)
     page.locator("button.qel-job", has_text="kept").click()
     page.locator(".qel-tile img").first.wait_for()
     page.locator("summary", has_text="Log").click()
@@ -248,7 +253,7 @@ def test_the_page_of_a_training_is_accessible_and_readable(workspace, finished, 
     page = workspace.page
     page.evaluate(PALETTE, palette)
     try:
-        open_panel(page)
+        reach(workspace)
         page.evaluate(SEND, {"measuring": [{"id": "a", "name": "measured one"}]})
         page.wait_for_timeout(800)
         workspace.shoot(f"job_list_{palette}")

@@ -47,20 +47,49 @@ export class PairClient {
     return this.post(`/pairs/${setId}/${pairId}/remove`, {});
   }
 
+  measureTrash() {
+    return this.ask("/pair_trash");
+  }
+
+  emptyTrash() {
+    return this.post("/pair_trash/empty", {});
+  }
+
   restore(setId, token) {
     return this.post(`/pairs/${setId}/restore`, { removed: token });
   }
 
-  // Slot 0 is the target; without a pair the file's name decides which one it belongs to.
-  upload(setId, file, slot, pairId = "") {
-    const query = new URLSearchParams({ name: file.name, slot, pair: pairId });
-    const options = { method: "POST", headers: UPLOAD_HEADERS, body: file };
-    return this.ask(`/pairs/${setId}/images?${query}`, options);
+  // Slot 0 is the target; without a pair the name decides which one the file belongs to.
+  upload(setId, file, slot, pairId = "", name = file.name) {
+    const query = new URLSearchParams({ name, slot, pair: pairId });
+    return this.send(`/pairs/${setId}/images?${query}`, file);
+  }
+
+  saveMask(setId, pairId, file) {
+    return this.send(`/pairs/${setId}/${pairId}/mask`, file);
+  }
+
+  removeMask(setId, pairId) {
+    return this.post(`/pairs/${setId}/${pairId}/mask/remove`, {});
+  }
+
+  /** @param output {filename, subfolder, type} as ComfyUI's history names an image. */
+  addOutput(setId, output, slot, pairId, name) {
+    return this.post(`/pairs/${setId}/outputs`, { ...output, slot, pair: pairId, name });
+  }
+
+  getMaskUrl(setId, pairId, mask, side) {
+    const query = new URLSearchParams({ side, v: mask.version });
+    return this.api.apiURL(`${PATH}/${setId}/${pairId}/mask?${query}`);
   }
 
   getImageUrl(setId, pairId, image, side) {
     const query = new URLSearchParams({ side, v: image.version });
     return this.api.apiURL(`${PATH}/${setId}/${pairId}/images/${image.slot}?${query}`);
+  }
+
+  send(path, file) {
+    return this.ask(path, { method: "POST", headers: UPLOAD_HEADERS, body: file });
   }
 
   post(path, body) {

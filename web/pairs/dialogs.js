@@ -13,20 +13,20 @@ export async function askForText(parent, title, label, t, isLong) {
   return (await ask(parent, title, content, buttons, () => field.value.trim())) || null;
 }
 
-/** Whether the user agrees to removing the encoded pairs that no training uses. */
-export function askToClean(parent, text, t) {
-  const content = build("p", {}, text);
-  const buttons = { keep: t("dialog.keep"), confirm: t("pairs.clean_confirm"), danger: true };
-  return ask(parent, t("pairs.clean_title"), content, buttons);
+/** Whether the user agrees to a deletion that cannot be undone; words: {title, text, confirm}. */
+export function askToDelete(parent, { title, text, confirm }, t) {
+  const buttons = { keep: t("dialog.keep"), confirm, danger: true };
+  return ask(parent, title, build("p", {}, text), buttons);
 }
 
 /**
  * Lets a user choose one of the sets.
  *
+ * @param current the name of the set chosen now, or any other text.
  * @param describe (set) => the line below its name.
  * @returns {name} of the chosen set, {edit: id} to open one or the list (null), or null.
  */
-export function askForSet(parent, sets, describe, t) {
+export function askForSet(parent, sets, current, describe, t) {
   return new Promise((resolve) => {
     const title = t("pairs.choose_title");
     const dialog = build("dialog", { class: "qel-dialog qel-choose", "aria-label": title });
@@ -41,8 +41,14 @@ export function askForSet(parent, sets, describe, t) {
         {},
         build(
           "button",
-          { type: "button", class: "qel-set", onclick: () => close({ name: set.name }) },
+          {
+            type: "button",
+            class: "qel-set",
+            "aria-current": isCalled(set, current) && "true",
+            onclick: () => close({ name: set.name }),
+          },
           build("span", { class: "qel-set-name" }, set.name),
+          isCalled(set, current) && build("span", { class: "qel-note" }, t("pairs.current")),
           build("span", { class: "qel-note" }, describe(set)),
         ),
         build(
@@ -77,5 +83,11 @@ export function askForSet(parent, sets, describe, t) {
     });
     parent.append(dialog);
     dialog.showModal();
+    dialog.querySelector("[aria-current]")?.focus();
   });
+}
+
+// A graph may leave out the folder that holds the set: "my_pairs" for "input/my_pairs".
+function isCalled({ name }, text) {
+  return name === text || name.slice(name.indexOf("/") + 1) === text;
 }

@@ -2,8 +2,7 @@
 
 import { build, setHidden, setText } from "../elements.js";
 import { Draft, readDrop, wrapFiles } from "./dropped_files.js";
-
-const MAX_REFERENCES = 3;
+import { MAX_REFERENCES } from "./sides.js";
 
 /** Makes an element take dropped files; `take` gets the drop's dataTransfer. */
 export function acceptDrops(element, take) {
@@ -87,7 +86,7 @@ export class DropZone {
       this.ready,
       this.failures,
     );
-    acceptDrops(this.element, (data) => this.take(readDrop(data), 0));
+    acceptDrops(this.element, (data) => this.take(readDrop(data), null));
     this.addSide(0);
     this.addSide(1);
     this.update();
@@ -167,7 +166,8 @@ export class DropZone {
     setHidden(this.ready, draft.isEmpty);
     const facts = [t("pairs.draft", { n: draft.numPairs })];
     if (draft.numAlone) facts.push(t("pairs.alone", { n: draft.numAlone }));
-    if (draft.captions.size) facts.push(t("pairs.texts", { n: draft.captions.size }));
+    if (draft.masks.size) facts.push(t("pairs.masks", { n: draft.masks.size }));
+    if (draft.numTexts) facts.push(t("pairs.texts", { n: draft.numTexts }));
     if (draft.numSkipped) facts.push(t("pairs.skipped", { n: draft.numSkipped }));
     setText(this.summary, draft.isEmpty ? t("pairs.drop_hint") : facts.join(" · "));
   }

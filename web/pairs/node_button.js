@@ -16,7 +16,8 @@ export function addPairsButton(node, { app, api, t, openPairs }) {
     const describe = (set) => set.problem ?? describeSet(set, t);
     try {
       const sets = await new PairClient(api).list();
-      const answer = await askForSet(document.body, sets, describe, t);
+      const current = findFolder().value;
+      const answer = await askForSet(document.body, sets, current, describe, t);
       if (answer?.edit !== undefined) await openPairs(answer.edit);
       else if (answer) setFolder(answer.name);
     } catch (error) {
@@ -25,8 +26,12 @@ export function addPairsButton(node, { app, api, t, openPairs }) {
     }
   }
 
+  function findFolder() {
+    return node.widgets.find((one) => one.name === "folder");
+  }
+
   function setFolder(name) {
-    const widget = node.widgets.find((one) => one.name === "folder");
+    const widget = findFolder();
     const { graph } = node;
     graph?.beforeChange();
     widget.value = name;

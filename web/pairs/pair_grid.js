@@ -7,7 +7,7 @@ const MIN_CARD_WIDTH = 290; // px
 const OVERSCAN = 1; // rows above and below the visible ones
 
 /**
- * @param createCard () => {element, update(pair, state)}.
+ * @param createCard () => {element, update(pair, state)}, which shows one pair after another.
  * @param getState (pair) => what a card shows besides the pair.
  * @param onshow called with the visible pairs when they change.
  */
@@ -15,6 +15,8 @@ export function createPairGrid({ label, createCard, getState, onshow }) {
   const spacer = build("div", { class: "qel-grid-spacer", role: "presentation" });
   const element = build("div", { class: "qel-grid", role: "list", "aria-label": label }, spacer);
   let pairs = [];
+  /** Id -> place in `pairs`. */
+  let places = new Map();
   /** Id -> card of the pairs in the page. */
   let cards = new Map();
   let shownIds = "";
@@ -28,23 +30,25 @@ export function createPairGrid({ label, createCard, getState, onshow }) {
     const rows = Math.ceil(height / CARD_HEIGHT) + 1 + 2 * OVERSCAN;
     const visible = pairs.slice(first, first + rows * columns);
     const shown = new Map();
+    const visibleIds = new Set(visible.map(({ id }) => id));
+    const spare = [];
+    for (const [id, card] of cards) {
+      if (visibleIds.has(id)) continue;
+      // A caption in which someone types stays, wherever the list is scrolled to.
+      if (card.element.contains(document.activeElement) && places.has(id)) shown.set(id, card);
+      else spare.push(card);
+    }
     visible.forEach((pair, i) => {
-      const card = cards.get(pair.id) ?? createCard();
+      const card = cards.get(pair.id) ?? spare.pop() ?? createCard();
       shown.set(pair.id, card);
       place(card.element, first + i, columns);
       card.update(pair, getState(pair));
     });
-    for (const [id, card] of cards) {
-      if (shown.has(id)) continue;
-      // A caption in which someone types stays, wherever the list is scrolled to.
-      if (card.element.contains(document.activeElement) && pairs.some((pair) => pair.id === id)) {
-        shown.set(id, card);
-      } else card.element.remove();
-    }
+    for (const card of spare) card.element.remove();
     // In the order of the list, which is that of the tab key.
     let next = spacer.firstElementChild;
-    for (const { id } of pairs.length ? orderShown(shown) : []) {
-      const card = shown.get(id).element;
+    const ordered = [...shown].sort(([a], [b]) => places.get(a) - places.get(b));
+    for (const [, { element: card }] of ordered) {
       if (card === next) next = next.nextElementSibling;
       else spacer.insertBefore(card, next);
     }
@@ -53,11 +57,6 @@ export function createPairGrid({ label, createCard, getState, onshow }) {
     const ids = visible.map((pair) => pair.id).join();
     if (ids !== shownIds) onshow(visible);
     shownIds = ids;
-  }
-
-  function orderShown(shown) {
-    const rank = new Map(pairs.map((pair, index) => [pair.id, index]));
-    return [...shown.keys()].sort((a, b) => rank.get(a) - rank.get(b)).map((id) => ({ id }));
   }
 
   function place(card, index, columns) {
@@ -85,7 +84,18 @@ export function createPairGrid({ label, createCard, getState, onshow }) {
     element,
     show(newPairs) {
       pairs = newPairs;
+      places = new Map(pairs.map(({ id }, index) => [id, index]));
       draw();
+    },
+    /** In the order shown. */
+    get pairs() {
+      return pairs;
+    },
+    /** {pairId, slot} of the card with the focus, and of the side that has it; else undefined. */
+    findFocused() {
+      const focused = document.activeElement;
+      const found = [...cards].find(([, card]) => card.element.contains(focused));
+      return found && { pairId: found[0], slot: focused.dataset.slot };
     },
     get visible() {
       return pairs.filter(({ id }) => cards.has(id));
@@ -95,9 +105,8 @@ export function createPairGrid({ label, createCard, getState, onshow }) {
       cards.get(pair.id)?.update(pair, getState(pair));
     },
     focusCaption(pair) {
-      const index = pairs.findIndex(({ id }) => id === pair.id);
-      if (index < 0) return;
-      reveal(index);
+      if (!places.has(pair.id)) return;
+      reveal(places.get(pair.id));
       draw();
       cards.get(pair.id)?.focusCaption();
     },

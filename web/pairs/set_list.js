@@ -2,7 +2,7 @@
 
 import { build, iconButton, KeyedRows, setAttribute, setHidden, setText } from "../elements.js";
 import { formatSize } from "../format.js";
-import { CacheBar } from "./cache_bar.js";
+import { createCacheBar, createTrashBar } from "./disk_bar.js";
 import { DropZone } from "./drop_zone.js";
 import { uploadDraft } from "./dropped_files.js";
 
@@ -26,7 +26,9 @@ export class SetList {
       withName: true,
       onconfirm: (draft, name, onstep) => this.make(draft, name, onstep),
     });
-    this.cache = new CacheBar({ client, t, onclean: () => this.load() });
+    const onremoved = () => this.load();
+    this.cache = createCacheBar({ client, t, onremoved });
+    this.trash = createTrashBar({ client, t, onremoved });
     this.element = build(
       "div",
       { class: "qel-view qel-pairs" },
@@ -40,6 +42,7 @@ export class SetList {
       this.items,
       this.zone.element,
       this.cache.element,
+      this.trash.element,
     );
     this.draw();
     this.load();
@@ -59,7 +62,7 @@ export class SetList {
     }
     if (this.isGone) return;
     this.draw();
-    await this.cache.load();
+    await Promise.all([this.cache.load(), this.trash.load()]);
   }
 
   // A set that was made stays if some of its files are refused: their messages are shown here.

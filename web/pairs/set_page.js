@@ -8,18 +8,25 @@ import { createPairCard } from "./pair_card.js";
 import { createPairGrid } from "./pair_grid.js";
 import { PairViewer } from "./pair_viewer.js";
 import { askForText } from "./dialogs.js";
+import { getGraphImageUrl, listGraphImages } from "./graph_images.js";
+import { MaskEditor } from "./mask_editor.js";
+import { PlaceDialog } from "./place_dialog.js";
+import { readPastedImage } from "./pasting.js";
 import { openTrainingTemplate } from "./train.js";
+import { UndoBar } from "./undo_bar.js";
 
-const UNDO_TIME = 30_000; // ms that a removal can be undone from the page
+const ORDERS = ["name", "backwards", "uncaptioned"];
+/** Set id -> {filter, order, top}: how each was left while this page of ComfyUI is open. */
+const left = new Map();
 
 export class SetPage {
   constructor({ app, api, client, t, id, leave }) {
     Object.assign(this, { app, api, client, t, id });
     this.pairs = [];
     this.isGone = false;
-    /** {token, name} of the pairs removed on this page, the last one last. */
-    this.removed = [];
-    this.filter = "all";
+    this.isLoaded = false;
+    const { filter = "all", order = "name" } = left.get(id) ?? {};
+    Object.assign(this, { filter, order });
     /** Pair id -> {draft, saved, failure}. */
     this.edits = new Map();
     /** Pair id -> promise of its last save. */
@@ -28,13 +35,8 @@ export class SetPage {
     this.name = build("h2", { tabindex: "-1" });
     this.problem = build("p", { class: "qel-problem", role: "alert", hidden: true });
     this.count = build("span", { class: "qel-note", role: "status" });
-    this.select = build(
-      "select",
-      { class: "qel-select", "aria-label": t("pairs.filter"), onchange: () => this.choose() },
-      ["all", "uncaptioned", "incomplete"].map((value) =>
-        build("option", { value }, t(`pairs.filter.${value}`)),
-      ),
-    );
+    this.select = this.buildSelect("filter", ["all", "uncaptioned", "incomplete"]);
+    this.orderSelect = this.buildSelect("order", ORDERS);
     this.train = this.button("pairs.train", () => this.openTraining(), "qel-button-primary");
     this.add = this.button("pairs.add", () => this.toggleZone());
     this.add.setAttribute("aria-expanded", "false");
@@ -46,16 +48,16 @@ export class SetPage {
       onconfirm: (draft, _, onstep) => this.upload(draft, onstep),
     });
     this.zone.element.hidden = true;
-    this.undoText = build("span", {});
-    this.undoButton = this.button("pairs.undo", () => this.undo());
-    this.undoBar = build(
-      "div",
-      { class: "qel-undo", role: "status", hidden: true },
-      this.undoText,
-      this.undoButton,
-    );
+    this.undoBar = new UndoBar({ t, undo: (token) => this.undo(token) });
     this.empty = build("p", { class: "qel-empty", hidden: true });
     this.viewer = new PairViewer({ client, setId: id, t, put: (...args) => this.put(...args) });
+    const onsaved = (answer) => this.take(answer, "mask.changed");
+    this.maskEditor = new MaskEditor({ client, setId: id, t, onsaved });
+    this.placing = new PlaceDialog({
+      t,
+      getPairs: () => this.pairs,
+      onadded: (answer) => this.take(answer, "pairs.replaced"),
+    });
     this.grid = createPairGrid({
       label: t("pairs.grid"),
       createCard: () => createPairCard({ client, setId: id, t, actions: this }),
@@ -69,23 +71,33 @@ export class SetPage {
     );
     this.element = build(
       "div",
-      { class: "qel-view qel-pairs qel-set-page" },
+      // Takes the focus of a click between the cards, so that an image can be pasted then.
+      { class: "qel-view qel-pairs qel-set-page", tabindex: "-1" },
       build("div", { class: "qel-bar" }, back, this.name, this.train),
       this.problem,
       build(
         "div",
         { class: "qel-bar qel-set-tools" },
         this.add,
+        this.button("pairs.from_graph", () => this.offerGraphImages()),
         this.button("pairs.fill", () => this.fill()),
         this.button("pairs.trigger", () => this.addTrigger()),
       ),
       this.zone.element,
-      build("div", { class: "qel-bar" }, this.count, this.select),
+      build(
+        "div",
+        { class: "qel-bar" },
+        this.count,
+        build("div", { class: "qel-set-filters" }, this.select, this.orderSelect),
+      ),
       this.empty,
       this.grid.element,
-      this.undoBar,
+      this.undoBar.element,
       this.viewer.element,
+      this.maskEditor.element,
+      this.placing.element,
     );
+    this.element.addEventListener("paste", (event) => this.paste(event));
     this.onhide = () => this.saveDrafts();
     window.addEventListener("pagehide", this.onhide);
     this.load();
@@ -94,6 +106,17 @@ export class SetPage {
   button(key, onclick, more = "") {
     const properties = { type: "button", class: `qel-button ${more}`, onclick };
     return build("button", properties, this.t(key));
+  }
+
+  buildSelect(name, values) {
+    const { t } = this;
+    const select = build(
+      "select",
+      { class: "qel-select", "aria-label": t(`pairs.${name}`), onchange: () => this.choose() },
+      values.map((value) => build("option", { value }, t(`pairs.${name}.${value}`))),
+    );
+    select.value = this[name];
+    return select;
   }
 
   // A caption that is being typed is saved, as when it is left.
@@ -108,7 +131,9 @@ export class SetPage {
     window.removeEventListener("pagehide", this.onhide);
     this.saveDrafts();
     this.isGone = true;
-    clearTimeout(this.undoTimer);
+    const { filter, order, grid } = this;
+    if (this.isLoaded) left.set(this.id, { filter, order, top: grid.element.scrollTop });
+    this.undoBar.destroy();
     this.findings.stop();
     this.grid.destroy();
   }
@@ -131,6 +156,8 @@ export class SetPage {
       this.report(error.message);
     }
     this.draw();
+    if (!this.isLoaded) this.grid.element.scrollTop = left.get(this.id)?.top ?? 0;
+    this.isLoaded = true;
   }
 
   report(text) {
@@ -144,17 +171,24 @@ export class SetPage {
 
   choose() {
     this.filter = this.select.value;
+    this.order = this.orderSelect.value;
     this.draw();
   }
 
   draw() {
+    const start = performance.now();
+    this.drawPairs();
+    performance.measure("qwen_edit_lora.pairs", { start });
+  }
+
+  drawPairs() {
     const { t, pairs } = this;
     const tests = {
       all: () => true,
       uncaptioned: (pair) => !pair.caption || this.edits.has(pair.id),
       incomplete: (pair) => !pair.target || !pair.references.length,
     };
-    const shown = pairs.filter(tests[this.filter]);
+    const shown = sortPairs(pairs.filter(tests[this.filter]), this.order);
     this.grid.show(shown);
     const missing = pairs.filter((pair) => !pair.caption).length;
     const facts = [t("pairs.count", { n: pairs.length })];
@@ -226,8 +260,8 @@ export class SetPage {
   }
 
   next(pair) {
-    const index = this.pairs.findIndex(({ id }) => id === pair.id);
-    const following = this.pairs[index + 1];
+    const { pairs } = this.grid;
+    const following = pairs[pairs.findIndex(({ id }) => id === pair.id) + 1];
     if (following) this.grid.focusCaption(following);
   }
 
@@ -248,15 +282,22 @@ export class SetPage {
 
   async changeCaptions(options) {
     try {
-      const { num_changed: n } = await this.client.changeCaptions(this.id, options);
-      this.edits.clear();
+      await Promise.all(this.saves.values());
+      const { num_changed: n, removed } = await this.client.changeCaptions(this.id, options);
+      // What could not be saved is still in its field.
+      for (const [id, { draft }] of this.edits) if (draft === undefined) this.edits.delete(id);
       await this.load();
       this.findings.want(this.grid.visible);
       const summary = this.t("pairs.changed", { n });
-      this.app.extensionManager.toast.add({ severity: "success", summary, life: 4000 });
+      if (removed) this.undoBar.push(removed, summary);
+      else this.tell("info", summary);
     } catch (error) {
       this.report(error.message);
     }
+  }
+
+  tell(severity, summary, detail) {
+    this.app.extensionManager.toast.add({ severity, summary, detail, life: 6000 });
   }
 
   // --- images ---
@@ -277,9 +318,7 @@ export class SetPage {
     this.report("");
     try {
       const answer = await this.client.upload(this.id, file, slot, pair.id);
-      if (answer.pair?.id === pair.id) this.replacePair(answer.pair);
-      else await this.load();
-      if (answer.pair) this.findings.again(answer.pair);
+      await this.take(answer, "pairs.replaced");
       return answer.pair;
     } catch (error) {
       this.report(error.message);
@@ -287,8 +326,57 @@ export class SetPage {
     }
   }
 
+  /** Shows what a change of images made of a pair; `text` is the key of its words. */
+  async take({ pair, removed }, text) {
+    const isKnown = pair && this.pairs.some(({ id }) => id === pair.id);
+    if (isKnown) this.replacePair(pair);
+    else await this.load();
+    if (!pair) return;
+    this.findings.again(pair);
+    this.undoBar.push(removed, this.t(text, { name: pair.name }));
+  }
+
   view(pair, slot) {
     this.viewer.show(pair, slot);
+  }
+
+  paintMask(pair) {
+    this.maskEditor.show(pair);
+  }
+
+  async offerGraphImages() {
+    this.report("");
+    try {
+      const images = await listGraphImages(this.api);
+      const sources = images.map((image) => ({
+        label: image.filename,
+        url: getGraphImageUrl(this.api, image),
+        name: image.filename.replace(/\.[^.]*$/, ""),
+        add: (slot, pairId, name) =>
+          this.client.addOutput(this.id, image, slot, pairId, name && `${name}.png`),
+      }));
+      this.placing.show(this.t("place.title"), sources, this.t("place.none"));
+    } catch (error) {
+      this.report(error.message);
+    }
+  }
+
+  // An image of the clipboard, for the side that has the focus or for a new pair.
+  paste(event) {
+    const file = readPastedImage(event);
+    if (!file || this.element.querySelector("dialog[open]")) return;
+    event.preventDefault();
+    event.stopPropagation(); // ComfyUI would add a node
+    const url = URL.createObjectURL(file);
+    const source = {
+      label: this.t("place.pasted"),
+      url,
+      name: this.t("place.pasted_name"),
+      add: (slot, pairId, name) => this.client.upload(this.id, file, slot, pairId, `${name}.png`),
+      isOnce: true,
+      release: () => URL.revokeObjectURL(url),
+    };
+    this.placing.show(this.t("place.pasted_title"), [source], "", this.grid.findFocused());
   }
 
   async remove(pair) {
@@ -296,37 +384,29 @@ export class SetPage {
     const index = this.pairs.findIndex(({ id }) => id === pair.id);
     try {
       const { removed } = await this.client.remove(this.id, pair.id);
-      this.removed.push({ token: removed, name: pair.name });
       this.edits.delete(pair.id);
       this.pairs = this.pairs.filter((_, i) => i !== index);
       this.draw();
-      this.showUndo();
+      this.undoBar.push(removed, this.t("pairs.removed", { name: pair.name }));
+      this.undoBar.button.focus(); // the button that was pressed is gone
     } catch (error) {
       this.report(error.message);
     }
   }
 
-  showUndo() {
-    setText(this.undoText, this.t("pairs.removed", { name: this.removed.at(-1).name }));
-    setHidden(this.undoBar, false);
-    this.undoButton.focus();
-    clearTimeout(this.undoTimer);
-    this.undoTimer = setTimeout(() => setHidden(this.undoBar, true), UNDO_TIME);
-  }
-
-  async undo() {
-    clearTimeout(this.undoTimer);
-    setHidden(this.undoBar, true);
+  async undo(token) {
     let problem = "";
     try {
-      await this.client.restore(this.id, this.removed.pop().token);
+      const { num_edited: n } = await this.client.restore(this.id, token);
+      if (n) this.tell("info", this.t("pairs.edited_since", { n }));
+      for (const [id, { draft }] of this.edits) if (draft === undefined) this.edits.delete(id);
     } catch (error) {
       problem = error.message;
     }
     await this.load();
+    this.findings.want(this.grid.visible);
     this.report(problem);
-    if (this.removed.length) this.showUndo(); // of the one removed before
-    else this.grid.element.querySelector("textarea")?.focus();
+    if (!this.undoBar.changes.length) this.grid.element.querySelector("textarea")?.focus();
   }
 
   async openTraining() {
@@ -339,4 +419,10 @@ export class SetPage {
       this.report(error.message);
     }
   }
+}
+
+function sortPairs(pairs, order) {
+  if (order === "backwards") return pairs.toReversed();
+  if (order !== "uncaptioned") return pairs;
+  return [...pairs.filter((pair) => !pair.caption), ...pairs.filter((pair) => pair.caption)];
 }

@@ -8,7 +8,7 @@ const MIDDLE = 50; // %
 export class SampleViewer {
   // getCells() -> [[image or null, ...], ...] as shown: a row per item, a column per step;
   // describe(image) and nameItem(key) -> text
-  constructor({ t, getUrl, getCells, describe, nameItem }) {
+  constructor({ t, getUrl, getCells, describe, nameItem = (item) => item }) {
     Object.assign(this, { t, getUrl, getCells, describe, nameItem, viewed: null });
     this.image = buildImage({ class: "qel-large" });
     this.other = buildImage({ class: "qel-large qel-compared" });
@@ -55,7 +55,8 @@ export class SampleViewer {
     this.save.download = name;
     this.caption.textContent = `${this.nameItem(image.item)} · ${this.describe(image)}`;
     this.offer(image);
-    for (const button of this.neighbors) setHidden(button, this.getRows().flat().length < 2);
+    const isAlone = this.getCells().flat().filter(Boolean).length < 2;
+    for (const button of this.neighbors) setHidden(button, isAlone);
     if (!this.element.open) this.element.showModal();
   }
 

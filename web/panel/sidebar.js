@@ -5,6 +5,7 @@ import { JobPage } from "./job_page.js";
 import { createAdapterBrowser } from "../adapters/browser.js";
 import { addLoadAndApply } from "../graph.js";
 import { build, setAttribute } from "../elements.js";
+import { keepKeys } from "../keys.js";
 import { createPairsView } from "../pairs/view.js";
 import { createTranslator } from "../translation.js";
 
@@ -17,6 +18,7 @@ const STYLES = [
   "../adapters/cards.css",
   "../adapters/details.css",
   "../pairs/pairs.css",
+  "../pairs/pair_dialogs.css",
 ];
 const ICON = "pi pi-chart-line";
 
@@ -61,6 +63,7 @@ class Panel {
   constructor({ app, api, jobs }) {
     Object.assign(this, { app, api, jobs });
     this.place = { section: "jobs", id: null };
+    this.openSet = null; // of pairs, while another section is shown
     this.root = null;
     this.view = null;
     this.isUpdateDue = false;
@@ -79,7 +82,7 @@ class Panel {
           class: "qel-tab",
           role: "tab",
           "data-section": section,
-          onclick: () => this.go({ section, id: null }),
+          onclick: () => this.choose(section),
         },
         this.t(`tab.${section}`)
       )
@@ -92,6 +95,7 @@ class Panel {
     );
     nav.addEventListener("keydown", (event) => this.press(event));
     this.root = build("div", { class: "qel-panel" }, nav, this.body);
+    keepKeys(this.root);
     element.style.height = "100%"; // of the sidebar; the views scroll inside
     element.replaceChildren(this.root);
     this.show();
@@ -103,6 +107,12 @@ class Panel {
     this.view = null;
     this.root?.remove();
     this.root = null;
+  }
+
+  // A set that was open when another section was chosen is open again.
+  choose(section) {
+    const isBack = section === "pairs" && this.place.section !== "pairs";
+    this.go({ section, id: isBack ? this.openSet : null });
   }
 
   go(place) {
@@ -126,6 +136,7 @@ class Panel {
     if (place.section === "adapters") {
       this.view = createAdapterBrowser({ app, api, t, openJob: open });
     } else if (place.section === "pairs") {
+      this.openSet = place.id;
       const go = (id) => this.go({ section: "pairs", id });
       this.view = createPairsView({ app, api, t, id: place.id, go });
     } else if (place.id) {
@@ -171,7 +182,7 @@ class Panel {
     const index = this.tabs.indexOf(document.activeElement);
     const step = event.key === "ArrowLeft" ? this.tabs.length - 1 : 1;
     const next = this.tabs[(index + step) % this.tabs.length];
-    this.go({ section: next.dataset.section, id: null });
+    this.choose(next.dataset.section);
     next.focus();
     event.stopPropagation();
   }

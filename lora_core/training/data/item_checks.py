@@ -51,7 +51,7 @@ def find_owner_fault(metadata: Mapping[str, str], key: str) -> str | None:
     own = metadata.get(ITEM_KEY, key)
     if own == key or key.endswith(f"-{own[:SHARED_CHARACTERS]}"):
         return None
-    return f"it holds the item {shorten(own)}"
+    return message("it holds the item {own}", own=shorten(own))
 
 
 def find_fault(

@@ -102,6 +102,6 @@ def run_steps(run: Run, observer: Observer, should_stop: ShouldStop) -> bool:
             return True
         observer.after_stop(run)
         stop.reset()
-        if run.is_still_to_stop(stop):
+        if run.numbers.is_still_to_stop(stop):
             return False
         observer.after_withdrawal(run)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from ...errors import ConfigError, FileError, NonFiniteLossError, OutOfMemoryError
+from ...errors import ConfigError, FileError
 from ...injection.inject import Injection
 from ...messages import message
 from ...progress import ShouldStop
-from ...text import format_count, shorten_list
-from ..config.advice import advise
+from ...text import format_count
 from ..config.config import TrainConfig
 from ..data.dataset import CachedDataset
-from ..machine.memory import is_out_of_memory
 from ..objective.objective import Objective, VelocityModel
 from ..optimizer.gradients import are_finite, clip_gradients, compute_grad_norm
 from ..optimizer.optimization import averaged_weights, set_learning_rate
@@ -46,6 +41,12 @@ from .run_state import (
     restore_state,
     sample_run_contents,
 )
+from .step_failures import (
+    build_non_finite_error,
+    build_non_finite_weights_error,
+    explaining_lack_of_memory,
+)
+from .step_numbers import StepNumbers
 
 Notify = Callable[[str], None]
 
@@ -99,10 +100,7 @@ class Run:
             final_factor=config.optimizer.final_factor,
         )
         self.checkpointed_step: int | None = None
-        #: Whether the last step's weights are finite, a bool on the device; None once that is read.
-        self.is_finite: torch.Tensor | None = None
-        #: Whether one of several processes was asked to stop; None before their first step.
-        self.is_stopping: bool | None = None
+        self.numbers = StepNumbers(processes, self.device)
         seed_everything(config.seed + processes.index)
         self.start(resume)
         for layer in injection.layers.values():
@@ -169,10 +167,10 @@ class Run:
         every = self.config.saving
         try:
             while self.step < self.config.steps:
-                if self.is_asked_to_stop(should_stop):
+                if self.numbers.is_asked_to_stop(should_stop):
                     self.save_checkpoint()
                     return
-                with self.explaining_lack_of_memory():
+                with explaining_lack_of_memory(self.config, self.device, self.step + 1):
                     report = self.take_step(should_stop)
                 if self.processes.is_main:
                     self.metrics.append(report)
@@ -204,17 +202,20 @@ class Run:
         options = self.config.optimizer
         parts, own_tokens = self.micro_steps.take(self.step)
         self.processes.average_gradients(self.parameters)
-        figures, num_tokens, grad_norm = self.read_step_numbers(
+        losses, num_tokens, grad_norm, were_finite = self.numbers.read(
             parts, own_tokens, compute_grad_norm(self.parameters), should_stop
         )
-        loss = math.fsum(figures.values())
+        self.require_finite_weights(were_finite)
+        loss = math.fsum(losses.values())
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise NonFiniteLossError(self.explain_non_finite(loss, grad_norm))
+            keys = self.micro_steps.list_keys(self.step)
+            kept = self.checkpoints.list_steps()
+            raise build_non_finite_error(loss, grad_norm, self.step + 1, keys, kept)
         clip_gradients(self.parameters, grad_norm, options.max_grad_norm)
         learning_rate = options.learning_rate * self.schedule(self.step)
         set_learning_rate(self.state.optimizer, learning_rate)
         self.state.optimizer.step()
-        self.is_finite = are_finite(self.parameters)
+        self.numbers.is_finite = are_finite(self.parameters)
         self.state.step += 1
         if self.state.ema is not None:
             self.state.ema.update()
@@ -230,38 +231,9 @@ class Run:
             tokens_per_s=num_tokens / seconds,
             seconds=seconds,
             memory_bytes=measure_memory(self.device),
-            parts=figures if len(figures) > 1 else None,
+            parts=losses if len(losses) > 1 else None,
             health=self.measure_health(),
         )
-
-    def read_step_numbers(
-        self,
-        parts: Mapping[str, torch.Tensor],
-        num_tokens: int,
-        grad_norm: torch.Tensor,
-        should_stop: ShouldStop,
-    ) -> tuple[dict[str, float], float, float]:
-        """A step's numbers over all processes, in one copy from the device.
-
-        With several processes, this also tells whether one of them was asked to stop.
-
-        Returns:
-            Part of the loss -> its mean; the tokens of all processes; the norm of the gradients.
-        """
-        shared = [*parts.values()]
-        if self.processes.count > 1:
-            asked = float(should_stop())
-            # By kernels with the number as an argument: a copy from the host would synchronise.
-            shared += [torch.full((), x, device=self.device) for x in (num_tokens, asked)]
-        means = self.processes.average(torch.stack(shared))
-        own = [grad_norm] if self.is_finite is None else [grad_norm, self.is_finite]
-        copied = torch.cat([means.double(), torch.stack([x.double() for x in own])]).tolist()
-        norm, *finite = copied[len(shared) :]
-        self.require_finite_weights(all(finite))
-        if self.processes.count > 1:
-            num_tokens = copied[len(parts)] * self.processes.count
-            self.is_stopping = copied[len(parts) + 1] > 0
-        return dict(zip(parts, copied, strict=False)), num_tokens, norm
 
     def check_weights(self) -> None:
         """Waits for the device if the last step's weights are not yet known to be finite.
@@ -269,65 +241,11 @@ class Run:
         Raises:
             NonFiniteLossError: they are not, and must not be used.
         """
-        if self.is_finite is not None:
-            self.require_finite_weights(bool(self.is_finite))
+        self.require_finite_weights(self.numbers.read_is_finite())
 
     def require_finite_weights(self, is_finite: bool) -> None:
-        self.is_finite = None
         if not is_finite:
-            raise NonFiniteLossError(self.explain_non_finite_weights())
-
-    def explain_non_finite(self, loss: float, grad_norm: float) -> str:
-        what = (
-            message("the gradients are {grad_norm}", grad_norm=grad_norm)
-            if math.isfinite(loss)
-            else message("the loss is {loss}", loss=loss)
-        )
-        keys = self.micro_steps.list_keys(self.step)
-        return message(
-            "{what} at step {step} ({keys}); expected finite numbers. The step was not "
-            "applied and {last}. Lower the learning rate, look at these "
-            "items, or compute in a wider type.",
-            what=what,
-            step=self.step + 1,
-            keys=shorten_list(keys, 3),
-            last=self.describe_last_checkpoint(),
-        )
-
-    def explain_non_finite_weights(self) -> str:
-        return message(
-            "the optimizer made NaN or Inf of finite gradients at step {step}, so that "
-            "nothing of it was saved and {last}; lower the learning "
-            "rate.",
-            step=self.step,
-            last=self.describe_last_checkpoint(),
-        )
-
-    @contextmanager
-    def explaining_lack_of_memory(self) -> Iterator[None]:
-        """If the model could keep less, it already does by then, down to each block's input."""
-        step = self.step + 1
-        try:
-            yield
-        except Exception as e:
-            if not is_out_of_memory(e):
-                raise
-            on_host = self.device.type == "cpu"
-            sentence = message(
-                "{where} ran out of memory in step {step} ({reason})",
-                where=message("the computer") if on_host else message("the device"),
-                step=step,
-                reason=" ".join(str(e).split())[:120] or type(e).__name__,
-            )
-            raise OutOfMemoryError(sentence, advise(self.config)) from e
-
-    def describe_last_checkpoint(self) -> str:
-        kept = self.checkpoints.list_steps()
-        return (
-            message("the last checkpoint is of step {kept}", kept=kept[-1])
-            if kept
-            else message("there is no checkpoint")
-        )
+            raise build_non_finite_weights_error(self.step, self.checkpoints.list_steps())
 
     def measure_health(self) -> dict[str, float] | None:
         every = self.config.saving.health_every
@@ -337,27 +255,6 @@ class Run:
         return (
             measure_health(self.injection, self.step // every) if self.processes.is_main else None
         )
-
-    def is_asked_to_stop(self, should_stop: ShouldStop) -> bool:
-        """True on every process as soon as one is asked to stop; see `read_step_numbers`."""
-        if self.processes.count == 1:
-            return should_stop()
-        if self.is_stopping is None:
-            self.is_stopping = self.processes.sum(should_stop(), self.device) > 0
-        return self.is_stopping
-
-    def ask_again(self) -> None:
-        """Before its next step every process asks the others anew; every process has to call this.
-
-        For what one of them did after the step, and may have left out for a stop of which the
-        others know nothing.
-        """
-        self.is_stopping = None
-
-    def is_still_to_stop(self, should_stop: ShouldStop) -> bool:
-        """Checks again after the steps, on all processes. False: `take_steps` resumes."""
-        self.ask_again()
-        return self.is_asked_to_stop(should_stop)
 
     def save_checkpoint(self) -> str | None:
         """Its name; None where this step needs none or another process writes it."""

@@ -182,7 +182,7 @@ def test_a_file_that_is_no_caption_is_never_overwritten(folder):
 def test_only_empty_captions_are_filled(folder):
     (folder / "target" / "photo_0.txt").unlink()
     (folder / "target" / "photo_2.txt").write_text(" \n")
-    assert fill_captions(open_at(folder), " the same ") == 2
+    assert fill_captions(open_at(folder), " the same ").num_changed == 2
     captions = [pair.caption for pair in find_pairs(folder, allow).pairs]
     assert captions == ["the same", f"{CAPTION}, number 1", "the same"]
     with pytest.raises(ConfigError, match="is empty"):
@@ -194,7 +194,7 @@ def test_a_trigger_word_is_put_once_before_each_caption(folder):
     (folder / "target" / "photo_1.txt").write_text("ohwx, done already")
     (folder / "target" / "photo_2.txt").unlink()
     for expected in (1, 0):
-        assert add_trigger(open_at(folder), "ohwx, ") == expected
+        assert add_trigger(open_at(folder), "ohwx, ").num_changed == expected
     texts = [(folder / "target" / f"photo_{i}.txt") for i in range(3)]
     assert texts[0].read_text() == "ohwx, ohwxes are not the word"
     assert texts[1].read_text() == "ohwx, done already"
@@ -338,7 +338,7 @@ def test_a_removed_pair_is_gone_for_the_training_and_comes_back_bit_identical(fo
     assert find_pairs(folder, allow).problems == ()
     with pytest.raises(UnknownPairError):
         open_at(folder).find(get(opened, "photo_1").id)
-    assert restore_files(open_at(folder), token) == 3
+    assert restore_files(open_at(folder), token).num_files == 3
     assert read_tree(folder) == before
     assert not (folder / REMOVED_FOLDER / token).exists()
     with pytest.raises(UnknownPairError):

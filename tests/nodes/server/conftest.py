@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from demo_base.dit import write_dit
 from demo_base.pair_folders import write_pairs
+from demo_base.pair_page import Page, read_tree
 
 
 @pytest.fixture
@@ -30,6 +32,26 @@ def roots(comfyui: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict
 @pytest.fixture
 def folder(roots: dict[str, Path]) -> Path:
     return write_pairs(roots["input"] / "animals", 3)
+
+
+@pytest.fixture
+def page(routes: Any, folder: Path) -> Page:
+    return Page(routes, "input/animals")
+
+
+@pytest.fixture
+def unchanged(roots: dict[str, Path]) -> Iterator[Callable[[], None]]:
+    """Asserts that no file changed since the test began, and again at its end."""
+    folder = roots["input"].parent
+    before: dict[str, bytes | None] = {}
+
+    def check() -> None:
+        now = read_tree(folder)
+        before.update(now if not before else {})
+        assert now == before
+
+    yield check
+    check()
 
 
 @pytest.fixture

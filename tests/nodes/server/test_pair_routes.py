@@ -2,79 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from demo_base.pair_folders import CAPTION, load_photograph, write_pairs, write_picture, write_text
+from demo_base.pair_page import CACHE, IMAGE, PAIRS, TRASH, Page, make_image, read_tree
 from demo_base.route_server import encode
 
 pytestmark = pytest.mark.comfy
 
-PAIRS, CACHE = "/qwen_edit_lora/pairs", "/qwen_edit_lora/pair_cache"
 UNKNOWN = "0123456789abcdef"
-IMAGE = {"Content-Type": "application/octet-stream"}
-
-
-class Page:
-    """Requests about one set, as the panel sends them."""
-
-    def __init__(self, routes: Any, name: str):
-        self.routes = routes
-        listed = routes.ask("GET", PAIRS).read()["sets"]
-        self.id = next(one["id"] for one in listed if one["name"] == name)
-        self.path = f"{PAIRS}/{self.id}"
-
-    def show(self) -> dict[str, Any]:
-        return self.routes.ask("GET", self.path).read()
-
-    def get(self, name: str) -> dict[str, Any]:
-        return next(pair for pair in self.show()["pairs"] if pair["name"] == name)
-
-    def post(self, path: str, value: Any = None, **headers: str) -> Any:
-        return self.routes.post(f"{self.path}/{path}", value, **headers)
-
-    def upload(self, content: bytes, name: str, slot: Any = 0, pair: str = "", **headers: str):
-        query = f"name={encode(name)}&slot={encode(str(slot))}&pair={encode(pair)}"
-        return self.routes.ask("POST", f"{self.path}/images?{query}", content, {**IMAGE, **headers})
-
-
-@pytest.fixture
-def page(routes: Any, folder: Path) -> Page:
-    return Page(routes, "input/animals")
-
-
-def make_image(number: int = 5, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    load_photograph(number, 48, 32).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def read_tree(folder: Path) -> dict[str, bytes | None]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
-@pytest.fixture
-def unchanged(roots: dict[str, Path]) -> Iterator[Callable[[], None]]:
-    """Asserts that no file changed since the test began, and again at its end."""
-    folder = roots["input"].parent
-    before: dict[str, bytes | None] = {}
-
-    def check() -> None:
-        now = read_tree(folder)
-        before.update(now if not before else {})
-        assert now == before
-
-    yield check
-    check()
 
 
 # --- what a page gets -----------------------------------------------------------------------------
@@ -144,15 +84,16 @@ def test_a_set_is_made_filled_captioned_and_undone(routes, roots):
     ]
     answer = page.post(f"{pair['id']}/caption", {"caption": "a <b>text</b>", "before": ""})
     assert answer.read()["caption"] == "a <b>text</b>"
-    assert page.post("captions", {"trigger": "ohwx"}).read() == {"num_changed": 1}
-    assert page.post("captions", {"fill": "x"}).read() == {"num_changed": 0}
+    assert page.post("captions", {"trigger": "ohwx"}).read()["num_changed"] == 1
+    assert page.post("captions", {"fill": "x"}).read() == {"num_changed": 0, "removed": ""}
     assert (folder / "target" / "Käse.txt").read_text() == "ohwx, a <b>text</b>"
     replaced = page.upload(make_image(3), "other.png", 1, pair["id"]).read()
     assert replaced["pair"]["references"][0]["file"] == "control/Käse.png"
     before = {p for p in read_tree(folder) if not p.startswith(".")}
     removed = page.post(f"{pair['id']}/remove").read()["removed"]
     assert page.show()["pairs"] == []
-    assert page.post("restore", {"removed": removed}).read() == {"num_files": 4}
+    restored = page.post("restore", {"removed": removed}).read()
+    assert restored == {"num_files": 4, "num_edited": 0}
     assert {p for p in read_tree(folder) if not p.startswith(".")} == before
 
 
@@ -168,10 +109,14 @@ def list_requests(page: Page, pair: str) -> list[tuple[str, str, bytes, dict[str
         f"{page.path}/restore": {"removed": UNKNOWN},
         f"{page.path}/{pair}/caption": {"caption": "x"},
         f"{page.path}/{pair}/remove": {},
+        f"{page.path}/{pair}/mask/remove": {},
+        f"{page.path}/outputs": {"filename": "a.png", "subfolder": "", "type": "output", "slot": 0},
         f"{CACHE}/clean": {},
+        f"{TRASH}/empty": {},
     }
     found = [("POST", path, json.dumps(v).encode(), json_type) for path, v in posts.items()]
-    return [*found, ("POST", f"{page.path}/images?name=a.png&slot=0", make_image(), IMAGE)]
+    uploads = (f"{page.path}/images?name=a.png&slot=0", f"{page.path}/{pair}/mask")
+    return [*found, *(("POST", path, make_image(), IMAGE) for path in uploads)]
 
 
 def test_pages_of_other_sites_change_nothing(routes, page, monkeypatch, unchanged):
@@ -195,8 +140,9 @@ def test_a_rebound_name_reads_and_changes_nothing(routes, page, monkeypatch, unc
     monkeypatch.setattr(args, "listen", "127.0.0.1")
     pair = page.get("photo_0")["id"]
     unchanged()
-    reads = [PAIRS, page.path, f"{page.path}/{pair}/images/0", f"{page.path}/{pair}/findings"]
-    requests = [("GET", path, b"", {}) for path in (*reads, CACHE)]
+    reads = [PAIRS, page.path, CACHE, TRASH]
+    reads += [f"{page.path}/{pair}/{end}" for end in ("images/0", "mask", "findings")]
+    requests = [("GET", path, b"", {}) for path in reads]
     for method, path, body, headers in requests + list_requests(page, pair):
         answer = routes.ask(method, path, body, {**headers, "Host": "rebind.attacker.example"})
         assert answer.status == 403, path
@@ -234,6 +180,7 @@ def test_unknown_sets_pairs_and_images_are_404_and_never_cached(routes, page, un
         f"{page.path}/{UNKNOWN}/images/0",
         f"{page.path}/{pair}/images/2",
         f"{page.path}/{pair}/images/99",
+        f"{page.path}/{pair}/mask",
     ):
         answer = routes.ask("GET", path)
         assert (answer.status, answer.headers["Cache-Control"]) == (404, "no-store"), path
