@@ -53,7 +53,7 @@ def test_a_stored_failure_is_english_on_disk_and_chinese_in_a_chinese_page(folde
 
 
 def test_a_page_sees_a_translatable_failure_without_paths(folder):
-    said = message("{path} cannot be read: {reason}.", path="/home/me/secret/a.png", reason="why")
+    said = message("{path} cannot be read: {reason}.", path="/srv/me/secret/a.png", reason="why")
     train = {"name": "a", "output": "x", "model": {"source": "m"}, "data": {"folder": "d"}}
     settings = JobSettings(train=config_from_dict(train))
     for sentence, chinese in (
@@ -68,7 +68,7 @@ def test_a_page_sees_a_translatable_failure_without_paths(folder):
 
 
 def test_a_path_that_is_only_recognised_in_the_whole_text_is_hidden_all_the_same():
-    said = message("{name!r} is missing", name="/home/me/two words/a.png")
+    said = message("{name!r} is missing", name="/srv/me/two words/a.png")
     assert hide_paths(said) == "'…/a.png' is missing"
 
 
