@@ -87,3 +87,30 @@ class OutOfMemoryError(LoraError, MemoryError):
         super().__init__(text)
         self.sentence = sentence
         self.advice = advice
+
+
+#: What systems say of files most often; the rest stays in the system's own words.
+REASONS = (
+    message("No such file or directory"),
+    message("Permission denied"),
+    message("Operation not permitted"),
+    message("Is a directory"),
+    message("Not a directory"),
+    message("File exists"),
+    message("File name too long"),
+    message("Too many levels of symbolic links"),
+    message("Too many open files"),
+    message("Invalid argument"),
+    message("Input/output error"),
+    message("Device or resource busy"),
+    message("Read-only file system"),
+    message("Disk quota exceeded"),
+    message("Stale file handle"),
+    message("Access is denied"),
+    message("The system cannot find the path specified"),
+)
+
+
+def get_reason(error: OSError) -> str:
+    """What the system says of it, as a message if it is one of REASONS."""
+    return next((one for one in REASONS if one == error.strerror), str(error.strerror))

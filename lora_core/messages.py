@@ -17,6 +17,8 @@ from typing import Any
 
 #: In data written to disk, the packed messages among its texts, by their English.
 MESSAGES = "messages"
+#: Of a packed number; JSON readers refuse larger ones.
+MAX_NUMBER = 2**63
 #: Of a packed format string: what templates here use, and no width that fills memory.
 _SPEC = re.compile(r",?(\.\d)?[a-z]?")
 
@@ -95,6 +97,19 @@ def take_clause(text: object) -> str:
     return text.rstrip(".")
 
 
+def change_values(text: str, change: Callable[[str], str]) -> str:
+    """A message with the same template and each text among its values changed; or a changed text.
+
+    `change` gets messages too.
+    """
+    if isinstance(text, MessageList):
+        return MessageList(text.separator, map(change, text.parts))
+    if isinstance(text, Message):
+        changed = {n: change(v) if isinstance(v, str) else v for n, v in text.values.items()}
+        return Message(text.template, changed)
+    return change(text)
+
+
 def simplify(value: object) -> Any:
     """As JSON can hold it, and as the same format string prints it."""
     if value is None or isinstance(value, bool | int | float | str):
@@ -109,9 +124,17 @@ def pack(text: str) -> dict[str, Any] | str:
     if isinstance(text, MessageList):
         return {"separator": text.separator, "parts": [pack(part) for part in text.parts]}
     if isinstance(text, Message):
-        packed = {n: pack(v) if isinstance(v, str) else v for n, v in text.values.items()}
+        packed = {name: pack_value(value) for name, value in text.values.items()}
         return {"template": text.template, "values": packed}
     return text
+
+
+def pack_value(value: Any) -> Any:
+    """Numbers that JSON does not have become texts; a message that formats them is then plain."""
+    if isinstance(value, str):
+        return pack(value)
+    is_odd = isinstance(value, int | float) and not -MAX_NUMBER <= value <= MAX_NUMBER  # NaN too
+    return str(value) if is_odd else value
 
 
 def unpack(packed: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,26 @@ def name_path(path: str | os.PathLike[str]) -> str:
 
 def align(rows: list[list[str]]) -> list[str]:
     """Columns under each other, the first to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(count_columns, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            pad(cell, width, to_the_right=i > 0)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
+
+
+def pad(cell: str, width: int, to_the_right: bool = False) -> str:
+    blank = " " * (width - count_columns(cell))
+    return f"{blank}{cell}" if to_the_right else f"{cell}{blank}"
+
+
+def count_columns(text: str) -> int:
+    """As a terminal or a monospaced font shows it: a Chinese character takes two."""
+    if text.isascii():
+        return len(text)
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def join_counts(counts: Mapping[Any, int]) -> str:

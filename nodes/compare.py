@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..lora_core import compare_adapters
 from ..lora_core.disk.plain_json import write_json
+from ..lora_core.inspection.advice import advise_comparison
 from ..lora_core.inspection.plots import draw_comparison
 from ..lora_core.inspection.tables import build_comparison_table
 from ..lora_core.messages import join_messages
@@ -58,10 +59,11 @@ class QwenEditLoraCompare(io.ComfyNode):
     def execute(cls, adapter_a: Any, adapter_b: Any) -> io.NodeOutput:
         first, second = take_adapter(adapter_a), take_adapter(adapter_b)
         comparison = host.run_with_progress(compare_adapters, first, second)
-        report = Report(comparison.to_text(), comparison.findings)
+        advice = advise_comparison(comparison)
+        report = Report(join_messages("\n", [advice, comparison.to_text()]), comparison.findings)
         heat_map = build_image(draw_comparison(comparison))
         shown = {
-            **show_report(report),
+            **show_report(report, num_shown=2),
             "images": ui.PreviewImage(heat_map, cls=cls).values,
         }
         return io.NodeOutput(
@@ -69,7 +71,7 @@ class QwenEditLoraCompare(io.ComfyNode):
                 join_messages("\n\n", [report, build_comparison_table(comparison)]),
                 comparison.findings,
             ),
-            write_json(comparison.to_dict(), indent=1),
+            write_json({"advice": advice, **comparison.to_dict()}, indent=1),
             heat_map,
             ui=shown,
         )

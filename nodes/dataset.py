@@ -225,7 +225,7 @@ class QwenEditDataset(io.ComfyNode):
         is_check = take_one(check_only)
         if not is_check:
             preflight.raise_stops()
-        report, table = describe_preflight(preflight), build_table(preflight)
+        report, table = describe_preflight(preflight), build_table(preflight, host.translate)
         sheet = build_image(draw_pairs(preflight))
         findings = list(preflight.findings)
         if is_check:

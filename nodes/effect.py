@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..lora_core.disk.plain_json import write_json
 from ..lora_core.messages import join_messages, message
+from ..lora_core.sweep.advice import advise_effect
 from ..lora_core.sweep.cells import MAX_CELLS
 from ..lora_core.sweep.effect import DEFAULT_POINTS, Effect, parse_sigmas
 from ..lora_core.sweep.effect_plot import draw_effect
@@ -129,18 +130,21 @@ class QwenEditLoraEffect(io.ComfyNode):
         numbers, note = resolve_strengths(strengths, model, [adapter])
         effect = measure_effect(model, adapter, positive, latent_image, numbers, levels, seed)
         chosen = ", ".join(f"{strength:g}" for strength in effect.choose_strengths(points))
-        text = join_messages(
-            "\n",
-            filter(
-                None, [note, effect.to_text(), message("\nfor a sweep: {chosen}", chosen=chosen)]
-            ),
-        )
+        advice = advise_effect(effect)
+        sweep = message("\nfor a sweep: {chosen}", chosen=chosen)
+        text = join_messages("\n", filter(None, [advice, effect.to_text(), note, sweep]))
         plot = build_image(draw_effect(effect))
         shown = {
-            **show_report(text, warning=needs_attention(effect)),
+            **show_report(text, warning=needs_attention(effect), num_shown=2),
             "images": ui.PreviewImage(plot, cls=cls).values,
         }
-        return io.NodeOutput(text, write_json(effect.to_dict(), indent=1), plot, chosen, ui=shown)
+        return io.NodeOutput(
+            text,
+            write_json({"advice": advice, **effect.to_dict()}, indent=1),
+            plot,
+            chosen,
+            ui=shown,
+        )
 
 
 def needs_attention(effect: Effect) -> bool:

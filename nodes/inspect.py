@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..lora_core import ConfigError, LoraError
 from ..lora_core.disk.plain_json import write_json
 from ..lora_core.disk.safetensors_file import read_signature
+from ..lora_core.inspection.advice import advise_inspection
 from ..lora_core.inspection.plots import draw_heat_map, draw_histogram, draw_spectrum
 from ..lora_core.inspection.statistics import SORT_KEYS, STATISTICS
 from ..lora_core.inspection.tables import build_table, describe_verdict, find_skipped
@@ -135,17 +136,23 @@ class QwenEditLoraInspect(io.ComfyNode):
             base = host.find_diffusion_model(base_model)
         inspection = get_inspection(take_adapter(adapter), exact, base)
         findings = [*inspection.findings, *find_skipped(inspection)]
-        verdict = Report(describe_verdict(inspection), findings)
+        advice = advise_inspection(inspection)
+        verdict = Report(join_messages("\n", [advice, describe_verdict(inspection)]), findings)
         table = build_table(inspection, sort_by)
         heat_map = build_image(draw_heat_map(inspection, statistic))
         shown = {
-            **show_report(verdict),
+            **show_report(verdict, num_shown=2),
             "images": ui.PreviewImage(heat_map, cls=cls).values,
         }
         return io.NodeOutput(
             Report(join_messages("\n\n", [verdict, table]), findings),
             write_json(
-                {**inspection.to_dict(), "findings": [asdict(one) for one in findings]}, indent=1
+                {
+                    "advice": advice,
+                    **inspection.to_dict(),
+                    "findings": [asdict(one) for one in findings],
+                },
+                indent=1,
             ),
             heat_map,
             build_image(draw_histogram(inspection)),

@@ -125,8 +125,9 @@ class QwenEditLoraJob(io.ComfyNode):
         shown = {
             **show_report(text, warning=warning),
             **show_job(job, aging),
-            "images": ui.PreviewImage(plot, cls=cls).values,
         }
+        if metrics:  # before the first step the plot only says so, and would stay there
+            shown["images"] = ui.PreviewImage(plot, cls=cls).values
         return io.NodeOutput(
             take_adapter(job), text, plot, sheet, write_json(figures, indent=1), ui=shown
         )

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..lora_core import Adapter, write_adapter
 from ..lora_core.findings import WARNING, Finding
+from ..lora_core.formats.observations import report_family
 from ..lora_core.formats.schemes import SCHEMES
 from ..lora_core.messages import join_messages, message
 from ..lora_core.text import format_bytes, format_count
@@ -103,9 +104,15 @@ class QwenEditLoraSave(io.ComfyNode):
                 key_format=key_format,
             )
         ]
-        findings = find_warnings(adapter, key_format)
-        lines += [message("Warning: {text}", text=finding.text) for finding in findings]
-        report = Report(join_messages("\n", lines), findings)
+        warnings = find_warnings(adapter, key_format)
+        licence = [
+            finding
+            for finding in report_family(adapter.base_family, len(adapter))
+            if finding.kind == "licence"
+        ]
+        lines += [finding.text for finding in licence]
+        lines += [message("Warning: {text}", text=finding.text) for finding in warnings]
+        report = Report(join_messages("\n", lines), [*licence, *warnings])
         return io.NodeOutput(name, report, ui=show_report(report))
 
 

@@ -76,13 +76,16 @@ def get_findings(report: str) -> tuple[Finding, ...]:
     return report.findings if isinstance(report, Report) else ()
 
 
-def show_report(report: str, node_id: str = "", *, warning: bool = False) -> dict[str, list]:
+def show_report(
+    report: str, node_id: str = "", *, warning: bool = False, num_shown: int | None = None
+) -> dict[str, list]:
     """The `ui` part of a NodeOutput; web/report.js draws it on the node.
 
     Args:
         node_id: of a node that also runs inside others, so that they do not show its report as
             their own.
         warning: colors the node amber even if no finding does.
+        num_shown: lines before the figures, which the page folds; the first says what to do.
     """
     findings = get_findings(report)
     shown: dict[str, list] = {
@@ -90,6 +93,8 @@ def show_report(report: str, node_id: str = "", *, warning: bool = False) -> dic
         "qwen_edit_lora_warning": [warning or any(f.severity != NOTE for f in findings)],
         "qwen_edit_lora_findings": host.translate([asdict(finding) for finding in findings]),
     }
+    if num_shown is not None:
+        shown["qwen_edit_lora_num_shown"] = [num_shown]
     return {**shown, "qwen_edit_lora_node": [node_id]} if node_id else shown
 
 

@@ -84,16 +84,34 @@ def build_file_rows(count: int) -> list[io.Input]:
     return rows
 
 
-def read_file_rows(files: dict[str, Any] | None) -> list[tuple[str, float]]:
-    """(lora_name, strength) per row of the DynamicCombo's value that has a file.
+def parse_row_numbers(text: str) -> set[int]:
+    """The rows that are switched off; those beyond the last row are of a time with more rows.
+
+    Raises:
+        ConfigError: not numbers from 1.
+    """
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if not all(len(item) < 4 and item.isdecimal() and int(item) for item in items):
+        raise ConfigError(
+            "switched_off is {text!r}; expected the numbers of rows, such as '2' or '1, 3', or "
+            "nothing to use every row",
+            text=shorten(text),
+        )
+    return set(map(int, items))
+
+
+def read_file_rows(files: dict[str, Any] | None, switched_off: str = "") -> list[tuple[str, float]]:
+    """(lora_name, strength) per row of the DynamicCombo's value that has a file and is on.
 
     Raises:
         ConfigError: it is not such a value, as in a graph written by hand.
     """
     files = files or {}
+    off = parse_row_numbers(switched_off)
     try:
         count = COUNTS[files.get("files", name_count(0))]
-        rows = [(files[f"lora_{n}"], files[f"strength_{n}"]) for n in range(1, count + 1)]
+        numbers = [n for n in range(1, count + 1) if n not in off]
+        rows = [(files[f"lora_{n}"], files[f"strength_{n}"]) for n in numbers]
         return [(name, strength) for name, strength in rows if name != NO_FILE]
     except (KeyError, TypeError, AttributeError):
         raise ConfigError(
@@ -160,6 +178,20 @@ class QwenEditLoraStack(io.ComfyNode):
                     ),
                     tooltip="Adapters made by other nodes. Connect one and the next appears.",
                 ),
+                # Last, so that the values of older workflows keep their places. On the page
+                # web/stack_switches.js shows a switch in each row instead.
+                io.String.Input(
+                    "switched_off",
+                    display_name="rows switched off",
+                    default="",
+                    optional=True,
+                    socketless=True,
+                    placeholder="2, 3",
+                    tooltip=(
+                        "Numbers of the rows that are off, such as '2' or '1, 3': their files are "
+                        "not read. The switches in the rows write it."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The model with all of them applied."),
@@ -168,9 +200,11 @@ class QwenEditLoraStack(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, files: dict[str, Any] | None = None, **_: Any) -> Any:
+    def fingerprint_inputs(
+        cls, files: dict[str, Any] | None = None, switched_off: str = "", **_: Any
+    ) -> Any:
         try:
-            names = [name for name, _ in read_file_rows(files)]
+            names = [name for name, _ in read_file_rows(files, switched_off)]
             signatures = [read_signature(host.find_lora(name)) for name in names]
             return [*signatures, host.find_queued_readers()]
         except LoraError:
@@ -184,8 +218,9 @@ class QwenEditLoraStack(io.ComfyNode):
         strengths: str = "1",
         files: dict[str, Any] | None = None,
         adapters: dict[str, Any] | None = None,
+        switched_off: str = "",
     ) -> io.NodeOutput:
-        rows = read_file_rows(files)
+        rows = read_file_rows(files, switched_off)
         layers: list[tuple[Adapter, Strengths]] = [
             (open_lora(name), Strengths(strength)) for name, strength in rows
         ]
@@ -196,7 +231,7 @@ class QwenEditLoraStack(io.ComfyNode):
         layers += [(a, Strengths(number)) for a, number in zip(connected, numbers, strict=True)]
         if not layers:
             raise ConfigError(
-                "the stack is empty; choose a file in one of its rows, or connect an adapter"
+                "the stack is empty; choose a file in a row that is on, or connect an adapter"
             )
         readers = host.find_weight_readers(cls.hidden.dynprompt)
         node = host.find_running_node(cls.hidden.dynprompt)

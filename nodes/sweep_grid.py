@@ -7,12 +7,14 @@ from comfy_api.latest import io, ui
 
 from ..lora_core import ConfigError, FileError
 from ..lora_core.disk.plain_json import write_json
+from ..lora_core.errors import get_reason
 from ..lora_core.messages import join_messages
+from ..lora_core.sweep.advice import advise_sweep
 from ..lora_core.sweep.cells import MAX_CELLS
 from ..lora_core.sweep.measures import measure_sweep
 from ..lora_core.sweep.plots import draw_contact_sheet, draw_curve, draw_differences
 from ..lora_core.sweep.table import build_sweep_table
-from ..lora_core.sweep.verdict import judge_sweep
+from ..lora_core.sweep.verdict import SweepVerdict, judge_sweep
 from . import host
 from .sockets import CATEGORY, Report, build_image, report_output, show_report
 
@@ -119,10 +121,12 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
             (thumbnail_px or [DEFAULT_THUMBNAIL_PX])[0],
         )
         verdict = judge_sweep(sweep)
-        report = Report(verdict.to_text(), verdict.findings)
+        advice = advise_sweep(verdict)
+        report = Report(join_messages("\n", [advice, verdict.to_text()]), verdict.findings)
         table = build_sweep_table(sweep, verdict)
         sheet = build_image(draw_contact_sheet(sweep, verdict))
         figures = {
+            "advice": advice,
             **verdict.to_dict(),
             "size": sweep.size,
             "cells": [
@@ -137,7 +141,7 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
             build_image(draw_curve(verdict)),
             table,
             write_json(figures, indent=1),
-            ui={**show_report(report), **cls.save(sheet, prefix)},
+            ui={**show_report(report, num_shown=count_shown(verdict)), **cls.save(sheet, prefix)},
         )
 
     @classmethod
@@ -147,8 +151,13 @@ class QwenEditLoraSweepGrid(io.ComfyNode):
             return ui.ImageSaveHelper.get_save_images_ui(sheet, prefix, cls=cls).as_dict()
         except OSError as e:
             raise FileError(
-                "the contact sheet cannot be saved: {reason}.", reason=e.strerror
+                "the contact sheet cannot be saved: {reason}.", reason=get_reason(e)
             ) from None
+
+
+def count_shown(verdict: SweepVerdict) -> int:
+    """The advice, and of a single adapter its verdict; of several the figures hold them all."""
+    return 2 if len(verdict.adapters) == 1 else 1
 
 
 def split_labels(labels: list[str]) -> list[str]:

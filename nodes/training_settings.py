@@ -10,6 +10,7 @@ from typing import Any
 
 from ..lora_core import ConfigError
 from ..lora_core.disk.safetensors_file import read_signature
+from ..lora_core.errors import get_reason
 from ..lora_core.training.config.config import TrainConfig
 from ..lora_core.training.config.config_files import config_from_dict, config_to_dict, parse
 from ..lora_core.training.config.presets import apply_preset, merge_tables
@@ -99,6 +100,6 @@ def compute_key(config: TrainConfig) -> str:
     except OSError as e:
         raise ConfigError(
             "the training set cannot be opened ({reason}); run the dataset node again",
-            reason=e.strerror,
+            reason=get_reason(e),
         ) from None
     return digest.hexdigest()

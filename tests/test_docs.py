@@ -36,7 +36,8 @@ CORE_NODES = frozenset(
         "ImageScaleToTotalPixels",
         *("ModelSamplingAuraFlow", "CFGNorm", "TextEncodeQwenImageEditPlus", "VAEEncode"),
         *("FluxKontextMultiReferenceLatentMethod", "KSampler", "VAEDecode", "SaveImage"),
-        *("PreviewImage", "PreviewAny", "MarkdownNote"),
+        *("PreviewImage", "PreviewAny", "MarkdownNote", "ImageCompare"),
+        *("TextEncodeQwenImage21", "QwenImage21Cache"),  # since ComfyUI 0.37
     }
 )
 
@@ -146,7 +147,8 @@ def test_the_walk_over_the_nodes_finds_all_nodes():
         *("model", "adapter", "strength", "mode", "image_strength", "text_strength", "blocks")
     }
     assert {s.id for s in NODES["QwenEditLoraStack"] if s.direction == "Input"} == {
-        *("model", "mode", "files", "lora_1", "strength_1", "strengths", "adapters", "adapter_0")
+        *("model", "mode", "files", "lora_1", "strength_1", "strengths", "adapters", "adapter_0"),
+        "switched_off",
     }
     (without,) = list_sockets(ast.parse('io.Float.Input("x")'))
     assert not without.has_tooltip

@@ -35,7 +35,8 @@ HOST = {
     ),
     "server": ("nodes/server/routes.py",),
     "aiohttp": tuple(
-        f"nodes/server/{name}.py" for name in ("routes", "pair_routes", "job_downloads", "answers")
+        f"nodes/server/{name}.py"
+        for name in ("routes", "pair_routes", "download_routes", "answers")
     ),
 }
 #: Modules of the core that every package may use; they import only each other.

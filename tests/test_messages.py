@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import importlib
 import json
+import math
 import pickle
+import re
 import string
 import sys
 from pathlib import Path
@@ -144,6 +146,17 @@ def test_a_sentence_continued_as_a_clause_keeps_its_translation_without_the_full
     assert to_chinese(longer) == "index.json 已损坏（no version），因此其 alpha 丢失"
 
 
+@pytest.mark.parametrize(
+    ("said", "chinese"),
+    [("Permission denied", "权限不足"), ("Odd fault", "Odd fault")],
+)
+def test_what_the_system_says_is_translated_if_it_is_usual(said, chinese):
+    reason = errors.get_reason(OSError(13, said))
+    error = core.FileError("{name} cannot be opened: {reason}.", name="a.json", reason=reason)
+    assert str(error) == f"a.json cannot be opened: {said}."
+    assert to_chinese(error.message) == f"无法打开 a.json：{chinese}。"
+
+
 def test_a_pickled_error_keeps_its_message():
     error = core.TargetError(
         "unknown preset {preset!r}; expected one of {presets}",
@@ -221,6 +234,18 @@ def test_stored_messages_are_plain_english_texts_and_become_messages_again():
     restored = messages.restore_messages(stored, stored.pop("messages"))
     assert restored["notes"] == stored["notes"]
     assert to_chinese(restored["notes"][0]) == to_chinese(said) != said
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 2**70, -(2**70)])
+def test_a_number_that_json_does_not_have_is_stored_as_text(number):
+    shown, formatted = message("the loss is {loss}", loss=number), message("{n:g} M", n=number)
+    stored = json.dumps(messages.add_messages({"a": shown, "b": formatted}), allow_nan=False)
+    assert not re.search(r"\d{20}[^\d\"]*[,}]", stored)
+    data = json.loads(stored)
+    restored = messages.restore_messages(data, data.pop("messages"))
+    assert restored == {"a": shown, "b": formatted}
+    assert to_chinese(restored["a"]) == f"损失为 {number}"
+    assert type(restored["b"]) is str
 
 
 @pytest.mark.parametrize(

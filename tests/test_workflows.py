@@ -145,10 +145,26 @@ def test_every_model_file_of_a_loader_can_be_downloaded_from_the_graph(path):
             continue
         folder, repository = LOADERS[node["type"]]
         (model,) = node["properties"]["models"]
+        if "2.1" in path.stem:
+            repository = "Comfy-Org/Qwen-Image-2.1"
         assert model["name"] in node["widgets_values"]
         assert model["directory"] == folder
         assert model["url"].startswith(f"https://huggingface.co/{repository}/resolve/main/")
         assert model["url"].endswith(f"/{folder}/{model['name']}")
+
+
+def test_the_workflow_of_2_1_says_its_licence_and_starts_with_a_public_lora_of_it():
+    (path,) = [path for path in WORKFLOWS if "2.1" in path.stem]
+    nodes = read_workflow(path)["nodes"]
+    (load,) = [node for node in nodes if node["type"] == "QwenEditLoraLoad"]
+    (model,) = load["properties"]["models"]
+    assert load["widgets_values"] == [model["name"]]
+    assert model["directory"] == "loras"
+    (encode,) = [node for node in nodes if node["type"] == "TextEncodeQwenImage21"]
+    assert encode["widgets_values"][0] == "Transform the image with balanced neutral exposure"
+    notes = "".join(n["widgets_values"][0] for n in nodes if n["type"] == "MarkdownNote")
+    assert "non-commercial use only (Qwen Research License)" in notes
+    assert "ComfyUI 0.37 or newer" in notes
 
 
 def test_the_first_workflow_starts_with_a_public_lora_and_its_own_prompt():

@@ -59,22 +59,49 @@ function offers(node, loraName) {
   return (typeof values === "function" ? values() : values ?? []).includes(loraName);
 }
 
+function setFile(app, load, loraName) {
+  const widget = findWidget(load, "lora_name");
+  widget.value = loraName;
+  widget.callback?.(loraName, app.canvas, load);
+}
+
+// A wired Load node whose file ComfyUI does not have, as in a template just opened.
+async function findLoaderWithoutFile(app, graph) {
+  const loaders = graph._nodes.filter(
+    (node) => node.comfyClass === "QwenEditLoraLoad" && node.outputs.some((one) => one.links?.length)
+  );
+  if (!loaders.length) return null;
+  await app.refreshComboInNodes(); // a file may be newer than the page
+  return loaders.find((load) => !offers(load, findWidget(load, "lora_name").value)) ?? null;
+}
+
 /**
  * Adds Load Qwen Edit LoRA wired to Apply Qwen Edit LoRA to the open graph, as one undo step.
  *
  * @param loraName the file's name in the loaders' list.
+ * Without a position, a wired Load node whose file is missing gets the file instead.
+ *
  * @param position of the pair in the graph; defaults to the center of the visible canvas.
- * @returns {{load, apply}} the nodes.
+ * @returns {{load, apply}} the nodes; apply is null if none was added.
  */
 export async function addLoadAndApply(app, loraName, position) {
+  const { canvas } = app;
+  const graph = canvas.graph ?? app.graph;
+  const waiting = position ? null : await findLoaderWithoutFile(app, graph);
+  if (waiting) {
+    graph.beforeChange();
+    setFile(app, waiting, loraName);
+    graph.afterChange();
+    canvas.selectItems([waiting]);
+    canvas.setDirty(true, true);
+    return { load: waiting, apply: null };
+  }
   let load = createNode("QwenEditLoraLoad");
   if (!offers(load, loraName)) {
     await app.refreshComboInNodes(); // the file is newer than the page
     load = createNode("QwenEditLoraLoad");
   }
   const apply = createNode("QwenEditLoraApply");
-  const { canvas } = app;
-  const graph = canvas.graph ?? app.graph;
   const width = load.size[0] + GAP + apply.size[0];
   const height = Math.max(load.size[1], apply.size[1]);
   const [x, y] = position ?? findFreePosition(app, graph, width, height);
@@ -85,9 +112,7 @@ export async function addLoadAndApply(app, loraName, position) {
     apply.pos = [x + load.size[0] + GAP, y];
     graph.add(load);
     graph.add(apply);
-    const widget = findWidget(load, "lora_name");
-    widget.value = loraName;
-    widget.callback?.(loraName, canvas, load);
+    setFile(app, load, loraName);
     load.connect(load.findOutputSlot("adapter"), apply, apply.findInputSlot("adapter"));
     canvas.selectItems([load, apply]);
   } finally {

@@ -1,12 +1,12 @@
 // A training on the node that started or shows it: state, loss curve, newest image, live.
-// A DOM widget, since canvas drawing does not exist in ComfyUI's Vue nodes.
+// It shares the DOM widget of the report; see report.js.
 
 import { CurveChart } from "./panel/curve_chart.js";
 import { build, buildImage, setAttribute, setHidden, setText } from "./elements.js";
 import { showProgress, showStatus } from "./panel/job_list.js";
 import { createTranslator } from "./translation.js";
 
-const HEIGHT = 132; // px
+const HEIGHT = 136; // px, with the gap to the report
 const CHART_HEIGHT = 84; // px
 const PROPERTY = "qwen_edit_lora_job"; // of the node
 const MIN_INTERVAL = 3000; // ms between requests for the curve
@@ -43,7 +43,8 @@ export class JobView {
     jobs.addEventListener("change", this.listen);
   }
 
-  getMinHeight() {
+  /** Of the space that it takes on a node. */
+  getHeight() {
     return this.element.hidden ? 0 : HEIGHT;
   }
 
@@ -69,7 +70,9 @@ export class JobView {
 
   update() {
     const job = this.jobs.jobs.get(this.id);
+    const wasHidden = this.element.hidden;
     setHidden(this.element, this.id === null || (!job && this.isRecalled));
+    if (this.element.hidden !== wasHidden) this.onresize?.();
     if (!job) {
       setText(this.text, this.id !== null && this.jobs.isKnown ? this.t("job.gone") : "");
       return;
@@ -115,27 +118,20 @@ export class JobView {
 
 export function addJobWidget(node, context) {
   const view = new JobView(context);
-  const widget = node.addDOMWidget("job_view", "qwen_edit_lora_job", view.element, {
-    serialize: false,
-    hideOnZoom: false,
-    getValue: () => view.id ?? "",
-    setValue: () => {},
-    getMinHeight: () => view.getMinHeight(),
-    getMaxHeight: () => view.getMinHeight(),
-  });
-  widget.serialize = false;
+  const report = node.widgets.find((one) => one.name === "report_view").element;
+  report.append(view.element);
+  view.report = report.firstElementChild;
+  view.onresize = node.measureReport;
+  node.jobView = view;
   node.showJob = (output) => {
     const id = output?.qwen_edit_lora_job?.[0];
     if (!id) return;
-    view.report = node.widgets.find((one) => one.name === "report_view")?.element;
     view.reported = output.qwen_edit_lora_reported;
     if (id === view.id) return view.update();
-    const isFirst = view.element.hidden;
     view.isRecalled = false;
     view.showJob(id);
     // Saved in the workflow, so that reopening it shows the training again.
     node.setProperty?.(PROPERTY, id);
-    if (isFirst) node.setSize?.([node.size[0], Math.max(node.size[1] + HEIGHT, node.computeSize()[1])]);
   };
   node.recallJob = () => {
     const id = node.properties?.[PROPERTY];

@@ -7,6 +7,7 @@ import { ProgressTitle } from "./panel/progress_title.js";
 import { registerSidebar } from "./panel/sidebar.js";
 import { addPairsButton } from "./pairs/node_button.js";
 import { addReportWidget } from "./report.js";
+import { addSwitches } from "./stack_switches.js";
 import { createTranslator } from "./translation.js";
 
 // ComfyUI imports every .js file of this folder by itself; only this one registers anything.
@@ -67,7 +68,8 @@ app.registerExtension({
       const openPairs = (id) => sidebar?.showPairs(id);
       addPairsButton(node, { app, api, t: createTranslator(app), openPairs });
     }
-    if (NODES_WITH_REPORT.has(node.comfyClass)) addReportWidget(node, createTranslator(app));
+    if (node.comfyClass === "QwenEditLoraStack") addSwitches(node, { t: createTranslator(app) });
+    if (NODES_WITH_REPORT.has(node.comfyClass)) addReportWidget(node, { api, t: createTranslator(app) });
     if (NODES_WITH_JOB.has(node.comfyClass)) {
       addJobWidget(node, { app, jobs, showJob: (id) => sidebar?.showJob(id) });
     }
@@ -75,6 +77,7 @@ app.registerExtension({
 
   loadedGraphNode(node) {
     node.recallJob?.();
+    node.measureReport?.(); // its saved size may be of a time with a shorter report
   },
 
   // Outputs restored with a reloaded page or from the history.

@@ -115,6 +115,8 @@ _BITS = {
 _ZERO_EXPONENT = -1100
 #: The largest number of float32 is below 2^128.
 _MAX_EXPONENT = 128
+#: Four entries below 2^8, three sums over the rank and the scale: below 2^(32 + 48 + 40).
+_USUAL_EXPONENT, _USUAL_RANK, _USUAL_SCALE = 8, 1 << 16, float(1 << 40)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -155,10 +157,12 @@ def has_finite_delta(weights: ModuleWeights, exponents: Mapping[str, int | None]
     if None in exponents.values():
         return False
     finite = cast("Mapping[str, int]", exponents)
-    if max(finite.values(), default=0) > _MAX_EXPONENT:
+    scale, largest = weights.scale, max(finite.values(), default=0)
+    if largest <= _USUAL_EXPONENT and abs(scale) < _USUAL_SCALE and weights.rank < _USUAL_RANK:
+        return True  # as nearly always: the bound below has at most four factors
+    if largest > _MAX_EXPONENT:
         return False
     factors = [e for part, e in finite.items() if part not in ("bias_delta", "magnitude")]
-    scale = weights.scale
     if not scale or _ZERO_EXPONENT in factors:
         return True
     # A product of n matrices has at most n - 1 sums over the rank.

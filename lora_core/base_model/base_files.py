@@ -15,7 +15,7 @@ import torch
 from ..disk.json_reader import describe_kind, read_object
 from ..disk.regular_files import open_regular
 from ..disk.safetensors_file import BASE_MODEL, AnyTensor, UnmappedFile
-from ..errors import FileError, KeyFormatError, MissingFileError
+from ..errors import FileError, KeyFormatError, MissingFileError, get_reason
 from ..text import name_path, shorten
 from .base_weight import BaseWeight
 from .base_weights import PACKED_PARTS, SCALE_NAMES, BaseWeights
@@ -111,8 +111,11 @@ class BaseFile:
             )
         if weight.packed:
             raise FileError(
-                f"{shorten(self.name)} stores {module_path} as {weight.packed}, which training "
-                "cannot read here yet; choose a bf16, fp8, int8 or GGUF file of the same model."
+                "{name} stores {module_path} as {packed}, which training cannot read here yet; "
+                "choose a bf16, fp8, int8 or GGUF file of the same model.",
+                name=shorten(self.name),
+                module_path=module_path,
+                packed=weight.packed,
             )
         return weight
 
@@ -162,7 +165,7 @@ def is_gguf(path: Path) -> bool:
         ) from None
     except OSError as e:
         raise FileError(
-            "{path} cannot be read: {reason}.", path=shorten(path.name), reason=e.strerror
+            "{path} cannot be read: {reason}.", path=shorten(path.name), reason=get_reason(e)
         ) from None
 
 
@@ -242,7 +245,9 @@ def list_names(folder: Path) -> set[str]:
         return {path.name for path in folder.iterdir()}
     except OSError as e:
         raise FileError(
-            "{folder} cannot be listed: {reason}.", folder=shorten(folder.name), reason=e.strerror
+            "{folder} cannot be listed: {reason}.",
+            folder=shorten(folder.name),
+            reason=get_reason(e),
         ) from None
 
 

@@ -81,9 +81,9 @@ class BaseWeight:
         stored, scale = self.stored, self.scale
         if isinstance(scale, torch.Tensor) and self.scaling in ("row", "block"):
             scale = scale[rows]
-        is_there = isinstance(stored, torch.Tensor)
-        part = stored[rows] if is_there else stored.take_rows(first, count)
-        return replace(self, stored=part, scale=scale)
+        if isinstance(stored, torch.Tensor):
+            return replace(self, stored=stored[rows], scale=scale)
+        return replace(self, stored=stored.take_rows(first, count), scale=scale)
 
     def to(self, device: torch.device | str) -> BaseWeight:
         scale = self.scale.to(device) if isinstance(self.scale, torch.Tensor) else self.scale

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import DeniedFileError, FileError, MissingFileError
+from ..errors import DeniedFileError, FileError, MissingFileError, get_reason
 from ..text import format_bytes, name_path, shorten
 from .literal_paths import open_literally
 
@@ -52,7 +52,7 @@ def open_regular(
         if os.path.isdir(path):  # noqa: PTH112 - Windows opens none; Path.is_dir may raise
             raise FileError("{name} is a folder; expected a file.", name=name) from None
         kind = DeniedFileError if isinstance(e, PermissionError) else FileError
-        raise kind("{name} cannot be opened: {reason}.", name=name, reason=e.strerror) from None
+        raise kind("{name} cannot be opened: {reason}.", name=name, reason=get_reason(e)) from None
     except ValueError:  # a null character or half a surrogate pair
         raise FileError("{name!r} is not a file name; expected one.", name=name) from None
     try:
@@ -89,7 +89,9 @@ def read_bytes(
             data = file.read(max_bytes + 1)
         except OSError as e:
             kind = DeniedFileError if isinstance(e, PermissionError) else FileError
-            raise kind("{name} cannot be read: {reason}.", name=name, reason=e.strerror) from None
+            raise kind(
+                "{name} cannot be read: {reason}.", name=name, reason=get_reason(e)
+            ) from None
     if len(data) > max_bytes:
         raise FileError(
             "{name} is larger than {max_bytes}; expected a file of text. Remove or replace it.",

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import FileError, MissingFileError
+from ..errors import FileError, MissingFileError, get_reason
 from ..messages import message
 from ..text import name_path, shorten
 from .regular_files import open_regular
@@ -127,6 +127,7 @@ class SafetensorsFile:
     def __init__(self, path: str | os.PathLike[str], expected: str = LORA_FILE):
         self.path = Path(path)
         self._expected = expected
+        self._location = os.fspath(self.path)  # for a check at every tensor; a Path is slower
         self._signature = read_signature(self.path, expected)
         self._handle = open_checked(self.path, expected)
         self.metadata: dict[str, str] = dict(self._handle.metadata() or {})
@@ -170,7 +171,7 @@ class SafetensorsFile:
 
         A mapped file that was cut short would otherwise end the whole process with SIGBUS.
         """
-        if read_signature(self.path, self._expected) != self._signature:
+        if read_signature(self._location, self._expected) != self._signature:
             raise FileError(
                 "{name} was changed on disk since it was opened. Queue the prompt again to read "
                 "the new file.",
@@ -244,7 +245,7 @@ def read_bytes(
     return data if file.readinto(data.numpy()) == num_bytes else None
 
 
-def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
+def read_signature(path: Path | str, expected: str = LORA_FILE) -> tuple[int, ...]:
     """Size in bytes, modification time in ns, and inode.
 
     Raises:
@@ -261,7 +262,7 @@ def read_signature(path: Path, expected: str = LORA_FILE) -> tuple[int, ...]:
         ) from None
     except OSError as e:
         raise FileError(
-            "{path} cannot be opened: {reason}.", path=name_path(path), reason=e.strerror
+            "{path} cannot be opened: {reason}.", path=name_path(path), reason=get_reason(e)
         ) from None
     except ValueError:  # a null character or half a surrogate pair
         raise FileError(
@@ -282,7 +283,7 @@ def open_checked(path: Path, expected: str = LORA_FILE) -> Any:
             start = file.read(16)
         except OSError as e:
             raise FileError(
-                "{name} cannot be read: {reason}.", name=name, reason=e.strerror
+                "{name} cannot be read: {reason}.", name=name, reason=get_reason(e)
             ) from None
         size = os.fstat(file.fileno()).st_size
     if size == 0:
@@ -338,5 +339,7 @@ def map_file(path: Path, name: str) -> Any:
         ) from None
     except OSError as e:
         raise FileError(
-            "{name} cannot be mapped: {reason}.", name=name, reason=e.strerror or shorten(str(e))
+            "{name} cannot be mapped: {reason}.",
+            name=name,
+            reason=get_reason(e) if e.strerror else shorten(str(e)),
         ) from None

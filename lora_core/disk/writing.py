@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from ..errors import FileError
+from ..errors import FileError, get_reason
 from ..messages import message
 from ..text import shorten
 
@@ -99,4 +99,4 @@ def explain(error: Exception) -> str:
         return message("the folder is read-only; choose another one or change its permissions")
     if number == errno.ENAMETOOLONG or "File name too long" in text:
         return message("the name is too long; choose a shorter one")
-    return getattr(error, "strerror", None) or text
+    return get_reason(error) if isinstance(error, OSError) and error.strerror else text

@@ -279,7 +279,12 @@ def explain_other_family(adapter: Adapter, base: BaseWeights) -> NotInspected | 
     if ours is None or theirs is None or ours is theirs:
         return None
     return NotInspected(
-        f"{base.name} is a {theirs.title} model, the adapter was made for {ours.title}",
+        message(
+            "{base} is a {title} model, the adapter was made for {other_title}",
+            base=base.name,
+            title=theirs.title,
+            other_title=ours.title,
+        ),
         is_mismatch=True,
     )
 

@@ -13,13 +13,13 @@ from ..disk.regular_files import open_regular
 from ..disk.safetensors_file import BASE_MODEL, StoredTensor, read_signature
 from ..disk.typed_json import read_typed
 from ..disk.writing import write_then_rename
-from ..errors import FileError
+from ..errors import FileError, get_reason
 from ..text import shorten
 from .against_base import BaseStatistics
 from .inspection import Inspection, ModuleInspection
 
 #: Goes up when the same file would get other statistics; the fields are compared anyway.
-VERSION = 5
+VERSION = 6
 HASH_CHUNK_BYTES = 1 << 24
 #: Of an inspection on disk; one of 840 modules of rank 128 has 3 MB.
 MAX_BYTES = 256 << 20
@@ -70,7 +70,7 @@ def compute_file_identity(path: Path) -> str:
                 digest.update(sample)
     except OSError as e:
         raise FileError(
-            "{path} cannot be opened: {reason}.", path=shorten(path.name), reason=e.strerror
+            "{path} cannot be opened: {reason}.", path=shorten(path.name), reason=get_reason(e)
         ) from None
     return digest.hexdigest()
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..base_model import module_paths
+from ..base_model.qwen_image import QWEN_IMAGE
 from ..findings import ERROR, NOTE, WARNING, Finding
 from ..messages import join_messages, message
 from ..text import format_count, format_percent, shorten_list
@@ -199,13 +200,16 @@ def judge_merge(inspection: Inspection) -> list[Finding]:
     ]
 
 
-def describe_value(name: str, size: float, good: tuple[float, float]) -> str:
+def describe_value(name: str, size: float, inspection: Inspection) -> str:
+    low, high = GOOD_STD
+    values = {"name": name, "size": size, "low": low, "high": high}
+    if inspection.base_family in (None, QWEN_IMAGE):
+        return message("{name} {size:.2e} (known-good LoRAs: {low:g} to {high:g})", **values)
+    # nobody has measured those of others
     return message(
-        "{name} {size:.2e} (known-good LoRAs: {low:g} to {high:g})",
-        name=name,
-        size=size,
-        low=good[0],
-        high=good[1],
+        "{name} {size:.2e} (known-good LoRAs of {family}-Edit: {low:g} to {high:g})",
+        family=QWEN_IMAGE.title,
+        **values,
     )
 
 
@@ -215,9 +219,10 @@ def judge_unknown_merge(inspection: Inspection) -> list[Finding]:
     storages = {base.storage for base in bases if base.storage in UNPREDICTED}
     if not storages:
         return []
-    text = (
-        f"what is left after merging into this {' and '.join(sorted(storages))} base is not "
-        "predicted here; the side path adds without rounding"
+    text = message(
+        "what is left after merging into this {storages} base is not predicted here; the "
+        "side path adds without rounding",
+        storages=" and ".join(sorted(storages)),
     )
     return [Finding("merge_unknown", NOTE, text)]
 
@@ -236,7 +241,7 @@ def judge_size(inspection: Inspection) -> Finding:
         )
     else:
         name, size = message("std"), inspection.std
-    parts = [describe_value(name, size, GOOD_STD)]
+    parts = [describe_value(name, size, inspection)]
     if largest is not None:
         parts.append(
             message(

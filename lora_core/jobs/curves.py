@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError, MissingFileError
+from ..errors import FileError, MissingFileError, get_reason
 from ..training.run.metrics import METRIC_NAMES, parse_row
 from .folder import open_inside
 
@@ -51,7 +51,7 @@ class MetricsReader:
             except OSError as e:
                 self._known.pop(path, None)
                 raise FileError(
-                    "{path} cannot be read: {reason}", path=path.name, reason=e.strerror
+                    "{path} cannot be read: {reason}", path=path.name, reason=get_reason(e)
                 ) from None
 
     def _read_on(self, path: Path, file: Any) -> list[Row]:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from ..disk.writing import explain
 from ..errors import FileError
+from ..messages import message
 from ..text import shorten
 from .folder import open_inside
 from .job import UnknownFileError
@@ -66,7 +67,7 @@ def pack(folder: Path, names: list[str]) -> Iterator[bytes]:
                             target.write(data)
                             yield pipe.take()
             except FileError as e:
-                left_out.append(f"{name}: {e}")
+                left_out.append(message("{name}: {error}", name=name, error=e))
         if left_out:
             archive.writestr(LEFT_OUT, "\n".join(left_out))
     yield pipe.take()
@@ -129,7 +130,7 @@ def iterate_file(file: BinaryIO, size: int) -> Iterator[bytes]:
             try:
                 data = file.read(min(size, CHUNK_BYTES))
             except OSError as e:
-                raise FileError(f"the file cannot be read: {explain(e)}") from None
+                raise FileError("the file cannot be read: {reason}", reason=explain(e)) from None
             if not data:
                 raise FileError("the file became shorter while it was read")
             size -= len(data)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..messages import message
+from ..messages import MESSAGES, get_message, message, restore_messages
 from ..progress import ShouldStop
 from ..subprocesses import hide_window, run_module
 from ..training.config.config import TrainConfig
@@ -72,10 +72,21 @@ def estimate_in_process(
                     process.kill()
                 process.wait()
         if process.returncode:
-            raise ConfigError(explain(errors.read_text("utf-8", "replace"), process.returncode))
+            said = read_error(out.read_text("utf-8", "replace"))
+            told = errors.read_text("utf-8", "replace")
+            raise ConfigError(said or explain(told, process.returncode))
         values = json.loads(out.read_text(encoding="utf-8"))
     del values["fits"]
     return Estimate(**{**values, "advice": tuple(map(message, values["advice"]))})
+
+
+def read_error(out: str) -> str:
+    """The error that the command reports as JSON; "" if it ended in another way."""
+    try:
+        values = json.loads(out)
+        return get_message(restore_messages(values["error"], values.get(MESSAGES)))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return ""
 
 
 def explain(errors: str, exit_code: int) -> str:

@@ -16,7 +16,7 @@ from ..disk.own_folders import check_own_folder
 from ..disk.regular_files import open_regular, read_bytes
 from ..disk.typed_json import parse_typed
 from ..disk.writing import BRIEF_PATIENCE_S, PATIENCE_S, explain, replace, retry_while_denied
-from ..errors import ConfigError, DeniedFileError, FileError, MissingFileError
+from ..errors import ConfigError, DeniedFileError, FileError, MissingFileError, get_reason
 from ..messages import MESSAGES, add_messages, restore_messages, take_clause
 from ..text import shorten
 from ..training.config.config_files import build, config_to_dict
@@ -156,7 +156,7 @@ class JobFolder:
         try:
             open_to_append(self._get_order_path(order)).close()
         except OSError as e:
-            raise FileError(f"the order cannot be written: {explain(e)}") from None
+            raise FileError("the order cannot be written: {reason}", reason=explain(e)) from None
 
     def take_order(self, order: Order) -> bool:
         """Whether there was one; only one caller gets it."""
@@ -288,7 +288,7 @@ def open_inside(path: Path) -> BinaryIO:
     except OSError as e:
         file.close()
         raise FileError(
-            "{path} cannot be opened: {reason}.", path=shorten(path.name), reason=e.strerror
+            "{path} cannot be opened: {reason}.", path=shorten(path.name), reason=get_reason(e)
         ) from None
     except BaseException:
         file.close()

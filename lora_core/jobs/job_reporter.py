@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
+from ..messages import message
 from ..training.run.metrics import StepReport
 from .folder import STATE_FILE, JobFolder
 from .job import JobFailure, JobState, Phase
@@ -60,7 +61,7 @@ class JobReporter:
         try:
             self.folder.write_order(order)
         except FileError as e:
-            self.log(f"{order.value} is not done: {e}")
+            self.log(message("{order} is not done: {error}", order=order.value, error=e))
 
     def update(self, **changes: Any) -> None:
         """Changes the state; it is written at once where more than metrics changed."""

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..disk.writing import explain
-from ..errors import FileError
+from ..errors import FileError, get_reason
 
 POLL_INTERVAL = 0.02  # seconds
 #: A link would make a file elsewhere.
@@ -59,7 +59,7 @@ class FileLock:
                 "the file system of {path_parent} has no file locks ({reason}); choose a folder "
                 "on a local disk",
                 path_parent=self.path.parent.name,
-                reason=e.strerror,
+                reason=get_reason(e),
             ) from None
         self._handle = handle
         _held.add(self)

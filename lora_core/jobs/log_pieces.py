@@ -10,6 +10,8 @@ import os
 import re
 from typing import Any, BinaryIO
 
+from ..messages import Message, change_values
+
 #: Bytes of a line beyond which it may be cut between two pieces.
 LINE_BYTES = 4096
 #: Bytes of such a line that are read on both sides of a piece, so that every path is hidden as a
@@ -27,10 +29,17 @@ _PATHS = (
 
 
 def hide_paths(text: str) -> str:
-    """A text in which absolute paths are shortened to what does not tell where they are."""
+    """A text in which absolute paths are shortened to what does not tell where they are.
+
+    A message remains one, unless a path is only recognised in the text as a whole.
+    """
+    hidden = str(text)
     for pattern in _PATHS:
-        text = pattern.sub(lambda match: shorten_path(match[1]), text)
-    return text
+        hidden = pattern.sub(lambda match: shorten_path(match[1]), hidden)
+    if hidden == text:
+        return text
+    changed = change_values(text, hide_paths) if isinstance(text, Message) else hidden
+    return changed if changed == hidden else hidden
 
 
 def shorten_path(path: str) -> str:

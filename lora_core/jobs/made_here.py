@@ -31,7 +31,11 @@ def record_deleted(root: Path, job_id: str) -> None:
         with open_to_append(root / DELETED_FILE) as file:
             file.write(f"{job_id}\n".encode())
     except OSError as e:
-        raise FileError(f"{DELETED_FILE} cannot be written: {explain(e)}") from None
+        raise FileError(
+            "{deleted_file} cannot be written: {reason}",
+            deleted_file=DELETED_FILE,
+            reason=explain(e),
+        ) from None
 
 
 def read_deleted(root: Path) -> set[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..messages import message
 from .job import Job, JobStateError
 from .store import JobStore
 from .transitions import STATUS_WORDS, Order
 
-WORDS = {Order.SAMPLE: "make a sample", Order.SAVE: "save an adapter"}
+WORDS = {Order.SAMPLE: message("make a sample"), Order.SAVE: message("save an adapter")}
 
 
 def give_order(store: JobStore, job_id: str, order: Order) -> Job:
@@ -32,11 +33,18 @@ def give_order(store: JobStore, job_id: str, order: Order) -> Job:
 def explain(job: Job, order: Order) -> str:
     """Why the job cannot do it now."""
     if order not in job.possible_orders:
-        return f"job {job.id} makes no samples; clone it with samples.every above 0"
+        return message(
+            "job {job_id} makes no samples; clone it with samples.every above 0", job_id=job.id
+        )
     status = STATUS_WORDS.get(job.status, job.status.value)
-    stops = ", and was asked to stop" if job.request is not None else ""
-    silent = ", but does not answer" if job.is_silent else ""
-    return (
-        f"job {job.id} is {status}{stops}{silent}; only one that trains can {WORDS[order]} after "
-        "its next step"
+    stops = message(", and was asked to stop") if job.request is not None else ""
+    silent = message(", but does not answer") if job.is_silent else ""
+    return message(
+        "job {job_id} is {status}{stops}{silent}; only one that trains can {words} after "
+        "its next step",
+        job_id=job.id,
+        status=status,
+        stops=stops,
+        silent=silent,
+        words=WORDS[order],
     )

@@ -84,7 +84,7 @@ class JobObserver(StepLog):
             save_now(run, step, self.reporter)
         if self.reporter.take_order(Order.SAMPLE):
             if not self.sampler.indices:
-                self.reporter.log("no sample was made: this job makes none")
+                self.reporter.log(message("no sample was made: this job makes none"))
                 return
             take_sample(self.sampler, step, self.reporter, stop, is_ordered=True)
             if not self.sampler.has_made(step) and stop():
@@ -183,9 +183,11 @@ def save_now(run: Run, step: int, reporter: JobReporter | NullReporter) -> None:
     try:
         adapters = run.save_adapters(step)
         reporter.update(adapters=adapters)
-        reporter.log(f"saved {', '.join(Path(name).name for name in adapters)}")
+        reporter.log(
+            message("saved {adapters}", adapters=", ".join(Path(name).name for name in adapters))
+        )
     except FileError as e:
-        reporter.add_note(f"step {step} was not saved: {e}")
+        reporter.add_note(message("step {step} was not saved: {error}", step=step, error=e))
     finally:
         reporter.update(phase=Phase.TRAINING)
 

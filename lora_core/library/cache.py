@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from ..disk.typed_json import Whole, read_typed
 from ..disk.writing import explain, write_then_rename
 from ..errors import FileError
 from ..inspection import saved
+from ..messages import add_messages, restore_messages
 from .facts import AdapterFacts
 from .health import Health
 
 #: Goes up when the same file would get different facts or a different verdict.
-VERSION = 4
+VERSION = 5
 #: A thousand files take 2 MB.
 MAX_BYTES = 256 << 20
 
@@ -30,6 +32,8 @@ class CacheEntry:
     stamp: Fingerprint
     facts: AdapterFacts | None = None
     health: Health | None = None
+    messages: dict[str, Any] = field(default_factory=dict)
+    """What makes the texts above translatable; see `messages.add_messages`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ def read_cache(path: Path) -> dict[str, CacheEntry]:
         saved = read_typed(path, CacheFile, MAX_BYTES)
     except FileError:
         return {}
-    return saved.adapters if saved.version == describe_version() else {}
+    if saved.version != describe_version():
+        return {}
+    return {n: restore_messages(known, known.messages) for n, known in saved.adapters.items()}
 
 
 def write_cache(path: Path, known: Mapping[str, CacheEntry]) -> None:
@@ -55,7 +61,8 @@ def write_cache(path: Path, known: Mapping[str, CacheEntry]) -> None:
     Raises:
         FileError: the folder or the disk does not take it.
     """
-    values = {"version": describe_version(), "adapters": {n: asdict(k) for n, k in known.items()}}
+    adapters = {name: add_messages(asdict(entry)) for name, entry in known.items()}
+    values = {"version": describe_version(), "adapters": adapters}
     text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
     data = text.encode(errors="replace")
     try:

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.adapter import Adapter
-from ..disk.safetensors_file import SafetensorsFile, is_safetensors
+from ..adapter.load_report import describe_family
+from ..base_model.families import detect_by_names
+from ..disk.safetensors_file import AnyTensor, SafetensorsFile, is_safetensors
 from ..disk.typed_json import Whole
 from ..errors import FileError, KeyFormatError, LoraError
 from ..formats.architectures import detect_architecture
 from ..formats.files import read_adapter
 from ..formats.reading import parse_keys
 from ..formats.schemes import CONFIG_KEY
-from ..messages import message
+from ..messages import get_message, message
 from .metadata import HISTORY_FIELD, JOB_FIELD, clean, find_title, find_trigger_words
 
-QWEN_IMAGE = "Qwen-Image"
 NOT_OPENED = message(
     "not opened: only .safetensors and .sft files are, since a pickle can run code when it "
     "is read; if you trust it, convert it"
@@ -37,7 +38,7 @@ class AdapterFacts:
 
     state: str = OK
     model: str = ""
-    """QWEN_IMAGE, the name of another model, or "" where neither is known."""
+    """Title of the family, of all that fit, or of another model; "" where none is known."""
     error: str = ""
     """Why the file cannot be used, in one sentence."""
     key_format: str = ""
@@ -81,7 +82,7 @@ def describe(adapter: Adapter) -> AdapterFacts:
     adapter.release()
     return AdapterFacts(
         OK,
-        QWEN_IMAGE,
+        describe_family(report.family),
         key_format=report.key_format,
         kinds=sort_by_count(report.kinds),
         num_modules=report.num_modules,
@@ -105,7 +106,7 @@ def describe_refused(path: Path, error: LoraError) -> AdapterFacts:
     except FileError as e:
         return AdapterFacts(DAMAGED, error=shorten_message(e))
     file.release()
-    state, model = DAMAGED, QWEN_IMAGE
+    state, model = DAMAGED, find_family_title(file.tensors)
     if isinstance(error, KeyFormatError):
         foreign = detect_architecture(file.tensors)
         if foreign:
@@ -113,6 +114,12 @@ def describe_refused(path: Path, error: LoraError) -> AdapterFacts:
         elif not parse_keys(file.tensors)[0]:
             state, model = UNKNOWN, ""
     return AdapterFacts(state, model, shorten_message(error), **describe_metadata(file.metadata))
+
+
+def find_family_title(tensors: Mapping[str, AnyTensor]) -> str:
+    """Of a file that is damaged: by the names of its modules alone."""
+    family = detect_by_names(key.module_path for key in parse_keys(tensors)[0])
+    return describe_family(None if family is None else family.name)
 
 
 def describe_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -130,4 +137,5 @@ def sort_by_count(counts: Mapping[Any, int]) -> tuple[Any, ...]:
 
 
 def shorten_message(error: Exception) -> str:
-    return clean(error, 600)
+    text, cleaned = get_message(error), clean(error, 600)
+    return text if text == cleaned else cleaned

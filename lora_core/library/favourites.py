@@ -69,8 +69,10 @@ class Favourites:
             if is_favourite:
                 if len(kept) >= MAX_FAVOURITES:
                     raise ConfigError(
-                        f"there are {len(kept)} favourites; expected fewer than {MAX_FAVOURITES}. "
-                        "Take some stars away first"
+                        "there are {num_kept} favourites; expected fewer than {max_favourites}. "
+                        "Take some stars away first",
+                        num_kept=len(kept),
+                        max_favourites=MAX_FAVOURITES,
                     )
                 kept.append(Favourite(normalize(name), *files[name]))
             self._write(kept)
@@ -88,7 +90,9 @@ class Favourites:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_then_rename(self.path, lambda temporary: temporary.write_bytes(data))
         except OSError as e:
-            raise FileError(f"{self.path.name} cannot be written: {explain(e)}.") from None
+            raise FileError(
+                "{path} cannot be written: {reason}.", path=self.path.name, reason=explain(e)
+            ) from None
 
 
 def match(favourites: tuple[Favourite, ...], files: Mapping[str, Mark]) -> set[str]:

@@ -29,7 +29,9 @@ from ..disk.writing import explain
 from ..errors import FileError, LoraError
 from ..formats.files import read_adapter
 from ..inspection.inspection import inspect_adapter
+from ..messages import MESSAGES, add_messages, restore_messages
 from ..subprocesses import hide_window, run_module
+from ..text import flatten
 from .health import UNEXPECTED, Health, judge_health
 
 NICENESS = 10
@@ -56,7 +58,8 @@ class Inspector:
         Raises:
             FileError: the file cannot be inspected, or the process cannot be started.
         """
-        line = self._ask(json.dumps({"path": str(path), "warnings": list(warnings)}))
+        question = add_messages({"path": str(path), "warnings": list(warnings)})
+        line = self._ask(json.dumps(question))
         if self._is_closed:
             return None
         if not line.endswith("\n"):
@@ -71,12 +74,13 @@ class Inspector:
             return Health("unknown", UNEXPECTED, (UNEXPECTED,))
         values = parse_object(line, "the answer")
         if "error" in values:
-            raise FileError(values["error"])
+            raise FileError(restore_messages(values["error"], values.get(MESSAGES)))
         if values["log"]:
             logger.warning("Qwen Edit LoRA: %s: %s", path.name, values["log"])
         parts = values["health"].items()  # JSON has lists only
         given: dict[str, Any] = {n: tuple(p) if isinstance(p, list) else p for n, p in parts}
-        return Health(**given)
+        health: Health = restore_messages(Health(**given), values.get(MESSAGES))
+        return health
 
     def _ask(self, question: str) -> str:
         """The line it answers with; a partial one if it ended."""
@@ -126,15 +130,16 @@ def main(questions: TextIO, answers: TextIO) -> None:
     with suppress(AttributeError):  # Windows, where it was started so
         os.nice(NICENESS)
     for line in questions:
-        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+        print(json.dumps(add_messages(answer(json.loads(line)))), file=answers, flush=True)
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     try:
         inspection = inspect_adapter(read_adapter(question["path"]))
-        return {"health": asdict(judge_health(inspection, question["warnings"])), "log": ""}
+        warnings = restore_messages(question["warnings"], question.get(MESSAGES))
+        return {"health": asdict(judge_health(inspection, warnings)), "log": ""}
     except LoraError as e:
-        return {"error": " ".join(str(e).split())}
+        return {"error": flatten(e.message)}
     except Exception as e:  # noqa: BLE001 - logged by the other process
         return {"health": asdict(Health("unknown", UNEXPECTED, (UNEXPECTED,))), "log": repr(e)}
 

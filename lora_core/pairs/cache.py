@@ -33,7 +33,7 @@ from ..training.data.dataset import (
     DatasetWriter,
     read_dataset,
 )
-from ..training.data.item_checks import count_references, find_fault
+from ..training.data.item_checks import count_references, find_fault, find_owner_fault
 from .facts import check_unchanged
 from .preflight import CheckedPair
 
@@ -134,7 +134,8 @@ def read_header(path: Path, checked: CheckedPair) -> Mapping[str, AnyTensor] | N
     file.release()
     pair, tensors = checked.pair, file.tensors
     is_its_own = (
-        find_fault(tensors) is None
+        find_owner_fault(file.metadata, path.stem) is None
+        and find_fault(tensors) is None
         and count_references(tensors) == len(pair.references)
         and ("mask" in tensors) == (pair.mask is not None)
     )

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from ..disk.regular_files import open_regular
-from ..errors import FileError
+from ..errors import FileError, get_reason
 from ..messages import message
 from ..text import shorten
 
@@ -102,7 +102,7 @@ class FileImage:
                     digest.update(chunk)
         except OSError as e:
             raise FileError(
-                "{name} cannot be read: {reason}.", name=shorten(self.name), reason=e.strerror
+                "{name} cannot be read: {reason}.", name=shorten(self.name), reason=get_reason(e)
             ) from None
         return digest.hexdigest()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from ..drawing.contact_sheet import Row, Tile, draw_sheet
 from ..messages import join_messages, message
-from ..text import align, format_count, shorten
+from ..text import align, count_columns, format_count, pad, shorten
 from .pair import Level, Problem
 from .preflight import CheckedPair, Preflight, count_sizes
 
@@ -23,6 +24,14 @@ CAPTION_LETTERS = 60
 GREY = (38, 40, 46)
 BACKGROUND_GREY = (90, 94, 102)
 
+TITLES = (
+    message("pair"),
+    message("target"),
+    message("trained at"),
+    message("references"),
+    message("caption"),
+    message("found"),
+)
 PREFIXES = {
     Level.STOP: message("Stop: "),
     Level.QUESTION: message("Warning: "),
@@ -63,12 +72,16 @@ def describe_preflight(preflight: Preflight) -> str:
     return join_messages("\n", lines)
 
 
-def build_table(preflight: Preflight) -> str:
-    """A line per pair: sizes, caption, and what was found."""
+def build_table(preflight: Preflight, show: Callable[[str], str] = str) -> str:
+    """A line per pair: sizes, caption, and what was found.
+
+    Args:
+        show: makes each text what the reader reads; columns are aligned by its result.
+    """
     by_pair: dict[str | None, list[str]] = defaultdict(list)
     for problem in preflight.problems:
-        by_pair[problem.pair].append(problem.text)
-    rows = [["pair", "target", "trained at", "references", "caption", "found"]]
+        by_pair[problem.pair].append(show(problem.text))
+    rows = [[show(title) for title in TITLES]]
     for one in preflight.pairs:
         target = one.facts.target
         rows.append(
@@ -78,21 +91,21 @@ def build_table(preflight: Preflight) -> str:
                 f"{one.size[0]} x {one.size[1]}",
                 ", ".join(f"{r.width} x {r.height}" for r in one.facts.references),
                 cut_caption(one.pair.caption or ""),
-                join_messages("; ", by_pair.pop(one.pair.name, [])) or "-",
+                "; ".join(by_pair.pop(one.pair.name, [])) or "-",
             ]
         )
     rows += [
-        [shorten(pair, 40), "-", "-", "-", "-", join_messages("; ", texts)]
+        [shorten(pair, 40), "-", "-", "-", "-", "; ".join(texts)]
         for pair, texts in by_pair.items()
         if pair is not None
     ]
-    return join_messages("\n", [join_messages("\n", align_left(rows)), *by_pair.get(None, [])])
+    return "\n".join([*align_left(rows), *by_pair.get(None, [])])
 
 
 def align_left(rows: list[list[str]]) -> list[str]:
     """`tables.align` puts numbers to the right; here everything but the sizes is text."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
+    widths = [max(map(count_columns, column)) for column in zip(*rows, strict=True)]
+    padded = [[pad(cell, w) for cell, w in zip(row, widths, strict=True)] for row in rows]
     return [line.rstrip() for line in align(padded)]
 
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import check_number
 from ..disk.output_files import check_outputs
-from ..errors import ConfigError
+from ..errors import ConfigError, LoraError
+from ..messages import add_messages
+from ..text import flatten
 
 if TYPE_CHECKING:
     from .data.dataset import CachedDataset
@@ -158,9 +160,15 @@ def run_estimate(options: argparse.Namespace) -> None:
     from .model.libraries import quiet_libraries
 
     quiet_libraries()
-    config = read_config(options.config)
-    dataset = read_dataset(config.data.folder)
-    estimate = estimate_run(config, dataset, is_shared=options.shared, with_samples=options.samples)
+    try:
+        config = read_config(options.config)
+        dataset = read_dataset(config.data.folder)
+        shared, samples = options.shared, options.samples
+        estimate = estimate_run(config, dataset, is_shared=shared, with_samples=samples)
+    except LoraError as e:
+        if options.json:  # for who runs this, in a language of its own; the text goes to stderr
+            print(json.dumps(add_messages({"error": flatten(e.message)})))
+        raise
     print(json.dumps(estimate.to_dict(), indent=1) if options.json else estimate.to_text())
 
 

@@ -9,6 +9,7 @@ import folder_paths
 
 from ...lora_core import FileError
 from ...lora_core.disk.safetensors_file import is_safetensors
+from ...lora_core.errors import get_reason
 from ...lora_core.text import shorten
 
 
@@ -37,7 +38,7 @@ def find_lora(lora_name: str | None) -> Path:
             path = folder_paths.get_full_path("loras", name.replace("\\", "/"))
     except OSError as e:
         raise FileError(
-            "{name} cannot be opened: {reason}.", name=shorten(name), reason=e.strerror
+            "{name} cannot be opened: {reason}.", name=shorten(name), reason=get_reason(e)
         ) from None
     except ValueError:  # half a surrogate pair
         path = None
@@ -157,7 +158,7 @@ def choose_output_path(filename_prefix: str) -> Path:
         raise FileError(
             "{filename_prefix} cannot be written: {reason}.",
             filename_prefix=shorten(filename_prefix),
-            reason=e.strerror,
+            reason=get_reason(e),
         ) from None
     folder, filename, counter, *_ = found
     return Path(folder, f"{filename}_{counter:05}_")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+from comfy.cli_args import args
 
 from ...lora_core.translation import ENGLISH, choose_language, translate_all
 
@@ -37,7 +38,8 @@ def use_page_language(headers: Mapping[str, str]) -> None:
     """For the rest of the request with these headers: the user's setting, or the browser's."""
     global _last_page
     browser = choose_language(headers.get("Accept-Language", "").split(",")[0].split(";")[0])
-    language = read_setting(headers.get("Comfy-User", DEFAULT_USER)) or browser
+    user = headers.get("Comfy-User", DEFAULT_USER) if args.multi_user else DEFAULT_USER
+    language = read_setting(user) or browser
     _request.set(language)
     _last_page = language
 

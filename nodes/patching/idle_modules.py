@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from ...lora_core.findings import WARNING, Finding
+from ...lora_core.messages import message
 from ...lora_core.text import format_count
 from .. import host
 
@@ -27,15 +28,19 @@ def describe_idle(idle: list[str], count: int) -> Finding | None:
     if not idle:
         return None
     if len(idle) == count:
-        text = (
-            f"the model ran none of the {count} modules the LoRA acts on, so the image is that of "
-            "the base; another extension runs modules of its own. Use mode 'merge'"
+        text = message(
+            "the model ran none of the {count} modules the LoRA acts on, so the image is "
+            "that of the base; another extension runs modules of its own. Use mode 'merge'",
+            count=count,
         )
     else:
-        text = (
-            f"the model did not run {len(idle)} of the {format_count(count, 'module')} the LoRA "
-            f"acts on, such as {idle[0]}, so their part is missing from the image; ComfyUI or "
-            "another extension computes them in another way. Use mode 'merge'"
+        text = message(
+            "the model did not run {num_idle} of the {num_modules} the LoRA acts on, such "
+            "as {idle}, so their part is missing from the image; ComfyUI or another "
+            "extension computes them in another way. Use mode 'merge'",
+            num_idle=len(idle),
+            num_modules=format_count(count, "module"),
+            idle=idle[0],
         )
     return Finding("modules_not_run", WARNING, text, len(idle))
 

@@ -125,9 +125,11 @@ def check_family(adapter: Adapter, family: Family | None) -> None:
     if family is None or made_for is None or made_for is family:
         return
     raise KeyFormatError(
-        f"{adapter.name} is a LoRA for {made_for.title}, and this MODEL is a {family.title}: their "
-        f"modules differ in names and sizes. Choose a LoRA for {family.title}, or connect a "
-        f"{made_for.title} model."
+        "{adapter} is a LoRA for {title}, and this MODEL is a {model}: their modules differ "
+        "in names and sizes. Choose a LoRA for {model}, or connect a {title} model.",
+        adapter=adapter.name,
+        title=made_for.title,
+        model=family.title,
     )
 
 

@@ -96,7 +96,9 @@ def set_favourite(adapter_id: str, options: Mapping[str, Any]) -> dict[str, Any]
     """
     favourite = options.get("favourite")
     if not isinstance(favourite, bool):
-        raise ConfigError(f"favourite is {shorten(repr(favourite))}; expected true or false")
+        raise ConfigError(
+            "favourite is {favourite}; expected true or false", favourite=shorten(repr(favourite))
+        )
     return add_jobs([get_library().mark(adapter_id, favourite)])[0]
 
 

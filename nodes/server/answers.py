@@ -22,6 +22,7 @@ from ...lora_core.jobs.job import JobStateError, UnknownFileError, UnknownJobErr
 from ...lora_core.library import library
 from ...lora_core.pairs.pair_set import PairConflictError, UnknownPairError
 from ...lora_core.text import shorten
+from ...lora_core.translation import translate_all
 from .. import host
 from .origins import ForeignPageError, check_host, check_origin
 
@@ -67,7 +68,7 @@ def answer(show: Callable[[str, Mapping[str, str]], dict[str, Any]]) -> Handler:
 
     async def handle(request: web.Request) -> web.Response:
         one, query = request.match_info.get("id", ""), dict(request.query)
-        return respond(await run(lambda: show(one, query)))
+        return await respond(lambda: show(one, query))
 
     return guard(handle)
 
@@ -87,7 +88,7 @@ def change(work: Callable[[str, Mapping[str, Any]], dict[str, Any]]) -> Handler:
     async def handle(request: web.Request) -> web.Response:
         check_origin(request.headers, request.host, host.get_cors_origin())
         one, options = request.match_info["id"], await read_options(request)
-        return respond(await run(lambda: work(one, options)))
+        return await respond(lambda: work(one, options))
 
     return guard(handle)
 
@@ -129,8 +130,11 @@ async def read_options(request: web.Request) -> dict[str, Any]:
         raise ConfigError(e) from None
 
 
-def respond(result: dict[str, Any]) -> web.Response:
-    return web.json_response(host.translate(result), dumps=write_json)
+async def respond(work: Callable[[], dict[str, Any]]) -> web.Response:
+    """What `work` gives, in the language of the page that asked."""
+    language = host.get_language()
+    result = await run(lambda: translate_all(work(), language))
+    return web.json_response(result, dumps=write_json)
 
 
 #: The first match counts; any other LoraError is a disk error.

@@ -68,7 +68,7 @@ def start(routes: web.RouteTableDef, is_busy: Callable[[], bool]) -> None:
     async def clean(request: web.Request) -> web.Response:
         check_origin(request.headers, request.host, host.get_cors_origin())
         await read_options(request)
-        return respond(await run(lambda: pair_cache.clean_cache(is_busy())))
+        return await respond(lambda: pair_cache.clean_cache(is_busy()))
 
     routes.get(CACHE)(answer(lambda _, query: pair_cache.measure_cache()))
     routes.post(CACHE + "/clean")(guard(clean))
@@ -83,7 +83,7 @@ def show_set(set_id: str, query: Mapping[str, str]) -> dict[str, Any]:
 
 async def show_findings(request: web.Request) -> web.Response:
     ids = check_id(request.match_info["id"]), check_id(request.match_info["pair"])
-    return respond(await run(lambda: pair_views.show_findings(*ids)))
+    return await respond(lambda: pair_views.show_findings(*ids))
 
 
 async def send_thumbnail(request: web.Request) -> web.Response:
@@ -105,7 +105,7 @@ def change_pair(work: Callable[[str, str, Options], dict[str, Any]]) -> Handler:
         check_origin(request.headers, request.host, host.get_cors_origin())
         ids = check_id(request.match_info["id"]), check_id(request.match_info["pair"])
         options = await read_options(request)
-        return respond(await run(lambda: work(*ids, options)))
+        return await respond(lambda: work(*ids, options))
 
     return guard(handle)
 
@@ -113,7 +113,7 @@ def change_pair(work: Callable[[str, str, Options], dict[str, Any]]) -> Handler:
 async def create(request: web.Request) -> web.Response:
     check_origin(request.headers, request.host, host.get_cors_origin())
     name = get_text(await read_options(request), "name")
-    return respond(await run(lambda: pair_changes.create(name)))
+    return await respond(lambda: pair_changes.create(name))
 
 
 def set_caption(set_id: str, pair_id: str, options: Options) -> dict[str, Any]:
@@ -156,8 +156,8 @@ async def receive_image(request: web.Request) -> web.Response:
         check_id(pair_id)
     with await run(lambda: pair_changes.Upload(set_id)) as upload:
         await receive(request, upload.path)
-        return respond(
-            await run(lambda: pair_changes.take_upload(set_id, upload.path, name, slot, pair_id))
+        return await respond(
+            lambda: pair_changes.take_upload(set_id, upload.path, name, slot, pair_id)
         )
 
 

@@ -4,7 +4,7 @@
     GET  /qwen_edit_lora/jobs/{id}           the job, with its curves, settings, adapters
     GET  /qwen_edit_lora/jobs/{id}/log       ?offset=0&limit=65536: lines; without offset the end
     GET  /qwen_edit_lora/jobs/{id}/pictures/{name}                     a PNG, by its listed name
-    GET  /qwen_edit_lora/jobs/{id}/...       downloads, see job_downloads
+    GET  /qwen_edit_lora/jobs/{id}/...       downloads, see download_routes
     POST /qwen_edit_lora/jobs/{id}/pause | resume | cancel | sample | save | delete | clone
                                              | publish
                                              with a JSON object, see job_views.ACTIONS; a job's
@@ -36,7 +36,7 @@ from ...lora_core.errors import LoraError
 from .. import host
 from . import (
     adapter_library,
-    job_downloads,
+    download_routes,
     job_host,
     job_views,
     measurements,
@@ -95,7 +95,7 @@ def start() -> None:
     server.routes.get(PREFIX + "/{id}/pictures/{name}")(guard(send_image))
     for action, work in job_views.ACTIONS.items():
         server.routes.post(f"{PREFIX}/{{id}}/{action}")(change(work))
-    job_downloads.start(server.routes, PREFIX)
+    download_routes.start(server.routes, PREFIX)
     measurements.connect(lambda data: send(server, EVENT, data))
     start_adapters(server)
     pair_routes.start(server.routes, lambda: is_busy(server))

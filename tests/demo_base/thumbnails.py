@@ -33,6 +33,9 @@ QUALITY = 88  # of the JPEG
 DEEP_LORA = "thumbnail_deep.safetensors"
 WORKFLOWS = ROOT / "workflows"
 
+#: Workflows of models that the demo base is not, and whose nodes ComfyUI 0.30 lacks -> what runs.
+STAND_INS = {"8 Apply a LoRA (Qwen-Image-2.1)": "1 Apply a LoRA"}
+
 Graph = dict[str, Any]
 Render = Callable[[Graph], "list[Image.Image]"]
 
@@ -56,7 +59,8 @@ def main(argv: Sequence[str]) -> None:
     with ComfyServer.start(DEMO, sys.executable, comfyui_path) as server:
         object_info = server.wait_ready().get("/object_info")
         for name in options.names or names:
-            workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+            source = WORKFLOWS / f"{STAND_INS.get(name, name)}.json"
+            workflow = json.loads(source.read_text(encoding="utf-8"))
             write_public_lora(DEMO / "models" / "loras", workflow)
             graph = convert_workflow(workflow, object_info)
             override(graph, overrides)
@@ -97,6 +101,10 @@ def draw_strengths(graph: Graph, render: Render) -> Image.Image:
     graph, sweep = keep_sweep(graph)
     strengths = [f"{float(text):g}" for text in sweep["strengths"].split(",")]
     return draw_bands(render(graph)[: len(strengths)], strengths)  # saved ones come first
+
+
+def draw_two_strengths(graph: Graph, render: Render) -> Image.Image:
+    return draw_bands([render(set_strength(graph, s))[0] for s in (0.0, 1.0)], ["0", "1"])
 
 
 def draw_checkpoints(graph: Graph, render: Render) -> Image.Image:
@@ -144,6 +152,7 @@ DRAW: dict[str, Callable[[Graph, Render], Image.Image]] = {
     "5 Compare checkpoints": draw_checkpoints,
     "6 Train a LoRA": draw_loss,
     "7 Train and sweep": draw_trained_strengths,
+    "8 Apply a LoRA (Qwen-Image-2.1)": draw_two_strengths,
 }
 
 

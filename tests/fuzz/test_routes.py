@@ -187,17 +187,22 @@ OPTIONS = st.one_of(
     st.dictionaries(TEXTS, VALUES, max_size=3),
 )
 BODIES = build_bodies(OPTIONS)
+#: Parts of a job's address that a name follows, and others that send files.
+NAMED, DOWNLOADS = ("/pictures/", "/files/"), ("/samples.zip", "/log.txt")
 QUERIES = st.dictionaries(st.sampled_from(["offset", "limit", "x"]), TEXTS | NUMBERS.map(str))
 
 
 @settings(max_examples=SHARE)
-@given(IDS, st.sampled_from(["", "/log", "/pictures/"]), TEXTS, QUERIES)
+@given(IDS, st.sampled_from(["", "/log", *NAMED, *DOWNLOADS]), TEXTS, QUERIES)
 @example("completed", "/log", "", {"offset": "9" * 15, "limit": "0"})
 @example("completed", "/pictures/", "step_00000004_item.png", {})
+@example("completed", "/files/", "fuzzed.safetensors", {})
+@example("completed", "/samples.zip", "", {})
+@example("completed", "/log.txt", "", {})
 def test_any_request_for_a_job_is_answered(place, job_id, part, name, query):
     place.fill()
     path = f"{JOBS}/{encode(place.ids.get(job_id, job_id))}{part}"
-    if part == "/pictures/":
+    if part in NAMED:
         path += encode(name)
     check_answer(place, place.routes.ask("GET", path + write_query(query)), is_route(job_id, path))
 
@@ -221,13 +226,19 @@ def test_any_action_is_done_or_refused_with_a_message(place, job_id, action, bod
     assert [job["id"] for job in place.routes.ask("GET", JOBS).read()["jobs"]] != []
 
 
+#: Parts of an adapter's address, by method.
+READ, CHANGED = ("", "/preview"), ("/train", "/favourite")
+
+
 @settings(max_examples=SHARE // 2)
-@given(TEXTS, st.sampled_from(["GET", "POST"]), st.sampled_from(["", "/train"]), BODIES)
+@given(TEXTS, st.sampled_from(["GET", "POST"]), st.sampled_from([*READ, *CHANGED]), BODIES)
+@example("x", "POST", "/favourite", b'{"favourite": true}')
+@example("x", "GET", "/preview", b"")
 def test_any_request_for_an_adapter_is_answered(place, adapter_id, method, part, body):
     path = f"{ADAPTERS}/{encode(adapter_id)}{part}"
     known = [entry["id"] for entry in place.routes.ask("GET", ADAPTERS).read()["adapters"]]
     for one in (path, f"{ADAPTERS}/{known[0]}{part}"):
-        is_ours = is_route(adapter_id, one) and (method == "GET") == (part == "")
+        is_ours = is_route(adapter_id, one) and (method == "GET") == (part in READ)
         check_answer(place, place.routes.ask(method, one, body, JSON), is_ours)
 
 

@@ -82,7 +82,11 @@ def test_compare_detects_opposed_adapters(server, loras):
     }
     entry = server.run_prompt(graph)
     shown = entry["outputs"]["compare"]["qwen_edit_lora_report"][0]
-    assert shown.startswith("a: a.safetensors; b: b.safetensors\n24 modules compared, 0 only in a")
+    advice, *rest = shown.splitlines()
+    assert advice.startswith("Do not stack them at full strength: 100 % of the weaker one is")
+    assert rest[0] == "a: a.safetensors; b: b.safetensors"
+    assert rest[1].startswith("24 modules compared, 0 only in a")
+    assert entry["outputs"]["compare"]["qwen_edit_lora_num_shown"] == [2]
     assert "cosine -1;" in shown
     assert "24 modules, lowest cosine first" in entry["outputs"]["report"]["text"][0]
     figures = json.loads(entry["outputs"]["json"]["text"][0])

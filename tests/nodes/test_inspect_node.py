@@ -66,7 +66,11 @@ def test_the_node_gives_a_verdict_a_table_json_and_three_images(server, lora, ca
     entry = server.run_prompt(inspect_graph(exact=True))
     outputs = entry["outputs"]
     shown = outputs["inspect"]["qwen_edit_lora_report"][0]
-    assert shown.startswith(f"{LORA}: 24 modules\ndense, small, healthy: std ")
+    advice, *rest = shown.splitlines()
+    assert advice.startswith("Use strength 1: the delta is as large as that of known-good LoRAs")
+    assert rest[0] == f"{LORA}: 24 modules"
+    assert rest[1].startswith("dense, small, healthy: std ")
+    assert outputs["inspect"]["qwen_edit_lora_num_shown"] == [2]
     assert outputs["inspect"]["qwen_edit_lora_warning"] == [False]
     (report,) = outputs["report"]["text"]
     assert report.startswith(shown)

@@ -163,6 +163,25 @@ def test_a_row_of_a_stack_without_a_file_is_left_out(run):
     assert reports["stack"].count("modules matched") == 1
 
 
+def test_a_row_of_a_stack_that_is_off_is_not_read(run, loras):
+    (loras / "damaged.safetensors").write_bytes(b"")
+    try:
+        files = ROWS_AS_THEY_START | {"files.lora_1": "damaged.safetensors", "files.lora_2": LORA}
+        stack = node("QwenEditLoraStack", model=["unet", 0], mode="auto", strengths="1", **files)
+        graph = build_graph(["stack", 0], stack=stack)
+        with pytest.raises(PromptError, match=r"damaged\.safetensors is empty"):
+            run(graph)
+        stack["inputs"]["switched_off"] = "1, 7"  # 7: of a time with more rows
+        stacked, reports = run(graph)
+    finally:
+        (loras / "damaged.safetensors").unlink()
+    assert torch.equal(read_pixels(stacked), read_pixels(run(apply_graph())[0]))
+    assert reports["stack"].count("modules matched") == 1
+    stack["inputs"] |= {"files.lora_1": LORA, "switched_off": "1, 2"}
+    with pytest.raises(PromptError, match="the stack is empty; choose a file in a row that is on"):
+        run(graph)
+
+
 def test_a_new_stack_starts_with_no_file_in_its_rows(server):
     schema = server.get("/object_info/QwenEditLoraStack")["QwenEditLoraStack"]["input"]
     first = schema["optional"]["files"][1]["options"][0]

@@ -57,6 +57,14 @@ def test_invalid_files_of_a_stack_are_refused(comfyui, base_directory, files):
     assert QwenEditLoraStack.fingerprint_inputs(files) is None
 
 
+@pytest.mark.parametrize("text", ["a", "0", "-1", "1.5", "1; 2", "9" * 5000, "\u00b2"], ids=repr)
+def test_rows_that_are_no_numbers_are_refused(comfyui, base_directory, text):
+    from qwen_edit_lora.nodes.stack import QwenEditLoraStack, read_file_rows
+
+    check_refused(lambda: read_file_rows({}, text), base_directory)
+    assert QwenEditLoraStack.fingerprint_inputs({}, text) is None
+
+
 def test_numbers_of_5000_digits_are_refused(comfyui, base_directory):
     digits = "9" * 5000
     for call in (

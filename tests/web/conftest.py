@@ -90,12 +90,16 @@ class Workspace:
         return history[prompt_id]
 
     def read_reports(self) -> dict[str, str]:
-        """Node type -> report as shown on the node."""
+        """Node type -> report as shown on the node, with its figures unfolded."""
         return self.page.evaluate(
             """() => Object.fromEntries(app.graph._nodes
                 .filter(n => n.showReport)
-                .map(n => [n.comfyClass, n.widgets.find(w => w.name === 'report_view')
-                    .element.innerText]))"""
+                .map(n => {
+                    const { element } = n.widgets.find(w => w.name === 'report_view');
+                    element.querySelectorAll('details').forEach(d => { d.open = true; });
+                    return [n.comfyClass,
+                        element.querySelector('.qwen-edit-lora-report').innerText];
+                }))"""
         )
 
     def wait_for_reports(self) -> dict[str, str]:
@@ -127,3 +131,17 @@ def workspace(browser: Any, server: Any, tmp_path: Path) -> Iterator[Workspace]:
     workspace.set_vue_nodes(False)  # a server setting that an earlier test may have left
     yield workspace
     context.close()
+
+
+@pytest.fixture
+def chinese(workspace: Any) -> Iterator[Any]:
+    """The page in Chinese; the server stores the setting, so it is restored."""
+    set_setting = "([id, value]) => app.extensionManager.setting.set(id, value)"
+    workspace.page.evaluate(set_setting, ["Comfy.Locale", "zh"])
+    try:
+        workspace.page.reload()
+        workspace.page.wait_for_function(READY)
+        yield workspace
+    finally:
+        workspace.set_vue_nodes(False)
+        workspace.page.evaluate(set_setting, ["Comfy.Locale", "en"])

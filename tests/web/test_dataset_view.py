@@ -11,7 +11,8 @@ from demo_base.pair_folders import write_pairs
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
 READ = """() => app.graph._nodes.find(n => n.comfyClass === 'QwenEditDataset')
-    .widgets.find(w => w.name === 'report_view').element.textContent"""
+    .widgets.find(w => w.name === 'report_view').element
+    .querySelector('.qwen-edit-lora-report').textContent"""
 
 BUILD = """async () => {
     await app.loadApiJson({

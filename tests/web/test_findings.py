@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
 READ = """type => {
     const view = app.graph._nodes.find(n => n.comfyClass === type)
-        .widgets.find(w => w.name === 'report_view').element;
+        .widgets.find(w => w.name === 'report_view').element
+        .querySelector('.qwen-edit-lora-report');
     return {
         summary: view.querySelector('.qwen-edit-lora-summary')?.textContent ?? null,
         rows: [...view.querySelectorAll('[data-kind]')].map(row => ({
@@ -107,3 +108,37 @@ def test_the_pairs_of_a_dataset_are_counted_with_what_was_left_out(workspace, ba
         assert workspace.errors == []
     finally:
         shutil.rmtree(folder)
+
+
+LATE = """async ([source, finding]) => {
+    const { api } = await import('/scripts/api.js');
+    const node = app.graph._nodes.find(n => n.comfyClass === 'QwenEditLoraApply');
+    const detail = {node: String(node.id), source, finding};
+    api.dispatchEvent(new CustomEvent('qwen_edit_lora.finding', {detail}));
+}"""
+REPORT = """text => app.graph._nodes.find(n => n.comfyClass === 'QwenEditLoraApply').showReport({
+    qwen_edit_lora_report: [text], qwen_edit_lora_warning: [false], qwen_edit_lora_findings: []
+})"""
+
+
+def test_what_sampling_finds_later_is_on_the_node_until_it_is_taken_back(workspace):
+    page = workspace.page
+    workspace.open_template("1 Apply a LoRA")
+    page.evaluate(REPORT, "a.safetensors: 20 of 20 modules matched")
+    text = "the model did not run 1 of the 20 modules"
+    finding = {"kind": "modules_not_run", "severity": "warning", "text": text, "count": 1}
+    page.evaluate(LATE, ["7.0.0.apply", finding])
+    page.evaluate(LATE, ["7.0.0.other", finding])  # of another strength of a sweep
+    # A cached run shows the same report again.
+    page.evaluate(REPORT, "a.safetensors: 20 of 20 modules matched")
+    found = page.evaluate(READ, "QwenEditLoraApply")
+    assert [(row["kind"], row["text"]) for row in found["rows"]] == [("modules_not_run", text)]
+    assert (found["state"], found["summary"]) == ("warning", "1 warning")
+    page.evaluate(LATE, ["7.0.0.apply", None])
+    page.evaluate(LATE, ["7.0.0.other", None])
+    found = page.evaluate(READ, "QwenEditLoraApply")
+    assert (found["rows"], found["state"]) == ([], "fine")
+    page.evaluate(LATE, ["7", finding])
+    page.evaluate(REPORT, "b.safetensors: 20 of 20 modules matched")
+    assert page.evaluate(READ, "QwenEditLoraApply")["rows"] == []
+    assert workspace.errors == []

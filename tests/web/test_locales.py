@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,20 +26,6 @@ READ_NODES = """ids => {
         }];
     }));
 }"""
-
-
-@pytest.fixture
-def chinese(workspace: Any) -> Iterator[Any]:
-    """The page in Chinese; the server stores the setting, so it is restored."""
-    set_setting = "([id, value]) => app.extensionManager.setting.set(id, value)"
-    workspace.page.evaluate(set_setting, ["Comfy.Locale", "zh"])
-    try:
-        workspace.page.reload()
-        workspace.page.wait_for_function("window.app?.graph && window.app?.extensionManager")
-        yield workspace
-    finally:
-        workspace.set_vue_nodes(False)
-        workspace.page.evaluate(set_setting, ["Comfy.Locale", "en"])
 
 
 def test_the_page_in_chinese_shows_our_names_and_our_help(chinese):

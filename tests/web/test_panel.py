@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from demo_base.frontend import BADGE, TAB_BUTTON, TOAST, write_user_settings
 from demo_base.server import ComfyServer
+from qwen_edit_lora.lora_core.jobs.failure import explain_error
 from qwen_edit_lora.lora_core.jobs.folder import JobFolder
 from qwen_edit_lora.lora_core.jobs.job import JobFailure, JobState, JobStatus
 from qwen_edit_lora.lora_core.jobs.store import JobStore
@@ -130,7 +131,8 @@ def read_job_view(page: Any, node: str) -> str:
     """The text of the job shown on a node."""
     return page.evaluate(
         """type => app.graph._nodes.find(n => n.comfyClass === type).widgets
-            .find(w => w.name === 'job_view').element.innerText""",
+            .find(w => w.name === 'report_view').element
+            .querySelector('.qel-job-view').innerText""",
         node,
     )
 
@@ -261,6 +263,29 @@ def test_hostile_names_and_lines_are_text_and_failures_say_what_to_do(workspace,
     host.store.delete(job_id)
     model.unlink()
     assert workspace.errors == []
+
+
+def test_a_failure_and_its_advice_are_chinese_in_a_chinese_page(chinese, host):
+    page, now = chinese.page, time.time()
+    config = make_train(host.material)
+    state = JobState(
+        **{"status": JobStatus.FAILED, "created_at": now, "queued_at": now, "ended_at": now},
+        **{"step": 40, "num_steps": 100, "failure": explain_error(MemoryError(), config)},
+    )
+    job_id = host.add_job(state, name="too large")
+    assert host.store.get(job_id).state.failure.sentence.startswith(
+        "the computer ran out of memory"
+    )
+    panel = open_panel(page)
+    page.locator("button.qel-job", has_text="too large").click()
+    wait_for(lambda: "计算机内存不足；请降低此次训练的需求并克隆任务" in panel.inner_text(), page)
+    assert "以更小的尺寸或更少的参考缓存训练集" in panel.inner_text()
+    format_js = "import('/extensions/qwen-edit-lora/format.js')"
+    assert page.evaluate(f"{format_js}.then(m => m.formatDuration(12000))") == "3 小时 20 分钟"
+    assert "年" in page.evaluate(f"{format_js}.then(m => m.formatDate(1e9))")
+    chinese.shoot("chinese_failed_job")
+    host.store.delete(job_id)
+    assert chinese.errors == []
 
 
 def read_toasts(page: Any) -> str:

@@ -10,7 +10,8 @@ READ_ALL = """() => {
     const graphs = [app.rootGraph, ...app.rootGraph.subgraphs.values()];
     const nodes = graphs.flatMap(g => g._nodes).filter(n => n.showReport);
     return Object.fromEntries(nodes.map(n => [
-        n.comfyClass, n.widgets.find(w => w.name === 'report_view').element.textContent]));
+        n.comfyClass, n.widgets.find(w => w.name === 'report_view').element
+            .querySelector('.qwen-edit-lora-report').textContent]));
 }"""
 
 
@@ -105,6 +106,100 @@ def test_an_error_is_shown_on_the_node_in_one_sentence(workspace, demo_models, v
     assert reports["QwenEditLoraLoad"].startswith("broken.safetensors is empty (0 bytes); expected")
     assert "The report appears here" in reports["QwenEditLoraSave"]
     workspace.shoot(f"error_{'vue' if vue_nodes else 'classic'}")
+
+
+COMPARE = """async () => {
+    const load = {class_type: 'QwenEditLoraLoad', inputs: {lora_name: 'my_edit_lora.safetensors'}};
+    await app.loadApiJson({1: load,
+        2: {class_type: 'QwenEditLoraCompare', inputs: {adapter_a: ['1', 0], adapter_b: ['1', 0]}}},
+        'compare');
+    const node = app.graph._nodes.find(n => n.comfyClass === 'QwenEditLoraCompare');
+    node.setSize([480, node.size[1]]);
+    app.canvas.ds.scale = 1;
+    app.canvas.ds.offset = [150 - node.pos[0], 150 - node.pos[1]];
+    app.canvas.setDirty(true, true);
+}"""
+#: The report on a node, and the boxes of both as the page draws them.
+MEASURE = """type => {
+    const node = app.graph._nodes.find(n => n.comfyClass === type);
+    const box = node.widgets.find(w => w.name === 'report_view').element.firstElementChild;
+    const text = box.firstElementChild;
+    const vue = document.querySelector(`[data-node-id="${node.id}"]`);
+    const { scale, offset } = app.canvas.ds;
+    const canvas = app.canvas.canvas.getBoundingClientRect();
+    const bottom = (node.pos[1] + node.size[1] + offset[1]) * scale + canvas.top;
+    return {
+        lines: [...text.children].filter(e => e.checkVisibility()).map(e => e.textContent),
+        advice: text.querySelector('.qel-advice')?.textContent,
+        bottom: box.getBoundingClientRect().bottom,
+        bottomOfNode: vue ? vue.getBoundingClientRect().bottom : bottom,
+        height: box.clientHeight,
+        hidden: text.scrollHeight - text.clientHeight,
+        font: getComputedStyle(text).fontFamily,
+        isOpen: text.querySelector('details')?.open,
+    };
+}"""
+
+
+@pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", "vue"])
+def test_a_report_starts_with_advice_and_is_as_high_as_its_text(workspace, vue_nodes):
+    page = workspace.page
+    workspace.set_vue_nodes(vue_nodes)
+    page.evaluate(COMPARE)
+    page.wait_for_timeout(500)
+    assert workspace.run()["status"]["status_str"] == "success"
+    page.wait_for_timeout(1500)
+    folded = page.evaluate(MEASURE, "QwenEditLoraCompare")
+    assert folded["advice"] == folded["lines"][0]
+    assert folded["lines"][0].startswith("Use either: both make the same edit (cosine 1.000)")
+    assert "monospace" not in folded["font"]
+    assert not folded["isOpen"]
+    report = page.get_by_role("group", name="Report of this node").last
+    report.get_by_text("Figures").click()
+    page.wait_for_timeout(700)
+    unfolded = page.evaluate(MEASURE, "QwenEditLoraCompare")
+    assert unfolded["isOpen"]
+    assert unfolded["height"] > folded["height"] + 50
+    report.get_by_text("subspace overlap, all directions").wait_for()
+    workspace.shoot(f"report_unfolded_{'vue' if vue_nodes else 'classic'}")
+    report.get_by_text("Figures").click()
+    page.wait_for_timeout(700)
+    again = page.evaluate(MEASURE, "QwenEditLoraCompare")
+    assert again["height"] == folded["height"]
+    for shown in (folded, unfolded, again):
+        assert shown["hidden"] <= 1  # no scroll bar
+        assert shown["bottom"] <= shown["bottomOfNode"]
+    page.evaluate(
+        """() => app.graph._nodes.find(n => n.comfyClass === 'QwenEditLoraLoad').showReport(
+            {qwen_edit_lora_report: [Array(9).fill('a line of a report').join('\\n')]})"""
+    )
+    page.wait_for_timeout(700)
+    longer = page.evaluate(MEASURE, "QwenEditLoraLoad")
+    assert len(longer["lines"]) == 9
+    assert longer["hidden"] <= 1
+    assert longer["bottom"] <= longer["bottomOfNode"]
+    assert workspace.errors == []
+
+
+@pytest.mark.parametrize("vue_nodes", [False, True], ids=["classic", "vue"])
+def test_the_image_of_a_node_opens_large(workspace, vue_nodes):
+    page = workspace.page
+    workspace.set_vue_nodes(vue_nodes)
+    page.evaluate(COMPARE)
+    page.wait_for_timeout(500)
+    assert workspace.run()["status"]["status_str"] == "success"
+    page.wait_for_timeout(1500)
+    page.get_by_role("button", name="Open large").click()
+    dialog = page.get_by_role("dialog", name="Open large")
+    image = dialog.get_by_role("img")
+    image.wait_for()
+    page.wait_for_function("document.querySelector('.qel-viewer img').naturalWidth >= 1024")
+    assert image.bounding_box()["height"] > 600
+    assert not dialog.get_by_text("Compare with").is_visible()  # there is nothing to compare with
+    assert not dialog.get_by_role("button", name="Next").is_visible()
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="detached")
+    assert workspace.errors == []
 
 
 def test_numbers_on_the_page_follow_the_rule_of_the_reports(workspace):

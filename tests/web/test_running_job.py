@@ -186,7 +186,7 @@ def test_a_refused_permission_is_said_and_not_asked_for_again(workspace, host): 
 def test_what_is_measured_before_a_training_is_a_row_of_the_list(workspace, host):  # noqa: F811
     page = workspace.page
     workspace.open_template("6 Train a LoRA")
-    workspace.set_widgets({**QUICK, "estimate": "measure first", "name": f"m {HOSTILE}"[:20]})
+    workspace.set_widgets({**QUICK, "estimate": "measure first", "name": "measured"})
     open_panel(page)
     page.get_by_test_id("queue-button").click()
     row = page.locator(".qel-measured")

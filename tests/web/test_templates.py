@@ -69,7 +69,9 @@ def test_a_workflow_opened_in_the_newer_renderer_runs_and_reports(workspace):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in WORKFLOWS.glob("*.json")))
-def test_every_workflow_opens_from_templates_in_the_newer_renderer(workspace, name):
+def test_every_workflow_opens_from_templates_in_the_newer_renderer(workspace, server, name):
+    if "2.1" in name and "TextEncodeQwenImage21" not in server.get("/object_info"):
+        pytest.skip("this ComfyUI has no nodes of Qwen-Image-2.1, which come with 0.37")
     workspace.set_vue_nodes(True)
     workspace.open_template(name)
     workspace.page.locator("[data-node-id]").first.wait_for()

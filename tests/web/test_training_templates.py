@@ -22,6 +22,13 @@ TRAINING_TIMEOUT = 240.0  # seconds
 VIEW_TIMEOUT = 60.0  # seconds
 
 
+#: The images that Training Job shows.
+COUNT_PLOTS = """() => {
+    const node = app.graph._nodes.find(n => n.comfyClass === 'QwenEditLoraJob');
+    return app.nodeOutputs[node.id]?.images?.length ?? 0;
+}"""
+
+
 def open_quickly(workspace: Any, name: str) -> None:
     workspace.open_template(name)
     workspace.set_widgets({**QUICK, "name": name, "steps": RENDER_STEPS, "cfg": 1})
@@ -45,7 +52,8 @@ def read_job_view(workspace: Any, node_type: str) -> dict[str, Any]:
     return workspace.page.evaluate(
         """type => {
             const node = app.graph._nodes.find(n => n.comfyClass === type);
-            const element = node.widgets.find(w => w.name === 'job_view').element;
+            const element = node.widgets.find(w => w.name === 'report_view').element
+                .querySelector('.qel-job-view');
             const image = element.querySelector('img');
             return {
                 text: element.innerText,
@@ -93,6 +101,7 @@ def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(workspac
     reports = run(workspace)
     assert "12 of 12 pairs can be used" in reports["QwenEditDataset"]
     assert "trainable parameters" in reports["QwenEditLoraTrain"]
+    assert workspace.page.evaluate(COUNT_PLOTS) == 0  # one before the first step would stay there
     wait_for_completion(server, name)
     wait_for_view(workspace, "QwenEditLoraJob", lambda view: "completed" in view["text"])
     outdated = workspace.read_reports()  # from before the first step
@@ -104,6 +113,7 @@ def test_a_training_starts_with_run_and_shows_its_end_with_the_next_run(workspac
         assert re.search(r"this training is already job [\w-]+: completed", report)
         assert f"completed, step {TRAINING_STEPS} of {TRAINING_STEPS}" in reports["QwenEditLoraJob"]
         assert f"LoRA: {name}.safetensors in models/loras" in reports["QwenEditLoraJob"]
+        assert workspace.page.evaluate(COUNT_PLOTS) == 1
         for node_type in ("QwenEditLoraTrain", "QwenEditLoraJob"):
             wait_for_view(workspace, node_type, shows_the_end)
     assert workspace.errors == []

@@ -112,10 +112,10 @@ export class JobPage {
         "a",
         {
           ...{ class: "qel-button", href: this.jobs.getDownloadUrl(this.id, name, true) },
-          ...{ download: name, "aria-label": t("files.downloadOne", { name }) },
+          ...{ download: name, title: t("files.download", { name }) },
+          "aria-label": t("files.download", { name }),
         },
-        icon("download"),
-        t("files.download")
+        icon("download")
       );
       const buttons = build("span", { class: "qel-file-actions" }, link, button);
       return { element: build("li", {}, build("span", {}, name), buttons), update() {} };

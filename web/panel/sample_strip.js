@@ -58,7 +58,7 @@ export class SampleStrip {
   }
 
   buildRow() {
-    const title = build("div", { class: "qel-caption", role: "rowheader" });
+    const title = build("div", { class: "qel-sample-title", role: "rowheader" });
     const strip = build("div", { class: "qel-strip", role: "presentation" });
     const tiles = new KeyedRows(strip, () => this.buildCell());
     return {

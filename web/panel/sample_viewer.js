@@ -20,6 +20,10 @@ export class SampleViewer {
       ...{ type: "range", min: 0, max: 100, value: MIDDLE, class: "qel-slider" },
       ...{ "aria-label": t("samples.slider"), oninput: () => this.slide() },
     });
+    this.neighbors = [
+      this.button("samples.previous", () => this.move(0, -1)),
+      this.button("samples.next", () => this.move(0, 1)),
+    ];
     this.save = build("a", { class: "qel-button" }, t("samples.save"));
     this.element = build(
       "dialog",
@@ -28,8 +32,7 @@ export class SampleViewer {
       build(
         "div",
         { class: "qel-bar" },
-        this.button("samples.previous", () => this.move(0, -1)),
-        this.button("samples.next", () => this.move(0, 1)),
+        this.neighbors,
         this.choiceField,
         this.save,
         this.button("dialog.close", () => this.element.close())
@@ -52,6 +55,7 @@ export class SampleViewer {
     this.save.download = name;
     this.caption.textContent = `${this.nameItem(image.item)} · ${this.describe(image)}`;
     this.offer(image);
+    for (const button of this.neighbors) setHidden(button, this.getRows().flat().length < 2);
     if (!this.element.open) this.element.showModal();
   }
 

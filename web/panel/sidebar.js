@@ -140,11 +140,11 @@ class Panel {
   }
 
   async loadIntoGraph(name) {
-    await addLoadAndApply(this.app, name);
+    const { apply } = await addLoadAndApply(this.app, name);
     this.app.extensionManager.toast.add({
       severity: "success",
       summary: this.t("toast.loaded", { name }),
-      detail: this.t("toast.loadedDetail"),
+      detail: this.t(apply ? "toast.loadedDetail" : "toast.filledDetail"),
       life: 6000,
     });
   }

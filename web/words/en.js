@@ -3,6 +3,10 @@
 export const EN = {
   "report.label": "Report of this node",
   "report.waiting": "The report appears here after the node has run.",
+  "report.figures": "Figures",
+  "report.large": "Open large",
+  "stack.row": "File {n}",
+  "stack.switch": "Off leaves this row out; its file is not read. Saved with the workflow.",
   "report.pairs": "{n} of {all} pairs",
   "report.error": "errors: {n}",
   "report.warning": "warnings: {n}",
@@ -133,8 +137,7 @@ export const EN = {
   "samples.next": "Next",
 
   "files.title": "LoRA files",
-  "files.download": "Download",
-  "files.downloadOne": "Download {name}",
+  "files.download": "Download {name}",
   "log.title": "Log",
   "log.download": "Download the log",
   "settings.title": "Settings",
@@ -148,6 +151,7 @@ export const EN = {
   "toast.failedMeanwhile": "Failed since you were last here",
   "toast.more": "{names} and {n} more",
   "toast.loaded": "{name} is in the graph",
+  "toast.filledDetail": "It takes the place of the missing file; press Run.",
   "toast.loadedDetail": "Connect your MODEL to Apply Qwen Edit LoRA, and its output to the sampler.",
 
   "adapters.label": "LoRA files",

@@ -3,6 +3,10 @@
 export const ZH = {
   "report.label": "此节点的报告",
   "report.waiting": "节点运行后，报告显示在这里。",
+  "report.figures": "数据",
+  "report.large": "放大查看",
+  "stack.row": "文件 {n}",
+  "stack.switch": "关闭后不用这一行，也不读取其文件。随工作流保存。",
   "report.pairs": "{all} 对中可用 {n} 对",
   "report.error": "错误：{n}",
   "report.warning": "警告：{n}",
@@ -131,8 +135,7 @@ export const ZH = {
   "samples.next": "下一张",
 
   "files.title": "LoRA 文件",
-  "files.download": "下载",
-  "files.downloadOne": "下载 {name}",
+  "files.download": "下载 {name}",
   "log.title": "日志",
   "log.download": "下载日志",
   "settings.title": "设置",
@@ -146,6 +149,7 @@ export const ZH = {
   "toast.failedMeanwhile": "您离开期间失败的训练",
   "toast.more": "{names} 等，另有 {n} 个",
   "toast.loaded": "{name} 已放入工作流",
+  "toast.filledDetail": "它替换了缺少的文件，按“运行”即可。",
   "toast.loadedDetail": "请把 MODEL 连到“应用 Qwen 图像编辑 LoRA”，再把其输出连到采样器。",
 
   "adapters.label": "LoRA 文件",

@@ -34,10 +34,11 @@ from ...disk.regular_files import read_bytes
 from ...disk.safetensors_file import AnyTensor, SafetensorsFile
 from ...disk.typed_json import parse_typed
 from ...disk.writing import explain, write_then_rename
-from ...errors import ConfigError, FileError, MissingFileError, ShapeError
+from ...errors import ConfigError, FileError, MissingFileError, ShapeError, get_reason
 from ...messages import message
 from ...text import shorten
 from .item_checks import (
+    ITEM_KEY,
     KEY,
     MAX_SIDE,
     MAX_TEXT_TOKENS,
@@ -46,6 +47,7 @@ from .item_checks import (
     count_references,
     find_fault,
     find_name_fault,
+    find_owner_fault,
     find_text_fault,
     is_mask,
 )
@@ -150,7 +152,7 @@ class DatasetWriter:
         tensors = {
             name: tensor.detach().cpu().contiguous() for name, tensor in item.tensors.items()
         }
-        self._save(self.folder / ITEMS_FOLDER / f"{key}.safetensors", tensors)
+        self._save(self.folder / ITEMS_FOLDER / f"{key}.safetensors", tensors, {ITEM_KEY: key})
         return self.add_entry(key, tensors, caption)
 
     def add_entry(self, key: str, tensors: Mapping[str, AnyTensor], caption: str = "") -> ItemInfo:
@@ -227,12 +229,14 @@ class DatasetWriter:
             )
         self._text_width = text.shape[1]
 
-    def _save(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def _save(
+        self, path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
         try:
             make_own_folder(path.parent, parents=True)
             if path.exists() and not path.is_file() and not path.is_dir():
                 path.unlink()  # a pipe in the set's own folder: nothing of the user's is in it
-            write_then_rename(path, lambda temporary: save_file(tensors, temporary))
+            write_then_rename(path, lambda temporary: save_file(tensors, temporary, metadata))
         except (OSError, SafetensorError) as e:
             raise FileError(
                 "{path} cannot be written: {reason}.", path=path.name, reason=explain(e)
@@ -278,8 +282,8 @@ class CachedDataset:
             FileError: the file is missing, damaged, or does not match the index.
         """
         info = self.items[index]
-        tensors = self._read(f"{ITEMS_FOLDER}/{info.key}.safetensors")
-        self._check_item(info, tensors)
+        file, tensors = self._read(f"{ITEMS_FOLDER}/{info.key}.safetensors")
+        self._check_item(info, file)
         item = CachedItem(
             target=tensors["target"],
             references=tuple(tensors[f"reference_{i}"] for i in range(len(info.references))),
@@ -301,7 +305,7 @@ class CachedDataset:
         Raises:
             FileError: the file is missing, damaged, or holds no such embedding.
         """
-        tensors = self._read(EMPTY_FILE)
+        _, tensors = self._read(EMPTY_FILE)
         self._check_empty(tensors)
         return tensors["text_empty"]
 
@@ -316,7 +320,7 @@ class CachedDataset:
         for info in self.items:
             file = open_item(self.folder / ITEMS_FOLDER / f"{info.key}.safetensors")
             file.release()
-            self._check_item(info, file.tensors)
+            self._check_item(info, file)
         if self.has_empty_text:
             file = open_item(self.folder / EMPTY_FILE)
             file.release()
@@ -334,8 +338,9 @@ class CachedDataset:
                 num_lacking=len(lacking) - 1,
             )
 
-    def _check_item(self, info: ItemInfo, tensors: Mapping[str, AnyTensor]) -> None:
-        fault = find_fault(tensors, info, self.text_width)
+    def _check_item(self, info: ItemInfo, file: SafetensorsFile) -> None:
+        fault = find_owner_fault(file.metadata, info.key)
+        fault = fault or find_fault(file.tensors, info, self.text_width)
         if fault is not None:
             raise FileError(refuse_misfit(f"{shorten(info.key)}.safetensors", fault))
 
@@ -345,10 +350,10 @@ class CachedDataset:
         if fault is not None:
             raise FileError(refuse_misfit(EMPTY_FILE, fault))
 
-    def _read(self, name: str) -> dict[str, torch.Tensor]:
+    def _read(self, name: str) -> tuple[SafetensorsFile, dict[str, torch.Tensor]]:
         file = open_item(self.folder / name)
         try:
-            return {key: tensor.load() for key, tensor in file.tensors.items()}
+            return file, {key: tensor.load() for key, tensor in file.tensors.items()}
         finally:
             file.release()
 
@@ -439,7 +444,9 @@ def check_files(dataset: CachedDataset) -> None:
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     except OSError as e:
         raise FileError(
-            "{folder} cannot be listed: {reason}.", folder=shorten(folder.name), reason=e.strerror
+            "{folder} cannot be listed: {reason}.",
+            folder=shorten(folder.name),
+            reason=get_reason(e),
         ) from None
     lacking = [info.key for info in dataset.items if f"{info.key}.safetensors" not in there]
     if lacking or not dataset.items:

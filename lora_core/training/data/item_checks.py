@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 #: Of a key, which names a file.
 KEY = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,200}")
+#: In an item's metadata: the key that it was written under.
+ITEM_KEY = "qwen_edit_lora.item"
+#: Of that key, how a set's key for the item ends, where both are one file (`pairs.cache`).
+SHARED_CHARACTERS = 12
 #: Latent pixels of a side, tokens of a text and their width; far beyond what any model takes.
 MAX_SIDE = MAX_TEXT_TOKENS = MAX_TEXT_WIDTH = 1 << 16
 
@@ -37,6 +41,17 @@ def list_names(num_references: int, has_empty_text: bool, has_mask: bool) -> lis
         "text",
         *(name for name, is_there in optional.items() if is_there),
     ]
+
+
+def find_owner_fault(metadata: Mapping[str, str], key: str) -> str | None:
+    """Why a file is not the item of this key, by what it says itself; None if it may be.
+
+    An item in place of another one of the same sizes would be trained on with the wrong caption.
+    """
+    own = metadata.get(ITEM_KEY, key)
+    if own == key or key.endswith(f"-{own[:SHARED_CHARACTERS]}"):
+        return None
+    return f"it holds the item {shorten(own)}"
 
 
 def find_fault(

@@ -29,7 +29,7 @@ from ...disk.own_folders import check_own_folder, is_link, make_own_folder
 from ...disk.regular_files import open_regular, read_bytes
 from ...disk.safetensors_file import SafetensorsFile
 from ...disk.writing import explain, rename, separate
-from ...errors import FileError
+from ...errors import FileError, get_reason
 from ...messages import message
 from ...text import shorten
 
@@ -267,7 +267,7 @@ def explaining_damage(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise FileError(
-            "{path} cannot be read: {reason}.", path=path.name, reason=e.strerror
+            "{path} cannot be read: {reason}.", path=path.name, reason=get_reason(e)
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         if isinstance(e, FileError):

@@ -245,3 +245,52 @@ def test_a_lora_is_extracted_between_a_split_and_a_fused_file(storage):
     assert composition.adapter.family == "qwen-image-2.1"
     found = composition.adapter.modules[GATE].delta()
     torch.testing.assert_close(found, delta[:ROWS], rtol=1e-3, atol=1e-5)
+
+
+def write_gguf(tensors: dict[str, torch.Tensor], path, kind: str):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "qwen_image21")
+    type_ = gguf.GGMLQuantizationType[kind]
+    for key, tensor in tensors.items():
+        writer.add_tensor(key, gguf.quants.quantize(tensor.numpy(), type_), raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "F16"])
+@pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
+def test_a_gguf_of_2_1_is_read_by_its_halves(kind, is_fused, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    values = draw()
+    stored = {FUSED: values} if is_fused else dict(zip((GATE, UP), values.chunk(2), strict=True))
+    tensors = {f"{TO_Q}.weight": draw(64, 64)} | {f"{p}.weight": w for p, w in stored.items()}
+    weights = open_base(write_gguf(tensors, tmp_path / "base.gguf", kind))
+    assert weights.family.name == "qwen-image-2.1"
+    type_ = gguf.GGMLQuantizationType[kind]
+    codes = gguf.quants.quantize(values.numpy(), type_)
+    expected = torch.from_numpy(gguf.quants.dequantize(codes, type_)).float()
+    for path, part in zip((GATE, UP), expected.chunk(2), strict=True):
+        torch.testing.assert_close(weights.get(path).values, part)
+        assert weights.get(path).storage == ("float16" if kind == "F16" else f"GGUF {kind}")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_folder_of_numbered_parts_is_read_as_one_base(family, tmp_path):
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    paths = family.list_module_paths(1)
+    tensors = {f"{path}.weight": draw(4, 4, seed=i) for i, path in enumerate(paths)}
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = {key: names[i % 2] for i, key in enumerate(tensors)}
+    for name in names:
+        save_file({k: t for k, t in tensors.items() if weight_map[k] == name}, folder / name)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text("{}")
+    weights = open_base(tmp_path)
+    assert weights.family is family
+    assert set(weights.list_matrices()) == set(paths)
+    assert torch.equal(weights.get(paths[3]).values, tensors[f"{paths[3]}.weight"])

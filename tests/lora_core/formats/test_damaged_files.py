@@ -11,6 +11,7 @@ import zipfile
 import pytest
 import torch
 from qwen_edit_lora.lora_core import FileError, KeyFormatError, ShapeError, read_adapter
+from qwen_edit_lora.lora_core.errors import EmptyPartError
 from safetensors.torch import save
 
 KEY = "diffusion_model.transformer_blocks.0.attn.to_q.lora_{}.weight"
@@ -185,6 +186,29 @@ def test_an_error_for_mismatched_tensors_names_the_module(state_dict, message, w
     with pytest.raises(ShapeError, match=message) as caught:
         read_adapter(write_file(state_dict))
     assert str(caught.value).startswith("my lora.safetensors, transformer_blocks.0.attn.to_q: ")
+
+
+EMPTY = {
+    "lora_A without columns": make_pair((2, 0), (4, 2)),
+    "lora_B without rows": make_pair((2, 4), (0, 2)),
+    "both": make_pair((2, 0), (0, 2)),
+    "lokr": make_pair((2, 2), (0, 2), ("lokr_w1", "lokr_w2")),
+    "oft": {KEY.split(".lora_")[0] + ".oft_blocks": torch.ones(0, 2, 2)},
+    "diff": {KEY.split(".lora_")[0] + ".diff": torch.ones(0, 4)},
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_an_empty_part_is_explained_by_sharded_training(case, write_file):
+    """As DeepSpeed and FSDP save it if it is not gathered: the file is not damaged on disk."""
+    with pytest.raises(EmptyPartError, match=r"is empty\. Sharded training .* save the whole") as e:
+        read_adapter(write_file(EMPTY[case]))
+    assert "damaged" not in str(e.value)
+
+
+def test_a_diff_without_dimensions_is_refused(write_file):
+    with pytest.raises(ShapeError, match=r"transformer_blocks\.0\.attn\.to_q: "):
+        read_adapter(write_file({KEY.split(".lora_")[0] + ".diff": torch.tensor(1.0)}))
 
 
 @pytest.mark.parametrize(

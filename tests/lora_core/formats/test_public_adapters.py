@@ -6,12 +6,16 @@ source states are 16. The tensors have the real shapes and take no memory.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import pytest
 import torch
 from qwen_edit_lora.lora_core import TARGET_PRESETS, read_state_dict
+from qwen_edit_lora.lora_core.base_model.module_paths import split_path
 from qwen_edit_lora.lora_core.base_model.qwen_image import QWEN_IMAGE
+from qwen_edit_lora.lora_core.base_model.qwen_image_21 import GATE_UP, QWEN_IMAGE_21
 
 DOWN_UP = (".lora_down.weight", ".lora_up.weight")
 AB = (".lora_A.weight", ".lora_B.weight")
@@ -95,21 +99,110 @@ PUBLIC = [
 ]
 
 
+#: Of Qwen-Image-2.1: 32 blocks, four attention projections and the MLP, fused or split, and what
+#: is outside the blocks. Rank, alpha and where alpha is: by their cards and key dumps.
+class Public21(NamedTuple):
+    file: str
+    prefix: str
+    endings: tuple[str, str]
+    names: tuple[str, ...]
+    on_top: tuple[str, ...]
+    rank: int
+    alpha: float | None
+    header: Mapping[str, int]
+    source: str
+
+
+ATTENTION = QWEN_IMAGE_21.presets["attention"]
+SPLIT = tuple(QWEN_IMAGE_21.block_linears)
+JOINED = (*ATTENTION, GATE_UP, "img_mlp.out")
+TIME = tuple(name for name in QWEN_IMAGE_21.top_linears if name.startswith("time_text_embed"))
+ON_TOP = tuple(QWEN_IMAGE_21.top_linears)
+
+
+def name_viggle(version: str, rank: int, alpha: int) -> Public21:
+    file = f"Qwen-Image-2.1-viggle-turbo-{version}-r{rank}.safetensors"
+    header = {"transformer.r": rank, "transformer.lora_alpha": alpha}
+    source = "Viggle's card: split, with modulation.1 and the time embedding, alpha in the header"
+    on_top = ("modulation.1", *TIME)
+    return Public21(file, "transformer.", AB, SPLIT, on_top, rank, None, header, source)
+
+
+PUBLIC_21 = [
+    name_viggle("v0.2", 64, 64),
+    name_viggle("v0.2.1", 128, 128),
+    name_viggle("v0.3", 256, 128),
+    Public21(
+        *("pruna-qwen-image-2.1.safetensors", "transformer.", AB, SPLIT, (), 64, None),
+        *({"transformer.r": 64, "transformer.lora_alpha": 128}, "Pruna's card: a scale of 2"),
+    ),
+    Public21(
+        *("bfs_face_swap_2.1.safetensors", "diffusion_model.", AB, JOINED, (), 64, None, {}),
+        "BFS's card: trained on the fused file",
+    ),
+    Public21(
+        *("prithiv-edit.safetensors", "diffusion_model.", AB, JOINED, (), 16, None, {}),
+        "prithivMLmods' edit LoRAs: ai-toolkit's keys, fused",
+    ),
+    Public21(
+        *("diffusers-dreambooth.safetensors", "transformer.", AB, ATTENTION, (), 16, None),
+        *({"transformer.r": 16, "transformer.lora_alpha": 16}, "the default of diffusers' scripts"),
+    ),
+    Public21(
+        *("diffsynth.safetensors", "", DEFAULT, SPLIT, (), 32, None, {}),
+        "DiffSynth: every Linear inside the blocks",
+    ),
+    Public21(
+        *("musubi.safetensors", "lora_unet_", DOWN_UP, SPLIT, (), 16, 16.0, {}),
+        "musubi-tuner's default",
+    ),
+    Public21(
+        *("musubi-fork.safetensors", "lora_unet_", DOWN_UP, JOINED, ON_TOP, 16, 8.0, {}),
+        "pyros-projects' fork: fused, with the modules on top",
+    ),
+    Public21(
+        *("pdd.safetensors", "", (".lora_down", ".lora_up"), SPLIT, ON_TOP, 32, None, {}),
+        "alibaba-pai's PDD: no .weight",
+    ),
+    Public21(
+        *("converted.safetensors", "diffusion_model.transformer.", AB, SPLIT, (), 64, None, {}),
+        "naive conversions in the wild",
+    ),
+]
+
+
 def build_state_dict(public: Public) -> dict[str, torch.Tensor]:
     state_dict = {}
     for block in range(QWEN_IMAGE.num_blocks):
         for name in TARGET_PRESETS[public.preset]:
-            out, in_ = QWEN_IMAGE.compute_shape(name)
             path = f"transformer_blocks.{block}.{name}"
-            stem = public.prefix + path
-            if public.prefix.endswith("_"):
-                stem = public.prefix + path.replace(".", "_")
-            down, up = public.endings
-            one = torch.zeros((), dtype=torch.bfloat16)
-            state_dict[stem + down] = one.expand(public.rank, in_)
-            state_dict[stem + up] = one.expand(out, public.rank)
-            if public.alpha is not None:
-                state_dict[f"{stem}.alpha"] = torch.tensor(public.alpha)
+            state_dict |= build_module(public, path, QWEN_IMAGE.compute_shape(name))
+    return state_dict
+
+
+def build_module(
+    public: Public | Public21, path: str, shape: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    stem = public.prefix + path
+    if public.prefix.endswith("_"):
+        stem = public.prefix + path.replace(".", "_")
+    down, up = public.endings
+    one = torch.zeros((), dtype=torch.bfloat16)
+    module = {
+        stem + down: one.expand(public.rank, shape[1]),
+        stem + up: one.expand(shape[0], public.rank),
+    }
+    if public.alpha is not None:
+        module[f"{stem}.alpha"] = torch.tensor(public.alpha)
+    return module
+
+
+def build_state_dict_21(public: Public21) -> dict[str, torch.Tensor]:
+    tables = {**QWEN_IMAGE_21.block_linears, GATE_UP: (24576, 4096), **QWEN_IMAGE_21.top_linears}
+    paths = [f"transformer_blocks.{i}.{name}" for i in range(32) for name in public.names]
+    state_dict = {}
+    for path in (*paths, *public.on_top):
+        state_dict |= build_module(public, path, tables[split_path(path)[1]])
     return state_dict
 
 
@@ -131,3 +224,21 @@ def test_a_public_lora_is_read_whole_under_the_alpha_its_trainer_meant(public):
 def test_the_public_loras_are_twenty_and_more_in_six_spellings():
     assert len(PUBLIC) >= 20
     assert len({(public.prefix, public.endings) for public in PUBLIC}) >= 6
+
+
+@pytest.mark.parametrize("public", PUBLIC_21, ids=[public.file for public in PUBLIC_21])
+def test_a_public_lora_of_2_1_is_read_whole_under_the_alpha_its_trainer_meant(public):
+    state_dict = build_state_dict_21(public)
+    metadata = {"lora_adapter_metadata": json.dumps(public.header)} if public.header else {}
+    adapter = read_state_dict(state_dict, metadata, name=public.file)
+    report = adapter.report
+    per_block = len(public.names) + (GATE_UP in public.names)
+    assert report.num_modules == 32 * per_block + len(public.on_top)
+    assert report.num_matched_keys == len(state_dict)
+    assert (report.unmatched, report.duplicates, report.warnings) == ((), (), ())
+    assert (adapter.family, report.width, report.blocks) == ("qwen-image-2.1", 4096, "0-31")
+    assert report.preset == ("attention" if public.names is ATTENTION else "full")
+    alpha = public.header.get("transformer.lora_alpha", public.alpha or public.rank)
+    assert report.scales == {alpha / public.rank: report.num_modules}
+    assert report.variants == ()
+    assert ("fused_split" in [f.kind for f in report.findings]) == (GATE_UP in public.names)

@@ -11,6 +11,7 @@ from qwen_edit_lora.lora_core.jobs.devices import CPU, Device
 from qwen_edit_lora.lora_core.jobs.estimate_process import estimate_in_process, explain
 from qwen_edit_lora.lora_core.training.data.dataset import read_dataset
 from qwen_edit_lora.lora_core.training.estimate.estimate import count_parameters
+from qwen_edit_lora.lora_core.translation import translate
 from tiny_jobs import make_material, make_train
 
 DEVICE = Device(CPU, "test-cpu", "")
@@ -29,8 +30,10 @@ def test_the_estimate_of_another_process_is_of_this_run(tmp_path):
 
 def test_what_is_wrong_with_the_run_is_reported_in_its_own_words(tmp_path):
     config = make_train(make_material(tmp_path), **{"model.source": str(tmp_path / "gone.gguf")})
-    with pytest.raises(ConfigError, match=r"^gone.gguf does not exist; expected a diffusion model"):
+    expected = r"^gone.gguf does not exist; expected a diffusion model"
+    with pytest.raises(ConfigError, match=expected) as raised:
         estimate_in_process(config, DEVICE)
+    assert translate(raised.value.message, "zh").startswith("gone.gguf 不存在；应为")
 
 
 def test_a_process_that_sees_one_gpu_is_not_asked_for_the_second(tmp_path):

@@ -261,3 +261,33 @@ def test_nothing_is_written_through_a_linked_folder_of_the_cache(folder, tmp_pat
     with pytest.raises(FileError, match=rf"{link.name} in {link.parent.name} is a link"):
         cache(folder, Encoder())
     assert [path.name for path in outside.iterdir()] == ["kept.txt"]
+
+
+@pytest.mark.parametrize("place", ["items", "sets/*/items"])
+def test_items_that_changed_places_are_put_right(folder, place):
+    """Two of the same sizes: training would give each the other's caption."""
+    first = cache(folder, Encoder())
+    dataset = read_dataset(first.folder)
+    expected = [dataset.load(index).target for index in range(4)]
+    store = folder.parent / "store"
+    a, b = sorted(path for path in store.glob(f"{place}/*.safetensors"))[:2]
+    c = a.with_name("c")
+    for old, new in ((a, c), (b, a), (c, b)):
+        old.rename(new)
+    encoder = Encoder()
+    second = cache(folder, encoder)
+    assert len(encoder.names) == (2 if place == "items" else 0)
+    dataset = read_dataset(second.folder)
+    dataset.check_items()
+    for index in range(4):
+        assert torch.equal(dataset.load(index).target, expected[index])
+
+
+def test_an_item_without_its_key_is_taken_as_before(folder):
+    """Of a cache that an earlier version made."""
+    cache(folder, Encoder())
+    for path in (folder.parent / "store").rglob("*.safetensors"):
+        save_file(load_file(path), path)
+    encoder = Encoder()
+    cache(folder, encoder)
+    assert encoder.names == []

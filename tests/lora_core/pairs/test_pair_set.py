@@ -282,6 +282,16 @@ def test_a_second_reference_gets_the_pairs_own_name_in_the_next_folder(folder, u
     ]
 
 
+def test_a_target_next_to_folders_of_references_gets_their_pairs_name(tmp_path, upload):
+    """With the targets on top, a reference's folder is inside that of the targets."""
+    folder = write_pairs(tmp_path / "set", 2, target="{}.png", caption=None)
+    (folder / "photo_1.png").unlink()
+    opened = open_at(folder)
+    path, _ = put_image(opened, upload, get(opened, "photo_1"), ".jpg", 0)
+    assert path == folder / "photo_1.jpg"
+    assert [pair.name for pair in open_at(folder).pairs] == ["photo_0", "photo_1"]
+
+
 def test_an_image_that_cannot_be_written_leaves_the_old_one(folder, upload, monkeypatch):
     from qwen_edit_lora.lora_core.pairs import set_images
 

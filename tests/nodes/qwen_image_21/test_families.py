@@ -48,3 +48,15 @@ def test_the_factors_of_streams_follow_the_model_and_not_the_names(load_21, samp
         )
         plain = apply_ours(load_21("fused"), adapter, 0.7, mode)
         assert worst(sample_21(factored), sample_21(plain)) < 1e-5
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_save_says_the_licence_of_2_1_and_none_for_1_x(mine, make_lora, comfyui, tmp_path):
+    from qwen_edit_lora.nodes.save import QwenEditLoraSave
+
+    adapter = build_adapter() if mine else read_adapter(make_lora("a"))
+    output = QwenEditLoraSave.execute(adapter, f"licence_{mine}/a")
+    _, report = output.result
+    kinds = [finding.kind for finding in report.findings]
+    assert ("licence" in kinds) == mine
+    assert ("non-commercial use only (Qwen Research License)" in report) == mine

@@ -132,6 +132,14 @@ def test_nothing_to_download_is_said_in_a_sentence(what, routes, job_id):
 
 
 @pytest.mark.parametrize("what", ["samples.zip", "log.txt", "files/tiny.safetensors"])
+def test_asking_for_the_head_alone_sends_no_file(what, routes, filled):
+    answer = routes.ask("HEAD", f"{JOBS}/{filled.id}/{what}")
+    assert (answer.status, answer.body) == (200, b"")
+    # with a body it would be read as the start of the next answer
+    assert routes.ask("GET", JOBS).read()["jobs"]
+
+
+@pytest.mark.parametrize("what", ["samples.zip", "log.txt", "files/tiny.safetensors"])
 def test_another_name_of_this_server_gets_nothing(what, routes, filled):
     headers = {"Host": "evil.example"}
     assert routes.ask("GET", f"{JOBS}/{filled.id}/{what}", headers=headers).status == 403

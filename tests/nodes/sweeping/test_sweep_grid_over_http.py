@@ -67,13 +67,17 @@ def test_the_node_shows_its_verdict_and_saves_the_sheet_with_the_graph(server, c
     graph["by_core"] = node("SaveImage", images=["grid", 1], filename_prefix="grid_test/by_core")
     outputs = server.run_prompt(graph)["outputs"]
     report = outputs["grid"]["qwen_edit_lora_report"][0]
-    assert report.startswith("smooth: the change grows from RMS ")
+    advice, verdict, *_ = report.splitlines()
+    assert advice.startswith("Use strength 1: the change is visible (RMS ")
+    assert verdict.startswith("smooth: the change grows from RMS ")
+    assert outputs["grid"]["qwen_edit_lora_num_shown"] == [2]
     assert outputs["grid"]["qwen_edit_lora_warning"] == [False]
     assert outputs["report"]["text"][0].startswith(report)
     table = outputs["table"]["text"][0]
     assert outputs["report"]["text"][0].endswith(table)
     assert len(table.splitlines()) == 2 + 3
     figures = json.loads(outputs["json"]["text"][0])
+    assert figures["advice"] == advice
     assert figures["adapters"][""]["kind"] == "smooth"
     assert [cell["strength"] for cell in figures["cells"]] == [0.0, 0.5, 1.0]
     (saved,) = outputs["grid"]["images"]
@@ -119,7 +123,8 @@ def test_the_source_and_the_mask_add_their_metrics(server, cells):
 def test_equal_images_are_reported_as_no_effect_with_a_warning(server, cells):
     outputs = server.run_prompt(grid_graph(load_names=(cells[0],) * 3))["outputs"]
     report = outputs["grid"]["qwen_edit_lora_report"][0]
-    assert report.startswith("no effect: all 2 images at other strengths equal strength 0 bit")
+    assert report.startswith("Check the LoRA first: no tested strength changes the image.")
+    assert "\nno effect: all 2 images at other strengths equal strength 0 bit" in report
     assert outputs["grid"]["qwen_edit_lora_warning"] == [True]
 
 

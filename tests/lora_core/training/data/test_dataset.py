@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -126,6 +127,17 @@ def test_an_item_that_was_replaced_by_another_size_is_a_clear_error(tmp_path):
         FileError, match=r"item_0\.safetensors does not fit index.json: target is \(16, 4, 4\)"
     ):
         dataset.load(0)
+
+
+def test_an_item_in_place_of_another_of_the_same_sizes_is_refused(tmp_path):
+    """Its caption in the index is another one's."""
+    dataset = make_dataset(tmp_path / "set", {key: make_item(0, (8, 8)) for key in ("a", "b")})
+    items = dataset.folder / "items"
+    shutil.copy(items / "a.safetensors", items / "b.safetensors")
+    for read in (dataset.check_items, lambda: dataset.load(1)):
+        with pytest.raises(FileError, match=r"b.safetensors .* it holds the item a; make the"):
+            read()
+    dataset.load(0)
 
 
 def test_the_fingerprint_follows_items_and_sizes_but_not_the_folder(tmp_path):

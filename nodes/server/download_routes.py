@@ -78,7 +78,7 @@ async def send(
     piece = await run(lambda: next(pieces, None))  # an error here is still a plain refusal
     await response.prepare(request)
     try:
-        while piece is not None:
+        while piece is not None and request.method != "HEAD":
             await response.write(piece)
             piece = await run(lambda: next(pieces, None))
     except LoraError as e:
