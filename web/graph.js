@@ -2,6 +2,7 @@
 
 const GAP = 60; // px of the graph between the two nodes
 const STEP = 40; // offset of a pair from one at the same position
+const GRIP = 20; // from a node's left edge to the pointer that drops it
 
 function toGraph(app, clientX, clientY) {
   // Not by the canvas element's own size: with Vue nodes other elements cover it.
@@ -13,7 +14,7 @@ function toGraph(app, clientX, clientY) {
 /** Graph position that centers a title bar on a mouse or drag event. */
 export function getDropPosition(app, event) {
   const [x, y] = toGraph(app, event.clientX, event.clientY);
-  return [x - 20, y + window.LiteGraph.NODE_TITLE_HEIGHT / 2];
+  return [x - GRIP, y + window.LiteGraph.NODE_TITLE_HEIGHT / 2];
 }
 
 // The center of the canvas area not covered by panels; if occupied, below the nodes there if that
@@ -75,11 +76,20 @@ async function findLoaderWithoutFile(app, graph) {
   return loaders.find((load) => !offers(load, findWidget(load, "lora_name").value)) ?? null;
 }
 
+// The Load node under the pointer of a drop.
+async function findLoaderAt(app, graph, [x, y], loraName) {
+  const node = graph.getNodeOnPos(x + GRIP, y - window.LiteGraph.NODE_TITLE_HEIGHT / 2);
+  if (node?.comfyClass !== "QwenEditLoraLoad") return null;
+  if (!offers(node, loraName)) await app.refreshComboInNodes(); // the file is newer than the page
+  return node;
+}
+
 /**
  * Adds Load Qwen Edit LoRA wired to Apply Qwen Edit LoRA to the open graph, as one undo step.
  *
  * @param loraName the file's name in the loaders' list.
- * Without a position, a wired Load node whose file is missing gets the file instead.
+ * A Load node at the position gets the file instead; without a position, a wired one whose file is
+ * missing does.
  *
  * @param position of the pair in the graph; defaults to the center of the visible canvas.
  * @returns {{load, apply}} the nodes; apply is null if none was added.
@@ -87,11 +97,15 @@ async function findLoaderWithoutFile(app, graph) {
 export async function addLoadAndApply(app, loraName, position) {
   const { canvas } = app;
   const graph = canvas.graph ?? app.graph;
-  const waiting = position ? null : await findLoaderWithoutFile(app, graph);
+  const waiting = position
+    ? await findLoaderAt(app, graph, position, loraName)
+    : await findLoaderWithoutFile(app, graph);
   if (waiting) {
+    canvas.emitBeforeChange();
     graph.beforeChange();
     setFile(app, waiting, loraName);
     graph.afterChange();
+    canvas.emitAfterChange();
     canvas.selectItems([waiting]);
     canvas.setDirty(true, true);
     return { load: waiting, apply: null };

@@ -49,6 +49,7 @@ from .graphs import (
     find_weight_readers,
     find_wired_outputs,
     get_links,
+    has_model,
 )
 from .language import get_language, translate, use_page_language
 from .merging import (

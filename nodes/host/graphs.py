@@ -110,6 +110,16 @@ def gives_model(graph: Mapping[str, Any], node_id: str, output: int) -> bool:
     return output < len(types) and types[output] in ("MODEL", "*")
 
 
+def has_model(graph: object) -> bool:
+    """Whether a node of this graph, which may be anything that was posted, gives a MODEL."""
+    import nodes
+
+    listed = graph.values() if isinstance(graph, Mapping) else ()
+    names = (node.get("class_type") for node in listed if isinstance(node, Mapping))
+    classes = (nodes.NODE_CLASS_MAPPINGS.get(name) for name in names if isinstance(name, str))
+    return any("MODEL" in getattr(node_class, "RETURN_TYPES", ()) for node_class in classes)
+
+
 def reads_weights(class_type: str) -> bool:
     """Judged by ComfyUI's own names, which savers and mergers of other extensions follow."""
     return class_type == "LoraSave" or any(

@@ -20,10 +20,10 @@ HOLD_ID = "QwenEditLoraHold"
 POLICIES = ("warn", "pause prompts", "share")
 WARN, PAUSE, _ = POLICIES
 POLICY_TOOLTIP = (
-    "What prompts do while the training has ComfyUI's device. warn: they run alongside it, each "
-    "with a warning. pause prompts: they wait until it is over or paused, or until you interrupt "
-    "the waiting. share: they run alongside it without one. ComfyUI's models are released before "
-    "it starts."
+    "What prompts do while the training has ComfyUI's device. warn: they run alongside it, the "
+    "first that has a MODEL with a warning. pause prompts: they wait until it is over or paused, "
+    "or until you interrupt the waiting. share: they run alongside it without one. ComfyUI's "
+    "models are released before it starts."
 )
 #: Key in `JobSettings.origin`.
 POLICY_KEY = "prompts"
@@ -57,6 +57,7 @@ class PromptPolicy:
         self._starting: dict[str, float] = {}
         self._release_requested: set[str] = set()
         self._dismissed: set[str] = set()
+        self._warned: set[str] = set()
         self._hold_id: str | None = None
         self._num_holding = 0
 
@@ -97,16 +98,19 @@ class PromptPolicy:
                 and (job.id in starting or is_on(job, host.get_device_name()))
             }
 
-    def describe_conflict(self) -> str | None:
-        """The warning for a prompt queued while a job with the policy "warn" runs, if any."""
+    def take_warning(self) -> str | None:
+        """The warning for a prompt queued while a job with the policy "warn" runs; once per job."""
         with self._lock:
             for job in self._jobs.values():
-                if get_policy(job) == WARN and is_on(job, host.get_device_name()):
+                if (
+                    job.id not in self._warned
+                    and get_policy(job) == WARN
+                    and is_on(job, host.get_device_name())
+                ):
+                    self._warned.add(job.id)
                     return message(
-                        "training job {job_id} ({job}) uses {device} too: this prompt and "
-                        "the training slow each other down and may run out of memory; pause "
-                        "the job if they do",
-                        job_id=job.id,
+                        "the training {job} uses {device} too: prompts and the training slow each "
+                        "other down and may run out of memory; pause the training if they do",
                         job=job.name,
                         device=job.state.device,
                     )
@@ -155,6 +159,7 @@ class PromptPolicy:
                 self._release_requested.discard(job_id)
             if job is None or job.status.is_settled:
                 self._dismissed.discard(job_id)
+                self._warned.discard(job_id)
             elif not self._num_holding and job_id in self.find_holders():
                 self._queue_hold()  # of an earlier session
 

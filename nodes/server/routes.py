@@ -131,8 +131,10 @@ def train_again(adapter_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def warn_of_conflict(prompt: dict[str, Any]) -> dict[str, Any]:
     """Called for every queued prompt; returns it unchanged."""
+    if not host.has_model(prompt.get("prompt")):
+        return prompt
     try:
-        warning = job_host.get_jobs().policy.describe_conflict()
+        warning = job_host.get_jobs().policy.take_warning()
     except LoraError:
         return prompt
     if warning:

@@ -24,6 +24,9 @@ NODES = """() => app.graph._nodes.map((n) => [
     n.comfyClass, n.widgets.find((w) => w.name === "lora_name")?.value ?? null])"""
 OFFERED = """() => app.graph.findNodesByType("QwenEditLoraLoad")[0]
     .widgets.find((w) => w.name === "lora_name").options.values"""
+#: Whether the single Load node, next to its Apply, has this file.
+HOLDS = """name => app.graph._nodes.length === 2 && app.graph
+    .findNodesByType("QwenEditLoraLoad")[0].widgets.some(({ value }) => value === name)"""
 #: The single Load node, its title bar's screen position, and whether Apply is connected to it.
 PAIR = """() => {
     const [load] = app.graph.findNodesByType("QwenEditLoraLoad");
@@ -175,8 +178,13 @@ def test_files_get_into_the_graph_by_mouse_and_keyboard_and_out_by_undo(
     assert pair["isWired"]
     assert pair["name"] == str(Path("browsed", "ours.safetensors"))
     assert (pair["x"], pair["y"]) == pytest.approx((900, 400), abs=2)
-    # onto the node there: still the canvas
-    opened.drag("loud", 950, 460)
+    # onto the Load node there: in place of its file
+    opened.drag("loud", 950, 410)
+    page.wait_for_function(HOLDS, arg=str(Path("browsed", "loud.safetensors")))
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Undo')")
+    page.wait_for_function(HOLDS, arg=str(Path("browsed", "ours.safetensors")))
+    # next to it
+    opened.drag("loud", 900, 750)
     page.wait_for_function("() => app.graph._nodes.length === 4")
     opened.drag("loud", 200, 500)  # back onto the list: nothing
     workspace.shoot(f"adapters_in_graph_{'vue' if vue else 'classic'}")
