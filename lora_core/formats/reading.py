@@ -121,7 +121,27 @@ def find_model(
                 number=flux[1],
             )
         )
+    hints += describe_other_width(family, width)
     return AdaptedModel(family, preset, blocks, width, variants, hints)
+
+
+#: Narrower models are made for tests, in any width.
+MIN_WIDTH = 1024
+
+
+def describe_other_width(family: Family | None, width: int | None) -> list[str]:
+    """What a width says that no model of the family, or of any, has; SD3's names fit, for one."""
+    known = [family] if family else families.FAMILIES
+    if width is None or width < MIN_WIDTH or any(width == one.width for one in known):
+        return []
+    text = message(
+        "its modules are {width} wide, those of {titles} {widths}: it was probably made for "
+        "another model",
+        width=width,
+        titles=" or ".join(one.title for one in known),
+        widths=" or ".join(str(one.width) for one in known),
+    )
+    return [text]
 
 
 def find_family_said(metadata: Mapping[str, str]) -> Family | None:

@@ -380,6 +380,19 @@ def test_headers_that_name_both_families_tell_neither():
     assert read_state_dict(attention(64), header).report.family is None
 
 
+@pytest.mark.parametrize("width", [1536, 2432, 4096, 6144])
+def test_a_width_that_no_model_of_the_family_has_is_told(width):
+    """SD3.5 and FLUX.2 have the attention's names, of the text stream too."""
+    text = {
+        key.replace("to_q", "add_q_proj"): tensor
+        for key, tensor in attention(width).items()
+        if "to_q" in key
+    }
+    hints = read_state_dict(attention(width) | text).report.hints
+    expected = f"its modules are {width} wide, those of Qwen-Image 3072"
+    assert any(hint.startswith(expected) for hint in hints)
+
+
 @pytest.mark.parametrize(("block", "is_hinted"), [(7, True), (8, False)])
 def test_attention_of_few_blocks_may_be_that_of_flux_2_klein(block, is_hinted):
     hints = read_state_dict(attention(4096, block)).report.hints
