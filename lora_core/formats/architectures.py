@@ -68,7 +68,7 @@ _VARIANT_FIELDS = (
     "base_model",
     "modelspec.title",
 )
-_ARCHITECTURE_FIELD = "modelspec.architecture"
+_ARCHITECTURE_FIELD, _TITLE_FIELD = "modelspec.architecture", "modelspec.title"
 
 
 def detect_variants(metadata: dict[str, str], file_name: str) -> tuple[list[str], list[str]]:
@@ -118,6 +118,8 @@ def read_variants(text: str, is_specification: bool) -> list[str]:
         found.append("2509")
     if found or not is_specification or not _QWEN_IMAGE.search(lowered):
         return found
+    if _QWEN_IMAGE_21.search(lowered):
+        return []  # a model of its own, not the text-to-image one
     if version := _SIMPLETUNER_EDIT.search(lowered):
         return [_SIMPLETUNER_VERSIONS[version[1]]]
     if "edit" in lowered:
@@ -125,9 +127,17 @@ def read_variants(text: str, is_specification: bool) -> list[str]:
     return ["text-to-image"]
 
 
+def names_qwen_image_21(metadata: dict[str, str]) -> bool:
+    """Whether a field that names the base model names Qwen-Image-2.1; a title may name any."""
+    fields = (field for field in _VARIANT_FIELDS if field != _TITLE_FIELD)
+    texts = (metadata.get(field, "")[:MAX_TEXT].lower() for field in fields)
+    return any(_QWEN_IMAGE_21.search(text) for text in texts)
+
+
 #: Of a text that is searched; a title may be as long as the file.
 MAX_TEXT = 1000
 _QWEN_IMAGE = re.compile(r"qwen[-_ ]?image")
+_QWEN_IMAGE_21 = re.compile(r"qwen[-_ ]?image[-_ ]?2[._]?1(?![0-9])")
 _PLUS = re.compile(r"edit[-_ ]plus(?![a-z])")
 #: SimpleTuner's flavours of qwen_image: edit-v1, edit-v2, edit-v2+, edit-v3.
 _SIMPLETUNER_EDIT = re.compile(r"edit[-_ ]?v([1-3])(?![0-9])")
@@ -166,11 +176,19 @@ ARCHITECTURES = {
     "text-to-image": "Qwen-Image/lora",
 }
 
-FLUX_BLOCKS = 19
-FLUX_WIDTH = 3072
+#: Width -> (which Flux, number of its double blocks). FLUX.2 [klein] 4B has 5 of the first width.
+FLUX_MODELS = {3072: ("Flux", 19), 4096: ("FLUX.2 [klein] 9B", 8)}
 
 
-def could_be_flux(preset: str | None, blocks: Iterable[int], width: int | None) -> bool:
-    """Flux's double blocks share names, width and nothing else with Qwen-Image's attention."""
+def find_flux_alike(
+    preset: str | None, blocks: Iterable[int], width: int | None
+) -> tuple[str, int] | None:
+    """The Flux that such an adapter would fit as well, and the number of its double blocks.
+
+    These share names, width and nothing else with Qwen-Image's attention.
+    """
     is_attention = preset in ("attention", "image-attention", "text-attention")
-    return is_attention and width == FLUX_WIDTH and max(blocks, default=0) < FLUX_BLOCKS
+    alike = FLUX_MODELS.get(width or 0)
+    if alike is None or not is_attention or max(blocks, default=0) >= alike[1]:
+        return None
+    return alike

@@ -15,7 +15,7 @@ from ..base_model.family import Family
 from ..disk.safetensors_file import AnyTensor
 from ..messages import message
 from .alpha import find_alpha_rules
-from .architectures import could_be_flux, detect_variants
+from .architectures import detect_variants, find_flux_alike, names_qwen_image_21
 from .building import ModuleBuilder
 from .fused import find_member
 from .observations import find_more
@@ -107,22 +107,50 @@ def find_model(
         variants, hints = detect_variants(dict(metadata), name)
         if family is None:
             family = find_family_said(metadata)
+            if family is not None and not family.variants:
+                variants, hints = [], []
     preset, width = detect_preset(modules, family), find_width(modules, family)
     blocks = {block for block, _ in map(module_paths.split_path, modules) if block is not None}
-    if not variants and could_be_flux(preset, blocks, width):
+    flux = find_flux_alike(preset, blocks, width)
+    if not variants and flux is not None:
         hints.append(
             message(
-                "names and sizes would fit Flux as well (attention of the first 19 blocks "
-                "only): check what it was trained for"
+                "names and sizes would fit {flux} as well (attention of the first {number} blocks "
+                "only): check what it was trained for",
+                flux=flux[0],
+                number=flux[1],
             )
         )
+    hints += describe_other_width(family, width)
     return AdaptedModel(family, preset, blocks, width, variants, hints)
+
+
+#: Narrower models are made for tests, in any width.
+MIN_WIDTH = 1024
+
+
+def describe_other_width(family: Family | None, width: int | None) -> list[str]:
+    """What a width says that no model of the family, or of any, has; SD3's names fit, for one."""
+    known = [family] if family else families.FAMILIES
+    if width is None or width < MIN_WIDTH or any(width == one.width for one in known):
+        return []
+    text = message(
+        "its modules are {width} wide, those of {titles} {widths}: it was probably made for "
+        "another model",
+        width=width,
+        titles=" or ".join(one.title for one in known),
+        widths=" or ".join(str(one.width) for one in known),
+    )
+    return [text]
 
 
 def find_family_said(metadata: Mapping[str, str]) -> Family | None:
     """The family of which a header names a model; for files whose names and sizes do not tell."""
     said = set(detect_variants(dict(metadata), "")[0])
-    return next((f for f in families.FAMILIES if said and said <= set(f.variants)), None)
+    found = [f for f in families.FAMILIES if said and said <= set(f.variants)]
+    if names_qwen_image_21(dict(metadata)):
+        found.append(families.QWEN_IMAGE_21)
+    return found[0] if len(found) == 1 else None
 
 
 def detect_preset(modules: Mapping[str, ModuleWeights], family: Family | None) -> str | None:
@@ -206,19 +234,27 @@ def parse_keys(
 
 
 def find_packed(parsed: Iterable[ParsedKey], tensors: Mapping[str, AnyTensor]) -> set[str]:
-    """Keys of nunchaku's factors, which end as some LoRAs' do: there both have the rank last."""
+    """Keys of nunchaku's factors, which end as some LoRAs' do: there both have the rank last.
+
+    A square lora_down could be either's, such as img_in's at rank 64: the file's others tell.
+    """
     pairs: dict[str, list[str]] = defaultdict(list)
     for key in parsed:
         if key.spelling.endswith(BARE_DOWN):
             pairs[key.spelling].append(key.key)
     packed: set[str] = set()
+    square: set[str] = set()
+    num_plain = 0
     for keys in pairs.values():
         shapes = [tensors[key].shape for key in sorted(keys)]
-        if len(shapes) == 2 and all(len(shape) == 2 for shape in shapes):
-            if shapes[1][1] == shapes[0][0] != shapes[0][1]:
-                continue
-        packed.update(keys)
-    return packed
+        is_pair = len(shapes) == 2 and all(len(shape) == 2 for shape in shapes)
+        if not is_pair or shapes[1][1] != shapes[0][0]:
+            packed.update(keys)
+        elif shapes[0][0] == shapes[0][1]:
+            square.update(keys)
+        else:
+            num_plain += 1
+    return packed if num_plain and not packed else packed | square
 
 
 def find_width(modules: Mapping[str, ModuleWeights], family: Family | None) -> int | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..base_model.family import Family
+from ..base_model.qwen_image import QWEN_IMAGE
 from ..messages import join_messages, message
 from ..text import format_number, format_percent
 from .verdict import GOOD_STD
@@ -29,7 +31,8 @@ def advise_inspection(inspection: Inspection) -> str:
         return message("Do not use this file: it holds NaN or Inf.")
     if not inspection.modules:
         return message("Choose another file or base: there is nothing here to judge.")
-    parts = [advise_strength((inspection.std**2 + inspection.mean**2) ** 0.5)]
+    size = (inspection.std**2 + inspection.mean**2) ** 0.5
+    parts = [advise_strength(size, inspection.base_family)]
     if "merge_noise" in kinds:
         parts.append(message("Do not merge it: rounding would drown it; use the side path."))
     if kinds & {"partly_trained", "dead_modules"}:
@@ -37,9 +40,16 @@ def advise_inspection(inspection: Inspection) -> str:
     return join_messages(" ", parts)
 
 
-def advise_strength(size: float) -> str:
-    """The strength at which a delta of this size is as large as that of known-good LoRAs."""
+def advise_strength(size: float, family: Family | None = None) -> str:
+    """The strength at which a delta of this size is as large as that of known-good LoRAs.
+
+    Args:
+        family: that of the adapter. Only LoRAs of Qwen-Image-Edit were measured.
+    """
     low, high = GOOD_STD
+    known = message("known-good LoRAs")
+    if family not in (None, QWEN_IMAGE):
+        known = message("known-good LoRAs of {family}-Edit", family=QWEN_IMAGE.title)
     strength = 1.0
     if size > high:
         strength = float(f"{high / size:.1g}")
@@ -47,14 +57,15 @@ def advise_strength(size: float) -> str:
         strength = float(f"{low / size:.1g}")
     if strength == 1:
         return message(
-            "Use strength 1: the delta is as large as that of known-good LoRAs (std {low:g} to "
-            "{high:g}).",
+            "Use strength 1: the delta is as large as that of {known} (std {low:g} to {high:g}).",
+            known=known,
             low=low,
             high=high,
         )
     return message(
-        "Start with strength {strength}: the delta is {than} than that of known-good LoRAs (std "
-        "{low:g} to {high:g}).",
+        "Start with strength {strength}: the delta is {than} than that of {known} (std {low:g} to "
+        "{high:g}).",
+        known=known,
         strength=format_number(strength),
         than=message("larger") if size > high else message("smaller"),
         low=low,

@@ -86,7 +86,7 @@ def describe(adapter: Adapter) -> AdapterFacts:
         key_format=report.key_format,
         kinds=sort_by_count(report.kinds),
         num_modules=report.num_modules,
-        num_parameters=sum(weights.num_parameters() for weights in adapter.modules.values()),
+        num_parameters=count_parameters(adapter),
         ranks=sort_by_count(report.ranks),
         alphas=tuple(alpha for alpha in sort_by_count(report.alphas) if math.isfinite(alpha)),
         dtypes=sort_by_count(report.dtypes),
@@ -97,6 +97,12 @@ def describe(adapter: Adapter) -> AdapterFacts:
         findings=tuple(asdict(finding) for finding in report.findings),
         **describe_metadata(adapter.metadata),
     )
+
+
+def count_parameters(adapter: Adapter) -> int:
+    """Those of the file: halves of a fused module share their lora_A, which is there once."""
+    tensors = (tensor for weights in adapter.modules.values() for tensor in weights.parts.values())
+    return sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
 def describe_refused(path: Path, error: LoraError) -> AdapterFacts:

@@ -204,15 +204,16 @@ def merge(
         ),
         len(reasons),
     )
-    if match.is_low_precision:
+    rounded = Counter(match.rounded[path] for path in reasons if path in match.rounded)
+    if rounded:
         application.warn(
             "merge_rounds",
             message(
                 "the weights are stored as {storage}; merging rounds a small LoRA away there, the "
                 "side path does not",
-                storage=match.storage,
+                storage=rounded.most_common(1)[0][0],
             ),
-            len(reasons),
+            rounded.total(),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,9 +38,10 @@ class Match:
     """That of the model."""
     layout: Layout
     storage: str
-    """How the model stores its weights, e.g. "float8_e4m3fn"."""
-    is_low_precision: bool
-    """A merged weight is rounded to less than 16 bits."""
+    """How the model stores most of its weights, e.g. "float8_e4m3fn"."""
+    rounded: Mapping[str, str]
+    """Module path -> how the model stores its weight, where a merged one is rounded to less than
+    16 bits. A file of 8 bits may keep some modules, such as img_in, in 16."""
     paths: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,9 +106,9 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
             **{"count": len(adapter), "adapter": adapter.name, "path": path, "why": why},
         )
     absent = tuple(p for p in adapter if p not in present and p not in out_of_reach)
-    linears = [p.module_path for p in present.values() if is_linear(modules[p.module_path])]
-    first = next(iter(present.values())).module_path
-    storage, is_low_precision = host.describe_storage(modules[(linears or [first])[0]])
+    stored = {p: host.describe_storage(modules[place.module_path]) for p, place in present.items()}
+    linears = [path for path in present if is_linear(modules[present[path].module_path])]
+    storages = Counter(stored[path][0] for path in linears or stored)
     return Match(
         frozenset(side_path),
         merge_only,
@@ -115,8 +117,8 @@ def compute_match(model: host.ModelPatcher, adapter: Adapter) -> Match:
         unmergeable,
         family,
         layout,
-        storage,
-        is_low_precision,
+        storages.most_common(1)[0][0],
+        {path: storage for path, (storage, is_low) in stored.items() if is_low},
     )
 
 

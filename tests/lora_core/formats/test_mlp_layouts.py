@@ -14,6 +14,7 @@ from qwen_edit_lora.lora_core import (
     DiffWeights,
     DoraWeights,
     Family,
+    KeyFormatError,
     LohaWeights,
     LokrWeights,
     LoraWeights,
@@ -360,6 +361,44 @@ def test_what_nothing_tells_is_said_and_not_guessed():
     assert "Qwen-Image or Qwen-Image-2.1, targets" in adapter.report.to_text()
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"modelspec.architecture": "Qwen-Image-2.1/lora"},
+        {"ss_base_model_version": "qwen_image_21"},
+        {"base_model": "Qwen/Qwen-Image-2.1"},
+    ],
+)
+def test_what_sizes_do_not_tell_a_header_that_names_2_1_does(header):
+    report = read_state_dict(attention(64), header, "turned_2511").report
+    assert (report.family, report.variants) == ("qwen-image-2.1", ())
+    assert "licence" in [finding.kind for finding in report.findings]
+
+
+def test_headers_that_name_both_families_tell_neither():
+    header = {"base_model": "Qwen/Qwen-Image-2.1", "modelspec.architecture": "Qwen-Image/lora"}
+    assert read_state_dict(attention(64), header).report.family is None
+
+
+@pytest.mark.parametrize("width", [1536, 2432, 4096, 6144])
+def test_a_width_that_no_model_of_the_family_has_is_told(width):
+    """SD3.5 and FLUX.2 have the attention's names, of the text stream too."""
+    text = {
+        key.replace("to_q", "add_q_proj"): tensor
+        for key, tensor in attention(width).items()
+        if "to_q" in key
+    }
+    hints = read_state_dict(attention(width) | text).report.hints
+    expected = f"its modules are {width} wide, those of Qwen-Image 3072"
+    assert any(hint.startswith(expected) for hint in hints)
+
+
+@pytest.mark.parametrize(("block", "is_hinted"), [(7, True), (8, False)])
+def test_attention_of_few_blocks_may_be_that_of_flux_2_klein(block, is_hinted):
+    hints = read_state_dict(attention(4096, block)).report.hints
+    assert any("would fit FLUX.2 [klein] 9B as well" in hint for hint in hints) == is_hinted
+
+
 def test_modules_of_the_other_family_are_left_out_and_told(make_state_dict):
     wanted = make_state_dict("ai-toolkit", [GATE, UP, DOWN])
     other = make_state_dict("ai-toolkit", ["transformer_blocks.1.txt_mlp.net.2"])
@@ -375,6 +414,19 @@ def test_factors_without_weight_in_their_keys_are_read(rank):
     down, up = torch.randn(rank, COLUMNS), torch.randn(ROWS, rank)
     adapter = read_state_dict({f"{GATE}.lora_down": down, f"{GATE}.lora_up": up})
     torch.testing.assert_close(adapter.modules[GATE].delta(), up @ down)
+
+
+def test_a_square_factor_is_read_as_those_of_the_other_modules_are():
+    """img_in has 64 inputs: at rank 64 the shape of its lora_down is the same in both formats."""
+    square = {"img_in.lora_down": torch.randn(4, 4), "img_in.lora_up": torch.randn(6, 4)}
+    plain = {f"{GATE}.lora_down": torch.ones(4, 8), f"{GATE}.lora_up": torch.ones(ROWS, 4)}
+    packed = {f"{GATE}.lora_down": torch.ones(8, 4), f"{GATE}.lora_up": torch.ones(ROWS, 4)}
+    adapter = read_state_dict(square | plain)
+    torch.testing.assert_close(
+        adapter.modules["img_in"].delta(), square["img_in.lora_up"] @ square["img_in.lora_down"]
+    )
+    with pytest.raises(KeyFormatError, match="nunchaku"):
+        read_state_dict(square | packed)
 
 
 def test_nunchakus_packed_factors_are_no_lora():

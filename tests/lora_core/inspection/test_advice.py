@@ -37,6 +37,13 @@ def test_an_inspection_starts_with_the_strength_to_use(std, expected):
     assert advise_inspection(inspection).startswith(expected)
 
 
+def test_the_strength_for_a_2_1_lora_says_which_loras_were_measured():
+    weights = LoraWeights(torch.eye(SIDE), draw_delta(5e-3), alpha=float(SIDE))
+    adapter = Adapter({"transformer_blocks.0.img_mlp.out": weights})
+    expected = "Start with strength 0.2: the delta is larger than that of known-good LoRAs of Qwen-"
+    assert advise_inspection(inspect_adapter(adapter)).startswith(f"{expected}Image-Edit (std")
+
+
 def test_a_damaged_file_is_not_to_be_used():
     inspection = inspect_adapter(build_adapter(torch.full((SIDE, SIDE), torch.nan)))
     assert advise_inspection(inspection) == "Do not use this file: it holds NaN or Inf."

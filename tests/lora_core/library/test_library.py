@@ -469,3 +469,12 @@ def test_a_thousand_files_are_listed_from_the_cache_without_opening_one(
 )
 def test_a_finding_has_the_level_of_its_kind_and_severity_whatever_it_says(finding, level):
     assert health.get_level(finding) == level
+
+
+def test_a_factor_that_halves_of_a_fused_module_share_is_counted_once(tmp_path):
+    stem = "transformer_blocks.0.img_mlp.gate_up"
+    parts = {"A": torch.ones(2, 4), "B": torch.ones(24, 2)}
+    tensors = {f"{stem}.lora_{end}.weight": tensor for end, tensor in parts.items()}
+    save_file(tensors, tmp_path / "fused.safetensors")
+    facts = read_facts(tmp_path / "fused.safetensors")
+    assert (facts.num_modules, facts.num_parameters) == (2, 2 * 4 + 24 * 2)

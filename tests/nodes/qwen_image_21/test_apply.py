@@ -17,6 +17,7 @@ from qwen_edit_lora.lora_core import (
     LoraWeights,
     compute_delta,
 )
+from qwen_edit_lora.lora_core.adapter.strengths import Strengths
 
 from ..conftest import worst
 
@@ -137,6 +138,18 @@ def test_the_merge_into_an_int8_base_is_near_the_side_path(load_21, sample_21, a
     merged = sample_21(apply_ours(base, adapter, 1.0, "merge"))
     assert (merged - beside).norm() < 0.2 * (beside - before).norm()
     assert torch.equal(sample_21(base), before)
+
+
+def test_the_warning_of_rounding_counts_the_int8_weights_of_a_mixed_file(load_21, ours):
+    """Its Linears outside the blocks are no int8, and an adapter's keys often begin with those."""
+    in_blocks = [path for path in LINEARS if path.startswith("transformer_blocks.")]
+    paths = [*(path for path in LINEARS if path not in in_blocks), *in_blocks]
+    layers = [(build_adapter(paths), Strengths(1.0))]
+    with torch.inference_mode():
+        done = ours.application.apply_adapters(load_21("int8_convrot"), layers, "merge")
+    (warning,) = [finding for finding in done.findings if finding.kind == "merge_rounds"]
+    assert warning.count == len(in_blocks) < len(paths)
+    assert "int8" in warning.text
 
 
 @pytest.mark.parametrize("half", ["gate_layer", "img_mlp.proj"])
