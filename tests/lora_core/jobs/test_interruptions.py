@@ -332,7 +332,9 @@ def test_an_adapter_with_a_damaged_header_is_not_published(store, submit, loras)
 
 # --- kills while a job is submitted ---
 
-TRACED = tuple(f"{os.sep}{name}.py" for name in ("store", "submission", "publication", "folder", "files"))
+TRACED = tuple(
+    f"{os.sep}{name}.py" for name in ("store", "submission", "publication", "folder", "files")
+)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks what is killed")
