@@ -164,5 +164,5 @@ def strip_markup(text: str) -> str:
     """The words of a description, which the site writes as HTML; the page shows it as text."""
     if "<" not in text:
         return clean(text, MAX_NOTE)
-    # `unescape` makes a number of any length of digits, which Python refuses from some thousands on.
+    # `unescape` reads a number of any length; Python refuses one of thousands of digits.
     return clean(unescape(LONG_NUMBER.sub(" ", TAG.sub(" ", text))), MAX_NOTE)

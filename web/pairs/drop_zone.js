@@ -128,6 +128,7 @@ export class DropZone {
   }
 
   async confirm() {
+    if (this.yes.disabled) return; // Enter, while it is uploading
     const { draft } = this;
     const name = this.name?.value.trim() ?? "";
     if (this.name && !name) {
