@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from demo_base.frontend import TAB_BUTTON
 from demo_base.pair_folders import write_pairs
 from demo_base.pair_panel import get_card, open_set
 
@@ -77,3 +78,13 @@ def test_no_key_closes_a_mask_that_was_painted(workspace, input_folder):
         page.keyboard.press("Escape")
         page.locator(".qel-mask-editor > dialog[open]").wait_for(state="detached")
     assert page.locator(".qel-mask-editor[open]").count() == 1
+
+
+def test_a_server_that_does_not_answer_is_reported_in_the_readers_language(chinese):
+    page = chinese.page
+    page.route("**/qwen_edit_lora/*", lambda route: route.abort())
+    page.locator(TAB_BUTTON).click()
+    page.get_by_text("ComfyUI 没有响应").first.wait_for()
+    page.get_by_role("tab", name="图像对").click()
+    page.get_by_text("ComfyUI 没有响应").first.wait_for()
+    assert page.get_by_text("does not answer").count() == 0

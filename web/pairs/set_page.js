@@ -33,7 +33,7 @@ export class SetPage {
     this.saves = new Map();
     /** Ids of pairs that are being removed. */
     this.leaving = new Set();
-    this.numChanges = 0; // of `pairs`, by this page
+    this.numChanges = 0; // made on this page
     this.findings = new FindingsQueue(client, id, (pair) => this.grid.refresh(pair));
     this.name = build("h2", { tabindex: "-1" });
     this.problem = build("p", { class: "qel-problem", role: "alert", hidden: true });
@@ -311,6 +311,7 @@ export class SetPage {
     try {
       await Promise.all(this.saves.values());
       const { num_changed: n, removed } = await this.client.changeCaptions(this.id, options);
+      this.numChanges += 1;
       // What could not be saved is still in its field.
       for (const [id, { draft }] of this.edits) if (draft === undefined) this.edits.delete(id);
       await this.load();
@@ -430,6 +431,7 @@ export class SetPage {
     let isDone = true;
     try {
       const { num_edited: n } = await this.client.restore(this.id, token);
+      this.numChanges += 1;
       if (n) this.tell("info", this.t("pairs.edited_since", { n }));
       for (const [id, { draft }] of this.edits) if (draft === undefined) this.edits.delete(id);
     } catch (error) {
