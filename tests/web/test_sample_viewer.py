@@ -172,3 +172,21 @@ def test_an_image_that_fails_is_asked_for_once_more_and_hidden_if_it_fails_again
     page.evaluate("window.failing = null")
     page.keyboard.press("ArrowRight")
     page.wait_for_function("document.querySelector('#mounted .qel-large').style.visibility === ''")
+
+
+def test_an_image_with_a_substitute_is_replaced_by_it_once_it_has_failed_twice(workspace):
+    page = workspace.page
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.evaluate(
+        """async () => {
+            const { buildImage } = await import('/extensions/qwen-edit-lora/elements.js');
+            const onfail = image => image.replaceWith('cannot be shown');
+            const place = document.createElement('div');
+            place.id = 'failing';
+            place.append(buildImage({ src: '/no_such_image.png', onfail }));
+            document.body.append(place);
+        }"""
+    )
+    page.wait_for_function("document.getElementById('failing').textContent === 'cannot be shown'")
+    assert len([url for url in requests if url.endswith("/no_such_image.png")]) == 2

@@ -16,8 +16,8 @@ INSTALL = 'pip install --upgrade "diffusers>=0.35"'
 #: They note on import which of their own optional parts are missing; nothing a user can use.
 NOISY_LOGGERS = ("bitsandbytes", "diffusers", "torch.utils._pytree", "torchao", "transformers")
 
-#: What diffusers imports wherever it finds it, and training does without, or imports itself: half
-#: the time of a start, and an error where diffusers does not know the version.
+#: What diffusers imports wherever it finds it, and training does without, or imports itself: two
+#: fifths of a start's processor time, and an error where diffusers does not know the version.
 HIDDEN = ("bitsandbytes", "peft", "scipy", "torchao", "torchvision", "transformers")
 #: What is imported from it: object and module.
 IMPORTED = (

@@ -236,6 +236,17 @@ def test_halves_trained_fused_share_lora_A_and_stay_of_their_rank(tmp_path):
         assert torch.equal(fused[key].load(), tensor)
 
 
+def test_halves_of_their_own_keep_columns_of_zeros(tmp_path):
+    """Only what shares lora_A can have come from an exact fusion."""
+    modules = {}
+    for column, path in enumerate((GATE, UP)):
+        lora_B = torch.zeros(ROWS, 2)
+        lora_B[:, column] = 1.0
+        modules[path] = LoraWeights(torch.randn(2, COLUMNS), lora_B)
+    again = write_and_read(Adapter(modules), tmp_path, "split")
+    assert {weights.rank for weights in again.modules.values()} == {2}
+
+
 @pytest.mark.parametrize("present", [GATE, UP])
 @pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "diff"])
 def test_a_lone_half_gets_zeros_for_the_other(kind, present, tmp_path):
