@@ -48,7 +48,14 @@ export class UndoBar {
     clearTimeout(this.timer);
     setHidden(this.element, true);
     const change = this.changes.pop();
-    if (!(await this.undo(change.token))) this.changes.push(change);
+    if (!(await this.undo(change.token))) this.keep(change);
     if (this.changes.length) this.show();
+  }
+
+  // Refused twice, it waits behind the others: it may never be possible again.
+  keep(change) {
+    if (change.isRefused) this.changes.unshift(change);
+    else this.changes.push(change);
+    change.isRefused = true;
   }
 }
