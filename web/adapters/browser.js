@@ -92,6 +92,7 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
       isLoaded = true;
       failure = "";
     } catch (error) {
+      if (number !== loads || stops.signal.aborted) return;
       failure = error.message;
     }
     toolbar.setBusy(false);

@@ -53,6 +53,7 @@ export class Jobs extends EventTarget {
       for (const job of jobs) this.take(job);
       this.isKnown = true;
     } catch (error) {
+      if (number !== this.numRefreshes) return;
       this.problem = error.message;
     }
     this.dispatchEvent(new Event("change"));
