@@ -19,6 +19,8 @@ from typing import Any
 MESSAGES = "messages"
 #: Of a packed number; JSON readers refuse larger ones.
 MAX_NUMBER = 2**63
+#: Of a packed message, in characters: about what a file of messages may hold in all.
+MAX_LENGTH = 4 << 20
 #: Of a packed format string: what templates here use, and no width that fills memory.
 _SPEC = re.compile(r",?(\.\d)?[a-z]?")
 
@@ -142,12 +144,21 @@ def unpack(packed: Any) -> str:
     if not isinstance(packed, dict):
         return str(packed)
     if "parts" in packed:
-        return MessageList(str(packed["separator"]), [unpack(part) for part in packed["parts"]])
+        separator, parts = str(packed["separator"]), packed["parts"]
+        if len(separator) * len(parts) > MAX_LENGTH:
+            raise ValueError("a text that no message has")
+        return MessageList(separator, [unpack(part) for part in parts])
     template = packed["template"]
     values = {n: unpack(v) if isinstance(v, dict) else v for n, v in packed["values"].items()}
+    length = len(template)
     for _, name, spec, _ in string.Formatter().parse(template) if values else ():
-        if name is not None and not (name.isidentifier() and _SPEC.fullmatch(spec or "")):
+        if name is None:
+            continue
+        if not (name.isidentifier() and _SPEC.fullmatch(spec or "")):
             raise ValueError("a format string that no message has")
+        length += len(str(values[name]))
+        if length > MAX_LENGTH:  # values that repeat each other double with every level
+            raise ValueError("a text that no message has")
     return Message(template, values)
 
 

@@ -50,5 +50,28 @@ def list_templates(source: str) -> Iterator[tuple[str, int]]:
                 yield first.value, call.lineno
 
 
+def find_format_strings() -> list[str]:
+    """Places of f-strings in the place of a template: their text is in no table of translations."""
+    paths = sorted((*ROOT.glob("lora_core/**/*.py"), *ROOT.glob("nodes/**/*.py")))
+    return [
+        f"{path.relative_to(ROOT).as_posix()}:{line}"
+        for path in paths
+        for line in list_format_strings(path.read_text(encoding="utf-8"))
+    ]
+
+
+def list_format_strings(source: str) -> Iterator[int]:
+    """Lines of calls of `message` and of errors with one."""
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and node.args):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name == "message" or is_error(name):
+            first = node.args[0]
+            choices = [first.body, first.orelse] if isinstance(first, ast.IfExp) else [first]
+            if any(isinstance(one, ast.JoinedStr) for one in choices):
+                yield node.lineno
+
+
 def is_error(name: str) -> bool:
     return name.endswith("Error") and name not in OTHER_ERRORS

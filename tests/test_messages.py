@@ -11,12 +11,18 @@ import pickle
 import re
 import string
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from message_templates import find_templates, list_templates
+from message_templates import (
+    find_format_strings,
+    find_templates,
+    list_format_strings,
+    list_templates,
+)
 
 core = importlib.import_module("qwen_edit_lora.lora_core")
 errors = importlib.import_module("qwen_edit_lora.lora_core.errors")
@@ -85,6 +91,13 @@ def test_templates_are_found_in_messages_errors_and_counts():
     )
     found = [template for template, _ in list_templates(source)]
     assert found == ["{a} is wrong", "one", "{n:,} module", "{n:,} modules", "deep"]
+
+
+def test_no_f_string_takes_the_place_of_a_template():
+    source = 'raise ConfigError(f"{a} is wrong")\nraise ValueError(f"{a}")\nmessage("{a}", a=1)\n'
+    assert list(list_format_strings(source)) == [1]
+    counts = ("lora_core/text.py:",)  # `format_count`, whose nouns are found where it is called
+    assert [place for place in find_format_strings() if not place.startswith(counts)] == []
 
 
 # --- a message is its English text ----------------------------------------------------------------
@@ -264,3 +277,20 @@ def test_a_stored_message_that_does_not_make_its_text_stays_that_text(packed):
     restored = messages.restore_messages({"note": "x"}, {"x": packed})
     assert restored == {"note": "x"}
     assert type(restored["note"]) is str
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        {"template": "{a}" * 1000, "values": {"a": "x" * 10**5}},
+        {"separator": "x" * 10**5, "parts": [""] * 1000},
+    ],
+    ids=["values", "separators"],
+)
+def test_a_stored_message_takes_no_more_memory_than_its_file(packed):
+    tracemalloc.start()
+    restored = messages.restore_messages({"note": "x"}, {"x": packed})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert restored == {"note": "x"}
+    assert peak < 10**7

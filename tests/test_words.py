@@ -53,7 +53,7 @@ def test_a_word_has_a_form_for_each_plural_category_of_its_language(language):
 
 
 def test_every_text_that_is_used_exists():
-    asked = set(re.findall(r'\bt\(\s*"([\w.-]+)"', CODE))
+    asked = set(re.findall(r'\b(?:t|say)\(\s*"([\w.-]+)"', CODE))
     assert len(asked) > 20
     assert asked - ENGLISH.keys() == set()
 

@@ -1,5 +1,7 @@
 // Adds nodes to the user's graph. Works on litegraph's model, which both node renderers show.
 
+import { say } from "./translation.js";
+
 const GAP = 60; // px of the graph between the two nodes
 const STEP = 40; // offset of a pair from one at the same position
 const GRIP = 20; // from a node's left edge to the pointer that drops it
@@ -47,7 +49,7 @@ function findFreePosition(app, graph, width, height) {
 
 function createNode(type) {
   const node = window.LiteGraph.createNode(type);
-  if (!node) throw new Error(`ComfyUI does not know the node ${type}`);
+  if (!node) throw new Error(say("server.no_node", { type }));
   return node;
 }
 

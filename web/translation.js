@@ -8,6 +8,9 @@ const LANGUAGES = { en: EN, zh: ZH };
 const CATEGORIES = ["zero", "one", "two", "few", "many", "other"];
 const PLACE = /\{(\w+)(?::([^}]*))?\}/g;
 
+/** As the translator that was created last: for what is older than any page, such as a client. */
+export let say = (key, values) => translate(EN, createChooser("en"), key, values);
+
 /**
  * t("job.left", { time: "3 s" }) fills {time}. {n:pair|pairs} is the form that goes with the number
  * n: one for each plural category of the language, in the order above; English has "one" and
@@ -19,11 +22,15 @@ export function createTranslator(app) {
   const language = [locale, locale.split("-")[0]].find((name) => name in LANGUAGES) ?? "en";
   const words = LANGUAGES[language];
   const choose = createChooser(language);
-  return (key, values = {}) =>
-    (words[key] ?? EN[key] ?? key).replace(PLACE, (whole, name, forms) => {
-      if (values[name] === undefined || values[name] === null) return whole;
-      return forms === undefined ? values[name] : choose(forms.split("|"), Number(values[name]));
-    });
+  say = (key, values) => translate(words, choose, key, values);
+  return say;
+}
+
+function translate(words, choose, key, values = {}) {
+  return (words[key] ?? EN[key] ?? key).replace(PLACE, (whole, name, forms) => {
+    if (values[name] === undefined || values[name] === null) return whole;
+    return forms === undefined ? values[name] : choose(forms.split("|"), Number(values[name]));
+  });
 }
 
 function createChooser(language) {

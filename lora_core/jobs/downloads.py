@@ -63,7 +63,7 @@ def pack(folder: Path, names: list[str]) -> Iterator[bytes]:
             try:
                 with open_image(folder, name) as file:
                     with archive.open(describe_entry(folder / name), "w") as target:
-                        while data := file.read(CHUNK_BYTES):
+                        while data := read_chunk(file):
                             target.write(data)
                             yield pipe.take()
             except FileError as e:
@@ -80,12 +80,15 @@ def open_image(folder: Path, name: str) -> BinaryIO:
         FileError: it is none.
     """
     file = open_inside(folder / name)
-    size = file.seek(0, 2)
-    file.seek(0)
-    if file.read(len(SIGNATURE)) != SIGNATURE or size > MAX_BYTES:
+    try:
+        size = file.seek(0, 2)
+        file.seek(0)
+        if read_chunk(file, len(SIGNATURE)) != SIGNATURE or size > MAX_BYTES:
+            raise FileError("not a PNG file of a usable size; delete it")
+        file.seek(0)
+    except BaseException:
         file.close()
-        raise FileError("not a PNG file of a usable size; delete it")
-    file.seek(0)
+        raise
     return file
 
 
@@ -110,7 +113,11 @@ def open_adapter(store: JobStore, job_id: str, name: str) -> tuple[BinaryIO, int
     """
     paths = {path.name: path for path in store.list_adapters(job_id)}
     if name not in paths:
-        raise UnknownFileError(f"job {job_id} has no LoRA file {shorten(name)!r}; reload the page")
+        raise UnknownFileError(
+            "job {job_id} has no LoRA file {name!r}; reload the page",
+            job_id=job_id,
+            name=shorten(name),
+        )
     with store.catalog.using(store.catalog.find(job_id)):
         file = open_inside(paths[name])
         try:
@@ -127,14 +134,19 @@ def iterate_file(file: BinaryIO, size: int) -> Iterator[bytes]:
     """
     with file:
         while size:
-            try:
-                data = file.read(min(size, CHUNK_BYTES))
-            except OSError as e:
-                raise FileError("the file cannot be read: {reason}", reason=explain(e)) from None
+            data = read_chunk(file, size)
             if not data:
                 raise FileError("the file became shorter while it was read")
             size -= len(data)
             yield data
+
+
+def read_chunk(file: BinaryIO, size: int = CHUNK_BYTES) -> bytes:
+    """Raises FileError: it cannot be read, such as on a drive that is gone."""
+    try:
+        return file.read(min(size, CHUNK_BYTES))
+    except OSError as e:
+        raise FileError("the file cannot be read: {reason}", reason=explain(e)) from None
 
 
 def iterate_log(store: JobStore, job_id: str) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,7 +65,8 @@ class Favourites:
         with self._lock:
             known = self._read()
             # A renamed file is recorded under its old name.
-            kept = [one for one in known if name not in match((one,), files)]
+            find = build_finder(files)
+            kept = [one for one in known if name not in find(one)]
             if is_favourite:
                 if len(kept) >= MAX_FAVOURITES:
                     raise ConfigError(
@@ -97,17 +98,24 @@ class Favourites:
 
 def match(favourites: tuple[Favourite, ...], files: Mapping[str, Mark]) -> set[str]:
     """Names of the files that a record means: of its name, or else the only one of its mark."""
+    find = build_finder(files)
+    return {name for one in favourites for name in find(one)}
+
+
+def build_finder(files: Mapping[str, Mark]) -> Callable[[Favourite], tuple[str, ...]]:
+    """A function that gives the one file that a record means, or none; the files are read once."""
     names = {normalize(name): name for name in files}
-    missing = [one for one in favourites if one.name not in names]
-    found = {names[one.name] for one in favourites if one.name in names}
-    if missing:
-        by_mark: dict[Mark, list[str]] = {}
-        for name, mark in files.items():
-            by_mark.setdefault(mark, []).append(name)
-        for one in missing:
-            same = by_mark.get((one.size_bytes, one.modified_ns), [])
-            found.update(same if len(same) == 1 else ())
-    return found
+    by_mark: dict[Mark, list[str]] = {}
+    for name, mark in files.items():
+        by_mark.setdefault(mark, []).append(name)
+
+    def find(one: Favourite) -> tuple[str, ...]:
+        if one.name in names:
+            return (names[one.name],)
+        same = by_mark.get((one.size_bytes, one.modified_ns), [])
+        return tuple(same) if len(same) == 1 else ()
+
+    return find
 
 
 def normalize(name: str) -> str:

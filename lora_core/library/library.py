@@ -199,7 +199,9 @@ class AdapterLibrary:
         """
         entry = self._get(adapter_id)
         with self._lock:
-            self.favourites.set(entry.name, is_favourite, self._list_marks(self._entries))
+            # A scan may have dropped the entry since it was found.
+            marks = self._list_marks({entry.name: entry, **self._entries})
+            self.favourites.set(entry.name, is_favourite, marks)
             entry = replace(self._entries.get(entry.name, entry), is_favourite=is_favourite)
             if entry.name in self._entries:
                 self._entries[entry.name] = entry

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..disk.json_reader import parse_object
 from ..disk.regular_files import read_bytes
 from ..errors import FileError
 from ..formats.peft_config import read_number
+from ..messages import change_values, get_message
 from .metadata import clean, read_dict
 
 #: Lora-Manager keeps the site's descriptions of all example images: up to some 100 kB.
@@ -30,6 +32,8 @@ MAX_WORDS = 20
 MAX_LINK = 300
 SITE = "https://civitai.com/models"
 TAG = re.compile(r"</?[A-Za-z][^<>]{0,500}>")
+#: Of a character; the largest there is has seven digits.
+LONG_NUMBER = re.compile(r"&#[0-9]{20,};?")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def read_sidecars(folder: Path, names: Sequence[str]) -> SidecarFacts:
             data = read_bytes(folder.resolve() / name, MAX_SIDECAR_BYTES, name, follow_links=False)
             found, own_words = describe(parse_object(data, name))
         except (FileError, OSError) as e:
-            problems.append(clean(e, 300))
+            problems.append(change_values(get_message(e), partial(clean, limit=300)))
             continue
         if found or own_words:
             files.append(clean(name, 200))
@@ -158,4 +162,7 @@ def first(*texts: str) -> str:
 
 def strip_markup(text: str) -> str:
     """The words of a description, which the site writes as HTML; the page shows it as text."""
-    return clean(unescape(TAG.sub(" ", text)) if "<" in text else text, MAX_NOTE)
+    if "<" not in text:
+        return clean(text, MAX_NOTE)
+    # `unescape` reads a number of any length; Python refuses one of thousands of digits.
+    return clean(unescape(LONG_NUMBER.sub(" ", TAG.sub(" ", text))), MAX_NOTE)

@@ -177,4 +177,4 @@ def read_preview(adapter_id: str) -> bytes:
         with decoding:
             return encode_thumbnail(path, path.name, PREVIEW_SIDE, real)
     except (FileError, OSError) as e:
-        raise NoPreviewError(f"this LoRA's preview cannot be shown: {e}") from None
+        raise NoPreviewError("this LoRA's preview cannot be shown: {error}", error=e) from None

@@ -5,6 +5,7 @@ import { filterEntries, isForQwenImage, sortEntries } from "./choice.js";
 import { createDetails } from "./details.js";
 import { build } from "../elements.js";
 import { createList } from "./list.js";
+import { askServer } from "../server.js";
 import { createToolbar } from "./toolbar.js";
 
 const ROUTE = "/qwen_edit_lora/adapters";
@@ -71,12 +72,7 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
 
   // --- entries ---
 
-  async function fetchJson(path, options) {
-    const response = await api.fetchApi(path, options);
-    const answer = await response.json().catch(() => ({}));
-    if (!response.ok) throw new Error(answer.error ?? `${response.status} ${response.statusText}`);
-    return answer;
-  }
+  const fetchJson = (path, options) => askServer(api, path, options);
 
   async function load() {
     const number = ++loads;
@@ -96,6 +92,7 @@ export function createAdapterBrowser({ app, api, t, openJob }) {
       isLoaded = true;
       failure = "";
     } catch (error) {
+      if (number !== loads || stops.signal.aborted) return;
       failure = error.message;
     }
     toolbar.setBusy(false);

@@ -1,5 +1,7 @@
 // The server's sets of pairs. Every method throws the server's error message.
 
+import { askServer } from "../server.js";
+
 const ROOT = "/qwen_edit_lora";
 const PATH = `${ROOT}/pairs`;
 const JSON_HEADERS = { "Content-Type": "application/json" };
@@ -99,18 +101,7 @@ export class PairClient {
     return this.ask(path, options);
   }
 
-  async ask(path, options = {}) {
-    let response;
-    try {
-      response = await this.api.fetchApi(`${ROOT}${path}`, { cache: "no-store", ...options });
-    } catch {
-      throw new Error("ComfyUI does not answer; is it still running?");
-    }
-    const answer = await response.json().catch(() => null);
-    if (!response.ok) {
-      const error = new Error(answer?.error ?? `ComfyUI answers ${response.status}`);
-      throw Object.assign(error, { status: response.status });
-    }
-    return answer;
+  ask(path, options) {
+    return askServer(this.api, `${ROOT}${path}`, options);
   }
 }

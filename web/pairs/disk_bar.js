@@ -57,6 +57,8 @@ export class DiskBar {
   }
 
   async ask() {
+    await this.load(); // another page may have changed something since
+    if (this.button.disabled) return;
     const { t, words } = this;
     const texts = { title: t(words.title), text: t(words.text, this.values), confirm: t(words.confirm) };
     if (!(await askToDelete(this.element, texts, t))) return;

@@ -118,7 +118,11 @@ export class DropZone {
   }
 
   async take(found, slot) {
-    this.draft.add(await found, slot);
+    try {
+      this.draft.add(await found, slot);
+    } catch (error) {
+      return this.refuse([error.message]); // a file that is gone or cannot be read
+    }
     const last = this.draft.slots.findLastIndex((files) => files.size);
     while (this.sides.length <= last) this.addSide();
     if (this.name && !this.name.value) this.name.value = this.draft.name;
@@ -128,6 +132,7 @@ export class DropZone {
   }
 
   async confirm() {
+    if (this.yes.disabled) return; // Enter, while it is uploading
     const { draft } = this;
     const name = this.name?.value.trim() ?? "";
     if (this.name && !name) {
@@ -135,6 +140,7 @@ export class DropZone {
       return this.name.focus();
     }
     this.yes.disabled = this.clear.disabled = true;
+    this.summary.setAttribute("aria-live", "off"); // or each file would be read out
     let refused;
     try {
       const onstep = (n, total) => setText(this.summary, this.t("pairs.uploading", { n, total }));
@@ -145,8 +151,13 @@ export class DropZone {
       this.update();
     }
     this.yes.disabled = this.clear.disabled = false;
-    this.failures.replaceChildren(...refused.map((text) => build("li", {}, text)));
-    setHidden(this.failures, !refused.length);
+    this.summary.removeAttribute("aria-live");
+    this.refuse(refused);
+  }
+
+  refuse(texts) {
+    this.failures.replaceChildren(...texts.map((text) => build("li", {}, text)));
+    setHidden(this.failures, !texts.length);
   }
 
   reset() {

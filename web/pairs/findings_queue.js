@@ -60,6 +60,7 @@ export class FindingsQueue {
   }
 }
 
-function makeKey({ target, references, caption }) {
-  return JSON.stringify([target?.version, references.map((one) => one.version), caption]);
+function makeKey({ target, references, mask, caption }) {
+  const images = [target, ...references, mask];
+  return JSON.stringify([images.map((one) => one?.version), caption]);
 }

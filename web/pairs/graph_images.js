@@ -1,14 +1,14 @@
 // Images that ComfyUI's last runs produced, as its history names them.
 
+import { askServer } from "../server.js";
+
 const MAX_RUNS = 64;
 const MAX_IMAGES = 120;
 const FOLDERS = ["output", "temp"]; // what a LoadImage shows is in "input"
 
 /** @returns [{filename, subfolder, type}], the newest first; throws if ComfyUI does not answer. */
 export async function listGraphImages(api) {
-  const response = await api.fetchApi(`/history?max_items=${MAX_RUNS}`, { cache: "no-store" });
-  if (!response.ok) throw new Error(`ComfyUI answers ${response.status}`);
-  const runs = Object.values(await response.json()).reverse();
+  const runs = Object.values(await askServer(api, `/history?max_items=${MAX_RUNS}`)).reverse();
   const found = new Map();
   for (const run of runs) {
     for (const output of Object.values(run.outputs ?? {}).reverse()) {

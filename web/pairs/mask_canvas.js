@@ -67,12 +67,14 @@ export class MaskCanvas {
   }
 
   undo() {
+    this.stroke = null; // one that is being painted ends here
     this.strokes.pop();
     this.draw();
     this.onchange();
   }
 
   clear() {
+    this.stroke = null;
     this.strokes.push({ isClear: true });
     this.draw();
     this.onchange();

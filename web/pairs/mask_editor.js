@@ -71,9 +71,9 @@ export class MaskEditor {
     this.pair = pair;
     this.title.textContent = this.t("mask.of", { name: pair.name });
     this.report("");
+    this.isReady = false;
     this.mask.start(1, 1, null);
     this.update();
-    this.save.disabled = true;
     this.element.showModal();
     try {
       const { client, setId } = this;
@@ -84,6 +84,7 @@ export class MaskEditor {
       const { naturalWidth: width, naturalHeight: height } = this.image;
       this.stage.style.setProperty("--qel-ratio", width / height);
       this.mask.start(width, height, mask);
+      this.isReady = true;
       this.size.max = Math.max(2, Math.round(Math.min(width, height) * LARGEST_BRUSH));
       this.size.value = this.mask.brush = Math.max(1, Math.round(Math.min(width, height) / 10));
       this.choose(false);
@@ -103,7 +104,7 @@ export class MaskEditor {
     setAttribute(this.paint, "aria-pressed", !isErasing);
     setAttribute(this.erase, "aria-pressed", isErasing);
     this.undo.disabled = !isChanged;
-    this.save.disabled = !isChanged;
+    this.save.disabled = !isChanged || !this.isReady;
   }
 
   undoStroke() {
@@ -118,6 +119,10 @@ export class MaskEditor {
 
   press(event) {
     event.stopPropagation(); // keeps keys from the graph
+    if (event.key === "Escape") {
+      event.preventDefault(); // a browser lets `cancel` keep a dialog open once only
+      return this.leave();
+    }
     const isUndo = (event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z";
     if (isUndo && this.mask.isChanged) this.undoStroke();
     const step = { "[": -1, "]": 1 }[event.key];

@@ -48,7 +48,8 @@ export function createPairCard({ client, setId, t, actions }) {
   // The card may show another pair by the time that the files were read or chosen.
   async function drop(data, slot) {
     const own = pair;
-    const image = (await readDrop(data)).find(({ file }) => isImage(file));
+    const found = await readDrop(data).catch(() => []);
+    const image = found.find(({ file }) => isImage(file));
     if (image) actions.put(own, slot, image.file);
     else actions.refuse(t("pairs.no_image"));
   }

@@ -16,7 +16,7 @@ import { openTrainingTemplate } from "./train.js";
 import { UndoBar } from "./undo_bar.js";
 
 const ORDERS = ["name", "backwards", "uncaptioned"];
-/** Set id -> {filter, order, top}: how each was left while this page of ComfyUI is open. */
+/** Set id -> {filter, order, top, edits}: how each was left while this page of ComfyUI is open. */
 const left = new Map();
 
 export class SetPage {
@@ -25,12 +25,15 @@ export class SetPage {
     this.pairs = [];
     this.isGone = false;
     this.isLoaded = false;
-    const { filter = "all", order = "name" } = left.get(id) ?? {};
+    const { filter = "all", order = "name", edits } = left.get(id) ?? {};
     Object.assign(this, { filter, order });
     /** Pair id -> {draft, saved, failure}. */
-    this.edits = new Map();
+    this.edits = new Map(edits);
     /** Pair id -> promise of its last save. */
     this.saves = new Map();
+    /** Ids of pairs that are being removed. */
+    this.leaving = new Set();
+    this.numChanges = 0; // made on this page
     this.findings = new FindingsQueue(client, id, (pair) => this.grid.refresh(pair));
     this.name = build("h2", { tabindex: "-1" });
     this.problem = build("p", { class: "qel-problem", role: "alert", hidden: true });
@@ -140,7 +143,7 @@ export class SetPage {
 
   async load() {
     try {
-      const set = await this.client.show(this.id);
+      const set = await this.showUnchanged();
       if (this.isGone) return;
       const known = new Map(this.pairs.map((pair) => [pair.id, pair]));
       // Keeps the object of an unchanged pair, so that its card is not drawn anew.
@@ -158,6 +161,15 @@ export class SetPage {
     this.draw();
     if (!this.isLoaded) this.grid.element.scrollTop = left.get(this.id)?.top ?? 0;
     this.isLoaded = true;
+  }
+
+  // The set as it is on the disk; asked again if this page changed it meanwhile.
+  async showUnchanged() {
+    for (;;) {
+      const before = this.numChanges;
+      const set = await this.client.show(this.id);
+      if (before === this.numChanges || this.isGone) return set;
+    }
   }
 
   report(text) {
@@ -200,6 +212,7 @@ export class SetPage {
   }
 
   replacePair(pair) {
+    this.numChanges += 1;
     this.pairs = this.pairs.map((one) => (one.id === pair.id ? pair : one));
     this.draw();
   }
@@ -213,17 +226,21 @@ export class SetPage {
 
   // Saves of one pair wait for each other: each says which caption it replaces.
   save(pair, text) {
-    if (this.edits.get(pair.id)?.draft === undefined) return;
+    const { draft, failure: seen } = this.edits.get(pair.id) ?? {};
+    if (draft === undefined) return;
     const before = this.saves.get(pair.id) ?? Promise.resolve();
     this.saves.set(
       pair.id,
-      before.then(() => this.saveNow(pair.id, text)),
+      before.then(() => this.saveNow(pair.id, text, seen)),
     );
   }
 
-  async saveNow(id, text) {
+  async saveNow(id, text, seen) {
     const pair = this.pairs.find((one) => one.id === id);
-    if (!pair || this.edits.get(id)?.draft === undefined) return;
+    const edit = this.edits.get(id);
+    if (!pair || edit?.draft === undefined) return;
+    // The save before this one met another caption, which nobody has seen yet: it stays.
+    if (edit.failure && edit.failure !== seen) return;
     if (text.trim() === pair.caption) {
       if (this.edits.get(id).draft === text) this.edits.delete(id);
       this.grid.refresh(pair);
@@ -247,11 +264,21 @@ export class SetPage {
     }
     // Whatever was typed meanwhile is saved when that is left.
     const { draft } = this.edits.get(id) ?? {};
-    this.edits.set(id, draft !== undefined && draft !== text ? { draft } : after);
+    const isOther = draft !== undefined && draft !== text;
+    this.edits.set(id, isOther ? { draft, failure: after.failure } : after);
+    this.numChanges += 1;
     this.pairs = this.pairs.map((one) => (one.id === id ? saved : one));
-    if (this.isGone) return;
+    if (this.isGone) return this.keep(saved, this.edits.get(id));
     this.draw();
     this.findings.again(saved);
+  }
+
+  // A caption that could not be saved as its set was left is in its field when it is opened again.
+  keep(pair, edit) {
+    if (!edit?.failure) return;
+    const one = left.get(this.id);
+    one.edits = new Map([...(one.edits ?? []), [pair.id, edit]]);
+    this.tell("error", this.t("pairs.left_unsaved", { name: pair.name }), edit.failure);
   }
 
   async findOnDisk(id) {
@@ -284,6 +311,7 @@ export class SetPage {
     try {
       await Promise.all(this.saves.values());
       const { num_changed: n, removed } = await this.client.changeCaptions(this.id, options);
+      this.numChanges += 1;
       // What could not be saved is still in its field.
       for (const [id, { draft }] of this.edits) if (draft === undefined) this.edits.delete(id);
       await this.load();
@@ -380,33 +408,41 @@ export class SetPage {
   }
 
   async remove(pair) {
+    if (this.leaving.has(pair.id)) return; // a double click
+    this.leaving.add(pair.id);
     this.report("");
-    const index = this.pairs.findIndex(({ id }) => id === pair.id);
     try {
       const { removed } = await this.client.remove(this.id, pair.id);
       this.edits.delete(pair.id);
-      this.pairs = this.pairs.filter((_, i) => i !== index);
+      this.numChanges += 1;
+      this.pairs = this.pairs.filter(({ id }) => id !== pair.id);
       this.draw();
       this.undoBar.push(removed, this.t("pairs.removed", { name: pair.name }));
       this.undoBar.button.focus(); // the button that was pressed is gone
     } catch (error) {
       this.report(error.message);
     }
+    this.leaving.delete(pair.id);
   }
 
+  // What is not there any more, since the trash was emptied, cannot be tried again.
   async undo(token) {
     let problem = "";
+    let isDone = true;
     try {
       const { num_edited: n } = await this.client.restore(this.id, token);
+      this.numChanges += 1;
       if (n) this.tell("info", this.t("pairs.edited_since", { n }));
       for (const [id, { draft }] of this.edits) if (draft === undefined) this.edits.delete(id);
     } catch (error) {
       problem = error.message;
+      isDone = error.status === 404;
     }
     await this.load();
     this.findings.want(this.grid.visible);
     this.report(problem);
     if (!this.undoBar.changes.length) this.grid.element.querySelector("textarea")?.focus();
+    return isDone;
   }
 
   async openTraining() {

@@ -1,12 +1,12 @@
 // Opens the training workflow with a set's folder in it.
 
+import { askServer } from "../server.js";
+
 const TEMPLATE = "6 Train a LoRA";
 const NODE_TYPE = "QwenEditDataset";
 
 export async function openTrainingTemplate(app, api, folder) {
-  const response = await api.fetchApi(getTemplateUrl());
-  if (!response.ok) throw new Error(`ComfyUI answers ${response.status} for ${TEMPLATE}.json`);
-  const workflow = await response.json();
+  const workflow = await askServer(api, getTemplateUrl());
   for (const node of workflow.nodes.filter(({ type }) => type === NODE_TYPE)) {
     const widgets = node.inputs.filter(({ widget }) => widget);
     node.widgets_values[widgets.findIndex(({ name }) => name === "folder")] = folder;

@@ -5,7 +5,7 @@ import { build, setAttribute, setHidden, setText } from "../elements.js";
 const TIME = 30_000; // ms that it is shown
 
 export class UndoBar {
-  /** @param undo (token) => a promise. */
+  /** @param undo (token) => a promise of whether it is done; else it can be tried again. */
   constructor({ t, undo }) {
     Object.assign(this, { undo });
     /** {token, text} of the changes made on this page, the last one last. */
@@ -47,7 +47,15 @@ export class UndoBar {
   async undoLast() {
     clearTimeout(this.timer);
     setHidden(this.element, true);
-    await this.undo(this.changes.pop().token);
+    const change = this.changes.pop();
+    if (!(await this.undo(change.token))) this.keep(change);
     if (this.changes.length) this.show();
+  }
+
+  // Refused twice, it waits behind the others: it may never be possible again.
+  keep(change) {
+    if (change.isRefused) this.changes.unshift(change);
+    else this.changes.push(change);
+    change.isRefused = true;
   }
 }

@@ -59,6 +59,7 @@ export class JobActions {
   async press(name) {
     const button = this.buttons[name];
     if (button.getAttribute("aria-disabled") === "true") return;
+    this.fail("");
     button.disabled = !ORDERS.includes(name); // an order's button stays, with the focus
     try {
       if (this[name]) await this[name](this.job);

@@ -28,7 +28,7 @@ export class JobPage {
       archiveUrl: jobs.getDownloadUrl(id, "samples.zip"),
     });
     this.log = new LogView({
-      ...{ t, fail, read: (offset) => jobs.readLog(id, offset) },
+      ...{ t, fail: (text) => this.fail(text, true), read: (offset) => jobs.readLog(id, offset) },
       url: jobs.getDownloadUrl(id, "log.txt"),
     });
     this.buildHead();
@@ -136,7 +136,9 @@ export class JobPage {
     });
   }
 
-  fail(text) {
+  /** @param isOfPage whether the next answer takes it back; what an action said stays. */
+  fail(text, isOfPage = false) {
+    this.canTakeBack = isOfPage;
     setText(this.problem, text);
     setHidden(this.problem, !text);
   }
@@ -145,7 +147,7 @@ export class JobPage {
   update() {
     const job = this.jobs.jobs.get(this.id);
     if (!job) {
-      if (this.jobs.isKnown) this.fail(this.jobs.problem ?? this.t("job.gone"));
+      if (this.jobs.isKnown) this.fail(this.jobs.problem ?? this.t("job.gone"), true);
       return;
     }
     this.updateHead(job);
@@ -167,9 +169,9 @@ export class JobPage {
       const detail = await this.jobs.show(this.id);
       if (this.isDestroyed) return;
       this.updateDetail(detail);
-      this.fail("");
+      if (this.canTakeBack) this.fail("");
     } catch (error) {
-      this.fail(error.message);
+      this.fail(error.message, true);
     } finally {
       this.isAsking = false;
     }

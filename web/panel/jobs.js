@@ -1,5 +1,7 @@
 // The trainings known to this page. Refreshed from the server if an event may have been missed.
 
+import { askServer } from "../server.js";
+
 const PATH = "/qwen_edit_lora/jobs";
 const EVENT = "qwen_edit_lora.job";
 // In case an event was lost on an open connection; the list is small.
@@ -51,6 +53,7 @@ export class Jobs extends EventTarget {
       for (const job of jobs) this.take(job);
       this.isKnown = true;
     } catch (error) {
+      if (number !== this.numRefreshes) return;
       this.problem = error.message;
     }
     this.dispatchEvent(new Event("change"));
@@ -101,16 +104,7 @@ export class Jobs extends EventTarget {
     return answer;
   }
 
-  // Throws the server's error message, or one of the page's own.
-  async ask(path, options = {}) {
-    let response;
-    try {
-      response = await this.api.fetchApi(path, { cache: "no-store", ...options });
-    } catch {
-      throw new Error("ComfyUI does not answer; is it still running?");
-    }
-    const answer = await response.json().catch(() => null);
-    if (!response.ok) throw new Error(answer?.error ?? `ComfyUI answers ${response.status}`);
-    return answer;
+  ask(path, options) {
+    return askServer(this.api, path, options);
   }
 }

@@ -12,6 +12,10 @@ export const EN = {
   "report.warning": "warnings: {n}",
   "report.note": "notes: {n}",
 
+  "server.silent": "ComfyUI does not answer; is it still running?",
+  "server.refused": "ComfyUI answers {status}",
+  "server.no_node": "ComfyUI does not know the node {type}",
+
   "tab.title": "LoRA training",
   "tab.tooltip": "LoRA training: jobs and adapters",
   "tab.jobs": "Trainings",
@@ -333,6 +337,8 @@ export const EN = {
   "pairs.view": "View {side} of {name}",
   "pairs.add_image": "Add {side} of {name}",
   "pairs.missing": "missing: drop or choose",
+  "pairs.left_unsaved":
+    "The caption of {name} is not saved. Open its set again: your text is still in its field.",
   "pairs.broken": "cannot be shown",
   "pairs.no_image": "That was no image; expected a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF.",
   "pairs.viewer": "Images of a pair",

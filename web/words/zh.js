@@ -12,6 +12,10 @@ export const ZH = {
   "report.warning": "警告：{n}",
   "report.note": "提示：{n}",
 
+  "server.silent": "ComfyUI 没有响应；它还在运行吗？",
+  "server.refused": "ComfyUI 返回 {status}",
+  "server.no_node": "ComfyUI 不认识节点 {type}",
+
   "tab.title": "LoRA 训练",
   "tab.tooltip": "LoRA 训练：任务与 LoRA 文件",
   "tab.jobs": "训练任务",
@@ -325,6 +329,7 @@ export const ZH = {
   "pairs.view": "查看 {name} 的{side}",
   "pairs.add_image": "为 {name} 添加{side}",
   "pairs.missing": "缺失：拖入或选择",
+  "pairs.left_unsaved": "{name} 的说明未保存。请重新打开该集合：您的文本仍在输入框中。",
   "pairs.broken": "无法显示",
   "pairs.no_image": "这不是图像；应为 PNG、JPEG、WebP、BMP、TIFF、GIF 或 AVIF。",
   "pairs.viewer": "一对图像",

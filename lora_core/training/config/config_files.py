@@ -143,7 +143,9 @@ def build(section: Callable[..., T], values: Mapping[str, Any], where: str) -> T
     try:
         return section(**arguments)
     except ConfigError as e:
-        raise ConfigError(f"[{where}] {e}" if where else str(e)) from None
+        if where:
+            raise ConfigError("[{where}] {error}", where=where, error=e) from None
+        raise ConfigError(e) from None
 
 
 @cache

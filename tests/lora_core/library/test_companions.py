@@ -17,6 +17,7 @@ from qwen_edit_lora.lora_core.library.favourites import Favourites
 from qwen_edit_lora.lora_core.library.metadata import HISTORY_FIELD, JOB_FIELD
 from qwen_edit_lora.lora_core.library.sidecars import SidecarFacts, is_link, read_sidecars
 from qwen_edit_lora.lora_core.toolbox.composition import HISTORY
+from qwen_edit_lora.lora_core.translation import translate
 
 HOSTILE = '<img src=x onerror="hacked()">'
 
@@ -143,6 +144,16 @@ def test_hostile_values_stay_short_text(lora):
     assert max(map(len, found.trigger_words)) <= 200
 
 
+def test_a_character_of_thousands_of_digits_is_no_text(lora):
+    found = read(lora, json={"description": f"<b>first &#{'1' * 5000}; &#65;"})
+    assert found.description == "first A"
+
+
+def test_what_is_wrong_with_a_sidecar_is_said_in_the_readers_language(lora):
+    (problem,) = read(lora, json="{").problems
+    assert translate(problem, "zh").startswith("无法把 name.json 读作 JSON")
+
+
 def test_a_sidecar_of_any_size_is_not_read_into_memory(lora):
     with lora.with_name("name.json").open("wb") as file:
         file.truncate(1 << 32)
@@ -212,6 +223,24 @@ def test_what_is_gone_for_a_while_keeps_its_star(open_stars):
     open_stars().set("a.safetensors", True, FILES)
     open_stars().set("other.safetensors", True, {"other.safetensors": (1, 1)})
     assert open_stars().find(FILES) == {"a.safetensors"}
+
+
+def test_a_click_on_a_star_reads_the_files_once_however_many_stars_there_are(open_stars):
+    class Files(dict):
+        num_reads = 0
+
+        def __iter__(self):
+            Files.num_reads += 1
+            return super().__iter__()
+
+        def items(self):
+            Files.num_reads += 1
+            return super().items()
+
+    for size, name in enumerate("abc"):
+        open_stars().set(name, True, {name: (size, 1)})
+    open_stars().set("new.safetensors", True, Files({"new.safetensors": (5, 50)}))
+    assert Files.num_reads <= 2
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"version": 1, "favourites": [{"name": 5}]}'])
