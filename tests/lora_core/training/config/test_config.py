@@ -76,8 +76,8 @@ def test_a_configuration_survives_a_dictionary_and_json():
         ("objective.auxiliary", {"face": 1}, "unknown auxiliary loss 'face'; expected one of"),
         ("objective.auxiliary", {"contrastive": -1}, "weight of the auxiliary loss 'contrastive'"),
         ("steps", 0, "^steps is 0; expected 1 or more"),
-        ("name", "a/b", "name is 'a/b'; expected characters allowed"),
-        ("name", "", "name is ''; expected characters allowed"),
+        ("name", "a/b", "name is 'a/b', which holds '/'; expected no"),
+        ("name", "", "name is ''; expected at least one letter"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_a_one_sentence_error_with_its_location(path, value, message):
