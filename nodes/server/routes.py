@@ -120,8 +120,9 @@ def start_adapters(server: PromptServer) -> None:
 
 
 def send(server: PromptServer, event: str, data: dict[str, Any]) -> None:
-    """Sends an event to every open page."""
-    server.send_sync(event, drop_non_finite(host.translate(data)))
+    """Sends an event to every open page; to none while ComfyUI stops."""
+    if not server.loop.is_closed():  # whoever reports, such as a sampling, must not fail of it
+        server.send_sync(event, drop_non_finite(host.translate(data)))
 
 
 def train_again(adapter_id: str, options: Mapping[str, Any]) -> dict[str, Any]:

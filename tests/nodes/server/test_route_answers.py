@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import logging
@@ -315,3 +316,14 @@ def test_json_with_non_finite_numbers_is_valid_json():
         "d": None,
         "null": 1,
     }
+
+
+def test_an_event_while_comfyui_stops_fails_nothing(comfyui, monkeypatch):
+    from qwen_edit_lora.nodes.server import routes as module
+    from server import PromptServer
+
+    monkeypatch.setattr(PromptServer, "instance", getattr(PromptServer, "instance", None))
+    loop = asyncio.new_event_loop()
+    stopped = PromptServer(loop)
+    loop.close()
+    module.send(stopped, "qwen_edit_lora.finding", {"node": "1"})
