@@ -97,6 +97,7 @@ def test_part_c_finds_the_marked_tests(tmp_path):
     assert found["tests run"]["value"] >= 4
 
 
+@pytest.mark.nightly
 @pytest.mark.comfy
 def test_part_e_compares_both_patchers_and_the_merge(tmp_path, comfyui_path):
     found = run_part("E", tmp_path, comfyui_path)
@@ -107,6 +108,7 @@ def test_part_e_compares_both_patchers_and_the_merge(tmp_path, comfyui_path):
     assert found["legacy, bf16, r2, two calls, kernels"]["value"] > 0
 
 
+@pytest.mark.nightly
 def test_part_f_trains_beside_a_plain_loop(tmp_path):
     found = run_part("F", tmp_path)
     assert found["bf16 r2 auto, losses are finite"]["passed"]

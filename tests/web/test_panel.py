@@ -316,6 +316,7 @@ def test_a_failure_is_announced_at_once_and_ended_trainings_at_the_next_visit(wo
     assert workspace.errors == []
 
 
+@pytest.mark.nightly  # it measures time
 def test_ten_thousand_steps_and_two_hundred_jobs_update_within_a_tenth_of_a_second(workspace, host):
     page, now = workspace.page, time.time()
     ended = {"status": JobStatus.COMPLETED, "num_steps": 10_000, "step": 10_000}
