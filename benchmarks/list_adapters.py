@@ -101,6 +101,7 @@ def restore_unchecked(cache: Path) -> dict[str, Any]:
             tuple(values["stamp"]),
             AdapterFacts(**with_tuples(values["facts"])),
             Health(**with_tuples(values["health"])),
+            messages=values["messages"],
         )
         for name, values in saved["adapters"].items()
     }
