@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from demo_base.adapter_list import AdapterList
 from demo_base.adapters import make_adapter
 from demo_base.frontend import TOAST
 from qwen_edit_lora.lora_core.jobs.made_here import record_deleted
@@ -65,28 +66,11 @@ def loras(demo_models: Any, base_directory: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-class Browser:
+class Browser(AdapterList):
     """A user's actions in the adapter browser."""
 
-    def __init__(self, page: Any) -> None:
-        self.page = page
-        self.element = page.locator(".qel-adapters")
-        self.list = self.element.get_by_role("grid")
-
     def find(self, text: str) -> Any:
-        return self.list.get_by_role("row").filter(has_text=text)
-
-    def search(self, text: str) -> None:
-        self.element.get_by_role("searchbox").fill(text)
-        self.page.wait_for_timeout(300)
-
-    def read_names(self) -> list[str]:
-        """Names in display order."""
-        return self.page.evaluate(
-            """() => [...document.querySelectorAll(".qel-row")]
-                .sort((a, b) => a.ariaRowIndex - b.ariaRowIndex)
-                .map((row) => row.querySelector(".qel-row-stem").textContent)"""
-        )
+        return self.grid.get_by_role("row").filter(has_text=text)
 
     def drag(self, text: str, x: float, y: float) -> None:
         box = self.find(text).bounding_box()
@@ -191,12 +175,12 @@ def test_files_get_into_the_graph_by_mouse_and_keyboard_and_out_by_undo(
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Undo')")
     page.wait_for_function("() => app.graph._nodes.length === 2")
 
-    opened.list.focus()
+    opened.grid.focus()
     page.keyboard.press("Home")
     page.keyboard.press("ArrowDown")
-    chosen = opened.list.locator("[aria-selected=true]")
+    chosen = opened.grid.locator("[aria-selected=true]")
     assert chosen.get_attribute("aria-rowindex") == "2"
-    assert opened.list.get_attribute("aria-activedescendant") == chosen.get_attribute("id")
+    assert opened.grid.get_attribute("aria-activedescendant") == chosen.get_attribute("id")
     opened.find("loud").click()
     page.keyboard.press("Enter")
     page.wait_for_function("() => app.graph._nodes.length === 4")

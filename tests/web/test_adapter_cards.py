@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo_base.adapter_list import AdapterList
 from demo_base.adapters import make_adapter
 from demo_base.frontend import TAB_BUTTON
 from PIL import Image
@@ -52,28 +53,12 @@ def loras(demo_models: Any) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-class List:
+class List(AdapterList):
     """A user's actions in the list."""
-
-    def __init__(self, page: Any) -> None:
-        self.page = page
-        self.element = page.locator(".qel-adapters")
-        self.grid = self.element.get_by_role("grid")
 
     def find(self, stem: str) -> Any:
         name = self.page.locator(".qel-row-stem", has_text=stem)
         return self.grid.locator(".qel-row").filter(has=name)
-
-    def search(self, text: str) -> None:
-        self.element.get_by_role("searchbox").fill(text)
-        self.page.wait_for_timeout(300)
-
-    def read_names(self) -> list[str]:
-        return self.page.evaluate(
-            """() => [...document.querySelectorAll(".qel-row")]
-                .sort((a, b) => a.ariaRowIndex - b.ariaRowIndex)
-                .map((row) => row.querySelector(".qel-row-stem").textContent)"""
-        )
 
     def open(self) -> None:
         if not self.page.locator(".qel-panel").count():

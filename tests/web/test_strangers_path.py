@@ -6,8 +6,6 @@ quick (steps, sizes) is set behind the scenes.
 
 from __future__ import annotations
 
-import base64
-import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytest
 from demo_base.frontend import TAB_BUTTON
-from demo_base.pair_folders import edit, load_photograph
+from demo_base.pair_panel import draw, drop
 
 pytestmark = [pytest.mark.web, pytest.mark.comfy]
 
@@ -27,17 +25,6 @@ TRAINING = {
     **{"name": "strangers_lora", "steps": 10},
 }
 TRAINING_TIMEOUT_MS = 240_000
-DROP = """([selector, files]) => {
-    const data = new DataTransfer();
-    for (const [name, content] of files) {
-        const bytes = Uint8Array.from(atob(content), c => c.charCodeAt(0));
-        data.items.add(new File([bytes], name));
-    }
-    const element = document.querySelector(selector);
-    for (const type of ['dragenter', 'dragover', 'drop'])
-        element.dispatchEvent(new DragEvent(type, {
-            dataTransfer: data, bubbles: true, cancelable: true}));
-}"""
 SHOW_COMPARISON = """() => {
     const node = app.graph._nodes.find(n => n.type === 'ImageCompare');
     app.canvas.ds.scale = 1;
@@ -53,19 +40,12 @@ def input_folder(base_directory: Path) -> Iterator[Path]:
     shutil.rmtree(folder / SET_NAME, ignore_errors=True)
 
 
-def draw(number: int, is_target: bool) -> str:
-    image = load_photograph(number, 240, 160)
-    buffer = io.BytesIO()
-    (edit(image) if is_target else image).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
 def make_set(page: Any) -> None:
     page.locator(TAB_BUTTON).click()
     page.get_by_role("tab", name="Image pairs").click()
     for slot in (0, 1):  # 0 is the target
-        files = [[f"photo_{i}.png", draw(i, slot == 0)] for i in range(NUM_PAIRS)]
-        page.evaluate(DROP, [f".qel-side[data-slot='{slot}']", files])
+        files = {f"photo_{i}.png": draw(i, slot == 0) for i in range(NUM_PAIRS)}
+        drop(page, f".qel-side[data-slot='{slot}']", files)
     page.get_by_text(f"{NUM_PAIRS} pairs", exact=True).wait_for()
     page.get_by_label("Name of the set").fill(SET_NAME)
     page.get_by_role("button", name="Make the set").click()
